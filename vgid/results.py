@@ -1,0 +1,54 @@
+"""What a trial reports: scores with their intervals, epoch reports, and the result as a whole.
+
+Plain data that travels as JSON between processes and into files.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from vgid.config import Config
+
+TrialStatus = Literal["completed", "pruned", "failed"]
+QuestionPart = Literal["search", "held_out"]
+
+
+class Score(Config):
+    """A mean over ``n`` questions with its bootstrap 95 % interval ``[low, high]``."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+class EpochReport(Config):
+    """Where a trial stands after an epoch (1-based) of ``epochs``, at optimizer step ``step``."""
+
+    epoch: int
+    epochs: int
+    step: int
+    metrics: dict[str, float]
+
+
+class TrialResult(Config):
+    """The outcome of one trial.
+
+    Attributes:
+        trial_id: the trial's name within its study.
+        status: ``completed``, ``pruned`` (stopped early on request) or ``failed``.
+        scores: every score of the evaluation, empty unless completed.
+        metrics: the same as plain numbers, with ``forget_rougeL_reduction`` and training losses.
+        seconds: wall time by phase: load, teacher, train, evaluate, save.
+        adapter: PEFT adapter folder, None unless completed.
+        error: one sentence, None unless failed.
+    """
+
+    trial_id: str
+    status: TrialStatus
+    scores: dict[str, Score] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    seconds: dict[str, float] = Field(default_factory=dict)
+    adapter: Path | None = None
+    error: str | None = None
