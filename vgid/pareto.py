@@ -1,0 +1,67 @@
+"""Pareto front and hypervolume for maximised objectives.
+
+A thin, typed face over ``moocore`` (https://multi-objective.github.io/moocore/), which minimises by
+default and knows nothing of failed trials: here everything is maximised, and a point with a NaN or
+an infinity is never on the front and adds no volume.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def front_mask(points: ArrayLike) -> NDArray[np.bool_]:
+    """Mark the points that no other point dominates.
+
+    Point p dominates q if p is at least as good in every objective and better in one. Equal points
+    do not dominate each other, so all copies of a point of the front are on the front.
+
+    Args:
+        points: shape (N, d), every objective maximised; N may be 0.
+
+    Returns:
+        Boolean mask of shape (N,). Rows that hold a NaN or an infinity are False.
+
+    Raises:
+        ValueError: the array does not have two axes.
+    """
+    values = _two_axes(points)
+    finite = np.isfinite(values).all(axis=1)
+    mask = np.zeros(len(values), dtype=np.bool_)
+    if finite.any():
+        import moocore
+
+        mask[finite] = moocore.is_nondominated(values[finite], maximise=True, keep_weakly=True)
+    return mask
+
+
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
+    """Volume that the points dominate above the reference point (Zitzler and Thiele, 1998).
+
+    Args:
+        points: shape (N, d), every objective maximised; N may be 0.
+        reference: shape (d,), the corner from which the volume is measured. Points that are not
+            better than it in every objective add nothing.
+
+    Returns:
+        The volume, 0.0 if no point lies above the reference.
+
+    Raises:
+        ValueError: shapes that do not match, or a reference point that is not finite.
+    """
+    values = _two_axes(points)
+    corner = np.asarray(reference, dtype=np.float64)
+    if corner.shape != (values.shape[1],) or not np.isfinite(corner).all():
+        raise ValueError(f"the reference point must be {values.shape[1]} finite numbers")
+    above = values[np.isfinite(values).all(axis=1) & (values > corner).all(axis=1)]
+    if len(above) == 0:
+        return 0.0
+    import moocore
+
+    return float(moocore.hypervolume(above, ref=corner, maximise=True))
+
+
+def _two_axes(points: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(points, dtype=np.float64)
+    if values.ndim != 2:
+        raise ValueError(f"points must have shape (N, d), got {values.shape}")
+    return values
