@@ -1,0 +1,236 @@
+"""One row per backbone, and the one path by which any of them is loaded.
+
+Weights are read as safetensors only and remote code is never run. The LoRA targets are regular
+expressions on the full module path: suffix names such as ``q_proj`` would also match the vision
+tower, whose LoRA weights some servers drop without a word.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from vgid.errors import InputError
+from vgid.prompts import Task
+
+EMBEDDED = Path(__file__).parent / "embedded"
+LANGUAGE_MODEL_LINEARS = (
+    r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
+
+
+@dataclass(frozen=True)
+class PromptFrame:
+    """What surrounds the user text: one turn, ready for the response.
+
+    Attributes:
+        image: turn with an image; ``{text}`` is the user text.
+        text: turn without an image.
+        separator: what stands between the turn and the response's first character.
+    """
+
+    image: str
+    text: str
+    separator: str
+
+
+LLAVA_FRAME = PromptFrame(
+    image="USER: <image>\n{text}\nASSISTANT:", text="USER: {text}\nASSISTANT:", separator=" "
+)
+QWEN_FRAME = PromptFrame(
+    image="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "<|vision_start|><|image_pad|><|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n",
+    text="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "{text}<|im_end|>\n<|im_start|>assistant\n",
+    separator="",
+)
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """One backbone.
+
+    Attributes:
+        name: what users call it.
+        hub_id: Hugging Face repository, None for an embedded backbone.
+        revision: pinned commit of ``hub_id``.
+        frame: prompt frame.
+        lora_targets: regular expression on module paths, language model only.
+        few_shot: people whose questions precede a scored question, by task (the benchmark's
+            protocol: one for classification, two for cloze; none for models too small to learn in
+            context).
+        option_scoring: classification by the answered ``letter``, as the benchmark does it, or by
+            the ``likelihood`` of each option as the response.
+    """
+
+    name: str
+    hub_id: str | None
+    revision: str | None
+    frame: PromptFrame
+    lora_targets: str = LANGUAGE_MODEL_LINEARS
+    few_shot: Mapping[Task, int] = field(default_factory=dict)
+    option_scoring: Literal["letter", "likelihood"] = "letter"
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the weights ship with this package."""
+        return self.hub_id is None
+
+
+BENCHMARK_SHOTS: dict[Task, int] = {"classification": 1, "cloze": 2}
+
+BACKBONES: dict[str, BackboneSpec] = {
+    spec.name: spec
+    for spec in (
+        BackboneSpec("tiny-llava", None, None, LLAVA_FRAME, option_scoring="likelihood"),
+        BackboneSpec(
+            "llava-1.5-7b",
+            "llava-hf/llava-1.5-7b-hf",
+            "b234b804b114d9e37bb655e11cbbb5f5e971b7a9",
+            LLAVA_FRAME,
+            few_shot=BENCHMARK_SHOTS,
+        ),
+        BackboneSpec(
+            "llava-1.5-13b",
+            "llava-hf/llava-1.5-13b-hf",
+            "5dda2880bda009266dda7c4baff660b95ca64540",
+            LLAVA_FRAME,
+            few_shot=BENCHMARK_SHOTS,
+        ),
+        BackboneSpec(
+            "qwen2.5-vl-3b",
+            "Qwen/Qwen2.5-VL-3B-Instruct",
+            "66285546d2b821cf421d4f5eb2576359d3770cd3",
+            QWEN_FRAME,
+            few_shot=BENCHMARK_SHOTS,
+        ),
+    )
+}
+
+
+@dataclass
+class Backbone:
+    """A loaded base model, frozen and in evaluation mode.
+
+    Attributes:
+        spec: its row.
+        model: the Hugging Face image-text-to-text model.
+        processor: its processor (image processor and tokenizer).
+        revision: hub commit, or SHA-256 of a local folder's files; names the base in every result.
+    """
+
+    spec: BackboneSpec
+    model: Any
+    processor: Any
+    revision: str
+
+    @property
+    def device(self) -> Any:
+        """The torch device of the weights."""
+        return self.model.device
+
+
+def spec(name: str) -> BackboneSpec:
+    """The row of backbone ``name``.
+
+    Raises:
+        InputError: no such row.
+    """
+    if name not in BACKBONES:
+        raise InputError(f"backbone: unknown name {name!r}; choose one of {', '.join(BACKBONES)}.")
+    return BACKBONES[name]
+
+
+def locate(row: BackboneSpec, model_path: str | None) -> Path:
+    """The local folder with the base: given, embedded, or from the Hugging Face cache or hub.
+
+    Raises:
+        InputError: it is not there and cannot be fetched.
+    """
+    if model_path is not None and Path(model_path).is_dir():
+        folder = Path(model_path)
+    elif row.embedded and model_path is None:
+        folder = EMBEDDED / row.name
+    else:
+        folder = _from_hub(model_path or str(row.hub_id), None if model_path else row.revision)
+    processor_files = ("processor_config.json", "preprocessor_config.json")
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    missing += (
+        [] if any((folder / name).is_file() for name in processor_files) else processor_files[:1]
+    )
+    if missing:
+        raise InputError(
+            f"{folder}: {missing[0]} is missing; --model-path must name a Hugging Face model folder."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{folder}: no *.safetensors file; convert the weights to safetensors, other formats "
+            "are never read."
+        )
+    return folder
+
+
+def _from_hub(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(
+            hub_id,
+            revision=revision,
+            allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"],
+        )
+    except Exception as error:
+        raise InputError(
+            f"backbone weights: {hub_id} at revision {revision or 'main'} is neither in the "
+            f"Hugging Face cache nor reachable ({type(error).__name__}); download it elsewhere "
+            "and name its folder with --model-path."
+        ) from None
+    return Path(path)
+
+
+def load(name: str, model_path: str | None = None, device: str | None = None) -> Backbone:
+    """Load a backbone: fp32 on the CPU, bf16 on a GPU, frozen.
+
+    Args:
+        name: a row's name.
+        model_path: local folder or hub id in place of the row's own source.
+        device: torch device, by default the first GPU if there is one.
+
+    Raises:
+        InputError: unknown name, or weights that cannot be found.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    row = spec(name)
+    folder = locate(row, model_path)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    )
+    processor = AutoProcessor.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    model.requires_grad_(False)
+    return Backbone(row, model.eval().to(device), processor, revision_of(folder))
+
+
+def revision_of(folder: Path) -> str:
+    """Hub commit of a cached snapshot, or the SHA-256 over a local folder's model files."""
+    if folder.parent.name == "snapshots":
+        return folder.name
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in (".safetensors", ".json", ".model") or path.name == "MEASURED.json":
+            continue
+        digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,203 @@
+"""From a question to tensors: prompt frame, processor, padding, response positions.
+
+Shape legend: B samples, L tokens of the longest, R response tokens over the whole batch.
+
+Image tokens are never truncated: nothing here cuts a sequence, and one that is longer than the
+model's context is an error that names the sample.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vgid.backbones import Backbone
+from vgid.errors import InputError
+
+IGNORE = -100
+"""Label of positions that are no response, as in torch's cross-entropy."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A few-shot turn that precedes the question, its frame included (``<image>`` if any)."""
+
+    text: str
+    image: Image.Image | None
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a model is asked: the user text before the prompt frame, and an RGB image if any."""
+
+    id: str
+    text: str
+    image: Image.Image | None
+    shots: tuple[Shot, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A query as the model takes it.
+
+    Attributes:
+        id: the query's.
+        prompt_ids: token ids of the framed prompt, image tokens expanded.
+        token_types: per token 0 for text, 1 for image (Qwen's rotary positions need it).
+        vision: processor tensors such as ``pixel_values``, images along the first axis.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    token_types: list[int] | None
+    vision: dict[str, Tensor] = field(repr=False)
+
+
+@dataclass
+class Batch:
+    """Padded model inputs of B samples.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward, ``input_ids`` and ``attention_mask`` of
+            shape (B, L) and int64 among them.
+        labels_BL: response token ids, ``IGNORE`` elsewhere; None without responses.
+    """
+
+    inputs: dict[str, Tensor]
+    labels_BL: Tensor | None
+
+    @property
+    def predicts_BL(self) -> Tensor:
+        """Mask of the positions whose next token is a response token, shape (B, L - 1)."""
+        assert self.labels_BL is not None
+        return self.labels_BL[:, 1:] != IGNORE
+
+    @property
+    def response_ids_R(self) -> Tensor:
+        """The response tokens of all samples, one after the other."""
+        assert self.labels_BL is not None
+        return self.labels_BL[:, 1:][self.predicts_BL]
+
+
+def encode(backbone: Backbone, queries: Sequence[Query]) -> list[Encoded]:
+    """Frame and tokenise queries and process their images.
+
+    Raises:
+        InputError: a sample is longer than the model's context.
+    """
+    return [_encode(backbone, query) for query in queries]
+
+
+def _encode(backbone: Backbone, query: Query) -> Encoded:
+    frame = backbone.spec.frame
+    turn = (frame.text if query.image is None else frame.image).format(text=query.text)
+    text = "".join(shot.text for shot in query.shots) + turn
+    images = [shot.image for shot in query.shots if shot.image is not None]
+    images += [] if query.image is None else [query.image]
+    output = dict(
+        backbone.processor(
+            text=[text], images=[images] if images else None, return_mm_token_type_ids=bool(images)
+        )
+    )
+    prompt_ids = [int(i) for i in output.pop("input_ids")[0]]
+    output.pop("attention_mask")
+    token_types = output.pop("mm_token_type_ids", None)
+    limit = backbone.model.config.get_text_config().max_position_embeddings
+    if len(prompt_ids) > limit:
+        raise InputError(
+            f"sample {query.id}: {len(prompt_ids)} tokens exceed the context of {limit} of "
+            f"{backbone.spec.name}; lower its few-shot people or the image resolution."
+        )
+    return Encoded(
+        query.id,
+        prompt_ids,
+        None if token_types is None else [int(t) for t in token_types[0]],
+        {name: torch.as_tensor(np.asarray(value)) for name, value in output.items()},
+    )
+
+
+def response_ids(backbone: Backbone, response: str) -> list[int]:
+    """Token ids of a response as they follow the prompt frame, end-of-sequence included."""
+    frame = backbone.spec.frame
+    tokenizer = backbone.processor.tokenizer
+    # Tokenised behind the frame's end, since many tokenizers treat a text's first word apart.
+    turn = frame.text.format(text="")
+    prefix = tokenizer(turn)["input_ids"]
+    whole = tokenizer(turn + frame.separator + response)["input_ids"]
+    if whole[: len(prefix)] != prefix:
+        raise ValueError(f"the prompt frame of {backbone.spec.name} merges with the response")
+    return [*whole[len(prefix) :], tokenizer.eos_token_id]
+
+
+def collate(
+    backbone: Backbone,
+    encoded: Sequence[Encoded],
+    responses: Sequence[Sequence[int]] | None = None,
+    side: Literal["left", "right"] = "right",
+) -> Batch:
+    """Pad samples to one batch on the backbone's device.
+
+    Args:
+        backbone: whose pad token and device are used.
+        encoded: the samples' prompts.
+        responses: token ids of each sample's response, appended to its prompt.
+        side: where the padding goes: left to decode, right to train.
+    """
+    pad_id = backbone.processor.tokenizer.pad_token_id
+    answers = responses if responses is not None else [()] * len(encoded)
+    length = max(len(e.prompt_ids) + len(a) for e, a in zip(encoded, answers, strict=True))
+
+    def padded(rows: list[list[int]], value: int) -> Tensor:
+        fill = [[value] * (length - len(row)) for row in rows]
+        both = [f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)]
+        return torch.tensor(both, device=backbone.device)
+
+    pairs = [(e.prompt_ids, list(a)) for e, a in zip(encoded, answers, strict=True)]
+    inputs = {
+        "input_ids": padded([p + a for p, a in pairs], pad_id),
+        "attention_mask": padded([[1] * (len(p) + len(a)) for p, a in pairs], 0),
+    }
+    if any(e.token_types is not None for e in encoded):
+        types = [(e.token_types or [0] * len(e.prompt_ids)) for e in encoded]
+        inputs["mm_token_type_ids"] = padded(
+            [t + [0] * len(a) for t, (_, a) in zip(types, pairs, strict=True)], 0
+        )
+    for name in sorted({name for e in encoded for name in e.vision}):
+        values = [e.vision[name] for e in encoded if name in e.vision]
+        value = torch.cat(values).to(backbone.device)
+        inputs[name] = value.to(backbone.model.dtype) if value.is_floating_point() else value
+    labels = None
+    if responses is not None:
+        labels = padded([[IGNORE] * len(p) + a for p, a in pairs], IGNORE)
+    return Batch(inputs, labels)
+
+
+def at_model_resolution(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
+    """The image as the model sees it before normalisation: 8-bit RGB of shape (H, W, 3).
+
+    Given back to the processor, such an image is neither resized nor cropped again, so a
+    perturbation of its pixels reaches the model unchanged.
+    """
+    image_processor = processor.image_processor
+    if hasattr(image_processor, "merge_size"):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        size = image_processor.size
+        height, width = smart_resize(
+            image.height,
+            image.width,
+            image_processor.patch_size * image_processor.merge_size,
+            size["shortest_edge"],
+            size["longest_edge"],
+        )
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(resized, dtype=np.uint8)
+    pixels_1CHW = image_processor(
+        images=image.convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="np"
+    )["pixel_values"]
+    return np.rint(np.transpose(pixels_1CHW[0], (1, 2, 0))).clip(0, 255).astype(np.uint8)
