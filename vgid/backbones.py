@@ -161,7 +161,7 @@ def locate(row: BackboneSpec, model_path: str | None) -> Path:
     )
     if missing:
         raise InputError(
-            f"{folder}: {missing[0]} is missing; --model-path must name a Hugging Face model folder."
+            f"{folder}: {missing[0]} is missing; --model-path must name a Hugging Face folder."
         )
     if not any(folder.glob("*.safetensors")):
         raise InputError(

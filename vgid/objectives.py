@@ -1,0 +1,75 @@
+"""Losses of unlearning as pure functions of logits and log-probabilities.
+
+VGID's forward KL is equations 3 and 4 of the paper; the baselines are its Appendix A.3.2.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def forward_kl_per_position(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """KL(teacher || student) at each position.
+
+    Args:
+        teacher_logits: any floating dtype, shape (..., V); no gradient flows into it.
+        student_logits: shape (..., V).
+
+    Returns:
+        fp32 (or fp64, if given) divergences of shape (...), in nats.
+    """
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    teacher_logp = F.log_softmax(teacher_logits.detach().to(dtype), dim=-1)
+    student_logp = F.log_softmax(student_logits.to(dtype), dim=-1)
+    return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(dim=-1)
+
+
+def forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+    """KL(pi_T || pi_theta) of equations 3 and 4, mean over positions; a scalar in nats."""
+    return forward_kl_per_position(teacher_logits, student_logits).mean()
+
+
+def vgid_loss(forget_kl: Tensor, retain_kl: Tensor, alpha: float, beta: float) -> Tensor:
+    """L_overall = alpha * L_forget + beta * L_retain, equation 5."""
+    return alpha * forget_kl + beta * retain_kl
+
+
+def gradient_ascent(logp: Tensor) -> Tensor:
+    """GA, equation 6: minus the cross-entropy, so the mean log-probability of forget answers.
+
+    Args:
+        logp: summed log-probabilities of the sequences, shape (B,).
+    """
+    return logp.mean()
+
+
+def npo(logp: Tensor, ref_logp: Tensor, beta: float) -> Tensor:
+    """NPO, equation 10, with the factor 2 / beta of its authors.
+
+    Args:
+        logp: summed log-probabilities of the forget answers under the student, shape (B,).
+        ref_logp: the same under the frozen base.
+        beta: inverse temperature, > 0.
+    """
+    return -(2 / beta) * F.logsigmoid(-beta * (logp - ref_logp.detach())).mean()
+
+
+def dpo(
+    chosen_logp: Tensor,
+    ref_chosen_logp: Tensor,
+    rejected_logp: Tensor,
+    ref_rejected_logp: Tensor,
+    beta: float,
+) -> Tensor:
+    """PO as the paper writes it, equation 9: DPO of a refusal over the original answer.
+
+    Args:
+        chosen_logp: summed log-probabilities of the refusals under the student, shape (B,).
+        ref_chosen_logp: the same under the frozen base.
+        rejected_logp: of the original answers under the student.
+        ref_rejected_logp: the same under the frozen base.
+        beta: inverse temperature, > 0.
+    """
+    chosen = chosen_logp - ref_chosen_logp.detach()
+    rejected = rejected_logp - ref_rejected_logp.detach()
+    return -F.logsigmoid(beta * (chosen - rejected)).mean()
