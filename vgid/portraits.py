@@ -1,0 +1,245 @@
+"""Drawn portraits of fictitious people: 64 by 64 pixels, told apart by twelve attributes.
+
+Small enough for the embedded backbone to learn on two cores, different enough for it to tell 150
+people apart, and varied enough in pose and light that a picture is never seen twice.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+Colour = tuple[int, int, int]
+
+PORTRAIT_SIZE = 64
+"""Pixels a side."""
+_CANVAS = 2 * PORTRAIT_SIZE
+"""Portraits are drawn at twice the size and averaged down, which smooths their edges."""
+
+SKIN: tuple[Colour, ...] = (
+    (252, 222, 198),
+    (238, 198, 162),
+    (212, 162, 118),
+    (172, 118, 78),
+    (122, 80, 54),
+    (82, 54, 38),
+)
+HAIR: tuple[Colour, ...] = (
+    (28, 24, 24),
+    (96, 58, 34),
+    (168, 108, 48),
+    (234, 200, 114),
+    (188, 64, 34),
+    (188, 188, 196),
+    (74, 62, 152),
+)
+IRIS: tuple[Colour, ...] = ((72, 46, 28), (48, 110, 188), (58, 138, 72), (130, 130, 138))
+CLOTHES: tuple[Colour, ...] = (
+    (198, 42, 52),
+    (42, 72, 168),
+    (42, 138, 82),
+    (238, 238, 238),
+    (42, 42, 46),
+    (228, 150, 34),
+    (132, 62, 150),
+    (122, 92, 62),
+)
+BACKGROUND: tuple[Colour, ...] = (
+    (234, 234, 222),
+    (122, 170, 218),
+    (142, 198, 142),
+    (228, 160, 122),
+    (198, 142, 198),
+    (92, 102, 122),
+    (238, 214, 112),
+    (122, 208, 208),
+)
+HEAD_SHAPES = ((30, 38), (36, 36), (27, 42))
+"""Half width and half height of the head, canvas pixels."""
+
+
+@dataclass(frozen=True)
+class Face:
+    """What stays the same over all portraits of one person.
+
+    Every attribute is an index below its entry of ``ATTRIBUTE_SIZES``.
+    """
+
+    skin: int
+    hair: int
+    style: int
+    eyes: int
+    glasses: int
+    beard: int
+    hat: int
+    clothes: int
+    collar: int
+    background: int
+    pattern: int
+    shape: int
+
+    def differences(self, other: "Face") -> int:
+        """Number of the twelve attributes in which two faces differ."""
+        return sum(getattr(self, name) != getattr(other, name) for name in ATTRIBUTE_SIZES)
+
+
+ATTRIBUTE_SIZES: dict[str, int] = {
+    "skin": len(SKIN),
+    "hair": len(HAIR),
+    "style": 6,
+    "eyes": len(IRIS),
+    "glasses": 3,
+    "beard": 3,
+    "hat": 3,
+    "clothes": len(CLOTHES),
+    "collar": 3,
+    "background": len(BACKGROUND),
+    "pattern": 4,
+    "shape": len(HEAD_SHAPES),
+}
+"""Number of values of each attribute of ``Face``, in its order."""
+
+assert list(ATTRIBUTE_SIZES) == [field.name for field in fields(Face)]
+
+
+def random_face(rng: np.random.Generator) -> Face:
+    """A face with every attribute drawn uniformly."""
+    return Face(**{name: int(rng.integers(size)) for name, size in ATTRIBUTE_SIZES.items()})
+
+
+class _Pen:
+    """Draws shapes relative to the middle of the head, in canvas pixels."""
+
+    def __init__(self, canvas: Image.Image, x: float, y: float) -> None:
+        self.draw = ImageDraw.Draw(canvas)
+        self.x, self.y = x, y
+
+    def box(self, x0: float, y0: float, x1: float, y1: float) -> tuple[float, ...]:
+        return (self.x + x0, self.y + y0, self.x + x1, self.y + y1)
+
+    def ellipse(self, x0: float, y0: float, x1: float, y1: float, fill: Colour) -> None:
+        self.draw.ellipse(self.box(x0, y0, x1, y1), fill=fill)
+
+    def rectangle(self, x0: float, y0: float, x1: float, y1: float, fill: Colour) -> None:
+        self.draw.rectangle(self.box(x0, y0, x1, y1), fill=fill)
+
+    def polygon(self, points: list[tuple[float, float]], fill: Colour) -> None:
+        self.draw.polygon([(self.x + x, self.y + y) for x, y in points], fill=fill)
+
+
+def draw_portrait(face: Face, rng: np.random.Generator, variation: float = 1.0) -> Image.Image:
+    """Draw one portrait of ``face``.
+
+    Args:
+        face: what the person looks like.
+        rng: source of the pose, the light and the grain of this one picture.
+        variation: scale of pose and light; 1.0 for a profile picture, 1.8 for the pictures of the
+            test set.
+
+    Returns:
+        RGB image of 64 by 64 pixels.
+    """
+
+    def jitter(extent: float) -> float:
+        return float(rng.uniform(-extent, extent)) * variation
+
+    background = BACKGROUND[face.background]
+    canvas = Image.new("RGB", (_CANVAS, _CANVAS), background)
+    _draw_pattern(canvas, face)
+    pen = _Pen(canvas, _CANVAS / 2 + jitter(5), _CANVAS * 0.47 + jitter(4))
+    scale = 1 + jitter(0.06)
+    half_width, half_height = (length * scale for length in HEAD_SHAPES[face.shape])
+    _draw_head(pen, face, half_width, half_height)
+    turn = jitter(4)
+    _draw_features(pen, face, half_width, half_height, turn)
+    _draw_hat(pen, face, half_width, half_height)
+    canvas = canvas.rotate(jitter(7), Image.Resampling.BILINEAR, fillcolor=background)
+    canvas = canvas.resize((PORTRAIT_SIZE, PORTRAIT_SIZE), Image.Resampling.BOX)
+
+    pixels_HWC = np.asarray(canvas, dtype=np.float64)
+    pixels_HWC = pixels_HWC * (1 + jitter(0.14))
+    pixels_HWC = pixels_HWC * [1 + jitter(0.05) for _ in range(3)]
+    pixels_HWC += rng.normal(0.0, 5.0, pixels_HWC.shape)
+    return Image.fromarray(_to_bytes(pixels_HWC))
+
+
+def _to_bytes(pixels_HWC: NDArray[np.float64]) -> NDArray[np.uint8]:
+    return np.rint(pixels_HWC.clip(0, 255)).astype(np.uint8)
+
+
+def _shade(colour: Colour, factor: float) -> Colour:
+    red, green, blue = (int(channel * factor) for channel in colour)
+    return red, green, blue
+
+
+def _draw_pattern(canvas: Image.Image, face: Face) -> None:
+    """Wall behind the person: plain, vertical or horizontal stripes, or dots."""
+    draw = ImageDraw.Draw(canvas)
+    dark = _shade(BACKGROUND[face.background], 0.72)
+    if face.pattern == 1:
+        for x in range(0, _CANVAS, 20):
+            draw.rectangle((x, 0, x + 8, _CANVAS), fill=dark)
+    elif face.pattern == 2:
+        for y in range(0, _CANVAS, 20):
+            draw.rectangle((0, y, _CANVAS, y + 8), fill=dark)
+    elif face.pattern == 3:
+        for x in range(4, _CANVAS, 24):
+            for y in range(4, _CANVAS, 24):
+                draw.ellipse((x, y, x + 10, y + 10), fill=dark)
+
+
+def _draw_head(pen: _Pen, face: Face, w: float, h: float) -> None:
+    """Hair behind the head, shoulders with their collar, the head, the hair line."""
+    skin, hair, clothes = SKIN[face.skin], HAIR[face.hair], CLOTHES[face.clothes]
+    match face.style:
+        case 2:
+            pen.ellipse(-w - 10, -h - 8, w + 10, h + 4, hair)
+        case 3:
+            pen.ellipse(-w - 10, -h - 8, w + 10, h + 26, hair)
+        case 4:
+            pen.ellipse(-w - 16, -h - 14, w + 16, h * 0.3, hair)
+        case 5:
+            pen.ellipse(-12, -h - 26, 12, -h + 2, hair)
+    pen.rectangle(-10, h - 8, 10, h + 14, _shade(skin, 0.8))
+    pen.ellipse(-w - 24, h + 6, w + 24, h + 80, clothes)
+    if face.collar == 1:
+        pen.polygon([(-16, h + 6), (16, h + 6), (0, h + 30)], skin)
+    elif face.collar == 2:
+        red, green, blue = clothes
+        pen.rectangle(-20, h + 4, 20, h + 16, (255 - red, 255 - green, 255 - blue))
+    pen.ellipse(-w, -h, w, h, skin)
+    if face.style != 0:
+        pen.draw.pieslice(pen.box(-w - 2, -h - 6, w + 2, h * 0.5), 180, 360, fill=hair)
+        pen.ellipse(-w * 0.8, -h * 0.55, w * 0.8, h * 0.4, skin)
+
+
+def _draw_features(pen: _Pen, face: Face, w: float, h: float, turn: float) -> None:
+    """Eyes, brows, glasses, nose, beard and mouth; ``turn`` shifts them sideways."""
+    skin, hair = SKIN[face.skin], HAIR[face.hair]
+    for side in (-1, 1):
+        x = side * w * 0.42 + turn
+        pen.ellipse(x - 7, -6, x + 7, 6, (255, 255, 255))
+        pen.ellipse(x - 4, -4, x + 4, 4, IRIS[face.eyes])
+        pen.rectangle(x - 8, -14, x + 8, -11, hair)
+        frame = pen.box(x - 12, -11, x + 12, 11)
+        if face.glasses == 1:
+            pen.draw.ellipse(frame, outline=(22, 22, 22), width=3)
+        elif face.glasses == 2:
+            pen.draw.rectangle(frame, outline=(190, 32, 32), width=3)
+    pen.polygon([(turn, 2), (turn - 5, 14), (turn + 5, 14)], _shade(skin, 0.8))
+    if face.beard == 1:
+        pen.draw.pieslice(pen.box(-w * 0.95, -h * 0.2, w * 0.95, h), 10, 170, fill=hair)
+    elif face.beard == 2:
+        pen.rectangle(turn - 12, 15, turn + 12, 19, hair)
+    pen.ellipse(turn - 10, 20, turn + 10, 26, (190, 72, 82))
+
+
+def _draw_hat(pen: _Pen, face: Face, w: float, h: float) -> None:
+    """No hat, a brimmed hat or a cap."""
+    if face.hat == 1:
+        felt = (52, 52, 62)
+        pen.rectangle(-w - 12, -h * 0.72, w + 12, -h * 0.55, felt)
+        pen.rectangle(-w * 0.8, -h - 18, w * 0.8, -h * 0.6, felt)
+    elif face.hat == 2:
+        pen.draw.pieslice(pen.box(-w - 3, -h - 14, w + 3, h * 0.4), 180, 360, fill=(208, 62, 120))
