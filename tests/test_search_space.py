@@ -1,0 +1,245 @@
+"""Search-space files: what they mean, and one sentence for each thing wrong with them."""
+
+import copy
+import warnings
+
+import optuna
+import pytest
+import yaml
+
+from vgid.config import TrialConfig
+from vgid.errors import InputError
+from vgid.search_space import FOLDER, SearchSpace, is_paper_default
+
+SHIPPED = sorted(FOLDER.glob("*.yaml"))
+
+BASE = {
+    "backbone": "tiny-llava",
+    "method": "vgid",
+    "parameters": {
+        "alpha": {"low": 0.3, "high": 3.0, "log": True},
+        "beta": {"low": 0.3, "high": 10.0, "log": True},
+        "noise_type": {"choices": ["random", "gaussian", "white"]},
+        "sigma": {"low": 0.2, "high": 1.0},
+        "prompt_style": {"choices": ["declarative", "polite", "strict"]},
+        "lora_rank": 8,
+    },
+}
+
+
+def write(tmp_path, **parameters):
+    """The base file with some parameters changed (None removes one)."""
+    content = copy.deepcopy(BASE)
+    for name, value in parameters.items():
+        if value is None:
+            del content["parameters"][name]
+        else:
+            content["parameters"][name] = value
+    return dump(tmp_path, content)
+
+
+def dump(tmp_path, content):
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def sampled(space, trials=60, seed=3):
+    """Points proposed by a seeded random Optuna study, with what Optuna recorded."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(
+        directions=["maximize", "maximize"], sampler=optuna.samplers.RandomSampler(seed=seed)
+    )
+    points = []
+    for _ in range(trials):
+        trial = study.ask()
+        points.append(space.suggest(trial))
+        study.tell(trial, [0.0, 0.0])
+    return points, study
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_spaces_load_and_start_with_the_papers_default(path):
+    space = SearchSpace.load(path, backbone=path.stem)
+    trials = [space.trial_config(point, seed=1) for point in space.first_points]
+    assert len(trials) == 4
+    assert [is_paper_default(trial) for trial in trials] == [True, False, False, False]
+    assert {trial.noise_type for trial in trials} == {"random", "gaussian", "white"}
+    assert space.default_point is not None
+
+
+def test_the_embedded_space_is_the_one_that_was_agreed():
+    space = SearchSpace.load(FOLDER / "tiny-llava.yaml")
+    assert list(space.searched) == [
+        "alpha",
+        "beta",
+        "noise_type",
+        "sigma",
+        "prompt_style",
+        "learning_rate",
+    ]
+    assert dict(space.fixed) == {"response_source": "teacher", "lora_rank": 8, "epochs": 6}
+
+
+def test_proposals_lie_in_the_space_and_sigma_comes_with_gaussian_noise_only(tmp_path):
+    space = SearchSpace.load(write(tmp_path, epochs={"low": 2, "high": 8, "step": 3}))
+    points, _ = sampled(space)
+    assert {point["noise_type"] for point in points} == {"random", "gaussian", "white"}
+    for point in points:
+        assert ("sigma" in point) == (point["noise_type"] == "gaussian")
+        assert 0.3 <= point["alpha"] <= 3.0
+        assert 0.3 <= point["beta"] <= 10.0
+        assert point["epochs"] in (2, 5, 8)
+        trial = space.trial_config(point, seed=5)
+        assert (trial.seed, trial.lora_rank) == (5, 8)
+        assert trial.sigma == point.get("sigma")
+
+
+def test_distributions_are_those_that_optuna_recorded(tmp_path):
+    space = SearchSpace.load(write(tmp_path, epochs={"low": 2, "high": 8}))
+    points, study = sampled(space)
+    for point, trial in zip(points, study.trials, strict=True):
+        assert space.distributions(point) == trial.distributions
+    assert "sigma" in space.distributions()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_first_points_are_proposed_unchanged_when_enqueued(path):
+    space = SearchSpace.load(path)
+    study = optuna.create_study(directions=["maximize", "maximize"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for point in space.first_points:
+            study.enqueue_trial({k: v for k, v in point.items() if k in space.searched})
+        assert [space.suggest(study.ask()) for _ in range(4)] == list(space.first_points)
+
+
+def test_a_fixed_sigma_is_used_for_gaussian_noise_only(tmp_path):
+    space = SearchSpace.load(write(tmp_path, sigma=0.5))
+    points, _ = sampled(space)
+    assert {(p["noise_type"], p.get("sigma")) for p in points} == {
+        ("random", None),
+        ("gaussian", 0.5),
+        ("white", None),
+    }
+
+
+def test_without_first_points_the_papers_default_comes_first(tmp_path):
+    space = SearchSpace.load(write(tmp_path, lora_rank={"low": 10, "high": 16, "step": 2}))
+    (point,) = space.first_points
+    assert is_paper_default(space.trial_config(point, seed=0))
+    assert point["lora_rank"] == 10  # the default, 8, moved into the range
+
+
+def test_a_space_without_the_papers_default_has_no_default_point(tmp_path):
+    space = SearchSpace.load(write(tmp_path, alpha=2.0))
+    assert space.default_point is None
+    assert space.first_points == ()
+
+
+def test_numbers_without_a_decimal_point_are_numbers(tmp_path):
+    # YAML 1.1 reads 1e-4 as text.
+    path = tmp_path / "space.yaml"
+    path.write_text(
+        "backbone: tiny-llava\nparameters:\n  learning_rate: {low: 1e-4, high: 1e-3, log: true}\n"
+    )
+    assert SearchSpace.load(path).searched["learning_rate"].low == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"noise_type": {"choices": ["random", "grey"]}}, ["noise_type", "'gaussian'", "'grey'"]),
+        ({"noise_type": "grey"}, ["noise_type", "'grey'"]),
+        ({"sigma": {"low": 0.0, "high": 1.0}}, ["sigma", "greater than 0"]),
+        ({"sigma": {"low": 0.2, "high": 9.0}}, ["sigma", "less than or equal to 2", "9"]),
+        ({"sigma": 2.5}, ["sigma", "2.5"]),
+        ({"sigma": None}, ["sigma", "add for example"]),
+        ({"alpha": -1.0}, ["alpha", "-1"]),
+        ({"alpha": {"low": -1.0, "high": 1.0}}, ["alpha", "-1"]),
+        ({"beta": {"low": -0.5, "high": 1.0}}, ["beta", "-0.5"]),
+        ({"alpha": {"low": 3.0, "high": 0.3}}, ["alpha", "empty", "swap"]),
+        ({"alpha": {"low": 0.0, "high": 1.0, "log": True}}, ["alpha", "above 0", "leave out"]),
+        ({"alpha": {"low": 0.5, "high": 2, "log": True, "step": 0.5}}, ["alpha", "exclude"]),
+        ({"alpha": {"low": 0.5, "high": 2, "step": 0.4}}, ["alpha", "do not reach"]),
+        ({"alpha": {"low": 0.5, "high": 2, "step": 0}}, ["alpha", "step", "greater than 0"]),
+        ({"alpha": {"low": 0.5}}, ["alpha", "high", "required"]),
+        ({"alpha": {"low": 0.5, "hgih": 2}}, ["alpha", "high"]),
+        ({"alpha": {"low": 0.5, "high": 2, "q": 2}}, ["alpha", "q", "unknown key"]),
+        ({"alpha": {"low": 0.5, "high": float("nan")}}, ["alpha", "finite"]),
+        ({"alpha": "high"}, ["alpha", "number"]),
+        ({"alpha": [1.0, 2.0]}, ["alpha", "number"]),
+        ({"alpha": {"choices": []}}, ["alpha", "choices"]),
+        ({"alpha": {"choices": [1.0, 1]}}, ["alpha", "twice"]),
+        ({"lora_rank": {"low": 4.5, "high": 8}}, ["lora_rank", "4.5"]),
+        ({"lora_rank": {"low": 4, "high": 8, "step": 0.5}}, ["lora_rank", "whole"]),
+        ({"lora_rank": 0}, ["lora_rank", "0"]),
+        ({"noise_type": {"low": 0, "high": 1}}, ["noise_type", "choices"]),
+        ({"released": {"low": 0, "high": 1}}, ["released", "choices"]),
+        ({"gamma": 1.0}, ["gamma", "unknown parameter", "alpha, batch_size"]),
+        ({"seed": 3}, ["seed", "does not belong here"]),
+        ({"method": "vgid"}, ["method", "top of the file"]),
+    ],
+)
+def test_bad_parameters_get_one_sentence(tmp_path, parameters, said):
+    path = write(tmp_path, **parameters)
+    with pytest.raises(InputError) as caught:
+        SearchSpace.load(path)
+    check_sentence(str(caught.value), [str(path), *said])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"backbone": "llava-9000"}, ["backbone", "llava-9000"]),
+        ({"method": "magic"}, ["method", "magic"]),
+        ({"parametres": {}}, ["parametres", "unknown key"]),
+        ({"parameters": [1]}, ["parameters", "dictionary"]),
+        ({"first_points": [{"alpha": 9.0}]}, ["first_points, number 1", "alpha", "outside"]),
+        ({"first_points": [{}, {"lora_rank": 4}]}, ["number 2", "lora_rank", "outside"]),
+        ({"first_points": [{"gamma": 4}]}, ["number 1", "gamma", "unknown parameter"]),
+        ({"first_points": [{"alpha": -4}]}, ["number 1", "alpha", "-4"]),
+        ({"first_points": [{"noise_type": "white", "sigma": 0.5}]}, ["number 1", "sigma"]),
+        ({"first_points": {"alpha": 1}}, ["first_points", "list"]),
+    ],
+)
+def test_bad_files_get_one_sentence(tmp_path, change, said):
+    path = dump(tmp_path, {**copy.deepcopy(BASE), **change})
+    with pytest.raises(InputError) as caught:
+        SearchSpace.load(path)
+    check_sentence(str(caught.value), [str(path), *said])
+
+
+@pytest.mark.parametrize("text", ["alpha: [1, 2", "- a\n- b", "", "12: 3", "a: &x !!python/foo 1"])
+def test_unreadable_yaml_gets_one_sentence(tmp_path, text):
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        SearchSpace.load(path)
+    check_sentence(str(caught.value), [str(path)])
+
+
+def test_missing_binary_and_foreign_files_get_one_sentence(tmp_path):
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00\x01")
+    for path in (tmp_path / "none.yaml", tmp_path, binary):
+        with pytest.raises(InputError) as caught:
+            SearchSpace.load(path)
+        check_sentence(str(caught.value), [str(path)])
+    with pytest.raises(InputError, match="meant for 'tiny-llava' and the study runs"):
+        SearchSpace.load(FOLDER / "tiny-llava.yaml", backbone="llava-1.5-7b")
+
+
+def test_an_invalid_point_is_refused(tmp_path):
+    space = SearchSpace.load(write(tmp_path))
+    with pytest.raises(InputError, match="alpha"):
+        space.trial_config({"alpha": -1.0}, seed=0)
+    assert isinstance(space.trial_config({"alpha": 1.0}, seed=0), TrialConfig)
+
+
+def check_sentence(message, parts):
+    for part in parts:
+        assert part in message
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert ". " not in message.replace("example '", "")

@@ -1,0 +1,394 @@
+"""The search space of a study: a YAML file, checked in full before anything starts.
+
+A parameter is any field of ``TrialConfig``, written as a range, as choices, or as one fixed value::
+
+    parameters:
+      alpha: {low: 0.3, high: 3.0, log: true}
+      noise_type: {choices: [random, gaussian, white]}
+      sigma: {low: 0.2, high: 1.0}
+      lora_rank: 8
+
+``sigma`` is asked for only where the noise type is Gaussian (define-by-run). Every bound, choice
+and value passes ``TrialConfig``'s own constraints, so that they are stated in one place.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import yaml
+from pydantic import Field
+
+from vgid.config import Config, Method, TrialConfig, parse
+from vgid.errors import InputError
+
+if TYPE_CHECKING:
+    import optuna
+
+FOLDER = Path(__file__).resolve().parent.parent / "search_spaces"
+"""Where the search spaces that come with the project lie, one ``<backbone>.yaml`` each."""
+
+PAPER_DEFAULT: dict[str, Any] = {
+    "alpha": 1.0,
+    "beta": 1.0,
+    "noise_type": "random",
+    "prompt_style": "strict",
+}
+"""The paper's default setting (section 4.1): the point that a study tries first."""
+
+_SET_ELSEWHERE = {
+    "method": "it stands at the top of the file, beside backbone",
+    "seed": "the study derives it from its own seed",
+}
+
+
+def is_paper_default(trial: TrialConfig) -> bool:
+    """Whether a trial runs the paper's default setting, whatever its optimiser settings are."""
+    return all(getattr(trial, name) == value for name, value in PAPER_DEFAULT.items())
+
+
+class Range(Config):
+    """Numbers from ``low`` to ``high``, both included; integers for an integer field.
+
+    Attributes:
+        low: smallest value.
+        high: largest value.
+        log: whether proposals are even in the logarithm.
+        step: distance between neighbouring values, None for any value (1 for integers).
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = Field(None, gt=0)
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return False
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        return abs(steps - round(steps)) < 1e-6
+
+    def nearest(self, value: Any) -> float:
+        """The value of the range that is closest to ``value``."""
+        clamped = min(max(value, self.low), self.high)
+        if self.step is None:
+            return clamped
+        steps = round((clamped - self.low) / self.step)
+        last = int((self.high - self.low) / self.step + 1e-6)
+        return self.low + min(steps, last) * self.step
+
+    def __str__(self) -> str:
+        steps = "" if self.step is None else f" in steps of {self.step:g}"
+        return f"{self.low:g} to {self.high:g}{steps}"
+
+
+class Choices(Config):
+    """One value out of a few."""
+
+    choices: tuple[Any, ...] = Field(min_length=1)
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.choices
+
+    def nearest(self, value: Any) -> Any:
+        """``value`` if it is a choice, otherwise the first choice."""
+        return value if value in self.choices else self.choices[0]
+
+    def __str__(self) -> str:
+        return ", ".join(str(choice) for choice in self.choices)
+
+
+class _File(Config):
+    """The top level of a search-space file."""
+
+    backbone: str
+    method: Method = "vgid"
+    parameters: dict[str, Any]
+    first_points: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What a study searches, what it holds fixed, and where it starts.
+
+    Attributes:
+        source: the file, for messages.
+        backbone: name of the backbone that the ranges are meant for.
+        method: unlearning method.
+        searched: the open parameters, in the order in which they are asked for.
+        fixed: fields of ``TrialConfig`` that the file fixes.
+        first_points: complete points (searched and fixed fields) to try first, in this order.
+    """
+
+    source: str
+    backbone: str
+    method: Method
+    searched: Mapping[str, Range | Choices]
+    fixed: Mapping[str, Any]
+    first_points: tuple[dict[str, Any], ...] = ()
+
+    @classmethod
+    def load(cls, path: Path, backbone: str | None = None) -> Self:
+        """Read and check a search-space file.
+
+        Args:
+            path: the YAML file.
+            backbone: the backbone that the study runs, if the file must be meant for it.
+
+        Raises:
+            InputError: one sentence that names the file, the field and the remedy.
+        """
+        source = str(path)
+        raw = _read(path)
+        content = parse(_File, raw, source)
+        _check_backbone(content.backbone, backbone, source)
+
+        searched: dict[str, Range | Choices] = {}
+        fixed: dict[str, Any] = {}
+        _check_names(content.parameters, f"{source}: parameters")
+        # TrialConfig's order: fixed across files, and noise_type comes before its sigma.
+        for name in TrialConfig.model_fields:
+            if name not in content.parameters:
+                continue
+            value = content.parameters[name]
+            if isinstance(value, Mapping):
+                searched[name] = _domain(name, value, source)
+            elif value is not None:
+                fixed[name] = _valid(name, value, f"{source}: parameters")
+        space = cls(source, content.backbone, content.method, searched, fixed)
+        space._check_sigma()
+        return space._with_first_points(content.first_points)
+
+    @property
+    def default_point(self) -> dict[str, Any] | None:
+        """The paper's default setting as a complete point, None if it lies outside the space."""
+        if all(value in self._domain_of(name) for name, value in PAPER_DEFAULT.items()):
+            return self._complete(PAPER_DEFAULT)
+        return None
+
+    def suggest(self, trial: "optuna.trial.Trial") -> dict[str, Any]:
+        """Ask Optuna for a point, sigma only where the noise is Gaussian.
+
+        Returns:
+            Fields of ``TrialConfig``, searched and fixed.
+        """
+        point: dict[str, Any] = {}
+        for name, domain in self.searched.items():
+            if name == "sigma" and not self._is_gaussian(point):
+                continue
+            if isinstance(domain, Choices):
+                point[name] = trial.suggest_categorical(name, list(domain.choices))
+            elif _is_integer(name):
+                point[name] = trial.suggest_int(
+                    name,
+                    int(domain.low),
+                    int(domain.high),
+                    step=int(domain.step or 1),
+                    log=domain.log,
+                )
+            else:
+                point[name] = trial.suggest_float(
+                    name, domain.low, domain.high, step=domain.step, log=domain.log
+                )
+        return self._with_fixed(point)
+
+    def distributions(
+        self, point: Mapping[str, Any] | None = None
+    ) -> dict[str, "optuna.distributions.BaseDistribution"]:
+        """The same space as Optuna distributions, for adding trials that are already done.
+
+        Args:
+            point: with a point, only the parameters that it was asked for.
+        """
+        from optuna.distributions import (
+            BaseDistribution,
+            CategoricalDistribution,
+            FloatDistribution,
+            IntDistribution,
+        )
+
+        found: dict[str, BaseDistribution] = {}
+        for name, domain in self.searched.items():
+            if point is not None and name == "sigma" and not self._is_gaussian(point):
+                continue
+            if isinstance(domain, Choices):
+                found[name] = CategoricalDistribution(list(domain.choices))
+            elif _is_integer(name):
+                found[name] = IntDistribution(
+                    int(domain.low), int(domain.high), log=domain.log, step=int(domain.step or 1)
+                )
+            else:
+                found[name] = FloatDistribution(
+                    domain.low, domain.high, log=domain.log, step=domain.step
+                )
+        return found
+
+    def trial_config(self, params: Mapping[str, Any], seed: int) -> TrialConfig:
+        """The trial of a point; fixed fields may be left out.
+
+        Raises:
+            InputError: the point is not a valid trial.
+        """
+        values = {**self._with_fixed(params), "method": self.method, "seed": seed}
+        return parse(TrialConfig, values, self.source)
+
+    def _is_gaussian(self, point: Mapping[str, Any]) -> bool:
+        default = TrialConfig.model_fields["noise_type"].default
+        return point.get("noise_type", self.fixed.get("noise_type", default)) == "gaussian"
+
+    def _with_fixed(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        values = {**self.fixed, **point}
+        if not self._is_gaussian(point):
+            values.pop("sigma", None)
+        return values
+
+    def _complete(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """Fill a point in: what it leaves out is the default, moved into the range if need be."""
+        filled = dict(point)
+        for name, domain in self.searched.items():
+            if name in filled or (name == "sigma" and not self._is_gaussian(filled)):
+                continue
+            default = TrialConfig.model_fields[name].default
+            value = domain.nearest(1.0 if default is None else default)
+            filled[name] = int(value) if _is_integer(name) else value
+        return self._with_fixed(filled)
+
+    def _check_sigma(self) -> None:
+        noise = self.searched.get("noise_type")
+        gaussian = "gaussian" in noise if noise is not None else self._is_gaussian({})
+        if gaussian and "sigma" not in self.searched and "sigma" not in self.fixed:
+            raise InputError(
+                f"{self.source}: parameters.sigma: noise type 'gaussian' needs a sigma; "
+                "add for example 'sigma: {low: 0.2, high: 1.0}'."
+            )
+
+    def _with_first_points(self, points: list[dict[str, Any]] | None) -> Self:
+        if points is None:
+            points = [] if self.default_point is None else [PAPER_DEFAULT]
+        complete = []
+        for number, point in enumerate(points, start=1):
+            where = f"{self.source}: first_points, number {number}"
+            _check_names(point, where)
+            valid = {
+                name: _valid(name, value, where)
+                for name, value in point.items()
+                if not (name == "sigma" and value is None)
+            }
+            for name, value in valid.items():
+                domain = self._domain_of(name)
+                if value not in domain:
+                    raise InputError(
+                        f"{where}: {name}: {value} lies outside the search space ({domain}); "
+                        "change the point or the parameter."
+                    )
+            filled = self._complete(valid)
+            parse(TrialConfig, {**filled, **valid}, where)
+            complete.append(filled)
+        return replace(self, first_points=tuple(complete))
+
+    def _domain_of(self, name: str) -> Range | Choices:
+        """What a field may be; a field that is not searched has one choice."""
+        fixed = self.fixed.get(name, TrialConfig.model_fields[name].default)
+        return self.searched.get(name, Choices(choices=(fixed,)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: there is no such search space; name an existing file with --search-space."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise InputError(f"{path}: cannot be read ({reason}); check the file.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark is not None else ""
+        raise InputError(
+            f"{path}: is not valid YAML{line}; correct it or start from a file in search_spaces."
+        ) from None
+    if not isinstance(raw, dict) or not all(isinstance(key, str) for key in raw):
+        raise InputError(
+            f"{path}: must be a mapping with the keys {', '.join(_File.model_fields)}."
+        )
+    return raw
+
+
+def _check_backbone(name: str, wanted: str | None, source: str) -> None:
+    from vgid import backbones
+
+    try:
+        backbones.spec(name)
+    except InputError as error:
+        raise InputError(f"{source}: backbone: {error}") from None
+    if wanted is not None and wanted != name:
+        raise InputError(
+            f"{source}: backbone: the file is meant for '{name}' and the study runs '{wanted}'; "
+            "name the backbone's own file with --search-space."
+        )
+
+
+def _check_names(names: Mapping[str, Any], where: str) -> None:
+    for name in names:
+        if name in _SET_ELSEWHERE:
+            raise InputError(f"{where}: {name}: does not belong here; {_SET_ELSEWHERE[name]}.")
+        if name not in TrialConfig.model_fields:
+            known = sorted(TrialConfig.model_fields.keys() - _SET_ELSEWHERE.keys())
+            raise InputError(
+                f"{where}: {name}: unknown parameter; known ones are {', '.join(known)}."
+            )
+
+
+def _domain(name: str, raw: Mapping[str, Any], source: str) -> Range | Choices:
+    """Parse ``{low, high, ...}`` or ``{choices}`` and hold every bound against TrialConfig."""
+    where = f"{source}: parameters.{name}"
+    if "choices" in raw:
+        listed = parse(Choices, raw, where).choices
+        valid = tuple(_valid(name, choice, f"{source}: parameters") for choice in listed)
+        if len(set(valid)) < len(valid):
+            raise InputError(f"{where}: choices: a choice is listed twice; leave one of them out.")
+        return Choices(choices=valid)
+    if TrialConfig.model_fields[name].annotation not in (int, float, float | None):
+        raise InputError(f"{where}: has no order, so write 'choices: [...]' in place of a range.")
+    domain = parse(Range, raw, where)
+    if domain.low > domain.high:
+        raise InputError(
+            f"{where}: the range is empty, low {domain.low:g} is above high {domain.high:g}; "
+            "swap them."
+        )
+    if domain.log and domain.low <= 0:
+        raise InputError(
+            f"{where}: a logarithmic range needs low above 0, got {domain.low:g}; "
+            "raise it or leave out 'log'."
+        )
+    if domain.log and domain.step is not None:
+        raise InputError(f"{where}: 'log' and 'step' exclude each other; leave one out.")
+    if domain.step is not None and domain.high not in domain:
+        raise InputError(
+            f"{where}: steps of {domain.step:g} from {domain.low:g} do not reach "
+            f"{domain.high:g}; change step or high."
+        )
+    if _is_integer(name) and not float(domain.step or 1).is_integer():
+        raise InputError(f"{where}: step: must be a whole number, got {domain.step:g}.")
+    for bound in (domain.low, domain.high):
+        _valid(name, bound, f"{source}: parameters")
+    return domain
+
+
+def _is_integer(name: str) -> bool:
+    return TrialConfig.model_fields[name].annotation is int
+
+
+def _valid(name: str, value: Any, where: str) -> Any:
+    """The value of one field as ``TrialConfig`` understands it."""
+    # A Gaussian trial needs a sigma and only a Gaussian trial has one: give each its partner.
+    partner: dict[str, Any] = {}
+    if name == "sigma":
+        partner = {"noise_type": "gaussian"}
+    elif (name, value) == ("noise_type", "gaussian"):
+        partner = {"sigma": 1.0}
+    return getattr(parse(TrialConfig, {**partner, name: value}, where), name)
