@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vgid.errors import InputError
 from vgid.interventions import MAX_SIGMA, NoiseType
-from vgid.prompts import PromptStyle
+from vgid.prompts import PromptStyle, Task
 
 ResponseSource = Literal["teacher", "reference", "mixed"]
 Method = Literal["vgid"]
@@ -75,6 +75,9 @@ class TrialConfig(Config):
         "teacher",
         description="which tokens y the forget KL is summed over: the teacher's own answer, the "
         "reference answer, or each in turn",
+    )
+    train_tasks: tuple[Task, ...] = Field(
+        ("generation", "cloze"), min_length=1, description="task forms in the training batches"
     )
     lora_rank: int = Field(8, ge=1, le=1024)
     lora_dropout: float = Field(0.0, ge=0, lt=1)

@@ -1,0 +1,68 @@
+"""The student: LoRA on the frozen base's language model, attached and taken off again.
+
+Teacher, reference and student are one set of weights: with the adapter off, the model is the
+frozen base, bit for bit.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vgid.backbones import Backbone
+from vgid.config import TrialConfig
+
+
+@contextmanager
+def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
+    """Attach a fresh LoRA adapter (peft) to the backbone; yields the ``PeftModel``.
+
+    The adapter's initialisation depends on ``trial.seed`` only. On leaving, the base is as it was,
+    so the next trial in the same process starts as in a fresh one.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(trial.seed)
+    config = LoraConfig(
+        r=trial.lora_rank,
+        lora_alpha=2 * trial.lora_rank,
+        lora_dropout=trial.lora_dropout,
+        target_modules=backbone.spec.lora_targets,
+        task_type="CAUSAL_LM",
+    )
+    student = get_peft_model(backbone.model, config)
+    try:
+        if trial.gradient_checkpointing:
+            # Without gradients on the inputs, checkpointed blocks leave LoRA untrained.
+            backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone.model.enable_input_require_grads()
+        yield student
+    finally:
+        if trial.gradient_checkpointing:
+            backbone.model.gradient_checkpointing_disable()
+            backbone.model.disable_input_require_grads()
+        _detach(backbone, student)
+
+
+@contextmanager
+def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
+    """Attach a saved adapter for evaluation; yields the ``PeftModel``, takes it off on leaving."""
+    from peft import PeftModel
+
+    student = PeftModel.from_pretrained(backbone.model, adapter)
+    try:
+        yield student.eval()
+    finally:
+        _detach(backbone, student)
+
+
+def _detach(backbone: Backbone, student: Any) -> None:
+    base = student.unload()
+    assert base is backbone.model
+    for leftover in ("peft_config", "_hf_peft_config_loaded"):
+        if hasattr(base, leftover):
+            delattr(base, leftover)
+    base.requires_grad_(False)
+    base.eval()

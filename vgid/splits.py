@@ -1,0 +1,130 @@
+"""Who is forgotten, who is trained on, and who is scored.
+
+The forget people come from the benchmark's ``forget_*`` config. Of the retain people, a seeded
+``retain_people`` are scored, half of them also seen by training; the training pool is everyone
+else. So retain scores tell what distillation kept (seen) from what merely survived it (unseen).
+"""
+
+from dataclasses import dataclass
+
+from vgid.benchmark import Benchmark, Person, decode_image, split_questions
+from vgid.config import RequestConfig, TrialConfig
+from vgid.encoding import Query
+from vgid.errors import InputError
+from vgid.interventions import sample_generator
+from vgid.prompts import generation_text, option_likelihood_text, question_text
+
+
+@dataclass(frozen=True)
+class People:
+    """The people of one forget request.
+
+    Attributes:
+        forget: to be forgotten, with the questions of their ``forget_*`` config.
+        test: the same people with transformed portraits and paraphrased questions.
+        retain_seen: scored retain people that training sees.
+        retain_unseen: scored retain people that training never sees.
+        retain_pool: people of the retain loss, ``retain_seen`` included.
+        few_shot: candidates for few-shot turns: the retain pool's people that are not scored.
+    """
+
+    forget: tuple[Person, ...]
+    test: tuple[Person, ...]
+    retain_seen: tuple[Person, ...]
+    retain_unseen: tuple[Person, ...]
+    retain_pool: tuple[Person, ...]
+    few_shot: tuple[Person, ...]
+
+    @property
+    def retain(self) -> tuple[Person, ...]:
+        """All scored retain people."""
+        return self.retain_seen + self.retain_unseen
+
+
+def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
+    """Choose the people of a request; depends on the data and ``request.seed`` only.
+
+    Raises:
+        InputError: fewer retain people than the request asks for.
+    """
+    forget = benchmark.forget(request.forget_ratio)
+    forget_ids = {person.id for person in forget}
+    retain = list(benchmark.retain(request.forget_ratio))
+    if len(retain) < request.retain_people + 4:
+        raise InputError(
+            f"{request.data}: {len(retain)} retain people are too few to score "
+            f"{request.retain_people} and train on others; lower retain_people."
+        )
+    order = sample_generator(request.seed, "retain people").permutation(len(retain))
+    shuffled = [retain[i] for i in order]
+    half = request.retain_people // 2
+    seen, unseen = shuffled[:half], shuffled[half : request.retain_people]
+    others = shuffled[request.retain_people :]
+    return People(
+        forget=forget,
+        test=tuple(person for person in benchmark.test() if person.id in forget_ids),
+        retain_seen=tuple(seen),
+        retain_unseen=tuple(unseen),
+        retain_pool=tuple(seen + others),
+        few_shot=tuple(others),
+    )
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """One question of a training person, with the answer that the data gives."""
+
+    query: Query
+    answer: str
+
+
+def training_samples(
+    benchmark: Benchmark,
+    people: tuple[Person, ...],
+    trial: TrialConfig,
+    likelihood_options: bool,
+    seed: int,
+) -> list[TrainingSample]:
+    """The training questions of ``people``, image form, in the prompt formats of the benchmark.
+
+    Generation questions are the fine-tuning metadata of ``ft_Data``. Cloze and classification
+    questions, which that metadata lacks, are the search part of the people's own; the held-out
+    part, which the front is reported on, is never trained on.
+
+    Args:
+        benchmark: the data.
+        people: whose questions.
+        trial: ``train_tasks`` chooses the tasks.
+        likelihood_options: classification asks for the option's text instead of its letter.
+        seed: of the split into search and held-out questions.
+
+    Raises:
+        InputError: a person has no fine-tuning metadata.
+    """
+    pairs = benchmark.training_pairs() if "generation" in trial.train_tasks else {}
+    samples = []
+    for person in people:
+        image = decode_image(person.images[0])
+        if "generation" in trial.train_tasks:
+            if person.id not in pairs:
+                raise InputError(
+                    f"{benchmark.root}: ft_Data has no metadata of person {person.id}; "
+                    "add the row, or take the person out of the forget and retain configs."
+                )
+            for pair in pairs[person.id]:
+                text = generation_text(pair.question, "image")
+                samples.append(TrainingSample(Query(pair.id, text, image), pair.answer))
+        for question in split_questions(person, "search", seed):
+            if question.form != "image" or question.task == "generation":
+                continue
+            if question.task not in trial.train_tasks:
+                continue
+            text, answer = (
+                question_text(question.task, question.form, question.text, question.options),
+                question.answer,
+            )
+            if question.task == "classification" and likelihood_options:
+                assert question.options is not None
+                text, answer = option_likelihood_text(question.text), question.options[answer]
+            samples.append(TrainingSample(Query(question.id, text, image), answer))
+    return samples
