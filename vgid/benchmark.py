@@ -1,0 +1,276 @@
+"""Reading a benchmark: people, questions, training pairs and images, and how questions are split.
+
+A study reads parquet in the MLLMU-Bench layout (``vgid.layout``) and never knows whether the real
+or the synthetic benchmark wrote it.
+"""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self, TypeVar
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from vgid.errors import InputError
+from vgid.layout import (
+    CONFIGS,
+    FORGET_RATIOS,
+    IMAGE_COLUMNS,
+    QUESTION_COLUMNS,
+    Defect,
+    Row,
+    read_rows,
+    shard_paths,
+)
+from vgid.profiles import (
+    Person,
+    Question,
+    TrainingPair,
+    parse_id,
+    parse_person,
+    parse_training_pairs,
+)
+from vgid.results import QuestionPart
+
+__all__ = [
+    "Benchmark",
+    "Person",
+    "Question",
+    "TrainingPair",
+    "decode_image",
+    "split_questions",
+]
+
+MAX_IMAGE_PIXELS = 50_000_000
+"""Larger images are refused by their header, before memory is spent on decoding them."""
+
+MAX_IMAGE_BYTES = 32 * 2**20
+"""Larger encoded images are not even opened."""
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+"""What an image may be encoded as; Pillow's rarer parsers are left out as needless risk."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark folder, read config by config when asked.
+
+    Every reading method raises InputError at the first defect of what it reads, and only of that:
+    a torn config stops nobody who does not need it.
+
+    Attributes:
+        root: the folder that holds one folder a config.
+    """
+
+    root: Path
+
+    @classmethod
+    def open(cls, root: Path) -> Self:
+        """Open a benchmark folder without reading any of its rows.
+
+        Raises:
+            InputError: the folder is missing or holds no config of the layout.
+        """
+        if not root.is_dir():
+            raise InputError(
+                f"{root}: no such benchmark folder; make one with `vgid data make {root}`."
+            )
+        if not any(shard_paths(root, config) for config in CONFIGS):
+            raise InputError(
+                f"{root}: no MLLMU-Bench config (a folder such as forget_5 with "
+                "train-00000-of-00001.parquet) in this folder; name the folder that holds them."
+            )
+        return cls(root)
+
+    def forget(self, ratio: int, only: Collection[str] | None = None) -> tuple[Person, ...]:
+        """The people to forget.
+
+        Args:
+            ratio: per cent of the people: 5, 10 or 15.
+            only: read just these person IDs, which saves memory; None reads all.
+        """
+        return self._people(f"forget_{_checked_ratio(ratio)}", only)
+
+    def retain(self, ratio: int, only: Collection[str] | None = None) -> tuple[Person, ...]:
+        """The people to retain when ``ratio`` per cent are forgotten (``retain_95`` for 5)."""
+        return self._people(f"retain_{100 - _checked_ratio(ratio)}", only)
+
+    def test(self, only: Collection[str] | None = None) -> tuple[Person, ...]:
+        """Everyone again with transformed portraits and paraphrased questions."""
+        return self._people("Test_Set", only)
+
+    def full(self, only: Collection[str] | None = None) -> tuple[Person, ...]:
+        """All fictitious people."""
+        return self._people("Full_Set", only)
+
+    def celebrities(self, only: Collection[str] | None = None) -> tuple[Person, ...]:
+        """Real people (``Retain_Set``), for general utility."""
+        return self._people("Retain_Set", only)
+
+    def person_ids(self, config: str) -> tuple[str, ...]:
+        """The person IDs of a config in file order, read without images or questions."""
+        return tuple(self._read(config, ("ID",), parse_id, None).values())
+
+    def training_pairs(self) -> dict[str, tuple[TrainingPair, ...]]:
+        """Fine-tuning questions and answers of everyone by person ID, from ``ft_Data``."""
+        return self._read("ft_Data", ("ID", "metadata"), parse_training_pairs, None)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest over names and bytes of every shard of every config."""
+        digest = hashlib.sha256()
+        for config in sorted(CONFIGS):
+            for path in shard_paths(self.root, config):
+                with path.open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").hexdigest()
+                digest.update(f"{config}/{path.name}\0{content}\n".encode())
+        return digest.hexdigest()
+
+    def _people(self, config: str, only: Collection[str] | None) -> tuple[Person, ...]:
+        columns = ("ID", *IMAGE_COLUMNS, *QUESTION_COLUMNS)
+        return tuple(self._read(config, columns, parse_person, only).values())
+
+    def _read(
+        self,
+        config: str,
+        columns: tuple[str, ...],
+        parse: Callable[[str, Row], tuple[T, list[Defect]]],
+        only: Collection[str] | None,
+    ) -> dict[str, T]:
+        """Parsed rows by person ID, in file order."""
+        parsed: dict[str, T] = {}
+        for row in self._sound_rows(config, columns):
+            person_id, defects = parse_id(config, row)
+            if not defects and only is not None and person_id not in only:
+                continue
+            if person_id in parsed:
+                defects = [*defects, Defect(config, row.index, "ID", "the ID is a duplicate")]
+            item, item_defects = parse(config, row)
+            for defect in defects or item_defects:
+                raise self._error(defect)
+            parsed[person_id] = item
+        return parsed
+
+    def _sound_rows(self, config: str, columns: tuple[str, ...]) -> Iterator[Row]:
+        for row_or_defect in read_rows(self.root, config, columns):
+            if isinstance(row_or_defect, Defect):
+                raise self._error(row_or_defect)
+            yield row_or_defect
+
+    def _error(self, defect: Defect) -> InputError:
+        row = "" if defect.row is None else f"row {defect.row}, "
+        return InputError(
+            f"{self.root / defect.config}: {row}{defect.field}: {defect.problem}; "
+            f"`vgid data check {self.root}` lists every defect to repair."
+        )
+
+
+def _checked_ratio(ratio: int) -> int:
+    if ratio not in FORGET_RATIOS:
+        known = ", ".join(map(str, FORGET_RATIOS))
+        raise InputError(f"forget ratio {ratio}: unknown; choose one of {known} per cent.")
+    return ratio
+
+
+def split_questions(person: Person, part: QuestionPart, seed: int) -> tuple[Question, ...]:
+    """One part of a person's questions: selection and evaluation must not share any.
+
+    Within each task and form the questions are shuffled by a seeded hash and dealt to the two
+    parts in turn. The hash covers what a question says, not where it stands, so the same question
+    falls into the same part whatever the order of the file and whichever config it is read from.
+
+    Args:
+        person: whose questions.
+        part: ``search`` or ``held_out``; together they are all questions, each once.
+        seed: of the split.
+
+    Returns:
+        The part's questions in the person's order; per task and form the two parts differ by at
+        most one question.
+    """
+    groups: dict[str, list[Question]] = {}
+    for question in person.questions:
+        groups.setdefault(f"{question.task}/{question.form}", []).append(question)
+    chosen = set()
+    for name, questions in groups.items():
+        group = f"{seed}/{person.id}/{name}"
+        keyed = sorted((_hash(f"{group}/{q.text}/{q.answer}"), q.id) for q in questions)
+        parts: tuple[QuestionPart, QuestionPart] = ("search", "held_out")
+        start = int(_hash(group), 16) % 2
+        chosen |= {
+            question_id
+            for place, (_, question_id) in enumerate(keyed)
+            if parts[(start + place) % 2] == part
+        }
+    return tuple(question for question in person.questions if question.id in chosen)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def decode_image(data: bytes, source: str = "image") -> Image.Image:
+    """Decode a stored image of any Pillow mode to 8-bit RGB, its first frame if it has several.
+
+    Transparency is dropped and orientation tags are ignored, as the benchmark's own code does.
+
+    Args:
+        data: the encoded file.
+        source: what to call it in the error message.
+
+    Raises:
+        InputError: it is too large (told by its header, before decoding) or not readable.
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise InputError(
+            f"{source}: {len(data):,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}; "
+            "store a smaller image."
+        )
+    try:
+        with warnings.catch_warnings():
+            # Between Pillow's own limits it only warns; the limit here is the lower one.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except Image.DecompressionBombError:
+        raise InputError(_too_many_pixels(source)) from None
+    except Exception as error:
+        raise InputError(_unreadable(source, error)) from None
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise InputError(_too_many_pixels(source))
+    try:
+        return _to_rgb(image)
+    except Exception as error:  # a torn file makes Pillow's parsers raise nearly anything
+        raise InputError(_unreadable(source, error)) from None
+
+
+def _too_many_pixels(source: str) -> str:
+    return f"{source}: more than {MAX_IMAGE_PIXELS:,} pixels; store a smaller image."
+
+
+def _unreadable(source: str, error: Exception) -> str:
+    formats = ", ".join(IMAGE_FORMATS)
+    return f"{source}: not a readable image ({type(error).__name__}); store one of {formats}."
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None  # only an in-place conversion returns None
+        return converted
+    if image.mode.startswith("I"):
+        # Pillow clips wide integers at 255, which turns a 16-bit portrait white.
+        wide = np.asarray(image).astype(np.int64)
+        if image.mode.startswith("I;16") or wide.max() > 255:
+            wide >>= 8
+        return Image.fromarray(wide.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow's own advice; straight to RGB it warns
+    return image.convert("RGB")
