@@ -1,0 +1,254 @@
+"""The tables of a study: ``trials.csv``, ``front.csv`` and ``study.json``.
+
+Each file is written beside its place and moved there, so that a reader never sees half of one.
+Numbers are written with ``repr``: ``float`` (or ``pandas.read_csv(..., float_precision=
+"round_trip")``) reads the same bits back. Nothing here is a name, a question or an answer.
+"""
+
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vgid.config import TrialConfig
+from vgid.errors import InputError
+from vgid.results import Score, TrialResult
+
+OBJECTIVES = ("forget_rougeL_reduction", "retain_rougeL")
+"""What a study maximises: the two axes of the paper's figure 4."""
+
+HYPERPARAMETERS = ("alpha", "beta", "noise_type", "sigma", "prompt_style", "learning_rate")
+MAIN_METRICS = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_rougeL_reduction")
+TRIAL_FIELDS = HYPERPARAMETERS + tuple(
+    name for name in TrialConfig.model_fields if name not in HYPERPARAMETERS
+)
+
+
+NOISE_LABELS = {"random": "random noise", "gaussian": "Gaussian noise", "white": "white image"}
+
+
+def describe(config: TrialConfig) -> str:
+    """One readable line for a trial, the same in tables, figures and on the tracking server."""
+    noise = NOISE_LABELS[config.noise_type]
+    if config.sigma is not None:
+        noise = f"{noise} σ{config.sigma:.2g}"
+    weights = f"α{config.alpha:.2g} β{config.beta:.2g}"
+    return f"{noise} · {config.prompt_style} · {weights} · lr {config.learning_rate:.1e}"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One ended trial as the tables, the figures and the tracking server show it.
+
+    Attributes:
+        config: what was run.
+        result: what came of it.
+        on_front: whether no other trial of the study dominates it.
+        held_out: scores on the held-out questions, for trials that were scored again.
+    """
+
+    config: TrialConfig
+    result: TrialResult
+    on_front: bool = False
+    held_out: Mapping[str, Score] | None = None
+
+    @property
+    def point(self) -> tuple[float, float] | None:
+        """The two objectives, None where the trial has none."""
+        metrics = self.result.metrics
+        if self.result.status != "completed" or not all(name in metrics for name in OBJECTIVES):
+            return None
+        return metrics[OBJECTIVES[0]], metrics[OBJECTIVES[1]]
+
+
+def held_out_scores(
+    record: TrialRecord, base: Mapping[str, Score] | None
+) -> dict[str, Score] | None:
+    """A record's held-out scores, with the forget ROUGE-L reduction beside them.
+
+    The reduction is the base's score minus the trial's, the base's score taken as given, so its
+    interval is the trial's, mirrored.
+
+    Args:
+        record: a trial.
+        base: the base model's scores on the same held-out questions.
+
+    Returns:
+        Scores by name, the main ones first; None if the trial was not scored again.
+    """
+    if record.held_out is None:
+        return None
+    scores = dict(record.held_out)
+    forget = scores.get("forget_rougeL")
+    if base is not None and forget is not None and "forget_rougeL" in base:
+        start = base["forget_rougeL"].value
+        scores.setdefault(
+            "forget_rougeL_reduction",
+            Score(
+                value=start - forget.value,
+                n=forget.n,
+                low=start - forget.high,
+                high=start - forget.low,
+            ),
+        )
+    return {name: scores[name] for name in _main_first(scores)}
+
+
+def write_trials(
+    path: Path, records: Iterable[TrialRecord], further_metrics: Sequence[str] = ()
+) -> None:
+    """Write ``trials.csv``: one row a trial, ordered by its id.
+
+    Args:
+        path: the file.
+        records: the trials.
+        further_metrics: metrics that get a column even if no trial has them yet.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    rows = _ordered(records)
+    metrics = _metric_columns(rows, further_metrics)
+    _write_csv(path, _columns(metrics), [_row(record, metrics, path.parent) for record in rows])
+
+
+def write_front(
+    path: Path,
+    records: Iterable[TrialRecord],
+    base_held_out: Mapping[str, Score] | None = None,
+) -> None:
+    """Write ``front.csv``: the front's rows of ``trials.csv`` and their held-out scores.
+
+    Each held-out score takes four columns: ``heldout_<name>``, the bounds of its 95 % interval
+    ``_low`` and ``_high``, and the number of questions ``_n``.
+
+    Args:
+        path: the file.
+        records: the trials; those that are not on the front are left out.
+        base_held_out: the base model's held-out scores, from which the reduction is taken.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    everything = _ordered(records)
+    rows = [record for record in everything if record.on_front]
+    metrics = _metric_columns(everything, ())
+    scores = [held_out_scores(record, base_held_out) or {} for record in rows]
+    names = _main_first({name for held_out in scores for name in held_out})
+    columns = _columns(metrics) + [
+        f"heldout_{name}{part}" for name in names for part in ("", "_low", "_high", "_n")
+    ]
+    lines = []
+    for record, held_out in zip(rows, scores, strict=True):
+        line = _row(record, metrics, path.parent)
+        for name, score in held_out.items():
+            line[f"heldout_{name}"] = score.value
+            line[f"heldout_{name}_low"] = score.low
+            line[f"heldout_{name}_high"] = score.high
+            line[f"heldout_{name}_n"] = score.n
+        lines.append(line)
+    _write_csv(path, columns, lines)
+
+
+def write_study(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``study.json``.
+
+    Args:
+        path: the file.
+        summary: plain data; paths are written as text.
+
+    Raises:
+        InputError: the file cannot be written.
+        ValueError: a number is NaN or infinite, which JSON does not have.
+    """
+    text = json.dumps(summary, indent=2, allow_nan=False, default=_plain, ensure_ascii=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: write beside it, sync, rename.
+
+    Raises:
+        InputError: no space, or the folder cannot be written.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp lets nobody else read
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); free some space or name another "
+            "folder with --output."
+        ) from None
+
+
+def _ordered(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    return sorted(records, key=lambda record: record.result.trial_id)
+
+
+def _main_first(names: Iterable[str]) -> list[str]:
+    found = set(names)
+    return [name for name in MAIN_METRICS if name in found] + sorted(found - set(MAIN_METRICS))
+
+
+def _metric_columns(records: Iterable[TrialRecord], further: Sequence[str]) -> list[str]:
+    found = {name for record in records for name in record.result.metrics} | set(further)
+    return [*MAIN_METRICS, *sorted(found - set(MAIN_METRICS))]
+
+
+def _columns(metrics: Sequence[str]) -> list[str]:
+    return ["trial_id", "status", *TRIAL_FIELDS, *metrics, "on_front", "seconds", "adapter"]
+
+
+def _row(record: TrialRecord, metrics: Sequence[str], folder: Path) -> dict[str, Any]:
+    config, result = record.config, record.result
+    adapter = result.adapter
+    if adapter is not None and adapter.is_relative_to(folder):
+        adapter = adapter.relative_to(folder)  # the output folder can be moved
+    return {
+        "trial_id": result.trial_id,
+        "status": result.status,
+        **{name: getattr(config, name) for name in TRIAL_FIELDS},
+        **{name: result.metrics.get(name) for name in metrics},
+        "on_front": record.on_front,
+        "seconds": sum(result.seconds.values()),
+        "adapter": adapter,
+    }
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(float(value)) if isinstance(value, float) else str(value)
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        writer.writerow([_cell(row.get(name)) for name in columns])
+    write_atomically(path, text.getvalue().encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    raise TypeError(f"{type(value).__name__} has no place in study.json")
