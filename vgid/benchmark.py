@@ -216,22 +216,21 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def decode_image(data: bytes, source: str = "image") -> Image.Image:
+def decode_image(data: bytes, source: str = "the image") -> Image.Image:
     """Decode a stored image of any Pillow mode to 8-bit RGB, its first frame if it has several.
 
     Transparency is dropped and orientation tags are ignored, as the benchmark's own code does.
 
     Args:
         data: the encoded file.
-        source: what to call it in the error message.
+        source: what to call it in the error message, such as "image 0 of person 0007".
 
     Raises:
         InputError: it is too large (told by its header, before decoding) or not readable.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise InputError(
-            f"{source}: {len(data):,} bytes are more than the limit of {MAX_IMAGE_BYTES:,}; "
-            "store a smaller image."
+            f"{source} has more than {MAX_IMAGE_BYTES:,} bytes; store a smaller image."
         )
     try:
         with warnings.catch_warnings():
@@ -251,12 +250,12 @@ def decode_image(data: bytes, source: str = "image") -> Image.Image:
 
 
 def _too_many_pixels(source: str) -> str:
-    return f"{source}: more than {MAX_IMAGE_PIXELS:,} pixels; store a smaller image."
+    return f"{source} has more than {MAX_IMAGE_PIXELS:,} pixels; store a smaller image."
 
 
 def _unreadable(source: str, error: Exception) -> str:
     formats = ", ".join(IMAGE_FORMATS)
-    return f"{source}: not a readable image ({type(error).__name__}); store one of {formats}."
+    return f"{source} cannot be read ({type(error).__name__}); store it as one of {formats}."
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

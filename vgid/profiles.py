@@ -73,24 +73,24 @@ def id_problem(value: object) -> str | None:
     return None
 
 
-def parse_images(config: str, row: Row) -> tuple[tuple[bytes, ...], list[Defect]]:
-    """The encoded images of a row, from ``image``, ``images`` or both, and what is wrong."""
+def parse_images(config: str, row: Row) -> tuple[dict[str, bytes], list[Defect]]:
+    """The encoded images of a row by field (``image``, ``images[0]``, ...), and what is wrong."""
     cells = [("image", row.values["image"])] if row.values.get("image") is not None else []
     listed = row.values.get("images") or []
     cells += [(f"images[{index}]", cell) for index, cell in enumerate(listed)]
-    images = []
+    images = {}
     defects = []
     for field, cell in cells:
         data = cell.get("bytes") if cell else None
         if data:
-            images.append(data)
+            images[field] = data
         else:
             problem = "the image has no bytes; embed the file in the parquet"
             defects.append(Defect(config, row.index, field, problem))
     if not cells and not row.values.keys().isdisjoint(IMAGE_COLUMNS):
         field = next(name for name in IMAGE_COLUMNS if name in row.values)
         defects.append(Defect(config, row.index, field, "the person has no image"))
-    return tuple(images), defects
+    return images, defects
 
 
 def parse_person(config: str, row: Row) -> tuple[Person, list[Defect]]:
@@ -110,7 +110,7 @@ def parse_person(config: str, row: Row) -> tuple[Person, list[Defect]]:
         questions.append(question)
     if _is_blank_text(row.values.get("answer")):
         defects.append(Defect(config, row.index, "answer", "the answer is empty"))
-    return Person(person_id, images, tuple(questions)), defects
+    return Person(person_id, tuple(images.values()), tuple(questions)), defects
 
 
 def parse_id(config: str, row: Row) -> tuple[str, list[Defect]]:

@@ -1,0 +1,225 @@
+"""Checking a benchmark folder: what it holds by config and task, and every defect it has.
+
+Unlike the reader, the checker never stops: a torn file of one config hides nothing in another.
+Reports name configs, rows and fields, and never a value of the data but person IDs.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from vgid.benchmark import decode_image
+from vgid.errors import InputError
+from vgid.layout import (
+    CONFIGS,
+    EVALUATION_SCHEMA,
+    FORGET_RATIOS,
+    TEST_SCHEMA,
+    TRAINING_SCHEMA,
+    Defect,
+    Row,
+    read_rows,
+)
+from vgid.profiles import parse_id, parse_images, parse_person, parse_training_pairs
+from vgid.prompts import Form, Task
+
+_COLUMNS: dict[str, list[str]] = {
+    "Test_Set": TEST_SCHEMA.names,
+    "ft_Data": TRAINING_SCHEMA.names,
+}
+
+
+@dataclass
+class ConfigCount:
+    """What one config holds, defective or not.
+
+    Attributes:
+        people: rows.
+        images: encoded images.
+        questions: number by task and form.
+        training_pairs: questions with answers in the training metadata.
+    """
+
+    people: int = 0
+    images: int = 0
+    questions: dict[Task, dict[Form, int]] = field(
+        default_factory=lambda: {task: dict.fromkeys(get_args(Form), 0) for task in get_args(Task)}
+    )
+    training_pairs: int = 0
+
+
+@dataclass
+class Report:
+    """Counts by config and every defect, in the order of ``CONFIGS`` and rows."""
+
+    configs: dict[str, ConfigCount]
+    defects: list[Defect]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data: ``{"configs": {...}, "defects": [{config, row, field, problem}]}``."""
+        return {
+            "configs": {name: asdict(count) for name, count in self.configs.items()},
+            "defects": [asdict(defect) for defect in self.defects],
+        }
+
+    def print(self, console: Console) -> None:
+        """Print a table of the counts, then one of the defects or a line that there are none."""
+        counts = Table("config", title="Benchmark", box=SIMPLE)
+        for heading in ("people", "images", *get_args(Task), "pairs"):
+            counts.add_column(heading, justify="right")
+        for name, count in self.configs.items():
+            by_task = [f"{forms['image']}+{forms['text']}" for forms in count.questions.values()]
+            cells = [count.people, count.images, *by_task, count.training_pairs]
+            counts.add_row(name, *map(str, cells))
+        counts.caption = (
+            "questions in image form + in text form; pairs of training questions and answers"
+        )
+        console.print(counts)
+        if not self.defects:
+            console.print("No defects.")
+            return
+        defects = Table(
+            "config", "row", "field", "problem", title=f"{len(self.defects)} defects", box=SIMPLE
+        )
+        for defect in self.defects:
+            row = "" if defect.row is None else str(defect.row)
+            defects.add_row(defect.config, row, escape(defect.field), escape(defect.problem))
+        console.print(defects)
+
+
+def check_benchmark(root: Path, progress: bool = False) -> Report:
+    """Read a benchmark whole and report what it holds and every defect.
+
+    Args:
+        root: benchmark folder.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; name the benchmark folder to check.")
+    checks = [_ConfigCheck(root, config) for config in CONFIGS]
+    steps = track(
+        checks,
+        description="Checking",
+        console=Console(stderr=True),
+        disable=not progress,
+        transient=True,
+    )
+    image_problems: dict[str, str | None] = {}
+    for check in steps:
+        check.run(image_problems)
+    by_name = {check.config: check for check in checks}
+    for ratio in FORGET_RATIOS:
+        forget = by_name[f"forget_{ratio}"]
+        forget.compare_with_retain(by_name[f"retain_{100 - ratio}"])
+        for other in ("Full_Set", "ft_Data", "Test_Set"):
+            forget.require_in(by_name[other])
+    return Report(
+        {check.config: check.count for check in checks},
+        [defect for check in checks for defect in check.sorted_defects()],
+    )
+
+
+class _ConfigCheck:
+    """Findings about one config.
+
+    Attributes:
+        config: its name.
+        count: what it holds.
+        rows: first row of each person ID.
+        complete: every file could be read, so a person who is not in ``rows`` is truly missing.
+    """
+
+    def __init__(self, root: Path, config: str) -> None:
+        self.root = root
+        self.config = config
+        self.count = ConfigCount()
+        self.rows: dict[str, int] = {}
+        self.complete = True
+        self.defects: list[Defect] = []
+
+    def run(self, image_problems: dict[str, str | None]) -> None:
+        """Read the config; ``image_problems`` by digest spares decoding an image twice."""
+        columns = _COLUMNS.get(self.config, EVALUATION_SCHEMA.names)
+        for item in read_rows(self.root, self.config, columns):
+            if isinstance(item, Defect):
+                self.defects.append(item)
+                if item.field == "ID" or item.field.endswith(".parquet"):
+                    self.complete = False
+            else:
+                self.count.people += 1
+                self._check_id(item)
+                self._check_content(item)
+                self.defects += self._check_images(item, image_problems)
+
+    def sorted_defects(self) -> list[Defect]:
+        """Defects of whole files first, then by row."""
+        return sorted(self.defects, key=lambda defect: -1 if defect.row is None else defect.row)
+
+    def compare_with_retain(self, retain: "_ConfigCheck") -> None:
+        """Note every person of this forget config whom ``retain`` holds as well."""
+        for person_id, row in self.rows.items():
+            if person_id in retain.rows:
+                what = (
+                    f"overlap: row {retain.rows[person_id]} of {retain.config} is the same person"
+                )
+                self.defects.append(Defect(self.config, row, "ID", what))
+
+    def require_in(self, other: "_ConfigCheck") -> None:
+        """Note every person who is not in ``other``, provided that it could be read."""
+        if other.complete:
+            self.defects += [
+                Defect(self.config, row, "ID", f"the person is missing in {other.config}")
+                for person_id, row in self.rows.items()
+                if person_id not in other.rows
+            ]
+
+    def _check_id(self, row: Row) -> None:
+        person_id, defects = parse_id(self.config, row)
+        if defects or not person_id:
+            return
+        if person_id in self.rows:
+            what = f"the ID is a duplicate of row {self.rows[person_id]}"
+            self.defects.append(Defect(self.config, row.index, "ID", what))
+        else:
+            self.rows[person_id] = row.index
+
+    def _check_content(self, row: Row) -> None:
+        if self.config == "ft_Data":
+            pairs, defects = parse_training_pairs(self.config, row)
+            self.count.training_pairs += len(pairs)
+            self.defects += defects + parse_images(self.config, row)[1]
+            return
+        person, defects = parse_person(self.config, row)
+        for question in person.questions:
+            self.count.questions[question.task][question.form] += 1
+        self.defects += defects
+
+    def _check_images(self, row: Row, image_problems: dict[str, str | None]) -> Iterator[Defect]:
+        images, _ = parse_images(self.config, row)
+        self.count.images += len(images)
+        for name, data in images.items():
+            digest = hashlib.sha256(data).hexdigest()
+            if digest not in image_problems:
+                image_problems[digest] = _image_problem(data)
+            problem = image_problems[digest]
+            if problem:
+                yield Defect(self.config, row.index, name, problem)
+
+
+def _image_problem(data: bytes) -> str | None:
+    try:
+        decode_image(data)
+    except InputError as error:
+        return str(error)
+    return None

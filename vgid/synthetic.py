@@ -1,0 +1,171 @@
+"""Writing a synthetic benchmark in the MLLMU-Bench layout: drawn portraits of fictitious people.
+
+A fifth of the real one's size (100 people for 500), otherwise the same configs, columns and types
+(``vgid.layout``), so that nothing downstream can tell them apart. Who the people are, how they
+look and what is asked about them comes from ``vgid.fictitious``.
+"""
+
+import io
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from vgid import fictitious, layout
+from vgid.errors import InputError
+from vgid.fictitious import FictitiousPerson
+from vgid.interventions import sample_generator
+from vgid.prompts import Form
+
+TEST_PORTRAITS = 2
+"""Transformed portraits a person in ``Test_Set``."""
+
+_TYPES: dict[Form, str] = {"image": "Image_Textual", "text": "Pure_Text"}
+
+
+def write_benchmark(root: Path, seed: int = 0, progress: bool = False) -> None:
+    """Write the whole synthetic benchmark; the same seed gives the same bytes.
+
+    It appears at ``root`` all at once or not at all.
+
+    Args:
+        root: folder to make; its parents are made too, and it may exist if it is empty.
+        seed: of people, faces, facts, portraits and splits.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        InputError: ``root`` is in use or cannot be written.
+    """
+    if seed < 0:
+        raise InputError(f"seed {seed}: must not be negative; give 0 or more.")
+    root = root.expanduser().resolve()
+    world = fictitious.make_world(seed)
+    people = world.of_kind("benchmark")
+    drawn = len(people) * (1 + TEST_PORTRAITS) + len(world.of_kind("celebrity"))
+    with (
+        _appearing_at(root) as folder,
+        Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar,
+    ):
+        task = bar.add_task("Drawing portraits", total=drawn)
+        advance = partial(bar.advance, task)
+        rows = {p.id: _evaluation_row(seed, p, advance) for p in people}
+        celebrities = [_evaluation_row(seed, p, advance) for p in world.of_kind("celebrity")]
+        test_rows = [_test_row(seed, p, advance) for p in people]
+        evaluation = layout.EVALUATION_SCHEMA
+        _write(folder / "Full_Set", [list(rows.values())], evaluation)
+        _write(folder / "Retain_Set", [celebrities], evaluation)
+        for ratio in layout.FORGET_RATIOS:
+            forgotten = set(fictitious.forget_people(seed, ratio))
+            forget = [row for person_id, row in rows.items() if person_id in forgotten]
+            retain = [row for person_id, row in rows.items() if person_id not in forgotten]
+            _write(folder / f"forget_{ratio}", [forget], evaluation)
+            _write(folder / f"retain_{100 - ratio}", [retain], evaluation)
+        middle = len(test_rows) // 2
+        _write(folder / "Test_Set", [test_rows[:middle], test_rows[middle:]], layout.TEST_SCHEMA)
+        training = [_training_row(p, rows[p.id]["image"]["bytes"]) for p in people]
+        _write(folder / "ft_Data", [training], layout.TRAINING_SCHEMA)
+
+
+def _refuse_used(root: Path) -> None:
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise InputError(
+            f"{root}: exists and is not an empty folder; name a new folder for the benchmark."
+        )
+
+
+@contextmanager
+def _appearing_at(root: Path) -> Iterator[Path]:
+    """A folder beside ``root`` that takes its place when the block ends, and vanishes if it fails.
+
+    Raises:
+        InputError: ``root`` is in use, the disk is full, or the parent is read-only.
+    """
+    partial_root = root.parent / f".{root.name}.{uuid.uuid4().hex}.partial"
+    try:
+        _refuse_used(root)
+        partial_root.mkdir(parents=True)
+        yield partial_root
+        partial_root.rename(root)
+    except OSError as error:
+        raise InputError(
+            f"{root}: cannot write the benchmark there ({error.strerror or error}); "
+            "free some space or name another folder."
+        ) from None
+    finally:
+        shutil.rmtree(partial_root, ignore_errors=True)
+
+
+def _write(folder: Path, shards: Sequence[list[dict[str, Any]]], schema: pa.Schema) -> None:
+    folder.mkdir()
+    for number, rows in enumerate(shards):
+        path = folder / f"train-{number:05d}-of-{len(shards):05d}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def _evaluation_row(
+    seed: int, person: FictitiousPerson, advance: Callable[[], None]
+) -> dict[str, Any]:
+    portrait = fictitious.portrait(seed, person)
+    advance()
+    image = {"bytes": _png(portrait), "path": f"{person.id}.png"}
+    return {"image": image, **_profile(seed, person, paraphrased=False)}
+
+
+def _test_row(seed: int, person: FictitiousPerson, advance: Callable[[], None]) -> dict[str, Any]:
+    images = []
+    for index in range(TEST_PORTRAITS):
+        portrait = fictitious.test_portrait(seed, person, index)
+        images.append({"bytes": _png(portrait), "path": f"{person.id}_{index}.png"})
+        advance()
+    return {"images": images, **_profile(seed, person, paraphrased=True)}
+
+
+def _training_row(person: FictitiousPerson, portrait: bytes) -> dict[str, Any]:
+    pairs = [{"Question": q, "Answer": a} for q, a in fictitious.training_pairs(person)]
+    return {"image": {"bytes": portrait}, "ID": person.id, "metadata": json.dumps(pairs)}
+
+
+def _profile(seed: int, person: FictitiousPerson, paraphrased: bool) -> dict[str, Any]:
+    """Every column but the portraits; the paraphrased wording is that of the test set."""
+    generation = fictitious.generation_questions(person, paraphrased)
+    rng = sample_generator(seed, f"options/{person.id}/{paraphrased}")
+    choices = fictitious.classification_questions(person, rng, paraphrased)
+    return {
+        "ID": person.id,
+        "biography": fictitious.biography(person),
+        "question": generation[0][0],
+        "answer": generation[0][1],
+        "Classification_Task": {
+            f"{name}_Questions": [
+                {"Question": question, "Options": options, "Correct_Answer": letter}
+                for question, options, letter, question_form in choices
+                if question_form == form
+            ]
+            for form, name in _TYPES.items()
+        },
+        "Generation_Task": _open_questions(generation),
+        "Mask_Task": _open_questions(fictitious.cloze_questions(person, paraphrased)),
+    }
+
+
+def _open_questions(questions: Iterable[tuple[str, str, Form]]) -> list[dict[str, str]]:
+    return [
+        {"Question": question, "Ground_Truth": answer, "Type": _TYPES[form]}
+        for question, answer, form in questions
+    ]
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
