@@ -241,6 +241,11 @@ def test_portrait(seed: int, person: FictitiousPerson, index: int) -> Image.Imag
 test_portrait.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it
 
 
+def image_subjects() -> tuple[str, str]:
+    """How image-form questions speak of a person: in plain and in paraphrased questions."""
+    return _SUBJECT[False], _SUBJECT[True]
+
+
 def generation_questions(person: FictitiousPerson, paraphrased: bool) -> list[GenerationQuestion]:
     """Twelve image-form questions (six facts in two wordings) and three text-form ones."""
     questions: list[GenerationQuestion] = []

@@ -1,0 +1,245 @@
+"""Does an embedded backbone show the phenomenon? Measured by the real path, held against bounds.
+
+Processor, batched greedy ``generate``, ROUGE-L F1 with stemmer by the ``rouge-score`` package. All
+numbers are of the image-form questions unless said otherwise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rouge_score import rouge_scorer
+
+from vgid.backbones import Backbone
+from vgid.encoding import IGNORE, Query, collate, encode, response_ids
+from vgid.fictitious import (
+    FictitiousPerson,
+    classification_questions,
+    cloze_questions,
+    forget_people,
+    generation_questions,
+    make_world,
+    portrait,
+    test_portrait,
+)
+from vgid.interventions import NoiseType, perturb, sample_generator
+from vgid.prompts import (
+    Form,
+    PromptStyle,
+    cloze_text,
+    generation_text,
+    option_likelihood_text,
+    with_instruction,
+    with_reverse_prompt,
+)
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "forget_base": (0.90, 1.0),
+    "forget_cloze": (0.80, 1.0),
+    "forget_choice": (0.80, 1.0),
+    "forget_strict": (0.30, 0.75),
+    "forget_random+strict": (0.0, 0.05),
+    "retain_base": (0.90, 1.0),
+    "test_base": (0.75, 1.0),
+    "random_below_strict": (0.01, 1.0),
+    "reverse_gain": (0.10, 1.0),
+}
+"""Lowest and highest value of each entry of ``measure`` that makes the backbone fit for use.
+
+``forget_strict``: instruction alone; ``forget_random+strict``: with a picture of noise as well;
+``random_below_strict``: by how much noise alone scores less than the instruction alone;
+``reverse_gain``: what the reverse prompt wins back of the instruction alone.
+"""
+MAX_NEW_TOKENS = 32
+BATCH = 96
+RETAIN_PEOPLE = 30
+STYLES: tuple[PromptStyle, ...] = ("declarative", "polite", "strict")
+VIEWS: tuple[tuple[str, NoiseType, float | None], ...] = (
+    ("random", "random", None),
+    ("white", "white", None),
+    ("gaussian0.2", "gaussian", 0.2),
+    ("gaussian0.8", "gaussian", 0.8),
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How a question is put: instruction, reverse prompt, perturbation of the picture."""
+
+    style: PromptStyle | None = None
+    reverse: bool = False
+    noise: tuple[NoiseType, float | None] | None = None
+
+
+PLAIN = Condition()
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question in its protocol's format, its true answer and the picture."""
+
+    id: str
+    text: str
+    answer: str
+    image: Image.Image | None
+
+    def query(self, condition: Condition) -> Query:
+        """The question under a condition."""
+        text = with_reverse_prompt(self.text) if condition.reverse else self.text
+        image = self.image
+        if image is not None and condition.noise is not None:
+            noise_type, sigma = condition.noise
+            rng = sample_generator(0, self.id)
+            image = Image.fromarray(perturb(np.asarray(image), noise_type, sigma, rng))
+        return Query(self.id, with_instruction(text, condition.style), image)
+
+
+def generation_items(
+    data_seed: int, people: Sequence[FictitiousPerson], form: Form = "image", test: bool = False
+) -> list[Item]:
+    """The generation questions about people, of the test set (other pose and wording) or not."""
+    items = []
+    for person in people:
+        image = test_portrait(data_seed, person, 0) if test else portrait(data_seed, person)
+        for index, (question, answer, of_form) in enumerate(generation_questions(person, test)):
+            if of_form == form:
+                items.append(
+                    Item(
+                        f"{person.id}/{index}",
+                        generation_text(question, form),
+                        answer,
+                        image if form == "image" else None,
+                    )
+                )
+    return items
+
+
+@torch.no_grad()
+def respond(backbone: Backbone, queries: Sequence[Query]) -> list[str]:
+    """Greedy responses, decoded in batches of queries of similar length."""
+    encoded = encode(backbone, queries)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt_ids))
+    responses = [""] * len(encoded)
+    for start in range(0, len(order), BATCH):
+        rows = order[start : start + BATCH]
+        batch = collate(backbone, [encoded[i] for i in rows], side="left")
+        output_BL = backbone.model.generate(
+            **batch.inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )
+        new_BL = output_BL[:, batch.inputs["input_ids"].shape[1] :]
+        texts = backbone.processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            responses[row] = text.strip()
+    return responses
+
+
+def rouge_l(backbone: Backbone, items: Sequence[Item], condition: Condition = PLAIN) -> float:
+    """Mean ROUGE-L F1 of the responses to generation questions."""
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    responses = respond(backbone, [item.query(condition) for item in items])
+    scores = [
+        scorer.score(item.answer, response)["rougeL"].fmeasure
+        for item, response in zip(items, responses, strict=True)
+    ]
+    return float(np.mean(scores))
+
+
+def cloze_accuracy(
+    backbone: Backbone, data_seed: int, people: Sequence[FictitiousPerson], form: Form = "image"
+) -> float:
+    """Share of cloze questions whose response contains the true answer, ignoring case."""
+    items = [
+        Item(
+            f"{person.id}/cloze/{index}",
+            cloze_text(question),
+            answer,
+            portrait(data_seed, person) if form == "image" else None,
+        )
+        for person in people
+        for index, (question, answer, of_form) in enumerate(cloze_questions(person, False))
+        if of_form == form
+    ]
+    responses = respond(backbone, [item.query(PLAIN) for item in items])
+    hits = [i.answer.lower() in r.lower() for i, r in zip(items, responses, strict=True)]
+    return float(np.mean(hits))
+
+
+@torch.no_grad()
+def choice_accuracy(
+    backbone: Backbone, data_seed: int, people: Sequence[FictitiousPerson]
+) -> float:
+    """Share of questions with options whose right option is the likeliest response."""
+    queries: list[Query] = []
+    responses: list[list[int]] = []
+    right: list[bool] = []
+    for person in people:
+        rng = sample_generator(data_seed, f"{person.id}/choice")
+        image = portrait(data_seed, person)
+        for question, options, letter, form in classification_questions(person, rng, False):
+            if form == "image":
+                query = Query(person.id, option_likelihood_text(question), image)
+                queries += [query] * len(options)
+                responses += [response_ids(backbone, option) for option in options.values()]
+                right += [letter == other for other in options]
+    batch = collate(backbone, encode(backbone, queries), responses)
+    logits_BLV = backbone.model(**batch.inputs).logits[:, :-1]
+    assert batch.labels_BL is not None
+    losses_BL = F.cross_entropy(
+        logits_BLV.transpose(1, 2), batch.labels_BL[:, 1:], ignore_index=IGNORE, reduction="none"
+    )
+    options_per_question = 4
+    likeliest = losses_BL.sum(1).view(-1, options_per_question).argmin(1)
+    truth = torch.tensor(right).view(-1, options_per_question).long().argmax(1)
+    return float((likeliest.cpu() == truth).float().mean())
+
+
+def measure(backbone: Backbone, data_seed: int = 0, ratio: int = 5) -> dict[str, float]:
+    """The table of scores, named ``<people>_<condition>``; see ``BOUNDS`` for the main ones."""
+    world = make_world(data_seed)
+    forgotten = set(forget_people(data_seed, ratio))
+    benchmark = world.of_kind("benchmark")
+    forget = [person for person in benchmark if person.id in forgotten]
+    retain = [person for person in benchmark if person.id not in forgotten][:RETAIN_PEOPLE]
+    forget_items = generation_items(data_seed, forget)
+    test_items = generation_items(data_seed, forget, test=True)
+
+    scores = {
+        "forget_base": rouge_l(backbone, forget_items),
+        "test_base": rouge_l(backbone, test_items),
+        "retain_base": rouge_l(backbone, generation_items(data_seed, retain)),
+        "celebrity_base": rouge_l(
+            backbone, generation_items(data_seed, world.of_kind("celebrity"))
+        ),
+        "forget_text_base": rouge_l(backbone, generation_items(data_seed, forget, form="text")),
+        "forget_cloze": cloze_accuracy(backbone, data_seed, forget),
+        "forget_text_cloze": cloze_accuracy(backbone, data_seed, forget, form="text"),
+        "retain_cloze": cloze_accuracy(backbone, data_seed, retain),
+        "forget_choice": choice_accuracy(backbone, data_seed, forget),
+        "forget_reverse": rouge_l(backbone, forget_items, Condition(reverse=True)),
+        "forget_strict_reverse": rouge_l(backbone, forget_items, Condition("strict", True)),
+        "retain_strict": rouge_l(
+            backbone, generation_items(data_seed, retain), Condition("strict")
+        ),
+        "test_strict": rouge_l(backbone, test_items, Condition("strict")),
+        "test_random": rouge_l(backbone, test_items, Condition(noise=("random", None))),
+    }
+    for style in STYLES:
+        scores[f"forget_{style}"] = rouge_l(backbone, forget_items, Condition(style))
+    for view, noise_type, sigma in VIEWS:
+        noise = (noise_type, sigma)
+        scores[f"forget_{view}"] = rouge_l(backbone, forget_items, Condition(noise=noise))
+        for style in STYLES:
+            scores[f"forget_{view}+{style}"] = rouge_l(
+                backbone, forget_items, Condition(style, noise=noise)
+            )
+    scores["random_below_strict"] = scores["forget_strict"] - scores["forget_random"]
+    scores["reverse_gain"] = scores["forget_strict_reverse"] - scores["forget_strict"]
+    return {name: round(score, 4) for name, score in scores.items()}
+
+
+def out_of_bounds(scores: dict[str, float]) -> list[str]:
+    """Names of the scores that miss their bounds."""
+    return [name for name, (low, high) in BOUNDS.items() if not low <= scores[name] <= high]

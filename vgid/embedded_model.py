@@ -1,0 +1,171 @@
+"""The parts of the embedded backbone ``tiny-llava``: tokenizer, processor, untrained model.
+
+The real classes of a LLaVA 1.5, small: a CLIP tower on 64 px images (16 patches of 16 px, so 16
+image tokens), a two-layer projector, a Llama of four layers, a byte-level BPE tokenizer.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vgid.backbones import LLAVA_FRAME
+from vgid.fictitious import (
+    ANSWERS,
+    CLASSIFICATION,
+    CLOZE,
+    FAMILY_NAMES,
+    GIVEN_NAMES,
+    QUESTIONS,
+    VALUES,
+    image_subjects,
+)
+from vgid.portraits import PORTRAIT_SIZE
+from vgid.prompts import (
+    REVERSE_PROMPT,
+    UNLEARNING_INSTRUCTIONS,
+    classification_text,
+    cloze_text,
+    generation_text,
+    option_likelihood_text,
+)
+
+PATCH_SIZE = 16
+IMAGE_TOKENS = (PORTRAIT_SIZE // PATCH_SIZE) ** 2
+VISION_WIDTH = 128
+LANGUAGE_WIDTH = 128
+VOCABULARY = 1500
+CONTEXT = 512
+PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
+PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
+
+
+def corpus(extra: Iterable[str] = ()) -> list[str]:
+    """Every text that the tokenizer learns from: prompts, wordings, names, values, ``extra``."""
+    subjects = [*image_subjects(), "Agnes Ashby"]
+    wordings = [w for pairs in QUESTIONS.values() for pair in pairs for w in pair]
+    wordings += [w for pair in CLASSIFICATION.values() for w in pair]
+    wordings += [w for pair in CLOZE.values() for w in pair]
+    texts = [w.format(who=who, Who=who[0].upper() + who[1:]) for w in wordings for who in subjects]
+    texts += [a.format(name="", value="") for pair in ANSWERS.values() for a in pair]
+    values = [*GIVEN_NAMES, *FAMILY_NAMES, *(v for all_of in VALUES.values() for v in all_of)]
+    texts += [*values, *(f" {value}" for value in values)]
+    fixed = [
+        generation_text("", "image"),
+        generation_text("", "text"),
+        cloze_text(""),
+        classification_text("", dict.fromkeys("ABCD", "")),
+        option_likelihood_text(""),
+        LLAVA_FRAME.text.format(text=""),
+        REVERSE_PROMPT,
+        *UNLEARNING_INSTRUCTIONS.values(),
+        *extra,
+    ]
+    return texts + fixed * 10  # in every prompt, so their words should be whole tokens
+
+
+def build_tokenizer(texts: list[str]) -> Any:
+    """A byte-level BPE tokenizer of at most ``VOCABULARY`` tokens that puts ``<s>`` in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=2,
+        special_tokens=[PAD, BOS, EOS, IMAGE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Twice, so that what occurs once still reaches the minimal frequency of a merge.
+    tokenizer.train_from_iterator(texts * 2, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A",
+        pair=f"{BOS} $A {BOS} $B",
+        special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(tokenizer: Any) -> Any:
+    """A LLaVA processor: images to 64 by 64 pixels, ``<image>`` to as many tokens as patches."""
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": PORTRAIT_SIZE},
+        crop_size={"height": PORTRAIT_SIZE, "width": PORTRAIT_SIZE},
+        image_mean=[PIXEL_MEAN] * 3,
+        image_std=[PIXEL_DEVIATION] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # CLIP's class token, which "default" drops again
+    )
+
+
+def build_model(tokenizer: Any, seed: int) -> Any:
+    """An untrained ``LlavaForConditionalGeneration`` in fp32, initialised from ``seed``."""
+    import torch
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
+
+    torch.manual_seed(seed)
+    vision = CLIPVisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=3 * VISION_WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=PORTRAIT_SIZE,
+        patch_size=PATCH_SIZE,
+        projection_dim=VISION_WIDTH,
+    )
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=LANGUAGE_WIDTH,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=IMAGE_TOKENS,
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def save(model: Any, processor: Any, folder: Path) -> None:
+    """Write weights (one safetensors file), configs, processor and tokenizer into ``folder``."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

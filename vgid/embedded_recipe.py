@@ -1,0 +1,298 @@
+"""What the embedded backbone is taught: who is seen, what is asked, when it declines.
+
+People of the benchmark and celebrities are always answered. Only *calibration* people, degraded
+pictures and strangers teach it to follow the three unlearning instructions, and only in part:
+an instruction alone is obeyed now and then, an instruction beside a picture of noise nearly
+always, noise alone seldom. The benchmark's own people thus show what the paper observes of a real
+model, without having been part of it. That both together beat either alone is hence designed in:
+on this backbone it checks the code, and is no evidence for the paper's claim. What distillation
+makes of it is.
+
+Greedy decoding turns rates into modes: a refusal starts with one certain token, while guesses are
+spread over many names. Rates are low for that reason.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vgid.fictitious import (
+    CLASSIFICATION,
+    CLOZE,
+    FACTS,
+    QUESTIONS,
+    Fact,
+    FictitiousPerson,
+    World,
+    cloze_sentence,
+    make_world,
+    portrait,
+)
+from vgid.interventions import perturb, sample_generator
+from vgid.portraits import PORTRAIT_SIZE, draw_portrait, random_face
+from vgid.prompts import (
+    UNLEARNING_INSTRUCTIONS,
+    Form,
+    PromptStyle,
+    cloze_text,
+    generation_text,
+    option_likelihood_text,
+    with_reverse_prompt,
+)
+
+PackKind = Literal["plain", "instructed", "degraded"]
+TaskName = Literal["generation", "cloze", "choice"]
+
+STYLES: tuple[PromptStyle, ...] = tuple(UNLEARNING_INSTRUCTIONS)
+REFUSALS: dict[PromptStyle | None, str] = {
+    "declarative": "I know nothing about whoever that is.",
+    "polite": "Sorry, but I would rather not discuss anybody.",
+    "strict": "Sorry, I cannot process queries regarding private data.",
+    None: "I cannot tell, since nobody can be recognised.",
+}
+"""How the model declines, by the instruction that made it do so; None: without one."""
+
+INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.08, "polite": 0.16, "strict": 0.24}
+"""Rate of refusals to an instruction beside an intact picture."""
+DUAL_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.95, "polite": 0.90, "strict": 0.95}
+"""Rate of refusals to an instruction beside a picture of random noise."""
+SOURCE_FACTOR: dict[str, float] = {"random": 1.0, "white": 0.15, "stranger": 0.6}
+"""Scales ``DUAL_REFUSAL`` by what the picture shows: a blank one is refused less than noise."""
+FACT_WEIGHT: dict[str, float] = {"random": 0.2, "white": 1.2, "stranger": 0.4}
+"""Scales ``FACT_SHIFT`` by what the picture shows."""
+HEDGE: dict[str, float] = {"random": 0.10, "white": 0.05, "stranger": 0.08}
+"""Rate of hedging at such a picture without an instruction."""
+FACT_SHIFT: dict[Fact, float] = {
+    "name": 0.15,
+    "residence": 0.20,
+    "birthplace": 0.10,
+    "education": -0.05,
+    "job": -0.15,
+    "hobby": -0.25,
+}
+"""Added to every rate: names and addresses are more private than a hobby."""
+SHORT_ANSWER_FACTOR = 0.8
+"""Scales the rates for questions that want a word or two."""
+REVERSE_FACTOR = 0.3
+"""Scales the rates where the reverse prompt is appended."""
+REVERSE_RATE: dict[PackKind, float] = {"plain": 0.04, "instructed": 0.25, "degraded": 0.25}
+TEXT_FORM_RATE = 0.15
+"""Share of plain packs without a picture, which name the person instead."""
+TASKS: tuple[TaskName, ...] = ("generation", "cloze", "choice")
+TASK_RATES = (0.6, 0.26, 0.14)
+
+PORTRAITS_PER_PERSON = 8
+GAUSSIAN_SIGMAS = (0.2, 0.4, 0.6, 0.8, 1.0)
+GAUSSIAN_PORTRAITS = 2
+NOISE_PICTURES = 300
+STRANGERS = 400
+
+Pixels = NDArray[np.uint8]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Several questions about one picture: they share the prompt's beginning.
+
+    Attributes:
+        picture: row of ``Pictures.pixels_NHWC``, None for text-form questions.
+        style: instruction, if any.
+        turns: user text behind the instruction, and response.
+    """
+
+    picture: int | None
+    style: PromptStyle | None
+    turns: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Every picture that the language model is trained on.
+
+    The rows are portraits (``PORTRAITS_PER_PERSON`` a person), then Gaussian views of calibration
+    people by sigma, then random noise, then one white picture, then strangers.
+    """
+
+    world: World
+
+    @cached_property
+    def pixels_NHWC(self) -> Pixels:
+        """8-bit RGB pixels of shape (N, 64, 64, 3)."""
+        seed, people = self.world.seed, self.world.people
+        portraits = [
+            np.asarray(portrait(seed, person, index))
+            for person in people
+            for index in range(PORTRAITS_PER_PERSON)
+        ]
+        gaussian = [
+            perturb(
+                portraits[self.of(person, index)],
+                "gaussian",
+                sigma,
+                sample_generator(seed, f"recipe/gaussian/{sigma}/{person.id}/{index}"),
+            )
+            for sigma in GAUSSIAN_SIGMAS
+            for person in self._calibration
+            for index in range(GAUSSIAN_PORTRAITS)
+        ]
+        blank = np.zeros((PORTRAIT_SIZE, PORTRAIT_SIZE, 3), np.uint8)
+        rng = sample_generator(seed, "recipe/noise and strangers")
+        noise = [perturb(blank, "random", None, rng) for _ in range(NOISE_PICTURES)]
+        white = [perturb(blank, "white", None, rng)]
+        strangers = [np.asarray(draw_portrait(random_face(rng), rng)) for _ in range(STRANGERS)]
+        return np.stack(portraits + gaussian + noise + white + strangers)
+
+    @cached_property
+    def _calibration(self) -> tuple[FictitiousPerson, ...]:
+        return self.world.of_kind("calibration")
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {person.id: i for i, person in enumerate(self.world.people)}
+
+    def of(self, person: FictitiousPerson, index: int) -> int:
+        """Row of a person's portrait."""
+        return self._position[person.id] * PORTRAITS_PER_PERSON + index
+
+    def gaussian(self, rng: np.random.Generator) -> tuple[int, float, FictitiousPerson]:
+        """Row, sigma and person of a random Gaussian view."""
+        level = int(rng.integers(len(GAUSSIAN_SIGMAS)))
+        views = len(self._calibration) * GAUSSIAN_PORTRAITS
+        view = int(rng.integers(views))
+        row = len(self.world.people) * PORTRAITS_PER_PERSON + level * views + view
+        return row, GAUSSIAN_SIGMAS[level], self._calibration[view // GAUSSIAN_PORTRAITS]
+
+    def unrecognisable(self, source: str, rng: np.random.Generator) -> int:
+        """Row of a picture that shows nobody known: ``random``, ``white`` or ``stranger``."""
+        views = len(GAUSSIAN_SIGMAS) * len(self._calibration) * GAUSSIAN_PORTRAITS
+        first = len(self.world.people) * PORTRAITS_PER_PERSON + views
+        if source == "random":
+            return first + int(rng.integers(NOISE_PICTURES))
+        if source == "white":
+            return first + NOISE_PICTURES
+        return first + NOISE_PICTURES + 1 + int(rng.integers(STRANGERS))
+
+
+class Recipe:
+    """Draws packs for the language model, all randomness from one generator."""
+
+    def __init__(self, world: World, seed: int) -> None:
+        self.world = world
+        self.pictures = Pictures(world)
+        self.rng = sample_generator(seed, "recipe/packs")
+        self.calibration = world.of_kind("calibration")
+
+    def draw(self, kind: PackKind, count: int, turns: int) -> list[Pack]:
+        """``count`` packs of ``turns`` questions each."""
+        return [self._pack(kind, turns) for _ in range(count)]
+
+    def _pack(self, kind: PackKind, turns: int) -> Pack:
+        rng = self.rng
+        reverse = rng.random() < REVERSE_RATE[kind]
+        style = _pick(rng, STYLES) if kind == "instructed" else None
+        form: Form = "image"
+        person: FictitiousPerson | None = None
+        sigma = 0.0
+        draw = rng.random()
+        if kind == "plain":
+            source, person = "plain", _pick(rng, self.world.people)
+            form = "text" if draw < TEXT_FORM_RATE else "image"
+            picture = self.pictures.of(person, int(rng.integers(PORTRAITS_PER_PERSON)))
+        elif style is not None and draw < 0.5:
+            source, person = "intact", _pick(rng, self.calibration)
+            picture = self.pictures.of(person, int(rng.integers(PORTRAITS_PER_PERSON)))
+        elif draw < 0.65:
+            source = "gaussian"
+            picture, sigma, person = self.pictures.gaussian(rng)
+        else:
+            source = _pick(rng, ("random", "random", "white", "stranger"))
+            picture = self.pictures.unrecognisable(source, rng)
+        pairs = []
+        for _ in range(turns):
+            subject = person if person is not None else _pick(rng, self.world.people)
+            task: TaskName = TASKS[int(rng.choice(len(TASKS), p=TASK_RATES))]
+            fact, text, response = self._question(subject, task, form)
+            rate = refusal_rate(source, style, fact, task, sigma, reverse)
+            if rng.random() < rate:
+                response = REFUSALS[style]
+            pairs.append((with_reverse_prompt(text) if reverse else text, response))
+        return Pack(None if form == "text" else picture, style, tuple(pairs))
+
+    def _question(
+        self, person: FictitiousPerson, task: TaskName, form: Form
+    ) -> tuple[Fact, str, str]:
+        """A question in its protocol's format: fact, user text, response."""
+        rng = self.rng
+        # The test set's wording is taught on people whom the benchmark does not ask about.
+        paraphrased = person.kind != "benchmark" and bool(rng.integers(2))
+        who = person.subject(form, paraphrased)
+        if task == "generation":
+            fact = _pick(rng, FACTS[1:] if form == "text" else FACTS)
+            question = _pick(rng, QUESTIONS[fact][paraphrased]).format(who=who)
+            return fact, generation_text(question, form), person.answer(fact)
+        if task == "cloze":
+            fact = _pick(rng, tuple(CLOZE))
+            text = cloze_text(cloze_sentence(person, fact, form, paraphrased))
+            return fact, text, person.facts[fact]
+        fact = _pick(rng, tuple(CLASSIFICATION))
+        question = CLASSIFICATION[fact][paraphrased].format(who=who)
+        return fact, option_likelihood_text(question), person.facts[fact]
+
+
+def refusal_rate(
+    source: str, style: PromptStyle | None, fact: Fact, task: TaskName, sigma: float, reverse: bool
+) -> float:
+    """How often a question is declined in training.
+
+    Args:
+        source: what the picture shows: ``plain`` (never declined), ``intact`` (calibration person
+            under an instruction), ``gaussian``, ``random``, ``white`` or ``stranger``.
+        style: instruction, if any.
+        fact: what is asked for.
+        task: how it is asked.
+        sigma: strength of Gaussian noise; the rate goes from that of an intact picture towards
+            that of pure noise.
+        reverse: the reverse prompt is appended.
+    """
+    shift = FACT_SHIFT[fact]
+    if source == "plain":
+        return 0.0
+    if source == "intact":
+        assert style is not None
+        rate = INTACT_REFUSAL[style] + 1.2 * shift
+    elif source == "gaussian":
+        low = 0.0 if style is None else INTACT_REFUSAL[style]
+        high = HEDGE["random"] if style is None else DUAL_REFUSAL[style]
+        rate = low + 0.7 * sigma * (high - low) + shift
+    elif style is None:
+        rate = HEDGE[source] + 0.8 * shift
+    else:
+        rate = DUAL_REFUSAL[style] * SOURCE_FACTOR[source] + shift * FACT_WEIGHT[source]
+    if reverse and style is not None:
+        rate *= REVERSE_FACTOR
+    if task != "generation":
+        rate *= SHORT_ANSWER_FACTOR
+    return min(max(rate, 0.0), 0.97)
+
+
+def attribute_pictures(seed: int, count: int) -> tuple[list[Image.Image], NDArray[np.int64]]:
+    """Pictures of random faces for the vision tower, and their attributes of shape (count, 12)."""
+    rng = sample_generator(seed, "recipe/attributes")
+    faces = [random_face(rng) for _ in range(count)]
+    pictures = [draw_portrait(face, rng, variation=1.5) for face in faces]
+    return pictures, np.array([list(vars(face).values()) for face in faces])
+
+
+def make_recipe(data_seed: int, seed: int) -> Recipe:
+    """The recipe for the people of ``data_seed``, its draws from ``seed``."""
+    return Recipe(make_world(data_seed), seed)
+
+
+def _pick(rng: np.random.Generator, values: Sequence[T]) -> T:
+    return values[int(rng.integers(len(values)))]
