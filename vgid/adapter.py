@@ -61,8 +61,6 @@ def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
 def _detach(backbone: Backbone, student: Any) -> None:
     base = student.unload()
     assert base is backbone.model
-    for leftover in ("peft_config", "_hf_peft_config_loaded"):
-        if hasattr(base, leftover):
-            delattr(base, leftover)
+    vars(base).pop("peft_config", None)  # else peft warns of a second adapter next time
     base.requires_grad_(False)
     base.eval()

@@ -171,9 +171,7 @@ def distill(
     student: nn.Module = Student(model, backbone)
     if world_size > 1:
         # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
-        student = nn.parallel.DistributedDataParallel(
-            student, broadcast_buffers=False, init_sync=False
-        )
+        student = nn.parallel.DistributedDataParallel(student, init_sync=False)
 
     for epoch in range(first, config.epochs):
         model.train()
@@ -193,7 +191,7 @@ def distill(
             # DDP averages over the ranks, whose shares are meant to be summed.
             (loss * world_size).backward()
             norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
-            if not math.isfinite(norm) or not math.isfinite(float(loss)):
+            if not math.isfinite(norm) or not math.isfinite(loss.item()):
                 raise LossNotFiniteError(
                     f"loss or gradient is not finite at step {step + 1} (epoch {epoch + 1})"
                 )

@@ -1,0 +1,33 @@
+"""What many tests share: a small LLaVA of random weights, which needs no training."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from vgid.backbones import Backbone, spec
+
+
+def make_random_backbone(seed: int = 0) -> Backbone:
+    """tiny-llava's classes and sizes with random weights, large enough to give varied answers."""
+    from vgid.embedded_model import build_model, build_processor, build_tokenizer, corpus
+
+    tokenizer = build_tokenizer(corpus())
+    model = build_model(tokenizer, seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "vision" not in name:
+                parameter.mul_(5.0)
+    model.requires_grad_(False)
+    return Backbone(
+        spec("tiny-llava"), model.eval(), build_processor(tokenizer), f"random weights {seed}"
+    )
+
+
+@pytest.fixture(scope="module")
+def random_backbone() -> Backbone:
+    return make_random_backbone()

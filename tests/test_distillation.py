@@ -1,0 +1,258 @@
+import math
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import make_random_backbone
+from tests.test_teacher import samples
+from vgid.adapter import attached, loaded
+from vgid.config import TrialConfig
+from vgid.distillation import (
+    DistillationSet,
+    LossNotFiniteError,
+    Student,
+    distill,
+    epoch_batches,
+    retain_batch,
+    share,
+)
+from vgid.encoding import collate, encode
+from vgid.teacher import Intervention, TeacherStore
+
+CONFIG = TrialConfig(epochs=2, batch_size=4, retain_batch_size=3, lora_rank=4, learning_rate=1e-2)
+
+
+def make_set(backbone, root: Path, intervention: Intervention, n: int = 6) -> DistillationSet:
+    chosen = samples(n)
+    targets = TeacherStore(root, backbone).targets(chosen, intervention, "reference")
+    return DistillationSet(encode(backbone, [s.query for s in chosen]), [targets])
+
+
+@pytest.fixture
+def forget(random_backbone, tmp_path):
+    return make_set(random_backbone, tmp_path, Intervention("random", None, "strict"))
+
+
+@pytest.fixture
+def retain(random_backbone, tmp_path):
+    return make_set(random_backbone, tmp_path, Intervention(), 7)
+
+
+def adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def train(backbone, forget, retain, config=CONFIG, **options) -> tuple[dict, list]:
+    with attached(backbone, config) as model:
+        reports = list(distill(backbone, model, forget, retain, config, **options))
+        return adapter_state(model), reports
+
+
+def test_kl_is_exactly_zero_at_step_0_for_the_unperturbed_input(random_backbone, retain):
+    """Same weights with the adapter off: not small, zero."""
+    with attached(random_backbone, CONFIG) as model:
+        part = share(random_backbone, retain, range(7), 0, 0, 1)
+        loss = Student(model, random_backbone).kl(part)
+        assert loss.item() == 0.0
+
+
+def test_kl_of_the_perturbed_teacher_is_the_mean_over_response_tokens(random_backbone, forget):
+    """Against full logits, one sample at a time and without the store or padding."""
+    model = random_backbone.model
+    total, count = 0.0, 0
+    for prompt, target in zip(forget.prompts, forget.targets[0], strict=True):
+        batch = collate(random_backbone, [prompt], [target.response])
+        with torch.no_grad():
+            logits = model(**batch.inputs).logits[0, len(prompt.prompt_ids) - 1 : -1].double()
+            teacher = model.lm_head(target.hidden_RD).double()
+        p, q = teacher.log_softmax(-1), logits.log_softmax(-1)
+        total += (p.exp() * (p - q)).sum().item()
+        count += len(target.response)
+    with attached(random_backbone, CONFIG) as adapted:
+        part = share(random_backbone, forget, range(6), 0, 0, 1)
+        loss = Student(adapted, random_backbone).kl(part).item()
+    assert loss == pytest.approx(total / count, rel=1e-4)
+    assert loss > 0.01
+
+
+def test_lora_touches_the_language_model_only(random_backbone):
+    with attached(random_backbone, CONFIG) as model:
+        names = list(adapter_state(model))
+        assert names
+        assert all("language_model" in name for name in names)
+        assert not any("vision_tower" in n or "multi_modal_projector" in n for n in names)
+        assert len(names) == 2 * 7 * random_backbone.model.config.text_config.num_hidden_layers
+
+
+def test_adapter_off_is_the_base_bit_for_bit(random_backbone, forget, retain):
+    batch = collate(random_backbone, list(forget.prompts))
+    with torch.no_grad():
+        base = random_backbone.model(**batch.inputs).logits
+    with attached(random_backbone, CONFIG) as model:
+        list(distill(random_backbone, model, forget, retain, CONFIG))
+        with torch.no_grad():
+            assert not torch.equal(random_backbone.model(**batch.inputs).logits, base)
+            with model.disable_adapter():
+                assert torch.equal(random_backbone.model(**batch.inputs).logits, base)
+    with torch.no_grad():
+        assert torch.equal(random_backbone.model(**batch.inputs).logits, base)
+    assert not any("lora" in name for name, _ in random_backbone.model.named_modules())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_lora_b_is_non_zero_after_a_step(random_backbone, forget, retain, checkpointing):
+    config = CONFIG.model_copy(
+        update={"epochs": 1, "batch_size": 6, "gradient_checkpointing": checkpointing}
+    )
+    state, reports = train(random_backbone, forget, retain, config)
+    assert reports[0].step == 1
+    lora_b = {name: value for name, value in state.items() if "lora_B" in name}
+    assert lora_b
+    assert all(bool((value != 0).any()) for value in lora_b.values())
+
+
+def test_gradient_checkpointing_leaves_training_unchanged(random_backbone, forget, retain):
+    plain, reports = train(random_backbone, forget, retain)
+    config = CONFIG.model_copy(update={"gradient_checkpointing": True})
+    checkpointed, same = train(random_backbone, forget, retain, config)
+    assert [r.metrics for r in same] == [r.metrics for r in reports]
+    assert all(torch.equal(plain[n], checkpointed[n]) for n in plain)
+
+
+def test_a_trial_in_a_used_process_equals_the_first_bit_for_bit(random_backbone, forget, retain):
+    first, _ = train(random_backbone, forget, retain)
+    train(random_backbone, forget, retain, CONFIG.model_copy(update={"seed": 1, "lora_rank": 2}))
+    again, _ = train(random_backbone, forget, retain)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+def test_alpha_0_only_retains_and_beta_0_only_forgets(random_backbone, forget, retain):
+    _, reports = train(random_backbone, forget, retain, CONFIG.model_copy(update={"alpha": 0.0}))
+    # The student starts as the base, so the retain loss has nothing to teach (AdamW makes steps
+    # of rounding errors, hence not zero).
+    assert reports[-1].metrics["retain_loss"] < 1e-3
+    _, forgetting = train(random_backbone, forget, retain, CONFIG.model_copy(update={"beta": 0.0}))
+    assert forgetting[-1].metrics["forget_loss"] < forgetting[0].metrics["forget_loss"]
+    assert forgetting[-1].metrics["retain_loss"] > reports[-1].metrics["retain_loss"]
+
+
+def test_mixed_source_takes_turns(random_backbone, forget, retain):
+    mixed = DistillationSet(forget.prompts, [forget.targets[0], retain.targets[0][:6]])
+    for i in range(6):
+        assert mixed.target(i, 0) is mixed.targets[i % 2][i]
+        assert mixed.target(i, 1) is mixed.targets[(i + 1) % 2][i]
+
+
+def test_nan_fails_the_trial_in_one_sentence(random_backbone, forget, retain):
+    with pytest.raises(LossNotFiniteError, match="not finite at step"):
+        train(
+            random_backbone,
+            forget,
+            retain,
+            CONFIG.model_copy(update={"learning_rate": 1e20, "epochs": 30}),
+        )
+
+
+def test_resumed_trial_equals_the_uninterrupted_one(random_backbone, forget, retain, tmp_path):
+    config = CONFIG.model_copy(update={"epochs": 4, "lora_dropout": 0.3})
+    expected, reports = train(random_backbone, forget, retain, config)
+    folder = tmp_path / "checkpoint"
+    with attached(random_backbone, config) as model:
+        run = distill(
+            random_backbone, model, forget, retain, config, trial_id="7", checkpoint=folder
+        )
+        head = [next(run), next(run)]
+        run.close()
+    got, tail = train(random_backbone, forget, retain, config, trial_id="7", checkpoint=folder)
+    assert [r.epoch for r in tail] == [3, 4]
+    assert head + tail == reports
+    assert all(torch.equal(expected[n], got[n]) for n in expected)
+
+
+def test_checkpoint_of_another_trial_or_a_torn_one_is_not_used(
+    random_backbone, forget, retain, tmp_path
+):
+    train(random_backbone, forget, retain, trial_id="7", checkpoint=tmp_path)
+    _, reports = train(random_backbone, forget, retain, trial_id="8", checkpoint=tmp_path)
+    assert [r.epoch for r in reports] == [1, 2]
+    (tmp_path / "state.safetensors").write_bytes(b"torn")
+    _, reports = train(random_backbone, forget, retain, trial_id="8", checkpoint=tmp_path)
+    assert [r.epoch for r in reports] == [1, 2]
+
+
+def test_saved_adapter_loads_and_unloads(random_backbone, forget, retain, tmp_path):
+    batch = collate(random_backbone, list(forget.prompts))
+    with torch.no_grad():
+        base = random_backbone.model(**batch.inputs).logits
+    with attached(random_backbone, CONFIG) as model:
+        list(distill(random_backbone, model, forget, retain, CONFIG))
+        with torch.no_grad():
+            adapted = random_backbone.model(**batch.inputs).logits
+        model.save_pretrained(tmp_path)
+    with loaded(random_backbone, tmp_path), torch.no_grad():
+        assert torch.equal(random_backbone.model(**batch.inputs).logits, adapted)
+    with torch.no_grad():
+        assert torch.equal(random_backbone.model(**batch.inputs).logits, base)
+
+
+def test_epoch_batches_cover_everything_once_in_nearly_equal_parts():
+    batches = epoch_batches(70, 12, seed=0, epoch=3, name="forget")
+    assert sorted(i for b in batches for i in b) == list(range(70))
+    assert {len(b) for b in batches} == {11, 12}
+    assert batches == epoch_batches(70, 12, seed=0, epoch=3, name="forget")
+    assert batches != epoch_batches(70, 12, seed=0, epoch=4, name="forget")
+    assert batches != epoch_batches(70, 12, seed=1, epoch=3, name="forget")
+
+
+def test_retain_batches_pass_without_replacement():
+    one_pass = [retain_batch(20, 6, 0, step) for step in range(3)]
+    drawn = [i for batch in one_pass for i in batch]
+    assert len(set(drawn)) == len(drawn) == 18
+    assert retain_batch(20, 6, 0, 3) != one_pass[0]
+    assert sorted(retain_batch(4, 6, 0, 0)) == [0, 1, 2, 3]
+
+
+def test_shares_of_all_ranks_weigh_as_the_whole(random_backbone, forget):
+    whole = share(random_backbone, forget, range(5), 0, 0, 1)
+    parts = [share(random_backbone, forget, range(5), 0, rank, 3) for rank in range(3)]
+    assert sum(len(p.teacher_RD) for p in parts) == len(whole.teacher_RD)
+    assert all(p.weight == whole.weight == 1 / len(whole.teacher_RD) for p in parts)
+    assert share(random_backbone, forget, [2], 0, 1, 2).weight == 0.0
+
+
+def _ddp_worker(rank: int, port: int, root: Path, world_size: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+    backbone = make_random_backbone()
+    forget = make_set(backbone, root / "store", Intervention("random", None, "strict"), 5)
+    retain = make_set(backbone, root / "store", Intervention(), 7)
+    config = TrialConfig(epochs=2, batch_size=3, retain_batch_size=1, lora_rank=4)
+    state, reports = train(backbone, forget, retain, config, rank=rank, world_size=world_size)
+    torch.save((state, [r.model_dump() for r in reports]), root / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ddp_workers_train_as_one_with_the_whole_batch(random_backbone, tmp_path):
+    """Batches of 3 and 2 forget questions and a single retain question: one rank holds none."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_ddp_worker, (port, tmp_path, 2), nprocs=2)
+    (first, reports), (second, _) = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
+    assert all(torch.equal(first[n], second[n]) for n in first)
+    forget = make_set(
+        random_backbone, tmp_path / "store", Intervention("random", None, "strict"), 5
+    )
+    retain = make_set(random_backbone, tmp_path / "store", Intervention(), 7)
+    config = TrialConfig(epochs=2, batch_size=3, retain_batch_size=1, lora_rank=4)
+    alone, expected = train(random_backbone, forget, retain, config)
+    for got, want in zip(reports, expected, strict=True):
+        for name, value in want.metrics.items():
+            assert math.isclose(got["metrics"][name], value, rel_tol=1e-4, abs_tol=1e-6), name
+    worst = max((first[n] - alone[n]).abs().max().item() for n in alone)
+    assert worst < 1e-4

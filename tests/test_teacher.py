@@ -1,0 +1,156 @@
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import make_random_backbone
+from tests.test_encoding import picture
+from vgid.encoding import Query, collate, encode
+from vgid.prompts import UNLEARNING_INSTRUCTIONS, generation_text
+from vgid.splits import TrainingSample
+from vgid.teacher import Intervention, TeacherStore, intervene, response_hidden
+
+RANDOM_STRICT = Intervention("random", None, "strict", seed=3)
+
+
+def samples(n: int = 6) -> list[TrainingSample]:
+    questions = ["Who is shown?", "Where does this person live?", "What does this person enjoy?"]
+    return [
+        TrainingSample(
+            Query(f"ft_Data/{i}", generation_text(questions[i % 3], "image"), picture(i)),
+            f"Answer number {i}, which is made up.",
+        )
+        for i in range(n)
+    ]
+
+
+def files(root: Path) -> list[Path]:
+    return sorted(root.glob("*.safetensors"))
+
+
+def test_intervention_perturbs_the_image_and_prepends_the_instruction(random_backbone):
+    (sample,) = samples(1)
+    seen = intervene(random_backbone, sample.query, RANDOM_STRICT)
+    assert seen.text == f"{UNLEARNING_INSTRUCTIONS['strict']}\n{sample.query.text}"
+    assert seen.image is not None and sample.query.image is not None
+    assert seen.image.tobytes() != sample.query.image.tobytes()
+    assert intervene(random_backbone, sample.query, Intervention()) == sample.query
+
+
+def test_store_gives_the_logits_of_the_base_bit_for_bit(random_backbone, tmp_path):
+    store = TeacherStore(tmp_path, random_backbone)
+    for source, intervention in (("teacher", RANDOM_STRICT), ("reference", Intervention())):
+        cold = store.targets(samples(), intervention, source)
+        warm = TeacherStore(tmp_path, random_backbone).targets(samples(), intervention, source)
+        encoded = encode(
+            random_backbone, [intervene(random_backbone, s.query, intervention) for s in samples()]
+        )
+        batch = collate(random_backbone, encoded, [t.response for t in cold])
+        with torch.no_grad():
+            fresh = random_backbone.model.lm_head(response_hidden(random_backbone, batch))
+            full = random_backbone.model(**batch.inputs).logits[:, :-1][batch.predicts_BL]
+        for targets in (cold, warm):
+            stored = random_backbone.model.lm_head(torch.cat([t.hidden_RD for t in targets]))
+            assert torch.equal(stored, fresh)
+            torch.testing.assert_close(stored, full, atol=1e-4, rtol=1e-5)
+            assert torch.equal(stored.argmax(-1), full.argmax(-1))
+
+
+def test_teacher_response_is_its_own_greedy_answer(random_backbone, tmp_path):
+    targets = TeacherStore(tmp_path, random_backbone).targets(samples(), RANDOM_STRICT, "teacher")
+    for target in targets:
+        greedy = random_backbone.model.lm_head(target.hidden_RD).argmax(-1).tolist()
+        assert greedy == target.response
+
+
+def test_key_depends_on_everything_the_target_depends_on(random_backbone, tmp_path):
+    store = TeacherStore(tmp_path, random_backbone)
+    variants = [
+        (samples(2), Intervention(), "reference"),
+        (samples(3), Intervention(), "reference"),
+        (samples(2), Intervention(style="polite"), "reference"),
+        (samples(2), Intervention("white"), "reference"),
+        (samples(2), Intervention("gaussian", 0.5), "reference"),
+        (samples(2), Intervention("gaussian", 0.6), "reference"),
+        (samples(2), Intervention("gaussian", 0.5, seed=1), "reference"),
+        (samples(2), Intervention(), "teacher"),
+    ]
+    for variant in variants:
+        store.targets(*variant)
+    assert len(files(tmp_path)) == len(variants)
+    assert (store.hits, store.misses) == (0, len(variants))
+    for variant in variants:
+        store.targets(*variant)
+    assert (store.hits, store.misses) == (len(variants), len(variants))
+    other = make_random_backbone(seed=1)
+    TeacherStore(tmp_path, other).targets(*variants[0])
+    assert len(files(tmp_path)) == len(variants) + 1
+
+
+def _fill(root: Path, started: float) -> None:
+    backbone = make_random_backbone()
+    torch.set_num_threads(1)
+    time.sleep(max(0.0, started - time.time()))
+    store = TeacherStore(root, backbone)
+    store.targets(samples(), RANDOM_STRICT, "teacher")
+    (root / f"misses-{os.getpid()}").write_text(str(store.misses))
+
+
+def test_two_processes_compute_a_chunk_once_and_agree(random_backbone, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    start = time.time() + 8.0
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    workers = [context.Process(target=_fill, args=(shared, start)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    assert sum(int(p.read_text()) for p in shared.glob("misses-*")) == 1
+    TeacherStore(alone, random_backbone).targets(samples(), RANDOM_STRICT, "teacher")
+    assert [p.name for p in files(shared)] == [p.name for p in files(alone)]
+    assert files(shared)[0].read_bytes() == files(alone)[0].read_bytes()
+
+
+def _fill_and_be_killed(root: Path) -> None:
+    import vgid.teacher as teacher_module
+
+    backbone = make_random_backbone()
+
+    def torn_save(tensors: dict, path: Path) -> None:
+        path.write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    teacher_module.save_file = torn_save  # type: ignore[assignment]
+    TeacherStore(root, backbone).targets(samples(), RANDOM_STRICT, "teacher")
+
+
+def test_a_writer_killed_in_mid_write_leaves_no_torn_chunk(random_backbone, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    worker = context.Process(target=_fill_and_be_killed, args=(tmp_path,))
+    worker.start()
+    worker.join(120)
+    assert worker.exitcode == -signal.SIGKILL
+    assert files(tmp_path) == []
+    store = TeacherStore(tmp_path, random_backbone)
+    store.targets(samples(), RANDOM_STRICT, "teacher")
+    assert len(files(tmp_path)) == 1
+    assert int(load_file(files(tmp_path)[0])["lengths"].numel()) == 6
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_ranks_return_the_same_targets_in_the_same_order(random_backbone, tmp_path, rank):
+    many = samples(70)
+    expected = TeacherStore(tmp_path / "0", random_backbone).targets(
+        many, Intervention(), "reference"
+    )
+    got = TeacherStore(tmp_path / "r", random_backbone, rank).targets(
+        many, Intervention(), "reference"
+    )
+    assert [t.response for t in got] == [t.response for t in expected]
+    assert all(torch.equal(a.hidden_RD, b.hidden_RD) for a, b in zip(got, expected, strict=True))
