@@ -1,0 +1,134 @@
+"""The picture of a study: what is drawn, and that the page stands on its own."""
+
+import base64
+import gzip
+import io
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from PIL import Image
+
+from vgid.config import TrialConfig
+from vgid.outputs import TrialRecord
+from vgid.plots import Front, plotly_figure, write_html, write_png
+from vgid.results import Score, TrialResult
+
+BASE = {"forget_rougeL": Score(value=0.95, n=60, low=0.9, high=1.0)}
+BASE["retain_rougeL"] = Score(value=0.97, n=300, low=0.95, high=0.98)
+
+
+def record(trial_id, reduction, retain, *, on_front=False, held_out=None, **config):
+    completed = reduction is not None
+    metrics = {"forget_rougeL_reduction": reduction, "retain_rougeL": retain, "forget_cloze": 0.25}
+    result = TrialResult(
+        trial_id=trial_id,
+        status="completed" if completed else "failed",
+        metrics=metrics if completed else {},
+    )
+    return TrialRecord(TrialConfig(**config), result, on_front, held_out)
+
+
+@pytest.fixture
+def front():
+    held_out = {
+        "forget_rougeL": Score(value=0.15, n=50, low=0.1, high=0.25),
+        "retain_rougeL": Score(value=0.95, n=290, low=0.93, high=0.96),
+    }
+    records = [
+        record("0000", 0.9, 0.90, on_front=True),
+        record("0001", 0.5, 0.80, noise_type="white"),
+        record("0002", 0.8, 0.96, on_front=True, held_out=held_out, beta=5.0),
+        record("0003", None, None, noise_type="white"),
+        record("0004", 0.4, 0.85, noise_type="gaussian", sigma=0.5, prompt_style="polite"),
+    ]
+    return Front("tiny <llava>", records, BASE, BASE)
+
+
+def traces(front):
+    figure = plotly_figure(front)
+    go.Figure(figure)  # plotly's own validation of every attribute
+    return {trace["name"]: trace for trace in figure["data"]}
+
+
+def test_everything_is_in_its_place(front):
+    drawn = traces(front)
+    assert set(drawn) == {
+        "trial, Gaussian noise",
+        "trial, white image",
+        "front",
+        "front, held-out questions (95 %)",
+        "the paper's default setting",
+        "base model",
+    }
+    assert (drawn["front"]["x"], drawn["front"]["y"]) == ([0.8, 0.9], [0.96, 0.90])
+    assert drawn["trial, white image"]["x"] == [0.5]
+    assert (drawn["base model"]["x"], drawn["base model"]["y"]) == ([0.0], [0.97])
+    assert drawn["the paper's default setting"]["x"] == [0.9]
+    held_out = drawn["front, held-out questions (95 %)"]
+    assert held_out["x"] == pytest.approx([0.80])
+    assert held_out["error_x"]["array"] == pytest.approx([0.05])
+    assert held_out["error_x"]["arrayminus"] == pytest.approx([0.10])
+    assert held_out["error_y"]["arrayminus"] == pytest.approx([0.02])
+    assert front.caption == "4 trials (1 more not completed), 2 on the front"
+
+
+def test_hovering_shows_the_configuration(front):
+    (text,) = traces(front)["trial, Gaussian noise"]["hovertext"]
+    for part in ("trial 0004", "σ0.5", "polite", "lr 1.0e-03", "rank 8", "0.400", "0.850"):
+        assert part in text
+
+
+def test_the_page_needs_no_network_and_carries_its_data(tmp_path, front):
+    write_html(tmp_path / "front.html", front)
+    page = (tmp_path / "front.html").read_text()
+    assert len(page) < 2_500_000
+    assert not re.search(r"(src|href)\s*=", page)
+    assert "tiny &lt;llava&gt;" in page
+
+    def element(name):
+        return re.search(rf'<script id="{name}"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
+
+    figure = json.loads(element("figure"))
+    assert figure == json.loads(json.dumps(plotly_figure(front)))
+    assert "Plotly" in gzip.decompress(base64.b64decode(element("library"))).decode()
+
+
+def test_the_png_shows_every_kind_of_mark(tmp_path, front):
+    write_png(tmp_path / "front.png", front)
+    image = Image.open(tmp_path / "front.png").convert("RGB")
+    assert image.size == (1610, 784)
+    pixels = np.asarray(image).reshape(-1, 3)
+    for colour in ((0xD1, 0x49, 0x5B), (0x22, 0x22, 0x22)):
+        assert (pixels == colour).all(axis=1).sum() > 100
+
+
+def test_the_same_study_gives_the_same_bytes(tmp_path, front):
+    for write, name in ((write_png, "front.png"), (write_html, "front.html")):
+        write(tmp_path / name, front)
+        first = (tmp_path / name).read_bytes()
+        write(tmp_path / name, front)
+        assert (tmp_path / name).read_bytes() == first
+
+
+@pytest.mark.parametrize("records", [[], [record("0000", None, None)]])
+def test_a_study_without_a_completed_trial_still_has_its_picture(tmp_path, records):
+    front = Front("tiny-llava", records, BASE)
+    assert set(traces(front)) == {"base model"}
+    write_html(tmp_path / "front.html", front)
+    write_png(tmp_path / "front.png", front)
+    Image.open(io.BytesIO((tmp_path / "front.png").read_bytes())).verify()
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, vgid.plots\n"
+        "heavy = ('matplotlib', 'plotly', 'torch', 'pandas', 'optuna', 'mlflow')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
