@@ -87,7 +87,7 @@ class Report:
             console.print("No defects.")
             return
         defects = Table(
-            "config", "row", "field", "problem", title=f"{len(self.defects)} defects", box=SIMPLE
+            "config", "row", "field", "problem", title=f"Defects: {len(self.defects)}", box=SIMPLE
         )
         for defect in self.defects:
             row = "" if defect.row is None else str(defect.row)
