@@ -1,0 +1,287 @@
+"""A trial is a plain function from a config to a result.
+
+    result = run_trial(TrialConfig(beta=3.0), RequestConfig(data=..., store=...), Path("adapter"))
+
+``TrialSession`` is what a process keeps between trials: the base model, the encoded data, the
+teacher store, the examination. Ray, Optuna and MLflow wrap it elsewhere and are unknown here.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from vgid import adapter
+from vgid.backbones import load
+from vgid.benchmark import Benchmark
+from vgid.config import RequestConfig, TrialConfig
+from vgid.distillation import DistillationSet, LossNotFiniteError, distill
+from vgid.encoding import Encoded, encode, response_ids
+from vgid.errors import InputError
+from vgid.evaluation import Evaluation, Examination, evaluate, prepare
+from vgid.released import distill_released
+from vgid.results import EpochReport, QuestionPart, Score, TrialResult
+from vgid.splits import TrainingSample, choose_people, training_samples
+from vgid.teacher import Intervention, TeacherStore
+
+OnEpoch = Callable[[EpochReport], bool]
+"""Called after each epoch; False stops the trial early."""
+
+
+class TrialSession:
+    """A process ready to run trials of one forget request, one after the other.
+
+    A trial in a used session gives bit for bit what it gives in a fresh one: adapter, optimizer
+    and generators are made anew, and what is kept depends on the request only.
+
+    Args:
+        request: the forget request.
+        rank: of this process among the workers of a trial.
+        world_size: workers of a trial; more than one needs torch's process group.
+
+    Raises:
+        InputError: unknown backbone, weights not found, or data that cannot be read.
+    """
+
+    def __init__(self, request: RequestConfig, rank: int = 0, world_size: int = 1) -> None:
+        started = time.perf_counter()
+        self.request = request
+        self.rank = rank
+        self.world_size = world_size
+        self.benchmark = Benchmark.open(request.data)
+        self.people = choose_people(self.benchmark, request)
+        self.backbone = load(request.backbone, request.model_path)
+        self.store = TeacherStore(request.store, self.backbone, rank)
+        self._encoded: dict[str, Encoded] = {}
+        self._examinations: dict[tuple[str, int], Examination] = {}
+        self.phases = {"load": time.perf_counter() - started}
+        self._unreported_load = self.phases["load"]
+
+    @cached_property
+    def provenance(self) -> dict[str, str]:
+        """What every result names: data hash and base revision."""
+        return {
+            "data_sha256": self.benchmark.sha256,
+            "base_revision": self.backbone.revision,
+        }
+
+    def run(
+        self,
+        trial: TrialConfig,
+        trial_id: str,
+        adapter_dir: Path,
+        on_epoch: OnEpoch | None = None,
+        checkpoint_dir: Path | None = None,
+    ) -> TrialResult:
+        """Run one trial: teacher, training, evaluation on the search questions, adapter.
+
+        Args:
+            trial: the hyperparameters.
+            trial_id: names the trial in its result and checkpoint.
+            adapter_dir: where the PEFT adapter goes; appears whole or not at all.
+            on_epoch: told of each epoch; returns False to stop early (status ``pruned``).
+            checkpoint_dir: the state is saved there after each epoch, and a state of this very
+                trial found there is continued from.
+
+        Returns:
+            The result. A loss that is not finite gives status ``failed``, never an exception.
+
+        Raises:
+            InputError: data that cannot be trained on.
+        """
+        seconds = {"load": self._unreported_load}
+        self._unreported_load = 0.0
+        with _timed(seconds, "load"):
+            base = self.base_scores("search")
+        with _timed(seconds, "teacher"):
+            epochs = self._prepare_training(trial, trial_id, checkpoint_dir)
+        last: EpochReport | None = None
+        with adapter.attached(self.backbone, trial) as model:
+            try:
+                with _timed(seconds, "train"):
+                    for last in epochs(model):
+                        if not self._goes_on(on_epoch, last):
+                            return TrialResult(
+                                trial_id=trial_id,
+                                status="pruned",
+                                metrics=last.metrics,
+                                seconds=seconds,
+                            )
+            except LossNotFiniteError as error:
+                return TrialResult(
+                    trial_id=trial_id, status="failed", seconds=seconds, error=str(error)
+                )
+            if self.rank != 0:
+                return TrialResult(trial_id=trial_id, status="completed", seconds=seconds)
+            with _timed(seconds, "evaluate"):
+                evaluation = self._evaluate("search", self.request.seed)
+            with _timed(seconds, "save"):
+                _save_adapter(model, adapter_dir)
+                _save_responses(evaluation, adapter_dir)
+        return TrialResult(
+            trial_id=trial_id,
+            status="completed",
+            scores=evaluation.scores,
+            metrics={
+                **{name: score.value for name, score in evaluation.scores.items()},
+                "forget_rougeL_reduction": base["forget_rougeL"].value
+                - evaluation.scores["forget_rougeL"].value,
+                **(last.metrics if last else {}),
+            },
+            seconds=seconds,
+            adapter=adapter_dir,
+        )
+
+    def base_scores(self, part: QuestionPart) -> dict[str, Score]:
+        """Scores of the base itself, computed once per store and shared by all processes."""
+        return self._shared("base", part, lambda: self._evaluate(part, self._seed(part)).scores)
+
+    def rescore(
+        self, adapter_dir: Path, part: QuestionPart = "held_out", seed: int | None = None
+    ) -> dict[str, Score]:
+        """Scores of a saved adapter.
+
+        Args:
+            adapter_dir: PEFT adapter folder.
+            part: which questions.
+            seed: few-shot people, test poses and bootstrap; by default another than the trials'.
+        """
+        with adapter.loaded(self.backbone, adapter_dir):
+            return self._evaluate(part, self._seed(part) if seed is None else seed).scores
+
+    def _goes_on(self, on_epoch: OnEpoch | None, report: EpochReport) -> bool:
+        """Rank 0's answer of ``on_epoch``, known to all ranks so that they stop together."""
+        goes_on = on_epoch is None or self.rank != 0 or on_epoch(report)
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            answer = [goes_on]
+            dist.broadcast_object_list(answer, src=0)
+            goes_on = answer[0]
+        return goes_on
+
+    def _seed(self, part: QuestionPart) -> int:
+        return self.request.seed + (1 if part == "held_out" else 0)
+
+    def _evaluate(self, part: QuestionPart, seed: int) -> Evaluation:
+        key = (part, seed)
+        if key not in self._examinations:
+            self._examinations[key] = prepare(self.backbone, self.people, self.request, part, seed)
+        return evaluate(self.backbone, self._examinations[key], self.request)
+
+    def _prepare_training(
+        self, trial: TrialConfig, trial_id: str, checkpoint: Path | None
+    ) -> Callable[[Any], Iterator[EpochReport]]:
+        """Everything that training needs before the adapter is attached."""
+        forget = self._samples(trial, forget=True)
+        retain = self._samples(trial, forget=False)
+        forget_prompts, retain_prompts = self._encode(forget), self._encode(retain)
+        if trial.released:
+            if self.world_size > 1:
+                raise InputError("released: the public script's variant runs in one worker only.")
+            answered = [
+                [(p, response_ids(self.backbone, s.answer)) for p, s in zip(ps, ss, strict=True)]
+                for ps, ss in ((forget_prompts, forget), (retain_prompts, retain))
+            ]
+            return lambda model: distill_released(
+                self.backbone, model, answered[0], answered[1], trial
+            )
+        teacher = Intervention(trial.noise_type, trial.sigma, trial.prompt_style, self.request.seed)
+        sources: dict[str, tuple[Literal["teacher", "reference"], ...]] = {
+            "teacher": ("teacher",),
+            "reference": ("reference",),
+            "mixed": ("teacher", "reference"),
+        }
+        forget_targets = [
+            self.store.targets(forget, teacher, source) for source in sources[trial.response_source]
+        ]
+        retain_targets = [self.store.targets(retain, Intervention(), "reference")]
+        return lambda model: distill(
+            self.backbone,
+            model,
+            DistillationSet(forget_prompts, forget_targets),
+            DistillationSet(retain_prompts, retain_targets),
+            trial,
+            trial_id=trial_id,
+            rank=self.rank,
+            world_size=self.world_size,
+            checkpoint=checkpoint,
+        )
+
+    def _samples(self, trial: TrialConfig, forget: bool) -> list[TrainingSample]:
+        return training_samples(
+            self.benchmark,
+            self.people.forget if forget else self.people.retain_pool,
+            trial,
+            self.backbone.spec.option_scoring == "likelihood",
+            self.request.seed,
+        )
+
+    def _encode(self, samples: list[TrainingSample]) -> list[Encoded]:
+        for sample in samples:
+            if sample.query.id not in self._encoded:
+                (self._encoded[sample.query.id],) = encode(self.backbone, [sample.query])
+        return [self._encoded[sample.query.id] for sample in samples]
+
+    def _shared(
+        self, kind: str, part: QuestionPart, compute: Callable[[], dict[str, Score]]
+    ) -> dict[str, Score]:
+        """Scores from the store, or computed under a lock and put there."""
+        elsewhere = {"data", "store", "model_path", "log_responses"}  # or in the provenance
+        request = self.request.model_dump(mode="json", exclude=elsewhere)
+        described = json.dumps([kind, part, self.provenance, request], sort_keys=True)
+        key = hashlib.sha256(described.encode()).hexdigest()
+        path = self.request.store / f"{kind}-{key}.json"
+        with FileLock(path.with_suffix(".lock")):
+            if path.exists():
+                stored: Mapping[str, Any] = json.loads(path.read_text())
+                return {name: Score(**score) for name, score in stored.items()}
+            scores = compute()
+            text = json.dumps({name: score.model_dump() for name, score in scores.items()})
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(text)
+            temporary.replace(path)
+            return scores
+
+
+def run_trial(
+    trial: TrialConfig, request: RequestConfig, adapter_dir: Path, trial_id: str = "trial"
+) -> TrialResult:
+    """Run one trial in this process: config in, result out (see ``TrialSession.run``)."""
+    return TrialSession(request).run(trial, trial_id, adapter_dir)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    model.save_pretrained(temporary)
+    (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.replace(folder)
+
+
+def _save_responses(evaluation: Evaluation, adapter_dir: Path) -> None:
+    """Beside the adapter, not in it: an adapter may be shipped, responses must not be."""
+    if evaluation.responses is None:
+        return
+    lines = "".join(json.dumps(response._asdict()) + "\n" for response in evaluation.responses)
+    temporary = adapter_dir.with_name(f".{adapter_dir.name}.responses.tmp")
+    temporary.write_text(lines)
+    temporary.replace(adapter_dir.with_name(f"{adapter_dir.name}.responses.jsonl"))
