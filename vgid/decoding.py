@@ -4,6 +4,7 @@ Shape legend: B samples, L tokens of the longest, R response tokens over the who
 vocabulary.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,12 +57,16 @@ def greedy_tokens(
     """
     ends = _end_tokens(backbone)
     settings = _greedy_settings(backbone, ends, max_new_tokens)
+    base = getattr(backbone.model, "get_base_model", lambda: backbone.model)()
+    known = inspect.signature(base.forward).parameters
     responses: dict[int, list[int]] = {}
     with _evaluating(backbone.model):
         for rows in _batches([len(e.prompt_ids) for e in encoded], batch_size):
             batch = collate(backbone, [encoded[row] for row in rows], side="left")
             prompt_length = batch.inputs["input_ids"].shape[1]
-            output_BL = backbone.model.generate(**batch.inputs, generation_config=settings)
+            # ``generate`` refuses what the architecture has no use for, as forward does not.
+            inputs = {name: value for name, value in batch.inputs.items() if name in known}
+            output_BL = backbone.model.generate(**inputs, generation_config=settings)
             for row, tokens in zip(rows, output_BL[:, prompt_length:].tolist(), strict=True):
                 length = next((i for i, t in enumerate(tokens) if t in ends), len(tokens))
                 responses[row] = tokens[:length]

@@ -158,7 +158,7 @@ def prepare(
     for task, count in backbone.spec.few_shot.items():
         if count == 0 or (task == "classification" and scoring == "likelihood"):
             continue
-        chosen = choose_few_shot(people.few_shot, task, count, seed)
+        chosen = choose_few_shot(people.few_shot, task, count, seed, str(request.data))
         few_shot[task] = tuple(person.id for person in chosen)
         for form in ("image", "text"):
             shots[task, form] = few_shot_turns(backbone, chosen, task, form)
@@ -233,7 +233,7 @@ def _item(
 
 
 def choose_few_shot(
-    candidates: Sequence[Person], task: Task, count: int, seed: int
+    candidates: Sequence[Person], task: Task, count: int, seed: int, source: str
 ) -> tuple[Person, ...]:
     """Draw the few-shot people of a task; the same people whatever the order of ``candidates``.
 
@@ -241,22 +241,27 @@ def choose_few_shot(
     the score; here they come from people who are neither scored nor forgotten.
 
     Args:
-        candidates: who may be drawn; those without a question of the task in both forms are not.
+        candidates: who may be drawn; those without an image question of the task are not.
         task: of the questions.
         count: people to draw.
         seed: of the draw.
+        source: where the candidates come from, for the error message.
 
     Raises:
         InputError: too few candidates.
     """
     able = sorted(
-        (p for p in candidates if {q.form for q in p.questions if q.task == task} >= {"image"}),
+        (
+            person
+            for person in candidates
+            if any(q.task == task and q.form == "image" for q in person.questions)
+        ),
         key=lambda person: person.id,
     )
     if len(able) < count:
         raise InputError(
-            f"few-shot people: {len(able)} people outside the forget and scored sets have {task} "
-            f"questions, {count} are needed; lower retain_people."
+            f"{source}: {len(able)} of the {count} few-shot people needed outside the forget and "
+            f"scored sets have {task} questions; lower retain_people."
         )
     order = sample_generator(seed, f"few-shot/{task}").permutation(len(able))
     return tuple(able[i] for i in order[:count])

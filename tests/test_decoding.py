@@ -1,0 +1,182 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vgid.backbones import Backbone
+from vgid.decoding import greedy_decode, greedy_tokens, response_text, score_responses
+from vgid.encoding import Encoded, Query, encode, response_ids
+from vgid.fictitious import make_world, portrait
+from vgid.prompts import cloze_text, generation_text
+
+NEW_TOKENS = 9
+
+
+def make_queries() -> list[Query]:
+    people = make_world(0).people[:4]
+    queries = []
+    for index, person in enumerate(people):
+        image = portrait(0, person)
+        queries += [
+            Query(f"{index}/a", generation_text("Who is it?", "image"), image),
+            Query(
+                f"{index}/b", cloze_text("The person in the image, as seen, lives in __."), image
+            ),
+            Query(f"{index}/c", generation_text(f"Where does {person.name} live?", "text"), None),
+        ]
+    return queries
+
+
+@pytest.fixture(scope="module")
+def encoded(random_backbone: Backbone) -> list[Encoded]:
+    return encode(random_backbone, make_queries())
+
+
+@torch.no_grad()
+def full_logits(backbone: Backbone, item: Encoded, response: list[int]) -> torch.Tensor:
+    """Logits of every position of one unpadded sequence, from the plain forward pass."""
+    ids = torch.tensor([item.prompt_ids + response])
+    return backbone.model(input_ids=ids, attention_mask=torch.ones_like(ids), **item.vision).logits[
+        0
+    ]
+
+
+def greedy_by_hand(backbone: Backbone, item: Encoded, length: int) -> list[int]:
+    """One token after the other, without cache, batch or padding."""
+    response: list[int] = []
+    for _ in range(length):
+        token = int(full_logits(backbone, item, response)[-1].argmax())
+        if token == backbone.processor.tokenizer.eos_token_id:
+            break
+        response.append(token)
+    return response
+
+
+def test_batched_answers_equal_single_token_by_token(random_backbone, encoded):
+    batched = greedy_tokens(random_backbone, encoded, NEW_TOKENS, batch_size=5)
+    assert batched == [greedy_by_hand(random_backbone, item, NEW_TOKENS) for item in encoded]
+    assert len({tuple(tokens) for tokens in batched}) > 3  # the prompts matter
+
+
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_answers_do_not_depend_on_batch_or_order(random_backbone, encoded, batch_size):
+    expected = greedy_tokens(random_backbone, encoded, NEW_TOKENS, batch_size=5)
+    backwards = greedy_tokens(random_backbone, encoded[::-1], NEW_TOKENS, batch_size)
+    assert backwards[::-1] == expected
+
+
+def test_a_row_stops_at_its_end_while_others_go_on(random_backbone, encoded):
+    whole = greedy_tokens(random_backbone, encoded, NEW_TOKENS)
+    end = next(row[3] for row in whole if row[3] not in row[:3])
+    settings = random_backbone.model.generation_config
+    before = settings.eos_token_id
+    settings.eos_token_id = [before, end]
+    try:
+        stopped = greedy_tokens(random_backbone, encoded, NEW_TOKENS)
+    finally:
+        settings.eos_token_id = before
+    assert stopped == [row[: row.index(end)] if end in row else row for row in whole]
+    assert 3 in map(len, stopped)
+    assert max(map(len, stopped)) == NEW_TOKENS
+
+
+def test_a_checkpoints_sampling_settings_are_set_aside(random_backbone, encoded):
+    expected = greedy_tokens(random_backbone, encoded, NEW_TOKENS)
+    settings = random_backbone.model.generation_config
+    settings.repetition_penalty, settings.do_sample, settings.temperature = 5.0, True, 3.0
+    try:
+        assert greedy_tokens(random_backbone, encoded, NEW_TOKENS) == expected
+    finally:
+        settings.repetition_penalty, settings.do_sample, settings.temperature = 1.0, False, 1.0
+
+
+def test_greedy_decode_gives_texts(random_backbone, encoded):
+    texts = greedy_decode(random_backbone, make_queries(), NEW_TOKENS)
+    tokens = greedy_tokens(random_backbone, encoded, NEW_TOKENS)
+    assert texts == [response_text(random_backbone, row) for row in tokens]
+
+
+def test_response_text_drops_special_tokens_and_white_space(random_backbone):
+    ids = response_ids(random_backbone, "Agnes Ashby lives in Corsk.")
+    assert response_text(random_backbone, ids) == "Agnes Ashby lives in Corsk."
+    assert response_text(random_backbone, []) == ""
+
+
+def test_scores_equal_the_full_logits(random_backbone, encoded):
+    texts = ["Corsk.", "Agnes Ashby lives in the city of Corsk.", "No"] * 4
+    responses = [response_ids(random_backbone, text) for text in texts]
+    scores = score_responses(random_backbone, encoded, responses, batch_size=5)
+    for item, response, score in zip(encoded, responses, scores, strict=True):
+        logits = full_logits(random_backbone, item, response)
+        logprobs = logits.log_softmax(-1)
+        start = len(item.prompt_ids)
+        for offset, token in enumerate(response):
+            expected = logprobs[start + offset - 1, token]
+            assert score.logprobs_R[offset].item() == pytest.approx(expected.item(), abs=1e-3)
+            first_choice = int(logits[start + offset - 1].argmax())
+            assert bool(score.correct_R[offset]) is (first_choice == token)
+
+
+def test_a_models_own_answer_is_its_first_choice_throughout(random_backbone, encoded):
+    answers = greedy_tokens(random_backbone, encoded, NEW_TOKENS)
+    for score in score_responses(random_backbone, encoded, answers):
+        assert bool(score.correct_R.all())
+
+
+def test_the_vocabulary_layer_sees_response_positions_only(random_backbone, encoded):
+    responses = [response_ids(random_backbone, "in Corsk.")] * len(encoded)
+    seen = []
+    handle = random_backbone.model.lm_head.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].shape[:-1].numel())
+    )
+    try:
+        score_responses(random_backbone, encoded, responses, batch_size=len(encoded))
+    finally:
+        handle.remove()
+    assert seen == [sum(map(len, responses))]
+
+
+def test_the_models_mode_is_left_as_it_was(random_backbone, encoded):
+    model = random_backbone.model
+    try:
+        for training in (True, False):
+            model.train(training)
+            greedy_tokens(random_backbone, encoded[:1], 2)
+            score_responses(random_backbone, encoded[:1], [[5, 6]])
+            assert model.training is training
+    finally:
+        model.eval()
+
+
+def test_an_adapter_is_part_of_the_answer(random_backbone, encoded):
+    from peft import LoraConfig, get_peft_model
+
+    responses = [response_ids(random_backbone, "in Corsk.")] * len(encoded)
+    before = score_responses(random_backbone, encoded, responses)
+    config = LoraConfig(r=2, target_modules=random_backbone.spec.lora_targets)
+    wrapped = get_peft_model(random_backbone.model, config)
+    try:
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.constant_(parameter, 0.05)
+        for backbone in (random_backbone, replace(random_backbone, model=wrapped)):
+            changed = score_responses(backbone, encoded, responses)
+            assert not torch.allclose(changed[0].logprobs_R, before[0].logprobs_R)
+            assert greedy_tokens(backbone, encoded[:2], 3) == [
+                greedy_by_hand(random_backbone, item, 3) for item in encoded[:2]
+            ]
+    finally:
+        wrapped.unload()
+    assert torch.equal(
+        score_responses(random_backbone, encoded, responses)[0].logprobs_R, before[0].logprobs_R
+    )
+
+
+def test_nothing_to_do_is_fine(random_backbone):
+    assert greedy_tokens(random_backbone, []) == []
+    assert score_responses(random_backbone, [], []) == []
+
+
+def test_an_empty_response_is_an_error(random_backbone, encoded):
+    with pytest.raises(ValueError, match="empty response"):
+        score_responses(random_backbone, encoded[:1], [[]])
