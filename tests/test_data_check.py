@@ -250,6 +250,11 @@ def test_forget_people_missing_elsewhere(tmp_path: Path, config: str):
     assert found == [(f"forget_{ratio}", 0, "ID", problem) for ratio in (5, 10, 15)]
 
 
+def test_retain_people_need_training_metadata(tmp_path: Path):
+    root = write_tiny(tmp_path, {"ft_Data": lambda rows: rows.pop(2)})
+    assert defects_of(root) == [(f"retain_{ratio}", 1, "ID") for ratio in (95, 90, 85)]
+
+
 @pytest.mark.parametrize("column", ["ID", "image", "Generation_Task", "Classification_Task"])
 def test_missing_column(tmp_path: Path, column: str):
     path = write_tiny(tmp_path) / "retain_95" / SHARD

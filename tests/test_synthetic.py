@@ -129,6 +129,12 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is the current folder; name a new folder"):
+        write_benchmark(Path())
+
+
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot write the benchmark there \(Not a directory\)"):

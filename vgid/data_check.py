@@ -120,8 +120,9 @@ def check_benchmark(root: Path, progress: bool = False) -> Report:
         check.run(image_problems)
     by_name = {check.config: check for check in checks}
     for ratio in FORGET_RATIOS:
-        forget = by_name[f"forget_{ratio}"]
-        forget.compare_with_retain(by_name[f"retain_{100 - ratio}"])
+        forget, retain = by_name[f"forget_{ratio}"], by_name[f"retain_{100 - ratio}"]
+        forget.compare_with_retain(retain)
+        retain.require_in(by_name["ft_Data"])
         for other in ("Full_Set", "ft_Data", "Test_Set"):
             forget.require_in(by_name[other])
     return Report(

@@ -81,6 +81,8 @@ def _refuse_used(root: Path) -> None:
         raise InputError(
             f"{root}: exists and is not an empty folder; name a new folder for the benchmark."
         )
+    if root == Path.cwd():  # taking its place would leave the caller in a folder that is gone
+        raise InputError(f"{root}: is the current folder; name a new folder, such as benchmark.")
 
 
 @contextmanager
