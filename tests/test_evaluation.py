@@ -12,6 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from vgid.backbones import QWEN_FRAME, Backbone, PromptFrame
 from vgid.benchmark import Person, Question, split_questions
 from vgid.config import RequestConfig
+from vgid.decoding import greedy_tokens
 from vgid.errors import InputError
 from vgid.evaluation import (
     Evaluation,
@@ -424,18 +425,30 @@ def test_options_are_ranked_as_a_loop_over_full_logits_ranks_them(
     assert len(set(letters)) > 1
 
 
-def test_memorisation_is_the_share_of_answer_tokens_that_full_logits_put_first(
-    random_backbone, examination, evaluation
-):
-    shares = []
+def test_memorisation_is_asked_of_the_forget_peoples_answers(random_backbone, examination):
     for item in examination.items:
-        question = item.question
-        if (item.split, question.task, question.form) != ("forget", "generation", "image"):
-            continue
-        answer = tokens_of(random_backbone, question.answer)
+        if item.split == "forget" and item.question.task == "generation":
+            assert item.answer == tokens_of(random_backbone, item.question.answer)
+        else:
+            assert item.answer is None
+
+
+def test_memorisation_is_the_share_of_answer_tokens_that_full_logits_put_first(
+    random_backbone, examination
+):
+    # Random weights know no true answer; their own answers with some tokens changed stand in.
+    asked = [i for i in examination.items if i.answer is not None and i.question.form == "image"]
+    own = greedy_tokens(random_backbone, [item.encoded for item in asked], max_new_tokens=8)
+    items, shares = [], []
+    for number, (item, answer) in enumerate(zip(asked, own, strict=True)):
+        for place in range(number % 4):
+            answer[2 * place + 1] = 7 + place
         logits = full_logits(random_backbone, item.encoded.prompt_ids, item.encoded.vision, answer)
         shares.append((logits.argmax(-1) == torch.tensor(answer)).double().mean().item())
-    score = evaluation.scores["forget_memorisation"]
+        items.append(replace(item, answer=answer))
+    result = evaluate(random_backbone, replace(examination, items=tuple(items)), REQUEST)
+    score = result.scores["forget_memorisation"]
+    assert len(set(shares)) > 2
     assert score.n == len(shares)
     assert score.value == pytest.approx(np.mean(shares))
 
