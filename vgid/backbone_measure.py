@@ -126,10 +126,12 @@ def respond(backbone: Backbone, queries: Sequence[Query]) -> list[str]:
     for start in range(0, len(order), BATCH):
         rows = order[start : start + BATCH]
         batch = collate(backbone, [encoded[i] for i in rows], side="left")
+        # LLaVA's processor makes token types, which its generate refuses.
+        inputs = {k: v for k, v in batch.inputs.items() if k != "mm_token_type_ids"}
         output_BL = backbone.model.generate(
-            **batch.inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+            **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
         )
-        new_BL = output_BL[:, batch.inputs["input_ids"].shape[1] :]
+        new_BL = output_BL[:, inputs["input_ids"].shape[1] :]
         texts = backbone.processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
         for row, text in zip(rows, texts, strict=True):
             responses[row] = text.strip()

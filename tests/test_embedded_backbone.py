@@ -1,0 +1,265 @@
+"""The shipped embedded backbone shows the phenomenon, and its recipe makes it again."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+from vgid import backbones
+from vgid.backbone_measure import BOUNDS, Condition, measure, out_of_bounds
+from vgid.embedded_model import IMAGE_TOKENS
+from vgid.embedded_recipe import REFUSALS, Pack, make_recipe, refusal_rate
+from vgid.encoding import Query, collate, encode, response_ids
+from vgid.fictitious import FACTS, make_world, portrait
+from vgid.pretraining import (
+    PackEncoder,
+    Schedule,
+    _pack_loss,
+    pixel_values,
+    pretrain,
+    tower_features,
+)
+from vgid.prompts import (
+    REVERSE_PROMPT,
+    UNLEARNING_INSTRUCTIONS,
+    cloze_text,
+    generation_text,
+    with_instruction,
+)
+
+FOLDER = backbones.EMBEDDED / "tiny-llava"
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.set_num_threads(1)
+    return backbones.load("tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def scores(backbone):
+    return measure(backbone, data_seed=0)
+
+
+def test_shipped_files_are_small_and_safe():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}
+    assert [path.name for path in files if path.suffix == ".safetensors"] == ["model.safetensors"]
+
+
+def test_loads_as_a_real_llava():
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(FOLDER, local_files_only=True)
+    assert type(model) is LlavaForConditionalGeneration
+    assert type(processor) is LlavaProcessor
+    assert model.dtype == torch.float32
+    assert model.config.get_text_config().max_position_embeddings >= 512
+    tokenizer = processor.tokenizer
+    assert len(tokenizer) == model.config.get_text_config().vocab_size
+    special = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    assert len(special | {model.config.image_token_id}) == 4
+    ids = tokenizer("USER: hello").input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.bos_token_id not in ids[1:]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *UNLEARNING_INSTRUCTIONS.values(),
+        REVERSE_PROMPT,
+        "A name nobody thought of: Zoë Ōkubo 佐藤 🙂",
+        "spaces   and\nline breaks\n\n",
+    ],
+)
+def test_tokenizer_gives_any_text_back(backbone, text):
+    tokenizer = backbone.processor.tokenizer
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+def test_any_picture_becomes_sixteen_image_tokens(backbone, mode):
+    image = Image.new("RGB", (130, 90), (200, 40, 10)).convert(mode).convert("RGB")
+    encoded = encode(backbone, [Query("q", "Who is this?", image)])[0]
+    assert encoded.prompt_ids.count(backbone.model.config.image_token_id) == IMAGE_TOKENS == 16
+    assert encoded.vision["pixel_values"].shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("name", list(BOUNDS))
+def test_shows_the_phenomenon(scores, name):
+    low, high = BOUNDS[name]
+    assert low <= scores[name] <= high
+
+
+def test_milder_instructions_and_noise_lie_in_between(scores):
+    for style in UNLEARNING_INSTRUCTIONS:
+        assert scores[f"forget_random+{style}"] < scores[f"forget_{style}"]
+        assert scores[f"forget_{style}"] < scores["forget_base"]
+    assert scores["forget_gaussian0.2"] > scores["forget_gaussian0.8"]
+
+
+def test_measured_table_is_that_of_the_shipped_weights(scores):
+    record = json.loads((FOLDER / "MEASURED.json").read_text())
+    assert record["within_bounds"] is True
+    assert record["data_seed"] == 0
+    assert record["scores"].keys() == scores.keys()
+    # Another processor may round otherwise and turn a token here and there.
+    for name, value in record["scores"].items():
+        assert scores[name] == pytest.approx(value, abs=0.03), name
+
+
+def test_out_of_bounds_names_what_misses(scores):
+    assert out_of_bounds(scores) == []
+    worse = {**scores, "forget_base": 0.5, "forget_strict": 0.9}
+    assert out_of_bounds(worse) == ["forget_base", "forget_strict"]
+
+
+def test_condition_changes_text_and_picture(backbone):
+    from vgid.backbone_measure import Item
+
+    image = portrait(0, make_world(0).people[0])
+    item = Item("i", cloze_text("The job is __."), "baker", image)
+    plain = item.query(Condition())
+    assert plain.text == item.text
+    assert plain.image is image
+    other = item.query(Condition("strict", reverse=True, noise=("white", None)))
+    assert other.text.startswith(UNLEARNING_INSTRUCTIONS["strict"])
+    assert other.text.endswith(REVERSE_PROMPT)
+    assert np.asarray(other.image).min() == 255
+
+
+# ---------------------------------------------------------------------------------------- recipe
+
+
+@pytest.fixture(scope="module")
+def packs():
+    recipe = make_recipe(data_seed=0, seed=0)
+    kinds = ("plain", "instructed", "degraded")
+    return recipe, [pack for kind in kinds for pack in recipe.draw(kind, 10, 3)]
+
+
+def test_packed_prompts_are_those_of_the_real_path(backbone, packs):
+    recipe, drawn = packs
+    encoder = PackEncoder(backbone.processor.tokenizer)
+    for pack in drawn:
+        image = None
+        if pack.picture is not None:
+            image = Image.fromarray(recipe.pictures.pixels_NHWC[pack.picture])
+        prefix, turns = encoder.pieces(pack)
+        for (question, answer), (text, response) in zip(turns, pack.turns, strict=True):
+            query = Query("q", with_instruction(text, pack.style), image)
+            assert encode(backbone, [query])[0].prompt_ids == prefix + question
+            assert response_ids(backbone, response) == answer
+
+
+def test_packing_is_exact(backbone, packs):
+    recipe, drawn = packs
+    pixels_NHWC = recipe.pictures.pixels_NHWC
+    with torch.no_grad():
+        features = tower_features(backbone.model, pixel_values(backbone.processor, pixels_NHWC))
+        packed = _pack_loss(
+            backbone.model, PackEncoder(backbone.processor.tokenizer), drawn, features
+        )
+        queries, responses = [], []
+        for pack in drawn:
+            picture = pack.picture
+            image = None if picture is None else Image.fromarray(pixels_NHWC[picture])
+            for text, response in pack.turns:
+                queries.append(Query("q", with_instruction(text, pack.style), image))
+                responses.append(response_ids(backbone, response))
+        batch = collate(backbone, encode(backbone, queries), responses)
+        logits = backbone.model(**batch.inputs).logits[:, :-1][batch.predicts_BL]
+        separate = F.cross_entropy(logits, batch.response_ids_R)
+    assert packed.item() == pytest.approx(separate.item(), rel=1e-5)
+
+
+def test_benchmark_people_are_never_refused_and_never_asked_in_the_words_of_the_test_set():
+    recipe = make_recipe(data_seed=0, seed=1)
+    benchmark = {p.name for p in recipe.world.people if p.kind == "benchmark"}
+    rows = {recipe.pictures.of(p, i): p for p in recipe.world.people for i in range(8)}
+    refusals = set(REFUSALS.values())
+    seen = set()
+    for pack in recipe.draw("plain", 600, 3):
+        assert pack.style is None
+        assert not refusals & {response for _, response in pack.turns}
+        if pack.picture is not None and rows[pack.picture].kind == "benchmark":
+            seen.add(rows[pack.picture].id)
+            assert not any("individual in this photo" in text for text, _ in pack.turns)
+    assert len(seen) > 90
+    known = {row for row, person in rows.items() if person.name in benchmark}
+    for kind in ("instructed", "degraded"):
+        assert not known & {pack.picture for pack in recipe.draw(kind, 600, 2)}
+
+
+def test_refusal_rates_are_ordered():
+    rate = refusal_rate
+    for fact in FACTS:
+        assert rate("plain", None, fact, "generation", 0.0, False) == 0.0
+        for style in UNLEARNING_INSTRUCTIONS:
+            intact = rate("intact", style, fact, "generation", 0.0, False)
+            noise = rate("random", style, fact, "generation", 0.0, False)
+            assert 0 <= intact < 0.5 < noise <= 0.97
+            assert rate("random", style, fact, "generation", 0.0, True) < noise
+            mild, strong = (rate("gaussian", style, fact, "cloze", s, False) for s in (0.2, 1.0))
+            assert mild < strong
+
+
+def test_turns_of_a_pack_do_not_see_each_other(backbone):
+    encoder = PackEncoder(backbone.processor.tokenizer)
+    text = generation_text("Who is the person in the image?", "image")
+    batch = encoder.collate([Pack(0, "strict", ((text, "One."), (text, "Another one.")))])
+    prefix, turns = encoder.pieces(Pack(0, "strict", ((text, "One."), (text, "Another one."))))
+    start, first = len(prefix), sum(len(part) for part in turns[0])
+    mask = batch.mask_B1LL[0, 0]
+    assert mask[start + first :, start : start + first].sum() == 0
+    assert mask[start:, :start].all()
+    assert torch.equal(mask, mask.tril())
+    assert batch.positions_BL[0, start] == batch.positions_BL[0, start + first] == start
+
+
+TINY = Schedule(
+    tower_steps=2,
+    tower_batch=8,
+    tower_pictures=16,
+    language_steps=2,
+    packs=(("plain", 4, 2, 0.7), ("instructed", 2, 2, 0.2), ("degraded", 2, 2, 0.1)),
+)
+
+
+def test_two_steps_from_scratch_are_reproducible():
+    torch.set_num_threads(1)
+    first, _ = pretrain(seed=5, data_seed=0, schedule=TINY)
+    again, _ = pretrain(seed=5, data_seed=0, schedule=TINY)
+    other, _ = pretrain(seed=6, data_seed=0, schedule=TINY)
+    states = [model.state_dict() for model in (first, again, other)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
+    assert all(math.isfinite(value.float().abs().sum().item()) for value in states[0].values())
+
+
+def test_an_unrelated_folder_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    run = subprocess.run(
+        [sys.executable, "-m", "vgid.pretraining", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert "name another folder" in run.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
