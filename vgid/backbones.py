@@ -202,7 +202,9 @@ def load(name: str, model_path: str | None = None, device: str | None = None) ->
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     row = spec(name)
     folder = locate(row, model_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,6 +8,7 @@ model's context is an error that names the sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, Literal
 
 import numpy as np
@@ -99,9 +100,12 @@ def _encode(backbone: Backbone, query: Query) -> Encoded:
     text = "".join(shot.text for shot in query.shots) + turn
     images = [shot.image for shot in query.shots if shot.image is not None]
     images += [] if query.image is None else [query.image]
+    typed = "mm_token_type_ids" in signature(backbone.model.forward).parameters
     output = dict(
         backbone.processor(
-            text=[text], images=[images] if images else None, return_mm_token_type_ids=bool(images)
+            text=[text],
+            images=[images] if images else None,
+            return_mm_token_type_ids=typed and bool(images),
         )
     )
     prompt_ids = [int(i) for i in output.pop("input_ids")[0]]

@@ -62,7 +62,7 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
     others = shuffled[request.retain_people :]
     return People(
         forget=forget,
-        test=tuple(person for person in benchmark.test() if person.id in forget_ids),
+        test=benchmark.test(only=forget_ids),
         retain_seen=tuple(seen),
         retain_unseen=tuple(unseen),
         retain_pool=tuple(seen + others),
@@ -104,7 +104,7 @@ def training_samples(
     pairs = benchmark.training_pairs() if "generation" in trial.train_tasks else {}
     samples = []
     for person in people:
-        image = decode_image(person.images[0])
+        image = decode_image(person.images[0], f"the image of person {person.id}")
         if "generation" in trial.train_tasks:
             if person.id not in pairs:
                 raise InputError(
