@@ -65,6 +65,24 @@ def test_answers_do_not_depend_on_batch_or_order(random_backbone, encoded, batch
     assert backwards[::-1] == expected
 
 
+def test_long_prompts_come_in_smaller_batches(random_backbone, encoded, monkeypatch):
+    expected = greedy_tokens(random_backbone, encoded, NEW_TOKENS)
+    limit = 2 * max(len(item.prompt_ids) for item in encoded)
+    monkeypatch.setattr("vgid.decoding.MAX_BATCH_TOKENS", limit)
+    shapes = []
+    handle = random_backbone.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        assert greedy_tokens(random_backbone, encoded, NEW_TOKENS) == expected
+    finally:
+        handle.remove()
+    prompts = [shape for shape in shapes if shape[1] > 1]
+    assert sum(rows for rows, _ in prompts) == len(encoded)
+    assert all(rows * length <= limit for rows, length in prompts)
+    assert max(rows for rows, _ in prompts) > 2  # short prompts still share a batch
+
+
 def test_a_row_stops_at_its_end_while_others_go_on(random_backbone, encoded):
     whole = greedy_tokens(random_backbone, encoded, NEW_TOKENS)
     end = next(row[3] for row in whole if row[3] not in row[:3])

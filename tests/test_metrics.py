@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 
+from vgid.embedded_recipe import REFUSALS
+from vgid.fictitious import FACTS, make_world
 from vgid.metrics import (
     bleu,
     bootstrap_interval,
@@ -113,6 +115,13 @@ def test_letter_choice_is_the_first_character(response, letter):
 )
 def test_refusals(response):
     assert is_refusal(response)
+
+
+def test_refusals_of_the_embedded_backbone_and_none_of_its_answers():
+    assert all(map(is_refusal, REFUSALS.values()))
+    answers = [person.answer(fact) for person in make_world(0).people for fact in FACTS]
+    assert not any(map(is_refusal, answers))
+    assert not any(map(is_gibberish, [*answers, *REFUSALS.values()]))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ Shape legend: B samples, L tokens of the longest, R response tokens over the who
 vocabulary.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,11 @@ from vgid.encoding import Encoded, Query, collate, encode
 
 MAX_NEW_TOKENS = 50
 """Longest response, in tokens, of the benchmark's protocol."""
+
+MAX_BATCH_TOKENS = 32_768
+"""Prompt tokens of a batch at most, padding included, however many samples were asked for: a
+few-shot prompt of LLaVA-1.5-7B holds thousands of image tokens, and this many fill 16 GiB of its
+key-value cache."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +54,19 @@ def greedy_tokens(
         backbone: model and tokenizer.
         encoded: the prompts.
         max_new_tokens: tokens after which a response is cut.
-        batch_size: prompts decoded together.
+        batch_size: prompts decoded together at most; long ones are fewer (``MAX_BATCH_TOKENS``).
 
     Returns:
         One list of token ids a prompt, in the order of ``encoded``.
     """
     ends = _end_tokens(backbone)
     settings = _greedy_settings(backbone, ends, max_new_tokens)
-    base = getattr(backbone.model, "get_base_model", lambda: backbone.model)()
-    known = inspect.signature(base.forward).parameters
     responses: dict[int, list[int]] = {}
     with _evaluating(backbone.model):
         for rows in _batches([len(e.prompt_ids) for e in encoded], batch_size):
             batch = collate(backbone, [encoded[row] for row in rows], side="left")
             prompt_length = batch.inputs["input_ids"].shape[1]
-            # ``generate`` refuses what the architecture has no use for, as forward does not.
-            inputs = {name: value for name, value in batch.inputs.items() if name in known}
-            output_BL = backbone.model.generate(**inputs, generation_config=settings)
+            output_BL = backbone.model.generate(**batch.inputs, generation_config=settings)
             for row, tokens in zip(rows, output_BL[:, prompt_length:].tolist(), strict=True):
                 length = next((i for i, t in enumerate(tokens) if t in ends), len(tokens))
                 responses[row] = tokens[:length]
@@ -104,7 +104,7 @@ def score_responses(
         backbone: model and tokenizer.
         encoded: the prompts.
         responses: token ids of one response a prompt, none empty (see ``encoding.response_ids``).
-        batch_size: pairs rated together.
+        batch_size: pairs rated together at most; long ones are fewer (``MAX_BATCH_TOKENS``).
 
     Returns:
         One score a pair, in the order given, on the CPU.
@@ -137,9 +137,16 @@ def score_responses(
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Indices in batches of similar length, ties in the order given."""
-    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        # Lengths ascend, so this one is what the whole batch would be padded to.
+        full = len(batch) == batch_size
+        if batch and (full or (len(batch) + 1) * lengths[index] > MAX_BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _end_tokens(backbone: Backbone) -> frozenset[int]:
@@ -167,6 +174,8 @@ def _greedy_settings(backbone: Backbone, ends: frozenset[int], max_new_tokens: i
         no_repeat_ngram_size=0,
         max_new_tokens=max_new_tokens,
         eos_token_id=sorted(ends),
+        # A response is text; an image token in it could not be shown to the model again.
+        suppress_tokens=[backbone.processor.image_token_id],
         pad_token_id=backbone.processor.tokenizer.pad_token_id,
     )
 

@@ -43,6 +43,8 @@ REFUSAL_MARKERS = (
     "i don't know",
     "do not know anything",
     "don't know anything",
+    "know nothing about",
+    "would rather not",
     "i do not have",
     "i don't have",
     "i have no information",
