@@ -1,0 +1,184 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import make_random_backbone
+from vgid.benchmark import Benchmark, split_questions
+from vgid.config import RequestConfig, TrialConfig
+from vgid.embedded_model import save
+from vgid.results import EpochReport, TrialResult
+from vgid.splits import choose_people, training_samples
+from vgid.synthetic import write_benchmark
+from vgid.trial import TrialSession, run_trial
+
+TRIAL = TrialConfig(epochs=2, lora_rank=2)
+
+
+@pytest.fixture(scope="module")
+def request_config(tmp_path_factory) -> RequestConfig:
+    root = tmp_path_factory.mktemp("trial")
+    write_benchmark(root / "data")
+    backbone = make_random_backbone()
+    save(backbone.model, backbone.processor, root / "model")
+    return RequestConfig(
+        data=root / "data",
+        store=root / "store",
+        model_path=str(root / "model"),
+        retain_people=4,
+        bootstrap_samples=100,
+    )
+
+
+@pytest.fixture(scope="module")
+def session(request_config) -> TrialSession:
+    return TrialSession(request_config)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def result(session, adapters) -> TrialResult:
+    return session.run(TRIAL, "0000", adapters / "0000")
+
+
+def same_adapter(a: Path, b: Path) -> bool:
+    left, right = (load_file(p / "adapter_model.safetensors") for p in (a, b))
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def test_a_completed_trial_has_scores_times_and_a_peft_adapter(session, result, adapters):
+    assert result.status == "completed"
+    assert set(result.seconds) == {"load", "teacher", "train", "evaluate", "save"}
+    base = session.base_scores("search")["forget_rougeL"].value
+    reduction = base - result.scores["forget_rougeL"].value
+    assert result.metrics["forget_rougeL_reduction"] == reduction
+    for name in ("retain_rougeL", "test_rougeL", "forget_cloze", "forget_memorisation"):
+        assert result.metrics[name] == result.scores[name].value
+        assert result.scores[name].low <= result.scores[name].value <= result.scores[name].high
+    config = json.loads((adapters / "0000" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and config["r"] == 2
+    names = load_file(adapters / "0000" / "adapter_model.safetensors").keys()
+    assert names and all("language_model" in name for name in names)
+    assert sorted(p.name for p in adapters.iterdir()) == ["0000"]
+
+
+def test_a_trial_in_a_used_session_equals_one_in_a_fresh_session(
+    session, result, request_config, adapters, tmp_path
+):
+    session.run(TRIAL.model_copy(update={"alpha": 2.0, "seed": 5}), "0001", tmp_path / "0001")
+    again = session.run(TRIAL, "0000", tmp_path / "again")
+    fresh = run_trial(TRIAL, request_config, tmp_path / "fresh", "0000")
+    assert again.metrics == result.metrics == fresh.metrics
+    assert again.scores == result.scores == fresh.scores
+    assert same_adapter(adapters / "0000", tmp_path / "again")
+    assert same_adapter(adapters / "0000", tmp_path / "fresh")
+
+
+def test_on_epoch_sees_each_epoch_and_can_stop_the_trial(session, tmp_path):
+    seen: list[EpochReport] = []
+
+    def stop_after_first(report: EpochReport) -> bool:
+        seen.append(report)
+        return False
+
+    result = session.run(TRIAL, "0002", tmp_path / "0002", stop_after_first)
+    assert result.status == "pruned"
+    assert [(r.epoch, r.epochs) for r in seen] == [(1, 2)]
+    assert result.adapter is None and not (tmp_path / "0002").exists()
+    assert result.metrics == seen[0].metrics
+
+
+def test_a_loss_that_is_not_finite_fails_the_trial_and_not_the_session(session, result, tmp_path):
+    wild = TRIAL.model_copy(update={"learning_rate": 1e20, "epochs": 30})
+    failed = session.run(wild, "0003", tmp_path / "0003")
+    assert failed.status == "failed"
+    assert failed.error is not None and "not finite" in failed.error
+    assert not (tmp_path / "0003").exists()
+    assert session.run(TRIAL, "0000", tmp_path / "after").metrics == result.metrics
+
+
+def test_a_trial_continues_from_its_checkpoint(session, result, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    session.run(TRIAL, "0000", tmp_path / "x", lambda report: False, checkpoint)
+    seen: list[int] = []
+    continued = session.run(
+        TRIAL, "0000", tmp_path / "y", lambda r: bool(seen.append(r.epoch)) or True, checkpoint
+    )
+    assert seen == [2]
+    assert continued.metrics == result.metrics
+
+
+def test_rescoring_the_saved_adapter_gives_the_trial_s_scores(session, result, adapters):
+    scores = session.rescore(adapters / "0000", "search", session.request.seed)
+    assert scores == result.scores
+    held_out = session.rescore(adapters / "0000")
+    assert held_out.keys() == scores.keys()
+    assert held_out != scores
+
+
+def test_base_scores_are_computed_once_and_shared(session, request_config):
+    first = session.base_scores("search")
+    stored = list(request_config.store.glob("base-*.json"))
+    before = {path: path.stat().st_mtime_ns for path in stored}
+    assert TrialSession(request_config).base_scores("search") == first
+    assert {p: p.stat().st_mtime_ns for p in request_config.store.glob("base-*.json")} == before
+
+
+@pytest.mark.parametrize("source", ["reference", "mixed"])
+def test_response_sources_differ(session, result, adapters, tmp_path, source):
+    other = session.run(
+        TRIAL.model_copy(update={"response_source": source}), "0004", tmp_path / "0004"
+    )
+    assert other.status == "completed"
+    assert not same_adapter(adapters / "0000", tmp_path / "0004")
+
+
+def test_released_variant_trains(session, tmp_path):
+    released = session.run(TRIAL.model_copy(update={"released": True}), "0005", tmp_path / "0005")
+    assert released.status == "completed"
+    assert released.metrics["forget_loss"] > 0
+
+
+def test_scores_hold_no_text_and_responses_are_kept_on_request_only(
+    request_config, result, adapters, tmp_path
+):
+    texts = [q.text for p in Benchmark.open(request_config.data).forget(5) for q in p.questions]
+    dumped = result.model_dump_json()
+    assert not any(text in dumped for text in texts)
+    assert not list(adapters.rglob("*responses*"))
+    asked = request_config.model_copy(update={"log_responses": True})
+    run_trial(TRIAL, asked, tmp_path / "0006", "0006")
+    lines = (tmp_path / "0006.responses.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert {"question_id", "question", "answer", "response"} <= rows[0].keys()
+    assert any(row["question"] in texts for row in rows)
+    assert not list((tmp_path / "0006").glob("*responses*"))
+
+
+def test_training_never_sees_unseen_or_held_out(session, request_config):
+    benchmark = Benchmark.open(request_config.data)
+    people = choose_people(benchmark, request_config)
+    ids = {p.id for p in people.retain_pool}
+    assert {p.id for p in people.retain_seen} <= ids
+    assert not {p.id for p in people.retain_unseen} & ids
+    assert not {p.id for p in people.forget} & ids
+    assert not {p.id for p in people.few_shot} & {p.id for p in people.retain}
+    assert {p.id for p in people.test} == {p.id for p in people.forget}
+    every = TRIAL.model_copy(update={"train_tasks": ("generation", "cloze", "classification")})
+    samples = training_samples(benchmark, people.forget, every, True, request_config.seed)
+    trained = {s.query.id for s in samples}
+    for person in people.forget:
+        held_out = {q.id for q in split_questions(person, "held_out", request_config.seed)}
+        assert not trained & held_out
+    tasks = {i.split("/")[2] if i.startswith("forget") else "generation" for i in trained}
+    assert tasks == {"generation", "cloze", "classification"}
+    assert people == choose_people(benchmark, request_config)
+    other = choose_people(benchmark, request_config.model_copy(update={"seed": 1}))
+    assert {p.id for p in other.retain} != {p.id for p in people.retain}
+    assert {p.id for p in other.forget} == {p.id for p in people.forget}
