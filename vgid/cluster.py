@@ -1,0 +1,109 @@
+"""The Ray cluster of a study: joined if there is one, otherwise started on this machine."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from vgid.errors import InputError
+from vgid.plan import SlotShape
+from vgid.ray_train import HEALTH_CHECK_S
+
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_S,
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has it all
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial lacks the metrics
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the study has its own
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the ledger is the record, not Tune's snapshots
+    "TUNE_WARN_THRESHOLD_S": "10",
+    "OMP_WAIT_POLICY": "passive",
+}
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Messages between actors are small; Ray would otherwise reserve a third of the memory."""
+
+
+@contextmanager
+def connected() -> Iterator[bool]:
+    """Join the cluster that ``RAY_ADDRESS`` names (``ray job submit`` sets it), or start one.
+
+    A cluster that is started here lives as long as the block, with its dashboard on loopback.
+
+    Yields:
+        Whether the cluster was joined.
+
+    Raises:
+        InputError: the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        yield True
+        return
+    before = os.environ.get("RAY_ADDRESS")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        if before:
+            context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        else:
+            context = ray.init(
+                address="local",
+                include_dashboard=True,  # without it, Train's controllers were taken for dead
+                dashboard_host="127.0.0.1",
+                object_store_memory=OBJECT_STORE_BYTES,
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f"the cluster at RAY_ADDRESS {before}" if before else "a local Ray cluster"
+        raise InputError(
+            f"ray: {where} cannot be reached ({type(error).__name__}); check it with `ray status`."
+        ) from None
+    # Train controllers and Tune look the cluster up by this.
+    os.environ["RAY_ADDRESS"] = before or context.address_info["gcs_address"]
+    try:
+        yield before is not None
+    finally:
+        ray.shutdown()
+        if before is None:
+            os.environ.pop("RAY_ADDRESS", None)
+
+
+def capacity(shape: SlotShape) -> int:
+    """How many slots of this shape the nodes hold now; a slot may span nodes."""
+    workers = 0
+    for node in ray.nodes():
+        if node["Alive"]:
+            have = node["Resources"]
+            workers += int(min(have.get(name, 0) / need for name, need in shape.per_worker.items()))
+    return workers // shape.workers
+
+
+def slot_count(shape: SlotShape, wanted: int | None, trials: int, joined: bool) -> int:
+    """How many slots a study gets: what it wants, what the cluster holds, one a trial at most.
+
+    On a cluster that was joined, today's capacity does not limit what is wanted: nodes may come up
+    on demand, and until then trials wait for the slots that there are.
+
+    Args:
+        shape: resources of a slot.
+        wanted: ``--max-concurrent``.
+        trials: trials still to run.
+        joined: whether the cluster was there before the study.
+
+    Raises:
+        InputError: not a single slot fits.
+    """
+    held = capacity(shape)
+    if held == 0 and not (joined and wanted):
+        need = ", ".join(f"{value:g} {name}" for name, value in shape.per_worker.items())
+        raise InputError(
+            f"ray: the cluster cannot hold a trial of {shape.workers} worker(s) with {need} each; "
+            "lower --workers-per-trial or --gpus-per-worker, or where nodes join on demand say "
+            "how many trials are to run at a time with --max-concurrent."
+        )
+    most = held if wanted is None else wanted if joined else min(wanted, held)
+    return max(1, min(most, trials))

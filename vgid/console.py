@@ -1,0 +1,287 @@
+"""What a study shows while it runs and when it is done.
+
+On a terminal a live display, elsewhere (a Ray job, a log file) one plain line per event. What Ray
+and other libraries print goes to ``study.log`` in the output folder instead.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from vgid.outputs import TrialRecord, describe, held_out_scores
+from vgid.results import EpochReport, Score, TrialResult
+
+
+@contextmanager
+def libraries_silenced(log: Path) -> Iterator[TextIO]:
+    """Send all output of this process and its children to ``log``; yield the real terminal.
+
+    By file descriptor, because Ray's C++ parts and child processes write there directly.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved_out, saved_err = os.dup(1), os.dup(2)
+    terminal = os.fdopen(os.dup(saved_out), "w", encoding="utf-8", errors="replace", buffering=1)
+    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.dup2(sink, 1)
+        os.dup2(sink, 2)
+        yield terminal
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(saved_out, 1)
+        os.dup2(saved_err, 2)
+        terminal.close()
+        for descriptor in (saved_out, saved_err, sink):
+            os.close(descriptor)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: ``47 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+@dataclass
+class Standing:
+    """Where the study stands.
+
+    Attributes:
+        trials: how many there are to be.
+        slots: how many run at a time.
+        counts: ended trials by status.
+        front: size of the front.
+        hypervolume: of the front, None until the base model is scored.
+        trial_s: seconds of each trial that ended in this run.
+        budget_s: time budget for new trials.
+    """
+
+    trials: int
+    slots: int = 1
+    counts: dict[str, int] = field(default_factory=dict)
+    front: int = 0
+    hypervolume: float | None = None
+    trial_s: list[float] = field(default_factory=list)
+    budget_s: float | None = None
+
+    @property
+    def ended(self) -> int:
+        """Trials that have ended, however."""
+        return sum(self.counts.values())
+
+    def left_s(self, elapsed_s: float) -> float | None:
+        """Seconds that the remaining trials will take, None while there is nothing to go by."""
+        if not self.trial_s:
+            return None
+        left = (self.trials - self.ended) * statistics.median(self.trial_s) / self.slots
+        if self.budget_s is not None:
+            left = min(left, max(0.0, self.budget_s - elapsed_s) + self.trial_s[-1])
+        return left
+
+
+class StudyConsole:
+    """The display of one study; use as a context manager.
+
+    Args:
+        stream: the terminal or file to write to.
+        standing: what to show, kept up to date by the study.
+    """
+
+    def __init__(self, stream: TextIO, standing: Standing) -> None:
+        self._console = Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
+        self._standing = standing
+        self._started = time.monotonic()
+        self._stage = "Starting"
+        self._running: dict[str, tuple[str, EpochReport | None]] = {}
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render, console=self._console, refresh_per_second=4
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.transient = True
+            self._live.stop()
+            self._live = None
+
+    def say(self, line: str) -> None:
+        """Print a line, above the live display."""
+        self._console.print(line, markup=False)
+
+    def stage(self, name: str) -> None:
+        """Name what the study is doing now."""
+        self._stage = name
+        if self._live is None:
+            self.say(f"[{duration(self._elapsed())}] {name}")
+
+    def epoch(self, trial_id: str, label: str, report: EpochReport | None) -> None:
+        """A trial started (no report) or reached the end of an epoch."""
+        self._running[trial_id] = (label, report)
+
+    def ended(self, trial_id: str, result: TrialResult) -> None:
+        """A trial ended; ``standing`` already counts it."""
+        self._running.pop(trial_id, None)
+        if self._live is not None and result.status == "completed":
+            return
+        metrics = result.metrics
+        parts = [f"trial {trial_id} {result.status}"]
+        if result.status == "completed":
+            parts[0] += (
+                f": forget reduction {metrics.get('forget_rougeL_reduction', float('nan')):.3f}, "
+                f"retain {metrics.get('retain_rougeL', float('nan')):.3f}"
+            )
+        elif result.error is not None:
+            parts[0] += f": {result.error}"
+        if self._live is None:
+            parts.append(self._summary())
+        self.say(f"[{duration(self._elapsed())}] " + " | ".join(parts))
+
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def _summary(self) -> str:
+        standing = self._standing
+        counts = [f"{standing.ended}/{standing.trials} ended"]
+        if self._running:
+            counts.append(f"{len(self._running)} running")
+        counts += [
+            f"{standing.counts[status]} {status}"
+            for status in ("failed", "pruned")
+            if standing.counts.get(status)
+        ]
+        counts.append(f"front {standing.front}")
+        if standing.hypervolume is not None:
+            counts.append(f"hypervolume {standing.hypervolume:.4f}")
+        left = standing.left_s(self._elapsed())
+        if left is not None and standing.ended < standing.trials:
+            counts.append(f"about {duration(left)} left")
+        return ", ".join(counts)
+
+    def _render(self) -> RenderableType:
+        standing = self._standing
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(self._stage, style="bold"),
+            ProgressBar(total=max(1, standing.trials), completed=standing.ended, width=30),
+            Text(f"{duration(self._elapsed())}"),
+        )
+        lines: list[RenderableType] = [head, Text(self._summary())]
+        for name, (label, report) in sorted(self._running.items()):
+            state = "waiting for its first epoch"
+            if report is not None:
+                state = f"epoch {report.epoch}/{report.epochs}"
+                if report.epoch >= report.epochs:
+                    state = "evaluating"
+                elif "loss" in report.metrics:
+                    state += f", loss {report.metrics['loss']:.4g}"
+            lines.append(Text(f"  {name}  {label}  {state}", style="dim", no_wrap=True))
+        return Group(*lines)
+
+
+def print_summary(
+    stream: TextIO,
+    summary: Mapping[str, Any],
+    records: Sequence[TrialRecord],
+    base_held_out: Mapping[str, Score] | None,
+    ui_command: str,
+) -> None:
+    """Print the front, the phases and the files; the last line says how to open the MLflow UI.
+
+    Args:
+        stream: the terminal or file to write to.
+        summary: the content of ``study.json``.
+        records: all trials.
+        base_held_out: scores of the base model on the held-out questions.
+        ui_command: the last line.
+    """
+    width = None if stream.isatty() else 140
+    console = Console(file=stream, highlight=False, width=width)
+    counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items() if count)
+    hypervolume = summary["hypervolume"]
+    volume = "" if hypervolume is None else f", hypervolume {hypervolume:.4f}"
+    console.print(f"\nTrials: {counts or 'none ended'}{volume}", markup=False)
+    front = [record for record in records if record.on_front]
+    if front:
+        console.print(front_table(front, base_held_out))
+    if summary["phases"]:
+        console.print(phase_table(summary["phases"]))
+    console.print(f"Files in {summary['output']}:", markup=False, soft_wrap=True)
+    for name in summary["files"]:
+        console.print(f"  {name}", markup=False, soft_wrap=True)
+    console.print(ui_command, markup=False, soft_wrap=True)
+
+
+def front_table(front: Sequence[TrialRecord], base_held_out: Mapping[str, Score] | None) -> Table:
+    """The front from least to most forgotten, with held-out scores where there are any."""
+    table = Table(title="Pareto front", title_justify="left")
+    table.add_column("trial")
+    table.add_column("setting")
+    for title in ("forget red.", "retain", "test", "held-out red.", "held-out retain"):
+        table.add_column(title, justify="right")
+    for record in sorted(front, key=lambda record: record.point or (0.0, 0.0)):
+        metrics = record.result.metrics
+        held_out = held_out_scores(record, base_held_out) or {}
+        table.add_row(
+            record.result.trial_id,
+            describe(record.config),
+            *(
+                f"{metrics[name]:.3f}" if name in metrics else ""
+                for name in ("forget_rougeL_reduction", "retain_rougeL", "test_rougeL")
+            ),
+            *(
+                _interval(held_out.get(name))
+                for name in ("forget_rougeL_reduction", "retain_rougeL")
+            ),
+        )
+    return table
+
+
+def phase_table(phases: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Where the time went: total seconds by phase, and the median of a trial."""
+    table = Table(title="Phases", title_justify="left")
+    table.add_column("phase")
+    for title in ("total s", "median s a trial"):
+        table.add_column(title, justify="right")
+    for name, row in phases.items():
+        median = row.get("median_s")
+        total = row.get("total_s")
+        table.add_row(
+            name,
+            "" if total is None else f"{total:.1f}",
+            "" if median is None else f"{median:.2f}",
+        )
+    return table
+
+
+def _interval(score: Score | None) -> str:
+    if score is None:
+        return ""
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"

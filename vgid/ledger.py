@@ -1,0 +1,255 @@
+"""A study's own record in its output folder: what was asked for, what runs, what has ended.
+
+::
+
+    OUTPUT/.lock               held by the process that runs the study; the kernel frees it
+    OUTPUT/trials/study.json   what the study is, written before its first trial
+    OUTPUT/trials/0007.json    one trial: its config before it starts, its result when it ends
+
+Everything else that tells of trials (``trials.csv``, Optuna's journal, MLflow) is brought in line
+with this record when a study is resumed, so a killed study neither loses nor doubles a trial.
+"""
+
+import contextlib
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import Field, ValidationError
+
+from vgid.config import Config, StudyConfig, TrialConfig
+from vgid.errors import InputError
+from vgid.outputs import write_atomically
+from vgid.results import TrialResult
+
+MUST_AGREE = (
+    "backbone",
+    "model_path",
+    "data",
+    "method",
+    "forget_ratio",
+    "seed",
+    "retain_people",
+    "workers_per_trial",
+    "tracking_uri",
+)
+"""Fields of a study that a resume must repeat; the others (trials, time budget, ...) may change."""
+
+C = TypeVar("C", bound=Config)
+
+
+class Header(Config):
+    """What a study is.
+
+    Attributes:
+        study_id: the study's name in MLflow and Ray, unique.
+        config: the study as it was started.
+        search_space_sha256: of the search-space file, which must not change in between.
+        started: UTC, ISO 8601.
+    """
+
+    study_id: str
+    config: StudyConfig
+    search_space_sha256: str
+    started: str
+
+
+class Record(Config):
+    """One trial.
+
+    Attributes:
+        trial_id: four digits, the trial's number in Optuna.
+        config: what is run.
+        started: UTC, ISO 8601.
+        ended: UTC, ISO 8601; None while in flight.
+        result: None while in flight.
+        slot: where it ran.
+        overhead_s: seconds of the slot that were neither training nor evaluation, counted from
+            the end of the slot's job before; None for the slot's first.
+    """
+
+    trial_id: str = Field(pattern=r"^\d{4,}$")
+    config: TrialConfig
+    started: str
+    ended: str | None = None
+    result: TrialResult | None = None
+    slot: int | None = None
+    overhead_s: float | None = None
+
+
+def trial_id(number: int) -> str:
+    """The id of a trial by its number: ``0007``."""
+    return f"{number:04d}"
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Ledger:
+    """The record of one study, held by one process at a time; use as a context manager.
+
+    Args:
+        output: the study's folder, created if need be.
+
+    Raises:
+        InputError: another process runs a study in this folder, or it cannot be written.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.folder = output / "trials"
+        self.header: Header | None = None
+        self.records: dict[str, Record] = {}
+        self._made = not output.exists()
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(output / ".lock")
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise InputError(
+                f"{output}: a study is running in this folder; wait for it or choose another "
+                "--output."
+            ) from None
+        except OSError as error:
+            raise InputError(
+                f"{output}: the output folder cannot be written ({error.strerror}); choose another "
+                "--output."
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder; an output folder in which nothing was begun is removed again."""
+        if not self.folder.exists():
+            with contextlib.suppress(OSError):
+                (self.output / ".lock").unlink()
+                if self._made:
+                    self.output.rmdir()
+        self._lock.release()
+
+    def begin(self, header: Header) -> None:
+        """Start a new study.
+
+        Raises:
+            InputError: the folder already holds a study or anything else.
+        """
+        if (self.folder / "study.json").exists():
+            raise InputError(
+                f"{self.output}: the folder already holds a study; continue it with --resume or "
+                "choose another --output."
+            )
+        if any(entry.name != ".lock" for entry in self.output.iterdir()):
+            raise InputError(
+                f"{self.output}: the folder is not empty and holds no study; choose another "
+                "--output."
+            )
+        self.folder.mkdir()
+        self._write(self.folder / "study.json", header)
+        self.header = header
+
+    def resume(self, config: StudyConfig, search_space_sha256: str) -> Header:
+        """Read the record of a study that was begun earlier.
+
+        Returns:
+            The header, with its original study id.
+
+        Raises:
+            InputError: no study here, a damaged record, or a study that is not the same.
+        """
+        path = self.folder / "study.json"
+        if not path.exists():
+            raise InputError(
+                f"{self.output}: the folder holds no study to resume; leave out --resume."
+            )
+        header = self._read(path, Header)
+        for field in MUST_AGREE:
+            before, asked = getattr(header.config, field), getattr(config, field)
+            if before != asked:
+                flag = field.replace("_", "-")
+                raise InputError(
+                    f"{self.output}: the study was started with {flag} {before} and cannot go on "
+                    f"with {asked}; repeat the first value or choose another --output."
+                )
+        if header.search_space_sha256 != search_space_sha256:
+            raise InputError(
+                f"{self.output}: the search space has changed since the study was started; "
+                "restore the file or choose another --output."
+            )
+        for stray in self.folder.glob(".*"):  # half-written by a killed process
+            stray.unlink()
+        records = [self._read(path, Record) for path in sorted(self.folder.glob("[0-9]*.json"))]
+        for number, record in enumerate(records):
+            if record.trial_id != trial_id(number):
+                raise InputError(
+                    f"{self.folder / trial_id(number)}.json: the record of this trial is missing; "
+                    "restore it or choose another --output."
+                )
+        self.header = header
+        self.records = {record.trial_id: record for record in records}
+        return header
+
+    @property
+    def ended(self) -> list[Record]:
+        """Trials that have a result, by id."""
+        return [record for record in list(self.records.values()) if record.result is not None]
+
+    @property
+    def in_flight(self) -> list[Record]:
+        """Trials that were started and have no result, by id."""
+        return [record for record in list(self.records.values()) if record.result is None]
+
+    def start(self, name: str, config: TrialConfig) -> Record:
+        """Record a trial before it runs; a trial in flight keeps its record."""
+        if name not in self.records:
+            record = Record(trial_id=name, config=config, started=now())
+            self._write(self.folder / f"{name}.json", record)
+            self.records[name] = record
+        return self.records[name]
+
+    def end(self, name: str, result: TrialResult, **details: Any) -> Record:
+        """Record how a trial ended, and drop its checkpoints.
+
+        Args:
+            name: the trial id.
+            result: its result.
+            **details: further fields of ``Record``.
+        """
+        update = {"result": result, "ended": now(), **details}
+        record = self.records[name].model_copy(update=update)
+        self._write(self.folder / f"{name}.json", record)
+        self.records[name] = record
+        shutil.rmtree(self.checkpoints(name), ignore_errors=True)
+        return record
+
+    def checkpoints(self, name: str) -> Path:
+        """Folder of a trial's resumable state."""
+        return self.output / "checkpoints" / name
+
+    def adapter(self, name: str) -> Path:
+        """Folder of a trial's adapter."""
+        return self.output / "adapters" / name
+
+    def _write(self, path: Path, model: Config) -> None:
+        write_atomically(path, model.model_dump_json(indent=1).encode())
+
+    def _read(self, path: Path, model: type[C]) -> C:
+        try:
+            return model.model_validate_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValidationError):
+            raise InputError(
+                f"{path}: the record is damaged; restore it or choose another --output."
+            ) from None

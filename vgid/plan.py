@@ -1,0 +1,149 @@
+"""What a study is going to do, checked in full before anything is started or written."""
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from vgid.config import RequestConfig, StudyConfig, parse
+from vgid.errors import InputError
+from vgid.search_space import FOLDER, SearchSpace
+
+CPUS_PER_WORKER = 1
+"""One thread a worker everywhere: the same numbers on every machine, and faster than two threads
+where trials share the cores."""
+
+OWN_DATA = "data"
+"""Where the embedded backbone's benchmark is written in the output folder."""
+
+MIN_FREE_BYTES = 500 * 2**20
+"""A study of the embedded backbone writes some 100 MB; with nearly no space left it cannot end."""
+
+
+@dataclass(frozen=True)
+class SlotShape:
+    """The resources of one slot: ``workers`` processes with ``gpus_per_worker`` GPUs each."""
+
+    workers: int = 1
+    gpus_per_worker: float = 0.0
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """Ray resources of one worker."""
+        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        return {"CPU": float(CPUS_PER_WORKER), **gpus}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked study.
+
+    Attributes:
+        config: as asked for.
+        space: the search space.
+        space_sha256: of its file.
+        request: what every trial of the study shares.
+        shape: resources of a slot.
+        own_data: whether the benchmark is the embedded backbone's own and is to be written.
+    """
+
+    config: StudyConfig
+    space: SearchSpace
+    space_sha256: str
+    request: RequestConfig
+    shape: SlotShape
+    own_data: bool
+
+    def lines(self) -> list[str]:
+        """The plan for people, for ``--dry-run``."""
+        config = self.config
+        at_a_time = config.max_concurrent or "as many as the cluster holds"
+        searched = ", ".join(f"{name} ({domain})" for name, domain in self.space.searched.items())
+        need = " and ".join(f"{value:g} {name}" for name, value in self.shape.per_worker.items())
+        lines = [
+            f"Study of {config.trials} trials of {config.method} on {config.backbone}, "
+            f"forgetting {config.forget_ratio} % of the people, seed {config.seed}",
+            f"Data: {self.request.data}{' (will be written)' if self.own_data else ''}",
+            f"Output: {config.output}",
+            f"Search space: {self.space.source}",
+            f"  searched: {searched}",
+            f"  fixed: {', '.join(f'{k} {v}' for k, v in self.space.fixed.items()) or 'nothing'}",
+            f"Slots: {at_a_time}, each {self.shape.workers} worker(s) with {need}",
+            f"First points ({len(self.space.first_points)}):",
+        ]
+        for point in self.space.first_points[: config.trials]:
+            values = ", ".join(
+                f"{name} {value}" for name, value in point.items() if name in self.space.searched
+            )
+            lines.append(f"  {values}")
+        return lines
+
+
+def make_plan(config: StudyConfig) -> Plan:
+    """Check a study: backbone, weights, data, search space, output folder, free space.
+
+    Raises:
+        InputError: one sentence that names what is wrong and the remedy.
+    """
+    from vgid import backbones
+
+    row = backbones.spec(config.backbone)
+    backbones.locate(row, config.model_path)
+    path = config.search_space or FOLDER / f"{config.backbone}.yaml"
+    space = SearchSpace.load(path, config.backbone)
+    if space.method != config.method:
+        raise InputError(
+            f"{path}: method: the file is meant for '{space.method}' and the study runs "
+            f"'{config.method}'; name another file with --search-space."
+        )
+    own_data = config.data is None
+    if own_data and not row.embedded:
+        raise InputError(
+            f"--data: {config.backbone} has no benchmark of its own; name a folder in the "
+            "MLLMU-Bench layout with --data."
+        )
+    shared = {
+        "backbone": config.backbone,
+        "model_path": config.model_path,
+        "data": config.output / OWN_DATA if config.data is None else config.data,
+        "forget_ratio": config.forget_ratio,
+        "store": config.output / "store",
+        "seed": config.seed,
+        "retain_people": config.retain_people,
+        "log_responses": config.log_responses,
+    }
+    request = parse(RequestConfig, shared, "study")
+    if not own_data:
+        _check_data(request)
+    _check_output(config.output)
+    return Plan(
+        config=config,
+        space=space,
+        space_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        request=request,
+        shape=SlotShape(config.workers_per_trial, config.gpus_per_worker),
+        own_data=own_data,
+    )
+
+
+def _check_data(request: RequestConfig) -> None:
+    """Read what the study reads, so that a defect is named now and not by a worker."""
+    from vgid.benchmark import Benchmark
+
+    benchmark = Benchmark.open(request.data)
+    forget = benchmark.forget(request.forget_ratio)
+    benchmark.retain(request.forget_ratio)
+    benchmark.test(only={person.id for person in forget})
+    benchmark.training_pairs()
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file; name a folder with --output.")
+    existing = next(folder for folder in (output, *output.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < MIN_FREE_BYTES:
+        raise InputError(
+            f"{output}: only {free // 2**20} MB are free on that disk and a study needs "
+            f"{MIN_FREE_BYTES // 2**20} MB; free some space or choose another --output."
+        )

@@ -1,0 +1,256 @@
+"""Ray Train in resident slots: one Train run serves the trials of a whole study.
+
+Starting a Train run costs a dozen seconds (controller, placement group, worker, imports) and the
+loading of the base model. So a slot, the resources of one trial, holds one run for the study; its
+workers keep a session (base model, encoded data) and take one job after the other from the
+mailbox. A worker that dies restarts inside the same run and goes on with the job that it held.
+
+Only the workers import torch; the classes here are also what the driver starts them with.
+"""
+
+import contextlib
+import secrets
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from vgid.config import RequestConfig, TrialConfig
+from vgid.errors import InputError
+from vgid.mailbox import Job, Mailbox, Outcome, failure
+from vgid.plan import CPUS_PER_WORKER, SlotShape
+from vgid.results import EpochReport, QuestionPart, Score, TrialResult
+
+MAX_RESTARTS = 20
+"""How often a slot may lose its workers in a whole study; a single job gives up much earlier."""
+
+HEALTH_CHECK_S = "0.5"
+"""How often a Train controller looks after its workers: what a killed worker waits at most."""
+
+
+class Session(Protocol):
+    """What a worker keeps between trials; ``vgid.trial.TrialSession`` is the real one.
+
+    With several workers each has one, and all are called alike; the session itself sees to it
+    that ``on_epoch`` is asked on rank 0 only and that all ranks follow the answer.
+    """
+
+    def run(
+        self,
+        trial: TrialConfig,
+        trial_id: str,
+        adapter_dir: Path,
+        on_epoch: Callable[[EpochReport], bool] | None = None,
+        checkpoint_dir: Path | None = None,
+    ) -> TrialResult:
+        """Run and score one trial."""
+        ...
+
+    def base_scores(self, part: QuestionPart) -> dict[str, Score]:
+        """Scores of the base model."""
+        ...
+
+    def rescore(self, adapter_dir: Path, part: QuestionPart, seed: int) -> dict[str, Score]:
+        """Scores of a finished adapter."""
+        ...
+
+
+SessionFactory = Callable[[RequestConfig, int, int], Session]
+
+
+def trial_session(request: RequestConfig, rank: int, world_size: int) -> Session:
+    """The real session; imported here, in the worker, because it brings torch along."""
+    from vgid.trial import TrialSession
+
+    return TrialSession(request, rank, world_size)
+
+
+def start_mailbox() -> Any:
+    """Start the study's mailbox on this node, outside all resource counting.
+
+    Returns:
+        The actor's handle.
+    """
+    node = ray.get_runtime_context().get_node_id()
+    actor = ray.remote(num_cpus=0, max_concurrency=1000, label_selector={"ray.io/node-id": node})(
+        Mailbox
+    )
+    return actor.remote()
+
+
+class Slots:
+    """The slots of a study, each a thread of the driver around a Ray Train run.
+
+    Args:
+        mailbox: handle of the mailbox actor.
+        request: what every session is made from.
+        shape: resources of one slot.
+        count: number of slots.
+        storage: folder for Ray Train's own files, shared by all nodes.
+        fresh: start a new Train run for every job instead of keeping one.
+        session: makes the workers' sessions.
+    """
+
+    def __init__(
+        self,
+        mailbox: Any,
+        request: RequestConfig,
+        shape: SlotShape,
+        count: int,
+        storage: Path,
+        fresh: bool = False,
+        session: SessionFactory = trial_session,
+    ) -> None:
+        self._mailbox = mailbox
+        self._shape = shape
+        self._storage = storage
+        self._fresh = fresh
+        self._closing = threading.Event()
+        self._loop = {"mailbox": mailbox, "request": request, "session": session, "fresh": fresh}
+        self._threads = [
+            threading.Thread(target=self._hold, args=(slot,), name=f"slot-{slot}", daemon=True)
+            for slot in range(count)
+        ]
+
+    def start(self) -> None:
+        """Start all slots; returns at once, jobs are served as the slots come up."""
+        for thread in self._threads:
+            thread.start()
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Send the workers home and wait for their Train runs to end."""
+        self._closing.set()
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self._mailbox.close.remote(), timeout=timeout_s)
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _hold(self, slot: int) -> None:
+        try:
+            run = 0
+            while run == 0 or (self._fresh and not self._closing.is_set()):
+                self._fit(slot, run)
+                run += 1
+        except Exception as error:
+            if not self._closing.is_set():
+                sentence = f"Ray Train could not keep slot {slot} running ({_where(error)})."
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.get(self._mailbox.fail.remote(sentence))
+
+    def _fit(self, slot: int, run: int) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        environment = {"OMP_NUM_THREADS": str(CPUS_PER_WORKER), "OMP_WAIT_POLICY": "passive"}
+        TorchTrainer(
+            serve,
+            train_loop_config={**self._loop, "slot": slot},
+            scaling_config=ScalingConfig(
+                num_workers=self._shape.workers,
+                use_gpu=self._shape.gpus_per_worker > 0,
+                resources_per_worker=self._shape.per_worker,
+            ),
+            run_config=RunConfig(
+                name=f"slot-{slot}-{run}-{secrets.token_hex(3)}",
+                storage_path=str(self._storage),
+                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+                worker_runtime_env={"env_vars": environment},
+            ),
+        ).fit()
+
+
+def serve(config: dict[str, Any]) -> None:
+    """The loop of one worker: take a job, do it, hand back its outcome, until sent home.
+
+    Rank 0 talks to the mailbox; with several workers it shares what it was told, so that all
+    ranks do the same. An exception fails the job, not the slot: the next job gets a new session.
+    With several workers the others may hang in a collective then, so the whole group restarts.
+    """
+    import torch
+    from ray.train import get_context
+
+    torch.set_num_threads(CPUS_PER_WORKER)
+    context = get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    line = _Line(config["mailbox"], config["slot"], rank, world_size)
+    session: Session | None = None
+    while (job := line.take()) is not None:
+        started = time.monotonic()
+        load_s = 0.0
+        try:
+            if session is None:
+                session = config["session"](config["request"], rank, world_size)
+                load_s = time.monotonic() - started
+            outcome = _do(job, session, line)
+        except InputError as error:
+            outcome = Outcome(job_id=job.id, error=str(error), fatal=True)
+        except Exception as error:
+            traceback.print_tb(error.__traceback__)
+            outcome = failure(job, _where(error))
+            session = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if world_size > 1:
+                line.finish(outcome, any_rank=True)
+                raise
+        line.finish(outcome.model_copy(update={"load_s": load_s}))
+        if config["fresh"]:
+            return
+
+
+class _Line:
+    """A worker's line to the mailbox, the same on every rank."""
+
+    def __init__(self, mailbox: Any, slot: int, rank: int, world_size: int) -> None:
+        self._mailbox = mailbox
+        self._slot = slot
+        self._rank = rank
+        self._alone = world_size == 1
+        self._worker = secrets.token_hex(8)
+
+    def take(self) -> Job | None:
+        job: Job | None = None
+        if self._rank == 0:
+            job = ray.get(self._mailbox.take.remote(self._slot, self._worker))
+        if self._alone:
+            return job
+        # Ray's own broadcast has no timeout: an idle slot may wait for hours.
+        from ray.train.collective import broadcast_from_rank_zero
+
+        return broadcast_from_rank_zero(job)
+
+    def report(self, job_id: str, report: EpochReport) -> bool:
+        return bool(ray.get(self._mailbox.report.remote(job_id, report)))
+
+    def finish(self, outcome: Outcome, any_rank: bool = False) -> None:
+        if self._rank == 0 or any_rank:
+            ray.get(self._mailbox.finish.remote(self._slot, outcome))
+
+
+def _do(job: Job, session: Session, line: _Line) -> Outcome:
+    if job.kind == "base":
+        return Outcome(job_id=job.id, scores=session.base_scores(job.part))
+    assert job.adapter is not None
+    if job.kind == "rescore":
+        return Outcome(job_id=job.id, scores=session.rescore(job.adapter, job.part, job.seed))
+    assert job.trial is not None
+    result = session.run(
+        job.trial,
+        job.id,
+        job.adapter,
+        on_epoch=lambda report: line.report(job.id, report),
+        checkpoint_dir=job.checkpoints,
+    )
+    return Outcome(job_id=job.id, result=result, error=result.error)
+
+
+def _where(error: BaseException) -> str:
+    """Name an exception by its kind and place; its message may quote a question or an answer."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"

@@ -1,0 +1,134 @@
+"""Ray Tune's side of a trial: a thin trainable that hands its config to a slot.
+
+The trainable holds no resources and no model; it submits a job to the mailbox and passes each
+report on, so that Tune's searcher, scheduler and callbacks see an ordinary trial. Tune reuses its
+process for the next trial.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import tune
+
+from vgid.config import TrialConfig
+from vgid.mailbox import Job, Outcome
+from vgid.results import EpochReport
+
+JOB = "job"
+"""Key of a Tune config: the job as JSON; the search proposes complete jobs."""
+
+REPORT, OUTCOME = "report", "outcome"
+"""Keys of a Tune result: an EpochReport or the final Outcome, as JSON."""
+
+
+class SlotTrial(tune.Trainable):
+    """One trial as Ray Tune sees it: a step is an epoch, the last step carries the outcome."""
+
+    def setup(self, config: dict[str, Any], mailbox: Any = None) -> None:
+        """Keep the mailbox; the job is submitted by the first step."""
+        self._mailbox = mailbox
+        self._job = Job.model_validate_json(config[JOB])
+        self._open = False
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the trial's next epoch report or its outcome."""
+        if not self._open:
+            ray.get(self._mailbox.submit.remote(self._job))
+            self._open = True
+        message = ray.get(self._mailbox.next_message.remote(self._job.id))
+        if isinstance(message, Outcome):
+            self._open = False
+            metrics = message.result.metrics if message.result is not None else {}
+            return {**metrics, OUTCOME: message.model_dump_json(), "done": True}
+        return {**message.metrics, REPORT: message.model_dump_json()}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial in this process; a trial that Tune stopped frees its slot."""
+        self.cleanup()
+        self._job = Job.model_validate_json(new_config[JOB])
+        return True
+
+    def cleanup(self) -> None:
+        """Free the slot if the trial still runs in it."""
+        if self._open:
+            ray.get(self._mailbox.cancel.remote(self._job.id))
+            self._open = False
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing of Tune's to save: the slot's worker keeps the trial's state itself."""
+        return {}
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing of Tune's to load, see ``save_checkpoint``."""
+
+
+class _Live:
+    """A part of Tune that belongs to the running study: Tune's own pickles leave it empty."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Recorder(_Live, tune.Callback):
+    """Tells the study what its trials do, in the driver, in the order in which it happens.
+
+    Args:
+        on_epoch: called with the trial id, its config and each epoch report.
+        on_end: called with the trial id, its config, and its outcome; None for a trial that the
+            scheduler stopped (its last report is given instead) or whose process died.
+    """
+
+    def __init__(
+        self,
+        on_epoch: Callable[[str, TrialConfig, EpochReport], None],
+        on_end: Callable[[str, TrialConfig, Outcome | None, EpochReport | None], None],
+    ) -> None:
+        self._on_epoch = on_epoch
+        self._on_end = on_end
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Pass an epoch report on."""
+        if REPORT in result:
+            job = _job(trial)
+            report = EpochReport.model_validate_json(result[REPORT])
+            self._on_epoch(job.id, _config(job), report)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass the outcome of a trial on."""
+        job = _job(trial)
+        last = trial.last_result or {}
+        outcome = Outcome.model_validate_json(last[OUTCOME]) if OUTCOME in last else None
+        report = EpochReport.model_validate_json(last[REPORT]) if REPORT in last else None
+        self._on_end(job.id, _config(job), outcome, report)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trainable's own process died; the slot's worker may be well."""
+        job = _job(trial)
+        self._on_end(job.id, _config(job), None, None)
+
+
+class StopWhen(_Live, tune.Stopper):
+    """Stops the whole search as soon as ``stopped()`` is true."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self._stopped = stopped
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Never stops a single trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether the search is over."""
+        return self._stopped()
+
+
+def _job(trial: Any) -> Job:
+    return Job.model_validate_json(trial.config[JOB])
+
+
+def _config(job: Job) -> TrialConfig:
+    assert job.trial is not None
+    return job.trial

@@ -1,0 +1,315 @@
+"""The search: Optuna proposes trials to Ray Tune, two maximised objectives at once.
+
+Ray's own Optuna adapter loses track of failed and stopped trials when there are several
+objectives, so this is a thin ``Searcher`` of our own over Optuna's ask and tell. The ledger is the
+truth: at the start Optuna's journal is written anew from it, so both agree whatever was killed
+when. The journal stays in the output folder and opens with Optuna's own tools.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.tune.search import Searcher
+
+from vgid.config import Sampler, TrialConfig
+from vgid.ledger import Ledger, Record, trial_id
+from vgid.mailbox import Job
+from vgid.outputs import OBJECTIVES
+from vgid.ray_tune import JOB
+from vgid.results import TrialResult
+from vgid.search_space import SearchSpace
+
+if TYPE_CHECKING:
+    import optuna
+
+JOURNAL = "optuna.log"
+"""Optuna's journal in the output folder: ``JournalStorage(JournalFileBackend(path))``."""
+
+GP_UP_TO = 100
+"""Up to so many trials the Gaussian process finds more than TPE; beyond, TPE does as well and its
+proposals cost nothing."""
+
+
+def make_sampler(
+    kind: Sampler, trials: int, seed: int, number: int
+) -> "optuna.samplers.BaseSampler":
+    """The sampler that proposes trial ``number``.
+
+    Its random state depends on the study's seed and the trial's number only, so a resumed study
+    proposes what an uninterrupted one would have, given the same results.
+
+    Args:
+        kind: ``auto`` is the Gaussian process up to ``GP_UP_TO`` trials, TPE beyond.
+        trials: number of trials of the study.
+        seed: of the study.
+        number: of the trial.
+    """
+    from optuna import samplers
+    from optuna.exceptions import ExperimentalWarning
+
+    if kind == "auto":
+        kind = "gp" if trials <= GP_UP_TO else "tpe"
+    mixed = (seed * 1_000_003 + number) % 2**32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        match kind:
+            case "gp":
+                return samplers.GPSampler(
+                    seed=mixed, deterministic_objective=True, warn_independent_sampling=False
+                )
+            case "tpe":
+                return samplers.TPESampler(
+                    seed=mixed,
+                    multivariate=True,
+                    group=True,
+                    constant_liar=True,
+                    warn_independent_sampling=False,
+                )
+            case "random":
+                return samplers.RandomSampler(seed=mixed)
+
+
+def objectives(result: TrialResult) -> tuple[float, float] | None:
+    """The objectives of a completed trial; None if one is missing or not a finite number."""
+    if result.status != "completed":
+        return None
+    values = [result.metrics.get(name, math.nan) for name in OBJECTIVES]
+    return (values[0], values[1]) if all(math.isfinite(value) for value in values) else None
+
+
+def open_journal(output: Path) -> "optuna.storages.JournalStorage":
+    """Open the Optuna journal of an output folder."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    return JournalStorage(JournalFileBackend(str(output / JOURNAL)))
+
+
+def reconcile(
+    ledger: Ledger,
+    space: SearchSpace,
+    study_name: str,
+    trials: int,
+) -> "tuple[optuna.storages.JournalStorage, optuna.study.Study]":
+    """Write Optuna's journal anew from the ledger.
+
+    Ended trials come back with their state and values, trials in flight as running, and the first
+    points that were not started yet as enqueued.
+
+    Returns:
+        The storage, and the Optuna study in it; a trial's number there is its trial id.
+    """
+    import optuna
+    from optuna.trial import TrialState
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for path in ledger.output.glob(f"{JOURNAL}*"):  # with the lock that a killed process left
+        path.unlink()
+    storage = open_journal(ledger.output)
+    study = optuna.create_study(
+        storage=storage,
+        study_name=study_name,
+        directions=["maximize"] * len(OBJECTIVES),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(OBJECTIVES))
+    states = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
+    for record in ledger.records.values():
+        params, distributions = _point(space, record.config)
+        values = None
+        state = TrialState.RUNNING
+        if record.result is not None:
+            values = objectives(record.result)
+            state = states.get(record.result.status, TrialState.FAIL)
+            if state == TrialState.COMPLETE and values is None:
+                state = TrialState.FAIL
+        trial = optuna.trial.create_trial(
+            state=state,
+            values=values,
+            params=params,
+            distributions=distributions,
+            user_attrs={} if record.result is None else _attributes(record.result),
+        )
+        trial.datetime_start = _local(record.started)
+        trial.datetime_complete = None if record.ended is None else _local(record.ended)
+        study.add_trial(trial)
+    for point in space.first_points[len(ledger.records) : trials]:
+        searched = {name: value for name, value in point.items() if name in space.searched}
+        study.enqueue_trial(searched)
+    return storage, study
+
+
+class ParetoSearch(Searcher):
+    """Proposes trials to Ray Tune and tells Optuna how they ended.
+
+    While trials run, the next proposal is already being made in a thread: with the Gaussian
+    process one costs a third of a second, more on busy cores. It is made from every result that
+    was known when the trial before it started, and a result that comes in meanwhile waits for it,
+    so that with one trial at a time the same seed gives the same study.
+
+    Args:
+        ledger: the study's record; a trial is recorded before it is handed out.
+        space: the search space.
+        study_name: name of the Optuna study.
+        trials: number of trials of the study, over all its resumes.
+        sampler: how points are proposed.
+        seed: of the study, and of every trial: configurations are compared on the same draws.
+        concurrent: how many trials may run at a time.
+        out_of_time: no new trial once this is true.
+        on_start: told of each trial that is handed out.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        space: SearchSpace,
+        study_name: str,
+        trials: int,
+        sampler: Sampler,
+        seed: int,
+        concurrent: int,
+        out_of_time: Callable[[], bool] = lambda: False,
+        on_start: Callable[[str, TrialConfig], None] = lambda name, config: None,
+    ) -> None:
+        super().__init__(metric=list(OBJECTIVES), mode=["max", "max"])
+        self._ledger = ledger
+        self._space = space
+        self._study_name = study_name
+        self._trials = trials
+        self._kind: Sampler = sampler
+        self._seed = seed
+        self._concurrent = concurrent
+        self._out_of_time = out_of_time
+        self._on_start = on_start
+        self._storage, self._study = reconcile(ledger, space, study_name, trials)
+        self._again = [record.trial_id for record in ledger.in_flight]
+        self._running: dict[str, str] = {}
+        self._next: Future[tuple[str, TrialConfig]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="proposal")
+        if not self._again:
+            self._propose_ahead()
+
+    @property
+    def study(self) -> "optuna.study.Study":
+        """The Optuna study."""
+        return self._study
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial: one that a killed study left in flight, or a new proposal.
+
+        Returns:
+            A Tune config with the job; None while enough trials run; ``Searcher.FINISHED``.
+        """
+        if len(self._running) >= self._concurrent:
+            return None
+        if self._out_of_time():
+            return Searcher.FINISHED
+        if self._again:
+            name = self._again.pop(0)
+            config = self._ledger.records[name].config
+        elif self._next is not None:
+            name, config = self._next.result()
+            self._next = None
+        else:
+            return Searcher.FINISHED
+        self._running[trial_id] = name
+        self._ledger.start(name, config)
+        self._on_start(name, config)
+        if not self._again:
+            self._propose_ahead()
+        job = Job(
+            id=name,
+            kind="trial",
+            trial=config,
+            adapter=self._ledger.adapter(name),
+            checkpoints=self._ledger.checkpoints(name),
+        )
+        return {JOB: job.model_dump_json()}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Free the trial's place; ``tell`` gives Optuna its result."""
+        self._running.pop(trial_id, None)
+
+    def tell(self, record: Record) -> None:
+        """Tell Optuna how a trial ended, from its record in the ledger."""
+        from optuna.trial import TrialState
+
+        assert record.result is not None
+        if self._next is not None:
+            self._next.exception()  # waits: the proposal in the making must not see this result
+        number = int(record.trial_id)
+        storage = self._storage
+        study = storage.get_study_id_from_name(self._study_name)
+        trial = storage.get_trial_id_from_study_id_trial_number(study, number)
+        for name, value in _attributes(record.result).items():
+            storage.set_trial_user_attr(trial, name, value)
+        values = objectives(record.result)
+        if record.result.status == "pruned":
+            self._study.tell(number, state=TrialState.PRUNED)
+        elif values is None:
+            self._study.tell(number, state=TrialState.FAIL)
+        else:
+            self._study.tell(number, list(values))
+
+    def close(self) -> None:
+        """End the search; a proposal that was made ahead and never started leaves no trace."""
+        self._thread.shutdown(wait=True)
+        if self._next is not None:
+            self._storage, self._study = reconcile(self._ledger, self._space, self._study_name, 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its parts at the start; the study lives in the ledger, not in a pickle."""
+        return {}
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing to save with Tune's snapshots: the ledger is written as trials start and end."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to save, see ``save_to_dir``."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore, see ``reconcile``."""
+
+    def _propose_ahead(self) -> None:
+        if self._next is None and len(self._ledger.records) < self._trials:
+            self._next = self._thread.submit(self._propose)
+
+    def _propose(self) -> tuple[str, TrialConfig]:
+        number = len(self._study.get_trials(deepcopy=False, states=_asked()))
+        self._study.sampler = make_sampler(self._kind, self._trials, self._seed, number)
+        trial = self._study.ask()
+        config = self._space.trial_config(self._space.suggest(trial), self._seed)
+        return trial_id(trial.number), config
+
+
+def _asked() -> "Sequence[optuna.trial.TrialState]":
+    from optuna.trial import TrialState
+
+    return [state for state in TrialState if state != TrialState.WAITING]
+
+
+def _point(space: SearchSpace, config: TrialConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A trial's searched parameters and their distributions."""
+    distributions = space.distributions(config.model_dump())
+    return {name: getattr(config, name) for name in distributions}, distributions
+
+
+def _attributes(result: TrialResult) -> dict[str, Any]:
+    """What Optuna is to keep beside the objectives: cost, partial values, the error."""
+    attributes: dict[str, Any] = {"metrics": result.metrics, "seconds": result.seconds}
+    if result.error is not None:
+        attributes["error"] = result.error
+    return attributes
+
+
+def _local(iso: str) -> datetime:
+    """Optuna keeps local times without a zone."""
+    return datetime.fromisoformat(iso).astimezone().replace(tzinfo=None)

@@ -1,0 +1,462 @@
+"""The main job: a Pareto study from a checked plan to a front that one can look at.
+
+``run_study`` reads top to bottom: record the study, bring up cluster, data and MLflow side by
+side, let Ray Tune run the trials in resident slots, score the front again on held-out questions,
+write the tables and figures. The ledger is written as trials start and end; everything else can be
+made again from it.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from vgid.config import StudyConfig, TrialConfig
+from vgid.console import Standing, StudyConsole, libraries_silenced, print_summary
+from vgid.errors import InputError
+from vgid.ledger import Header, Ledger, now
+from vgid.mailbox import Job, Outcome
+from vgid.outputs import TrialRecord, describe, write_front, write_study, write_trials
+from vgid.plan import Plan, make_plan
+from vgid.plots import Front, write_html, write_png
+from vgid.results import EpochReport, QuestionPart, TrialResult
+from vgid.scoreboard import Scoreboard
+from vgid.summary import phases, provenance
+
+TABLES = ("study.json", "trials.csv", "front.csv")
+FIGURES = ("front.html", "front.png")
+HELD_OUT_SEED_OFFSET = 1_000_003
+"""Re-scoring draws few-shot people and test poses with other seeds than the trials did."""
+
+
+def run_study(
+    config: StudyConfig, resume: bool = False, session: Any = None, install_signals: bool = True
+) -> dict[str, Any]:
+    """Run a study, or go on with one.
+
+    Args:
+        config: the study.
+        resume: continue the study that the output folder holds.
+        session: makes the sessions of the workers, ``vgid.ray_train.trial_session`` if None.
+        install_signals: let SIGINT and SIGTERM end the study in order (main thread only).
+
+    Returns:
+        The content of ``study.json``; ``interrupted`` tells whether a signal ended it.
+
+    Raises:
+        InputError: bad input; nothing was started if it is in what can be checked before.
+    """
+    started = time.monotonic()
+    plan = make_plan(config)
+    with Ledger(config.output) as ledger:
+        header = _open(ledger, plan, resume)
+        with libraries_silenced(config.output / "study.log") as terminal:
+            standing = Standing(config.trials, budget_s=config.time_budget_s)
+            with StudyConsole(terminal, standing) as console:
+                study = Study(plan, ledger, header, console, standing, started)
+                with _signals(study.interrupt) if install_signals else _nothing():
+                    summary = study.run(session)
+            print_summary(
+                terminal, summary, study.board.trials(), study.board.base.get("held_out"), study.ui
+            )
+    return summary
+
+
+class Study:
+    """One run of a study: what its trials report, and what is made of it.
+
+    Args:
+        plan: the checked study.
+        ledger: its open record.
+        header: what the record says the study is.
+        console: where progress is shown.
+        standing: numbers for the console.
+        started: ``time.monotonic()`` of the study's start.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        ledger: Ledger,
+        header: Header,
+        console: StudyConsole,
+        standing: Standing,
+        started: float,
+    ) -> None:
+        self.plan = plan
+        self.config = plan.config
+        self.ledger = ledger
+        self.header = header
+        self.console = console
+        self.standing = standing
+        self.started = started
+        self.board = Scoreboard(ledger)
+        self.ui = ""
+        self._error: str | None = None
+        self._interrupted = threading.Event()
+        self._hashes: dict[str, str] = {}
+        self._seconds = {"start-up": 0.0, "load": 0.0, "log": 0.0, "re-score": 0.0}
+        self._slots_used: set[int] = set()
+        self._begun: dict[str, float] = {}
+        self._tracker: Any = None
+        self._mailbox: Any = None
+        self._search: Any = None
+        # One thread writes the tables and MLflow, in order, while the trials go on.
+        self._scribe = ThreadPoolExecutor(1, thread_name_prefix="scribe")
+
+    def interrupt(self) -> None:
+        """End the study in order: stop the trials, keep what there is."""
+        self._interrupted.set()
+
+    def run(self, session: Any = None) -> dict[str, Any]:
+        """Run the trials that are still to run, then score and write everything.
+
+        Returns:
+            The content of ``study.json``.
+        """
+        from vgid.cluster import connected
+
+        self.console.stage("Starting Ray and preparing the data")
+        side = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        data = side.submit(self._prepare_data)
+        tracker = side.submit(self._open_tracker)
+        with connected() as joined:
+            slots = self._start_slots(joined, session)
+            try:
+                data.result()
+                base = self._request_base_scores()
+                tracker.result()
+                self._bring_tracker_in_line()
+                self._run_trials()
+                base.result()
+                self._raise_error()
+                if not self._interrupted.is_set():
+                    self._score_front_again()
+            finally:
+                self._scribe.shutdown(wait=True)
+                slots.close(timeout_s=0.0 if self._interrupted.is_set() else 10.0)
+        return self._write_outcome()
+
+    # Before the trials
+
+    def _prepare_data(self) -> None:
+        from vgid import backbones
+        from vgid.benchmark import Benchmark
+
+        if self.plan.own_data and not self.plan.request.data.exists():
+            from vgid.synthetic import write_benchmark
+
+            write_benchmark(self.plan.request.data)
+        base = backbones.locate(backbones.spec(self.config.backbone), self.config.model_path)
+        self._hashes = {
+            "dataset": Benchmark.open(self.plan.request.data).sha256,
+            "base": backbones.revision_of(base),
+        }
+
+    def _open_tracker(self) -> None:
+        from vgid.tracking import Tracker
+
+        config = self.config
+        self._tracker = Tracker.open(config.tracking_uri, config.output, config.backbone)
+        self._tracker.start_study(self.header.study_id, config, self._hashes)
+        self.ui = self._tracker.ui_command
+
+    def _start_slots(self, joined: bool, session: Any) -> Any:
+        from vgid.cluster import slot_count
+        from vgid.ray_train import Slots, start_mailbox, trial_session
+
+        to_run = max(1, self.config.trials - len(self.ledger.ended))
+        count = slot_count(self.plan.shape, self.config.max_concurrent, to_run, joined)
+        self.standing.slots = count
+        self._mailbox = start_mailbox()
+        self.console.stage(f"Starting {count} slot(s) and loading the base model")
+        slots = Slots(
+            self._mailbox,
+            self.plan.request,
+            self.plan.shape,
+            count,
+            self.config.output / ".ray",
+            self.config.fresh_workers,
+            session or trial_session,
+        )
+        slots.start()
+        return slots
+
+    def _request_base_scores(self) -> "Future[None]":
+        """Have the base model scored; the trials queue up behind."""
+        import ray
+
+        parts: tuple[QuestionPart, ...] = ("search", "held_out")
+        for part in parts:
+            job = Job(id=f"base-{part}", kind="base", part=part)
+            ray.get(self._mailbox.submit.remote(job))
+
+        def wait() -> None:
+            for part in parts:
+                outcome = ray.get(self._mailbox.next_message.remote(f"base-{part}"))
+                if outcome.error is not None:
+                    if not self._interrupted.is_set():
+                        self._error = self._error or outcome.error
+                    return
+                self.board.base[part] = outcome.scores
+                self._seconds["load"] += outcome.load_s
+                if part == "search":
+                    self._seconds["start-up"] = time.monotonic() - self.started
+                    self.console.stage("Running trials")
+            self._update_standing()
+
+        waiting = ThreadPoolExecutor(1, thread_name_prefix="base")
+        return waiting.submit(wait)
+
+    def _bring_tracker_in_line(self) -> None:
+        for record in self.ledger.ended:
+            self._log(self._tracker.finish_trial, record.config, record.result)
+
+    # While the trials run
+
+    def _run_trials(self) -> None:
+        import os
+
+        from ray import tune
+
+        from vgid.ray_tune import Recorder, SlotTrial, StopWhen
+        from vgid.search import ParetoSearch
+
+        config = self.config
+        self._update_standing()
+        deadline = None if config.time_budget_s is None else self.started + config.time_budget_s
+        self._search = ParetoSearch(
+            self.ledger,
+            self.plan.space,
+            self.header.study_id,
+            config.trials,
+            config.sampler,
+            config.seed,
+            self.standing.slots,
+            out_of_time=lambda: deadline is not None and time.monotonic() > deadline,
+            on_start=self._on_start,
+        )
+        if len(self.ledger.ended) < config.trials:
+            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.standing.slots)
+            # No CPU: the slots need them all. On the head, where the driver and mailbox are.
+            resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
+            trainable = tune.with_parameters(SlotTrial, mailbox=self._mailbox)
+            tune.Tuner(
+                tune.with_resources(trainable, resources),
+                tune_config=tune.TuneConfig(
+                    search_alg=self._search, num_samples=config.trials, reuse_actors=True
+                ),
+                run_config=tune.RunConfig(
+                    name=f"tune-{os.getpid()}",
+                    storage_path=str(config.output / ".ray"),
+                    verbose=0,
+                    callbacks=[Recorder(self._on_epoch, self._on_end)],
+                    stop=StopWhen(self._must_stop),
+                ),
+            ).fit()
+        self._search.close()
+
+    def _must_stop(self) -> bool:
+        """Whether a signal or an error ends the search; wakes everyone who waits for a trial."""
+        if not self._interrupted.is_set() and self._error is None:
+            return False
+        import ray
+
+        ray.get(self._mailbox.cancel_all.remote())
+        return True
+
+    def _on_start(self, trial_id: str, config: TrialConfig) -> None:
+        self._begun[trial_id] = time.monotonic()
+        self.console.epoch(trial_id, describe(config), None)
+
+    def _on_epoch(self, trial_id: str, config: TrialConfig, report: EpochReport) -> None:
+        self.console.epoch(trial_id, describe(config), report)
+        self._log(self._tracker.log_trial_epoch, trial_id, config, report)
+
+    def _on_end(
+        self,
+        trial_id: str,
+        config: TrialConfig,
+        outcome: Outcome | None,
+        report: EpochReport | None,
+    ) -> None:
+        """Record how a trial ended, first of all in the ledger."""
+        if outcome is not None and outcome.result is None:  # interrupted, or nothing can run
+            self._error = self._error or (outcome.error if outcome.fatal else None)
+            return
+        details: dict[str, Any] = {}
+        if outcome is not None and outcome.result is not None:
+            result = outcome.result
+            details = {"slot": outcome.slot, "overhead_s": self._overhead(outcome)}
+            self._seconds["load"] += outcome.load_s
+        elif report is not None:
+            result = TrialResult(trial_id=trial_id, status="pruned", metrics=report.metrics)
+        else:
+            result = TrialResult(
+                trial_id=trial_id, status="failed", error="its Ray Tune process died"
+            )
+        record = self.ledger.end(trial_id, result, **details)
+        self._search.tell(record)
+        self.standing.trial_s.append(time.monotonic() - self._begun[trial_id])
+        self._update_standing()
+        self.console.ended(trial_id, result)
+        self._log(self._tracker.finish_trial, config, result)
+        self._log(write_trials, self.config.output / "trials.csv", self.board.trials())
+
+    def _overhead(self, outcome: Outcome) -> float | None:
+        """Seconds of the slot that went neither to training nor to evaluation."""
+        first = outcome.slot not in self._slots_used
+        self._slots_used.add(outcome.slot)
+        if first or outcome.cycle_s is None or outcome.result is None:
+            return None
+        seconds = outcome.result.seconds
+        return outcome.cycle_s - seconds.get("train", 0.0) - seconds.get("evaluate", 0.0)
+
+    def _log(self, write: Callable[..., Any], *arguments: Any) -> None:
+        """Have the scribe write something; what it raises ends the study."""
+
+        def timed() -> None:
+            began = time.monotonic()
+            try:
+                write(*arguments)
+            except InputError as error:
+                self._error = self._error or str(error)
+            self._seconds["log"] += time.monotonic() - began
+
+        self._scribe.submit(timed)
+
+    # After the trials
+
+    def _score_front_again(self) -> None:
+        import ray
+
+        began = time.monotonic()
+        front = [trial.result.trial_id for trial in self.board.front()]
+        if front:
+            self.console.stage(
+                f"Scoring the {len(front)} trials of the front on held-out questions"
+            )
+        for trial_id in front:
+            job = Job(
+                id=f"rescore-{trial_id}",
+                kind="rescore",
+                adapter=self.ledger.adapter(trial_id),
+                part="held_out",
+                seed=self.config.seed + HELD_OUT_SEED_OFFSET,
+            )
+            ray.get(self._mailbox.submit.remote(job))
+        for trial_id in front:
+            outcome = ray.get(self._mailbox.next_message.remote(f"rescore-{trial_id}"))
+            if outcome.error is not None:
+                self.console.say(f"trial {trial_id} could not be scored again: {outcome.error}")
+                continue
+            self.board.held_out[trial_id] = outcome.scores
+        self._seconds["re-score"] = time.monotonic() - began
+
+    def _write_outcome(self) -> dict[str, Any]:
+        """Tables, figures, MLflow's parent run."""
+        self.console.stage("Writing tables and figures")
+        output = self.config.output
+        records = self.board.trials()
+        files = [output / name for name in TABLES]
+        write_trials(output / "trials.csv", records)
+        write_front(output / "front.csv", records, self.board.base.get("held_out"))
+        front: Front | None = None
+        if "search" in self.board.base:
+            title = f"{self.config.backbone}, {len(records)} trials"
+            front = Front(
+                title, records, self.board.base["search"], self.board.base.get("held_out")
+            )
+            write_html(output / "front.html", front)
+            write_png(output / "front.png", front)
+            files += [output / name for name in FIGURES]
+        summary = self._summary(records, [path.name for path in files])
+        write_study(output / "study.json", summary)
+        if front is not None:
+            numbers = {"hypervolume": summary["hypervolume"], "wall_s": summary["wall_s"]}
+            numbers |= {f"trials_{status}": n for status, n in summary["counts"].items()}
+            self._tracker.finish_study(
+                front,
+                numbers,
+                {
+                    name: row["total_s"]
+                    for name, row in summary["phases"].items()
+                    if "total_s" in row
+                },
+                files,
+                "KILLED" if self._interrupted.is_set() else "FINISHED",
+            )
+        return summary
+
+    def _summary(self, records: list[TrialRecord], files: list[str]) -> dict[str, Any]:
+        return {
+            "study_id": self.header.study_id,
+            "config": self.config,
+            "seed": self.config.seed,
+            "output": self.config.output,
+            "interrupted": self._interrupted.is_set(),
+            **provenance(),
+            "data_sha256": self._hashes.get("dataset"),
+            "base_sha256": self._hashes.get("base"),
+            "search_space_sha256": self.plan.space_sha256,
+            "base": dict(self.board.base),
+            "reference_point": self.board.reference_point,
+            "hypervolume": self.board.hypervolume,
+            "front": [record.result.trial_id for record in records if record.on_front],
+            "counts": self.board.counts(),
+            "started": self.header.started,
+            "ended": now(),
+            "wall_s": time.monotonic() - self.started,
+            "phases": phases(self.ledger.ended, self._seconds),
+            "files": files,
+        }
+
+    def _update_standing(self) -> None:
+        self.standing.counts = self.board.counts()
+        self.standing.front = len(self.board.front())
+        self.standing.hypervolume = self.board.hypervolume
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise InputError(self._error)
+
+
+def _open(ledger: Ledger, plan: Plan, resume: bool) -> Header:
+    if resume:
+        return ledger.resume(plan.config, plan.space_sha256)
+    stamp = now()
+    name = f"{plan.config.backbone}-{stamp[:19].replace(':', '')}-{plan.config.seed}"
+    header = Header(
+        study_id=name,
+        config=plan.config,
+        search_space_sha256=plan.space_sha256,
+        started=stamp,
+    )
+    ledger.begin(header)
+    return header
+
+
+@contextmanager
+def _signals(interrupt: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM end the study in order; a second one ends it at once."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(number, before[signal.Signals(number)])
+        interrupt()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

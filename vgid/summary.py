@@ -1,0 +1,68 @@
+"""What ``study.json`` tells beside the results: where the time went, and what it was made with."""
+
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from vgid.ledger import Record
+
+LIBRARIES = ("vgid", "ray", "torch", "transformers", "peft", "optuna", "mlflow")
+TRIAL_PHASES = ("teacher", "train", "evaluate", "save")
+
+Phases = dict[str, dict[str, float]]
+"""Seconds by phase: ``total_s`` over the study, ``median_s`` of a trial."""
+
+
+def phases(ended: Sequence[Record], study_s: Mapping[str, float]) -> Phases:
+    """Where the time went.
+
+    Args:
+        ended: the ended trials.
+        study_s: seconds of the study's own phases: start-up, load, log, re-score.
+
+    Returns:
+        Seconds by phase. ``overhead`` is everything of a trial after its slot's first that is
+        neither training nor evaluation, waiting for the next trial included.
+    """
+    found: Phases = {
+        "start-up": {"total_s": study_s["start-up"]},
+        "load": {"total_s": study_s["load"]},
+    }
+    seconds = [record.result.seconds for record in ended if record.result is not None]
+    for name in TRIAL_PHASES:
+        spent = [by_phase[name] for by_phase in seconds if name in by_phase]
+        if spent:
+            found[name] = {"total_s": sum(spent), "median_s": statistics.median(spent)}
+    found["log"] = {"total_s": study_s["log"]}
+    if ended:
+        found["log"]["median_s"] = study_s["log"] / len(ended)
+    found["re-score"] = {"total_s": study_s["re-score"]}
+    overhead = [record.overhead_s for record in ended if record.overhead_s is not None]
+    if overhead:
+        found["overhead"] = {"total_s": sum(overhead), "median_s": statistics.median(overhead)}
+    return found
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of what a study is made with, and the commit if this is a git checkout."""
+    versions = {name: version(name) for name in LIBRARIES}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip() or None
