@@ -1,0 +1,71 @@
+import pytest
+from pydantic import ValidationError
+
+from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
+from vgid.errors import InputError
+
+
+def refused(values: dict, model=TrialConfig) -> str:
+    with pytest.raises(InputError) as caught:
+        parse(model, values, "space.yaml")
+    message = str(caught.value)
+    assert message.startswith("space.yaml: ")
+    assert message.count("\n") == 0
+    assert message.endswith(".")
+    return message
+
+
+def test_defaults_are_the_paper_s_setting():
+    trial = TrialConfig()
+    assert (trial.alpha, trial.beta) == (1.0, 1.0)
+    assert (trial.noise_type, trial.prompt_style, trial.sigma) == ("random", "strict", None)
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"alpha": -0.1}, "alpha"),
+        ({"beta": -1}, "beta"),
+        ({"noise_type": "salt"}, "noise_type"),
+        ({"noise_type": "gaussian"}, "sigma"),
+        ({"noise_type": "gaussian", "sigma": 0}, "sigma"),
+        ({"noise_type": "gaussian", "sigma": 9.0}, "sigma"),
+        ({"noise_type": "white", "sigma": 0.5}, "sigma"),
+        ({"prompt_style": "rude"}, "prompt_style"),
+        ({"learning_rate": 0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"alpha": float("inf")}, "alpha"),
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": 1.5}, "epochs"),
+        ({"train_tasks": []}, "train_tasks"),
+        ({"train_tasks": ["poetry"]}, "train_tasks"),
+        ({"alhpa": 1.0}, "alhpa"),
+    ],
+)
+def test_bad_trial_is_one_sentence_that_names_the_field(values, field):
+    assert field in refused(values)
+
+
+def test_unknown_key_lists_the_known_ones():
+    assert "alpha" in refused({"alhpa": 1.0})
+
+
+@pytest.mark.parametrize("field", ["trials", "workers_per_trial", "max_concurrent"])
+def test_a_study_of_nothing_is_refused(tmp_path, field):
+    assert field in refused({"output": tmp_path, field: 0}, StudyConfig)
+
+
+def test_forget_ratio_is_one_of_the_benchmark_s(tmp_path):
+    message = refused({"output": tmp_path, "forget_ratio": 7}, StudyConfig)
+    assert "5, 10 or 15" in message
+
+
+def test_configs_are_frozen(tmp_path):
+    request = RequestConfig(data=tmp_path, store=tmp_path)
+    with pytest.raises(ValidationError):
+        request.seed = 3  # type: ignore[misc]
+
+
+def test_configs_travel_as_json():
+    trial = TrialConfig(noise_type="gaussian", sigma=0.3, beta=0.1)
+    assert TrialConfig.model_validate_json(trial.model_dump_json()) == trial
