@@ -34,7 +34,7 @@ def test_noise_is_uniform_in_normalised_space_and_redrawn(random_backbone, pairs
     generator = torch.Generator().manual_seed(0)
     first = with_normalised_noise(batch, generator)["pixel_values"]
     second = with_normalised_noise(batch, generator)["pixel_values"]
-    assert 0 <= first.min() and first.max() < 1
+    assert first.min() >= 0 and first.max() < 1
     assert first.mean().item() == pytest.approx(0.5, abs=0.01)
     assert not torch.equal(first, second)
     # Normalised pixels of a real image leave [0, 1), those of the noise cannot.

@@ -81,7 +81,7 @@ def distill_released(
             ):
                 pairs = [data[i] for i in chosen]
                 batch = collate(backbone, [p for p, _ in pairs], [r for _, r in pairs])
-                seen = with_normalised_noise(batch, noise) if data is forget else batch.inputs
+                seen = with_normalised_noise(batch, noise) if which == 0 else batch.inputs
                 with torch.no_grad(), model.disable_adapter():
                     teacher_logits = backbone.model(**seen).logits
                 kl = full_position_kl(teacher_logits, backbone.model(**batch.inputs).logits)
