@@ -108,6 +108,7 @@ def test_rows_are_ordered_and_read_back_bit_for_bit(tmp_path, records):
     assert rows[0]["adapter"] == str(Path("adapters", "0000"))
     assert rows[2]["forget_rougeL"] == rows[2]["adapter"] == ""
     assert [row["on_front"] for row in rows] == ["true", "false", "false"]
+    assert [row["train_tasks"] for row in rows] == ["generation+cloze"] * 3
     assert [row["released"] for row in rows] == ["true", "false", "false"]
 
     frame = pd.read_csv(

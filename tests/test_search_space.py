@@ -124,6 +124,11 @@ def test_a_fixed_sigma_is_used_for_gaussian_noise_only(tmp_path):
     }
 
 
+def test_a_list_is_one_fixed_value(tmp_path):
+    space = SearchSpace.load(write(tmp_path, train_tasks=["cloze"]))
+    assert space.trial_config(space.first_points[0], seed=0).train_tasks == ("cloze",)
+
+
 def test_without_first_points_the_papers_default_comes_first(tmp_path):
     space = SearchSpace.load(write(tmp_path, lora_rank={"low": 10, "high": 16, "step": 2}))
     (point,) = space.first_points
@@ -176,6 +181,8 @@ def test_numbers_without_a_decimal_point_are_numbers(tmp_path):
         ({"lora_rank": 0}, ["lora_rank", "0"]),
         ({"noise_type": {"low": 0, "high": 1}}, ["noise_type", "choices"]),
         ({"released": {"low": 0, "high": 1}}, ["released", "choices"]),
+        ({"train_tasks": {"choices": [["cloze"], ["generation"]]}}, ["train_tasks", "fixed"]),
+        ({"train_tasks": ["singing"]}, ["train_tasks", "singing"]),
         ({"gamma": 1.0}, ["gamma", "unknown parameter", "alpha, batch_size"]),
         ({"seed": 3}, ["seed", "does not belong here"]),
         ({"method": "vgid"}, ["method", "top of the file"]),

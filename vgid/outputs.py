@@ -41,6 +41,20 @@ def describe(config: TrialConfig) -> str:
     return f"{noise} · {config.prompt_style} · {weights} · lr {config.learning_rate:.1e}"
 
 
+def as_text(value: Any) -> str:
+    """One value as a table's cell or a parameter: numbers exactly, lists joined by ``+``."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "true" if value else "false"
+        case float():
+            return repr(float(value))
+        case tuple():
+            return "+".join(map(str, value))
+    return str(value)
+
+
 @dataclass(frozen=True)
 class TrialRecord:
     """One ended trial as the tables, the figures and the tracking server show it.
@@ -229,20 +243,12 @@ def _row(record: TrialRecord, metrics: Sequence[str], folder: Path) -> dict[str,
     }
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(float(value)) if isinstance(value, float) else str(value)
-
-
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        writer.writerow([_cell(row.get(name)) for name in columns])
+        writer.writerow([as_text(row.get(name)) for name in columns])
     write_atomically(path, text.getvalue().encode())
 
 

@@ -87,12 +87,13 @@ class Front:
         return f"{len(self.drawn)} trials{rest}, {len(self.front)} on the front"
 
 
-def write_png(path: Path, front: Front) -> None:
+def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
     """Draw ``front.png``: the whole study on the left, its front from close by on the right.
 
     Args:
         path: the file.
         front: what to draw.
+        whole_only: a small picture of the left half alone.
 
     Raises:
         InputError: the file cannot be written.
@@ -100,34 +101,36 @@ def write_png(path: Path, front: Front) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11.5, 5.6), dpi=140, layout="constrained")
+    size, dpi = ((7.2, 5.4), 100) if whole_only else ((11.5, 5.6), 140)
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
     canvas = FigureCanvasAgg(figure)  # no pyplot: no global state, no display
-    whole, close = figure.subplots(1, 2, width_ratios=(1.15, 1))
-    _draw(whole, front)
-    _draw(close, front)
-    _draw_held_out(close, front)
-    whole.set_ylabel(Y_LABEL, color=INK)
-    for axes in (whole, close):
+    panels = figure.subplots(1, 1 if whole_only else 2, squeeze=False)[0]
+    for axes in panels:
+        _draw(axes, front)
         axes.set_xlabel(X_LABEL, color=INK)
-    whole.set_title("All trials", fontsize=10.5, color=INK, loc="left")
-    close.set_title("The front, from close by", fontsize=10.5, color=INK, loc="left")
+    panels[0].set_ylabel(Y_LABEL, color=INK)
     figure.suptitle(f"{front.title}: {front.caption}", fontsize=12, color=BASE)
-    _zoom(close, front)
+    if not whole_only:
+        _draw_held_out(panels[1], front)
+        _zoom(panels[1], front)
+        for axes, title in zip(panels, ("All trials", "The front, from close by"), strict=True):
+            axes.set_title(title, fontsize=10.5, color=INK, loc="left")
 
-    handles, labels = close.get_legend_handles_labels()
+    handles, labels = panels[-1].get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(
         unique.values(),
         unique.keys(),
         loc="outside lower center",
-        ncols=min(len(unique), 7),
+        ncols=3 if whole_only else 7,
         frameon=False,
         fontsize=8.5,
         handletextpad=0.4,
         columnspacing=1.2,
     )
-    figure.draw_without_rendering()  # the layout must stand before ids can keep their distance
-    _write_ids(close, front)
+    if not whole_only:
+        figure.draw_without_rendering()  # the layout must stand before ids keep their distance
+        _write_ids(panels[1], front)
     image = io.BytesIO()
     canvas.print_png(image, metadata={"Software": None})
     write_atomically(path, image.getvalue())

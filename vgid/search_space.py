@@ -349,6 +349,8 @@ def _domain(name: str, raw: Mapping[str, Any], source: str) -> Range | Choices:
     if "choices" in raw:
         listed = parse(Choices, raw, where).choices
         valid = tuple(_valid(name, choice, f"{source}: parameters") for choice in listed)
+        if any(isinstance(choice, tuple) for choice in valid):
+            raise InputError(f"{where}: cannot be searched; write one list, which is then fixed.")
         if len(set(valid)) < len(valid):
             raise InputError(f"{where}: choices: a choice is listed twice; leave one of them out.")
         return Choices(choices=valid)

@@ -1,0 +1,333 @@
+"""A study on MLflow, read back with MLflow's own client from a real SQLite store."""
+
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from vgid.config import StudyConfig, TrialConfig
+from vgid.errors import InputError
+from vgid.note import recommended, study_note
+from vgid.outputs import TrialRecord, write_front, write_study, write_trials
+from vgid.plots import Front, write_html, write_png
+from vgid.results import EpochReport, Score, TrialResult
+from vgid.tracking import NOTE_PICTURE, Tracker
+
+HASHES = {"dataset": "d" * 64, "base": "b" * 64}
+BASE = {
+    "forget_rougeL": Score(value=0.95, n=60, low=0.9, high=1.0),
+    "retain_rougeL": Score(value=0.97, n=300, low=0.95, high=0.98),
+}
+HELD_OUT = {
+    "forget_rougeL": Score(value=0.05, n=50, low=0.02, high=0.08),
+    "retain_rougeL": Score(value=0.94, n=290, low=0.93, high=0.96),
+    "forget_cloze": Score(value=0.25, n=20, low=0.1, high=0.4),
+}
+EPOCHS = [
+    EpochReport(epoch=e, epochs=2, step=6 * e, metrics={"loss": 1.0 / e, "forget_loss": 0.5 / e})
+    for e in (1, 2)
+]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store made as the study makes it: by default URI, in a thread."""
+    output = tmp_path_factory.mktemp("study")
+    thread = threading.Thread(target=lambda: Tracker.open(None, output, "tiny-llava"))
+    thread.start()
+    thread.join()
+    return output
+
+
+@pytest.fixture
+def output(store, tmp_path):
+    """The output folder of a test's own study, which shares the store's database."""
+    return tmp_path
+
+
+def open_tracker(store, backbone):
+    return Tracker.open(f"sqlite:///{store / 'mlflow.db'}", store, backbone)
+
+
+def client(store):
+    return MlflowClient(tracking_uri=f"sqlite:///{store / 'mlflow.db'}")
+
+
+def make_records(output):
+    configs = [
+        TrialConfig(),
+        TrialConfig(noise_type="gaussian", sigma=0.1 + 0.2, alpha=1 / 3, beta=5.0),
+        TrialConfig(noise_type="white"),
+        TrialConfig(prompt_style="polite", learning_rate=3e-4),
+    ]
+    records = []
+    for number, (config, status) in enumerate(
+        zip(configs, ["completed", "completed", "failed", "pruned"], strict=True)
+    ):
+        trial_id = f"{number:04d}"
+        adapter = None
+        metrics = {}
+        if status == "completed":
+            adapter = output / "adapters" / trial_id
+            adapter.mkdir(parents=True)
+            (adapter / "adapter_config.json").write_text("{}")
+            (adapter / "adapter_model.safetensors").write_bytes(bytes([number]) * 100)
+            metrics = {
+                "forget_rougeL": 0.05 + number / 10,
+                "forget_rougeL_reduction": 0.9 - number / 10,
+                "retain_rougeL": 0.93 + number / 100,
+            }
+        result = TrialResult(
+            trial_id=trial_id,
+            status=status,
+            metrics=metrics,
+            seconds={"train": 2.0, "evaluate": 1.0},
+            adapter=adapter,
+            error="the loss is not a number" if status == "failed" else None,
+        )
+        on_front = status == "completed"
+        records.append(TrialRecord(config, result, on_front, HELD_OUT if on_front else None))
+    return records
+
+
+def run_study(tracker, output, study_id, records):
+    config = StudyConfig(output=output, data=output / "data", trials=4)
+    tracker.start_study(study_id, config, HASHES)
+    for record in records:
+        for report in EPOCHS:
+            tracker.log_trial_epoch(record.result.trial_id, record.config, report)
+        assert tracker.finish_trial(record.config, record.result)
+    front = Front("tiny-llava", records, BASE, BASE)
+    write_trials(output / "trials.csv", records)
+    write_front(output / "front.csv", records, BASE)
+    write_study(output / "study.json", {"seed": 0})
+    write_png(output / "front.png", front)
+    write_html(output / "front.html", front)
+    names = ("front.html", "front.png", "front.csv", "trials.csv", "study.json")
+    tracker.finish_study(
+        front, {"hypervolume": 0.41}, {"train": 8.0}, [output / name for name in names]
+    )
+
+
+def children_of(mlflow, tracker):
+    runs = mlflow.search_runs(
+        [tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.study_run_id}'"
+    )
+    return {run.data.tags["vgid.trial_id"]: run for run in runs}
+
+
+def artifacts(mlflow, run_id, folder=None):
+    return {entry.path for entry in mlflow.list_artifacts(run_id, folder)}
+
+
+def history(mlflow, run_id, name):
+    return [(m.step, m.value) for m in mlflow.get_metric_history(run_id, name)]
+
+
+def test_a_study_reads_back_whole(store, output):
+    records = make_records(output)
+    tracker = open_tracker(store, "tiny-llava")
+    run_study(tracker, output, "study-one", records)
+    mlflow = client(store)
+
+    assert mlflow.get_experiment_by_name("tiny-llava").experiment_id == tracker.experiment_id
+    parent = mlflow.get_run(tracker.study_run_id)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["vgid.study_id"] == "study-one"
+    assert parent.data.tags["vgid.dataset_sha256"] == HASHES["dataset"]
+    assert parent.data.tags["vgid.base_sha256"] == HASHES["base"]
+    assert parent.data.params["trials"] == "4"
+    assert parent.data.metrics["hypervolume"] == 0.41
+    assert parent.data.metrics["base_retain_rougeL"] == 0.97
+    assert parent.data.metrics["seconds/train"] == 8.0
+    (dataset,) = parent.inputs.dataset_inputs
+    assert dataset.dataset.digest == "d" * 12
+    assert artifacts(mlflow, tracker.study_run_id) == {
+        "front.html",
+        "front.png",
+        "front.csv",
+        "trials.csv",
+        "study.json",
+        NOTE_PICTURE,
+    }
+
+    children = children_of(mlflow, tracker)
+    assert sorted(children) == ["0000", "0001", "0002", "0003"]
+    assert [children[key].info.status for key in sorted(children)] == [
+        "FINISHED",
+        "FINISHED",
+        "FAILED",
+        "KILLED",
+    ]
+    for record in records:
+        run = children[record.result.trial_id]
+        assert run.data.params["train_tasks"] == "generation+cloze"
+        read = {**run.data.params, "train_tasks": record.config.train_tasks}
+        assert TrialConfig(**read) == record.config
+        for name, value in record.result.metrics.items():
+            assert run.data.metrics[name] == value
+        assert history(mlflow, run.info.run_id, "loss") == [(6, 1.0), (12, 0.5)]
+        assert run.data.tags["vgid.base_sha256"] == HASHES["base"]
+        assert run.data.tags["vgid.status"] == record.result.status
+    gaussian = children["0001"]
+    assert gaussian.info.run_name == "0001 · Gaussian noise σ0.3 · strict · α0.33 β5 · lr 1.0e-03"
+    assert gaussian.data.tags["vgid.on_front"] == "true"
+    assert gaussian.data.metrics["heldout_forget_rougeL_reduction"] == 0.95 - 0.05
+    assert gaussian.data.metrics["heldout_forget_cloze_low"] == 0.1
+    assert children["0002"].data.tags["vgid.error"] == "the loss is not a number"
+    assert artifacts(mlflow, gaussian.info.run_id, "adapter") == {
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+    }
+    assert artifacts(mlflow, children["0003"].info.run_id) == set()
+
+    note = parent.data.tags["mlflow.note.content"]
+    assert f"get-artifact?path={NOTE_PICTURE}&run_uuid={tracker.study_run_id}" in note
+    assert "| 0001 |" in note
+    assert "0.940 [0.930, 0.960]" in note
+    assert tracker.study_run_id in tracker.ui_command
+    assert str(store / "mlflow.db") in tracker.ui_command
+
+
+def test_a_resumed_study_doubles_nothing(store, output):
+    records = make_records(output)
+    first = open_tracker(store, "resumed")
+    run_study(first, output, "study-two", records[:2])
+    second = open_tracker(store, "resumed")
+    run_study(second, output, "study-two", records)
+    run_study(open_tracker(store, "resumed"), output, "study-two", records)
+
+    assert second.study_run_id == first.study_run_id
+    mlflow = client(store)
+    assert len(mlflow.search_runs([first.experiment_id])) == 5
+    children = children_of(mlflow, first)
+    assert sorted(children) == ["0000", "0001", "0002", "0003"]
+    for key, run in children.items():
+        assert history(mlflow, run.info.run_id, "loss") == [(6, 1.0), (12, 0.5)], key
+    once = ("retain_rougeL", "seconds/train", "heldout_retain_rougeL")
+    for name in once:
+        assert len(history(mlflow, children["0001"].info.run_id, name)) == 1, name
+    assert mlflow.get_run(first.study_run_id).info.status == "FINISHED"
+
+
+def test_a_trial_cut_short_goes_on_in_its_run(store, output, monkeypatch):
+    monkeypatch.setattr("vgid.tracking.FLUSH_SECONDS", 0.0)
+    record = make_records(output)[0]
+    config = StudyConfig(output=output)
+    first = open_tracker(store, "cut-short")
+    first.start_study("study-three", config, HASHES)
+    first.log_trial_epoch("0000", record.config, EPOCHS[0])
+
+    second = open_tracker(store, "cut-short")
+    second.start_study("study-three", config, HASHES)
+    for report in EPOCHS:  # the trial starts over
+        second.log_trial_epoch("0000", record.config, report)
+    assert second.finish_trial(record.config, record.result)
+
+    mlflow = client(store)
+    (run,) = children_of(mlflow, second).values()
+    assert history(mlflow, run.info.run_id, "loss") == [(6, 1.0), (12, 0.5)]
+    assert run.info.status == "FINISHED"
+    assert mlflow.get_run(second.study_run_id).info.status == "RUNNING"
+
+
+def test_a_trial_that_left_the_front_loses_its_mark(store, output):
+    records = make_records(output)
+    run_study(open_tracker(store, "left"), output, "study-four", records)
+    tracker = open_tracker(store, "left")
+    demoted = TrialRecord(records[0].config, records[0].result)
+    run_study(tracker, output, "study-four", [demoted, *records[1:]])
+    children = children_of(client(store), tracker)
+    assert children["0000"].data.tags["vgid.on_front"] == "false"
+    assert children["0001"].data.tags["vgid.on_front"] == "true"
+
+
+def test_trials_that_could_not_be_sent_are_sent_at_the_end(store, output, caplog):
+    records = make_records(output)
+    tracker = open_tracker(store, "outage")
+    tracker.start_study("study-five", StudyConfig(output=output), HASHES)
+    assert tracker.finish_trial(records[0].config, records[0].result)
+    blocker = sqlite3.connect(store / "mlflow.db")
+    blocker.execute("PRAGMA locking_mode = EXCLUSIVE")
+    blocker.execute("BEGIN EXCLUSIVE")
+    assert not tracker.finish_trial(records[1].config, records[1].result)
+    assert not tracker.finish_trial(records[2].config, records[2].result)
+    front = Front("tiny-llava", records, BASE)
+    blocker.rollback()
+    blocker.close()
+    assert caplog.text.count("does not record") == 1
+
+    tracker.finish_study(front, {}, {}, [])
+    assert sorted(children_of(client(store), tracker)) == ["0000", "0001", "0002"]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://127.0.0.1:9",
+        "http://user:secret@127.0.0.1:9",
+        "http://[bad",
+        "nonsense://somewhere",
+        "sqlite:////proc/nowhere/mlflow.db",
+        "mysql://root@127.0.0.1:9/mlflow",
+    ],
+)
+def test_an_address_that_does_not_work_gets_one_sentence(tmp_path, uri):
+    with pytest.raises(InputError) as caught:
+        Tracker.open(uri, tmp_path, "tiny-llava")
+    message = str(caught.value)
+    assert "--tracking-uri" in message
+    assert "secret" not in message
+    assert "\n" not in message
+    assert message.endswith(".")
+
+
+def test_a_deleted_experiment_gets_one_sentence(store):
+    tracker = open_tracker(store, "deleted")
+    client(store).delete_experiment(tracker.experiment_id)
+    with pytest.raises(InputError, match="restore it with"):
+        open_tracker(store, "deleted")
+
+
+def test_credentials_are_not_recorded(store, output):
+    secret = "http://user:secret@example.org"
+    tracker = open_tracker(store, "secret")
+    tracker.start_study("s", StudyConfig(output=output, tracking_uri=secret), HASHES)
+    run = client(store).get_run(tracker.study_run_id)
+    assert "secret" not in str(run.data.params) + str(run.data.tags)
+
+
+def test_the_note_quotes_held_out_scores_of_the_gentlest_good_trial(tmp_path):
+    records = make_records(tmp_path)
+    front = Front("tiny-llava", records, BASE, BASE)
+    # 0000 forgets more and keeps 0.93 of 0.97, less than the paper's drop of 0.055.
+    assert recommended(front).result.trial_id == "0000"
+    note = study_note(front, {"train": 8.04}, "picture.png")
+    assert "removes 95% of the forget people's ROUGE-L (0.950 to 0.050) on held-out" in note
+    assert "![All trials, the front, the base model](picture.png)" in note
+    assert "train 8.0 s" in note
+    assert "on the search questions" in study_note(Front("t", records, BASE), {}, "p")
+    assert "no front yet" in study_note(Front("t", records[2:], BASE), {}, "p")
+
+
+def test_a_note_stays_within_mlflows_limit(tmp_path):
+    record = make_records(tmp_path)[1]
+    crowd = [
+        TrialRecord(
+            record.config,
+            record.result.model_copy(update={"trial_id": f"{i:04d}"}),
+            True,
+            HELD_OUT,
+        )
+        for i in range(200)
+    ]
+    note = study_note(Front("tiny-llava", crowd, BASE, BASE), {"train": 8.0}, "p" * 90)
+    assert len(note) < 8000
+    assert "184 more in `front.csv`" in note
+
+
+def test_nothing_is_left_in_the_working_folder():
+    assert not Path("mlruns").exists()
+    assert not Path("mlflow.db").exists()

@@ -1,0 +1,109 @@
+"""The way to an MLflow server or SQLite file, checked before a study starts."""
+
+import logging
+import os
+import re
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from vgid.errors import InputError
+
+
+@dataclass(frozen=True)
+class Connection:
+    """An open tracking store.
+
+    Attributes:
+        client: the ``mlflow.tracking.MlflowClient``.
+        uri: where it writes, without credentials, for messages and commands.
+        experiment_id: the backbone's experiment.
+    """
+
+    client: Any
+    uri: str
+    experiment_id: str
+
+
+def connect(uri: str | None, output: Path, backbone: str) -> Connection:
+    """Open the store, and find or create the backbone's experiment.
+
+    Importing MLflow and making the tables of a new SQLite file take seconds, so callers do this in
+    a thread. It must be done before other processes open the file.
+
+    Args:
+        uri: MLflow tracking URI; None for ``mlflow.db`` and ``mlartifacts`` in ``output``.
+        output: the study's folder.
+        backbone: name of the experiment.
+
+    Raises:
+        InputError: the URI is none, nobody answers there, or the database cannot be opened.
+    """
+    # Set before MLflow is imported: usage reports are off, and a dead server is noticed soon.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    artifacts = None
+    if uri is None:
+        output = output.expanduser().absolute()
+        output.mkdir(parents=True, exist_ok=True)
+        uri = f"sqlite:///{output / 'mlflow.db'}"
+        artifacts = (output / "mlartifacts").as_uri()
+    shown = re.sub(r"//[^/@]*@", "//", uri)  # no user, no password
+    _check_answers(uri, shown)
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # After the import, which sets its own levels: no word about every table that is made.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(backbone)
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise InputError(
+                f"--tracking-uri {shown}: experiment '{backbone}' is deleted; restore it with "
+                f"'mlflow experiments restore --experiment-id {found.experiment_id}'."
+            )
+        if found is None:
+            # The kind opens the UI on the runs and their metrics instead of on chat traces.
+            tags = {"mlflow.experimentKind": "custom_model_development"}
+            experiment_id = client.create_experiment(backbone, artifacts, tags)
+        else:
+            experiment_id = found.experiment_id
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        raise InputError(
+            f"--tracking-uri {shown}: cannot be used ({first_line(error)}); give an MLflow "
+            "URI such as sqlite:////folder/mlflow.db or http://host:5000."
+        ) from None
+    return Connection(client, shown, experiment_id)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough to stand inside a sentence."""
+    reason = str(getattr(error, "reason", None) or error).strip()
+    return reason.splitlines()[0][:200].rstrip(".") if reason else type(error).__name__
+
+
+def _check_answers(uri: str, shown: str) -> None:
+    """Ask an HTTP server for a sign of life: MLflow itself would try for minutes.
+
+    Raises:
+        InputError: nobody answers.
+    """
+    if urlsplit(uri).scheme not in ("http", "https"):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
+            return
+    except urllib.error.HTTPError:
+        return  # somebody answers; whether we may write shows at the first request
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--tracking-uri {shown}: no MLflow server answers ({first_line(error)}); start it or "
+            "leave the option out to record into the output folder."
+        ) from None
