@@ -8,7 +8,6 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from vgid.errors import InputError
 
@@ -46,14 +45,14 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    artifacts = None
+    output = output.expanduser().absolute()
     if uri is None:
-        output = output.expanduser().absolute()
         output.mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{output / 'mlflow.db'}"
-        artifacts = (output / "mlartifacts").as_uri()
+    http = uri.startswith(("http://", "https://"))
     shown = re.sub(r"//[^/@]*@", "//", uri)  # no user, no password
-    _check_answers(uri, shown)
+    if http:
+        _check_answers(uri, shown)
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError
@@ -72,7 +71,11 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
         if found is None:
             # The kind opens the UI on the runs and their metrics instead of on chat traces.
             tags = {"mlflow.experimentKind": "custom_model_development"}
-            experiment_id = client.create_experiment(backbone, artifacts, tags)
+            # A server knows its place for artifacts; otherwise MLflow takes the working folder.
+            artifacts = None if http else (_database_folder(uri) or output) / "mlartifacts"
+            experiment_id = client.create_experiment(
+                backbone, artifacts.as_uri() if artifacts else None, tags
+            )
         else:
             experiment_id = found.experiment_id
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
@@ -89,14 +92,17 @@ def first_line(error: BaseException) -> str:
     return reason.splitlines()[0][:200].rstrip(".") if reason else type(error).__name__
 
 
+def _database_folder(uri: str) -> Path | None:
+    file = uri.removeprefix("sqlite:///").split("?")[0]
+    return Path(file).absolute().parent if uri.startswith("sqlite:///") else None
+
+
 def _check_answers(uri: str, shown: str) -> None:
     """Ask an HTTP server for a sign of life: MLflow itself would try for minutes.
 
     Raises:
         InputError: nobody answers.
     """
-    if urlsplit(uri).scheme not in ("http", "https"):
-        return
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
             return
