@@ -3,10 +3,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vgid.backbones import Backbone
-from vgid.decoding import greedy_decode, greedy_tokens, response_text, score_responses
+from vgid.backbones import Backbone, load
+from vgid.decoding import (
+    MAX_NEW_TOKENS,
+    greedy_decode,
+    greedy_tokens,
+    response_text,
+    score_responses,
+)
 from vgid.encoding import Encoded, Query, encode, response_ids
-from vgid.fictitious import make_world, portrait
+from vgid.fictitious import generation_questions, make_world, portrait
 from vgid.prompts import cloze_text, generation_text
 
 NEW_TOKENS = 9
@@ -56,6 +62,20 @@ def test_batched_answers_equal_single_token_by_token(random_backbone, encoded):
     batched = greedy_tokens(random_backbone, encoded, NEW_TOKENS, batch_size=5)
     assert batched == [greedy_by_hand(random_backbone, item, NEW_TOKENS) for item in encoded]
     assert len({tuple(tokens) for tokens in batched}) > 3  # the prompts matter
+
+
+def test_the_embedded_backbones_batched_answers_equal_single_token_by_token():
+    backbone = load("tiny-llava")
+    queries = [
+        Query(f"{person.id}/{number}", generation_text(question, form), image)
+        for person in make_world(0).people[:2]
+        for number, (question, _, form) in enumerate(generation_questions(person, False))
+        for image in [portrait(0, person) if form == "image" else None]
+    ]
+    encoded = encode(backbone, queries)
+    batched = greedy_tokens(backbone, encoded, batch_size=len(encoded))
+    assert batched == [greedy_by_hand(backbone, item, MAX_NEW_TOKENS) for item in encoded]
+    assert len({len(tokens) for tokens in batched}) > 3  # rows end at different times
 
 
 @pytest.mark.parametrize("batch_size", [1, 64])
