@@ -137,6 +137,8 @@ class TrialSession:
                 **(last.metrics if last else {}),
             },
             seconds=seconds,
+            few_shot={str(task): ids for task, ids in evaluation.few_shot.items()},
+            option_scoring=evaluation.option_scoring,
             adapter=adapter_dir,
         )
 
