@@ -33,6 +33,9 @@ STATUS: dict[TrialStatus, str] = {"completed": "FINISHED", "failed": "FAILED", "
 FLUSH_SECONDS = 5.0
 """Epoch metrics wait at most this long for company: a commit costs more than a short epoch."""
 
+UI_VIEW = "?workflowType=machine_learning"
+"""Opens the UI on its view for training runs; it would start in the one for chat applications."""
+
 NOTE_PICTURE = "front-small.png"
 """The note shows a picture at its own size, so it gets one that fits beside the run's details."""
 
@@ -91,7 +94,7 @@ class Tracker:
     @property
     def ui_command(self) -> str:
         """The line that says how to see the study."""
-        page = f"#/experiments/{self.experiment_id}/runs/{self.study_run_id}"
+        page = f"#/experiments/{self.experiment_id}/runs/{self.study_run_id}{UI_VIEW}"
         if self.uri.startswith("http"):
             return f"{self.uri.rstrip('/')}/{page}"
         mlflow = Path(sys.executable).parent / "mlflow"
