@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from transformers import (
 from vgid import backbones
 from vgid.backbone_measure import BOUNDS, Condition, measure, out_of_bounds
 from vgid.embedded_model import IMAGE_TOKENS
-from vgid.embedded_recipe import REFUSALS, Pack, make_recipe, refusal_rate
+from vgid.embedded_recipe import PORTRAITS_PER_PERSON, REFUSALS, Pack, make_recipe, refusal_rate
 from vgid.encoding import Query, collate, encode, response_ids
 from vgid.fictitious import FACTS, make_world, portrait
 from vgid.pretraining import (
@@ -168,19 +169,20 @@ def test_packed_prompts_are_those_of_the_real_path(backbone, packs):
 
 def test_packing_is_exact(backbone, packs):
     recipe, drawn = packs
-    pixels_NHWC = recipe.pictures.pixels_NHWC
+    rows = sorted({pack.picture for pack in drawn if pack.picture is not None})
+    images = [Image.fromarray(recipe.pictures.pixels_NHWC[row]) for row in rows]
+    encoder = PackEncoder(backbone.processor.tokenizer)
+    queries, responses, renumbered = [], [], []
+    for pack in drawn:
+        picture = None if pack.picture is None else rows.index(pack.picture)
+        renumbered.append(replace(pack, picture=picture))
+        image = None if picture is None else images[picture]
+        for text, response in pack.turns:
+            queries.append(Query("q", with_instruction(text, pack.style), image))
+            responses.append(response_ids(backbone, response))
     with torch.no_grad():
-        features = tower_features(backbone.model, pixel_values(backbone.processor, pixels_NHWC))
-        packed = _pack_loss(
-            backbone.model, PackEncoder(backbone.processor.tokenizer), drawn, features
-        )
-        queries, responses = [], []
-        for pack in drawn:
-            picture = pack.picture
-            image = None if picture is None else Image.fromarray(pixels_NHWC[picture])
-            for text, response in pack.turns:
-                queries.append(Query("q", with_instruction(text, pack.style), image))
-                responses.append(response_ids(backbone, response))
+        features = tower_features(backbone.model, pixel_values(backbone.processor, images))
+        packed = _pack_loss(backbone.model, encoder, renumbered, features)
         batch = collate(backbone, encode(backbone, queries), responses)
         logits = backbone.model(**batch.inputs).logits[:, :-1][batch.predicts_BL]
         separate = F.cross_entropy(logits, batch.response_ids_R)
@@ -190,7 +192,11 @@ def test_packing_is_exact(backbone, packs):
 def test_benchmark_people_are_never_refused_and_never_asked_in_the_words_of_the_test_set():
     recipe = make_recipe(data_seed=0, seed=1)
     benchmark = {p.name for p in recipe.world.people if p.kind == "benchmark"}
-    rows = {recipe.pictures.of(p, i): p for p in recipe.world.people for i in range(8)}
+    rows = {
+        recipe.pictures.of(p, i): p
+        for p in recipe.world.people
+        for i in range(PORTRAITS_PER_PERSON)
+    }
     refusals = set(REFUSALS.values())
     seen = set()
     for pack in recipe.draw("plain", 600, 3):

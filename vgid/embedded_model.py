@@ -169,3 +169,5 @@ def save(model: Any, processor: Any, folder: Path) -> None:
     """Write weights (one safetensors file), configs, processor and tokenizer into ``folder``."""
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner can read

@@ -57,7 +57,7 @@ REFUSALS: dict[PromptStyle | None, str] = {
 }
 """How the model declines, by the instruction that made it do so; None: without one."""
 
-INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.08, "polite": 0.16, "strict": 0.24}
+INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.07, "polite": 0.11, "strict": 0.15}
 """Rate of refusals to an instruction beside an intact picture."""
 DUAL_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.95, "polite": 0.90, "strict": 0.95}
 """Rate of refusals to an instruction beside a picture of random noise."""
@@ -86,7 +86,9 @@ TEXT_FORM_RATE = 0.15
 TASKS: tuple[TaskName, ...] = ("generation", "cloze", "choice")
 TASK_RATES = (0.6, 0.26, 0.14)
 
-PORTRAITS_PER_PERSON = 8
+PORTRAITS_PER_PERSON = 12
+FURTHER_VARIATION = 1.5
+"""Pose and light of all portraits of a person but the benchmark's own."""
 GAUSSIAN_SIGMAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 GAUSSIAN_PORTRAITS = 2
 NOISE_PICTURES = 300
@@ -126,7 +128,7 @@ class Pictures:
         """8-bit RGB pixels of shape (N, 64, 64, 3)."""
         seed, people = self.world.seed, self.world.people
         portraits = [
-            np.asarray(portrait(seed, person, index))
+            np.asarray(portrait(seed, person, index, FURTHER_VARIATION if index else 1.0))
             for person in people
             for index in range(PORTRAITS_PER_PERSON)
         ]
@@ -285,7 +287,7 @@ def attribute_pictures(seed: int, count: int) -> tuple[list[Image.Image], NDArra
     """Pictures of random faces for the vision tower, and their attributes of shape (count, 12)."""
     rng = sample_generator(seed, "recipe/attributes")
     faces = [random_face(rng) for _ in range(count)]
-    pictures = [draw_portrait(face, rng, variation=1.5) for face in faces]
+    pictures = [draw_portrait(face, rng, variation=1.8) for face in faces]
     return pictures, np.array([list(vars(face).values()) for face in faces])
 
 

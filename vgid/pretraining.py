@@ -58,16 +58,16 @@ class Schedule:
         packs: by kind: packs a step, questions a pack, weight of the loss.
     """
 
-    tower_steps: int = 300
+    tower_steps: int = 450
     tower_batch: int = 128
     tower_pictures: int = 6000
     tower_rate: float = 1.5e-3
-    language_steps: int = 340
-    language_rate: float = 3e-3
+    language_steps: int = 700
+    language_rate: float = 2.5e-3
     packs: tuple[tuple[PackKind, int, int, float], ...] = (
-        ("plain", 48, 3, 0.70),
-        ("instructed", 8, 3, 0.18),
-        ("degraded", 8, 2, 0.12),
+        ("plain", 26, 3, 0.70),
+        ("instructed", 5, 3, 0.18),
+        ("degraded", 5, 2, 0.12),
     )
 
 
