@@ -1,0 +1,157 @@
+"""The ledger: what a killed study leaves behind, who may hold the folder, what may be resumed."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vgid.config import StudyConfig, TrialConfig
+from vgid.errors import InputError
+from vgid.ledger import Header, Ledger, now, trial_id
+from vgid.results import TrialResult
+
+SHA = "0" * 64
+
+
+def begun(output: Path, **config) -> Ledger:
+    ledger = Ledger(output)
+    study = StudyConfig(output=output, **config)
+    ledger.begin(Header(study_id="s", config=study, search_space_sha256=SHA, started=now()))
+    return ledger
+
+
+def completed(name: str) -> TrialResult:
+    return TrialResult(trial_id=name, status="completed", metrics={"retain_rougeL": 0.1 + 0.2})
+
+
+def test_trials_come_back_with_their_bits_after_a_resume(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        ledger.start("0000", TrialConfig(alpha=1 / 3))
+        ledger.end("0000", completed("0000"), slot=1, overhead_s=0.25)
+        ledger.start("0001", TrialConfig(noise_type="gaussian", sigma=0.1))
+    with Ledger(tmp_path / "s") as again:
+        again.resume(StudyConfig(output=tmp_path / "s"), SHA)
+        (ended,) = again.ended
+        assert ended.config == TrialConfig(alpha=1 / 3)
+        assert ended.result == completed("0000")
+        assert ended.slot == 1
+        assert ended.overhead_s == 0.25
+        (in_flight,) = again.in_flight
+        assert in_flight.trial_id == "0001"
+        assert in_flight.config.sigma == 0.1
+
+
+def test_an_in_flight_trial_keeps_its_record_when_it_starts_again(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        first = ledger.start("0000", TrialConfig())
+        assert ledger.start("0000", TrialConfig(alpha=2.0)) == first
+
+
+def test_ended_trials_drop_their_checkpoints(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        ledger.start("0000", TrialConfig())
+        ledger.checkpoints("0000").mkdir(parents=True)
+        (ledger.checkpoints("0000") / "state.safetensors").write_bytes(b"x")
+        ledger.end("0000", completed("0000"))
+        assert not ledger.checkpoints("0000").exists()
+
+
+def test_a_half_written_record_of_a_killed_process_is_swept_away(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        ledger.start("0000", TrialConfig())
+    stray = tmp_path / "s" / "trials" / ".0001.json.abc"
+    stray.write_text('{"trial_')
+    with Ledger(tmp_path / "s") as again:
+        again.resume(StudyConfig(output=tmp_path / "s"), SHA)
+        assert list(again.records) == ["0000"]
+        assert not stray.exists()
+
+
+def test_a_second_holder_is_refused_and_a_kill_frees_the_folder(tmp_path):
+    output = tmp_path / "s"
+    hold = (
+        "import sys, time; from pathlib import Path; from vgid.ledger import Ledger;"
+        "ledger = Ledger(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, str(output)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="a study is running in this folder"):
+        Ledger(output)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    Ledger(output).close()
+
+
+@pytest.mark.parametrize("made_before", [True, False])
+def test_a_study_that_never_began_leaves_nothing(tmp_path, made_before):
+    output = tmp_path / "s"
+    if made_before:
+        output.mkdir()
+    with Ledger(output), pytest.raises(ZeroDivisionError):
+        _ = 1 / 0
+    assert output.exists() == made_before
+    assert not made_before or not list(output.iterdir())
+
+
+def test_begin_refuses_a_folder_with_a_study_or_anything_else(tmp_path):
+    begun(tmp_path / "s").close()
+    with pytest.raises(InputError, match="--resume"):
+        begun(tmp_path / "s")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "thesis.tex").write_text("")
+    with pytest.raises(InputError, match="not empty"):
+        begun(tmp_path / "t")
+    assert (tmp_path / "t" / "thesis.tex").exists()
+
+
+def test_an_unwritable_output_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        Ledger(tmp_path / "file" / "s")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"seed": 1}, "seed 0"),
+        ({"forget_ratio": 10}, "forget-ratio 5"),
+        ({"retain_people": 4}, "retain-people"),
+    ],
+)
+def test_resume_refuses_another_study(tmp_path, change, word):
+    begun(tmp_path / "s").close()
+    with Ledger(tmp_path / "s") as ledger, pytest.raises(InputError, match=word):
+        ledger.resume(StudyConfig(output=tmp_path / "s", **change), SHA)
+
+
+def test_resume_may_change_how_much_and_how_fast(tmp_path):
+    begun(tmp_path / "s", trials=4).close()
+    with Ledger(tmp_path / "s") as ledger:
+        config = StudyConfig(output=tmp_path / "s", trials=9, time_budget_s=60, max_concurrent=1)
+        assert ledger.resume(config, SHA).study_id == "s"
+
+
+def test_resume_refuses_a_changed_search_space_and_an_empty_folder(tmp_path):
+    begun(tmp_path / "s").close()
+    with Ledger(tmp_path / "s") as ledger, pytest.raises(InputError, match="search space"):
+        ledger.resume(StudyConfig(output=tmp_path / "s"), "1" * 64)
+    with Ledger(tmp_path / "t") as ledger, pytest.raises(InputError, match="no study to resume"):
+        ledger.resume(StudyConfig(output=tmp_path / "t"), SHA)
+
+
+def test_resume_names_a_damaged_or_missing_record(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        for number in range(3):
+            ledger.start(trial_id(number), TrialConfig())
+    (tmp_path / "s" / "trials" / "0001.json").unlink()
+    with Ledger(tmp_path / "s") as ledger, pytest.raises(InputError, match=r"0001\.json"):
+        ledger.resume(StudyConfig(output=tmp_path / "s"), SHA)
+    (tmp_path / "s" / "trials" / "0001.json").write_text("{")
+    with Ledger(tmp_path / "s") as ledger, pytest.raises(InputError, match="damaged"):
+        ledger.resume(StudyConfig(output=tmp_path / "s"), SHA)

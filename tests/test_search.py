@@ -1,0 +1,248 @@
+"""The searcher over Optuna's ask and tell: states, first points, conditional sigma, reconciling."""
+
+import json
+import math
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from vgid.config import StudyConfig, TrialConfig
+from vgid.ledger import Header, Ledger, now
+from vgid.mailbox import Job
+from vgid.ray_tune import JOB
+from vgid.results import TrialResult
+from vgid.search import ParetoSearch, make_sampler, objectives, open_journal
+from vgid.search_space import SearchSpace
+
+SPACE = """
+backbone: tiny-llava
+parameters:
+  alpha: {low: 0.3, high: 3.0, log: true}
+  noise_type: {choices: [random, gaussian, white]}
+  sigma: {low: 0.2, high: 1.0}
+  lora_rank: 8
+first_points:
+  - {alpha: 1.0, noise_type: random}
+  - {alpha: 0.5, noise_type: gaussian, sigma: 0.8}
+"""
+
+
+@pytest.fixture
+def space(tmp_path):
+    path = tmp_path / "space.yaml"
+    path.write_text(SPACE)
+    return SearchSpace.load(path)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with Ledger(tmp_path / "study") as ledger:
+        config = StudyConfig(output=tmp_path / "study")
+        ledger.begin(Header(study_id="s", config=config, search_space_sha256="", started=now()))
+        yield ledger
+
+
+def search(ledger, space, trials=6, sampler="random", seed=0, concurrent=1, **options):
+    return ParetoSearch(ledger, space, "s", trials, sampler, seed, concurrent, **options)
+
+
+def end(ledger, searcher, tune_id, name, status="completed", **metrics):
+    searcher.on_trial_complete(tune_id)
+    result = TrialResult(trial_id=name, status=status, metrics=metrics)
+    searcher.tell(ledger.end(name, result))
+
+
+def run(ledger, searcher, score=None, trials=99):
+    """Run trials one after the other until the search is over; their configs."""
+    configs = []
+    while len(configs) < trials:
+        asked = searcher.suggest(f"t{len(configs)}")
+        if asked == Searcher.FINISHED:
+            break
+        job = Job.model_validate_json(asked[JOB])
+        configs.append(job.trial)
+        alpha = job.trial.alpha
+        end(
+            ledger,
+            searcher,
+            f"t{len(configs) - 1}",
+            job.id,
+            forget_rougeL_reduction=alpha / 3,
+            retain_rougeL=1 - alpha / 4,
+        )
+    return configs
+
+
+def stored(ledger):
+    """The trials in Optuna's journal, as Optuna's own loader reads them."""
+    return optuna.load_study(study_name="s", storage=open_journal(ledger.output)).trials
+
+
+def test_first_points_come_first_and_trial_ids_are_optunas_numbers(ledger, space):
+    searcher = search(ledger, space)
+    configs = run(ledger, searcher)
+    searcher.close()
+    assert len(configs) == 6
+    assert (configs[0].alpha, configs[0].noise_type) == (1.0, "random")
+    assert (configs[1].alpha, configs[1].sigma) == (0.5, 0.8)
+    assert all(config.lora_rank == 8 for config in configs)
+    trials = stored(ledger)
+    assert [trial.number for trial in trials] == [int(name) for name in ledger.records]
+    for trial, config in zip(trials, configs, strict=True):
+        assert trial.params["alpha"] == config.alpha
+        assert trial.state == TrialState.COMPLETE
+        assert trial.values == [config.alpha / 3, 1 - config.alpha / 4]
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])
+def test_sigma_is_asked_for_only_under_gaussian_noise(ledger, space, sampler):
+    searcher = search(ledger, space, trials=16, sampler=sampler)
+    configs = run(ledger, searcher)
+    searcher.close()
+    assert {config.noise_type for config in configs} == {"random", "gaussian", "white"}
+    for config, trial in zip(configs, stored(ledger), strict=True):
+        assert (config.sigma is not None) == (config.noise_type == "gaussian")
+        assert ("sigma" in trial.params) == (config.noise_type == "gaussian")
+
+
+def test_no_more_than_the_slots_and_the_same_job_never_twice(ledger, space):
+    searcher = search(ledger, space, trials=3, concurrent=2)
+    first, second = searcher.suggest("a"), searcher.suggest("b")
+    assert searcher.suggest("c") is None
+    assert json.loads(first[JOB])["id"] == "0000"
+    assert json.loads(second[JOB])["id"] == "0001"
+    end(ledger, searcher, "a", "0000", forget_rougeL_reduction=0.5, retain_rougeL=0.5)
+    assert json.loads(searcher.suggest("c")[JOB])["id"] == "0002"
+    end(ledger, searcher, "b", "0001", forget_rougeL_reduction=0.5, retain_rougeL=0.5)
+    assert searcher.suggest("d") == Searcher.FINISHED
+    searcher.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "metrics", "state"),
+    [
+        ("completed", {"forget_rougeL_reduction": 0.5, "retain_rougeL": 0.9}, "COMPLETE"),
+        ("completed", {"forget_rougeL_reduction": math.nan, "retain_rougeL": 0.9}, "FAIL"),
+        ("completed", {"forget_rougeL_reduction": math.inf, "retain_rougeL": 0.9}, "FAIL"),
+        ("completed", {"retain_rougeL": 0.9}, "FAIL"),
+        ("failed", {}, "FAIL"),
+        ("pruned", {"loss": 0.25}, "PRUNED"),
+    ],
+)
+def test_every_end_reaches_optuna_and_is_told_again_the_same_after_a_resume(
+    ledger, space, status, metrics, state
+):
+    finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+    searcher = search(ledger, space)
+    searcher.suggest("a")
+    searcher.on_trial_complete("a")
+    result = TrialResult.model_construct(trial_id="0000", status=status, metrics=metrics)
+    record = ledger.records["0000"].model_copy(update={"result": result})
+    searcher.tell(record)
+    trial = stored(ledger)[0]
+    assert trial.state.name == state
+    assert (trial.values is not None) == (state == "COMPLETE")
+    searcher.close()
+
+    ledger.end("0000", TrialResult(trial_id="0000", status=status, metrics=finite))
+    search(ledger, space).close()
+    again = stored(ledger)[0]
+    assert again.state.name == state
+    assert again.user_attrs["metrics"] == finite
+
+
+def test_partial_values_of_a_pruned_trial_are_kept_as_attributes(ledger, space):
+    searcher = search(ledger, space)
+    searcher.suggest("a")
+    end(ledger, searcher, "a", "0000", status="pruned", loss=0.25)
+    searcher.close()
+    assert stored(ledger)[0].user_attrs["metrics"] == {"loss": 0.25}
+
+
+def test_a_resumed_search_proposes_what_an_uninterrupted_one_would(tmp_path, space):
+    def study(name, stops):
+        configs, output = [], tmp_path / name
+        for number, trials in enumerate(stops):
+            with Ledger(output) as ledger:
+                config = StudyConfig(output=output)
+                if number == 0:
+                    header = Header(
+                        study_id="s", config=config, search_space_sha256="", started=now()
+                    )
+                    ledger.begin(header)
+                else:
+                    ledger.resume(config, "")
+                searcher = search(ledger, space, trials=14, sampler="gp", seed=3)
+                configs += run(ledger, searcher, trials=trials)
+                if trials < 14:  # killed in mid-trial: in the ledger, never told
+                    searcher.suggest("in flight")
+                    searcher._thread.shutdown()
+                else:
+                    searcher.close()
+        return configs
+
+    whole = study("whole", [14])
+    parts = study("parts", [12, 14])
+    assert len(parts) == 14
+    assert parts == whole
+
+
+def test_trials_in_flight_run_again_under_their_ids_before_anything_new(ledger, space):
+    searcher = search(ledger, space, concurrent=2)
+    jobs = [json.loads(searcher.suggest(name)[JOB]) for name in ("a", "b")]
+    searcher._thread.shutdown()
+    again = search(ledger, space, concurrent=2)
+    assert [t.state for t in stored(ledger)[:2]] == [TrialState.RUNNING] * 2
+    assert [json.loads(again.suggest(name)[JOB]) for name in ("c", "d")] == jobs
+    end(ledger, again, "c", "0000", forget_rougeL_reduction=0.5, retain_rougeL=0.5)
+    assert json.loads(again.suggest("e")[JOB])["id"] == "0002"
+    again.close()
+
+
+def test_the_journal_is_rebuilt_when_it_is_lost_or_behind(ledger, space):
+    searcher = search(ledger, space)
+    run(ledger, searcher, trials=3)
+    searcher._thread.shutdown()
+    before = [(t.params, t.values) for t in stored(ledger)[:3]]
+    for path in ledger.output.glob("optuna.log*"):
+        path.unlink()
+    search(ledger, space).close()
+    assert [(t.params, t.values) for t in stored(ledger)[:3]] == before
+
+
+def test_out_of_time_asks_for_nothing_new_and_leaves_no_running_trial(ledger, space):
+    over = []
+    searcher = search(ledger, space, out_of_time=lambda: bool(over))
+    run(ledger, searcher, trials=2)
+    over.append(True)
+    assert searcher.suggest("late") == Searcher.FINISHED
+    searcher.close()
+    assert [t.state for t in stored(ledger)] == [TrialState.COMPLETE] * 2
+
+
+def test_every_trial_has_the_studys_seed(ledger, space):
+    searcher = search(ledger, space, seed=7)
+    assert {config.seed for config in run(ledger, searcher)} == {7}
+    searcher.close()
+
+
+def test_the_automatic_sampler_is_a_gaussian_process_for_small_studies_only():
+    assert type(make_sampler("auto", 24, 0, 0)).__name__ == "GPSampler"
+    assert type(make_sampler("auto", 101, 0, 0)).__name__ == "TPESampler"
+
+
+def test_objectives_need_a_completed_trial():
+    both = {"forget_rougeL_reduction": 0.5, "retain_rougeL": 0.25}
+    assert objectives(TrialResult(trial_id="0", status="completed", metrics=both)) == (0.5, 0.25)
+    assert objectives(TrialResult(trial_id="0", status="pruned", metrics=both)) is None
+
+
+def test_a_config_travels_through_tune_bit_for_bit(ledger, space):
+    searcher = search(ledger, space)
+    job = Job.model_validate_json(searcher.suggest("a")[JOB])
+    assert job.trial == ledger.records["0000"].config
+    assert isinstance(job.trial, TrialConfig)
+    assert job.checkpoints == ledger.checkpoints("0000")
+    searcher.close()
