@@ -9,13 +9,10 @@ import ray
 
 from vgid.errors import InputError
 from vgid.plan import SlotShape
-from vgid.ray_train import HEALTH_CHECK_S
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": HEALTH_CHECK_S,
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has it all
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial lacks the metrics
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the study has its own

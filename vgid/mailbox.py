@@ -221,6 +221,10 @@ class Mailbox:
         """The sentence that ended the study, if one did."""
         return self._error
 
+    async def closed(self) -> bool:
+        """Whether the study is over."""
+        return self._closed or self._error is not None
+
     async def close(self) -> None:
         """Send the workers home."""
         self._closed = True

@@ -5,12 +5,13 @@ loading of the base model. So a slot, the resources of one trial, holds one run 
 workers keep a session (base model, encoded data) and take one job after the other from the
 mailbox. A worker that dies restarts inside the same run and goes on with the job that it held.
 
-Only the workers import torch; the classes here are also what the driver starts them with.
+Only the workers and the actor that holds the runs import torch.
 """
 
 import contextlib
+import importlib
+import os
 import secrets
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,8 +29,11 @@ from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 MAX_RESTARTS = 20
 """How often a slot may lose its workers in a whole study; a single job gives up much earlier."""
 
-HEALTH_CHECK_S = "0.5"
-"""How often a Train controller looks after its workers: what a killed worker waits at most."""
+TRAIN_SETTINGS = {
+    # How often a controller looks after its workers: what a killed worker waits at most.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
 
 
 class Session(Protocol):
@@ -75,15 +79,19 @@ def start_mailbox() -> Any:
     Returns:
         The actor's handle.
     """
-    node = ray.get_runtime_context().get_node_id()
-    actor = ray.remote(num_cpus=0, max_concurrency=1000, label_selector={"ray.io/node-id": node})(
-        Mailbox
-    )
-    return actor.remote()
+    actor = ray.remote(num_cpus=0, max_concurrency=1000, label_selector=_this_node())
+    return actor(Mailbox).remote()
+
+
+def _this_node() -> dict[str, str]:
+    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
 
 
 class Slots:
-    """The slots of a study, each a thread of the driver around a Ray Train run.
+    """The slots of a study; their Ray Train runs are held by one actor outside the driver.
+
+    So the driver imports no torch for them, and can end or be interrupted at any moment: what
+    Ray Train has started dies with the actor.
 
     Args:
         mailbox: handle of the mailbox actor.
@@ -106,41 +114,47 @@ class Slots:
         session: SessionFactory = trial_session,
     ) -> None:
         self._mailbox = mailbox
-        self._shape = shape
-        self._storage = storage
-        self._fresh = fresh
-        self._closing = threading.Event()
-        self._loop = {"mailbox": mailbox, "request": request, "session": session, "fresh": fresh}
-        self._threads = [
-            threading.Thread(target=self._hold, args=(slot,), name=f"slot-{slot}", daemon=True)
-            for slot in range(count)
-        ]
+        self._count = count
+        loop = {"mailbox": mailbox, "request": request, "session": session, "fresh": fresh}
+        actor = ray.remote(num_cpus=0, max_concurrency=count + 1, label_selector=_this_node())
+        self._host = actor(_SlotHost).remote(shape, storage, loop)
+        self._held: list[Any] = []
 
     def start(self) -> None:
         """Start all slots; returns at once, jobs are served as the slots come up."""
-        for thread in self._threads:
-            thread.start()
+        self._held = [self._host.hold.remote(slot) for slot in range(self._count)]
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Send the workers home and wait for their Train runs to end."""
-        self._closing.set()
+        """Send the workers home, wait for their Train runs to end, and end those that do not."""
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(self._mailbox.close.remote(), timeout=timeout_s)
-        deadline = time.monotonic() + timeout_s
-        for thread in self._threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+            if timeout_s > 0:
+                ray.wait(self._held, num_returns=len(self._held), timeout=timeout_s)
+        ray.kill(self._host)
 
-    def _hold(self, slot: int) -> None:
+
+class _SlotHost:
+    """Holds the Train runs, a thread each."""
+
+    def __init__(self, shape: SlotShape, storage: Path, loop: dict[str, Any]) -> None:
+        os.environ.update(TRAIN_SETTINGS)
+        # Once and not in each thread: Ray's packages import each other in circles.
+        importlib.import_module("ray.train.torch")
+        self._shape = shape
+        self._storage = storage
+        self._loop = loop
+
+    def hold(self, slot: int) -> None:
+        """Keep a slot running until the mailbox closes."""
+        mailbox = self._loop["mailbox"]
+        run = 0
         try:
-            run = 0
-            while run == 0 or (self._fresh and not self._closing.is_set()):
+            while run == 0 or (self._loop["fresh"] and not ray.get(mailbox.closed.remote())):
                 self._fit(slot, run)
                 run += 1
         except Exception as error:
-            if not self._closing.is_set():
-                sentence = f"Ray Train could not keep slot {slot} running ({_where(error)})."
-                with contextlib.suppress(ray.exceptions.RayError):
-                    ray.get(self._mailbox.fail.remote(sentence))
+            sentence = f"Ray Train could not keep slot {slot} running ({_where(error)})."
+            ray.get(mailbox.fail.remote(sentence))
 
     def _fit(self, slot: int, run: int) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -6,6 +6,7 @@ write the tables and figures. The ledger is written as trials start and end; eve
 made again from it.
 """
 
+import shutil
 import signal
 import threading
 import time
@@ -28,20 +29,20 @@ from vgid.summary import phases, provenance
 
 TABLES = ("study.json", "trials.csv", "front.csv")
 FIGURES = ("front.html", "front.png")
+RAY_FILES = ".ray"
+"""What Ray Train and Tune want to keep in the output folder while they run."""
+
 HELD_OUT_SEED_OFFSET = 1_000_003
 """Re-scoring draws few-shot people and test poses with other seeds than the trials did."""
 
 
-def run_study(
-    config: StudyConfig, resume: bool = False, session: Any = None, install_signals: bool = True
-) -> dict[str, Any]:
+def run_study(config: StudyConfig, resume: bool = False, session: Any = None) -> dict[str, Any]:
     """Run a study, or go on with one.
 
     Args:
         config: the study.
         resume: continue the study that the output folder holds.
         session: makes the sessions of the workers, ``vgid.ray_train.trial_session`` if None.
-        install_signals: let SIGINT and SIGTERM end the study in order (main thread only).
 
     Returns:
         The content of ``study.json``; ``interrupted`` tells whether a signal ended it.
@@ -57,8 +58,7 @@ def run_study(
             standing = Standing(config.trials, budget_s=config.time_budget_s)
             with StudyConsole(terminal, standing) as console:
                 study = Study(plan, ledger, header, console, standing, started)
-                with _signals(study.interrupt) if install_signals else _nothing():
-                    summary = study.run(session)
+                summary = study.run(session)
             print_summary(
                 terminal, summary, study.board.trials(), study.board.base.get("held_out"), study.ui
             )
@@ -100,16 +100,11 @@ class Study:
         self._hashes: dict[str, str] = {}
         self._seconds = {"start-up": 0.0, "load": 0.0, "log": 0.0, "re-score": 0.0}
         self._slots_used: set[int] = set()
-        self._begun: dict[str, float] = {}
         self._tracker: Any = None
         self._mailbox: Any = None
         self._search: Any = None
         # One thread writes the tables and MLflow, in order, while the trials go on.
         self._scribe = ThreadPoolExecutor(1, thread_name_prefix="scribe")
-
-    def interrupt(self) -> None:
-        """End the study in order: stop the trials, keep what there is."""
-        self._interrupted.set()
 
     def run(self, session: Any = None) -> dict[str, Any]:
         """Run the trials that are still to run, then score and write everything.
@@ -123,7 +118,8 @@ class Study:
         side = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         data = side.submit(self._prepare_data)
         tracker = side.submit(self._open_tracker)
-        with connected() as joined:
+        # After Ray, which takes SIGTERM for itself when it starts.
+        with connected() as joined, _signals(self._interrupted.set):
             slots = self._start_slots(joined, session)
             try:
                 data.result()
@@ -138,6 +134,7 @@ class Study:
             finally:
                 self._scribe.shutdown(wait=True)
                 slots.close(timeout_s=0.0 if self._interrupted.is_set() else 10.0)
+        shutil.rmtree(self.config.output / RAY_FILES, ignore_errors=True)
         return self._write_outcome()
 
     # Before the trials
@@ -178,7 +175,7 @@ class Study:
             self.plan.request,
             self.plan.shape,
             count,
-            self.config.output / ".ray",
+            self.config.output / RAY_FILES,
             self.config.fresh_workers,
             session or trial_session,
         )
@@ -251,7 +248,7 @@ class Study:
                 ),
                 run_config=tune.RunConfig(
                     name=f"tune-{os.getpid()}",
-                    storage_path=str(config.output / ".ray"),
+                    storage_path=str(config.output / RAY_FILES),
                     verbose=0,
                     callbacks=[Recorder(self._on_epoch, self._on_end)],
                     stop=StopWhen(self._must_stop),
@@ -269,7 +266,6 @@ class Study:
         return True
 
     def _on_start(self, trial_id: str, config: TrialConfig) -> None:
-        self._begun[trial_id] = time.monotonic()
         self.console.epoch(trial_id, describe(config), None)
 
     def _on_epoch(self, trial_id: str, config: TrialConfig, report: EpochReport) -> None:
@@ -300,7 +296,8 @@ class Study:
             )
         record = self.ledger.end(trial_id, result, **details)
         self._search.tell(record)
-        self.standing.trial_s.append(time.monotonic() - self._begun[trial_id])
+        if result.seconds:
+            self.standing.trial_s.append(sum(result.seconds.values()))
         self._update_standing()
         self.console.ended(trial_id, result)
         self._log(self._tracker.finish_trial, config, result)
@@ -441,7 +438,13 @@ def _open(ledger: Ledger, plan: Plan, resume: bool) -> Header:
 
 @contextmanager
 def _signals(interrupt: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM end the study in order; a second one ends it at once."""
+    """SIGINT and SIGTERM end the study in order; a second one ends it at once.
+
+    Python lets only its main thread have signals; in any other, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: Any) -> None:
@@ -455,8 +458,3 @@ def _signals(interrupt: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("The study was interrupted; go on with --resume.", file=sys.stderr)
+        return 130
     if summary["interrupted"]:
         print("The study was interrupted; go on with --resume.", file=sys.stderr)
         return 130
