@@ -227,13 +227,18 @@ def plotly_figure(front: Front) -> dict[str, Any]:
     )
     axis = {"gridcolor": "#e6e9ed", "zeroline": False, "linecolor": INK, "ticks": "outside"}
     layout = {
-        "title": {"text": f"{escape(front.title)}: {front.caption}", "x": 0.02, "xanchor": "left"},
+        "title": {
+            "text": escape(front.title),
+            "subtitle": {"text": front.caption},
+            "x": 0.02,
+            "xanchor": "left",
+        },
         "xaxis": {**axis, "title": {"text": X_LABEL}},
         "yaxis": {**axis, "title": {"text": Y_LABEL}},
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
         "legend": {"orientation": "h", "y": -0.16, "yanchor": "top", "x": 0, "xanchor": "left"},
         "hoverlabel": {"bgcolor": "white", "align": "left", "font": {"color": INK}},
-        "margin": {"l": 70, "r": 30, "t": 60, "b": 60},
+        "margin": {"l": 70, "r": 30, "t": 80, "b": 60},
         "plot_bgcolor": "white",
         "paper_bgcolor": "white",
     }
