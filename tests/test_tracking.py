@@ -138,8 +138,8 @@ def test_a_study_reads_back_whole(store, output, monkeypatch):
     parent = mlflow.get_run(tracker.study_run_id)
     assert parent.info.status == "FINISHED"
     assert parent.data.tags["vgid.study_id"] == "study-one"
-    assert parent.data.tags["vgid.dataset_sha256"] == HASHES["dataset"]
-    assert parent.data.tags["vgid.base_sha256"] == HASHES["base"]
+    assert parent.data.tags["vgid.dataset_hash"] == HASHES["dataset"]
+    assert parent.data.tags["vgid.base_hash"] == HASHES["base"]
     assert parent.data.params["trials"] == "4"
     assert parent.data.metrics["hypervolume"] == 0.41
     assert parent.data.metrics["base_retain_rougeL"] == 0.97
@@ -171,7 +171,7 @@ def test_a_study_reads_back_whole(store, output, monkeypatch):
         for name, value in record.result.metrics.items():
             assert run.data.metrics[name] == value
         assert history(mlflow, run.info.run_id, "loss") == [(6, 1.0), (12, 0.5)]
-        assert run.data.tags["vgid.base_sha256"] == HASHES["base"]
+        assert run.data.tags["vgid.base_hash"] == HASHES["base"]
         assert run.data.tags["vgid.status"] == record.result.status
     gaussian = children["0001"]
     assert gaussian.info.run_name == "0001 · Gaussian noise σ0.3 · strict · α0.33 β5 · lr 1.0e-03"

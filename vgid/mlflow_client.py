@@ -41,8 +41,10 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
     Raises:
         InputError: the URI is none, nobody answers there, or the database cannot be opened.
     """
-    # Set before MLflow is imported: usage reports are off, and a dead server is noticed soon.
+    # Set before MLflow is imported: no usage reports, no links on the terminal, and a dead server
+    # is noticed soon.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     output = output.expanduser().absolute()
@@ -88,7 +90,8 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
 
 def first_line(error: BaseException) -> str:
     """What an error says, short enough to stand inside a sentence."""
-    reason = str(getattr(error, "reason", None) or error).strip()
+    cause = getattr(error, "reason", None) or error  # urllib wraps the operating system's error
+    reason = str(getattr(cause, "strerror", None) or cause).strip()
     return reason.splitlines()[0][:200].rstrip(".") if reason else type(error).__name__
 
 

@@ -107,7 +107,7 @@ class Tracker:
         Args:
             study_id: the study's own id, the same after a resume.
             config: what the study runs.
-            hashes: SHA-256 by what they are of; ``dataset`` and ``base`` at least.
+            hashes: hashes by what they are of; ``dataset`` and ``base`` at least.
 
         Returns:
             The parent's run id.
@@ -357,7 +357,7 @@ class Tracker:
                 return found
 
     def _hash_tags(self) -> dict[str, str]:
-        return {f"vgid.{name}_sha256": value for name, value in self._hashes.items()}
+        return {f"vgid.{name}_hash": value for name, value in self._hashes.items()}
 
 
 def _study_params(config: StudyConfig) -> list[Any]:
