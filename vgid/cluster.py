@@ -20,6 +20,9 @@ QUIET = {
     "TUNE_WARN_THRESHOLD_S": "10",
     "OMP_WAIT_POLICY": "passive",
 }
+ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""Further settings of a cluster of one node: nobody takes that node away and leaves the others."""
+
 OBJECT_STORE_BYTES = 256 * 2**20
 """Messages between actors are small; Ray would otherwise reserve a third of the memory."""
 
@@ -40,7 +43,7 @@ def connected() -> Iterator[bool]:
         yield True
         return
     before = os.environ.get("RAY_ADDRESS")
-    for name, value in QUIET.items():
+    for name, value in (QUIET if before else QUIET | ALONE).items():
         os.environ.setdefault(name, value)
     try:
         if before:

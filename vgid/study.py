@@ -304,13 +304,13 @@ class Study:
         self._log(write_trials, self.config.output / "trials.csv", self.board.trials())
 
     def _overhead(self, outcome: Outcome) -> float | None:
-        """Seconds of the slot that went neither to training nor to evaluation."""
+        """Seconds of the slot that went to none of teacher, training and evaluation."""
         first = outcome.slot not in self._slots_used
         self._slots_used.add(outcome.slot)
         if first or outcome.cycle_s is None or outcome.result is None:
             return None
-        seconds = outcome.result.seconds
-        return outcome.cycle_s - seconds.get("train", 0.0) - seconds.get("evaluate", 0.0)
+        work = ("teacher", "train", "evaluate")
+        return outcome.cycle_s - sum(outcome.result.seconds.get(name, 0.0) for name in work)
 
     def _log(self, write: Callable[..., Any], *arguments: Any) -> None:
         """Have the scribe write something; what it raises ends the study."""

@@ -25,8 +25,9 @@ def phases(ended: Sequence[Record], study_s: Mapping[str, float]) -> Phases:
         study_s: seconds of the study's own phases: start-up, load, log, re-score.
 
     Returns:
-        Seconds by phase. ``overhead`` is everything of a trial after its slot's first that is
-        neither training nor evaluation, waiting for the next trial included.
+        Seconds by phase. ``teacher`` is the part of training that the teacher store may spare.
+        ``overhead`` is everything of a trial after its slot's first that is none of teacher,
+        train and evaluate: saving, reporting, and waiting for the next trial.
     """
     found: Phases = {
         "start-up": {"total_s": study_s["start-up"]},
