@@ -33,6 +33,7 @@ def record(trial_id, tmp_path, *, on_front=False, held_out=None, status="complet
         "test_rougeL": 0.1 + 0.2,
         "forget_rougeL_reduction": math.e / 3,
         "forget_cloze": 0.7,
+        "learning_rate": 5e-5,  # the last epoch's, not the configured one
         "exact_memorisation": 1e-17,
     }
     done = status == "completed"
@@ -86,8 +87,8 @@ def test_trials_have_the_columns_of_the_contract(tmp_path, records):
         "retain_rougeL",
         "test_rougeL",
         "forget_rougeL_reduction",
-        "exact_memorisation",
         "forget_cloze",
+        "exact_memorisation",
         "on_front",
         "seconds",
         "adapter",
@@ -101,6 +102,7 @@ def test_rows_are_ordered_and_read_back_bit_for_bit(tmp_path, records):
     assert [row["status"] for row in rows] == ["completed", "completed", "failed"]
     assert [row["sigma"] for row in rows] == ["", "0.30000000000000004", ""]
     assert float(rows[1]["alpha"]) == THIRD
+    assert [float(row["learning_rate"]) for row in rows] == [1e-3] * 3
     assert float(rows[1]["forget_rougeL"]) == THIRD / 10
     assert float(rows[1]["retain_rougeL"]) == math.pi / 4
     assert float(rows[1]["exact_memorisation"]) == 1e-17

@@ -74,7 +74,7 @@ def test_everything_is_in_its_place(front):
     assert held_out["error_x"]["array"] == pytest.approx([0.05])
     assert held_out["error_x"]["arrayminus"] == pytest.approx([0.10])
     assert held_out["error_y"]["arrayminus"] == pytest.approx([0.02])
-    assert front.caption == "4 trials (1 more not completed), 2 on the front"
+    assert front.caption == "2 on the front, 1 not completed"
 
 
 def test_hovering_shows_the_configuration(front):

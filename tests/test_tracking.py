@@ -177,7 +177,8 @@ def test_a_study_reads_back_whole(store, output, monkeypatch):
     assert gaussian.info.run_name == "0001 · Gaussian noise σ0.3 · strict · α0.33 β5 · lr 1.0e-03"
     assert gaussian.data.tags["vgid.on_front"] == "true"
     assert gaussian.data.metrics["heldout_forget_rougeL_reduction"] == 0.95 - 0.05
-    assert gaussian.data.metrics["heldout_forget_cloze_low"] == 0.1
+    assert gaussian.data.metrics["heldout_forget_cloze"] == 0.25
+    assert gaussian.data.metrics["heldout_retain_rougeL_low"] == 0.93
     assert children["0002"].data.tags["vgid.error"] == "the loss is not a number"
     assert artifacts(mlflow, gaussian.info.run_id, "adapter") == {
         "adapter/adapter_config.json",
@@ -234,6 +235,17 @@ def test_a_trial_cut_short_goes_on_in_its_run(store, output, monkeypatch):
     assert history(mlflow, run.info.run_id, "loss") == [(6, 1.0), (12, 0.5)]
     assert run.info.status == "FINISHED"
     assert mlflow.get_run(second.study_run_id).info.status == "RUNNING"
+
+
+def test_more_metrics_than_one_request_holds_are_all_recorded(store, output):
+    record = make_records(output)[0]
+    many = {f"metric_{i}": float(i) for i in range(1700)}
+    tracker = open_tracker(store, "many")
+    tracker.start_study("study-many", StudyConfig(output=output), HASHES)
+    result = record.result.model_copy(update={"metrics": many})
+    assert tracker.finish_trial(record.config, result)
+    (run,) = children_of(client(store), tracker).values()
+    assert {name: run.data.metrics[name] for name in many} == many
 
 
 def test_a_trial_that_left_the_front_loses_its_mark(store, output):
@@ -314,7 +326,7 @@ def test_the_note_quotes_held_out_scores_of_the_gentlest_good_trial(tmp_path):
     assert "![All trials, the front, the base model](picture.png)" in note
     assert "train 8.0 s" in note
     assert "on the search questions" in study_note(Front("t", records, BASE), {}, "p")
-    assert "no front yet" in study_note(Front("t", records[2:], BASE), {}, "p")
+    assert "2 trials, and no front yet" in study_note(Front("t", records[2:], BASE), {}, "p")
 
 
 def test_a_note_stays_within_mlflows_limit(tmp_path):

@@ -56,7 +56,7 @@ def recommended(front: Front) -> TrialRecord | None:
 def _result(front: Front) -> str:
     pick = recommended(front)
     if pick is None or pick.point is None:
-        return f"**Result.** {front.caption}; there is no front yet."
+        return f"**Result.** {len(front.records)} trials, and no front yet."
     scores = held_out_scores(pick, front.base_held_out)
     if scores is not None and front.base_held_out is not None:
         reduction, retain = (scores[name].value for name in OBJECTIVES)
@@ -66,7 +66,8 @@ def _result(front: Front) -> str:
     forget, kept = base["forget_rougeL"].value, base["retain_rougeL"].value
     share = f"{reduction / forget:.0%}" if forget > 0 else "none"
     return (
-        f"**Result.** {front.caption}. Trial {pick.result.trial_id} ({describe(pick.config)}) "
+        f"**Result.** {len(front.records)} trials, {front.caption}. "
+        f"Trial {pick.result.trial_id} ({describe(pick.config)}) "
         f"removes {share} of the forget people's ROUGE-L ({forget:.3f} to "
         f"{forget - reduction:.3f}) {where}, and retain ROUGE-L goes from {kept:.3f} to "
         f"{retain:.3f}."

@@ -24,6 +24,17 @@ OBJECTIVES = ("forget_rougeL_reduction", "retain_rougeL")
 
 HYPERPARAMETERS = ("alpha", "beta", "noise_type", "sigma", "prompt_style", "learning_rate")
 MAIN_METRICS = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_rougeL_reduction")
+FURTHER_METRICS = (
+    "forget_cloze",
+    "forget_memorisation",
+    "forget_refusal",
+    "test_cloze",
+    "retain_cloze",
+    "retain_seen_rougeL",
+    "retain_unseen_rougeL",
+)
+"""Metrics that stand before the many others, where a trial has them."""
+
 TRIAL_FIELDS = HYPERPARAMETERS + tuple(
     name for name in TrialConfig.model_fields if name not in HYPERPARAMETERS
 )
@@ -215,12 +226,14 @@ def _ordered(records: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 def _main_first(names: Iterable[str]) -> list[str]:
     found = set(names)
-    return [name for name in MAIN_METRICS if name in found] + sorted(found - set(MAIN_METRICS))
+    leading = [name for name in MAIN_METRICS + FURTHER_METRICS if name in found]
+    return leading + sorted(found - set(leading))
 
 
 def _metric_columns(records: Iterable[TrialRecord], further: Sequence[str]) -> list[str]:
     found = {name for record in records for name in record.result.metrics} | set(further)
-    return [*MAIN_METRICS, *sorted(found - set(MAIN_METRICS))]
+    # The last epoch's learning rate is a metric too; its column is the configured one's.
+    return _main_first(found.union(MAIN_METRICS).difference(TRIAL_FIELDS))
 
 
 def _columns(metrics: Sequence[str]) -> list[str]:

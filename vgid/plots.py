@@ -81,10 +81,10 @@ class Front:
 
     @property
     def caption(self) -> str:
-        """How many trials are drawn, and how many are not."""
+        """How many trials are on the front, and how many have no place in the picture."""
         missing = len(self.records) - len(self.drawn)
-        rest = f" ({missing} more not completed)" if missing else ""
-        return f"{len(self.drawn)} trials{rest}, {len(self.front)} on the front"
+        rest = f", {missing} not completed" if missing else ""
+        return f"{len(self.front)} on the front{rest}"
 
 
 def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
@@ -379,15 +379,16 @@ def _draw_held_out(axes: Any, front: Front) -> None:
 
 
 def _zoom(axes: Any, front: Front) -> None:
-    """Show the front and its held-out scores with some room around them."""
+    """Show the front and its held-out intervals with some room around them."""
     shown = [record.point for record in front.front if record.point is not None]
-    shown += [(x.value, y.value) for _, x, y in front.held_out()]
+    for _, x, y in front.held_out():
+        shown += [(x.low, y.low), (x.high, y.high)]
     shown = shown or [front.base_point]
     for values, limit in (
         ([x for x, _ in shown], axes.set_xlim),
         ([y for _, y in shown], axes.set_ylim),
     ):
-        room = max(0.15 * (max(values) - min(values)), 0.015)
+        room = max(0.1 * (max(values) - min(values)), 0.015)
         limit(min(values) - room, max(values) + room)
 
 

@@ -21,7 +21,7 @@ from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.mlflow_client import Connection, connect, first_line
 from vgid.note import study_note
-from vgid.outputs import TrialRecord, as_text, describe, held_out_scores
+from vgid.outputs import MAIN_METRICS, TrialRecord, as_text, describe, held_out_scores
 from vgid.plots import Front, write_png
 from vgid.results import EpochReport, TrialResult, TrialStatus
 
@@ -38,6 +38,9 @@ UI_VIEW = "?workflowType=machine_learning"
 
 NOTE_PICTURE = "front-small.png"
 """The note shows a picture at its own size, so it gets one that fits beside the run's details."""
+
+MAX_METRICS = 800
+"""In one request; MLflow takes 1,000 items, parameters and tags among them."""
 
 RETRY_SECONDS = 60.0
 """After a failed request, how long the study goes on without asking the server again."""
@@ -297,12 +300,14 @@ class Tracker:
             return
         mark = "true" if record.on_front else "false"
         scores = held_out_scores(record, front.base_held_out) or {}
-        metrics = [
-            Metric(f"heldout_{name}{part}", value, now, 0)
-            for name, score in scores.items()
-            for part, value in (("", score.value), ("_low", score.low), ("_high", score.high))
-            if run.metrics.get(f"heldout_{name}{part}") != value
-        ]
+        numbers: dict[str, float] = {}
+        for name, score in scores.items():
+            numbers[f"heldout_{name}"] = score.value
+            if name in MAIN_METRICS:  # front.csv has the other intervals
+                numbers |= {f"heldout_{name}_low": score.low, f"heldout_{name}_high": score.high}
+        missing = {name: v for name, v in numbers.items() if run.metrics.get(name) != v}
+        run.metrics.update(missing)
+        metrics = [Metric(name, value, now, 0) for name, value in missing.items()]
         if metrics or run.tags.get("vgid.on_front", "false") != mark:
             self._log(run.run_id, metrics=metrics, tags=[RunTag("vgid.on_front", mark)])
 
@@ -329,8 +334,17 @@ class Tracker:
         if self._try(lambda: self._log(run.run_id, params=run.params, metrics=run.waiting)):
             run.params, run.waiting = [], []
 
-    def _log(self, run_id: str, **batch: Any) -> None:
-        self._client.log_batch(run_id, synchronous=True, **batch)
+    def _log(
+        self,
+        run_id: str,
+        metrics: Sequence[Any] = (),
+        params: Sequence[Any] = (),
+        tags: Sequence[Any] = (),
+    ) -> None:
+        first, rest = metrics[:MAX_METRICS], metrics[MAX_METRICS:]
+        self._client.log_batch(run_id, first, params, tags, synchronous=True)
+        if rest:
+            self._log(run_id, rest)
 
     def _try(self, send: Callable[[], None]) -> bool:
         """Send; a server that does not answer costs a warning and a wait, never the study."""
