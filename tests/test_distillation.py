@@ -1,6 +1,7 @@
 import math
 import os
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ CONFIG = TrialConfig(epochs=2, batch_size=4, retain_batch_size=3, lora_rank=4, l
 def make_set(backbone, root: Path, intervention: Intervention, n: int = 6) -> DistillationSet:
     chosen = samples(n)
     targets = TeacherStore(root, backbone).targets(chosen, intervention, "reference")
-    return DistillationSet(encode(backbone, [s.query for s in chosen]), [targets])
+    prompts = encode(backbone, [s.query for s in chosen])
+    return DistillationSet(prompts, [targets], [s.task for s in chosen])
 
 
 @pytest.fixture
@@ -141,7 +143,8 @@ def test_alpha_0_only_retains_and_beta_0_only_forgets(random_backbone, forget, r
 
 
 def test_mixed_source_takes_turns(random_backbone, forget, retain):
-    mixed = DistillationSet(forget.prompts, [forget.targets[0], retain.targets[0][:6]])
+    targets = [forget.targets[0], retain.targets[0][:6]]
+    mixed = DistillationSet(forget.prompts, targets, forget.tasks)
     for i in range(6):
         assert mixed.target(i, 0) is mixed.targets[i % 2][i]
         assert mixed.target(i, 1) is mixed.targets[(i + 1) % 2][i]
@@ -200,20 +203,34 @@ def test_saved_adapter_loads_and_unloads(random_backbone, forget, retain, tmp_pa
 
 
 def test_epoch_batches_cover_everything_once_in_nearly_equal_parts():
-    batches = epoch_batches(70, 12, seed=0, epoch=3, name="forget")
+    tasks = ["generation"] * 70
+    batches = epoch_batches(tasks, 12, seed=0, epoch=3)
     assert sorted(i for b in batches for i in b) == list(range(70))
     assert {len(b) for b in batches} == {11, 12}
-    assert batches == epoch_batches(70, 12, seed=0, epoch=3, name="forget")
-    assert batches != epoch_batches(70, 12, seed=0, epoch=4, name="forget")
-    assert batches != epoch_batches(70, 12, seed=1, epoch=3, name="forget")
+    assert batches == epoch_batches(tasks, 12, seed=0, epoch=3)
+    assert batches != epoch_batches(tasks, 12, seed=0, epoch=4)
+    assert batches != epoch_batches(tasks, 12, seed=1, epoch=3)
+
+
+def test_batches_hold_the_tasks_in_equal_parts_and_repeat_none_too_early():
+    tasks = ["generation"] * 60 + ["cloze"] * 10 + ["classification"] * 20
+    batches = epoch_batches(tasks, 12, seed=0, epoch=0)
+    assert sum(map(len, batches)) == 90
+    for batch in batches:
+        counts = Counter(tasks[i] for i in batch)
+        assert max(counts.values()) - min(counts.values()) <= 1
+    seen = Counter(i for batch in batches for i in batch)
+    for task, times in (("generation", {0, 1}), ("cloze", {3}), ("classification", {1, 2})):
+        assert {seen[i] for i, t in enumerate(tasks) if t == task} == times
 
 
 def test_retain_batches_pass_without_replacement():
-    one_pass = [retain_batch(20, 6, 0, step) for step in range(3)]
+    tasks = ["generation"] * 20
+    one_pass = [retain_batch(tasks, 6, 0, step) for step in range(3)]
     drawn = [i for batch in one_pass for i in batch]
     assert len(set(drawn)) == len(drawn) == 18
-    assert retain_batch(20, 6, 0, 3) != one_pass[0]
-    assert sorted(retain_batch(4, 6, 0, 0)) == [0, 1, 2, 3]
+    assert retain_batch(tasks, 6, 0, 3) != one_pass[0]
+    assert sorted(retain_batch(tasks[:4], 6, 0, 0)) == [0, 1, 2, 3]
 
 
 def test_shares_of_all_ranks_weigh_as_the_whole(random_backbone, forget):

@@ -23,6 +23,7 @@ from vgid.config import TrialConfig
 from vgid.encoding import Batch, Encoded, collate
 from vgid.interventions import sample_generator
 from vgid.objectives import forward_kl_per_position, vgid_loss
+from vgid.prompts import Task
 from vgid.results import EpochReport
 from vgid.teacher import TeacherTarget, response_hidden
 
@@ -39,10 +40,12 @@ class DistillationSet:
         prompts: the ORIGINAL image and question of each sample.
         targets: one list of targets for each response source in use; sample i learns from
             ``targets[(i + epoch) % len(targets)][i]``, so a mixed source takes turns.
+        tasks: the task of each sample; batches hold the tasks in equal parts.
     """
 
     prompts: Sequence[Encoded]
     targets: Sequence[Sequence[TeacherTarget]]
+    tasks: Sequence[Task]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -88,19 +91,38 @@ class Student(nn.Module):
         return forward_kl_per_position(teacher_logits, student_logits).sum() * part.weight
 
 
-def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, name: str) -> list[list[int]]:
-    """A seeded permutation of range(n) cut into ceil(n / batch_size) nearly equal batches."""
-    order = sample_generator(seed, f"{name} epoch {epoch}").permutation(n)
-    return [part.tolist() for part in np.array_split(order, math.ceil(n / batch_size))]
+def task_order(tasks: Sequence[Task], seed: int, name: str) -> list[int]:
+    """As many seeded draws as there are samples, the tasks in turn.
+
+    A task's samples are drawn without replacement until all were drawn, then anew: a rare task is
+    seen more often than a frequent one. With a single task this is a permutation.
+    """
+    groups: dict[Task, list[int]] = {}
+    for i, task in enumerate(tasks):
+        groups.setdefault(task, []).append(i)
+    rounds = math.ceil(len(tasks) / len(groups))
+    streams = []
+    for task, members in groups.items():
+        generator = sample_generator(seed, f"{name}, {task}")
+        passes = [generator.permutation(members) for _ in range(math.ceil(rounds / len(members)))]
+        streams.append(np.concatenate(passes)[:rounds])
+    return [int(i) for i in np.stack(streams, axis=1).ravel()[: len(tasks)]]
 
 
-def retain_batch(n: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The retain samples of optimizer step ``step`` (0-based): passes without replacement."""
-    batch_size = min(batch_size, n)
-    per_pass = n // batch_size
-    order = sample_generator(seed, f"retain pass {step // per_pass}").permutation(n)
+def epoch_batches(tasks: Sequence[Task], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The forget samples of an epoch's steps: ceil(n / batch_size) nearly equal batches."""
+    order = task_order(tasks, seed, f"forget epoch {epoch}")
+    steps = math.ceil(len(tasks) / batch_size)
+    return [part.tolist() for part in np.array_split(order, steps)]
+
+
+def retain_batch(tasks: Sequence[Task], batch_size: int, seed: int, step: int) -> list[int]:
+    """The retain samples of optimizer step ``step`` (0-based), pass after pass."""
+    batch_size = min(batch_size, len(tasks))
+    per_pass = len(tasks) // batch_size
+    order = task_order(tasks, seed, f"retain pass {step // per_pass}")
     start = (step % per_pass) * batch_size
-    return [int(i) for i in order[start : start + batch_size]]
+    return order[start : start + batch_size]
 
 
 def share(
@@ -178,10 +200,10 @@ def distill(
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
         sums = torch.zeros(2, dtype=torch.float64)
         norm = 0.0
-        batches = epoch_batches(len(forget), config.batch_size, config.seed, epoch, "forget")
+        batches = epoch_batches(forget.tasks, config.batch_size, config.seed, epoch)
         for k, indices in enumerate(batches):
             step = epoch * per_epoch + k
-            others = retain_batch(len(retain), config.retain_batch_size, config.seed, step)
+            others = retain_batch(retain.tasks, config.retain_batch_size, config.seed, step)
             forget_kl, retain_kl = student(
                 share(backbone, forget, indices, epoch, rank, world_size),
                 share(backbone, retain, others, epoch, rank, world_size),

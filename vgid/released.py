@@ -21,6 +21,7 @@ from vgid.backbones import Backbone
 from vgid.config import TrialConfig
 from vgid.distillation import LossNotFiniteError, epoch_batches, retain_batch
 from vgid.encoding import Batch, Encoded, collate
+from vgid.prompts import Task
 from vgid.results import EpochReport
 
 
@@ -67,15 +68,20 @@ def distill_released(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
     per_epoch = math.ceil(len(forget) / config.batch_size)
+    alike: list[list[Task]] = [["generation"] * len(data) for data in (forget, retain)]
     for epoch in range(config.epochs):
         model.train()
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
         noise = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
         sums, norm = [0.0, 0.0], 0.0
-        batches = epoch_batches(len(forget), config.batch_size, config.seed, epoch, "forget")
+        batches = epoch_batches(
+            ("generation",) * len(forget), config.batch_size, config.seed, epoch
+        )
         for k, indices in enumerate(batches):
             step = epoch * per_epoch + k
-            others = retain_batch(len(retain), config.retain_batch_size, config.seed, step)
+            others = retain_batch(
+                ("generation",) * len(retain), config.retain_batch_size, config.seed, step
+            )
             for which, (data, chosen, weight) in enumerate(
                 ((forget, indices, config.alpha), (retain, others, config.beta))
             ):

@@ -12,7 +12,7 @@ from vgid.config import RequestConfig, TrialConfig
 from vgid.encoding import Query
 from vgid.errors import InputError
 from vgid.interventions import sample_generator
-from vgid.prompts import generation_text, option_likelihood_text, question_text
+from vgid.prompts import Task, generation_text, option_likelihood_text, question_text
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class TrainingSample:
 
     query: Query
     answer: str
+    task: Task = "generation"
 
 
 def training_samples(
@@ -126,5 +127,6 @@ def training_samples(
             if question.task == "classification" and likelihood_options:
                 assert question.options is not None
                 text, answer = option_likelihood_text(question.text), question.options[answer]
-            samples.append(TrainingSample(Query(question.id, text, image), answer))
+            query = Query(question.id, text, image)
+            samples.append(TrainingSample(query, answer, question.task))
     return samples

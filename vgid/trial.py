@@ -209,8 +209,8 @@ class TrialSession:
         return lambda model: distill(
             self.backbone,
             model,
-            DistillationSet(forget_prompts, forget_targets),
-            DistillationSet(retain_prompts, retain_targets),
+            DistillationSet(forget_prompts, forget_targets, [s.task for s in forget]),
+            DistillationSet(retain_prompts, retain_targets, [s.task for s in retain]),
             trial,
             trial_id=trial_id,
             rank=self.rank,
