@@ -344,16 +344,10 @@ def _draw(axes: Any, front: Front) -> None:
         marker = MARKERS[record.config.noise_type]
         axes.scatter(*(record.point or ()), 62, FRONT, marker, zorder=4, edgecolors="white")
     axes.plot([], [], color=FRONT, marker="o", linewidth=1.4, label="front")
-    for record in front.default:
-        axes.scatter(
-            *(record.point or ()),
-            190,
-            facecolors="none",
-            edgecolors=BASE,
-            linewidths=1.5,
-            zorder=5,
-            label="the paper's default setting",
-        )
+    if front.default:
+        at, label = _coordinates(front.default), "the paper's default setting"
+        ring = {"facecolors": "none", "edgecolors": BASE, "linewidths": 1.5}
+        axes.scatter(at["x"], at["y"], 190, **ring, zorder=5, label=label)
     axes.scatter(*front.base_point, 170, BASE, "*", label="base model", zorder=5, linewidths=0)
 
 
@@ -361,9 +355,7 @@ def _draw_held_out(axes: Any, front: Front) -> None:
     """Held-out scores with their intervals, each tied to the trial's own point."""
     for record, x, y in front.held_out():
         start = record.point or (x.value, y.value)
-        axes.plot(
-            (start[0], x.value), (start[1], y.value), color=HELD_OUT, linewidth=0.8, linestyle=":"
-        )
+        axes.plot((start[0], x.value), (start[1], y.value), ":", color=HELD_OUT, linewidth=0.8)
         axes.errorbar(
             x.value,
             y.value,
