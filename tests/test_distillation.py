@@ -133,13 +133,13 @@ def test_a_trial_in_a_used_process_equals_the_first_bit_for_bit(random_backbone,
 
 
 def test_alpha_0_only_retains_and_beta_0_only_forgets(random_backbone, forget, retain):
-    _, reports = train(random_backbone, forget, retain, CONFIG.model_copy(update={"alpha": 0.0}))
-    # The student starts as the base, so the retain loss has nothing to teach (AdamW makes steps
-    # of rounding errors, hence not zero).
-    assert reports[-1].metrics["retain_loss"] < 1e-3
+    _, keeping = train(random_backbone, forget, retain, CONFIG.model_copy(update={"alpha": 0.0}))
     _, forgetting = train(random_backbone, forget, retain, CONFIG.model_copy(update={"beta": 0.0}))
     assert forgetting[-1].metrics["forget_loss"] < forgetting[0].metrics["forget_loss"]
-    assert forgetting[-1].metrics["retain_loss"] > reports[-1].metrics["retain_loss"]
+    # The student starts as the base, so the retain loss has nothing to teach (AdamW makes steps
+    # of rounding errors, hence not zero).
+    drift = keeping[-1].metrics["retain_loss"]
+    assert drift < 0.05 * forgetting[-1].metrics["retain_loss"]
 
 
 def test_mixed_source_takes_turns(random_backbone, forget, retain):

@@ -74,14 +74,10 @@ def distill_released(
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
         noise = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
         sums, norm = [0.0, 0.0], 0.0
-        batches = epoch_batches(
-            ("generation",) * len(forget), config.batch_size, config.seed, epoch
-        )
+        batches = epoch_batches(alike[0], config.batch_size, config.seed, epoch)
         for k, indices in enumerate(batches):
             step = epoch * per_epoch + k
-            others = retain_batch(
-                ("generation",) * len(retain), config.retain_batch_size, config.seed, step
-            )
+            others = retain_batch(alike[1], config.retain_batch_size, config.seed, step)
             for which, (data, chosen, weight) in enumerate(
                 ((forget, indices, config.alpha), (retain, others, config.beta))
             ):
