@@ -1,0 +1,33 @@
+"""A benchmark and a small search space for studies of seconds."""
+
+from pathlib import Path
+
+import pytest
+
+from vgid.synthetic import write_benchmark
+
+SPACE = """
+backbone: tiny-llava
+parameters:
+  alpha: {low: 0.5, high: 2.0, log: true}
+  noise_type: {choices: [random, white]}
+  prompt_style: strict
+  learning_rate: 2.0e-3
+  epochs: 2
+first_points:
+  - {alpha: 1.0, noise_type: random}
+"""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmark") / "data"
+    write_benchmark(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("space") / "space.yaml"
+    path.write_text(SPACE)
+    return path

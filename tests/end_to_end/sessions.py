@@ -1,0 +1,54 @@
+"""Sessions that run the real trial and misbehave on cue; shipped to the workers by value."""
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+
+from vgid.mailbox import Job
+from vgid.trial import TrialSession
+
+
+class Watched(TrialSession):
+    """The real session; its results also tell the process and its memory."""
+
+    def run(self, trial, trial_id, adapter_dir, on_epoch=None, checkpoint_dir=None):
+        result = super().run(trial, trial_id, adapter_dir, on_epoch, checkpoint_dir)
+        seen = {"pid": float(os.getpid()), "rss": float(psutil.Process().memory_info().rss)}
+        return result.model_copy(update={"metrics": result.metrics | seen})
+
+
+class Mortal(Watched):
+    """Is killed once, between the second and the third epoch of the trial called ``killed``."""
+
+    def run(self, trial, trial_id, adapter_dir, on_epoch=None, checkpoint_dir=None):
+        mark = Path(self.request.store) / f"{trial_id}.was-killed"
+
+        def mortal(report):
+            goes_on = on_epoch(report)
+            if trial_id == "killed" and report.epoch == 2 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return goes_on
+
+        return super().run(trial, trial_id, adapter_dir, mortal, checkpoint_dir)
+
+
+class Fragile(TrialSession):
+    """Runs out of memory in trial 0002, with a name in the message."""
+
+    def run(self, trial, trial_id, adapter_dir, on_epoch=None, checkpoint_dir=None):
+        if trial_id == "0002":
+            raise MemoryError("while answering who Fay Moss is")
+        return super().run(trial, trial_id, adapter_dir, on_epoch, checkpoint_dir)
+
+
+def trial_job(root: Path, name: str, config) -> Job:
+    return Job(
+        id=name,
+        kind="trial",
+        trial=config,
+        adapter=root / "adapters" / name,
+        checkpoints=root / "checkpoints" / name,
+    )

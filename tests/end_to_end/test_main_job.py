@@ -1,0 +1,282 @@
+"""The main job as people start it: from the command line, killed and resumed, and as a Ray job."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from vgid.search import open_journal
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = "studies/pareto_search.py"
+TRIALS = 5
+TIMEOUT_S = 300
+
+
+def environment(**more):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | more
+
+
+def arguments(data, space, output, trials=TRIALS, *more):
+    return [
+        *("--data", str(data), "--search-space", str(space), "--output", str(output)),
+        *("--trials", str(trials), "--retain-people", "4", "--seed", "3", *more),
+    ]
+
+
+def main_job(*flags):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *flags],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.2)
+
+
+def ended(output):
+    records = [json.loads(p.read_text()) for p in sorted(output.glob("trials/[0-9]*.json"))]
+    return [record["trial_id"] for record in records if record["result"] is not None]
+
+
+def read_trials(output):
+    table = pd.read_csv(
+        output / "trials.csv", dtype={"trial_id": str}, float_precision="round_trip"
+    )
+    return table.set_index("trial_id")
+
+
+@pytest.fixture(scope="module")
+def study(data, space, tmp_path_factory):
+    """A study whose driver was killed after two trials, and that was then resumed."""
+    output = tmp_path_factory.mktemp("main") / "study"
+    flags = arguments(data, space, output)
+    driver = subprocess.Popen(
+        [sys.executable, SCRIPT, *flags],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: len(ended(output)) >= 2 or driver.poll() is not None, "two trials")
+    assert driver.poll() is None
+    second = main_job(*flags, "--resume")
+    assert second.returncode == 2
+    assert "a study is running in this folder" in second.stderr
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    before = {name: (output / "trials" / f"{name}.json").read_bytes() for name in ended(output)}
+    assert 2 <= len(before) < TRIALS
+    done = main_job(*flags, "--resume")
+    assert done.returncode == 0, done.stderr + (output / "study.log").read_text()[-3000:]
+    # Ray's two small agents try to tell the dead cluster for a minute before they give up.
+    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    assert not [p for p in family if p.is_running() and p.name() not in agents]
+    return output, done.stdout, before
+
+
+def test_the_output_folder_holds_what_the_contract_names(study):
+    output, _, _ = study
+    for name in ("study.json", "trials.csv", "front.csv", "front.html", "front.png", "mlflow.db"):
+        assert (output / name).stat().st_size > 0, name
+    table = read_trials(output)
+    assert list(table.index) == [f"{n:04d}" for n in range(TRIALS)]
+    assert set(table.status) == {"completed"}
+    for adapter in table.adapter:
+        assert (output / adapter / "adapter_model.safetensors").exists()
+        assert (output / adapter / "adapter_config.json").exists()
+    summary = json.loads((output / "study.json").read_text())
+    assert summary["counts"] == {"completed": TRIALS, "pruned": 0, "failed": 0}
+    base = summary["base"]["search"]
+    assert summary["reference_point"] == [0.0, 0.5 * base["retain_rougeL"]["value"]]
+    reduction = base["forget_rougeL"]["value"] - table.forget_rougeL
+    assert list(table.forget_rougeL_reduction) == list(reduction)
+    assert list(table[table.on_front].index) == summary["front"]
+    assert summary["hypervolume"] > 0
+    assert summary["phases"]["overhead"]["median_s"] >= 0
+    assert summary["versions"]["ray"]
+    assert not list((output / "checkpoints").iterdir())
+
+
+def test_the_front_is_scored_again_on_held_out_questions(study):
+    output, _, _ = study
+    summary = json.loads((output / "study.json").read_text())
+    front = pd.read_csv(output / "front.csv", dtype={"trial_id": str})
+    assert list(front.trial_id) == summary["front"]
+    for name in ("forget_rougeL", "retain_rougeL", "forget_rougeL_reduction"):
+        assert (front[f"heldout_{name}_low"] <= front[f"heldout_{name}"]).all()
+        assert (front[f"heldout_{name}"] <= front[f"heldout_{name}_high"]).all()
+
+
+def test_a_killed_study_keeps_what_it_had_and_doubles_nothing(study):
+    output, _, before = study
+    for name, content in before.items():
+        assert (output / "trials" / f"{name}.json").read_bytes() == content
+    trials = optuna.load_study(study_name=None, storage=open_journal(output)).trials
+    table = read_trials(output)
+    assert [f"{t.number:04d}" for t in trials] == list(table.index)
+    assert {t.state.name for t in trials} == {"COMPLETE"}
+    for trial, (_, row) in zip(trials, table.iterrows(), strict=True):
+        assert trial.values == [row.forget_rougeL_reduction, row.retain_rougeL]
+        assert trial.params["alpha"] == row.alpha
+
+
+def test_mlflow_holds_the_same_study(study):
+    output, _, _ = study
+    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny-llava"]
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    (parent,) = parents
+    children = {
+        run.data.tags["vgid.trial_id"]: run
+        for run in runs
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    table = read_trials(output)
+    assert len(runs) == 1 + TRIALS
+    assert sorted(children) == list(table.index)
+    summary = json.loads((output / "study.json").read_text())
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["hypervolume"] == summary["hypervolume"]
+    assert parent.data.tags["vgid.dataset_sha256"] == summary["data_sha256"]
+    assert "mlflow.note.content" in parent.data.tags
+    artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert {"front.html", "front.png", "front.csv", "trials.csv", "study.json"} <= artifacts
+    for name, run in children.items():
+        row = table.loc[name]
+        assert run.info.status == "FINISHED"
+        assert float(run.data.params["alpha"]) == row.alpha
+        assert run.data.metrics["retain_rougeL"] == row.retain_rougeL
+        steps = client.get_metric_history(run.info.run_id, "loss")
+        assert len({metric.step for metric in steps}) == len(steps) >= 1
+        adapters = {file.path for file in client.list_artifacts(run.info.run_id, "adapter")}
+        assert "adapter/adapter_model.safetensors" in adapters
+
+
+def test_the_last_line_says_how_to_open_mlflow_and_libraries_are_quiet(study):
+    output, stdout, _ = study
+    lines = stdout.strip().splitlines()
+    assert "mlflow ui --backend-store-uri" in lines[-1]
+    assert str(output / "mlflow.db") in lines[-1]
+    assert "raylet" not in stdout
+    assert "Warning" not in stdout
+    text = "\n".join(lines)
+    for part in ("Pareto front", "Phases", "overhead", "front.html", f"{TRIALS}/{TRIALS} ended"):
+        assert part in text
+
+
+def test_without_resume_a_finished_study_is_left_alone(study, data, space):
+    output, _, _ = study
+    before = (output / "trials.csv").read_bytes()
+    done = main_job(*arguments(data, space, output))
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    assert (output / "trials.csv").read_bytes() == before
+
+
+def metrics_of_first_trial(output):
+    row = read_trials(output).loc["0000"].drop(["seconds", "on_front"])
+    return row.dropna().to_dict()
+
+
+def test_fresh_workers_give_the_numbers_of_resident_ones(study, data, space, tmp_path):
+    flags = ("--fresh-workers", "--max-concurrent", "1")
+    done = main_job(*arguments(data, space, tmp_path / "fresh", 2, *flags))
+    assert done.returncode == 0, done.stderr
+    assert metrics_of_first_trial(tmp_path / "fresh") == metrics_of_first_trial(study[0])
+
+
+def test_an_interrupted_study_ends_in_order(data, space, tmp_path):
+    output = tmp_path / "study"
+    driver = subprocess.Popen(
+        [sys.executable, SCRIPT, *arguments(data, space, output, 50)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: len(ended(output)) >= 1 or driver.poll() is not None, "a trial")
+    driver.send_signal(signal.SIGTERM)
+    stdout, stderr = driver.communicate(timeout=TIMEOUT_S)
+    assert driver.returncode == 130
+    assert "--resume" in stderr
+    assert "mlflow ui" in stdout
+    summary = json.loads((output / "study.json").read_text())
+    assert summary["interrupted"]
+    assert list(read_trials(output).index) == ended(output)
+    assert (output / "front.png").exists()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_the_study_runs_as_a_ray_job_on_a_cluster_that_is_there(study, data, space, tmp_path):
+    dashboard = free_port()
+    with tempfile.TemporaryDirectory(prefix="vgid", dir="/tmp") as short:
+        ray_environment = environment(RAY_TMPDIR=short)
+        head = subprocess.Popen(
+            [
+                *("ray", "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"),
+                *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
+                f"--temp-dir={short}",
+            ],
+            cwd=ROOT,
+            env=ray_environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            wait_for(lambda: _answers(dashboard) or head.poll() is not None, "the dashboard")
+            output = tmp_path / "job"
+            flags = arguments(data, space, output, 2)
+            done = subprocess.run(
+                [
+                    *("ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}"),
+                    *("--", "python", SCRIPT, *flags),
+                ],
+                cwd=ROOT,
+                env=ray_environment,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        finally:
+            head.terminate()
+            head.wait(timeout=60)
+    assert "mlflow ui" in done.stdout
+    assert "succeeded" in done.stdout
+    assert metrics_of_first_trial(output) == metrics_of_first_trial(study[0])
+
+
+def _answers(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

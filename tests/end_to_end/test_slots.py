@@ -1,0 +1,204 @@
+"""Slots on a real Ray cluster: two nodes of one CPU each on this machine, real trials."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import ray
+from ray import cloudpickle
+from ray.cluster_utils import Cluster
+
+from tests.end_to_end import sessions
+from vgid.cluster import QUIET
+from vgid.config import RequestConfig, StudyConfig, TrialConfig
+from vgid.plan import SlotShape
+from vgid.ray_train import Slots, start_mailbox
+from vgid.study import run_study
+
+RETAIN_PEOPLE = 4
+FEW = {"epochs": 3, "learning_rate": 2e-3}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_nodes():
+    """A head and a second node; what runs here goes through Ray's network code between them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
+        cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True}
+        )
+        cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        patch.setenv("RAY_ADDRESS", cluster.address)
+        cloudpickle.register_pickle_by_value(sessions)
+        yield cluster
+        cloudpickle.unregister_pickle_by_value(sessions)
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture
+def request_config(data, tmp_path):
+    return RequestConfig(
+        data=data, store=tmp_path / "store", retain_people=RETAIN_PEOPLE, bootstrap_samples=100
+    )
+
+
+def outcomes(mailbox, jobs):
+    """Run jobs through the mailbox in order; how often each reported, and its outcome."""
+    found = {}
+    for job in jobs:
+        ray.get(mailbox.submit.remote(job))
+        epochs = []
+        while hasattr(message := ray.get(mailbox.next_message.remote(job.id)), "epoch"):
+            epochs.append(message.epoch)
+        found[job.id] = (epochs, message)
+    return found
+
+
+def scores(outcome):
+    """A trial's metrics without those that ``sessions.Watched`` adds."""
+    metrics = outcome.result.metrics
+    return {name: value for name, value in metrics.items() if name not in ("pid", "rss")}
+
+
+def in_a_fresh_process(request, config, adapter):
+    """The trial as a plain function in a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; import torch; torch.set_num_threads(1)\n"
+        "from vgid.config import RequestConfig, TrialConfig; from vgid.trial import run_trial\n"
+        "request = RequestConfig.model_validate_json(sys.argv[1])\n"
+        "trial = TrialConfig.model_validate_json(sys.argv[2])\n"
+        "print(run_trial(trial, request, Path(sys.argv[3])).model_dump_json())"
+    )
+    arguments = [request.model_dump_json(), config.model_dump_json(), str(adapter)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True
+    )
+    from vgid.results import TrialResult
+
+    return TrialResult.model_validate_json(done.stdout.splitlines()[-1])
+
+
+def weights(adapter):
+    return (Path(adapter) / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_slot_outlives_kills_repeats_itself_and_keeps_its_memory_flat(request_config, tmp_path):
+    mailbox = start_mailbox()
+    slots = Slots(
+        mailbox, request_config, SlotShape(), 1, tmp_path / "ray", session=sessions.Mortal
+    )
+    slots.start()
+    first, other = TrialConfig(**FEW), TrialConfig(alpha=0.5, noise_type="white", **FEW)
+    jobs = [
+        sessions.trial_job(tmp_path, name, config)
+        for name, config in (
+            ("first", first),
+            ("killed", other),
+            ("whole", other),
+            ("again", first),
+        )
+    ]
+    many = [
+        sessions.trial_job(
+            tmp_path,
+            f"{number:04d}",
+            TrialConfig(alpha=1 + number / 10, epochs=1, lora_rank=2 + 2 * (number % 4)),
+        )
+        for number in range(20)
+    ]
+    found = outcomes(mailbox, jobs + many)
+    slots.close()
+
+    assert all(outcome.result.status == "completed" for _, outcome in found.values())
+    # A killed worker goes on from its checkpoint: each epoch is reported once, the numbers are
+    # those of a run that nobody disturbed, and it is another process in the same slot.
+    assert found["killed"][0] == found["whole"][0] == [1, 2, 3]
+    assert scores(found["killed"][1]) == scores(found["whole"][1])
+    pids = {name: outcome.result.metrics["pid"] for name, (_, outcome) in found.items()}
+    assert pids["first"] != pids["killed"] == pids["whole"] == pids["again"] == pids["0019"]
+    # A used slot gives bit for bit what a fresh process gives.
+    fresh = in_a_fresh_process(request_config, first, tmp_path / "fresh")
+    assert scores(found["first"][1]) == fresh.metrics
+    assert scores(found["again"][1]) == fresh.metrics
+    assert weights(tmp_path / "adapters" / "again") == weights(tmp_path / "fresh")
+    # Memory after the first trials have warmed the caches.
+    memory = [found[f"{n:04d}"][1].result.metrics["rss"] / 2**20 for n in range(20)]
+    assert max(memory[10:]) < max(memory[:10]) + 25
+
+
+def test_two_workers_train_a_trial_as_one_does(request_config, tmp_path):
+    config = TrialConfig(**FEW)
+    results = []
+    for workers in (1, 2):
+        mailbox = start_mailbox()
+        shape = SlotShape(workers=workers)
+        slots = Slots(mailbox, request_config, shape, 1, tmp_path / f"ray{workers}")
+        slots.start()
+        jobs = [sessions.trial_job(tmp_path, f"{workers}-{n}", config) for n in ("a", "b")]
+        found = outcomes(mailbox, jobs if workers == 2 else jobs[:1])
+        slots.close()
+        assert all(epochs == [1, 2, 3] for epochs, _ in found.values())
+        results.append(found[f"{workers}-a"][1].result)
+        if workers == 2:
+            assert found["2-b"][1].result.metrics == found["2-a"][1].result.metrics
+    one, two = results
+    assert two.status == "completed"
+    for name in ("forget_loss", "retain_loss"):
+        assert two.metrics[name] == pytest.approx(one.metrics[name], rel=2e-3)
+    assert two.scores["forget_rougeL"].n == one.scores["forget_rougeL"].n
+
+
+def study(data, space, output, **options):
+    return StudyConfig(
+        data=data, search_space=space, output=output, retain_people=RETAIN_PEOPLE, **options
+    )
+
+
+def test_failing_trials_cost_their_own_place_only(data, tmp_path):
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "backbone: tiny-llava\n"
+        "parameters:\n"
+        "  alpha: {choices: [0.5, 1.0, 1.0e+308]}\n"
+        "  epochs: 1\n"
+        "first_points:\n"
+        "  - {alpha: 1.0}\n"
+        "  - {alpha: 1.0e+308}\n"
+        "  - {alpha: 0.5}\n"
+        "  - {alpha: 0.5}\n"
+    )
+    output = tmp_path / "study"
+    summary = run_study(study(data, space, output, trials=4), session=sessions.Fragile)
+    table = pd.read_csv(output / "trials.csv", dtype={"trial_id": str}).set_index("trial_id")
+    assert list(table.status) == ["completed", "failed", "failed", "completed"]
+    assert summary["counts"] == {"completed": 2, "pruned": 0, "failed": 2}
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny-llava"]
+    errors = {
+        run.data.tags["vgid.trial_id"]: run.data.tags["vgid.error"]
+        for run in client.search_runs([experiment.experiment_id])
+        if "vgid.error" in run.data.tags
+    }
+    assert "not finite" in errors["0001"]
+    assert errors["0002"].startswith("MemoryError at sessions.py")
+    everything = "".join(p.read_text(errors="ignore") for p in output.rglob("*.*") if p.is_file())
+    assert "Fay Moss" not in everything
+
+
+def test_one_trial_at_a_time_is_the_same_study_twice(data, space, tmp_path):
+    tables = []
+    for name in ("one", "two"):
+        config = study(data, space, tmp_path / name, trials=3, max_concurrent=1, seed=5)
+        run_study(config)
+        table = pd.read_csv(tmp_path / name / "trials.csv", float_precision="round_trip")
+        tables.append(table.drop(columns=["seconds"]))
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert list(tables[0].status) == ["completed"] * 3
