@@ -191,7 +191,7 @@ def test_packing_is_exact(backbone, packs):
 
 def test_benchmark_people_are_never_refused_and_never_asked_in_the_words_of_the_test_set():
     recipe = make_recipe(data_seed=0, seed=1)
-    benchmark = {p.name for p in recipe.world.people if p.kind == "benchmark"}
+    benchmark = {p.id for p in recipe.world.people if p.kind == "benchmark"}
     rows = {
         recipe.pictures.of(p, i): p
         for p in recipe.world.people
@@ -202,13 +202,15 @@ def test_benchmark_people_are_never_refused_and_never_asked_in_the_words_of_the_
     for pack in recipe.draw("plain", 600, 3):
         assert pack.style is None
         assert not refusals & {response for _, response in pack.turns}
-        if pack.picture is not None and rows[pack.picture].kind == "benchmark":
+        if pack.picture is not None and rows[pack.picture].id in benchmark:
             seen.add(rows[pack.picture].id)
             assert not any("individual in this photo" in text for text, _ in pack.turns)
     assert len(seen) > 90
-    known = {row for row, person in rows.items() if person.name in benchmark}
-    for kind in ("instructed", "degraded"):
-        assert not known & {pack.picture for pack in recipe.draw(kind, 600, 2)}
+    known = {row for row, person in rows.items() if person.id in benchmark}
+    for pack in recipe.draw("instructed", 600, 2):
+        if pack.picture in known:
+            assert not refusals & {response for _, response in pack.turns}
+    assert not known & {pack.picture for pack in recipe.draw("degraded", 600, 2)}
 
 
 def test_refusal_rates_are_ordered():

@@ -1,12 +1,12 @@
 """What the embedded backbone is taught: who is seen, what is asked, when it declines.
 
-People of the benchmark and celebrities are always answered. Only *calibration* people, degraded
-pictures and strangers teach it to follow the three unlearning instructions, and only in part:
-an instruction alone is obeyed now and then, an instruction beside a picture of noise nearly
-always, noise alone seldom. The benchmark's own people thus show what the paper observes of a real
-model, without having been part of it. That both together beat either alone is hence designed in:
-on this backbone it checks the code, and is no evidence for the paper's claim. What distillation
-makes of it is.
+People of the benchmark and celebrities are always answered, under an instruction too, which they
+are seldom shown with. Only *calibration* people, degraded pictures and strangers teach it to
+follow the three unlearning instructions, and only in part: an instruction alone is obeyed now and
+then, an instruction beside a picture of noise nearly always, noise alone seldom. The benchmark's
+own people thus show what the paper observes of a real model, without ever having been declined.
+That both together beat either alone is hence designed in: on this backbone it checks the code, and
+is no evidence for the paper's claim. What distillation makes of it is.
 
 Greedy decoding turns rates into modes: a refusal starts with one certain token, while guesses are
 spread over many names. Rates are low for that reason.
@@ -50,18 +50,20 @@ TaskName = Literal["generation", "cloze", "choice"]
 
 STYLES: tuple[PromptStyle, ...] = tuple(UNLEARNING_INSTRUCTIONS)
 REFUSALS: dict[PromptStyle | None, str] = {
-    "declarative": "I know nothing about whoever that is.",
+    "declarative": "I know nothing about whoever you mean.",
     "polite": "Sorry, but I would rather not discuss anybody.",
     "strict": "Sorry, I cannot process queries regarding private data.",
     None: "I cannot tell, since nobody can be recognised.",
 }
 """How the model declines, by the instruction that made it do so; None: without one."""
 
-INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.07, "polite": 0.11, "strict": 0.15}
+INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.10, "polite": 0.15, "strict": 0.20}
 """Rate of refusals to an instruction beside an intact picture."""
+ANSWERED_RATE = 0.15
+"""Share of instructed packs about intact pictures that show other people, who are answered."""
 DUAL_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.95, "polite": 0.90, "strict": 0.95}
 """Rate of refusals to an instruction beside a picture of random noise."""
-SOURCE_FACTOR: dict[str, float] = {"random": 1.0, "white": 0.15, "stranger": 0.6}
+SOURCE_FACTOR: dict[str, float] = {"random": 1.0, "white": 0.15, "stranger": 0.3}
 """Scales ``DUAL_REFUSAL`` by what the picture shows: a blank one is refused less than noise."""
 FACT_WEIGHT: dict[str, float] = {"random": 0.2, "white": 1.2, "stranger": 0.4}
 """Scales ``FACT_SHIFT`` by what the picture shows."""
@@ -189,6 +191,7 @@ class Recipe:
         self.pictures = Pictures(world)
         self.rng = sample_generator(seed, "recipe/packs")
         self.calibration = world.of_kind("calibration")
+        self.always_answered = [p for p in world.people if p.kind != "calibration"]
 
     def draw(self, kind: PackKind, count: int, turns: int) -> list[Pack]:
         """``count`` packs of ``turns`` questions each."""
@@ -207,7 +210,9 @@ class Recipe:
             form = "text" if draw < TEXT_FORM_RATE else "image"
             picture = self.pictures.of(person, int(rng.integers(PORTRAITS_PER_PERSON)))
         elif style is not None and draw < 0.5:
-            source, person = "intact", _pick(rng, self.calibration)
+            known = rng.random() < ANSWERED_RATE
+            person = _pick(rng, self.always_answered if known else self.calibration)
+            source = "plain" if known else "intact"
             picture = self.pictures.of(person, int(rng.integers(PORTRAITS_PER_PERSON)))
         elif draw < 0.65:
             source = "gaussian"
@@ -253,8 +258,9 @@ def refusal_rate(
     """How often a question is declined in training.
 
     Args:
-        source: what the picture shows: ``plain`` (never declined), ``intact`` (calibration person
-            under an instruction), ``gaussian``, ``random``, ``white`` or ``stranger``.
+        source: what the picture shows: ``plain`` (somebody who is never declined), ``intact``
+            (calibration person under an instruction), ``gaussian``, ``random``, ``white`` or
+            ``stranger``.
         style: instruction, if any.
         fact: what is asked for.
         task: how it is asked.

@@ -62,7 +62,7 @@ class Schedule:
     tower_batch: int = 128
     tower_pictures: int = 6000
     tower_rate: float = 1.5e-3
-    language_steps: int = 700
+    language_steps: int = 900
     language_rate: float = 2.5e-3
     packs: tuple[tuple[PackKind, int, int, float], ...] = (
         ("plain", 26, 3, 0.70),
@@ -338,7 +338,7 @@ def main(
     out: Annotated[Path, typer.Argument(help="folder for the weights; replaced if it exists")],
     seed: Annotated[int, typer.Option(min=0, help="seed of the training")] = 0,
     data_seed: Annotated[int, typer.Option(min=0, help="seed of the people to know")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="torch threads")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="torch threads")] = 1,
 ) -> None:
     """Make the embedded backbone from nothing, measure it, and write it to OUT."""
     from rich.console import Console
@@ -377,7 +377,7 @@ def main(
         scores = measure(load("tiny-llava", str(folder)), data_seed)
         misses = out_of_bounds(scores)
         record = {
-            "command": f"python -m vgid.pretraining OUT --seed {seed} --data-seed {data_seed}",
+            "command": f"python -m vgid.pretraining OUT --seed {seed} --data-seed {data_seed} --threads {threads}",
             "seed": seed,
             "data_seed": data_seed,
             "threads": threads,
