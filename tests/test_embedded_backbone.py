@@ -24,8 +24,8 @@ from vgid.embedded_model import IMAGE_TOKENS
 from vgid.embedded_recipe import PORTRAITS_PER_PERSON, REFUSALS, Pack, make_recipe, refusal_rate
 from vgid.encoding import Query, collate, encode, response_ids
 from vgid.fictitious import FACTS, make_world, portrait
+from vgid.packing import PackEncoder
 from vgid.pretraining import (
-    PackEncoder,
     Schedule,
     _pack_loss,
     pixel_values,

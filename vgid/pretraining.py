@@ -3,8 +3,7 @@
 1. The vision tower learns the twelve attributes of drawn faces (nobody of any benchmark), and is
    frozen.
 2. Projector and language model learn packs of questions about pictures (``embedded_recipe``). The
-   questions of a pack share picture and instruction: a block mask hides them from each other, and
-   each continues the positions of the shared prefix, which is exact.
+   questions of a pack share picture and instruction (``packing``).
 
 Rebuild the shipped weights, or make others, with::
 
@@ -33,7 +32,6 @@ import typer
 from torch import Tensor, nn
 
 from vgid.embedded_model import (
-    IMAGE,
     IMAGE_TOKENS,
     build_model,
     build_processor,
@@ -44,8 +42,8 @@ from vgid.embedded_model import (
 from vgid.embedded_recipe import REFUSALS, Pack, PackKind, Recipe, attribute_pictures, make_recipe
 from vgid.encoding import IGNORE
 from vgid.errors import InputError
+from vgid.packing import PackEncoder
 from vgid.portraits import ATTRIBUTE_SIZES
-from vgid.prompts import with_instruction
 
 
 @dataclass(frozen=True)
@@ -69,90 +67,6 @@ class Schedule:
         ("instructed", 5, 3, 0.18),
         ("degraded", 5, 2, 0.12),
     )
-
-
-@dataclass(frozen=True)
-class PackedBatch:
-    """Packs as tensors; B packs, L tokens of the longest.
-
-    Attributes:
-        ids_BL: token ids.
-        labels_BL: response tokens, ``IGNORE`` elsewhere.
-        positions_BL: position ids, continued from the shared prefix in every turn.
-        mask_B1LL: True where a query position (third axis) may see a key position.
-    """
-
-    ids_BL: Tensor
-    labels_BL: Tensor
-    positions_BL: Tensor
-    mask_B1LL: Tensor
-
-
-class PackEncoder:
-    """Turns packs into token ids that equal those of the whole prompts, turn by turn."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._cache: dict[str, list[int]] = {}
-
-    def _ids(self, text: str) -> list[int]:
-        if text not in self._cache:
-            self._cache[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._cache[text]
-
-    def pieces(self, pack: Pack) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
-        """Ids of the shared prefix, and by turn of the question and of the response.
-
-        Cut where the tokenizer cuts words anyway: behind a line break or in front of a space.
-        """
-        opening = "USER:" if pack.picture is None else f"USER: {IMAGE * IMAGE_TOKENS}\n"
-        space = " " if pack.picture is None else ""
-        if pack.style is not None:
-            opening, space = f"{opening}{space}{with_instruction('', pack.style)}", ""
-        prefix = [self.tokenizer.bos_token_id, *self._ids(opening)]
-        turns = [
-            (
-                self._ids(f"{space}{text}\nASSISTANT:"),
-                [*self._ids(f" {response}"), self.tokenizer.eos_token_id],
-            )
-            for text, response in pack.turns
-        ]
-        return prefix, turns
-
-    def collate(self, packs: Sequence[Pack]) -> PackedBatch:
-        """Pad packs on the right to one batch."""
-        rows = [self._row(pack) for pack in packs]
-        length = max(len(row[0]) for row in rows)
-
-        def padded(column: int, value: int) -> Tensor:
-            return torch.tensor(
-                [row[column] + [value] * (length - len(row[column])) for row in rows]
-            )
-
-        # Segment 0 is the prefix, turns count from 1, padding is a segment of its own.
-        segments_BL = padded(3, -1)
-        same = segments_BL[:, :, None] == segments_BL[:, None, :]
-        prefix = segments_BL[:, None, :] == 0
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        return PackedBatch(
-            padded(0, self.tokenizer.pad_token_id),
-            padded(1, IGNORE),
-            padded(2, 0),
-            ((same | prefix) & causal)[:, None],
-        )
-
-    def _row(self, pack: Pack) -> tuple[list[int], list[int], list[int], list[int]]:
-        prefix, turns = self.pieces(pack)
-        start = len(prefix)
-        ids, labels = list(prefix), [IGNORE] * start
-        positions, segments = list(range(start)), [0] * start
-        for number, (question, response) in enumerate(turns, 1):
-            length = len(question) + len(response)
-            ids += question + response
-            labels += [IGNORE] * len(question) + response
-            positions += range(start, start + length)
-            segments += [number] * length
-        return ids, labels, positions, segments
 
 
 def pixel_values(processor: Any, pictures: Sequence[Any]) -> Tensor:
@@ -351,13 +265,12 @@ def main(
         TimeRemainingColumn,
     )
 
-    from vgid.backbone_measure import measure, out_of_bounds
-    from vgid.backbones import load
-
     torch.set_num_threads(threads)
     console = Console()
     out = out.absolute()
-    if out.exists() and any(out.iterdir()) and not (out / "MEASURED.json").is_file():
+    if out.is_file() or (
+        out.is_dir() and any(out.iterdir()) and not (out / "MEASURED.json").is_file()
+    ):
         raise InputError(f"OUT: {out} holds something else than a backbone; name another folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -370,29 +283,50 @@ def main(
     )
     with Progress(*columns, console=console) as progress:
         model, processor = pretrain(seed, data_seed, Schedule(), progress)
-    seconds = time.monotonic() - started
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        folder = Path(temporary) / out.name
-        save(model, processor, folder)
-        scores = measure(load("tiny-llava", str(folder)), data_seed)
-        misses = out_of_bounds(scores)
-        record = {
-            "command": f"python -m vgid.pretraining OUT --seed {seed} --data-seed {data_seed} --threads {threads}",
-            "seed": seed,
-            "data_seed": data_seed,
-            "threads": threads,
-            "training_seconds": round(seconds),
-            "within_bounds": not misses,
-            "scores": scores,
-        }
-        (folder / "MEASURED.json").write_text(json.dumps(record, indent=2) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        folder.replace(out)
+    provenance = {
+        "command": f"python -m vgid.pretraining OUT --seed {seed} --data-seed {data_seed} "
+        f"--threads {threads}",
+        "seed": seed,
+        "data_seed": data_seed,
+        "threads": threads,
+        "training_seconds": round(time.monotonic() - started),
+    }
+    scores, misses = write_measured(model, processor, out, provenance)
     _print_table(console, scores, misses)
     if misses:
         console.print(f"Out of bounds, and marked so: {', '.join(misses)}.", style="bold red")
         sys.exit(1)
+
+
+def write_measured(
+    model: Any, processor: Any, out: Path, provenance: dict[str, Any]
+) -> tuple[dict[str, float], list[str]]:
+    """Save a backbone, load it as users do, measure it, and move it to ``out`` as a whole.
+
+    Args:
+        model: trained model.
+        processor: its processor.
+        out: final folder; a backbone that is there already is replaced.
+        provenance: how it was made; ``data_seed`` names the people to measure on. Recorded in
+            ``MEASURED.json`` together with the scores.
+
+    Returns:
+        The scores, and the names of those out of bounds.
+    """
+    from vgid.backbone_measure import measure, out_of_bounds
+    from vgid.backbones import load
+
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+        folder = Path(temporary) / out.name
+        save(model, processor, folder)
+        scores = measure(load("tiny-llava", str(folder)), provenance["data_seed"])
+        misses = out_of_bounds(scores)
+        record = {**provenance, "within_bounds": not misses, "scores": scores}
+        (folder / "MEASURED.json").write_text(json.dumps(record, indent=2) + "\n")
+        if out.exists():
+            shutil.rmtree(out)
+        folder.replace(out)
+    return scores, misses
 
 
 def _print_table(console: Any, scores: dict[str, float], misses: Sequence[str]) -> None:
