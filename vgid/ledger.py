@@ -106,6 +106,7 @@ class Ledger:
         self.header: Header | None = None
         self.records: dict[str, Record] = {}
         self._made = not output.exists()
+        self._begun = False
         try:
             output.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(output / ".lock")
@@ -158,8 +159,21 @@ class Ledger:
                 "--output."
             )
         self.folder.mkdir()
+        self._begun = True
         self._write(self.folder / "study.json", header)
         self.header = header
+
+    def abandon(self) -> None:
+        """Take a study back that was begun just now and has no result: remove all it wrote."""
+        if not self._begun or self.ended:
+            return
+        for entry in self.output.iterdir():
+            if entry.name == ".lock":
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
 
     def resume(self, config: StudyConfig, search_space_sha256: str) -> Header:
         """Read the record of a study that was begun earlier.

@@ -99,7 +99,7 @@ class Slots:
         shape: resources of one slot.
         count: number of slots.
         storage: folder for Ray Train's own files, shared by all nodes.
-        fresh: start a new Train run for every job instead of keeping one.
+        fresh: start a new Train run after every trial instead of keeping one.
         session: makes the workers' sessions.
     """
 
@@ -213,7 +213,7 @@ def serve(config: dict[str, Any]) -> None:
                 line.finish(outcome, any_rank=True)
                 raise
         line.finish(outcome.model_copy(update={"load_s": load_s}))
-        if config["fresh"]:
+        if config["fresh"] and job.kind == "trial":
             return
 
 

@@ -7,10 +7,9 @@ made again from it.
 """
 
 import shutil
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -18,14 +17,16 @@ from typing import Any
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole, libraries_silenced, print_summary
 from vgid.errors import InputError
+from vgid.interrupts import on_interrupt
 from vgid.ledger import Header, Ledger, now
 from vgid.mailbox import Job, Outcome
-from vgid.outputs import TrialRecord, describe, write_front, write_study, write_trials
+from vgid.outputs import describe, write_front, write_study, write_trials
 from vgid.plan import Plan, make_plan
 from vgid.plots import Front, write_html, write_png
 from vgid.results import EpochReport, QuestionPart, TrialResult
 from vgid.scoreboard import Scoreboard
-from vgid.summary import phases, provenance
+from vgid.scribe import Scribe
+from vgid.summary import phases, study_summary
 
 TABLES = ("study.json", "trials.csv", "front.csv")
 FIGURES = ("front.html", "front.png")
@@ -52,7 +53,7 @@ def run_study(config: StudyConfig, resume: bool = False, session: Any = None) ->
     """
     started = time.monotonic()
     plan = make_plan(config)
-    with Ledger(config.output) as ledger:
+    with Ledger(config.output) as ledger, _nothing_half_written(ledger):
         header = _open(ledger, plan, resume)
         with libraries_silenced(config.output / "study.log") as terminal:
             standing = Standing(config.trials, budget_s=config.time_budget_s)
@@ -98,13 +99,12 @@ class Study:
         self._error: str | None = None
         self._interrupted = threading.Event()
         self._hashes: dict[str, str] = {}
-        self._seconds = {"start-up": 0.0, "load": 0.0, "log": 0.0, "re-score": 0.0}
+        self._seconds = {"start-up": 0.0, "load": 0.0, "re-score": 0.0}
         self._slots_used: set[int] = set()
         self._tracker: Any = None
         self._mailbox: Any = None
         self._search: Any = None
-        # One thread writes the tables and MLflow, in order, while the trials go on.
-        self._scribe = ThreadPoolExecutor(1, thread_name_prefix="scribe")
+        self._scribe = Scribe()
 
     def run(self, session: Any = None) -> dict[str, Any]:
         """Run the trials that are still to run, then score and write everything.
@@ -119,7 +119,7 @@ class Study:
         data = side.submit(self._prepare_data)
         tracker = side.submit(self._open_tracker)
         # After Ray, which takes SIGTERM for itself when it starts.
-        with connected() as joined, _signals(self._interrupted.set):
+        with connected() as joined, on_interrupt(self._interrupted.set):
             slots = self._start_slots(joined, session)
             try:
                 data.result()
@@ -128,11 +128,12 @@ class Study:
                 self._bring_tracker_in_line()
                 self._run_trials()
                 base.result()
-                self._raise_error()
+                if self._failure is not None:
+                    raise InputError(self._failure)
                 if not self._interrupted.is_set():
                     self._score_front_again()
             finally:
-                self._scribe.shutdown(wait=True)
+                self._scribe.close()
                 slots.close(timeout_s=0.0 if self._interrupted.is_set() else 10.0)
         shutil.rmtree(self.config.output / RAY_FILES, ignore_errors=True)
         return self._write_outcome()
@@ -210,7 +211,7 @@ class Study:
 
     def _bring_tracker_in_line(self) -> None:
         for record in self.ledger.ended:
-            self._log(self._tracker.finish_trial, record.config, record.result)
+            self._scribe.write(self._tracker.finish_trial, record.config, record.result)
 
     # While the trials run
 
@@ -258,7 +259,7 @@ class Study:
 
     def _must_stop(self) -> bool:
         """Whether a signal or an error ends the search; wakes everyone who waits for a trial."""
-        if not self._interrupted.is_set() and self._error is None:
+        if not self._interrupted.is_set() and self._failure is None:
             return False
         import ray
 
@@ -270,7 +271,7 @@ class Study:
 
     def _on_epoch(self, trial_id: str, config: TrialConfig, report: EpochReport) -> None:
         self.console.epoch(trial_id, describe(config), report)
-        self._log(self._tracker.log_trial_epoch, trial_id, config, report)
+        self._scribe.write(self._tracker.log_trial_epoch, trial_id, config, report)
 
     def _on_end(
         self,
@@ -300,8 +301,8 @@ class Study:
             self.standing.trial_s.append(sum(result.seconds.values()))
         self._update_standing()
         self.console.ended(trial_id, result)
-        self._log(self._tracker.finish_trial, config, result)
-        self._log(write_trials, self.config.output / "trials.csv", self.board.trials())
+        self._scribe.write(self._tracker.finish_trial, config, result)
+        self._scribe.write(write_trials, self.config.output / "trials.csv", self.board.trials())
 
     def _overhead(self, outcome: Outcome) -> float | None:
         """Seconds of the slot that went to none of teacher, training and evaluation."""
@@ -311,19 +312,6 @@ class Study:
             return None
         work = ("teacher", "train", "evaluate")
         return outcome.cycle_s - sum(outcome.result.seconds.get(name, 0.0) for name in work)
-
-    def _log(self, write: Callable[..., Any], *arguments: Any) -> None:
-        """Have the scribe write something; what it raises ends the study."""
-
-        def timed() -> None:
-            began = time.monotonic()
-            try:
-                write(*arguments)
-            except InputError as error:
-                self._error = self._error or str(error)
-            self._seconds["log"] += time.monotonic() - began
-
-        self._scribe.submit(timed)
 
     # After the trials
 
@@ -370,7 +358,16 @@ class Study:
             write_html(output / "front.html", front)
             write_png(output / "front.png", front)
             files += [output / name for name in FIGURES]
-        summary = self._summary(records, [path.name for path in files])
+        summary = study_summary(
+            self.header,
+            self.plan,
+            self.board,
+            self._hashes,
+            phases(self.ledger.ended, {**self._seconds, "log": self._scribe.seconds}),
+            interrupted=self._interrupted.is_set(),
+            wall_s=time.monotonic() - self.started,
+            files=[path.name for path in files],
+        )
         write_study(output / "study.json", summary)
         if front is not None:
             numbers = {"hypervolume": summary["hypervolume"], "wall_s": summary["wall_s"]}
@@ -388,37 +385,25 @@ class Study:
             )
         return summary
 
-    def _summary(self, records: list[TrialRecord], files: list[str]) -> dict[str, Any]:
-        return {
-            "study_id": self.header.study_id,
-            "config": self.config,
-            "seed": self.config.seed,
-            "output": self.config.output,
-            "interrupted": self._interrupted.is_set(),
-            **provenance(),
-            "data_sha256": self._hashes.get("dataset"),
-            "base_sha256": self._hashes.get("base"),
-            "search_space_sha256": self.plan.space_sha256,
-            "base": dict(self.board.base),
-            "reference_point": self.board.reference_point,
-            "hypervolume": self.board.hypervolume,
-            "front": [record.result.trial_id for record in records if record.on_front],
-            "counts": self.board.counts(),
-            "started": self.header.started,
-            "ended": now(),
-            "wall_s": time.monotonic() - self.started,
-            "phases": phases(self.ledger.ended, self._seconds),
-            "files": files,
-        }
-
     def _update_standing(self) -> None:
         self.standing.counts = self.board.counts()
         self.standing.front = len(self.board.front())
         self.standing.hypervolume = self.board.hypervolume
 
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise InputError(self._error)
+    @property
+    def _failure(self) -> str | None:
+        """What no trial of the study can get past, in one sentence."""
+        return self._error or self._scribe.error
+
+
+@contextmanager
+def _nothing_half_written(ledger: Ledger) -> Iterator[None]:
+    """Bad input that shows only after the start leaves no folder behind without a single trial."""
+    try:
+        yield
+    except InputError:
+        ledger.abandon()
+        raise
 
 
 def _open(ledger: Ledger, plan: Plan, resume: bool) -> Header:
@@ -434,27 +419,3 @@ def _open(ledger: Ledger, plan: Plan, resume: bool) -> Header:
     )
     ledger.begin(header)
     return header
-
-
-@contextmanager
-def _signals(interrupt: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM end the study in order; a second one ends it at once.
-
-    Python lets only its main thread have signals; in any other, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: Any) -> None:
-        signal.signal(number, before[signal.Signals(number)])
-        interrupt()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

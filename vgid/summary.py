@@ -8,7 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vgid.ledger import Record
+from vgid.ledger import Header, Record, now
+from vgid.plan import Plan
+from vgid.scoreboard import Scoreboard
 
 LIBRARIES = ("vgid", "ray", "torch", "transformers", "peft", "optuna", "mlflow")
 TRIAL_PHASES = ("teacher", "train", "evaluate", "save")
@@ -46,6 +48,51 @@ def phases(ended: Sequence[Record], study_s: Mapping[str, float]) -> Phases:
     if overhead:
         found["overhead"] = {"total_s": sum(overhead), "median_s": statistics.median(overhead)}
     return found
+
+
+def study_summary(
+    header: Header,
+    plan: Plan,
+    board: Scoreboard,
+    hashes: Mapping[str, str],
+    phases: Phases,
+    interrupted: bool,
+    wall_s: float,
+    files: Sequence[str],
+) -> dict[str, Any]:
+    """The content of ``study.json``.
+
+    Args:
+        header: what the ledger says the study is.
+        plan: what it was to do.
+        board: what came of it.
+        hashes: SHA-256 of the dataset and of the base.
+        phases: see ``phases``.
+        interrupted: whether a signal ended it.
+        wall_s: seconds of this run of the study.
+        files: names of the files in the output folder.
+    """
+    return {
+        "study_id": header.study_id,
+        "config": plan.config,
+        "seed": plan.config.seed,
+        "output": plan.config.output,
+        "interrupted": interrupted,
+        **provenance(),
+        "data_sha256": hashes.get("dataset"),
+        "base_sha256": hashes.get("base"),
+        "search_space_sha256": plan.space_sha256,
+        "base": dict(board.base),
+        "reference_point": board.reference_point,
+        "hypervolume": board.hypervolume,
+        "front": [trial.result.trial_id for trial in board.front()],
+        "counts": board.counts(),
+        "started": header.started,
+        "ended": now(),
+        "wall_s": wall_s,
+        "phases": phases,
+        "files": files,
+    }
 
 
 def provenance() -> dict[str, Any]:

@@ -196,9 +196,9 @@ def test_failing_trials_cost_their_own_place_only(data, tmp_path):
 def test_one_trial_at_a_time_is_the_same_study_twice(data, space, tmp_path):
     tables = []
     for name in ("one", "two"):
-        config = study(data, space, tmp_path / name, trials=3, max_concurrent=1, seed=5)
+        config = study(data, space, tmp_path / name, trials=2, max_concurrent=1, seed=5)
         run_study(config)
         table = pd.read_csv(tmp_path / name / "trials.csv", float_precision="round_trip")
         tables.append(table.drop(columns=["seconds"]))
     pd.testing.assert_frame_equal(*tables, check_exact=True)
-    assert list(tables[0].status) == ["completed"] * 3
+    assert list(tables[0].status) == ["completed"] * 2
