@@ -162,7 +162,7 @@ def test_mlflow_holds_the_same_study(study):
     summary = json.loads((output / "study.json").read_text())
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["hypervolume"] == summary["hypervolume"]
-    assert parent.data.tags["vgid.dataset_sha256"] == summary["data_sha256"]
+    assert parent.data.tags["vgid.dataset_hash"] == summary["data_sha256"]
     assert "mlflow.note.content" in parent.data.tags
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert {"front.html", "front.png", "front.csv", "trials.csv", "study.json"} <= artifacts
