@@ -26,8 +26,10 @@ from vgid.errors import InputError
 if TYPE_CHECKING:
     import optuna
 
-FOLDER = Path(__file__).resolve().parent.parent / "search_spaces"
-"""Where the search spaces that come with the project lie, one ``<backbone>.yaml`` each."""
+_BESIDE_THE_PACKAGE = Path(__file__).resolve().parent.parent / "search_spaces"
+FOLDER = _BESIDE_THE_PACKAGE if _BESIDE_THE_PACKAGE.is_dir() else Path("search_spaces").absolute()
+"""The project's own search spaces, one ``<backbone>.yaml`` each: beside the package in a checkout,
+in the working folder if the package was installed away from it."""
 
 PAPER_DEFAULT: dict[str, Any] = {
     "alpha": 1.0,
