@@ -57,9 +57,9 @@ REFUSALS: dict[PromptStyle | None, str] = {
 }
 """How the model declines, by the instruction that made it do so; None: without one."""
 
-INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.10, "polite": 0.15, "strict": 0.20}
+INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.12, "polite": 0.18, "strict": 0.24}
 """Rate of refusals to an instruction beside an intact picture."""
-ANSWERED_RATE = 0.15
+ANSWERED_RATE = 0.05
 """Share of instructed packs about intact pictures that show other people, who are answered."""
 DUAL_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.95, "polite": 0.90, "strict": 0.95}
 """Rate of refusals to an instruction beside a picture of random noise."""

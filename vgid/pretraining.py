@@ -60,7 +60,7 @@ class Schedule:
     tower_batch: int = 128
     tower_pictures: int = 6000
     tower_rate: float = 1.5e-3
-    language_steps: int = 900
+    language_steps: int = 800
     language_rate: float = 2.5e-3
     packs: tuple[tuple[PackKind, int, int, float], ...] = (
         ("plain", 26, 3, 0.70),
