@@ -152,6 +152,7 @@ class Tracker:
 
         now = time.time()
         run.last_step = report.step
+        run.metrics.update(report.metrics)  # so that the result does not repeat the last epoch
         run.waiting += [
             Metric(name, value, int(now * 1000), report.step)
             for name, value in report.metrics.items()
