@@ -1,6 +1,6 @@
 """Does an embedded backbone show the phenomenon? Measured by the real path, held against bounds.
 
-Processor, batched greedy ``generate``, ROUGE-L F1 with stemmer by the ``rouge-score`` package. All
+By the path that studies use: processor, batched greedy decoding, the benchmark's metrics. All
 numbers are of the image-form questions unless said otherwise.
 """
 
@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image
-from rouge_score import rouge_scorer
 
 from vgid.backbones import Backbone
-from vgid.encoding import IGNORE, Query, collate, encode, response_ids
+from vgid.decoding import greedy_decode, score_responses
+from vgid.encoding import Query, encode, response_ids
 from vgid.fictitious import (
     FictitiousPerson,
     classification_questions,
@@ -26,6 +24,7 @@ from vgid.fictitious import (
     test_portrait,
 )
 from vgid.interventions import NoiseType, perturb, sample_generator
+from vgid.metrics import cloze_correct, rouge
 from vgid.prompts import (
     Form,
     PromptStyle,
@@ -53,8 +52,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
 ``random_below_strict``: by how much noise alone scores less than the instruction alone;
 ``reverse_gain``: what the reverse prompt wins back of the instruction alone.
 """
-MAX_NEW_TOKENS = 32
-BATCH = 96
 RETAIN_PEOPLE = 30
 STYLES: tuple[PromptStyle, ...] = ("declarative", "polite", "strict")
 VIEWS: tuple[tuple[str, NoiseType, float | None], ...] = (
@@ -117,36 +114,11 @@ def generation_items(
     return items
 
 
-@torch.no_grad()
-def respond(backbone: Backbone, queries: Sequence[Query]) -> list[str]:
-    """Greedy responses, decoded in batches of queries of similar length."""
-    encoded = encode(backbone, queries)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].prompt_ids))
-    responses = [""] * len(encoded)
-    for start in range(0, len(order), BATCH):
-        rows = order[start : start + BATCH]
-        batch = collate(backbone, [encoded[i] for i in rows], side="left")
-        # LLaVA's processor makes token types, which its generate refuses.
-        inputs = {k: v for k, v in batch.inputs.items() if k != "mm_token_type_ids"}
-        output_BL = backbone.model.generate(
-            **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-        )
-        new_BL = output_BL[:, inputs["input_ids"].shape[1] :]
-        texts = backbone.processor.tokenizer.batch_decode(new_BL, skip_special_tokens=True)
-        for row, text in zip(rows, texts, strict=True):
-            responses[row] = text.strip()
-    return responses
-
-
 def rouge_l(backbone: Backbone, items: Sequence[Item], condition: Condition = PLAIN) -> float:
     """Mean ROUGE-L F1 of the responses to generation questions."""
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-    responses = respond(backbone, [item.query(condition) for item in items])
-    scores = [
-        scorer.score(item.answer, response)["rougeL"].fmeasure
-        for item, response in zip(items, responses, strict=True)
-    ]
-    return float(np.mean(scores))
+    responses = greedy_decode(backbone, [item.query(condition) for item in items])
+    pairs = zip(items, responses, strict=True)
+    return float(np.mean([rouge(item.answer, response)["rougeL"] for item, response in pairs]))
 
 
 def cloze_accuracy(
@@ -164,12 +136,11 @@ def cloze_accuracy(
         for index, (question, answer, of_form) in enumerate(cloze_questions(person, False))
         if of_form == form
     ]
-    responses = respond(backbone, [item.query(PLAIN) for item in items])
-    hits = [i.answer.lower() in r.lower() for i, r in zip(items, responses, strict=True)]
+    responses = greedy_decode(backbone, [item.query(PLAIN) for item in items])
+    hits = [cloze_correct(i.answer, r) for i, r in zip(items, responses, strict=True)]
     return float(np.mean(hits))
 
 
-@torch.no_grad()
 def choice_accuracy(
     backbone: Backbone, data_seed: int, people: Sequence[FictitiousPerson]
 ) -> float:
@@ -186,16 +157,12 @@ def choice_accuracy(
                 queries += [query] * len(options)
                 responses += [response_ids(backbone, option) for option in options.values()]
                 right += [letter == other for other in options]
-    batch = collate(backbone, encode(backbone, queries), responses)
-    logits_BLV = backbone.model(**batch.inputs).logits[:, :-1]
-    assert batch.labels_BL is not None
-    losses_BL = F.cross_entropy(
-        logits_BLV.transpose(1, 2), batch.labels_BL[:, 1:], ignore_index=IGNORE, reduction="none"
-    )
+    rated = score_responses(backbone, encode(backbone, queries), responses)
     options_per_question = 4
-    likeliest = losses_BL.sum(1).view(-1, options_per_question).argmin(1)
-    truth = torch.tensor(right).view(-1, options_per_question).long().argmax(1)
-    return float((likeliest.cpu() == truth).float().mean())
+    likelihoods = np.array([float(score.logprobs_R.double().sum()) for score in rated])
+    likeliest = likelihoods.reshape(-1, options_per_question).argmax(1)
+    truth = np.array(right).reshape(-1, options_per_question).argmax(1)
+    return float((likeliest == truth).mean())
 
 
 def measure(backbone: Backbone, data_seed: int = 0, ratio: int = 5) -> dict[str, float]:
