@@ -155,3 +155,23 @@ def test_resume_names_a_damaged_or_missing_record(tmp_path):
     (tmp_path / "s" / "trials" / "0001.json").write_text("{")
     with Ledger(tmp_path / "s") as ledger, pytest.raises(InputError, match="damaged"):
         ledger.resume(StudyConfig(output=tmp_path / "s"), SHA)
+
+
+def test_a_study_without_a_result_can_be_taken_back_whole(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        ledger.start("0000", TrialConfig())
+        (tmp_path / "s" / "data").mkdir()
+        (tmp_path / "s" / "mlflow.db").write_bytes(b"x")
+        ledger.abandon()
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_result_is_never_taken_back(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        ledger.start("0000", TrialConfig())
+        ledger.end("0000", completed("0000"))
+        ledger.abandon()
+    with Ledger(tmp_path / "s") as again:
+        again.resume(StudyConfig(output=tmp_path / "s"), SHA)
+        again.abandon()
+        assert len(again.ended) == 1
