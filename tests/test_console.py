@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vgid.config import TrialConfig
+from vgid.config import StudyConfig, TrialConfig
 from vgid.console import (
     Standing,
     StudyConsole,
@@ -173,7 +173,8 @@ def test_help_explains_every_flag_with_its_default():
     for flag in flags.split():
         assert f"--{flag}" in text
     assert "default: tiny-llava" in text
-    assert "default: 24" in text
+    trials = StudyConfig.model_fields["trials"].default
+    assert f"default: {trials}" in text
     for action in parser()._actions:
         assert action.help, action.dest
 

@@ -43,7 +43,7 @@ class RequestConfig(Config):
     store: Path = Field(description="folder of the teacher store, shared by all trials")
     seed: int = Field(0, ge=0, description="splits of people and questions, few-shot people")
     retain_people: int = Field(
-        40, ge=2, description="people scored as retain set, half of them seen in training"
+        50, ge=2, description="people scored as retain set, half of them seen in training"
     )
     bootstrap_samples: int = Field(1000, ge=100, description="resamples behind each interval")
     eval_batch_size: int = Field(64, ge=1, description="questions decoded together")
@@ -114,14 +114,14 @@ class StudyConfig(Config):
     search_space: Path | None = Field(None, description="None: search_spaces/<backbone>.yaml")
     method: Method = "vgid"
     forget_ratio: ForgetRatio = 5
-    trials: int = Field(24, ge=1)
+    trials: int = Field(40, ge=1)
     seed: int = Field(0, ge=0)
     sampler: Sampler = "auto"
     time_budget_s: float | None = Field(None, gt=0)
     max_concurrent: int | None = Field(None, ge=1, description="None: what the cluster holds")
     workers_per_trial: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0, ge=0)
-    retain_people: int = Field(40, ge=2)
+    retain_people: int = Field(50, ge=2)
     tracking_uri: str | None = None
     fresh_workers: bool = False
     log_responses: bool = False

@@ -1,5 +1,6 @@
 """A benchmark and a small search space for studies of seconds."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,13 @@ parameters:
 first_points:
   - {alpha: 1.0, noise_type: random}
 """
+
+
+def free_port() -> int:
+    """A TCP port of the loopback that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from tests.end_to_end.conftest import free_port
 from vgid.search import open_journal
 
 ROOT = Path(__file__).parent.parent.parent
@@ -230,12 +230,6 @@ def test_an_interrupted_study_ends_in_order(data, space, tmp_path):
     assert summary["interrupted"]
     assert list(read_trials(output).index) == ended(output)
     assert (output / "front.png").exists()
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def submit(dashboard, secured, flags):

@@ -12,6 +12,7 @@ from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
 from tests.end_to_end import sessions
+from tests.end_to_end.conftest import free_port
 from vgid.cluster import QUIET
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.plan import SlotShape
@@ -28,9 +29,8 @@ def two_nodes():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in QUIET.items():
             patch.setenv(name, value)
-        cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True}
-        )
+        head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": free_port()}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
         cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         patch.setenv("RAY_ADDRESS", cluster.address)
