@@ -130,7 +130,7 @@ def test_base_scores_are_computed_once_and_shared(session, request_config):
     assert {p: p.stat().st_mtime_ns for p in request_config.store.glob("base-*.json")} == before
 
 
-@pytest.mark.parametrize("source", ["reference", "mixed"])
+@pytest.mark.parametrize("source", ["reference", "teacher"])
 def test_response_sources_differ(session, result, adapters, tmp_path, source):
     other = session.run(
         TRIAL.model_copy(update={"response_source": source}), "0004", tmp_path / "0004"

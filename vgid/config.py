@@ -72,9 +72,10 @@ class TrialConfig(Config):
     prompt_style: PromptStyle = Field("strict", description="instruction t_ic, Appendix A.1")
     learning_rate: float = Field(1e-3, gt=0, le=1)
     response_source: ResponseSource = Field(
-        "teacher",
-        description="which tokens y the forget KL is summed over: the teacher's own answer, the "
-        "reference answer, or each in turn",
+        "mixed",
+        description="which tokens y the forget KL is summed over, which the paper leaves open: the "
+        "teacher's own answer, the reference answer, or each in turn (the default by measurement: "
+        "tests/benchmarks/response_source.py)",
     )
     train_tasks: tuple[Task, ...] = Field(
         ("generation", "cloze"), min_length=1, description="task forms in the training batches"
