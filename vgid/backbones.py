@@ -173,7 +173,9 @@ def locate(row: BackboneSpec, model_path: str | None) -> Path:
 
 def _from_hub(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # one sentence in the end, not a line for each retry
     try:
         path = snapshot_download(
             hub_id,
