@@ -1,0 +1,416 @@
+"""Tensors on disk by content hash: computed once, shared between processes, bounded in size.
+
+::
+
+    ROOT/store.json                  marks the folder as a store and states its bound
+    ROOT/<kind>/<key>.safetensors    one entry; its modification time is its last use
+    ROOT/<kind>/<key>.lock           held by the process that computes the entry
+    ROOT/<kind>/<key>.<pid>.*.tmp    an entry while it is written; it appears by a rename
+    ROOT/evict.lock                  held by the process that removes entries
+
+A key is the hash of all that an entry depends on, so an entry is never out of date and whoever
+computes it again writes the same bytes. Hence no race can give a wrong result: the locks only
+spare work, and an entry may vanish at any moment. The bound holds for the kinds of a root
+together; whatever else lies in the root is neither counted nor touched.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from filelock import FileLock
+from safetensors import SafetensorError
+
+from vgid.config import Config
+from vgid.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARKER = "store.json"
+KEY = re.compile(r"[0-9a-f]{64}")
+ENTRY = re.compile(rf"{KEY.pattern}\.safetensors")
+TEMPORARY = re.compile(rf"(?P<key>{KEY.pattern})\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
+LOCK = re.compile(rf"(?P<key>{KEY.pattern})\.lock")
+ABANDONED_S = 3600.0
+"""Age in seconds at which a temporary file of a process that is not there counts as abandoned."""
+
+
+def key_of(described: Any) -> str:
+    """The key of an entry: SHA-256 of the canonical JSON of all that it depends on.
+
+    Args:
+        described: plain data. Tuples count as lists, and keys of mappings as text.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+        TypeError: something that JSON does not have.
+    """
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class ContentStore:
+    """One kind of entries in a store, shared between processes, least recently used first out.
+
+    Args:
+        root: folder of the store; created.
+        kind: subfolder of this kind's entries.
+        limit_bytes: bound on the entries of all kinds of the root together, None for no bound. It
+            holds after each write, except that the entry just written always stays. The store
+            remembers it, for ``info``; a bound that differs from the one before takes effect at
+            once.
+
+    Attributes:
+        hits: entries that were found.
+        misses: entries that were computed.
+        bytes_written: size of the files of the entries that were computed.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+
+    def __init__(self, root: Path, kind: str, limit_bytes: int | None = None) -> None:
+        self.root = root
+        self.folder = root / kind
+        self.limit_bytes = limit_bytes
+        self.hits = 0
+        self.misses = 0
+        self.bytes_written = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+        self._swept = False
+        marker = root / MARKER
+        stated = json.dumps({"limit_bytes": limit_bytes}).encode()
+        if not (marker.is_file() and marker.read_bytes() == stated):
+            try:
+                _replace(marker, stated)
+            except OSError:
+                return  # a store that can only be read serves hits; a miss says what is wrong
+            self._evict()
+
+    def get_or_compute(
+        self, key: str, compute: "Callable[[], dict[str, Tensor]]"
+    ) -> "dict[str, Tensor]":
+        """The entry of ``key``, computed and stored if it is not there.
+
+        Of the processes that want an entry one computes it and the others wait. An entry whose
+        file is torn is computed again and replaced.
+
+        Args:
+            key: from ``key_of``.
+            compute: gives the entry's tensors, no two of which share memory.
+
+        Returns:
+            The tensors, contiguous and on the CPU.
+
+        Raises:
+            InputError: the disk is full or the folder cannot be written; nothing is left behind.
+            ValueError: ``key`` is not one of ``key_of``.
+        """
+        if not KEY.fullmatch(key):
+            raise ValueError(f"{key!r} is no key: key_of gives 64 hexadecimal digits")
+        path = self.folder / f"{key}.safetensors"
+        tensors = _load(path)
+        if tensors is not None:
+            self.hits += 1
+            return tensors
+        with _alone(path.with_suffix(".lock")):
+            tensors = _load(path)
+            if tensors is not None:
+                self.hits += 1
+                return tensors
+            tensors = {name: x.detach().cpu().contiguous() for name, x in compute().items()}
+            self.bytes_written += _save(path, tensors)
+            self.misses += 1
+        self._evict(keep=path)
+        return tensors
+
+    def _evict(self, keep: Path | None = None) -> None:
+        if self._swept and self.limit_bytes is None:
+            return
+        with _alone(self.root / "evict.lock"):
+            _sweep(self.root)
+            self._swept = True
+            if self.limit_bytes is None:
+                return
+            entries = sorted(_entries(self.root))
+            total = sum(entry.bytes for entry in entries)
+            for entry in entries:
+                if total <= self.limit_bytes:
+                    break
+                if entry.path != str(keep):
+                    _remove(entry)
+                    total -= entry.bytes
+
+
+class Usage(Config):
+    """What a store, or one kind of it, takes.
+
+    Attributes:
+        entries: how many.
+        bytes: size of their files.
+        oldest_use: when the entry longest unused was last used: UTC, ISO 8601; None if empty.
+        newest_use: when an entry was last used.
+    """
+
+    entries: int
+    bytes: int
+    oldest_use: str | None
+    newest_use: str | None
+
+
+class StoreInfo(Usage):
+    """What a store holds, or what was removed from it.
+
+    Attributes:
+        root: folder of the store.
+        limit_bytes: its bound as last stated by a process that opened it, None for none.
+        by_kind: the same for each kind, in alphabetical order.
+    """
+
+    root: Path
+    limit_bytes: int | None
+    by_kind: dict[str, Usage]
+
+
+def find_root(folder: Path) -> Path:
+    """The root of the store in a study's output folder, or ``folder`` if it is a root itself.
+
+    Raises:
+        InputError: there is no such folder, or no store in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; name a study's output folder or its store.")
+    for root in (folder, folder / "store"):
+        if (root / MARKER).is_file():
+            return root
+    raise InputError(
+        f"{folder}: the folder holds no store; name a study's output folder or its store."
+    )
+
+
+def info(root: Path) -> StoreInfo:
+    """What a store holds.
+
+    Raises:
+        InputError: the folder is no store.
+    """
+    root = _checked(root)
+    return _sum_up(root, _kinds(root), _entries(root))
+
+
+def clear(root: Path, kind: str | None = None) -> StoreInfo:
+    """Remove the entries of a store, and lock and temporary files that no process uses.
+
+    Args:
+        root: folder of the store.
+        kind: remove the entries of this kind only.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        InputError: the folder is no store, has no such kind, or cannot be written.
+    """
+    root = _checked(root)
+    kinds = _kinds(root)
+    if kind is not None:
+        if kind not in kinds:
+            raise InputError(
+                f"{root}: the store has no kind {kind}; choose one of {', '.join(kinds) or 'none'}."
+            )
+        kinds = [kind]
+    with _alone(root / "evict.lock"):
+        removed = [entry for entry in _entries(root) if entry.kind in kinds]
+        for entry in removed:
+            _remove(entry)
+        for name in kinds:
+            _clear_leftovers(root / name)
+    return _sum_up(root, kinds, removed)
+
+
+class _Entry(NamedTuple):
+    """One file of a store; sorts by last use, and by name where that is the same."""
+
+    used_ns: int
+    kind: str
+    path: str
+    bytes: int
+
+
+def _load(path: Path) -> "dict[str, Tensor] | None":
+    """The tensors of a file, which counts as used now; None if there is no whole file.
+
+    Read, not mapped: a mapped file that another node removes from a network disk kills the reader.
+    """
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+        tensors = load(content)
+    except (OSError, SafetensorError):
+        return None
+    with contextlib.suppress(OSError):  # evicted meanwhile, or a store that can only be read
+        _use(path)
+    return tensors
+
+
+def _save(path: Path, tensors: "dict[str, Tensor]") -> int:
+    from safetensors.torch import save
+
+    content = save(tensors)
+    try:
+        _replace(path, content)
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
+    return len(content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write beside a file's place, sync, and rename; an error leaves nothing behind."""
+    temporary = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        _use(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _use(path: Path) -> None:
+    # Without a time the kernel's own goes in steps of milliseconds, in which the order is lost.
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock file, and remove it before letting go: filelock's waiters notice and go on."""
+    lock = FileLock(path, poll_interval=0.01)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _unwritable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{folder}: the store cannot be written ({error.strerror}); free some space, lower the "
+        "store's bound or choose another folder."
+    )
+
+
+def _checked(root: Path) -> Path:
+    if not (root / MARKER).is_file():
+        raise InputError(f"{root}: the folder is no store; name one that holds {MARKER}.")
+    return root
+
+
+def _kinds(root: Path) -> list[str]:
+    with os.scandir(root) as found:
+        return sorted(item.name for item in found if item.is_dir(follow_symlinks=False))
+
+
+def _files(root: Path, kinds: Iterable[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    for kind in kinds:
+        with contextlib.suppress(FileNotFoundError), os.scandir(root / kind) as found:
+            for item in found:
+                yield kind, item
+
+
+def _entries(root: Path) -> Iterator[_Entry]:
+    for kind, item in _files(root, _kinds(root)):
+        if ENTRY.fullmatch(item.name):
+            with contextlib.suppress(FileNotFoundError):
+                state = item.stat()
+                yield _Entry(state.st_mtime_ns, kind, item.path, state.st_size)
+
+
+def _remove(entry: _Entry) -> None:
+    try:
+        Path(entry.path).unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(Path(entry.path).parent, error) from None
+
+
+def _sweep(root: Path) -> None:
+    """Remove the temporary files of processes that died long ago."""
+    for _, item in _files(root, _kinds(root)):
+        match = TEMPORARY.fullmatch(item.name)
+        if match and not _running(int(match["pid"])):
+            with contextlib.suppress(OSError):
+                if time.time() - item.stat().st_mtime > ABANDONED_S:
+                    Path(item.path).unlink(missing_ok=True)
+
+
+def _running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove lock and temporary files of keys whose lock nobody holds."""
+    leftovers: dict[str, list[Path]] = {}
+    for _, item in _files(folder.parent, [folder.name]):
+        match = TEMPORARY.fullmatch(item.name) or LOCK.fullmatch(item.name)
+        if match:
+            leftovers.setdefault(match["key"], []).append(Path(item.path))
+    for key, paths in leftovers.items():
+        lock = FileLock(folder / f"{key}.lock")
+        with contextlib.suppress(OSError), lock.acquire(blocking=False):
+            for path in (*paths, folder / f"{key}.lock"):
+                path.unlink(missing_ok=True)
+
+
+def _sum_up(root: Path, kinds: Iterable[str], entries: Iterable[_Entry]) -> StoreInfo:
+    everything = sorted(entries)
+    try:
+        limit = json.loads((root / MARKER).read_text())["limit_bytes"]
+    except (ValueError, KeyError, TypeError):
+        limit = None  # a damaged file is written again by the next process that opens the store
+    return StoreInfo(
+        root=root,
+        limit_bytes=limit,
+        by_kind={kind: _usage([e for e in everything if e.kind == kind]) for kind in kinds},
+        **_usage(everything).model_dump(),
+    )
+
+
+def _usage(entries: list[_Entry]) -> Usage:
+    times = [datetime.fromtimestamp(entry.used_ns / 1e9, UTC) for entry in entries]
+    uses = [when.isoformat(timespec="milliseconds") for when in times]
+    return Usage(
+        entries=len(entries),
+        bytes=sum(entry.bytes for entry in entries),
+        oldest_use=uses[0] if uses else None,
+        newest_use=uses[-1] if uses else None,
+    )
