@@ -1,0 +1,157 @@
+"""Forward KL at the response positions straight from hidden states, lean in memory.
+
+Full-vocabulary logits of all positions, their log-softmax, probabilities and gradients are what
+runs a training step out of memory. Here positions go through ``lm_head`` a chunk at a time, and the
+gradient with respect to the student's hidden states, (p_student - p_teacher) @ weight, is made in
+the same pass; so two (chunk, V) buffers, allocated once, hold all that is vocabulary-sized.
+
+Shapes: R response positions, C positions of a chunk, r a few of these, D hidden width,
+V vocabulary, v a block of it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vgid.errors import InputError
+
+BLOCK = 4096
+"""Columns of the vocabulary whose products are made at a time: scratch is (C, BLOCK) at most."""
+
+
+def chunked_kl(
+    student_RD: Tensor,
+    teacher_RD: Tensor,
+    weight_VD: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    chunk: int = 256,
+) -> Tensor:
+    """Sum over positions of KL(teacher || student): the sums in equations 3 and 4 of the paper.
+
+    The logits are those of ``F.linear(hidden, weight_VD, bias_V)``. A position whose hidden states
+    are equal adds exactly 0 to the value and to the gradient. NaN and inf are not hidden: a row
+    with one makes the value NaN or inf. Deterministic; differentiable once.
+
+    Args:
+        student_RD: last hidden states that predict the response tokens, any floating dtype, shape
+            (R, D) with R >= 0, on the weight's device. The only input that gets a gradient.
+        teacher_RD: the teacher's, same shape, any floating dtype and device.
+        weight_VD: frozen ``lm_head`` weight; the matrix products run in its dtype.
+        bias_V: frozen ``lm_head`` bias, of the weight's dtype and device.
+        chunk: positions at a time, at least 1. Memory is two fp32 buffers of (chunk, V) and
+            scratch of a few (chunk, ``BLOCK``).
+
+    Returns:
+        A scalar in nats; fp32, or fp64 where the weight is fp64, as are the softmax and the sums.
+
+    Raises:
+        InputError: shapes that do not fit together, or a chunk below 1.
+    """
+    if student_RD.ndim != 2 or teacher_RD.shape != student_RD.shape:
+        raise InputError(
+            f"teacher_RD: shape {tuple(teacher_RD.shape)} beside the student's "
+            f"{tuple(student_RD.shape)}; give both as (R, D) for the same response positions."
+        )
+    if weight_VD.ndim != 2 or weight_VD.shape[1] != student_RD.shape[1]:
+        raise InputError(
+            f"weight_VD: shape {tuple(weight_VD.shape)} does not fit hidden states of width "
+            f"{student_RD.shape[1]}; give the lm_head weight of the same backbone."
+        )
+    if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
+        raise InputError(
+            f"bias_V: shape {tuple(bias_V.shape)} does not fit a vocabulary of "
+            f"{weight_VD.shape[0]}; give the bias of the same lm_head."
+        )
+    if chunk < 1:
+        raise InputError(f"chunk {chunk}: must be positive; give 1 or more.")
+    return _ChunkedKL.apply(
+        student_RD,
+        teacher_RD.detach(),
+        weight_VD.detach(),
+        None if bias_V is None else bias_V.detach(),
+        chunk,
+        torch.is_grad_enabled() and student_RD.requires_grad,
+    )
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """The value, with its gradient made in the forward pass while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_RD: Tensor,
+        teacher_RD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        chunk: int,
+        with_grad: bool,
+    ) -> Tensor:
+        """The scalar; keeps grad_RD, of the student's shape and dtype, if ``with_grad``."""
+        dtype = torch.promote_types(weight_VD.dtype, torch.float32)
+        size = max(1, min(chunk, len(student_RD)))
+        # One buffer for both hidden states: a matrix product may round differently at another
+        # memory alignment, and equal hidden states must give equal logits.
+        hidden_CD = weight_VD.new_empty(size, weight_VD.shape[1])
+        teacher_CV = weight_VD.new_empty(size, len(weight_VD), dtype=dtype)
+        student_CV = torch.empty_like(teacher_CV)
+        kl_R = weight_VD.new_empty(len(student_RD), dtype=dtype)
+        grad_RD = torch.empty_like(student_RD) if with_grad else None
+
+        for start in range(0, len(student_RD), size):
+            rows = slice(start, start + size)
+            filled = slice(0, len(kl_R[rows]))
+            for source_RD, logits_CV in ((teacher_RD, teacher_CV), (student_RD, student_CV)):
+                hidden_CD[filled] = source_RD[rows]
+                _logits(hidden_CD[filled], weight_VD, bias_V, logits_CV[filled])
+            _divergence(teacher_CV[filled], student_CV[filled], kl_R[rows])
+            if grad_RD is not None:
+                grad_RD[rows] = _product(student_CV[filled], weight_VD)
+        if grad_RD is not None:
+            ctx.save_for_backward(grad_RD)
+        return kl_R.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """grad_RD times the scalar that arrives; None for the other inputs."""
+        (grad_RD,) = ctx.saved_tensors
+        return grad_RD * grad_output, None, None, None, None, None
+
+
+def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> None:
+    """Fill ``out_CV``, block by block: logits of half precision never exist whole."""
+    for start in range(0, len(weight_VD), BLOCK):
+        v = slice(start, start + BLOCK)
+        bias_v = None if bias_V is None else bias_V[v]
+        out_CV[:, v] = F.linear(hidden_CD, weight_VD[v], bias_v)
+
+
+def _divergence(teacher_CV: Tensor, student_CV: Tensor, out_C: Tensor) -> None:
+    """KL of each position from two buffers of logits.
+
+    ``student_CV`` then holds the gradient with respect to its logits, p_student - p_teacher.
+    """
+    # A softmax needs whole rows, so scratch here is a few rows, as large as a block of columns.
+    size = max(1, len(teacher_CV) * BLOCK // teacher_CV.shape[1])
+    for start in range(0, len(teacher_CV), size):
+        rows = slice(start, start + size)
+        ratio_rV = F.log_softmax(teacher_CV[rows], dim=-1)
+        ratio_rV -= F.log_softmax(student_CV[rows], dim=-1)
+        p_teacher_rV = F.softmax(teacher_CV[rows], dim=-1)
+        out_C[rows] = ratio_rV.mul_(p_teacher_rV).sum(dim=-1)
+        # Not exp of the log-softmax: the fused kernel is faster on CPU.
+        torch.sub(F.softmax(student_CV[rows], dim=-1), p_teacher_rV, out=student_CV[rows])
+
+
+def _product(difference_CV: Tensor, weight_VD: Tensor) -> Tensor:
+    """``difference_CV @ weight_VD`` in the weight's dtype, blocks added up in the buffer's."""
+    grad_CD = difference_CV.new_zeros(len(difference_CV), weight_VD.shape[1])
+    for start in range(0, len(weight_VD), BLOCK):
+        v = slice(start, start + BLOCK)
+        grad_CD += difference_CV[:, v].to(weight_VD.dtype) @ weight_VD[v]
+    return grad_CD
