@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -87,20 +85,39 @@ def test_answers_do_not_depend_on_batch_or_order(random_backbone, encoded, batch
 
 def test_long_prompts_come_in_smaller_batches(random_backbone, encoded, monkeypatch):
     expected = greedy_tokens(random_backbone, encoded, NEW_TOKENS)
-    limit = 2 * max(len(item.prompt_ids) for item in encoded)
-    monkeypatch.setattr("vgid.decoding.MAX_BATCH_TOKENS", limit)
+    longest = max(len(item.prompt_ids) for item in encoded) + NEW_TOKENS
+    monkeypatch.setattr("vgid.decoding.MAX_BATCH_TOKENS", 2 * longest)
     shapes = []
-    handle = random_backbone.model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    handle = random_backbone.model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
     )
     try:
         assert greedy_tokens(random_backbone, encoded, NEW_TOKENS) == expected
     finally:
         handle.remove()
-    prompts = [shape for shape in shapes if shape[1] > 1]
-    assert sum(rows for rows, _ in prompts) == len(encoded)
-    assert all(rows * length <= limit for rows, length in prompts)
-    assert max(rows for rows, _ in prompts) > 2  # short prompts still share a batch
+    together = [shapes[i + 1][0] for i, (_, length) in enumerate(shapes) if length > 1]
+    assert sum(together) == len(encoded)
+    assert len(together) > 3
+    assert max(together) > 2  # short prompts still share a batch
+
+
+def test_a_portrait_is_run_once_for_all_its_questions(random_backbone):
+    """Tokens of the prompts' forward pass: the tree's, counted by hand."""
+    questions = [f"Question {n}: who is it?" for n in range(5)]
+    image = portrait(0, make_world(0).people[0])
+    encoded = encode(random_backbone, [Query(q, q, image) for q in questions])
+    distinct = {tuple(e.prompt_ids[:n]) for e in encoded for n in range(1, len(e.prompt_ids) + 1)}
+    shapes = []
+    handle = random_backbone.model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    try:
+        greedy_tokens(random_backbone, encoded, 3)
+    finally:
+        handle.remove()
+    assert shapes[0] == (1, len(distinct))
+    assert len(distinct) < 0.5 * sum(len(e.prompt_ids) for e in encoded)
+    assert shapes[1:] == [(5, 1)] * 2
 
 
 def test_a_row_stops_at_its_end_while_others_go_on(random_backbone, encoded):
@@ -197,12 +214,11 @@ def test_an_adapter_is_part_of_the_answer(random_backbone, encoded):
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, 0.05)
-        for backbone in (random_backbone, replace(random_backbone, model=wrapped)):
-            changed = score_responses(backbone, encoded, responses)
-            assert not torch.allclose(changed[0].logprobs_R, before[0].logprobs_R)
-            assert greedy_tokens(backbone, encoded[:2], 3) == [
-                greedy_by_hand(random_backbone, item, 3) for item in encoded[:2]
-            ]
+        changed = score_responses(random_backbone, encoded, responses)
+        assert not torch.allclose(changed[0].logprobs_R, before[0].logprobs_R)
+        assert greedy_tokens(random_backbone, encoded[:2], 3) == [
+            greedy_by_hand(random_backbone, item, 3) for item in encoded[:2]
+        ]
     finally:
         wrapped.unload()
     assert torch.equal(

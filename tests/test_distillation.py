@@ -2,6 +2,7 @@ import math
 import os
 import socket
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import make_random_backbone
-from tests.test_teacher import samples
+from tests.test_teacher import samples, teachers
 from vgid.adapter import attached, loaded
 from vgid.config import TrialConfig
 from vgid.distillation import (
@@ -22,14 +23,14 @@ from vgid.distillation import (
     share,
 )
 from vgid.encoding import collate, encode
-from vgid.teacher import Intervention, TeacherStore
+from vgid.teacher import Intervention
 
 CONFIG = TrialConfig(epochs=2, batch_size=4, retain_batch_size=3, lora_rank=4, learning_rate=1e-2)
 
 
 def make_set(backbone, root: Path, intervention: Intervention, n: int = 6) -> DistillationSet:
     chosen = samples(n)
-    targets = TeacherStore(root, backbone).targets(chosen, intervention, "reference")
+    targets = teachers(root, backbone).targets(chosen, intervention, "reference")
     prompts = encode(backbone, [s.query for s in chosen])
     return DistillationSet(prompts, [targets], [s.task for s in chosen])
 
@@ -57,7 +58,7 @@ def train(backbone, forget, retain, config=CONFIG, **options) -> tuple[dict, lis
 def test_kl_is_exactly_zero_at_step_0_for_the_unperturbed_input(random_backbone, retain):
     """Same weights with the adapter off: not small, zero."""
     with attached(random_backbone, CONFIG) as model:
-        part = share(random_backbone, retain, range(7), 0, 0, 1)
+        part = share(random_backbone, retain, range(7), 0)[0]
         loss = Student(model, random_backbone).kl(part)
         assert loss.item() == 0.0
 
@@ -75,7 +76,7 @@ def test_kl_of_the_perturbed_teacher_is_the_mean_over_response_tokens(random_bac
         total += (p.exp() * (p - q)).sum().item()
         count += len(target.response)
     with attached(random_backbone, CONFIG) as adapted:
-        part = share(random_backbone, forget, range(6), 0, 0, 1)
+        (part,) = share(random_backbone, forget, range(6), 0)
         loss = Student(adapted, random_backbone).kl(part).item()
     assert loss == pytest.approx(total / count, rel=1e-4)
     assert loss > 0.01
@@ -202,43 +203,98 @@ def test_saved_adapter_loads_and_unloads(random_backbone, forget, retain, tmp_pa
         assert torch.equal(random_backbone.model(**batch.inputs).logits, base)
 
 
+def plan(
+    tasks: list, portraits: list | None = None, **settings: Any
+) -> tuple[DistillationSet, Any]:
+    """A set that only its order matters of, and a config."""
+    data = DistillationSet([None] * len(tasks), [], tasks)  # type: ignore[list-item]
+    vars(data)["portraits"] = portraits or list(range(len(tasks)))
+    return data, TrialConfig(**{"batch_size": 12, "retain_batch_size": 6, **settings})
+
+
 def test_epoch_batches_cover_everything_once_in_nearly_equal_parts():
-    tasks = ["generation"] * 70
-    batches = epoch_batches(tasks, 12, seed=0, epoch=3)
+    data, config = plan(["generation"] * 70)
+    batches = epoch_batches(data, config, epoch=3)
     assert sorted(i for b in batches for i in b) == list(range(70))
     assert {len(b) for b in batches} == {11, 12}
-    assert batches == epoch_batches(tasks, 12, seed=0, epoch=3)
-    assert batches != epoch_batches(tasks, 12, seed=0, epoch=4)
-    assert batches != epoch_batches(tasks, 12, seed=1, epoch=3)
+    assert batches == epoch_batches(data, config, epoch=3)
+    assert batches != epoch_batches(data, config, epoch=4)
+    assert batches != epoch_batches(data, plan([], seed=1)[1], epoch=3)
 
 
-def test_batches_hold_the_tasks_in_equal_parts_and_repeat_none_too_early():
-    tasks = ["generation"] * 60 + ["cloze"] * 10 + ["classification"] * 20
-    batches = epoch_batches(tasks, 12, seed=0, epoch=0)
-    assert sum(map(len, batches)) == 90
+@pytest.mark.parametrize("people", [5, 6])
+@pytest.mark.parametrize("questions_per_image", [1, 2, 3])
+def test_batches_hold_the_tasks_in_equal_parts_and_repeat_none_too_early(
+    people, questions_per_image
+):
+    one = ["generation"] * 12 + ["cloze"] * 2 + ["classification"] * 4
+    tasks = one * people
+    portraits = [p for p in range(people) for _ in one]
+    data, config = plan(tasks, portraits, questions_per_image=questions_per_image)
+    batches = epoch_batches(data, config, epoch=0)
+    assert sum(map(len, batches)) == len(tasks)
     for batch in batches:
         counts = Counter(tasks[i] for i in batch)
-        assert max(counts.values()) - min(counts.values()) <= 1
+        assert max(counts.values()) - min(counts.values()) <= 2
     seen = Counter(i for batch in batches for i in batch)
     for task, times in (("generation", {0, 1}), ("cloze", {3}), ("classification", {1, 2})):
         assert {seen[i] for i, t in enumerate(tasks) if t == task} == times
 
 
+def test_questions_of_a_portrait_follow_each_other_and_all_portraits_get_their_turn():
+    portraits = [p for p in range(4) for _ in range(6)]
+    data, config = plan(["generation"] * 24, portraits, questions_per_image=3)
+    order = [portraits[i] for batch in epoch_batches(data, config, 0) for i in batch]
+    threes = [order[i : i + 3] for i in range(0, 24, 3)]
+    assert all(len(set(three)) == 1 for three in threes)
+    assert sorted(t[0] for t in threes[:4]) == sorted(t[0] for t in threes[4:]) == [0, 1, 2, 3]
+
+
 def test_retain_batches_pass_without_replacement():
-    tasks = ["generation"] * 20
-    one_pass = [retain_batch(tasks, 6, 0, step) for step in range(3)]
+    data, config = plan(["generation"] * 20)
+    one_pass = [retain_batch(data, config, step) for step in range(3)]
     drawn = [i for batch in one_pass for i in batch]
     assert len(set(drawn)) == len(drawn) == 18
-    assert retain_batch(tasks, 6, 0, 3) != one_pass[0]
-    assert sorted(retain_batch(tasks[:4], 6, 0, 0)) == [0, 1, 2, 3]
+    assert retain_batch(data, config, 3) != one_pass[0]
+    assert sorted(retain_batch(plan(["generation"] * 4)[0], config, 0)) == [0, 1, 2, 3]
 
 
-def test_shares_of_all_ranks_weigh_as_the_whole(random_backbone, forget):
-    whole = share(random_backbone, forget, range(5), 0, 0, 1)
-    parts = [share(random_backbone, forget, range(5), 0, rank, 3) for rank in range(3)]
-    assert sum(len(p.teacher_RD) for p in parts) == len(whole.teacher_RD)
-    assert all(p.weight == whole.weight == 1 / len(whole.teacher_RD) for p in parts)
-    assert share(random_backbone, forget, [2], 0, 1, 2).weight == 0.0
+@pytest.mark.parametrize("parts", [1, 2])
+def test_shares_of_all_ranks_weigh_as_the_whole(random_backbone, forget, parts):
+    (whole,) = share(random_backbone, forget, range(5), 0)
+    shares = [
+        s for rank in range(2) for s in share(random_backbone, forget, range(5), 0, rank, 2, parts)
+    ]
+    assert len(shares) == 2 * parts
+    assert sum(len(s.teacher_RD) for s in shares) == len(whole.teacher_RD)
+    assert all(s.weight == whole.weight == 1 / len(whole.teacher_RD) for s in shares)
+    assert share(random_backbone, forget, [2], 0, 1, 2)[0].weight == 0.0
+
+
+def test_a_portraits_questions_stay_in_one_share(random_backbone, tmp_path):
+    chosen = [
+        replace(sample, query=replace(sample.query, id=f"{sample.query.id}/{k}", text=f"{k}?"))
+        for k in range(3)
+        for sample in samples(2)
+    ]
+    prompts = encode(random_backbone, [s.query for s in chosen])
+    targets = teachers(tmp_path, random_backbone).targets(chosen, Intervention(), "reference")
+    data = DistillationSet(prompts, [targets], [s.task for s in chosen])
+    for rank in range(2):
+        (mine,) = share(random_backbone, data, range(6), 0, rank, 2)
+        assert len(mine.packed.pictures) == 1
+        assert len(mine.packed.rows) == 3
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_accumulation_leaves_the_loss_unchanged(random_backbone, forget, retain, parts):
+    whole, expected = train(random_backbone, forget, retain)
+    config = CONFIG.model_copy(update={"gradient_accumulation": parts})
+    state, reports = train(random_backbone, forget, retain, config)
+    for got, want in zip(reports, expected, strict=True):
+        for name, value in want.metrics.items():
+            assert math.isclose(got.metrics[name], value, rel_tol=1e-4, abs_tol=1e-6), name
+    assert max((state[n] - whole[n]).abs().max().item() for n in whole) < 1e-4
 
 
 def _ddp_worker(rank: int, port: int, root: Path, world_size: int) -> None:
@@ -248,7 +304,9 @@ def _ddp_worker(rank: int, port: int, root: Path, world_size: int) -> None:
     backbone = make_random_backbone()
     forget = make_set(backbone, root / "store", Intervention("random", None, "strict"), 5)
     retain = make_set(backbone, root / "store", Intervention(), 7)
-    config = TrialConfig(epochs=2, batch_size=3, retain_batch_size=1, lora_rank=4)
+    config = TrialConfig(
+        epochs=2, batch_size=3, retain_batch_size=1, lora_rank=4, gradient_accumulation=2
+    )
     state, reports = train(backbone, forget, retain, config, rank=rank, world_size=world_size)
     torch.save((state, [r.model_dump() for r in reports]), root / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()

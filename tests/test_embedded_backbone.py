@@ -24,7 +24,6 @@ from vgid.embedded_model import IMAGE_TOKENS
 from vgid.embedded_recipe import PORTRAITS_PER_PERSON, REFUSALS, Pack, make_recipe, refusal_rate
 from vgid.encoding import Query, collate, encode, response_ids
 from vgid.fictitious import FACTS, make_world, portrait
-from vgid.packing import PackEncoder
 from vgid.pretraining import (
     Schedule,
     _pack_loss,
@@ -32,6 +31,7 @@ from vgid.pretraining import (
     pretrain,
     tower_features,
 )
+from vgid.pretraining_packs import PackEncoder
 from vgid.prompts import (
     REVERSE_PROMPT,
     UNLEARNING_INSTRUCTIONS,

@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -283,7 +284,7 @@ def test_instruction_and_reverse_prompt_frame_the_question(random_backbone, peop
     )
 
 
-def test_noise_reaches_the_model_seeded_per_question(random_backbone, people, examination):
+def test_noise_reaches_the_model_seeded_per_image(random_backbone, people, examination):
     def pixels(noise: Intervention) -> dict[str, torch.Tensor]:
         noisy = prepare(random_backbone, people, REQUEST, "search", seed=0, intervention=noise)
         return {
@@ -299,8 +300,9 @@ def test_noise_reaches_the_model_seeded_per_question(random_backbone, people, ex
     other = pixels(Intervention(noise_type="random", seed=2))
     assert all(torch.equal(noise[i], again[i]) for i in noise)
     assert not any(torch.equal(noise[i], other[i]) for i in noise)
-    one, two = list(noise.values())[:2]
-    assert not torch.equal(one, two)
+    plain = pixels(Intervention())
+    for one, two in itertools.combinations(noise, 2):
+        assert torch.equal(noise[one], noise[two]) == torch.equal(plain[one], plain[two])
 
 
 def test_test_questions_use_all_poses_by_seed(random_backbone, people, examination):

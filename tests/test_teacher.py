@@ -10,10 +10,13 @@ from safetensors.torch import load_file
 
 from tests.conftest import make_random_backbone
 from tests.test_encoding import picture
+from vgid.backbones import Backbone
+from vgid.content_store import ContentStore
 from vgid.encoding import Query, collate, encode
+from vgid.packing import response_hidden
 from vgid.prompts import UNLEARNING_INSTRUCTIONS, generation_text
 from vgid.splits import TrainingSample
-from vgid.teacher import Intervention, TeacherStore, intervene, response_hidden
+from vgid.teacher import Intervention, TeacherStore, intervene
 
 RANDOM_STRICT = Intervention("random", None, "strict", seed=3)
 
@@ -30,7 +33,11 @@ def samples(n: int = 6) -> list[TrainingSample]:
 
 
 def files(root: Path) -> list[Path]:
-    return sorted(root.glob("*.safetensors"))
+    return sorted(root.glob("teachers/*.safetensors"))
+
+
+def teachers(root: Path, backbone: Backbone, rank: int = 0) -> TeacherStore:
+    return TeacherStore(ContentStore(root, "teachers"), backbone, rank)
 
 
 def test_intervention_perturbs_the_image_and_prepends_the_instruction(random_backbone):
@@ -43,16 +50,19 @@ def test_intervention_perturbs_the_image_and_prepends_the_instruction(random_bac
 
 
 def test_store_gives_the_logits_of_the_base_bit_for_bit(random_backbone, tmp_path):
-    store = TeacherStore(tmp_path, random_backbone)
+    store = teachers(tmp_path, random_backbone)
     for source, intervention in (("teacher", RANDOM_STRICT), ("reference", Intervention())):
         cold = store.targets(samples(), intervention, source)
-        warm = TeacherStore(tmp_path, random_backbone).targets(samples(), intervention, source)
+        warm = teachers(tmp_path, random_backbone).targets(samples(), intervention, source)
         encoded = encode(
             random_backbone, [intervene(random_backbone, s.query, intervention) for s in samples()]
         )
         batch = collate(random_backbone, encoded, [t.response for t in cold])
         with torch.no_grad():
-            fresh = random_backbone.model.lm_head(response_hidden(random_backbone, batch))
+            responses = [t.response for t in cold]
+            fresh = random_backbone.model.lm_head(
+                response_hidden(random_backbone, encoded, responses)
+            )
             full = random_backbone.model(**batch.inputs).logits[:, :-1][batch.predicts_BL]
         for targets in (cold, warm):
             stored = random_backbone.model.lm_head(torch.cat([t.hidden_RD for t in targets]))
@@ -62,14 +72,14 @@ def test_store_gives_the_logits_of_the_base_bit_for_bit(random_backbone, tmp_pat
 
 
 def test_teacher_response_is_its_own_greedy_answer(random_backbone, tmp_path):
-    targets = TeacherStore(tmp_path, random_backbone).targets(samples(), RANDOM_STRICT, "teacher")
+    targets = teachers(tmp_path, random_backbone).targets(samples(), RANDOM_STRICT, "teacher")
     for target in targets:
         greedy = random_backbone.model.lm_head(target.hidden_RD).argmax(-1).tolist()
         assert greedy == target.response
 
 
 def test_key_depends_on_everything_the_target_depends_on(random_backbone, tmp_path):
-    store = TeacherStore(tmp_path, random_backbone)
+    store = teachers(tmp_path, random_backbone)
     variants = [
         (samples(2), Intervention(), "reference"),
         (samples(3), Intervention(), "reference"),
@@ -83,12 +93,12 @@ def test_key_depends_on_everything_the_target_depends_on(random_backbone, tmp_pa
     for variant in variants:
         store.targets(*variant)
     assert len(files(tmp_path)) == len(variants)
-    assert (store.hits, store.misses) == (0, len(variants))
+    assert (store.store.hits, store.store.misses) == (0, len(variants))
     for variant in variants:
         store.targets(*variant)
-    assert (store.hits, store.misses) == (len(variants), len(variants))
+    assert (store.store.hits, store.store.misses) == (len(variants), len(variants))
     other = make_random_backbone(seed=1)
-    TeacherStore(tmp_path, other).targets(*variants[0])
+    teachers(tmp_path, other).targets(*variants[0])
     assert len(files(tmp_path)) == len(variants) + 1
 
 
@@ -96,9 +106,9 @@ def _fill(root: Path, started: float) -> None:
     backbone = make_random_backbone()
     torch.set_num_threads(1)
     time.sleep(max(0.0, started - time.time()))
-    store = TeacherStore(root, backbone)
+    store = teachers(root, backbone)
     store.targets(samples(), RANDOM_STRICT, "teacher")
-    (root / f"misses-{os.getpid()}").write_text(str(store.misses))
+    (root / f"misses-{os.getpid()}").write_text(str(store.store.misses))
 
 
 def test_two_processes_compute_a_chunk_once_and_agree(random_backbone, tmp_path):
@@ -112,22 +122,22 @@ def test_two_processes_compute_a_chunk_once_and_agree(random_backbone, tmp_path)
         worker.join(120)
         assert worker.exitcode == 0
     assert sum(int(p.read_text()) for p in shared.glob("misses-*")) == 1
-    TeacherStore(alone, random_backbone).targets(samples(), RANDOM_STRICT, "teacher")
+    teachers(alone, random_backbone).targets(samples(), RANDOM_STRICT, "teacher")
     assert [p.name for p in files(shared)] == [p.name for p in files(alone)]
     assert files(shared)[0].read_bytes() == files(alone)[0].read_bytes()
 
 
 def _fill_and_be_killed(root: Path) -> None:
-    import vgid.teacher as teacher_module
+    import vgid.content_store as store_module
 
     backbone = make_random_backbone()
 
-    def torn_save(tensors: dict, path: Path) -> None:
-        path.write_bytes(b"half a file")
+    def torn_save(path: Path, tensors: dict) -> None:
+        path.with_suffix(".tmp").write_bytes(b"half a file")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    teacher_module.save_file = torn_save  # type: ignore[assignment]
-    TeacherStore(root, backbone).targets(samples(), RANDOM_STRICT, "teacher")
+    store_module._save = torn_save  # type: ignore[assignment]
+    teachers(root, backbone).targets(samples(), RANDOM_STRICT, "teacher")
 
 
 def test_a_writer_killed_in_mid_write_leaves_no_torn_chunk(random_backbone, tmp_path):
@@ -137,7 +147,7 @@ def test_a_writer_killed_in_mid_write_leaves_no_torn_chunk(random_backbone, tmp_
     worker.join(120)
     assert worker.exitcode == -signal.SIGKILL
     assert files(tmp_path) == []
-    store = TeacherStore(tmp_path, random_backbone)
+    store = teachers(tmp_path, random_backbone)
     store.targets(samples(), RANDOM_STRICT, "teacher")
     assert len(files(tmp_path)) == 1
     assert int(load_file(files(tmp_path)[0])["lengths"].numel()) == 6
@@ -146,11 +156,7 @@ def test_a_writer_killed_in_mid_write_leaves_no_torn_chunk(random_backbone, tmp_
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_ranks_return_the_same_targets_in_the_same_order(random_backbone, tmp_path, rank):
     many = samples(70)
-    expected = TeacherStore(tmp_path / "0", random_backbone).targets(
-        many, Intervention(), "reference"
-    )
-    got = TeacherStore(tmp_path / "r", random_backbone, rank).targets(
-        many, Intervention(), "reference"
-    )
+    expected = teachers(tmp_path / "0", random_backbone).targets(many, Intervention(), "reference")
+    got = teachers(tmp_path / "r", random_backbone, rank).targets(many, Intervention(), "reference")
     assert [t.response for t in got] == [t.response for t in expected]
     assert all(torch.equal(a.hidden_RD, b.hidden_RD) for a, b in zip(got, expected, strict=True))

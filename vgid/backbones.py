@@ -9,10 +9,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vgid.errors import InputError
 from vgid.prompts import Task
+
+if TYPE_CHECKING:
+    from vgid.vision import Vision
 
 EMBEDDED = Path(__file__).parent / "embedded"
 LANGUAGE_MODEL_LINEARS = (
@@ -118,12 +121,19 @@ class Backbone:
         model: the Hugging Face image-text-to-text model.
         processor: its processor (image processor and tokenizer).
         revision: hub commit, or SHA-256 of a local folder's files; names the base in every result.
+        vision: what the frozen tower sees, each image once.
     """
 
     spec: BackboneSpec
     model: Any
     processor: Any
     revision: str
+    vision: "Vision" = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        from vgid.vision import Vision
+
+        self.vision = Vision(self.model, self.processor, self.revision)
 
     @property
     def device(self) -> Any:

@@ -41,6 +41,9 @@ class RequestConfig(Config):
     data: Path = Field(description="benchmark folder in the MLLMU-Bench layout")
     forget_ratio: ForgetRatio = Field(5, description="per cent of the people to forget")
     store: Path = Field(description="folder of the teacher store, shared by all trials")
+    store_limit_gb: float = Field(
+        50.0, gt=0, description="size of the store at most, in 10^9 bytes; least recently used out"
+    )
     seed: int = Field(0, ge=0, description="splits of people and questions, few-shot people")
     retain_people: int = Field(
         50, ge=2, description="people scored as retain set, half of them seen in training"
@@ -88,7 +91,16 @@ class TrialConfig(Config):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="of all steps")
+    questions_per_image: int = Field(
+        1,
+        ge=1,
+        description="questions of a portrait that follow each other into a batch; they share its "
+        "image tokens, so more is faster on real images, and less varied",
+    )
     gradient_checkpointing: bool = False
+    gradient_accumulation: int = Field(
+        1, ge=1, description="parts that a batch is computed in, to save memory; same loss"
+    )
     released: bool = Field(
         False,
         description="the public script's variant: no instruction, noise in normalised space "

@@ -1,7 +1,11 @@
-"""What a backbone answers, and how likely it finds a given answer: both in batches.
+"""What a backbone answers, and how likely it finds a given answer: both with shared beginnings.
 
-Shape legend: B samples, L tokens of the longest, R response tokens over the whole batch, V
-vocabulary.
+Prompts are run once as trees (``vgid.packing``): a portrait's image is encoded once for all its
+questions. To decode, each question then gets its own copy of the keys and values on its path, and
+all of them advance together, one token a step, until each has ended.
+
+Shape legend: B rows of trees, L tokens of a row, N samples, P tokens of the longest prompt, H
+heads, E head width, R response tokens over all samples, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from vgid.backbones import Backbone
-from vgid.encoding import Encoded, Query, collate, encode
+from vgid.encoding import Encoded, Query, encode
+from vgid.packing import Packed, hidden_states, pack, rotary_positions
 
 MAX_NEW_TOKENS = 50
 """Longest response, in tokens, of the benchmark's protocol."""
@@ -22,6 +28,11 @@ MAX_BATCH_TOKENS = 32_768
 """Prompt tokens of a batch at most, padding included, however many samples were asked for: a
 few-shot prompt of LLaVA-1.5-7B holds thousands of image tokens, and this many fill 16 GiB of its
 key-value cache."""
+
+
+COMPACT = 0.75
+"""Rows that ended are dropped when at most this share of a batch goes on: dropping copies the
+key-value cache of the others."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,9 @@ def greedy_tokens(
 ) -> list[list[int]]:
     """Greedy responses as token ids, without the end-of-sequence token.
 
-    Prompts are sorted by length and padded on the left, so a batch holds little padding; a row
-    that ended is padded while the others go on. In fp32 the answers equal those of one prompt at a
-    time. What a checkpoint's generation settings say about sampling or repetition is set aside.
-    A response shorter than ``max_new_tokens`` ended by itself.
+    In fp32 the answers equal those of one prompt at a time. What a checkpoint's generation settings
+    say about sampling or repetition is set aside. A response shorter than ``max_new_tokens`` ended
+    by itself.
 
     Args:
         backbone: model and tokenizer.
@@ -59,18 +69,89 @@ def greedy_tokens(
     Returns:
         One list of token ids a prompt, in the order of ``encoded``.
     """
-    ends = _end_tokens(backbone)
-    settings = _greedy_settings(backbone, ends, max_new_tokens)
     responses: dict[int, list[int]] = {}
     with _evaluating(backbone.model):
-        for rows in _batches([len(e.prompt_ids) for e in encoded], batch_size):
-            batch = collate(backbone, [encoded[row] for row in rows], side="left")
-            prompt_length = batch.inputs["input_ids"].shape[1]
-            output_BL = backbone.model.generate(**batch.inputs, generation_config=settings)
-            for row, tokens in zip(rows, output_BL[:, prompt_length:].tolist(), strict=True):
-                length = next((i for i, t in enumerate(tokens) if t in ends), len(tokens))
-                responses[row] = tokens[:length]
+        for rows in _batches(encoded, max_new_tokens, batch_size):
+            decoded = _decode(backbone, [encoded[row] for row in rows], max_new_tokens)
+            responses.update(zip(rows, decoded, strict=True))
     return [responses[row] for row in range(len(encoded))]
+
+
+def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int) -> list[list[int]]:
+    """Greedy responses to prompts that fit into one batch."""
+    from transformers import DynamicCache
+
+    model, ends = backbone.model, _end_tokens(backbone)
+    packed = pack(backbone, prompts)
+    shared = DynamicCache(config=model.config.get_text_config())
+    hidden_ND = packed.last(hidden_states(backbone, packed, shared))
+    cache, seen_NP = _own_paths(shared, packed, max_new_tokens)
+    del shared
+    positions_AN = torch.stack([p.positions_AL[:, -1] for p in prompts], 1).to(backbone.device)
+    responses: list[list[int]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # prompt of each row
+    ended: set[int] = set()
+    for step in range(1, max_new_tokens + 1):
+        logits_NV = model.lm_head(hidden_ND)
+        # A response is text; an image token in it could not be shown to the model again.
+        logits_NV[:, backbone.processor.image_token_id] = -float("inf")
+        tokens_N = logits_NV.argmax(dim=-1)
+        for n, token in zip(rows, tokens_N.tolist(), strict=True):
+            if token in ends:
+                ended.add(n)
+            elif n not in ended:
+                responses[n].append(token)
+        going = [row for row, n in enumerate(rows) if n not in ended]
+        if not going or step == max_new_tokens:
+            break
+        if len(going) <= COMPACT * len(rows):
+            rows = [rows[row] for row in going]
+            cache.batch_select_indices(torch.tensor(going, device=backbone.device))
+            tokens_N, seen_NP, positions_AN = (
+                tokens_N[going],
+                seen_NP[going],
+                positions_AN[:, going],
+            )
+        seen_NP = torch.nn.functional.pad(seen_NP, (0, 1), value=True)
+        positions_AN = positions_AN + 1
+        hidden_ND = model.model.language_model(
+            inputs_embeds=model.get_input_embeddings()(tokens_N[:, None]),
+            attention_mask=seen_NP[:, None, None],
+            position_ids=rotary_positions(positions_AN[..., None]),
+            use_cache=True,
+            cache=cache,
+        ).last_hidden_state[:, -1]
+    return responses
+
+
+def _own_paths(shared: Any, packed: Packed, room: int) -> tuple[Any, Tensor]:
+    """Each sample's own keys and values, out of those of the trees.
+
+    Args:
+        shared: cache of the trees.
+        packed: the trees.
+        room: tokens that are still to come.
+
+    Returns:
+        A cache of N rows and P tokens with room for more, and which of the tokens are a row's own
+        (the others pad shorter prompts): bool of shape (N, P).
+    """
+    from transformers import Cache
+
+    longest = max(len(path) for path in packed.paths)
+    paths_NP = torch.tensor([path + [0] * (longest - len(path)) for path in packed.paths])
+    lengths_N = torch.tensor([len(path) for path in packed.paths])
+    rows_N1 = torch.tensor(packed.rows)[:, None]
+    layers = [
+        _RoomyLayer(
+            layer.keys[rows_N1, :, paths_NP].transpose(1, 2),
+            layer.values[rows_N1, :, paths_NP].transpose(1, 2),
+            room,
+        )
+        for layer in shared.layers
+    ]
+    seen_NP = torch.arange(longest) < lengths_N[:, None]
+    return Cache(layers=layers), seen_NP.to(packed.ids_BL.device)
 
 
 def response_text(backbone: Backbone, tokens: Sequence[int]) -> str:
@@ -114,15 +195,14 @@ def score_responses(
     """
     if not all(responses):
         raise ValueError("an empty response has no tokens to score")
-    lengths = [len(e.prompt_ids) + len(r) for e, r in zip(encoded, responses, strict=True)]
+    longest = max(map(len, responses), default=0)
     scores: dict[int, ResponseScore] = {}
     with _evaluating(backbone.model):
-        for rows in _batches(lengths, batch_size):
-            batch = collate(backbone, [encoded[i] for i in rows], [responses[i] for i in rows])
-            predicts_BL = torch.nn.functional.pad(batch.predicts_BL, (0, 1))
-            output = backbone.model(**batch.inputs, logits_to_keep=predicts_BL, use_cache=False)
-            logits_RV = output.logits.float()
-            targets_R = batch.response_ids_R
+        for rows in _batches(encoded, longest, batch_size):
+            packed = pack(backbone, [encoded[i] for i in rows], [responses[i] for i in rows])
+            hidden_RD = packed.predicting(hidden_states(backbone, packed))
+            logits_RV = backbone.model.lm_head(hidden_RD).float()
+            targets_R = packed.response_ids_R
             correct_R = (logits_RV.argmax(dim=-1) == targets_R).cpu()
             logprobs_R = -torch.nn.functional.cross_entropy(
                 logits_RV, targets_R, reduction="none"
@@ -135,16 +215,32 @@ def score_responses(
     return [scores[row] for row in range(len(encoded))]
 
 
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, ties in the order given."""
+def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches: questions of a picture together, pictures by the longest prompt.
+
+    Args:
+        encoded: the prompts.
+        more: tokens that come behind each prompt at most.
+        batch_size: prompts of a batch at most.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, prompt in enumerate(encoded):
+        groups.setdefault(tuple(p.key for p in prompt.pictures), []).append(index)
+
+    def length(index: int) -> int:
+        return len(encoded[index].prompt_ids) + more
+
     batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        # Lengths ascend, so this one is what the whole batch would be padded to.
-        full = len(batch) == batch_size
-        if batch and (full or (len(batch) + 1) * lengths[index] > MAX_BATCH_TOKENS):
-            yield batch
-            batch = []
-        batch.append(index)
+    longest = 0
+    for group in sorted(groups.values(), key=lambda group: max(map(length, group))):
+        for index in sorted(group, key=length):
+            longest = max(longest, length(index))
+            if batch and (
+                len(batch) == batch_size or (len(batch) + 1) * longest > MAX_BATCH_TOKENS
+            ):
+                yield batch
+                batch, longest = [], length(index)
+            batch.append(index)
     if batch:
         yield batch
 
@@ -159,25 +255,28 @@ def _end_tokens(backbone: Backbone) -> frozenset[int]:
     return frozenset({backbone.processor.tokenizer.eos_token_id, *configured})
 
 
-def _greedy_settings(backbone: Backbone, ends: frozenset[int], max_new_tokens: int) -> Any:
-    from transformers import GenerationConfig
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of a layer, with room for those to come: growing copies nothing."""
 
-    # The library fills what is left out from the checkpoint, so the neutral values are spelt out:
-    # Qwen2.5-VL, for one, ships a repetition penalty.
-    return GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends),
-        # A response is text; an image token in it could not be shown to the model again.
-        suppress_tokens=[backbone.processor.image_token_id],
-        pad_token_id=backbone.processor.tokenizer.pad_token_id,
-    )
+    def __init__(self, keys_NHPE: Tensor, values_NHPE: Tensor, room: int) -> None:
+        super().__init__()
+        self.length = keys_NHPE.shape[2]
+        self.keys = torch.nn.functional.pad(keys_NHPE, (0, 0, 0, room))
+        self.values = torch.nn.functional.pad(values_NHPE, (0, 0, 0, room))
+        self.dtype, self.device, self.is_initialized = keys_NHPE.dtype, keys_NHPE.device, True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the states of new tokens; returns the views of all states up to them."""
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
 Each step draws a batch of forget questions and one of retain questions, sums both forward KLs
 (equation 5) and takes one optimizer step. Response tokens only: the student's hidden states at
-those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts.
+those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts. Questions
+of one portrait ride in one sequence (``vgid.packing``).
 
 Everything random is a function of (seed, epoch), so a resumed trial goes on as if never stopped.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,15 @@ from torch import Tensor, nn
 
 from vgid.backbones import Backbone
 from vgid.checkpoint import load_checkpoint, save_checkpoint
+from vgid.chunked_kl import chunked_kl
 from vgid.config import TrialConfig
-from vgid.encoding import Batch, Encoded, collate
+from vgid.encoding import Encoded
 from vgid.interventions import sample_generator
-from vgid.objectives import forward_kl_per_position, vgid_loss
+from vgid.objectives import vgid_loss
+from vgid.packing import Packed, hidden_states, pack
 from vgid.prompts import Task
 from vgid.results import EpochReport
-from vgid.teacher import TeacherTarget, response_hidden
+from vgid.teacher import TeacherTarget
 
 
 class LossNotFiniteError(Exception):
@@ -50,6 +55,15 @@ class DistillationSet:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @cached_property
+    def portraits(self) -> list[Hashable]:
+        """What each sample shows; samples that show the same can share its image tokens."""
+        return [tuple(picture.key for picture in prompt.pictures) for prompt in self.prompts]
+
+    def order(self, config: TrialConfig, name: str) -> list[int]:
+        """The samples in a seeded order (``draw_order``)."""
+        return draw_order(self.tasks, self.portraits, config.questions_per_image, config.seed, name)
+
     def target(self, i: int, epoch: int) -> TeacherTarget:
         """The target of sample ``i`` in ``epoch``."""
         return self.targets[(i + epoch) % len(self.targets)][i]
@@ -60,12 +74,12 @@ class DistillationBatch:
     """One rank's share of a batch.
 
     Attributes:
-        batch: right-padded original prompts with the response tokens y.
+        packed: the original prompts with the response tokens y.
         teacher_RD: the teacher's hidden states that predict y.
         weight: 1 / response tokens of the whole batch over all ranks; 0 for a placeholder.
     """
 
-    batch: Batch
+    packed: Packed
     teacher_RD: Tensor
     weight: float
 
@@ -83,44 +97,66 @@ class Student(nn.Module):
         return self.kl(forget), self.kl(retain)
 
     def kl(self, part: DistillationBatch) -> Tensor:
-        """Forward KL at the response positions, weighted to the mean over the whole batch."""
+        """Forward KL at the response positions, weighted to the mean over the whole batch.
+
+        ``forward_kl(lm_head(teacher), lm_head(student))`` of ``vgid.objectives``, without ever
+        holding the logits of all positions.
+        """
+        student_RD = part.packed.predicting(hidden_states(self.backbone, part.packed))
+        teacher_RD = part.teacher_RD.to(student_RD)
         lm_head = self.backbone.model.lm_head
-        student_logits = lm_head(response_hidden(self.backbone, part.batch))
-        with torch.no_grad():
-            teacher_logits = lm_head(part.teacher_RD.to(student_logits))
-        return forward_kl_per_position(teacher_logits, student_logits).sum() * part.weight
+        return chunked_kl(student_RD, teacher_RD, lm_head.weight) * part.weight
 
 
-def task_order(tasks: Sequence[Task], seed: int, name: str) -> list[int]:
-    """As many seeded draws as there are samples, the tasks in turn.
+def draw_order(
+    tasks: Sequence[Task],
+    portraits: Sequence[Hashable],
+    questions_per_image: int,
+    seed: int,
+    name: str,
+) -> list[int]:
+    """As many seeded draws as there are samples: portraits in turn, and their tasks in turn.
 
-    A task's samples are drawn without replacement until all were drawn, then anew: a rare task is
-    seen more often than a frequent one. With a single task this is a permutation.
+    Each portrait in a random order gives its next ``questions_per_image`` questions, round after
+    round. Its own questions alternate between the tasks, neighbours beginning with different ones,
+    so that any stretch of the order holds the tasks in nearly equal parts. A task's questions are
+    drawn without replacement until all were drawn, then anew: a rare task is seen more often than
+    a frequent one.
     """
-    groups: dict[Task, list[int]] = {}
-    for i, task in enumerate(tasks):
-        groups.setdefault(task, []).append(i)
-    rounds = math.ceil(len(tasks) / len(groups))
+    members: dict[Hashable, dict[Task, list[int]]] = {}
+    for i, (portrait, task) in enumerate(zip(portraits, tasks, strict=True)):
+        members.setdefault(portrait, {}).setdefault(task, []).append(i)
+    generator = sample_generator(seed, name)
     streams = []
-    for task, members in groups.items():
-        generator = sample_generator(seed, f"{name}, {task}")
-        passes = [generator.permutation(members) for _ in range(math.ceil(rounds / len(members)))]
-        streams.append(np.concatenate(passes)[:rounds])
-    return [int(i) for i in np.stack(streams, axis=1).ravel()[: len(tasks)]]
+    for place, p in enumerate(generator.permutation(len(members))):
+        groups = list(list(members.values())[p].values())
+        length = sum(map(len, groups))
+        rounds = math.ceil(length / len(groups))
+        columns = []
+        for group in np.roll(np.arange(len(groups)), place):
+            passes = [
+                generator.permutation(groups[group])
+                for _ in range(math.ceil(rounds / len(groups[group])))
+            ]
+            columns.append(np.concatenate(passes)[:rounds])
+        streams.append([int(i) for i in np.stack(columns, axis=1).ravel()[:length]])
+    k = questions_per_image
+    longest = max(map(len, streams))
+    return [i for start in range(0, longest, k) for s in streams for i in s[start : start + k]]
 
 
-def epoch_batches(tasks: Sequence[Task], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(data: DistillationSet, config: TrialConfig, epoch: int) -> list[list[int]]:
     """The forget samples of an epoch's steps: ceil(n / batch_size) nearly equal batches."""
-    order = task_order(tasks, seed, f"forget epoch {epoch}")
-    steps = math.ceil(len(tasks) / batch_size)
+    order = data.order(config, f"forget epoch {epoch}")
+    steps = math.ceil(len(order) / config.batch_size)
     return [part.tolist() for part in np.array_split(order, steps)]
 
 
-def retain_batch(tasks: Sequence[Task], batch_size: int, seed: int, step: int) -> list[int]:
+def retain_batch(data: DistillationSet, config: TrialConfig, step: int) -> list[int]:
     """The retain samples of optimizer step ``step`` (0-based), pass after pass."""
-    batch_size = min(batch_size, len(tasks))
-    per_pass = len(tasks) // batch_size
-    order = task_order(tasks, seed, f"retain pass {step // per_pass}")
+    batch_size = min(config.retain_batch_size, len(data))
+    per_pass = len(data) // batch_size
+    order = data.order(config, f"retain pass {step // per_pass}")
     start = (step % per_pass) * batch_size
     return order[start : start + batch_size]
 
@@ -130,18 +166,30 @@ def share(
     data: DistillationSet,
     indices: Sequence[int],
     epoch: int,
-    rank: int,
-    world_size: int,
-) -> DistillationBatch:
-    """This rank's share of the batch ``indices``; weights add up to the mean over all of it."""
+    rank: int = 0,
+    world_size: int = 1,
+    parts: int = 1,
+) -> list[DistillationBatch]:
+    """This rank's share of the batch ``indices``, in ``parts`` to be accumulated.
+
+    Portraits stay together as far as equal shares allow. Weights add up, over ranks and parts, to
+    the mean over the whole batch.
+    """
     tokens = sum(len(data.target(i, epoch).response) for i in indices)
-    mine = list(indices[rank::world_size])
-    # A rank without samples must still take part in DDP's reduction.
-    weight = 1.0 / tokens if mine else 0.0
-    mine = mine or [indices[0]]
-    targets = [data.target(i, epoch) for i in mine]
-    batch = collate(backbone, [data.prompts[i] for i in mine], [t.response for t in targets])
-    return DistillationBatch(batch, torch.cat([t.hidden_RD for t in targets]), weight)
+    together: dict[Hashable, list[int]] = {}
+    for i in indices:
+        together.setdefault(data.portraits[i], []).append(i)
+    ordered = [i for portrait in together.values() for i in portrait]
+    pieces = np.array_split(ordered, world_size * parts)[rank * parts : (rank + 1) * parts]
+    shares = []
+    for piece in pieces:
+        # A rank without samples must still take part in DDP's reduction.
+        mine = piece.tolist() or [indices[0]]
+        targets = [data.target(i, epoch) for i in mine]
+        packed = pack(backbone, [data.prompts[i] for i in mine], [t.response for t in targets])
+        teacher_RD = torch.cat([t.hidden_RD for t in targets])
+        shares.append(DistillationBatch(packed, teacher_RD, 1.0 / tokens if len(piece) else 0.0))
+    return shares
 
 
 def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float:
@@ -200,26 +248,33 @@ def distill(
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
         sums = torch.zeros(2, dtype=torch.float64)
         norm = 0.0
-        batches = epoch_batches(forget.tasks, config.batch_size, config.seed, epoch)
+        batches = epoch_batches(forget, config, epoch)
         for k, indices in enumerate(batches):
             step = epoch * per_epoch + k
-            others = retain_batch(retain.tasks, config.retain_batch_size, config.seed, step)
-            forget_kl, retain_kl = student(
-                share(backbone, forget, indices, epoch, rank, world_size),
-                share(backbone, retain, others, epoch, rank, world_size),
+            others = retain_batch(retain, config, step)
+            parts = config.gradient_accumulation
+            shares = zip(
+                share(backbone, forget, indices, epoch, rank, world_size, parts),
+                share(backbone, retain, others, epoch, rank, world_size, parts),
+                strict=True,
             )
-            loss = vgid_loss(forget_kl, retain_kl, config.alpha, config.beta)
             optimizer.zero_grad(set_to_none=True)
-            # DDP averages over the ranks, whose shares are meant to be summed.
-            (loss * world_size).backward()
+            kl = torch.zeros(2, dtype=torch.float64)
+            for part, (forget_share, retain_share) in enumerate(shares, 1):
+                with _reduced(student, part == parts):
+                    forget_kl, retain_kl = student(forget_share, retain_share)
+                    loss = vgid_loss(forget_kl, retain_kl, config.alpha, config.beta)
+                    # DDP averages over the ranks, whose shares are meant to be summed.
+                    (loss * world_size).backward()
+                kl += torch.stack([forget_kl, retain_kl]).detach().double().cpu()
             norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
-            if not math.isfinite(norm) or not math.isfinite(loss.item()):
+            if not math.isfinite(norm) or not bool(kl.isfinite().all()):
                 raise LossNotFiniteError(
                     f"loss or gradient is not finite at step {step + 1} (epoch {epoch + 1})"
                 )
             optimizer.step()
             schedule.step()
-            sums += torch.stack([forget_kl, retain_kl]).detach().double().cpu()
+            sums += kl
         model.eval()
         forget_loss, retain_loss = (_sum_over_ranks(sums, world_size) / len(batches)).tolist()
         if checkpoint is not None and rank == 0:
@@ -236,6 +291,14 @@ def distill(
                 "grad_norm": norm,
             },
         )
+
+
+def _reduced(student: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Gradients are summed over ranks once a step, with the last part of the batch."""
+    if last or not isinstance(student, nn.parallel.DistributedDataParallel):
+        return nullcontext()
+    waiting: AbstractContextManager[None] = student.no_sync()
+    return waiting
 
 
 def _sum_over_ranks(values: Tensor, world_size: int) -> Tensor:

@@ -1,6 +1,7 @@
-"""From a question to tensors: prompt frame, processor, padding, response positions.
+"""From a question to tensors: prompt frame, tokens, image tokens, positions.
 
-Shape legend: B samples, L tokens of the longest, R response tokens over the whole batch.
+Shape legend: B samples, L tokens of the longest, A position axes, R response tokens over the whole
+batch.
 
 Image tokens are never truncated: nothing here cuts a sequence, and one that is longer than the
 model's context is an error that names the sample.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from vgid.backbones import Backbone
 from vgid.errors import InputError
+from vgid.vision import Picture
 
 IGNORE = -100
 """Label of positions that are no response, as in torch's cross-entropy."""
@@ -49,14 +51,24 @@ class Encoded:
     Attributes:
         id: the query's.
         prompt_ids: token ids of the framed prompt, image tokens expanded.
-        token_types: per token 0 for text, 1 for image (Qwen's rotary positions need it).
-        vision: processor tensors such as ``pixel_values``, images along the first axis.
+        identity: what each token is: its id, or a negative number that names its image. Prompts
+            with the same beginning have the same hidden states there.
+        positions_AL: position ids of the rotary embedding, int64: one axis A, or three where
+            image tokens have a time, a row and a column (Qwen's M-RoPE).
+        pictures: the images that the image tokens stand for, in order.
     """
 
     id: str
     prompt_ids: list[int]
-    token_types: list[int] | None
-    vision: dict[str, Tensor] = field(repr=False)
+    identity: list[int] = field(repr=False)
+    positions_AL: Tensor = field(repr=False)
+    pictures: tuple[Picture, ...] = field(default=(), repr=False)
+
+    @property
+    def vision(self) -> dict[str, Tensor]:
+        """Processor tensors such as ``pixel_values``, the images along the first axis."""
+        names = self.pictures[0].tensors if self.pictures else {}
+        return {name: torch.cat([p.tensors[name] for p in self.pictures]) for name in names}
 
 
 @dataclass
@@ -95,34 +107,49 @@ def encode(backbone: Backbone, queries: Sequence[Query]) -> list[Encoded]:
 
 
 def _encode(backbone: Backbone, query: Query) -> Encoded:
-    frame = backbone.spec.frame
+    frame, processor = backbone.spec.frame, backbone.processor
     turn = (frame.text if query.image is None else frame.image).format(text=query.text)
-    text = "".join(shot.text for shot in query.shots) + turn
     images = [shot.image for shot in query.shots if shot.image is not None]
     images += [] if query.image is None else [query.image]
-    typed = "mm_token_type_ids" in signature(backbone.model.forward).parameters
-    output = dict(
-        backbone.processor(
-            text=[text],
-            images=[images] if images else None,
-            return_mm_token_type_ids=typed and bool(images),
-        )
+    pictures = tuple(backbone.vision.picture(image) for image in images)
+    # As the processors themselves do it, but with each image processed once for all its questions.
+    first, *rest = ("".join(shot.text for shot in query.shots) + turn).split(processor.image_token)
+    if len(rest) != len(pictures):
+        raise ValueError(f"sample {query.id}: {len(rest)} places for {len(pictures)} images")
+    text = first + "".join(
+        processor.image_token * picture.tokens + after
+        for picture, after in zip(pictures, rest, strict=True)
     )
-    prompt_ids = [int(i) for i in output.pop("input_ids")[0]]
-    output.pop("attention_mask")
-    token_types = output.pop("mm_token_type_ids", None)
+    prompt_ids = [int(i) for i in processor.tokenizer(text)["input_ids"]]
     limit = backbone.model.config.get_text_config().max_position_embeddings
     if len(prompt_ids) > limit:
         raise InputError(
             f"sample {query.id}: {len(prompt_ids)} tokens exceed the context of {limit} of "
             f"{backbone.spec.name}; lower its few-shot people or the image resolution."
         )
+    keys = iter([picture.token_key for picture in pictures for _ in range(picture.tokens)])
+    identity = [next(keys) if i == processor.image_token_id else i for i in prompt_ids]
     return Encoded(
-        query.id,
-        prompt_ids,
-        None if token_types is None else [int(t) for t in token_types[0]],
-        {name: torch.as_tensor(np.asarray(value)) for name, value in output.items()},
+        query.id, prompt_ids, identity, _positions(backbone, prompt_ids, pictures), pictures
     )
+
+
+def _positions(
+    backbone: Backbone, prompt_ids: Sequence[int], pictures: Sequence[Picture]
+) -> Tensor:
+    core = backbone.model.model
+    if not hasattr(core, "get_rope_index"):
+        return torch.arange(len(prompt_ids))[None]
+    if not pictures:
+        return torch.arange(len(prompt_ids)).expand(3, -1)
+    ids_1L = torch.tensor([prompt_ids])
+    positions_A1L, _ = core.get_rope_index(
+        input_ids=ids_1L,
+        mm_token_type_ids=(ids_1L == backbone.processor.image_token_id).int(),
+        image_grid_thw=torch.cat([picture.tensors["image_grid_thw"] for picture in pictures]),
+    )
+    positions_AL: Tensor = positions_A1L[:, 0]
+    return positions_AL
 
 
 def response_ids(backbone: Backbone, response: str) -> list[int]:
@@ -144,7 +171,10 @@ def collate(
     responses: Sequence[Sequence[int]] | None = None,
     side: Literal["left", "right"] = "right",
 ) -> Batch:
-    """Pad samples to one batch on the backbone's device.
+    """Pad samples to one batch on the backbone's device, one sequence a sample.
+
+    The plain form, for the released variant and as the reference that packs are tested against;
+    ``vgid.packing`` computes the same with shared images.
 
     Args:
         backbone: whose pad token and device are used.
@@ -166,14 +196,12 @@ def collate(
         "input_ids": padded([p + a for p, a in pairs], pad_id),
         "attention_mask": padded([[1] * (len(p) + len(a)) for p, a in pairs], 0),
     }
-    if any(e.token_types is not None for e in encoded):
-        types = [(e.token_types or [0] * len(e.prompt_ids)) for e in encoded]
-        inputs["mm_token_type_ids"] = padded(
-            [t + [0] * len(a) for t, (_, a) in zip(types, pairs, strict=True)], 0
-        )
-    for name in sorted({name for e in encoded for name in e.vision}):
-        values = [e.vision[name] for e in encoded if name in e.vision]
-        value = torch.cat(values).to(backbone.device)
+    if "mm_token_type_ids" in signature(backbone.model.forward).parameters:
+        image_id = backbone.processor.image_token_id
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == image_id).int()
+    seen = [e.vision for e in encoded if e.pictures]
+    for name in sorted(seen[0]) if seen else []:
+        value = torch.cat([tensors[name] for tensors in seen]).to(backbone.device)
         inputs[name] = value.to(backbone.model.dtype) if value.is_floating_point() else value
     labels = None
     if responses is not None:

@@ -1,103 +1,260 @@
-"""Several questions about one picture in one sequence, exactly as if each were asked alone.
+"""Samples with the same beginning share its tokens: exact, and several times cheaper.
 
-The questions share the prompt's beginning: picture and instruction. A block mask hides them from
-each other, and each continues the positions of the shared prefix.
+A portrait's questions share its image and the words in front of theirs; an option follows the same
+question as the other options do. So the samples of a batch are laid out as trees: each token stands
+once, behind the tokens that it continues, and sees its ancestors only (block attention mask).
+Its position is the one that it has in its own sample. Hidden states, losses and gradients equal
+those of separate sequences.
 
-Shape legend: B packs, L tokens of the longest.
+Several trees lie side by side in a row, and rows are filled to nearly equal length.
+
+Shape legend: B rows, L tokens of a row, A position axes, N samples, R response tokens over all
+samples, D hidden width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vgid.embedded_model import IMAGE, IMAGE_TOKENS
-from vgid.embedded_recipe import Pack
-from vgid.encoding import IGNORE
-from vgid.prompts import with_instruction
+from vgid.backbones import Backbone
+from vgid.encoding import Encoded
+from vgid.vision import Picture
+
+MAX_ROW_TOKENS = 4096
+"""Token budget of a row. A tree that is larger is cut, its beginning repeated; a single sample
+that is larger has a row of its own."""
 
 
-@dataclass(frozen=True)
-class PackedBatch:
-    """Packs as tensors.
+@dataclass
+class Packed:
+    """N samples as model inputs.
 
     Attributes:
-        ids_BL: token ids.
-        labels_BL: response tokens, ``IGNORE`` elsewhere.
-        positions_BL: position ids, continued from the shared prefix in every turn.
-        mask_B1LL: True where a query position (third axis) may see a key position.
+        ids_BL: token ids, padded.
+        positions_ABL: position ids.
+        ends_BL: where the tree below each token ends: it is seen by the tokens from itself up to
+            there. Padding sees itself.
+        pictures: the images, in the order of their image tokens.
+        rows: row of each sample.
+        paths: where each sample's tokens stand in its row, response included.
+        responses: each sample's response, empty without.
     """
 
     ids_BL: Tensor
-    labels_BL: Tensor
-    positions_BL: Tensor
-    mask_B1LL: Tensor
+    positions_ABL: Tensor
+    ends_BL: Tensor
+    pictures: list[Picture] = field(repr=False)
+    rows: list[int] = field(repr=False)
+    paths: list[list[int]] = field(repr=False)
+    responses: list[list[int]] = field(repr=False)
+
+    @property
+    def mask_B1LL(self) -> Tensor:
+        """True where the token of the third axis sees that of the fourth."""
+        place_L = torch.arange(self.ids_BL.shape[1], device=self.ids_BL.device)
+        before_LL = place_L[None, :] <= place_L[:, None]
+        return (before_LL & (place_L[:, None] < self.ends_BL[:, None, :]))[:, None]
+
+    @property
+    def response_ids_R(self) -> Tensor:
+        """The response tokens of all samples, one after the other."""
+        return torch.tensor([i for r in self.responses for i in r], device=self.ids_BL.device)
+
+    def predicting(self, states_BLD: Tensor) -> Tensor:
+        """The states that predict a response token, one after the other: (R, D)."""
+        rows, places = [], []
+        for row, path, response in zip(self.rows, self.paths, self.responses, strict=True):
+            rows += [row] * len(response)
+            places += path[len(path) - len(response) - 1 : -1] if response else []
+        return states_BLD[rows, places]
+
+    def last(self, states_BLD: Tensor) -> Tensor:
+        """The state of each sample's last token: (N, D)."""
+        return states_BLD[self.rows, [path[-1] for path in self.paths]]
 
 
-class PackEncoder:
-    """Turns packs into token ids that equal those of the whole prompts, turn by turn."""
+@dataclass
+class _Tree:
+    """Samples that begin alike, in lexicographic order, and the tokens of their common layout."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self._cache: dict[str, list[int]] = {}
+    samples: list[int]
+    tokens: int
 
-    def _ids(self, text: str) -> list[int]:
-        if text not in self._cache:
-            self._cache[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._cache[text]
 
-    def pieces(self, pack: Pack) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
-        """Ids of the shared prefix, and by turn of the question and of the response.
+def pack(
+    backbone: Backbone,
+    prompts: Sequence[Encoded],
+    responses: Sequence[Sequence[int]] | None = None,
+    max_row_tokens: int = MAX_ROW_TOKENS,
+) -> Packed:
+    """Lay samples out as trees, on the backbone's device.
 
-        Cut where the tokenizer cuts words anyway: behind a line break or in front of a space.
-        """
-        opening = "USER:" if pack.picture is None else f"USER: {IMAGE * IMAGE_TOKENS}\n"
-        space = " " if pack.picture is None else ""
-        if pack.style is not None:
-            opening, space = f"{opening}{space}{with_instruction('', pack.style)}", ""
-        prefix = [self.tokenizer.bos_token_id, *self._ids(opening)]
-        turns = [
-            (
-                self._ids(f"{space}{text}\nASSISTANT:"),
-                [*self._ids(f" {response}"), self.tokenizer.eos_token_id],
-            )
-            for text, response in pack.turns
-        ]
-        return prefix, turns
+    Args:
+        backbone: whose pad token, width and device are used.
+        prompts: the samples' prompts.
+        responses: token ids of each sample's response, behind its prompt.
+        max_row_tokens: token budget of a row.
+    """
+    answers = [list(r) for r in responses] if responses is not None else [[] for _ in prompts]
+    keys = [prompt.identity + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    trees = _trees(prompts, keys, max_row_tokens)
+    width = backbone.model.config.get_text_config().hidden_size
+    bins = _fill_rows([tree.tokens for tree in trees], max_row_tokens, width)
+    length = max((sum(trees[t].tokens for t in row) for row in bins), default=0)
 
-    def collate(self, packs: Sequence[Pack]) -> PackedBatch:
-        """Pad packs on the right to one batch."""
-        rows = [self._row(pack) for pack in packs]
-        length = max(len(row[0]) for row in rows)
+    axes = prompts[0].positions_AL.shape[0] if prompts else 1
+    ids_BL = np.full((len(bins), length), backbone.processor.tokenizer.pad_token_id)
+    positions_ABL = np.zeros((axes, len(bins), length), dtype=np.int64)
+    ends_BL = np.tile(np.arange(1, length + 1), (len(bins), 1))
+    packed_rows, packed_paths = [0] * len(prompts), [[] for _ in prompts]  # type: ignore[var-annotated]
+    pictures: list[Picture] = []
+    for b, row in enumerate(bins):
+        used = 0
+        for t in row:
+            path: list[int] = []
+            before: list[int] = []
+            for n in trees[t].samples:
+                prompt, answer = prompts[n], answers[n]
+                shared = _common(before, keys[n])
+                ends_BL[b, path[shared:]] = used
+                new = slice(used, used + len(keys[n]) - shared)
+                ids_BL[b, new] = (prompt.prompt_ids + answer)[shared:]
+                positions_ABL[:, b, new] = _continued(prompt, len(answer))[:, shared:]
+                pictures += _new_pictures(prompt, shared)
+                path = path[:shared] + list(range(new.start, new.stop))
+                used, before = new.stop, keys[n]
+                packed_rows[n], packed_paths[n] = b, path
+            ends_BL[b, path] = used
+    device = backbone.device
+    return Packed(
+        torch.from_numpy(ids_BL).to(device),
+        torch.from_numpy(positions_ABL).to(device),
+        torch.from_numpy(ends_BL).to(device),
+        pictures,
+        packed_rows,
+        packed_paths,
+        answers,
+    )
 
-        def padded(column: int, value: int) -> Tensor:
-            return torch.tensor(
-                [row[column] + [value] * (length - len(row[column])) for row in rows]
-            )
 
-        # Segment 0 is the prefix, turns count from 1, padding is a segment of its own.
-        segments_BL = padded(3, -1)
-        same = segments_BL[:, :, None] == segments_BL[:, None, :]
-        prefix = segments_BL[:, None, :] == 0
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        return PackedBatch(
-            padded(0, self.tokenizer.pad_token_id),
-            padded(1, IGNORE),
-            padded(2, 0),
-            ((same | prefix) & causal)[:, None],
-        )
+def hidden_states(backbone: Backbone, packed: Packed, cache: Any | None = None) -> Tensor:
+    """Last hidden states (after the final norm) of all tokens: (B, L, D).
 
-    def _row(self, pack: Pack) -> tuple[list[int], list[int], list[int], list[int]]:
-        prefix, turns = self.pieces(pack)
-        start = len(prefix)
-        ids, labels = list(prefix), [IGNORE] * start
-        positions, segments = list(range(start)), [0] * start
-        for number, (question, response) in enumerate(turns, 1):
-            length = len(question) + len(response)
-            ids += question + response
-            labels += [IGNORE] * len(question) + response
-            positions += range(start, start + length)
-            segments += [number] * length
-        return ids, labels, positions, segments
+    Args:
+        backbone: the model as it is now, adapters included.
+        packed: the samples.
+        cache: key-value cache to be filled, if any.
+    """
+    model = backbone.model
+    embedded_BLD = model.get_input_embeddings()(packed.ids_BL)
+    if packed.pictures:
+        features = torch.cat([backbone.vision.features(picture) for picture in packed.pictures])
+        image_BL1 = (packed.ids_BL == backbone.processor.image_token_id)[..., None]
+        embedded_BLD = embedded_BLD.masked_scatter(image_BL1, features.to(embedded_BLD.dtype))
+    output = model.model.language_model(
+        inputs_embeds=embedded_BLD,
+        attention_mask=packed.mask_B1LL,
+        position_ids=rotary_positions(packed.positions_ABL),
+        use_cache=cache is not None,
+        cache=cache,
+    )
+    hidden_BLD: Tensor = output.last_hidden_state
+    return hidden_BLD
+
+
+def response_hidden(
+    backbone: Backbone, prompts: Sequence[Encoded], responses: Sequence[Sequence[int]]
+) -> Tensor:
+    """Last hidden states at the positions that predict a response token: (R, D).
+
+    ``lm_head`` of them are the logits of the response tokens, sample after sample.
+    """
+    packed = pack(backbone, prompts, responses)
+    return packed.predicting(hidden_states(backbone, packed))
+
+
+def rotary_positions(positions_ABL: Tensor) -> Tensor:
+    """Position ids as the language model takes them: without the axis where there is but one."""
+    return positions_ABL[0] if positions_ABL.shape[0] == 1 else positions_ABL
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    length = min(len(a), len(b))
+    return next((i for i in range(length) if a[i] != b[i]), length)
+
+
+def _continued(prompt: Encoded, tokens: int) -> Any:
+    """Positions of a prompt and of ``tokens`` text tokens behind it: (A, L)."""
+    positions_AL = prompt.positions_AL.numpy()
+    more = positions_AL[:, -1:] + np.arange(1, tokens + 1)
+    return np.concatenate([positions_AL, more], axis=1)
+
+
+def _new_pictures(prompt: Encoded, shared: int) -> list[Picture]:
+    """The images of a prompt whose tokens stand behind the first ``shared`` ones."""
+    old = sum(key < 0 for key in prompt.identity[:shared])
+    pictures = []
+    for picture in prompt.pictures:
+        if old >= picture.tokens:
+            old -= picture.tokens
+        else:
+            assert old == 0, "an image is shared as a whole"
+            pictures.append(picture)
+    return pictures
+
+
+def _trees(
+    prompts: Sequence[Encoded], keys: Sequence[Sequence[int]], max_tokens: int
+) -> list[_Tree]:
+    """Samples by their first image, text-only ones together; trees over the budget are cut."""
+    groups: dict[str, list[int]] = {}
+    for n, prompt in enumerate(prompts):
+        groups.setdefault(prompt.pictures[0].key if prompt.pictures else "", []).append(n)
+    trees = []
+    for members in groups.values():
+        tree = _Tree([], 0)
+        before: Sequence[int] = []
+        for n in sorted(members, key=lambda n: (keys[n], n)):
+            more = len(keys[n]) - _common(before, keys[n])
+            if tree.samples and tree.tokens + more > max_tokens:
+                trees.append(tree)
+                tree, more = _Tree([], 0), len(keys[n])
+            tree.samples.append(n)
+            tree.tokens += more
+            before = keys[n]
+        trees.append(tree)
+    return trees
+
+
+def _fill_rows(sizes: Sequence[int], max_tokens: int, width: int) -> list[list[int]]:
+    """Bins of trees: first fit, largest first, at the row length that costs least.
+
+    A token costs some 12 width^2 multiplications a layer in the linear maps and 2 width for each
+    token of its row in attention, so 6 width tokens of row cost as much as the linear maps.
+    """
+    largest = max(sizes, default=0)
+    best: tuple[float, list[list[int]]] = (float("inf"), [])
+    for factor in (1, 2, 3, 4):
+        capacity = largest * factor
+        if factor > 1 and capacity > max_tokens:
+            break
+        rows: list[list[int]] = []
+        room: list[int] = []
+        for t in sorted(range(len(sizes)), key=lambda t: -sizes[t]):
+            b = next((b for b, free in enumerate(room) if free >= sizes[t]), None)
+            if b is None:
+                rows.append([])
+                room.append(capacity)
+                b = len(rows) - 1
+            rows[b].append(t)
+            room[b] -= sizes[t]
+        length = capacity - min(room, default=0)
+        cost = len(rows) * length * (6 * width + length)
+        if cost < best[0]:
+            best = (cost, rows)
+    return best[1]

@@ -3,7 +3,7 @@
 1. The vision tower learns the twelve attributes of drawn faces (nobody of any benchmark), and is
    frozen.
 2. Projector and language model learn packs of questions about pictures (``embedded_recipe``). The
-   questions of a pack share picture and instruction (``packing``).
+   questions of a pack share picture and instruction (``pretraining_packs``).
 
 Rebuild the shipped weights, or make others, with::
 
@@ -42,8 +42,8 @@ from vgid.embedded_model import (
 from vgid.embedded_recipe import REFUSALS, Pack, PackKind, Recipe, attribute_pictures, make_recipe
 from vgid.encoding import IGNORE
 from vgid.errors import InputError
-from vgid.packing import PackEncoder
 from vgid.portraits import ATTRIBUTE_SIZES
+from vgid.pretraining_packs import PackEncoder
 
 
 @dataclass(frozen=True)

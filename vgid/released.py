@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from vgid.backbones import Backbone
 from vgid.config import TrialConfig
-from vgid.distillation import LossNotFiniteError, epoch_batches, retain_batch
+from vgid.distillation import DistillationSet, LossNotFiniteError, epoch_batches, retain_batch
 from vgid.encoding import Batch, Encoded, collate
-from vgid.prompts import Task
 from vgid.results import EpochReport
 
 
@@ -68,16 +67,19 @@ def distill_released(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
     per_epoch = math.ceil(len(forget) / config.batch_size)
-    alike: list[list[Task]] = [["generation"] * len(data) for data in (forget, retain)]
+    sets = [
+        DistillationSet([prompt for prompt, _ in data], [], ["generation"] * len(data))
+        for data in (forget, retain)
+    ]
     for epoch in range(config.epochs):
         model.train()
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
         noise = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
         sums, norm = [0.0, 0.0], 0.0
-        batches = epoch_batches(alike[0], config.batch_size, config.seed, epoch)
+        batches = epoch_batches(sets[0], config, epoch)
         for k, indices in enumerate(batches):
             step = epoch * per_epoch + k
-            others = retain_batch(alike[1], config.retain_batch_size, config.seed, step)
+            others = retain_batch(sets[1], config, step)
             for which, (data, chosen, weight) in enumerate(
                 ((forget, indices, config.alpha), (retain, others, config.beta))
             ):

@@ -2,40 +2,35 @@
 
 The retain teacher depends on no searched hyperparameter, and the forget teacher only on the
 intervention and the response source. So the base model's last hidden states at the response
-positions are kept as safetensors, in chunks of samples, and turned back into exact logits by the
-frozen ``lm_head``. A chunk's file name is the hash of all that it depends on: base revision,
-dtype, prompt frame, every sample's text and image, intervention, noise seed, response source.
-
-Trials, workers and nodes share a store. A file lock lets one process compute a chunk while the
-others wait for it; the chunk appears by a rename, so a killed writer leaves no torn file, and two
-writers that cannot see each other's lock write the same bytes.
+positions are kept as safetensors, in chunks of portraits, and turned back into exact logits by
+the frozen ``lm_head``. A chunk's key is the hash of all that it depends on: base revision, dtype,
+prompt frame, every sample's text and image, intervention, noise seed, response source. Trials,
+workers and nodes share the store (``vgid.content_store``).
 
 Shape legend: R response tokens of a sample, D hidden width.
 """
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
-from filelock import FileLock
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vgid.backbones import Backbone
+from vgid.content_store import ContentStore, key_of
 from vgid.decoding import MAX_NEW_TOKENS, greedy_tokens
-from vgid.encoding import Batch, Query, at_model_resolution, collate, encode, response_ids
+from vgid.encoding import Query, at_model_resolution, encode, response_ids
 from vgid.interventions import NoiseType, perturb, sample_generator
+from vgid.packing import response_hidden
 from vgid.prompts import PromptStyle, with_instruction
 from vgid.splits import TrainingSample
+from vgid.vision import digest
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 64
+"""Samples of a chunk at least; a chunk holds whole portraits, whose questions share the image."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,8 @@ class Intervention:
         noise_type: perturbation of the image, None to show it as it is.
         sigma: of Gaussian noise.
         style: unlearning instruction, None for none.
-        seed: of the noise.
+        seed: of the noise, which is drawn for each image anew and is the same for all of its
+            questions.
     """
 
     noise_type: NoiseType | None = None
@@ -65,19 +61,10 @@ def intervene(backbone: Backbone, query: Query, intervention: Intervention) -> Q
             at_model_resolution(backbone.processor, image),
             intervention.noise_type,
             intervention.sigma,
-            sample_generator(intervention.seed, query.id),
+            sample_generator(intervention.seed, digest(image)),
         )
         image = Image.fromarray(pixels)
     return replace(query, text=with_instruction(query.text, intervention.style), image=image)
-
-
-def response_hidden(backbone: Backbone, batch: Batch) -> Tensor:
-    """Last hidden states (after the final norm) at the positions that predict a response token.
-
-    Shape (R of the whole batch, D); ``lm_head`` of them are the logits of the response tokens.
-    """
-    hidden_BLD = backbone.model.model(**batch.inputs, use_cache=False).last_hidden_state
-    return hidden_BLD[:, :-1][batch.predicts_BL]
 
 
 @dataclass(frozen=True)
@@ -94,21 +81,18 @@ class TeacherTarget:
 
 
 class TeacherStore:
-    """Teacher targets on disk, shared by all trials and processes of a study.
+    """Teacher targets, shared by all trials and processes of a study.
 
     Args:
-        root: folder of the store; created.
+        store: where they are kept.
         backbone: the frozen base, with no adapter attached while the store computes.
         rank: of this worker; ranks begin at different chunks so that they share the filling.
     """
 
-    def __init__(self, root: Path, backbone: Backbone, rank: int = 0) -> None:
-        self.root = root
+    def __init__(self, store: ContentStore, backbone: Backbone, rank: int = 0) -> None:
+        self.store = store
         self.backbone = backbone
         self.rank = rank
-        self.hits = 0
-        self.misses = 0
-        root.mkdir(parents=True, exist_ok=True)
 
     def targets(
         self,
@@ -124,88 +108,84 @@ class TeacherStore:
             source: response tokens are the ``teacher``'s own greedy answer under the
                 intervention, or the ``reference`` answer of the data.
         """
-        chunks = [samples[i : i + CHUNK] for i in range(0, len(samples), CHUNK)]
-        paths = [self._path(chunk, intervention, source) for chunk in chunks]
+        chunks = _chunks(samples)
+        found: dict[int, list[TeacherTarget]] = {}
         for k in range(len(chunks)):
             i = (k + self.rank) % len(chunks)
-            self._ensure(paths[i], chunks[i], intervention, source)
-        return [target for path in paths for target in _read(path)]
+            found[i] = self._chunk([samples[n] for n in chunks[i]], intervention, source)
+        by_sample = {
+            n: target
+            for i, chunk in enumerate(chunks)
+            for n, target in zip(chunk, found[i], strict=True)
+        }
+        return [by_sample[n] for n in range(len(samples))]
 
-    def _path(
+    def _chunk(
         self, chunk: Sequence[TrainingSample], intervention: Intervention, source: str
-    ) -> Path:
-        spec = self.backbone.spec
-        described = [
-            FORMAT,
-            self.backbone.revision,
-            str(self.backbone.model.dtype),
-            [spec.frame.image, spec.frame.text, spec.frame.separator],
-            [intervention.noise_type, intervention.sigma, intervention.style, intervention.seed],
-            source,
-            [
-                [s.query.id, s.query.text, _digest(s.query.image), s.answer]
-                if source == "reference"
-                else [s.query.id, s.query.text, _digest(s.query.image)]
-                for s in chunk
-            ],
-        ]
-        key = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-        return self.root / f"{key}.safetensors"
+    ) -> list[TeacherTarget]:
+        tensors = self.store.get_or_compute(
+            self._key(chunk, intervention, source),
+            lambda: self._compute(chunk, intervention, source),
+        )
+        lengths = tensors["lengths"].tolist()
+        responses = tensors["response"].split(lengths)
+        hidden = tensors["hidden"].split(lengths)
+        return [TeacherTarget(r.tolist(), h) for r, h in zip(responses, hidden, strict=True)]
 
-    def _ensure(
-        self,
-        path: Path,
-        chunk: Sequence[TrainingSample],
-        intervention: Intervention,
-        source: str,
-    ) -> None:
-        if path.exists():
-            self.hits += 1
-            return
-        with FileLock(path.with_suffix(".lock")):
-            if path.exists():
-                self.hits += 1
-                return
-            self.misses += 1
-            targets = self._compute(chunk, intervention, source)
-            lengths = torch.tensor([len(t.response) for t in targets], dtype=torch.int64)
-            tensors = {
-                "lengths": lengths,
-                "response": torch.tensor([i for t in targets for i in t.response]),
-                "hidden": torch.cat([t.hidden_RD for t in targets]).cpu().contiguous(),
-            }
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            save_file(tensors, temporary)
-            temporary.replace(path)
+    def _key(self, chunk: Sequence[TrainingSample], intervention: Intervention, source: str) -> str:
+        frame = self.backbone.spec.frame
+        return key_of(
+            [
+                FORMAT,
+                self.backbone.revision,
+                str(self.backbone.model.dtype),
+                [frame.image, frame.text, frame.separator],
+                asdict(intervention),
+                source,
+                [
+                    [
+                        s.query.id,
+                        s.query.text,
+                        None if s.query.image is None else digest(s.query.image),
+                        s.answer if source == "reference" else None,
+                    ]
+                    for s in chunk
+                ],
+            ]
+        )
 
     @torch.no_grad()
     def _compute(
         self, chunk: Sequence[TrainingSample], intervention: Intervention, source: str
-    ) -> list[TeacherTarget]:
+    ) -> dict[str, Tensor]:
         backbone = self.backbone
-        encoded = encode(backbone, [intervene(backbone, s.query, intervention) for s in chunk])
+        seen = [intervene(backbone, sample.query, intervention) for sample in chunk]
+        prompts = encode(backbone, seen)
         if source == "reference":
-            responses = [response_ids(backbone, s.answer) for s in chunk]
+            responses = [response_ids(backbone, sample.answer) for sample in chunk]
         else:
             end = backbone.processor.tokenizer.eos_token_id
             responses = [
                 [*tokens, end] if len(tokens) < MAX_NEW_TOKENS else tokens
-                for tokens in greedy_tokens(backbone, encoded, batch_size=CHUNK)
+                for tokens in greedy_tokens(backbone, prompts, batch_size=len(prompts))
             ]
-        hidden = response_hidden(backbone, collate(backbone, encoded, responses))
-        pieces = hidden.split([len(r) for r in responses])
-        return [TeacherTarget(r, h) for r, h in zip(responses, pieces, strict=True)]
+        hidden = response_hidden(backbone, prompts, responses)
+        return {
+            "lengths": torch.tensor([len(r) for r in responses], dtype=torch.int64),
+            "response": torch.tensor([i for r in responses for i in r]),
+            "hidden": hidden.cpu().contiguous(),
+        }
 
 
-def _read(path: Path) -> list[TeacherTarget]:
-    tensors = load_file(path)
-    lengths = tensors["lengths"].tolist()
-    responses = tensors["response"].split(lengths)
-    hidden = tensors["hidden"].split(lengths)
-    return [TeacherTarget(r.tolist(), h) for r, h in zip(responses, hidden, strict=True)]
-
-
-def _digest(image: Image.Image | None) -> str | None:
-    if image is None:
-        return None
-    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
+def _chunks(samples: Sequence[TrainingSample]) -> list[list[int]]:
+    """Indices of the samples, whole portraits together, in the order of their first questions."""
+    portraits: dict[str, list[int]] = {}
+    for n, sample in enumerate(samples):
+        image = sample.query.image
+        portraits.setdefault("" if image is None else digest(image), []).append(n)
+    chunks: list[list[int]] = []
+    for portrait in portraits.values():
+        if not chunks or len(chunks[-1]) >= CHUNK:
+            chunks.append([])
+        chunks[-1] += portrait
+    return chunks

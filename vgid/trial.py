@@ -23,6 +23,7 @@ from vgid import adapter
 from vgid.backbones import load
 from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig, TrialConfig
+from vgid.content_store import ContentStore
 from vgid.distillation import DistillationSet, LossNotFiniteError, distill
 from vgid.encoding import Encoded, encode, response_ids
 from vgid.errors import InputError
@@ -59,7 +60,11 @@ class TrialSession:
         self.benchmark = Benchmark.open(request.data)
         self.people = choose_people(self.benchmark, request)
         self.backbone = load(request.backbone, request.model_path)
-        self.store = TeacherStore(request.store, self.backbone, rank)
+        limit = int(request.store_limit_gb * 1e9)
+        self.backbone.vision.store = ContentStore(request.store, "vision", limit)
+        self.store = TeacherStore(
+            ContentStore(request.store, "teachers", limit), self.backbone, rank
+        )
         self._encoded: dict[str, Encoded] = {}
         self._examinations: dict[tuple[str, int], Examination] = {}
         self.phases = {"load": time.perf_counter() - started}
@@ -237,7 +242,7 @@ class TrialSession:
         self, kind: str, part: QuestionPart, compute: Callable[[], dict[str, Score]]
     ) -> dict[str, Score]:
         """Scores from the store, or computed under a lock and put there."""
-        elsewhere = {"data", "store", "model_path", "log_responses"}  # or in the provenance
+        elsewhere = {"data", "store", "store_limit_gb", "model_path", "log_responses"}
         request = self.request.model_dump(mode="json", exclude=elsewhere)
         described = json.dumps([kind, part, self.provenance, request], sort_keys=True)
         key = hashlib.sha256(described.encode()).hexdigest()

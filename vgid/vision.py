@@ -1,0 +1,135 @@
+"""What an image becomes: processor tensors, image tokens, and the frozen tower's features.
+
+Vision tower and projector are never trained, so an image's features are the same for all of a
+portrait's questions, all trials and all workers. They are computed once: kept in memory while
+there is room, and in a study's store besides (``vgid.content_store``).
+
+One image a forward pass, so that its features do not depend on which others were missing.
+
+Shape legend: T image tokens, D hidden width of the language model.
+"""
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vgid.content_store import ContentStore, key_of
+
+V = TypeVar("V")
+
+MEMORY_BYTES = 1 << 30
+"""Images and features that a process keeps in memory, each at most this much."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as the model takes it.
+
+    Attributes:
+        key: SHA-256 of the pixels.
+        tokens: image tokens T that stand for it in a prompt.
+        tensors: what the processor makes of it, such as ``pixel_values``, on the CPU.
+    """
+
+    key: str
+    tokens: int
+    tensors: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def token_key(self) -> int:
+        """A negative number that stands for the image among token ids: equal images, equal ids."""
+        return -1 - int(self.key[:15], 16)
+
+
+class Vision:
+    """The eyes of a backbone.
+
+    Args:
+        model: the Hugging Face model, its vision tower frozen.
+        processor: the model's processor.
+        revision: of the base; features of another base are never mixed up with it.
+
+    Attributes:
+        store: where features are shared with other processes; None for this process only.
+    """
+
+    def __init__(self, model: Any, processor: Any, revision: str) -> None:
+        self.model = model
+        self.processor = processor
+        self.revision = revision
+        self.store: ContentStore | None = None
+        self._pictures: _Recent[Picture] = _Recent(MEMORY_BYTES)
+        self._features: _Recent[Tensor] = _Recent(MEMORY_BYTES)
+
+    def picture(self, image: Image.Image) -> Picture:
+        """Process an image, or take it from memory."""
+        key = digest(image)
+        picture = self._pictures.get(key)
+        if picture is None:
+            picture = self._process(key, image)
+            size = sum(t.nbytes for t in picture.tensors.values())
+            self._pictures.put(key, picture, size)
+        return picture
+
+    def _process(self, key: str, image: Image.Image) -> Picture:
+        output = dict(self.processor(text=[self.processor.image_token], images=[image]))
+        ids = output.pop("input_ids")[0]
+        output.pop("attention_mask")
+        output.pop("mm_token_type_ids", None)
+        tokens = sum(int(i) == self.processor.image_token_id for i in ids)
+        tensors = {name: torch.as_tensor(np.asarray(value)) for name, value in output.items()}
+        return Picture(key, tokens, tensors)
+
+    def features(self, picture: Picture) -> Tensor:
+        """What the language model sees in place of the image tokens: (T, D), model's dtype."""
+        features_TD = self._features.get(picture.key)
+        if features_TD is None:
+            if self.store is None:
+                features_TD = self._look(picture)
+            else:
+                key = key_of([self.revision, str(self.model.dtype), picture.key])
+                stored = self.store.get_or_compute(key, lambda: {"features": self._look(picture)})
+                features_TD = stored["features"]
+            self._features.put(picture.key, features_TD, features_TD.nbytes)
+        return features_TD.to(self.model.device)
+
+    @torch.no_grad()
+    def _look(self, picture: Picture) -> Tensor:
+        tensors = {name: value.to(self.model.device) for name, value in picture.tensors.items()}
+        pixels = tensors.pop("pixel_values").to(self.model.dtype)
+        output = self.model.get_image_features(pixels, **tensors, return_dict=True)
+        (features_TD,) = output.pooler_output
+        return features_TD.cpu().contiguous()
+
+
+def digest(image: Image.Image) -> str:
+    """SHA-256 of an image's mode, size and pixels."""
+    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
+
+
+class _Recent(Generic[V]):
+    """The most recently used values, up to a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._size = 0
+        self._entries: OrderedDict[str, tuple[V, int]] = OrderedDict()
+
+    def get(self, key: str) -> V | None:
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
+
+    def put(self, key: str, value: V, size: int) -> None:
+        self._entries[key] = (value, size)
+        self._size += size
+        while self._size > self.limit and len(self._entries) > 1:
+            _, (_, freed) = self._entries.popitem(last=False)
+            self._size -= freed
