@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from filelock import FileLock
+from rich.filesize import decimal
 from safetensors import SafetensorError
 
 from vgid.config import Config
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 MARKER = "store.json"
 KEY = re.compile(r"[0-9a-f]{64}")
 ENTRY = re.compile(rf"{KEY.pattern}\.safetensors")
-TEMPORARY = re.compile(rf"(?P<key>{KEY.pattern})\.(?P<pid>\d+)\.[0-9a-f]+\.tmp")
-LOCK = re.compile(rf"(?P<key>{KEY.pattern})\.lock")
+LEFTOVER = re.compile(rf"(?P<key>{KEY.pattern})\.(lock|(?P<pid>\d{{1,9}})\.[0-9a-f]+\.tmp)")
+"""Lock and temporary files of entries, the latter with a pid."""
 ABANDONED_S = 3600.0
 """Age in seconds at which a temporary file of a process that is not there counts as abandoned."""
 
@@ -88,11 +89,11 @@ class ContentStore:
         self.hits = 0
         self.misses = 0
         self.bytes_written = 0
+        self._swept = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(self.folder, error) from None
-        self._swept = False
         marker = root / MARKER
         stated = json.dumps({"limit_bytes": limit_bytes}).encode()
         if not (marker.is_file() and marker.read_bytes() == stated):
@@ -172,6 +173,11 @@ class Usage(Config):
     oldest_use: str | None
     newest_use: str | None
 
+    @property
+    def size(self) -> str:
+        """The bytes for people to read, such as ``1.2 MB``."""
+        return decimal(self.bytes)
+
 
 class StoreInfo(Usage):
     """What a store holds, or what was removed from it.
@@ -209,7 +215,7 @@ def info(root: Path) -> StoreInfo:
     Raises:
         InputError: the folder is no store.
     """
-    root = _checked(root)
+    root = find_root(root)
     return _sum_up(root, _kinds(root), _entries(root))
 
 
@@ -226,7 +232,7 @@ def clear(root: Path, kind: str | None = None) -> StoreInfo:
     Raises:
         InputError: the folder is no store, has no such kind, or cannot be written.
     """
-    root = _checked(root)
+    root = find_root(root)
     kinds = _kinds(root)
     if kind is not None:
         if kind not in kinds:
@@ -324,12 +330,6 @@ def _unwritable(folder: Path, error: OSError) -> InputError:
     )
 
 
-def _checked(root: Path) -> Path:
-    if not (root / MARKER).is_file():
-        raise InputError(f"{root}: the folder is no store; name one that holds {MARKER}.")
-    return root
-
-
 def _kinds(root: Path) -> list[str]:
     with os.scandir(root) as found:
         return sorted(item.name for item in found if item.is_dir(follow_symlinks=False))
@@ -360,8 +360,8 @@ def _remove(entry: _Entry) -> None:
 def _sweep(root: Path) -> None:
     """Remove the temporary files of processes that died long ago."""
     for _, item in _files(root, _kinds(root)):
-        match = TEMPORARY.fullmatch(item.name)
-        if match and not _running(int(match["pid"])):
+        match = LEFTOVER.fullmatch(item.name)
+        if match and match["pid"] and not _running(int(match["pid"])):
             with contextlib.suppress(OSError):
                 if time.time() - item.stat().st_mtime > ABANDONED_S:
                     Path(item.path).unlink(missing_ok=True)
@@ -372,8 +372,8 @@ def _running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # another user's
+        pass
     return True
 
 
@@ -381,8 +381,7 @@ def _clear_leftovers(folder: Path) -> None:
     """Remove lock and temporary files of keys whose lock nobody holds."""
     leftovers: dict[str, list[Path]] = {}
     for _, item in _files(folder.parent, [folder.name]):
-        match = TEMPORARY.fullmatch(item.name) or LOCK.fullmatch(item.name)
-        if match:
+        if match := LEFTOVER.fullmatch(item.name):
             leftovers.setdefault(match["key"], []).append(Path(item.path))
     for key, paths in leftovers.items():
         lock = FileLock(folder / f"{key}.lock")
