@@ -101,8 +101,8 @@ def pack(
     """
     answers = [list(r) for r in responses] if responses is not None else [[] for _ in prompts]
     keys = [prompt.identity + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    trees = _trees(prompts, keys, max_row_tokens)
     width = backbone.model.config.get_text_config().hidden_size
+    trees = _trees(prompts, keys, max_row_tokens, width)
     bins = _fill_rows([tree.tokens for tree in trees], max_row_tokens, width)
     length = max((sum(trees[t].tokens for t in row) for row in bins), default=0)
 
@@ -208,10 +208,19 @@ def _new_pictures(prompt: Encoded, shared: int) -> list[Picture]:
     return pictures
 
 
+def _cost(tokens: int, width: int) -> int:
+    """What a row costs: a token's linear maps as much as attention to 6 ``width`` tokens.
+
+    A layer's linear maps take some 12 width^2 multiplications a token, its attention 2 width for
+    each token of the row, seen or masked.
+    """
+    return tokens * (6 * width + tokens)
+
+
 def _trees(
-    prompts: Sequence[Encoded], keys: Sequence[Sequence[int]], max_tokens: int
+    prompts: Sequence[Encoded], keys: Sequence[Sequence[int]], max_tokens: int, width: int
 ) -> list[_Tree]:
-    """Samples by their first image, text-only ones together; trees over the budget are cut."""
+    """Samples with the same first image, as long as sharing costs less than a tree apart."""
     groups: dict[str, list[int]] = {}
     for n, prompt in enumerate(prompts):
         groups.setdefault(prompt.pictures[0].key if prompt.pictures else "", []).append(n)
@@ -220,23 +229,20 @@ def _trees(
         tree = _Tree([], 0)
         before: Sequence[int] = []
         for n in sorted(members, key=lambda n: (keys[n], n)):
-            more = len(keys[n]) - _common(before, keys[n])
-            if tree.samples and tree.tokens + more > max_tokens:
+            grown = tree.tokens + len(keys[n]) - _common(before, keys[n])
+            together = _cost(grown, width) - _cost(tree.tokens, width)
+            if tree.samples and (grown > max_tokens or together > _cost(len(keys[n]), width)):
                 trees.append(tree)
-                tree, more = _Tree([], 0), len(keys[n])
+                tree, grown = _Tree([], 0), len(keys[n])
             tree.samples.append(n)
-            tree.tokens += more
+            tree.tokens = grown
             before = keys[n]
         trees.append(tree)
     return trees
 
 
 def _fill_rows(sizes: Sequence[int], max_tokens: int, width: int) -> list[list[int]]:
-    """Bins of trees: first fit, largest first, at the row length that costs least.
-
-    A token costs some 12 width^2 multiplications a layer in the linear maps and 2 width for each
-    token of its row in attention, so 6 width tokens of row cost as much as the linear maps.
-    """
+    """Bins of trees: first fit, largest first, at the row length that costs least."""
     largest = max(sizes, default=0)
     best: tuple[float, list[list[int]]] = (float("inf"), [])
     for factor in (1, 2, 3, 4):
@@ -253,8 +259,7 @@ def _fill_rows(sizes: Sequence[int], max_tokens: int, width: int) -> list[list[i
                 b = len(rows) - 1
             rows[b].append(t)
             room[b] -= sizes[t]
-        length = capacity - min(room, default=0)
-        cost = len(rows) * length * (6 * width + length)
+        cost = len(rows) * _cost(capacity - min(room, default=0), width)
         if cost < best[0]:
             best = (cost, rows)
     return best[1]
