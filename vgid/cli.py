@@ -6,13 +6,19 @@ is quick.
 
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
 
 from vgid.errors import InputError
+
+if TYPE_CHECKING:
+    from vgid.content_store import StoreInfo
 
 app = typer.Typer(
     name="vgid",
@@ -70,6 +76,68 @@ def data_check(
         report.print(Console())
     if report.defects:
         raise typer.Exit(2)
+
+
+@app.command("teachers")
+def teachers(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A study's output folder, or its store.")
+    ],
+    show: Annotated[bool, typer.Option("--info", help="Show what the store takes.")] = False,
+    remove: Annotated[bool, typer.Option("--clear", help="Remove the store's entries.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Clear without asking.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Show or clear what a study stores of its teacher and its images; it can be computed again.
+
+    Give exactly one of --info and --clear.
+    """
+    from vgid.content_store import clear, find_root, info
+
+    if show == remove:
+        raise InputError("vgid teachers: give exactly one of --info and --clear.")
+    root = find_root(folder)
+    if show:
+        report = info(root)
+        if as_json:
+            print(report.model_dump_json())
+        else:
+            _print_store(report)
+        return
+    with _no_study_in(root.parent):
+        held = info(root)
+        if not yes:
+            _ask(f"Remove {held.entries} entries ({held.size}) from {root}?")
+        removed = clear(root)
+    if as_json:
+        print(removed.model_dump_json())
+    else:
+        print(f"Removed {removed.entries} entries and freed {removed.size}.")
+
+
+def _print_store(report: "StoreInfo") -> None:
+    table = Table("kind", "entries", "size", "last use (UTC)")
+    for kind, usage in report.by_kind.items():
+        when = (usage.newest_use or "never")[:19].replace("T", " ")
+        table.add_row(kind, str(usage.entries), usage.size, when)
+    bound = "no bound" if report.limit_bytes is None else f"at most {decimal(report.limit_bytes)}"
+    Console().print(table)
+    print(f"{report.root}: {report.entries} entries, {report.size}, {bound}")
+
+
+def _no_study_in(output: Path) -> AbstractContextManager[object]:
+    """Hold a study's folder so that no study runs in it; a store elsewhere has none to hold."""
+    from vgid.ledger import Ledger
+
+    return Ledger(output) if (output / ".lock").exists() else nullcontext()
+
+
+def _ask(question: str) -> None:
+    # On stderr, all of it: stdout may be read by a machine.
+    print(f"{question} [y/N]", file=sys.stderr, flush=True)
+    answer = sys.stdin.readline().strip().lower()
+    if answer not in ("y", "yes"):
+        raise InputError("vgid teachers: nothing was removed; answer y or add --yes.")
 
 
 if __name__ == "__main__":

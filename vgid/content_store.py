@@ -40,9 +40,7 @@ MARKER = "store.json"
 KEY = re.compile(r"[0-9a-f]{64}")
 ENTRY = re.compile(rf"{KEY.pattern}\.safetensors")
 LEFTOVER = re.compile(rf"(?P<key>{KEY.pattern})\.(lock|(?P<pid>\d{{1,9}})\.[0-9a-f]+\.tmp)")
-"""Lock and temporary files of entries, the latter with a pid."""
-ABANDONED_S = 3600.0
-"""Age in seconds at which a temporary file of a process that is not there counts as abandoned."""
+ABANDONED_S = 3600.0  # age of a temporary file whose process is not on this machine
 
 
 def key_of(described: Any) -> str:
@@ -69,9 +67,8 @@ class ContentStore:
         root: folder of the store; created.
         kind: subfolder of this kind's entries.
         limit_bytes: bound on the entries of all kinds of the root together, None for no bound. It
-            holds after each write, except that the entry just written always stays. The store
-            remembers it, for ``info``; a bound that differs from the one before takes effect at
-            once.
+            holds after each write, except that the entry just written always stays; a bound that
+            differs from the one before takes effect at once.
 
     Attributes:
         hits: entries that were found.
@@ -86,9 +83,7 @@ class ContentStore:
         self.root = root
         self.folder = root / kind
         self.limit_bytes = limit_bytes
-        self.hits = 0
-        self.misses = 0
-        self.bytes_written = 0
+        self.hits = self.misses = self.bytes_written = 0
         self._swept = False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,11 +92,10 @@ class ContentStore:
         marker = root / MARKER
         stated = json.dumps({"limit_bytes": limit_bytes}).encode()
         if not (marker.is_file() and marker.read_bytes() == stated):
-            try:
+            # A store that can only be read serves hits; a miss says what is wrong.
+            with contextlib.suppress(InputError, OSError):
+                self._evict()  # first: the marker may need the space
                 _replace(marker, stated)
-            except OSError:
-                return  # a store that can only be read serves hits; a miss says what is wrong
-            self._evict()
 
     def get_or_compute(
         self, key: str, compute: "Callable[[], dict[str, Tensor]]"
@@ -122,6 +116,8 @@ class ContentStore:
             InputError: the disk is full or the folder cannot be written; nothing is left behind.
             ValueError: ``key`` is not one of ``key_of``.
         """
+        from safetensors.torch import save
+
         if not KEY.fullmatch(key):
             raise ValueError(f"{key!r} is no key: key_of gives 64 hexadecimal digits")
         path = self.folder / f"{key}.safetensors"
@@ -135,8 +131,13 @@ class ContentStore:
                 self.hits += 1
                 return tensors
             tensors = {name: x.detach().cpu().contiguous() for name, x in compute().items()}
-            self.bytes_written += _save(path, tensors)
+            content = save(tensors)
+            try:
+                _replace(path, content)
+            except OSError as error:
+                raise _unwritable(self.folder, error) from None
             self.misses += 1
+            self.bytes_written += len(content)
         self._evict(keep=path)
         return tensors
 
@@ -199,14 +200,11 @@ def find_root(folder: Path) -> Path:
     Raises:
         InputError: there is no such folder, or no store in it.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; name a study's output folder or its store.")
     for root in (folder, folder / "store"):
         if (root / MARKER).is_file():
             return root
-    raise InputError(
-        f"{folder}: the folder holds no store; name a study's output folder or its store."
-    )
+    what = "the folder holds no store" if folder.is_dir() else "no such folder"
+    raise InputError(f"{folder}: {what}; name a study's output folder or its store.")
 
 
 def info(root: Path) -> StoreInfo:
@@ -266,24 +264,12 @@ def _load(path: Path) -> "dict[str, Tensor] | None":
     from safetensors.torch import load
 
     try:
-        content = path.read_bytes()
-        tensors = load(content)
+        tensors = load(path.read_bytes())
     except (OSError, SafetensorError):
         return None
     with contextlib.suppress(OSError):  # evicted meanwhile, or a store that can only be read
         _use(path)
     return tensors
-
-
-def _save(path: Path, tensors: "dict[str, Tensor]") -> int:
-    from safetensors.torch import save
-
-    content = save(tensors)
-    try:
-        _replace(path, content)
-    except OSError as error:
-        raise _unwritable(path.parent, error) from None
-    return len(content)
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -303,8 +289,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _use(path: Path) -> None:
     # Without a time the kernel's own goes in steps of milliseconds, in which the order is lost.
-    now = time.time_ns()
-    os.utime(path, ns=(now, now))
+    os.utime(path, ns=(time.time_ns(),) * 2)
 
 
 @contextlib.contextmanager
@@ -405,7 +390,7 @@ def _sum_up(root: Path, kinds: Iterable[str], entries: Iterable[_Entry]) -> Stor
 
 
 def _usage(entries: list[_Entry]) -> Usage:
-    times = [datetime.fromtimestamp(entry.used_ns / 1e9, UTC) for entry in entries]
+    times = (datetime.fromtimestamp(entry.used_ns / 1e9, UTC) for entry in entries)
     uses = [when.isoformat(timespec="milliseconds") for when in times]
     return Usage(
         entries=len(entries),
