@@ -213,8 +213,10 @@ def load(name: str, model_path: str | None = None, device: str | None = None) ->
         InputError: unknown name, or weights that cannot be found.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
+
+    from vgid.qwen_processor import processor_class
 
     logging.disable_progress_bar()
     row = spec(name)
@@ -228,7 +230,7 @@ def load(name: str, model_path: str | None = None, device: str | None = None) ->
         trust_remote_code=False,
         local_files_only=True,
     )
-    processor = AutoProcessor.from_pretrained(
+    processor = processor_class(model.config.model_type).from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
     model.requires_grad_(False)

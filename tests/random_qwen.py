@@ -1,0 +1,130 @@
+"""A small Qwen2.5-VL of random weights: the real classes, shrunk."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+
+from vgid.backbones import Backbone, spec
+from vgid.embedded_model import corpus
+from vgid.qwen_processor import ImageOnlyQwenProcessor
+
+PAD, END = "<|endoftext|>", "<|im_end|>"
+SPECIAL = [
+    PAD,
+    "<|im_start|>",
+    END,
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+VOCABULARY = 1000
+PATCH = 14
+SPATIAL_MERGE = 2
+IMAGE_TOKEN_PIXELS = (PATCH * SPATIAL_MERGE) ** 2
+
+
+def build_tokenizer() -> Any:
+    """Byte-level BPE; like Qwen's it puts nothing in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=SPECIAL,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(tokenizer: Any) -> Any:
+    """Images keep their shape, at 4 to 64 image tokens."""
+    image_processor = Qwen2VLImageProcessorPil(
+        size={
+            "shortest_edge": 4 * IMAGE_TOKEN_PIXELS,
+            "longest_edge": 64 * IMAGE_TOKEN_PIXELS,
+        }
+    )
+    return ImageOnlyQwenProcessor(image_processor, tokenizer)
+
+
+def build_model(tokenizer: Any, seed: int, tied: bool) -> Any:
+    """Grouped-query attention, M-RoPE, a tower with windowed and full attention in turn."""
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [2, 3, 3],  # half a head's width in all
+            },
+            "bos_token_id": None,
+            "eos_token_id": ids[END],
+            "pad_token_id": ids[PAD],
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_heads": 4,
+            "patch_size": PATCH,
+            "spatial_merge_size": SPATIAL_MERGE,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [1, 3],
+            "out_hidden_size": 64,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "visual" not in name:
+                parameter.mul_(5.0)  # large enough to give varied answers
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.generation_config.bos_token_id = None
+    model.generation_config.eos_token_id = ids[END]
+    model.generation_config.pad_token_id = ids[PAD]
+    return model.requires_grad_(False).eval()
+
+
+def make_random_qwen(seed: int = 0, tied: bool = True) -> Backbone:
+    """qwen2.5-vl-3b's classes with random weights; it ties its embeddings, the 7B does not."""
+    tokenizer = build_tokenizer()
+    return Backbone(
+        spec("qwen2.5-vl-3b"),
+        build_model(tokenizer, seed, tied),
+        build_processor(tokenizer),
+        f"random weights {seed}",
+    )
