@@ -122,6 +122,11 @@ def test_the_summary_ends_with_how_to_open_the_ui():
             "start-up": {"total_s": 20.0},
             "overhead": {"total_s": 1.0, "median_s": 0.25},
         },
+        "store": {
+            "hit_rate_after_first_trial": 0.9625,
+            "targets_after_first_trial": 1600,
+            "bytes": 12_300_000,
+        },
         "output": "runs/x",
         "files": ["study.json", "front.html"],
     }
@@ -131,6 +136,8 @@ def test_the_summary_ends_with_how_to_open_the_ui():
     assert "3 completed, 1 failed, hypervolume 0.5000" in text
     assert "0.875 [0.750, 1.000]" in text  # held-out reduction, 1 - 0.125
     assert re.search(r"overhead\W+1\.0\W+0\.25", text)
+    assert "96.2% of 1,600 targets" in text
+    assert "12.3 MB" in text
     assert "runs/x" in text
     assert "front.html" in text
     assert text.splitlines()[-1] == "mlflow ui --backend-store-uri sqlite:///x.db"

@@ -267,11 +267,11 @@ def test_a_process_killed_while_it_computes_frees_the_entry(tmp_path: Path):
 
 
 def _die_before_the_rename(root: Path) -> None:
-    def die(_: int) -> None:
+    def die(_: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     store = ContentStore(root, "teachers")
-    content_store.os.fsync = die  # type: ignore[assignment]
+    content_store._use = die  # type: ignore[assignment]
     store.get_or_compute(key_of(0), vector(5000))
 
 

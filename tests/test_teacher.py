@@ -1,12 +1,10 @@
 import multiprocessing
 import os
-import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.conftest import make_random_backbone
 from tests.test_encoding import picture
@@ -125,32 +123,6 @@ def test_two_processes_compute_a_chunk_once_and_agree(random_backbone, tmp_path)
     teachers(alone, random_backbone).targets(samples(), RANDOM_STRICT, "teacher")
     assert [p.name for p in files(shared)] == [p.name for p in files(alone)]
     assert files(shared)[0].read_bytes() == files(alone)[0].read_bytes()
-
-
-def _fill_and_be_killed(root: Path) -> None:
-    import vgid.content_store as store_module
-
-    backbone = make_random_backbone()
-
-    def torn_save(path: Path, tensors: dict) -> None:
-        path.with_suffix(".tmp").write_bytes(b"half a file")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    store_module._save = torn_save  # type: ignore[assignment]
-    teachers(root, backbone).targets(samples(), RANDOM_STRICT, "teacher")
-
-
-def test_a_writer_killed_in_mid_write_leaves_no_torn_chunk(random_backbone, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    worker = context.Process(target=_fill_and_be_killed, args=(tmp_path,))
-    worker.start()
-    worker.join(120)
-    assert worker.exitcode == -signal.SIGKILL
-    assert files(tmp_path) == []
-    store = teachers(tmp_path, random_backbone)
-    store.targets(samples(), RANDOM_STRICT, "teacher")
-    assert len(files(tmp_path)) == 1
-    assert int(load_file(files(tmp_path)[0])["lengths"].numel()) == 6
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -233,6 +234,14 @@ def print_summary(
         console.print(front_table(front, base_held_out))
     if summary["phases"]:
         console.print(phase_table(summary["phases"]))
+    store = summary["store"]
+    if store.get("hit_rate_after_first_trial") is not None:
+        console.print(
+            f"Teacher store: {store['hit_rate_after_first_trial']:.1%} of "
+            f"{store['targets_after_first_trial']:,} targets were there after the first trial; "
+            f"{decimal(store['bytes'])} on disk.",
+            markup=False,
+        )
     console.print(f"Files in {summary['output']}:", markup=False, soft_wrap=True)
     for name in summary["files"]:
         console.print(f"  {name}", markup=False, soft_wrap=True)

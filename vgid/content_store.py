@@ -273,13 +273,14 @@ def _load(path: Path) -> "dict[str, Tensor] | None":
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write beside a file's place, sync, and rename; an error leaves nothing behind."""
+    """Write beside a file's place and rename; an error leaves nothing behind.
+
+    Not synced: what a crash of the machine tears is found when it is read and computed again.
+    """
     temporary = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
         _use(temporary)
         temporary.replace(path)
     except BaseException:

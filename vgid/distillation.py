@@ -103,9 +103,9 @@ class Student(nn.Module):
         holding the logits of all positions.
         """
         student_RD = part.packed.predicting(hidden_states(self.backbone, part.packed))
-        teacher_RD = part.teacher_RD.to(student_RD)
         lm_head = self.backbone.model.lm_head
-        return chunked_kl(student_RD, teacher_RD, lm_head.weight) * part.weight
+        kl = chunked_kl(student_RD, part.teacher_RD, lm_head.weight, bias_V=lm_head.bias)
+        return kl * part.weight
 
 
 def draw_order(

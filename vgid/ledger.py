@@ -67,8 +67,8 @@ class Record(Config):
         ended: UTC, ISO 8601; None while in flight.
         result: None while in flight.
         slot: where it ran.
-        overhead_s: seconds of the slot that went to none of teacher, training and evaluation,
-            counted from the end of the slot's job before; None for the slot's first.
+        overhead_s: seconds of the slot that went to neither training nor evaluation, counted from
+            the end of the slot's job before; None for the slot's first.
     """
 
     trial_id: str = Field(pattern=r"^\d{4,}$")

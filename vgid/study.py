@@ -26,7 +26,7 @@ from vgid.plots import Front, write_html, write_png
 from vgid.results import EpochReport, QuestionPart, TrialResult
 from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe
-from vgid.summary import phases, study_summary
+from vgid.summary import phases, store_use, study_summary
 
 TABLES = ("study.json", "trials.csv", "front.csv")
 FIGURES = ("front.html", "front.png")
@@ -305,12 +305,12 @@ class Study:
         self._scribe.write(write_trials, self.config.output / "trials.csv", self.board.trials())
 
     def _overhead(self, outcome: Outcome) -> float | None:
-        """Seconds of the slot that went to none of teacher, training and evaluation."""
+        """Seconds of the slot that went to neither training nor evaluation."""
         first = outcome.slot not in self._slots_used
         self._slots_used.add(outcome.slot)
         if first or outcome.cycle_s is None or outcome.result is None:
             return None
-        work = ("teacher", "train", "evaluate")
+        work = ("train", "evaluate")
         return outcome.cycle_s - sum(outcome.result.seconds.get(name, 0.0) for name in work)
 
     # After the trials
@@ -364,6 +364,7 @@ class Study:
             self.board,
             self._hashes,
             phases(self.ledger.ended, {**self._seconds, "log": self._scribe.seconds}),
+            store_use(self.ledger.ended, output / "store"),
             interrupted=self._interrupted.is_set(),
             wall_s=time.monotonic() - self.started,
             files=[path.name for path in files],

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from vgid.content_store import info
 from vgid.ledger import Header, Record, now
 from vgid.plan import Plan
 from vgid.scoreboard import Scoreboard
@@ -28,8 +29,8 @@ def phases(ended: Sequence[Record], study_s: Mapping[str, float]) -> Phases:
 
     Returns:
         Seconds by phase. ``teacher`` is the part of training that the teacher store may spare.
-        ``overhead`` is everything of a trial after its slot's first that is none of teacher,
-        train and evaluate: saving, reporting, and waiting for the next trial.
+        ``overhead`` is everything of a trial after its slot's first that is neither train nor
+        evaluate: the teacher, saving, reporting, and waiting for the next trial.
     """
     found: Phases = {
         "start-up": {"total_s": study_s["start-up"]},
@@ -50,12 +51,35 @@ def phases(ended: Sequence[Record], study_s: Mapping[str, float]) -> Phases:
     return found
 
 
+def store_use(ended: Sequence[Record], store: Path) -> dict[str, Any]:
+    """What the store holds, and how often it spared a teacher after the study's first trial.
+
+    Args:
+        ended: the ended trials.
+        store: folder of the store.
+    """
+    found = [r.result.teacher_targets for r in ended if r.result and r.result.teacher_targets]
+    if not found:
+        return {}
+    hits = sum(targets["hits"] for targets in found[1:])
+    asked = hits + sum(targets["misses"] for targets in found[1:])
+    held = info(store)
+    return {
+        "hit_rate_after_first_trial": hits / asked if asked else None,
+        "targets_after_first_trial": asked,
+        "bytes": held.bytes,
+        "entries": held.entries,
+        "limit_bytes": held.limit_bytes,
+    }
+
+
 def study_summary(
     header: Header,
     plan: Plan,
     board: Scoreboard,
     hashes: Mapping[str, str],
     phases: Phases,
+    store: Mapping[str, Any],
     interrupted: bool,
     wall_s: float,
     files: Sequence[str],
@@ -68,6 +92,7 @@ def study_summary(
         board: what came of it.
         hashes: SHA-256 of the dataset and of the base.
         phases: see ``phases``.
+        store: see ``store_use``.
         interrupted: whether a signal ended it.
         wall_s: seconds of this run of the study.
         files: names of the files in the output folder.
@@ -91,6 +116,7 @@ def study_summary(
         "ended": now(),
         "wall_s": wall_s,
         "phases": phases,
+        "store": store,
         "files": files,
     }
 

@@ -87,12 +87,18 @@ class TeacherStore:
         store: where they are kept.
         backbone: the frozen base, with no adapter attached while the store computes.
         rank: of this worker; ranks begin at different chunks so that they share the filling.
+
+    Attributes:
+        hits: samples whose target the store held.
+        misses: samples whose target was computed.
     """
 
     def __init__(self, store: ContentStore, backbone: Backbone, rank: int = 0) -> None:
         self.store = store
         self.backbone = backbone
         self.rank = rank
+        self.hits = 0
+        self.misses = 0
 
     def targets(
         self,
@@ -123,10 +129,15 @@ class TeacherStore:
     def _chunk(
         self, chunk: Sequence[TrainingSample], intervention: Intervention, source: str
     ) -> list[TeacherTarget]:
+        computed = self.store.misses
         tensors = self.store.get_or_compute(
             self._key(chunk, intervention, source),
             lambda: self._compute(chunk, intervention, source),
         )
+        if self.store.misses == computed:
+            self.hits += len(chunk)
+        else:
+            self.misses += len(chunk)
         lengths = tensors["lengths"].tolist()
         responses = tensors["response"].split(lengths)
         hidden = tensors["hidden"].split(lengths)

@@ -106,8 +106,13 @@ class TrialSession:
         self._unreported_load = 0.0
         with _timed(seconds, "load"):
             base = self.base_scores("search")
+        found = self.store.hits, self.store.misses
         with _timed(seconds, "teacher"):
             epochs = self._prepare_training(trial, trial_id, checkpoint_dir)
+        teacher_targets = {
+            "hits": self.store.hits - found[0],
+            "misses": self.store.misses - found[1],
+        }
         last: EpochReport | None = None
         with adapter.attached(self.backbone, trial) as model:
             try:
@@ -119,6 +124,7 @@ class TrialSession:
                                 status="pruned",
                                 metrics=last.metrics,
                                 seconds=seconds,
+                                teacher_targets=teacher_targets,
                             )
             except LossNotFiniteError as error:
                 return TrialResult(
@@ -142,6 +148,7 @@ class TrialSession:
                 **(last.metrics if last else {}),
             },
             seconds=seconds,
+            teacher_targets=teacher_targets,
             few_shot={str(task): ids for task, ids in evaluation.few_shot.items()},
             option_scoring=evaluation.option_scoring,
             adapter=adapter_dir,

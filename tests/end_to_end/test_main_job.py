@@ -56,9 +56,13 @@ def wait_for(condition, what):
         time.sleep(0.2)
 
 
-def ended(output):
+def results(output):
     records = [json.loads(p.read_text()) for p in sorted(output.glob("trials/[0-9]*.json"))]
-    return [record["trial_id"] for record in records if record["result"] is not None]
+    return {r["trial_id"]: r["result"] for r in records if r["result"] is not None}
+
+
+def ended(output):
+    return list(results(output))
 
 
 def read_trials(output):
@@ -117,6 +121,14 @@ def test_the_output_folder_holds_what_the_contract_names(study):
     assert list(table[table.on_front].index) == summary["front"]
     assert summary["hypervolume"] > 0
     assert summary["phases"]["overhead"]["median_s"] >= 0
+    store = summary["store"]
+    later = [result["teacher_targets"] for result in list(results(output).values())[1:]]
+    asked = sum(targets["hits"] + targets["misses"] for targets in later)
+    assert store["targets_after_first_trial"] == asked > 1000
+    assert 0.8 < store["hit_rate_after_first_trial"] <= 1.0
+    assert store["bytes"] == sum(
+        path.stat().st_size for path in (output / "store").glob("*/*.safetensors")
+    )
     assert summary["versions"]["ray"]
     assert not list((output / "checkpoints").iterdir())
 
