@@ -266,7 +266,7 @@ def test_loss_and_every_lora_gradient_equal_those_of_separate_sequences(
         expected = gradients(plain)
         runs: list[int] = []
         layer = backbone.model.model.language_model.layers[0].mlp
-        handle = layer.register_forward_hook(lambda *_: runs.append(1))
+        handle = layer.register_forward_pre_hook(lambda *_: runs.append(1))
         student_RD = response_hidden(backbone, prompts, samples[1])
         shared = chunked_kl(student_RD, teacher_RD, head.weight, chunk=16) / len(student_RD)
         got = gradients(shared)
@@ -279,22 +279,42 @@ def test_loss_and_every_lora_gradient_equal_those_of_separate_sequences(
     assert all(g.abs().max() > 0 for g in expected.values())
 
 
-def test_greedy_tokens_equal_one_at_a_time_generation(backbone, samples, prompts):
-    image_id, end = backbone.processor.image_token_id, backbone.processor.tokenizer.eos_token_id
-    expected = []
-    for query in samples[0]:
-        inputs = processed(backbone, query)
-        output = backbone.model.generate(
-            **inputs,
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            suppress_tokens=[image_id],
-        )
-        tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
-        expected.append(tokens[: tokens.index(end)] if end in tokens else tokens)
-    for batch_size in (64, 3):
-        assert greedy_tokens(backbone, prompts, NEW_TOKENS, batch_size) == expected
+def generated(backbone: Backbone, query: Query) -> list[int]:
+    """One prompt's greedy answer by the library's own ``generate``, without its end token."""
+    inputs = processed(backbone, query)
+    ends = backbone.model.generation_config.eos_token_id
+    output = backbone.model.generate(
+        **inputs,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        suppress_tokens=[backbone.processor.image_token_id],
+    )
+    tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens[:-1] if tokens[-1] in (ends if isinstance(ends, list) else [ends]) else tokens
+
+
+@pytest.mark.parametrize("batch_size", [64, 3])
+def test_greedy_tokens_equal_one_at_a_time_generation(backbone, samples, prompts, batch_size):
+    expected = [generated(backbone, query) for query in samples[0]]
+    assert greedy_tokens(backbone, prompts, NEW_TOKENS, batch_size) == expected
     assert len({tuple(tokens) for tokens in expected}) >= 8  # the prompts matter
+
+
+def test_rows_that_end_are_dropped_and_the_others_go_on(backbone, samples, prompts):
+    free = [generated(backbone, query) for query in samples[0]]
+    settings = backbone.model.generation_config
+    before = settings.eos_token_id
+    settings.eos_token_id = [before, *{tokens[2 + n % 4] for n, tokens in enumerate(free[:6])}]
+    try:
+        expected = [generated(backbone, query) for query in samples[0]]
+        got = greedy_tokens(backbone, prompts, NEW_TOKENS)
+    finally:
+        settings.eos_token_id = before
+    assert got == expected
+    lengths = [len(tokens) for tokens in expected]
+    early = sum(length < NEW_TOKENS - 2 for length in lengths)
+    assert len(lengths) / 4 < early < len(lengths), "some end early, some do not"
+    assert len(set(lengths)) >= 3
 
 
 @torch.no_grad()

@@ -40,11 +40,11 @@ def teachers(root: Path, backbone: Backbone, rank: int = 0) -> TeacherStore:
 
 def test_intervention_perturbs_the_image_and_prepends_the_instruction(random_backbone):
     (sample,) = samples(1)
-    seen = intervene(random_backbone, sample.query, RANDOM_STRICT)
+    (seen,) = intervene(random_backbone, [sample.query], RANDOM_STRICT)
     assert seen.text == f"{UNLEARNING_INSTRUCTIONS['strict']}\n{sample.query.text}"
     assert seen.image is not None and sample.query.image is not None
     assert seen.image.tobytes() != sample.query.image.tobytes()
-    assert intervene(random_backbone, sample.query, Intervention()) == sample.query
+    assert intervene(random_backbone, [sample.query], Intervention()) == [sample.query]
 
 
 def test_store_gives_the_logits_of_the_base_bit_for_bit(random_backbone, tmp_path):
@@ -53,7 +53,8 @@ def test_store_gives_the_logits_of_the_base_bit_for_bit(random_backbone, tmp_pat
         cold = store.targets(samples(), intervention, source)
         warm = teachers(tmp_path, random_backbone).targets(samples(), intervention, source)
         encoded = encode(
-            random_backbone, [intervene(random_backbone, s.query, intervention) for s in samples()]
+            random_backbone,
+            intervene(random_backbone, [s.query for s in samples()], intervention),
         )
         batch = collate(random_backbone, encoded, [t.response for t in cold])
         with torch.no_grad():

@@ -171,7 +171,9 @@ def test_training_never_sees_unseen_or_held_out(session, request_config):
     assert not {p.id for p in people.few_shot} & {p.id for p in people.retain}
     assert {p.id for p in people.test} == {p.id for p in people.forget}
     every = TRIAL.model_copy(update={"train_tasks": ("generation", "cloze", "classification")})
-    samples = training_samples(benchmark, people.forget, every, True, request_config.seed)
+    samples = training_samples(
+        benchmark, people.forget, every.train_tasks, True, request_config.seed
+    )
     trained = {s.query.id for s in samples}
     for person in people.forget:
         held_out = {q.id for q in split_questions(person, "held_out", request_config.seed)}

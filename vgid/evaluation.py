@@ -177,22 +177,28 @@ def prepare(
             if split != "celebrity":
                 asked = split_questions(person, part, request.seed)
             images = _PoseImages(person, seed)
-            for question in asked:
-                likelihood = question.task == "classification" and scoring == "likelihood"
+            ranked = [q.task == "classification" and scoring == "likelihood" for q in asked]
+            queries = []
+            for question, likelihood in zip(asked, ranked, strict=True):
                 if likelihood:
                     text = option_likelihood_text(question.text)
                 else:
                     text = question_text(
                         question.task, question.form, question.text, question.options
                     )
-                query = Query(
-                    id=question.id,
-                    text=with_reverse_prompt(text) if reverse else text,
-                    image=images.of(question),
-                    shots=shots.get((question.task, question.form), ()),
+                queries.append(
+                    Query(
+                        id=question.id,
+                        text=with_reverse_prompt(text) if reverse else text,
+                        image=images.of(question),
+                        shots=shots.get((question.task, question.form), ()),
+                    )
                 )
-                (encoded,) = encode(backbone, [intervene(backbone, query, intervention)])
-                items.append(_item(backbone, split, question, encoded, likelihood))
+            prompts = encode(backbone, intervene(backbone, queries, intervention))
+            items += [
+                _item(backbone, split, question, prompt, likelihood)
+                for question, prompt, likelihood in zip(asked, prompts, ranked, strict=True)
+            ]
     return Examination(tuple(items), scoring, few_shot, seed)
 
 

@@ -10,11 +10,17 @@ from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 NoiseType = Literal["random", "gaussian", "white"]
 NOISE_TYPES: tuple[NoiseType, ...] = get_args(NoiseType)
 MAX_SIGMA = 2.0
 """Beyond two pixel ranges, clipped Gaussian noise is black-and-white noise and changes no more."""
+
+
+def image_digest(image: Image.Image) -> str:
+    """SHA-256 of an image's mode, size and pixels: what it is called, and what seeds its noise."""
+    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 def sample_generator(seed: int, sample_id: str) -> np.random.Generator:

@@ -6,12 +6,13 @@ else. So retain scores tell what distillation kept (seen) from what merely survi
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from vgid.benchmark import Benchmark, Person, decode_image, split_questions
-from vgid.config import RequestConfig, TrialConfig
+from vgid.config import RequestConfig
 from vgid.encoding import Query
 from vgid.errors import InputError
-from vgid.interventions import sample_generator
+from vgid.interventions import image_digest, sample_generator
 from vgid.prompts import Task, generation_text, option_likelihood_text, question_text
 
 
@@ -78,11 +79,16 @@ class TrainingSample:
     answer: str
     task: Task = "generation"
 
+    @cached_property
+    def portrait(self) -> str:
+        """Digest of the image, shared by all of a portrait's questions; empty without one."""
+        return "" if self.query.image is None else image_digest(self.query.image)
+
 
 def training_samples(
     benchmark: Benchmark,
     people: tuple[Person, ...],
-    trial: TrialConfig,
+    tasks: tuple[Task, ...],
     likelihood_options: bool,
     seed: int,
 ) -> list[TrainingSample]:
@@ -95,18 +101,18 @@ def training_samples(
     Args:
         benchmark: the data.
         people: whose questions.
-        trial: ``train_tasks`` chooses the tasks.
+        tasks: whose questions are wanted.
         likelihood_options: classification asks for the option's text instead of its letter.
         seed: of the split into search and held-out questions.
 
     Raises:
         InputError: a person has no fine-tuning metadata.
     """
-    pairs = benchmark.training_pairs() if "generation" in trial.train_tasks else {}
+    pairs = benchmark.training_pairs() if "generation" in tasks else {}
     samples = []
     for person in people:
         image = decode_image(person.images[0], f"the image of person {person.id}")
-        if "generation" in trial.train_tasks:
+        if "generation" in tasks:
             if person.id not in pairs:
                 raise InputError(
                     f"{benchmark.root}: ft_Data has no metadata of person {person.id}; "
@@ -118,7 +124,7 @@ def training_samples(
         for question in split_questions(person, "search", seed):
             if question.form != "image" or question.task == "generation":
                 continue
-            if question.task not in trial.train_tasks:
+            if question.task not in tasks:
                 continue
             text, answer = (
                 question_text(question.task, question.form, question.text, question.options),

@@ -22,11 +22,10 @@ from vgid.backbones import Backbone
 from vgid.content_store import ContentStore, key_of
 from vgid.decoding import MAX_NEW_TOKENS, greedy_tokens
 from vgid.encoding import Query, at_model_resolution, encode, response_ids
-from vgid.interventions import NoiseType, perturb, sample_generator
+from vgid.interventions import NoiseType, image_digest, perturb, sample_generator
 from vgid.packing import response_hidden
 from vgid.prompts import PromptStyle, with_instruction
 from vgid.splits import TrainingSample
-from vgid.vision import digest
 
 FORMAT = 2
 CHUNK = 64
@@ -53,18 +52,27 @@ class Intervention:
     seed: int = 0
 
 
-def intervene(backbone: Backbone, query: Query, intervention: Intervention) -> Query:
-    """The query as the teacher sees it: v' = P_phi(v), t' = t_ic ⊕ t (equation 2)."""
-    image = query.image
-    if image is not None and intervention.noise_type is not None:
-        pixels = perturb(
-            at_model_resolution(backbone.processor, image),
-            intervention.noise_type,
-            intervention.sigma,
-            sample_generator(intervention.seed, digest(image)),
-        )
-        image = Image.fromarray(pixels)
-    return replace(query, text=with_instruction(query.text, intervention.style), image=image)
+def intervene(
+    backbone: Backbone, queries: Sequence[Query], intervention: Intervention
+) -> list[Query]:
+    """The queries as the teacher sees them: v' = P_phi(v), t' = t_ic ⊕ t (equation 2)."""
+    perturbed: dict[int, Image.Image] = {}  # by object: a portrait's questions hold the same one
+    seen = []
+    for query in queries:
+        image = query.image
+        if image is not None and intervention.noise_type is not None:
+            if id(image) not in perturbed:
+                pixels = perturb(
+                    at_model_resolution(backbone.processor, image),
+                    intervention.noise_type,
+                    intervention.sigma,
+                    sample_generator(intervention.seed, image_digest(image)),
+                )
+                perturbed[id(image)] = Image.fromarray(pixels)
+            image = perturbed[id(image)]
+        text = with_instruction(query.text, intervention.style)
+        seen.append(replace(query, text=text, image=image))
+    return seen
 
 
 @dataclass(frozen=True)
@@ -154,12 +162,7 @@ class TeacherStore:
                 asdict(intervention),
                 source,
                 [
-                    [
-                        s.query.id,
-                        s.query.text,
-                        None if s.query.image is None else digest(s.query.image),
-                        s.answer if source == "reference" else None,
-                    ]
+                    [s.query.id, s.query.text, s.portrait, s.answer * (source == "reference")]
                     for s in chunk
                 ],
             ]
@@ -170,8 +173,9 @@ class TeacherStore:
         self, chunk: Sequence[TrainingSample], intervention: Intervention, source: str
     ) -> dict[str, Tensor]:
         backbone = self.backbone
-        seen = [intervene(backbone, sample.query, intervention) for sample in chunk]
-        prompts = encode(backbone, seen)
+        prompts = encode(
+            backbone, intervene(backbone, [sample.query for sample in chunk], intervention)
+        )
         if source == "reference":
             responses = [response_ids(backbone, sample.answer) for sample in chunk]
         else:
@@ -192,8 +196,7 @@ def _chunks(samples: Sequence[TrainingSample]) -> list[list[int]]:
     """Indices of the samples, whole portraits together, in the order of their first questions."""
     portraits: dict[str, list[int]] = {}
     for n, sample in enumerate(samples):
-        image = sample.query.image
-        portraits.setdefault("" if image is None else digest(image), []).append(n)
+        portraits.setdefault(sample.portrait, []).append(n)
     chunks: list[list[int]] = []
     for portrait in portraits.values():
         if not chunks or len(chunks[-1]) >= CHUNK:

@@ -28,6 +28,7 @@ from vgid.distillation import DistillationSet, LossNotFiniteError, distill
 from vgid.encoding import Encoded, encode, response_ids
 from vgid.errors import InputError
 from vgid.evaluation import Evaluation, Examination, evaluate, prepare
+from vgid.prompts import Task
 from vgid.released import distill_released
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 from vgid.splits import TrainingSample, choose_people, training_samples
@@ -65,6 +66,7 @@ class TrialSession:
         self.store = TeacherStore(
             ContentStore(request.store, "teachers", limit), self.backbone, rank
         )
+        self._training: dict[tuple[tuple[Task, ...], bool], list[TrainingSample]] = {}
         self._encoded: dict[str, Encoded] = {}
         self._examinations: dict[tuple[str, int], Examination] = {}
         self.phases = {"load": time.perf_counter() - started}
@@ -231,13 +233,16 @@ class TrialSession:
         )
 
     def _samples(self, trial: TrialConfig, forget: bool) -> list[TrainingSample]:
-        return training_samples(
-            self.benchmark,
-            self.people.forget if forget else self.people.retain_pool,
-            trial,
-            self.backbone.spec.option_scoring == "likelihood",
-            self.request.seed,
-        )
+        key = (trial.train_tasks, forget)
+        if key not in self._training:
+            self._training[key] = training_samples(
+                self.benchmark,
+                self.people.forget if forget else self.people.retain_pool,
+                trial.train_tasks,
+                self.backbone.spec.option_scoring == "likelihood",
+                self.request.seed,
+            )
+        return self._training[key]
 
     def _encode(self, samples: list[TrainingSample]) -> list[Encoded]:
         for sample in samples:

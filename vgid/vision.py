@@ -9,7 +9,6 @@ One image a forward pass, so that its features do not depend on which others wer
 Shape legend: T image tokens, D hidden width of the language model.
 """
 
-import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from vgid.content_store import ContentStore, key_of
+from vgid.interventions import image_digest
 
 V = TypeVar("V")
 
@@ -69,7 +69,7 @@ class Vision:
 
     def picture(self, image: Image.Image) -> Picture:
         """Process an image, or take it from memory."""
-        key = digest(image)
+        key = image_digest(image)
         picture = self._pictures.get(key)
         if picture is None:
             picture = self._process(key, image)
@@ -106,11 +106,6 @@ class Vision:
         output = self.model.get_image_features(pixels, **tensors, return_dict=True)
         (features_TD,) = output.pooler_output
         return features_TD.cpu().contiguous()
-
-
-def digest(image: Image.Image) -> str:
-    """SHA-256 of an image's mode, size and pixels."""
-    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
 
 
 class _Recent(Generic[V]):
