@@ -26,7 +26,7 @@ from vgid.vision import Picture
 
 MAX_ROW_TOKENS = 4096
 """Token budget of a row. A tree that is larger is cut, its beginning repeated; a single sample
-that is larger has a row of its own."""
+that is larger stays whole, and the other rows, padded to its length anyway, are filled as far."""
 
 
 @dataclass
