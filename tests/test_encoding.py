@@ -78,3 +78,11 @@ def test_pixels_at_model_resolution_pass_the_processor_unchanged(random_backbone
     (encoded,) = encode(random_backbone, [Query("a", "Who?", Image.fromarray(pixels))])
     expected = (torch.from_numpy(pixels).permute(2, 0, 1) / 255.0 - 0.5) / 0.25
     torch.testing.assert_close(encoded.vision["pixel_values"][0], expected, atol=1e-5, rtol=0)
+
+
+def test_an_image_token_in_the_data_is_named(random_backbone: Backbone):
+    query = Query("forget_5/0007/generation/image/3", "Who is <image>?", picture())
+    with pytest.raises(InputError, match=r"forget_5/0007/generation/image/3.*<image>"):
+        encode(random_backbone, [query])
+    with pytest.raises(InputError, match="<image>"):
+        response_ids(random_backbone, "She is <image>.")

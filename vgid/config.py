@@ -19,6 +19,7 @@ Method = Literal["vgid"]
 ForgetRatio = Literal[5, 10, 15]
 Sampler = Literal["auto", "gp", "tpe", "random"]
 
+STORE_LIMIT_GB = 50.0
 C = TypeVar("C", bound="Config")
 
 
@@ -42,7 +43,9 @@ class RequestConfig(Config):
     forget_ratio: ForgetRatio = Field(5, description="per cent of the people to forget")
     store: Path = Field(description="folder of the teacher store, shared by all trials")
     store_limit_gb: float = Field(
-        50.0, gt=0, description="size of the store at most, in 10^9 bytes; least recently used out"
+        STORE_LIMIT_GB,
+        gt=0,
+        description="size of the store at most, in 10^9 bytes; least recently used out",
     )
     seed: int = Field(0, ge=0, description="splits of people and questions, few-shot people")
     retain_people: int = Field(
@@ -127,7 +130,7 @@ class StudyConfig(Config):
     search_space: Path | None = Field(None, description="None: search_spaces/<backbone>.yaml")
     method: Method = "vgid"
     forget_ratio: ForgetRatio = 5
-    trials: int = Field(40, ge=1)
+    trials: int = Field(60, ge=1)
     seed: int = Field(0, ge=0)
     sampler: Sampler = "auto"
     time_budget_s: float | None = Field(None, gt=0)
@@ -135,6 +138,7 @@ class StudyConfig(Config):
     workers_per_trial: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0, ge=0)
     retain_people: int = Field(50, ge=2)
+    store_limit_gb: float = Field(STORE_LIMIT_GB, gt=0)
     tracking_uri: str | None = None
     fresh_workers: bool = False
     log_responses: bool = False

@@ -101,7 +101,7 @@ def encode(backbone: Backbone, queries: Sequence[Query]) -> list[Encoded]:
     """Frame and tokenise queries and process their images.
 
     Raises:
-        InputError: a sample is longer than the model's context.
+        InputError: a sample is longer than the model's context, or holds its image token as text.
     """
     return [_encode(backbone, query) for query in queries]
 
@@ -115,7 +115,10 @@ def _encode(backbone: Backbone, query: Query) -> Encoded:
     # As the processors themselves do it, but with each image processed once for all its questions.
     first, *rest = ("".join(shot.text for shot in query.shots) + turn).split(processor.image_token)
     if len(rest) != len(pictures):
-        raise ValueError(f"sample {query.id}: {len(rest)} places for {len(pictures)} images")
+        raise InputError(
+            f"sample {query.id}: its text holds the image token {processor.image_token} of "
+            f"{backbone.spec.name}; take it out of the text."
+        )
     text = first + "".join(
         processor.image_token * picture.tokens + after
         for picture, after in zip(pictures, rest, strict=True)
@@ -153,7 +156,11 @@ def _positions(
 
 
 def response_ids(backbone: Backbone, response: str) -> list[int]:
-    """Token ids of a response as they follow the prompt frame, end-of-sequence included."""
+    """Token ids of a response as they follow the prompt frame, end-of-sequence included.
+
+    Raises:
+        InputError: the response holds the backbone's image token.
+    """
     frame = backbone.spec.frame
     tokenizer = backbone.processor.tokenizer
     # Tokenised behind the frame's end, since many tokenizers treat a text's first word apart.
@@ -162,6 +169,11 @@ def response_ids(backbone: Backbone, response: str) -> list[int]:
     whole = tokenizer(turn + frame.separator + response)["input_ids"]
     if whole[: len(prefix)] != prefix:
         raise ValueError(f"the prompt frame of {backbone.spec.name} merges with the response")
+    if backbone.processor.image_token_id in whole:
+        raise InputError(
+            f"an answer of the data holds the image token {backbone.processor.image_token} of "
+            f"{backbone.spec.name}; take it out of the text."
+        )
     return [*whole[len(prefix) :], tokenizer.eos_token_id]
 
 

@@ -108,6 +108,7 @@ def make_plan(config: StudyConfig) -> Plan:
         "data": config.output / OWN_DATA if config.data is None else config.data,
         "forget_ratio": config.forget_ratio,
         "store": config.output / "store",
+        "store_limit_gb": config.store_limit_gb,
         "seed": config.seed,
         "retain_people": config.retain_people,
         "log_responses": config.log_responses,

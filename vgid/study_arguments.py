@@ -98,6 +98,8 @@ def parser() -> argparse.ArgumentParser:
         "the cluster holds")  # fmt: skip
     add("--workers-per-trial", type=int, metavar="W", help="data-parallel workers of a trial")
     add("--gpus-per-worker", type=float, metavar="G", help="GPUs of each worker, may be a fraction")
+    add("--store-limit-gb", type=float, metavar="GB", help="disk for teacher targets and image "
+        "features, least recently used out; see also `vgid teachers --info`")  # fmt: skip
     add("--tracking-uri", metavar="URI", help="MLflow server or database; without it, "
         "OUTPUT/mlflow.db")  # fmt: skip
     add("--fresh-workers", action="store_true", help="start new worker processes for every trial "

@@ -70,6 +70,7 @@ def store_use(ended: Sequence[Record], store: Path) -> dict[str, Any]:
         "bytes": held.bytes,
         "entries": held.entries,
         "limit_bytes": held.limit_bytes,
+        "bytes_by_kind": {kind: usage.bytes for kind, usage in held.by_kind.items()},
     }
 
 
