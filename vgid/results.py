@@ -41,8 +41,8 @@ class TrialResult(Config):
         scores: every score of the evaluation, empty unless completed.
         metrics: the same as plain numbers, with ``forget_rougeL_reduction`` and training losses.
         seconds: wall time by phase: load, teacher, train, evaluate, save.
-        teacher_targets: training samples whose teacher the store held (``hits``) and did not
-            (``misses``).
+        store: what was spared and what was computed: ``teacher_hits`` and ``teacher_misses`` by
+            training sample, ``vision_hits`` and ``vision_misses`` by use of an image's features.
         few_shot: IDs of the few-shot people by task.
         option_scoring: how multiple-choice questions were scored.
         adapter: PEFT adapter folder, None unless completed.
@@ -54,7 +54,7 @@ class TrialResult(Config):
     scores: dict[str, Score] = Field(default_factory=dict)
     metrics: dict[str, float] = Field(default_factory=dict)
     seconds: dict[str, float] = Field(default_factory=dict)
-    teacher_targets: dict[str, int] = Field(default_factory=dict)
+    store: dict[str, int] = Field(default_factory=dict)
     few_shot: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     option_scoring: Literal["letter", "likelihood"] | None = None
     adapter: Path | None = None

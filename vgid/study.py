@@ -372,6 +372,9 @@ class Study:
         write_study(output / "study.json", summary)
         if front is not None:
             numbers = {"hypervolume": summary["hypervolume"], "wall_s": summary["wall_s"]}
+            if summary["store"].get("hit_rate_after_first_trial") is not None:
+                numbers["store_hit_rate"] = summary["store"]["hit_rate_after_first_trial"]
+                numbers["store_bytes"] = summary["store"]["bytes"]
             numbers |= {f"trials_{status}": n for status, n in summary["counts"].items()}
             self._tracker.finish_study(
                 front,

@@ -58,15 +58,20 @@ def store_use(ended: Sequence[Record], store: Path) -> dict[str, Any]:
         ended: the ended trials.
         store: folder of the store.
     """
-    found = [r.result.teacher_targets for r in ended if r.result and r.result.teacher_targets]
+    found = [r.result.store for r in ended if r.result and r.result.store]
     if not found:
         return {}
-    hits = sum(targets["hits"] for targets in found[1:])
-    asked = hits + sum(targets["misses"] for targets in found[1:])
+
+    def later(name: str) -> int:
+        return sum(use[name] for use in found[1:])
+
+    hits = later("teacher_hits")
+    asked = hits + later("teacher_misses")
     held = info(store)
     return {
         "hit_rate_after_first_trial": hits / asked if asked else None,
         "targets_after_first_trial": asked,
+        "vision_passes_after_first_trial": later("vision_misses"),
         "bytes": held.bytes,
         "entries": held.entries,
         "limit_bytes": held.limit_bytes,

@@ -277,7 +277,7 @@ class Tracker:
         values = {
             **result.metrics,
             **{f"seconds/{phase}": seconds for phase, seconds in result.seconds.items()},
-            **{f"teacher_targets/{name}": float(n) for name, n in result.teacher_targets.items()},
+            **{f"store/{name}": float(count) for name, count in result.store.items()},
         }
         step = max(run.last_step, 0)
         # After a kill between two calls, what is there already is not sent again.

@@ -104,17 +104,13 @@ class TrialSession:
         Raises:
             InputError: data that cannot be trained on.
         """
+        before = self._store_use
         seconds = {"load": self._unreported_load}
         self._unreported_load = 0.0
         with _timed(seconds, "load"):
             base = self.base_scores("search")
-        found = self.store.hits, self.store.misses
         with _timed(seconds, "teacher"):
             epochs = self._prepare_training(trial, trial_id, checkpoint_dir)
-        teacher_targets = {
-            "hits": self.store.hits - found[0],
-            "misses": self.store.misses - found[1],
-        }
         last: EpochReport | None = None
         with adapter.attached(self.backbone, trial) as model:
             try:
@@ -126,7 +122,7 @@ class TrialSession:
                                 status="pruned",
                                 metrics=last.metrics,
                                 seconds=seconds,
-                                teacher_targets=teacher_targets,
+                                store=self._store_use_since(before),
                             )
             except LossNotFiniteError as error:
                 return TrialResult(
@@ -150,7 +146,7 @@ class TrialSession:
                 **(last.metrics if last else {}),
             },
             seconds=seconds,
-            teacher_targets=teacher_targets,
+            store=self._store_use_since(before),
             few_shot={str(task): ids for task, ids in evaluation.few_shot.items()},
             option_scoring=evaluation.option_scoring,
             adapter=adapter_dir,
@@ -172,6 +168,19 @@ class TrialSession:
         """
         with adapter.loaded(self.backbone, adapter_dir):
             return self._evaluate(part, self._seed(part) if seed is None else seed).scores
+
+    @property
+    def _store_use(self) -> dict[str, int]:
+        teachers, vision = self.store, self.backbone.vision
+        return {
+            "teacher_hits": teachers.hits,
+            "teacher_misses": teachers.misses,
+            "vision_hits": vision.hits,
+            "vision_misses": vision.misses,
+        }
+
+    def _store_use_since(self, before: Mapping[str, int]) -> dict[str, int]:
+        return {name: count - before[name] for name, count in self._store_use.items()}
 
     def _goes_on(self, on_epoch: OnEpoch | None, report: EpochReport) -> bool:
         """Rank 0's answer of ``on_epoch``, known to all ranks so that they stop together."""

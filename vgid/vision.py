@@ -57,6 +57,8 @@ class Vision:
 
     Attributes:
         store: where features are shared with other processes; None for this process only.
+        hits: times that features were there.
+        misses: times that the tower was run.
     """
 
     def __init__(self, model: Any, processor: Any, revision: str) -> None:
@@ -64,6 +66,8 @@ class Vision:
         self.processor = processor
         self.revision = revision
         self.store: ContentStore | None = None
+        self.hits = 0
+        self.misses = 0
         self._pictures: _Recent[Picture] = _Recent(MEMORY_BYTES)
         self._features: _Recent[Tensor] = _Recent(MEMORY_BYTES)
 
@@ -89,6 +93,7 @@ class Vision:
     def features(self, picture: Picture) -> Tensor:
         """What the language model sees in place of the image tokens: (T, D), model's dtype."""
         features_TD = self._features.get(picture.key)
+        passes = self.misses
         if features_TD is None:
             if self.store is None:
                 features_TD = self._look(picture)
@@ -97,10 +102,12 @@ class Vision:
                 stored = self.store.get_or_compute(key, lambda: {"features": self._look(picture)})
                 features_TD = stored["features"]
             self._features.put(picture.key, features_TD, features_TD.nbytes)
+        self.hits += self.misses == passes
         return features_TD.to(self.model.device)
 
     @torch.no_grad()
     def _look(self, picture: Picture) -> Tensor:
+        self.misses += 1
         tensors = {name: value.to(self.model.device) for name, value in picture.tensors.items()}
         pixels = tensors.pop("pixel_values").to(self.model.dtype)
         output = self.model.get_image_features(pixels, **tensors, return_dict=True)

@@ -122,8 +122,8 @@ def test_the_output_folder_holds_what_the_contract_names(study):
     assert summary["hypervolume"] > 0
     assert summary["phases"]["overhead"]["median_s"] >= 0
     store = summary["store"]
-    later = [result["teacher_targets"] for result in list(results(output).values())[1:]]
-    asked = sum(targets["hits"] + targets["misses"] for targets in later)
+    later = [result["store"] for result in list(results(output).values())[1:]]
+    asked = sum(use["teacher_hits"] + use["teacher_misses"] for use in later)
     assert store["targets_after_first_trial"] == asked > 1000
     assert 0.8 < store["hit_rate_after_first_trial"] <= 1.0
     assert store["bytes"] == sum(
