@@ -15,12 +15,50 @@ from vgid.interventions import MAX_SIGMA, NoiseType
 from vgid.prompts import PromptStyle, Task
 
 ResponseSource = Literal["teacher", "reference", "mixed"]
-Method = Literal["vgid"]
+Method = Literal[
+    "vgid",
+    "icu_t",
+    "noise_t",
+    "ga",
+    "ga_diff",
+    "kl_min",
+    "po_idk",
+    "po_dpo",
+    "npo",
+    "rmu",
+]
+"""The methods of the paper's Table 3 (``vgid.methods``); ``icu_t`` and ``noise_t`` are VGID with
+only the instruction and only the perturbation."""
 ForgetRatio = Literal[5, 10, 15]
 Sampler = Literal["auto", "gp", "tpe", "random"]
 
 STORE_LIMIT_GB = 50.0
 C = TypeVar("C", bound="Config")
+
+_DISTILLING: tuple[Method, ...] = ("vgid", "icu_t", "noise_t")
+_RETAINING: tuple[Method, ...] = (*_DISTILLING, "ga_diff", "kl_min", "rmu")
+
+USED_BY: dict[str, tuple[Method, ...]] = {
+    "beta": _RETAINING,
+    "retain_batch_size": _RETAINING,
+    "noise_type": ("vgid", "noise_t"),
+    "sigma": ("vgid", "noise_t"),
+    "prompt_style": ("vgid", "icu_t"),
+    "response_source": _DISTILLING,
+    "released": ("vgid",),
+    "preference_beta": ("po_dpo", "npo"),
+    "rmu_layer": ("rmu",),
+    "rmu_steering": ("rmu",),
+}
+"""Which methods use a field of ``TrialConfig``; fields that are not named here belong to all."""
+
+
+def uses(method: Method, field: str) -> bool:
+    """Whether ``method`` uses a field of ``TrialConfig``; one that it does not keeps its default.
+
+    ``uses(method, "beta")`` tells whether the method has a retain term.
+    """
+    return method in USED_BY.get(field, (method,))
 
 
 class Config(BaseModel):
@@ -59,7 +97,10 @@ class RequestConfig(Config):
 
 
 class TrialConfig(Config):
-    """One trial: the hyperparameters of VGID (paper section 3.4) and of the optimiser.
+    """One trial: a method's hyperparameters (paper sections 3.4 and A.3.2) and the optimiser's.
+
+    Every method minimises ``alpha * forget + beta * retain``. So ``beta`` is also what the paper
+    calls lambda in equation 7, beta in equation 8 and gamma in equation 15.
 
     The paper gives no learning rate, LoRA or batch size for VGID; the defaults here were measured
     on ``tiny-llava`` (README).
@@ -67,7 +108,9 @@ class TrialConfig(Config):
 
     method: Method = "vgid"
     alpha: float = Field(1.0, ge=0, description="weight of the forget loss, equation 5")
-    beta: float = Field(1.0, ge=0, description="weight of the retain loss, equation 5")
+    beta: float = Field(
+        1.0, ge=0, description="weight of the retain loss, equation 5; not for methods without one"
+    )
     noise_type: NoiseType = Field("random", description="visual perturbation P_phi, section 3.3")
     sigma: float | None = Field(
         None,
@@ -82,6 +125,21 @@ class TrialConfig(Config):
         description="which tokens y the forget KL is summed over, which the paper leaves open: the "
         "teacher's own answer, the reference answer, or each in turn (the default by measurement: "
         "tests/benchmarks/response_source.py)",
+    )
+    preference_beta: float = Field(
+        0.1, gt=0, description="inverse temperature of po_dpo and npo: beta of equations 9 and 10"
+    )
+    rmu_layer: int | None = Field(
+        None,
+        ge=1,
+        description="language-model layer whose output rmu steers, counted from 1; None: a third "
+        "of the depth",
+    )
+    rmu_steering: float = Field(
+        5.0,
+        gt=0,
+        description="length of rmu's target, in lengths of the base's hidden state: "
+        "lambda of equation 12",
     )
     train_tasks: tuple[Task, ...] = Field(
         ("generation", "cloze"), min_length=1, description="task forms in the training batches"
@@ -110,6 +168,14 @@ class TrialConfig(Config):
         "redrawn each batch, KL over all positions, forget and retain in two optimizer steps",
     )
     seed: int = Field(0, ge=0, description="adapter initialisation, batch order, noise")
+
+    @model_validator(mode="after")
+    def _only_what_the_method_uses(self) -> Self:
+        for name in USED_BY:
+            default = type(self).model_fields[name].default
+            if not uses(self.method, name) and getattr(self, name) != default:
+                raise ValueError(f"{name}: method '{self.method}' does not use it; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _sigma_belongs_to_gaussian(self) -> Self:

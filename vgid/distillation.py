@@ -1,7 +1,8 @@
-"""The distillation loop: Algorithm 1 of the paper, for one process or one rank of several.
+"""The training loop: Algorithm 1 of the paper, for one process or one rank of several.
 
-Each step draws a batch of forget questions and one of retain questions, sums both forward KLs
-(equation 5) and takes one optimizer step. Response tokens only: the student's hidden states at
+Each step draws a batch of forget questions and, if the method has a retain term, one of retain
+questions, sums both losses (equation 5) and takes one optimizer step. The losses are the method's
+(``vgid.methods``); VGID's are forward KLs. Response tokens only: the student's hidden states at
 those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts. Questions
 of one portrait ride in one sequence (``vgid.packing``).
 
@@ -22,14 +23,15 @@ from torch import Tensor, nn
 
 from vgid.backbones import Backbone
 from vgid.checkpoint import load_checkpoint, save_checkpoint
-from vgid.chunked_kl import chunked_kl
-from vgid.config import TrialConfig
+from vgid.config import TrialConfig, uses
 from vgid.encoding import Encoded
 from vgid.interventions import sample_generator
+from vgid.methods import Distillation, UnlearningMethod, make_method
 from vgid.objectives import vgid_loss
-from vgid.packing import Packed, hidden_states, pack
+from vgid.packing import pack
 from vgid.prompts import Task
 from vgid.results import EpochReport
+from vgid.student import DistillationBatch, View
 from vgid.teacher import TeacherTarget
 
 
@@ -46,11 +48,13 @@ class DistillationSet:
         targets: one list of targets for each response source in use; sample i learns from
             ``targets[(i + epoch) % len(targets)][i]``, so a mixed source takes turns.
         tasks: the task of each sample; batches hold the tasks in equal parts.
+        paired: a sample learns from all its targets at once (preferences) instead.
     """
 
     prompts: Sequence[Encoded]
     targets: Sequence[Sequence[TeacherTarget]]
     tasks: Sequence[Task]
+    paired: bool = False
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -65,47 +69,46 @@ class DistillationSet:
         return draw_order(self.tasks, self.portraits, config.questions_per_image, config.seed, name)
 
     def target(self, i: int, epoch: int) -> TeacherTarget:
-        """The target of sample ``i`` in ``epoch``."""
+        """The target of sample ``i`` in ``epoch``, where targets take turns."""
         return self.targets[(i + epoch) % len(self.targets)][i]
 
-
-@dataclass
-class DistillationBatch:
-    """One rank's share of a batch.
-
-    Attributes:
-        packed: the original prompts with the response tokens y.
-        teacher_RD: the teacher's hidden states that predict y.
-        weight: 1 / response tokens of the whole batch over all ranks; 0 for a placeholder.
-    """
-
-    packed: Packed
-    teacher_RD: Tensor
-    weight: float
+    def rounds(self, indices: Sequence[int], epoch: int) -> list[list[TeacherTarget]]:
+        """What the samples learn from in ``epoch``: one list, or of paired targets each in turn."""
+        if self.paired:
+            return [[targets[i] for i in indices] for targets in self.targets]
+        return [[self.target(i, epoch) for i in indices]]
 
 
 class Student(nn.Module):
-    """The adapted model as a module whose forward is the loss, so that DDP sees all of it."""
+    """The adapted model as a module whose forward is the loss, so that DDP sees all of it.
 
-    def __init__(self, model: nn.Module, backbone: Backbone) -> None:
+    Args:
+        model: the ``PeftModel``.
+        backbone: the frozen base that it wraps.
+        method: whose losses; VGID's by default.
+    """
+
+    def __init__(
+        self, model: nn.Module, backbone: Backbone, method: UnlearningMethod | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.backbone = backbone
+        self.method = method or Distillation(TrialConfig(), backbone)
 
-    def forward(self, forget: DistillationBatch, retain: DistillationBatch) -> tuple[Tensor, ...]:
-        """This rank's share of L_forget (equation 3) and L_retain (equation 4)."""
-        return self.kl(forget), self.kl(retain)
+    def forward(
+        self, forget: DistillationBatch, retain: DistillationBatch | None
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's share of L_forget and L_retain; the latter 0 without a retain batch."""
+        forget_loss = self.method.forget_loss(View(self.backbone, self.model, forget))
+        retain_loss = None
+        if retain is not None:
+            retain_loss = self.method.retain_loss(View(self.backbone, self.model, retain))
+        return forget_loss, forget_loss.new_zeros(()) if retain_loss is None else retain_loss
 
     def kl(self, part: DistillationBatch) -> Tensor:
-        """Forward KL at the response positions, weighted to the mean over the whole batch.
-
-        ``forward_kl(lm_head(teacher), lm_head(student))`` of ``vgid.objectives``, without ever
-        holding the logits of all positions.
-        """
-        student_RD = part.packed.predicting(hidden_states(self.backbone, part.packed))
-        lm_head = self.backbone.model.lm_head
-        kl = chunked_kl(student_RD, part.teacher_RD, lm_head.weight, bias_V=lm_head.bias)
-        return kl * part.weight
+        """Forward KL at the response positions, this share of the mean over the whole batch."""
+        return View(self.backbone, self.model, part).kl()
 
 
 def draw_order(
@@ -175,7 +178,7 @@ def share(
     Portraits stay together as far as equal shares allow. Weights add up, over ranks and parts, to
     the mean over the whole batch.
     """
-    tokens = sum(len(data.target(i, epoch).response) for i in indices)
+    tokens = sum(len(t.response) for targets in data.rounds(indices, epoch) for t in targets)
     together: dict[Hashable, list[int]] = {}
     for i in indices:
         together.setdefault(data.portraits[i], []).append(i)
@@ -185,10 +188,18 @@ def share(
     for piece in pieces:
         # A rank without samples must still take part in DDP's reduction.
         mine = piece.tolist() or [indices[0]]
-        targets = [data.target(i, epoch) for i in mine]
-        packed = pack(backbone, [data.prompts[i] for i in mine], [t.response for t in targets])
-        teacher_RD = torch.cat([t.hidden_RD for t in targets])
-        shares.append(DistillationBatch(packed, teacher_RD, 1.0 / tokens if len(piece) else 0.0))
+        rounds = data.rounds(mine, epoch)
+        targets = [target for each in rounds for target in each]
+        prompts = [data.prompts[i] for i in mine] * len(rounds)
+        packed = pack(backbone, prompts, [t.response for t in targets])
+        shares.append(
+            DistillationBatch(
+                packed,
+                torch.cat([t.hidden_RD for t in targets]),
+                weight=1.0 / tokens if len(piece) else 0.0,
+                fraction=len(piece) / len(indices),
+            )
+        )
     return shares
 
 
@@ -202,7 +213,7 @@ def distill(
     backbone: Backbone,
     model: Any,
     forget: DistillationSet,
-    retain: DistillationSet,
+    retain: DistillationSet | None,
     config: TrialConfig,
     *,
     trial_id: str = "",
@@ -215,8 +226,9 @@ def distill(
     Args:
         backbone: the frozen base that ``model`` wraps.
         model: the ``PeftModel`` with a fresh adapter.
-        forget: D_F with the teacher of equation 2.
-        retain: D_R with the frozen base as teacher (equation 4).
+        forget: D_F with the method's targets, for VGID the teacher of equation 2.
+        retain: D_R with the frozen base as teacher (equation 4); not used, and may be None, where
+            the method has no retain term.
         config: the trial.
         trial_id: written into the checkpoint, which is resumed from only by the same trial.
         rank: of this process.
@@ -224,8 +236,14 @@ def distill(
         checkpoint: folder of the checkpoint, written after each epoch and resumed from.
 
     Raises:
+        InputError: the trial asks for a layer that the backbone lacks.
         LossNotFiniteError: NaN or infinite loss or gradient.
     """
+    method = make_method(config, backbone)
+    if method.layers is not None:
+        # DDP would wait for the gradients of layers that are not run.
+        backbone.model.model.language_model.layers[method.layers :].requires_grad_(False)
+    kept = retain if uses(config.method, "beta") else None
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -238,7 +256,7 @@ def distill(
     first = 0
     if checkpoint is not None:
         first = load_checkpoint(checkpoint, trial_id, parameters, optimizer, schedule)
-    student: nn.Module = Student(model, backbone)
+    student: nn.Module = Student(model, backbone, method)
     if world_size > 1:
         # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
         student = nn.parallel.DistributedDataParallel(student, init_sync=False)
@@ -251,32 +269,32 @@ def distill(
         batches = epoch_batches(forget, config, epoch)
         for k, indices in enumerate(batches):
             step = epoch * per_epoch + k
-            others = retain_batch(retain, config, step)
             parts = config.gradient_accumulation
-            shares = zip(
-                share(backbone, forget, indices, epoch, rank, world_size, parts),
-                share(backbone, retain, others, epoch, rank, world_size, parts),
-                strict=True,
-            )
+            forget_shares = share(backbone, forget, indices, epoch, rank, world_size, parts)
+            retain_shares: Sequence[DistillationBatch | None] = [None] * parts
+            if kept is not None:
+                others = retain_batch(kept, config, step)
+                retain_shares = share(backbone, kept, others, epoch, rank, world_size, parts)
             optimizer.zero_grad(set_to_none=True)
-            kl = torch.zeros(2, dtype=torch.float64)
+            losses = torch.zeros(2, dtype=torch.float64)
+            shares = zip(forget_shares, retain_shares, strict=True)
             for part, (forget_share, retain_share) in enumerate(shares, 1):
                 with _reduced(student, part == parts):
-                    forget_kl, retain_kl = student(forget_share, retain_share)
-                    loss = vgid_loss(forget_kl, retain_kl, config.alpha, config.beta)
+                    forget_loss, retain_loss = student(forget_share, retain_share)
+                    loss = vgid_loss(forget_loss, retain_loss, config.alpha, config.beta)
                     # DDP averages over the ranks, whose shares are meant to be summed.
                     (loss * world_size).backward()
-                kl += torch.stack([forget_kl, retain_kl]).detach().double().cpu()
+                losses += torch.stack([forget_loss, retain_loss]).detach().double().cpu()
             norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
-            if not math.isfinite(norm) or not bool(kl.isfinite().all()):
+            if not math.isfinite(norm) or not bool(losses.isfinite().all()):
                 raise LossNotFiniteError(
                     f"loss or gradient is not finite at step {step + 1} (epoch {epoch + 1})"
                 )
             optimizer.step()
             schedule.step()
-            sums += kl
+            sums += losses
         model.eval()
-        forget_loss, retain_loss = (_sum_over_ranks(sums, world_size) / len(batches)).tolist()
+        forgotten, retained = (_sum_over_ranks(sums, world_size) / len(batches)).tolist()
         if checkpoint is not None and rank == 0:
             save_checkpoint(checkpoint, trial_id, epoch + 1, parameters, optimizer)
         yield EpochReport(
@@ -284,9 +302,9 @@ def distill(
             epochs=config.epochs,
             step=(epoch + 1) * per_epoch,
             metrics={
-                "forget_loss": forget_loss,
-                "retain_loss": retain_loss,
-                "loss": config.alpha * forget_loss + config.beta * retain_loss,
+                "forget_loss": forgotten,
+                **({} if kept is None else {"retain_loss": retained}),
+                "loss": config.alpha * forgotten + config.beta * retained,
                 "learning_rate": float(schedule.get_last_lr()[0]),
                 "grad_norm": norm,
             },

@@ -30,7 +30,7 @@ def forward_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
 
 
 def vgid_loss(forget_kl: Tensor, retain_kl: Tensor, alpha: float, beta: float) -> Tensor:
-    """L_overall = alpha * L_forget + beta * L_retain, equation 5."""
+    """L_overall = alpha * L_forget + beta * L_retain: equation 5, and 7, 8 and 15 alike."""
     return alpha * forget_kl + beta * retain_kl
 
 
@@ -73,3 +73,45 @@ def dpo(
     chosen = chosen_logp - ref_chosen_logp.detach()
     rejected = rejected_logp - ref_rejected_logp.detach()
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
+
+
+def rmu_target(ref_hidden_TD: Tensor, direction_D: Tensor, steering: float) -> Tensor:
+    """v_f of RMU, equation 12: ``steering * ||h_ref|| * u`` at each position.
+
+    Args:
+        ref_hidden_TD: hidden states of the frozen base, any floating dtype.
+        direction_D: the unit vector u of equation 11.
+        steering: lambda, > 0.
+
+    Returns:
+        fp32 (or fp64, if given) targets of shape (T, D).
+    """
+    dtype = torch.promote_types(ref_hidden_TD.dtype, torch.float32)
+    lengths_T1 = ref_hidden_TD.detach().to(dtype).norm(dim=-1, keepdim=True)
+    return steering * lengths_T1 * direction_D.to(dtype)
+
+
+def rmu_forget(
+    hidden_TD: Tensor, ref_hidden_TD: Tensor, direction_D: Tensor, steering: float
+) -> Tensor:
+    """Forget loss of RMU, equation 13: squared distance to v_f, mean over positions.
+
+    Args:
+        hidden_TD: the student's hidden states at layer l.
+        ref_hidden_TD: the frozen base's, same shape.
+        direction_D: the unit vector u of equation 11.
+        steering: lambda of equation 12.
+    """
+    target_TD = rmu_target(ref_hidden_TD, direction_D, steering)
+    return (hidden_TD.to(target_TD.dtype) - target_TD).square().sum(dim=-1).mean()
+
+
+def rmu_retain(hidden_TD: Tensor, ref_hidden_TD: Tensor) -> Tensor:
+    """Retain loss of RMU, equation 14: squared distance to the base, mean over positions.
+
+    Args:
+        hidden_TD: the student's hidden states at layer l, any floating dtype.
+        ref_hidden_TD: the frozen base's, same shape.
+    """
+    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+    return (hidden_TD.to(dtype) - ref_hidden_TD.detach().to(dtype)).square().sum(dim=-1).mean()

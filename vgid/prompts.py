@@ -38,6 +38,20 @@ REVERSE_PROMPT = (
 )
 """Appended to the question by the reverse-engineering attack (paper Appendix A.3.7)."""
 
+REFUSALS: tuple[str, ...] = (
+    "I'm sorry, but I can't help with that.",
+    "I don't know the answer to that question.",
+    "I'm afraid I don't have information about this person.",
+    "I'm unable to identify this individual.",
+    "Sorry, I cannot share details about this person.",
+    "I'm not able to answer questions about this individual.",
+    "I have no knowledge of this person.",
+    "Sorry, this is not something that I can tell.",
+)
+"""What preference optimisation prefers to the original answer (paper Appendix A.3.2).
+
+The paper names no texts; these follow the "I don't know" answers of TOFU (Maini et al. 2024)."""
+
 BLANK = "__"
 """Marks the gap in a cloze question of the benchmark; shown to the model as ``[Blank]``."""
 

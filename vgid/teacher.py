@@ -24,8 +24,12 @@ from vgid.decoding import MAX_NEW_TOKENS, greedy_tokens
 from vgid.encoding import Query, at_model_resolution, encode, response_ids
 from vgid.interventions import NoiseType, image_digest, perturb, sample_generator
 from vgid.packing import response_hidden
-from vgid.prompts import PromptStyle, with_instruction
+from vgid.prompts import REFUSALS, PromptStyle, with_instruction
 from vgid.splits import TrainingSample
+
+TargetSource = Literal["teacher", "reference", "refusal"]
+"""Whose response tokens: the ``teacher``'s own greedy answer under the intervention, the
+``reference`` answer of the data, or a ``refusal`` (``vgid.prompts.REFUSALS``)."""
 
 FORMAT = 2
 CHUNK = 64
@@ -43,7 +47,7 @@ class Intervention:
         sigma: of Gaussian noise.
         style: unlearning instruction, None for none.
         seed: of the noise, which is drawn for each image anew and is the same for all of its
-            questions.
+            questions; and of the choice of a refusal, which is drawn for each question.
     """
 
     noise_type: NoiseType | None = None
@@ -112,15 +116,14 @@ class TeacherStore:
         self,
         samples: Sequence[TrainingSample],
         intervention: Intervention,
-        source: Literal["teacher", "reference"],
+        source: TargetSource,
     ) -> list[TeacherTarget]:
         """The targets of ``samples``, computed where the store does not hold them yet.
 
         Args:
             samples: training samples, in a fixed order (chunks are cut from it).
             intervention: how the teacher sees them.
-            source: response tokens are the ``teacher``'s own greedy answer under the
-                intervention, or the ``reference`` answer of the data.
+            source: whose response tokens.
         """
         chunks = _chunks(samples)
         found: dict[int, list[TeacherTarget]] = {}
@@ -135,7 +138,10 @@ class TeacherStore:
         return [by_sample[n] for n in range(len(samples))]
 
     def _chunk(
-        self, chunk: Sequence[TrainingSample], intervention: Intervention, source: str
+        self,
+        chunk: Sequence[TrainingSample],
+        intervention: Intervention,
+        source: TargetSource,
     ) -> list[TeacherTarget]:
         computed = self.store.misses
         tensors = self.store.get_or_compute(
@@ -151,7 +157,12 @@ class TeacherStore:
         hidden = tensors["hidden"].split(lengths)
         return [TeacherTarget(r.tolist(), h) for r, h in zip(responses, hidden, strict=True)]
 
-    def _key(self, chunk: Sequence[TrainingSample], intervention: Intervention, source: str) -> str:
+    def _key(
+        self,
+        chunk: Sequence[TrainingSample],
+        intervention: Intervention,
+        source: TargetSource,
+    ) -> str:
         frame = self.backbone.spec.frame
         return key_of(
             [
@@ -162,7 +173,7 @@ class TeacherStore:
                 asdict(intervention),
                 source,
                 [
-                    [s.query.id, s.query.text, s.portrait, s.answer * (source == "reference")]
+                    [s.query.id, s.query.text, s.portrait, _given(s, intervention, source)]
                     for s in chunk
                 ],
             ]
@@ -170,26 +181,41 @@ class TeacherStore:
 
     @torch.no_grad()
     def _compute(
-        self, chunk: Sequence[TrainingSample], intervention: Intervention, source: str
+        self,
+        chunk: Sequence[TrainingSample],
+        intervention: Intervention,
+        source: TargetSource,
     ) -> dict[str, Tensor]:
         backbone = self.backbone
         prompts = encode(
             backbone, intervene(backbone, [sample.query for sample in chunk], intervention)
         )
-        if source == "reference":
-            responses = [response_ids(backbone, sample.answer) for sample in chunk]
-        else:
+        if source == "teacher":
             end = backbone.processor.tokenizer.eos_token_id
             responses = [
                 [*tokens, end] if len(tokens) < MAX_NEW_TOKENS else tokens
                 for tokens in greedy_tokens(backbone, prompts, batch_size=len(prompts))
             ]
+        else:
+            responses = [response_ids(backbone, _given(s, intervention, source)) for s in chunk]
         hidden = response_hidden(backbone, prompts, responses)
         return {
             "lengths": torch.tensor([len(r) for r in responses], dtype=torch.int64),
             "response": torch.tensor([i for r in responses for i in r]),
             "hidden": hidden.cpu().contiguous(),
         }
+
+
+def _given(sample: TrainingSample, intervention: Intervention, source: TargetSource) -> str:
+    """The text of a response that is not the teacher's own."""
+    match source:
+        case "teacher":
+            return ""
+        case "reference":
+            return sample.answer
+        case "refusal":
+            generator = sample_generator(intervention.seed, f"refusal/{sample.query.id}")
+            return REFUSALS[int(generator.integers(len(REFUSALS)))]
 
 
 def _chunks(samples: Sequence[TrainingSample]) -> list[list[int]]:

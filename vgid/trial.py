@@ -15,19 +15,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock
 
 from vgid import adapter
 from vgid.backbones import load
 from vgid.benchmark import Benchmark
-from vgid.config import RequestConfig, TrialConfig
+from vgid.config import RequestConfig, TrialConfig, uses
 from vgid.content_store import ContentStore
 from vgid.distillation import DistillationSet, LossNotFiniteError, distill
 from vgid.encoding import Encoded, encode, response_ids
 from vgid.errors import InputError
 from vgid.evaluation import Evaluation, Examination, evaluate, prepare
+from vgid.methods import make_method
 from vgid.prompts import Task
 from vgid.released import distill_released
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
@@ -102,7 +103,7 @@ class TrialSession:
             The result. A loss that is not finite gives status ``failed``, never an exception.
 
         Raises:
-            InputError: data that cannot be trained on.
+            InputError: data that cannot be trained on, or a layer that the backbone lacks.
         """
         before = self._store_use
         seconds = {"load": self._unreported_load}
@@ -219,21 +220,23 @@ class TrialSession:
             return lambda model: distill_released(
                 self.backbone, model, answered[0], answered[1], trial
             )
-        teacher = Intervention(trial.noise_type, trial.sigma, trial.prompt_style, self.request.seed)
-        sources: dict[str, tuple[Literal["teacher", "reference"], ...]] = {
-            "teacher": ("teacher",),
-            "reference": ("reference",),
-            "mixed": ("teacher", "reference"),
-        }
+        method = make_method(trial, self.backbone)
         forget_targets = [
-            self.store.targets(forget, teacher, source) for source in sources[trial.response_source]
+            self.store.targets(forget, intervention, source)
+            for intervention, source in method.forget_teachers(self.request.seed)
         ]
-        retain_targets = [self.store.targets(retain, Intervention(), "reference")]
+        forget_set = DistillationSet(
+            forget_prompts, forget_targets, [s.task for s in forget], method.paired
+        )
+        retain_set = None
+        if uses(trial.method, "beta"):
+            retain_targets = [self.store.targets(retain, Intervention(), "reference")]
+            retain_set = DistillationSet(retain_prompts, retain_targets, [s.task for s in retain])
         return lambda model: distill(
             self.backbone,
             model,
-            DistillationSet(forget_prompts, forget_targets, [s.task for s in forget]),
-            DistillationSet(retain_prompts, retain_targets, [s.task for s in retain]),
+            forget_set,
+            retain_set,
             trial,
             trial_id=trial_id,
             rank=self.rank,

@@ -1,0 +1,227 @@
+"""The paper's unlearning methods: what each teaches the student, and by which losses.
+
+Every method minimises ``alpha * forget + beta * retain`` (equation 5) in the loop of
+``vgid.distillation``; which fields of the trial it uses stands in ``vgid.config.USED_BY``. Sources:
+VGID, ICU-T and Noise-T, paper section 3; the others, its Appendix A.3.2, with the means and factors
+of the public MLLMU-Bench and NPO code.
+
+Losses are shares of means over the whole batch: over response tokens for KL and cross-entropy, over
+samples for the others, so that ranks and accumulated parts add up (``vgid.student``).
+
+Shape legend: D hidden width.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vgid import config
+from vgid.backbones import Backbone
+from vgid.config import ResponseSource, TrialConfig, uses
+from vgid.errors import InputError
+from vgid.interventions import sample_generator
+from vgid.objectives import dpo, npo, rmu_forget, rmu_retain
+from vgid.student import View
+from vgid.teacher import Intervention, TargetSource
+
+SOURCES: dict[ResponseSource, tuple[TargetSource, ...]] = {
+    "teacher": ("teacher",),
+    "reference": ("reference",),
+    "mixed": ("teacher", "reference"),
+}
+"""The target sets of each ``TrialConfig.response_source``."""
+
+
+class UnlearningMethod(ABC):
+    """One method, made for one trial on one backbone.
+
+    Args:
+        trial: its hyperparameters.
+        backbone: the frozen base.
+
+    Attributes:
+        paired: whether a sample brings all its target sets into a batch at once; otherwise they
+            take turns, epoch by epoch.
+        layers: layers of the language model that training runs; None for all and ``lm_head``.
+    """
+
+    paired: ClassVar[bool] = False
+    layers: int | None = None
+
+    def __init__(self, trial: TrialConfig, backbone: Backbone) -> None:
+        self.trial = trial
+
+    def forget_teachers(self, seed: int) -> list[tuple[Intervention, TargetSource]]:
+        """The target sets of the forget samples; here the original answers under the base.
+
+        Those of the retain samples are the same for every method: the reference answers under the
+        frozen base.
+
+        Args:
+            seed: of the noise and of the choice of refusals, the same for all trials of a study.
+        """
+        return [(Intervention(), "reference")]
+
+    @abstractmethod
+    def forget_loss(self, view: View) -> Tensor:
+        """This share of L_forget, a scalar."""
+
+    def retain_loss(self, view: View) -> Tensor | None:
+        """This share of L_retain, a scalar; None for the methods that have none."""
+        return None
+
+
+class Distillation(UnlearningMethod):
+    """VGID: the student learns what the base says under the dual intervention, equations 2 to 5.
+
+    ICU-T is the same with the instruction only, Noise-T with the perturbation only.
+    """
+
+    def forget_teachers(self, seed: int) -> list[tuple[Intervention, TargetSource]]:
+        """The intervened teacher, one target set for each response source."""
+        trial = self.trial
+        intervention = Intervention(
+            trial.noise_type if uses(trial.method, "noise_type") else None,
+            trial.sigma,
+            trial.prompt_style if uses(trial.method, "prompt_style") else None,
+            seed,
+        )
+        return [(intervention, source) for source in SOURCES[trial.response_source]]
+
+    def forget_loss(self, view: View) -> Tensor:
+        """Forward KL from the intervened teacher, equation 3."""
+        return view.kl()
+
+    def retain_loss(self, view: View) -> Tensor:
+        """Forward KL from the frozen base, equation 4."""
+        return view.kl()
+
+
+class GradientAscent(UnlearningMethod):
+    """GA: minus the cross-entropy of the forget answers, mean over tokens."""
+
+    def forget_loss(self, view: View) -> Tensor:
+        """Equation 6, and the first terms of equations 7 and 8."""
+        return -view.cross_entropy()
+
+
+class GradientDifference(GradientAscent):
+    """GA_Diff: GA with the cross-entropy of the retain answers; lambda is ``beta`` here."""
+
+    def retain_loss(self, view: View) -> Tensor:
+        """The second term of equation 7."""
+        return view.cross_entropy()
+
+
+class KLMinimisation(GradientAscent):
+    """KL_Min: GA with the forward KL from the base on the retain answers."""
+
+    def retain_loss(self, view: View) -> Tensor:
+        """The second term of equation 8."""
+        return view.kl()
+
+
+class RefusalTuning(UnlearningMethod):
+    """PO as public code has it: cross-entropy of a refusal in place of each forget answer."""
+
+    def forget_teachers(self, seed: int) -> list[tuple[Intervention, TargetSource]]:
+        """A refusal for each sample."""
+        return [(Intervention(seed=seed), "refusal")]
+
+    def forget_loss(self, view: View) -> Tensor:
+        """Cross-entropy, mean over the refusals' tokens."""
+        return view.cross_entropy()
+
+
+class PreferenceOptimisation(UnlearningMethod):
+    """PO as the paper writes it: DPO of a refusal over the original answer."""
+
+    paired = True
+
+    def forget_teachers(self, seed: int) -> list[tuple[Intervention, TargetSource]]:
+        """The preferred response first, then the other; the reference of both is the base."""
+        return [(Intervention(seed=seed), "refusal"), (Intervention(), "reference")]
+
+    def forget_loss(self, view: View) -> Tensor:
+        """Equation 9."""
+        chosen, rejected = view.logp().chunk(2)
+        ref_chosen, ref_rejected = view.ref_logp().chunk(2)
+        loss = dpo(chosen, ref_chosen, rejected, ref_rejected, self.trial.preference_beta)
+        return view.of_batch(loss)
+
+
+class NegativePreferenceOptimisation(UnlearningMethod):
+    """NPO: the original answers are dispreferred, with nothing in their place."""
+
+    def forget_loss(self, view: View) -> Tensor:
+        """Equation 10, with the factor 2 / beta of its authors."""
+        return view.of_batch(npo(view.logp(), view.ref_logp(), self.trial.preference_beta))
+
+
+class RepresentationMisalignment(UnlearningMethod):
+    """RMU: the output of one inner layer is steered to a random direction; gamma is ``beta`` here.
+
+    It acts at the question's and the response's tokens (``View.layer_hidden``). The direction is
+    drawn once a trial. Layers above the steered one are neither run nor trained.
+
+    Raises:
+        InputError: the language model has fewer layers.
+    """
+
+    def __init__(self, trial: TrialConfig, backbone: Backbone) -> None:
+        super().__init__(trial, backbone)
+        text = backbone.model.config.get_text_config()
+        depth = text.num_hidden_layers
+        self.layer = trial.rmu_layer or max(1, depth // 3)
+        if self.layer > depth:
+            raise InputError(
+                f"rmu_layer: {backbone.spec.name} has {depth} layers, got {self.layer}; lower it."
+            )
+        self.layers = self.layer
+        direction = sample_generator(trial.seed, "rmu direction").standard_normal(text.hidden_size)
+        self.direction_D = torch.from_numpy(direction / np.linalg.norm(direction)).float()
+        self.direction_D = self.direction_D.to(backbone.device)
+
+    def forget_loss(self, view: View) -> Tensor:
+        """Equations 12 and 13."""
+        pairs = self._hidden(view)
+        losses = [
+            rmu_forget(hidden, ref, self.direction_D, self.trial.rmu_steering)
+            for hidden, ref in pairs
+        ]
+        return view.of_batch(torch.stack(losses).mean())
+
+    def retain_loss(self, view: View) -> Tensor:
+        """Equation 14."""
+        losses = [rmu_retain(hidden, ref) for hidden, ref in self._hidden(view)]
+        return view.of_batch(torch.stack(losses).mean())
+
+    def _hidden(self, view: View) -> list[tuple[Tensor, Tensor]]:
+        ref = view.ref_layer_hidden(self.layer)
+        return list(zip(view.layer_hidden(self.layer), ref, strict=True))
+
+
+METHODS: dict[config.Method, type[UnlearningMethod]] = {
+    "vgid": Distillation,
+    "icu_t": Distillation,
+    "noise_t": Distillation,
+    "ga": GradientAscent,
+    "ga_diff": GradientDifference,
+    "kl_min": KLMinimisation,
+    "po_idk": RefusalTuning,
+    "po_dpo": PreferenceOptimisation,
+    "npo": NegativePreferenceOptimisation,
+    "rmu": RepresentationMisalignment,
+}
+
+
+def make_method(trial: TrialConfig, backbone: Backbone) -> UnlearningMethod:
+    """The method of a trial.
+
+    Raises:
+        InputError: the trial asks for a layer that the backbone lacks.
+    """
+    return METHODS[trial.method](trial, backbone)
