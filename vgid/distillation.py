@@ -94,7 +94,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.backbone = backbone
-        self.method = method or Distillation(TrialConfig(), backbone)
+        self.method = method or Distillation(TrialConfig.model_validate({}), backbone)
 
     def forward(
         self, forget: DistillationBatch, retain: DistillationBatch | None

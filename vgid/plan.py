@@ -90,12 +90,7 @@ def make_plan(config: StudyConfig) -> Plan:
     row = backbones.spec(config.backbone)
     backbones.locate(row, config.model_path)
     path = config.search_space or FOLDER / f"{config.backbone}.yaml"
-    space = SearchSpace.load(path, config.backbone)
-    if space.method != config.method:
-        raise InputError(
-            f"{path}: method: the file is meant for '{space.method}' and the study runs "
-            f"'{config.method}'; name another file with --search-space."
-        )
+    space = SearchSpace.load(path, config.backbone, config.method)
     own_data = config.data is None
     if own_data and not row.embedded:
         raise InputError(

@@ -1,12 +1,19 @@
-"""The search space of a study: a YAML file, checked in full before anything starts.
+"""The search space of a study: a section of a YAML file, checked before anything starts.
 
-A parameter is any field of ``TrialConfig``, written as a range, as choices, or as one fixed value::
+A backbone has one file, and in it each method its section. A parameter is any field of
+``TrialConfig`` that the method uses, written as a range, as choices, or as one fixed value::
 
-    parameters:
-      alpha: {low: 0.3, high: 3.0, log: true}
-      noise_type: {choices: [random, gaussian, white]}
-      sigma: {low: 0.2, high: 1.0}
+    backbone: tiny-llava
+    shared:                     # of every method; a section's own value takes precedence
       lora_rank: 8
+    methods:
+      vgid:
+        parameters:
+          alpha: {low: 0.3, high: 3.0, log: true}
+          noise_type: {choices: [random, gaussian, white]}
+          sigma: {low: 0.2, high: 1.0}
+        first_points:           # tried first, in this order
+          - {alpha: 1.0, noise_type: random}
 
 ``sigma`` is asked for only where the noise type is Gaussian (define-by-run). Every bound, choice
 and value passes ``TrialConfig``'s own constraints, so that they are stated in one place.
@@ -20,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 from pydantic import Field
 
-from vgid.config import Config, Method, TrialConfig, parse
+from vgid.config import Config, Method, TrialConfig, parse, uses
 from vgid.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,17 +44,36 @@ PAPER_DEFAULT: dict[str, Any] = {
     "noise_type": "random",
     "prompt_style": "strict",
 }
-"""The paper's default setting (section 4.1): the point that a study tries first."""
+"""The paper's default setting of VGID and its ablations (section 4.1), as far as they use it."""
+
+PAPER_BASELINE: dict[str, Any] = {
+    "alpha": 1.0,
+    "learning_rate": 2e-5,
+    "epochs": 1,
+    "batch_size": 4,
+}
+"""The paper's setting of the other methods (Table 7)."""
 
 _SET_ELSEWHERE = {
-    "method": "it stands at the top of the file, beside backbone",
+    "method": "it is the name of the section",
     "seed": "the study derives it from its own seed",
 }
+_FORMER = ("method", "parameters", "first_points")
+
+
+def paper_default(method: Method) -> dict[str, Any]:
+    """The paper's setting of a method: where a study starts whose file names no first points."""
+    distilling = uses(method, "response_source")
+    setting = PAPER_DEFAULT if distilling else PAPER_BASELINE
+    return {name: value for name, value in setting.items() if uses(method, name)}
 
 
 def is_paper_default(trial: TrialConfig) -> bool:
-    """Whether a trial runs the paper's default setting, whatever its optimiser settings are."""
-    return all(getattr(trial, name) == value for name, value in PAPER_DEFAULT.items())
+    """Whether a trial runs the paper's setting of its method.
+
+    The paper gives VGID and its ablations no optimiser settings, so any will do for these.
+    """
+    return all(getattr(trial, k) == value for k, value in paper_default(trial.method).items())
 
 
 class Range(Config):
@@ -103,13 +129,19 @@ class Choices(Config):
         return ", ".join(str(choice) for choice in self.choices)
 
 
+class _Section(Config):
+    """What a file says about one method."""
+
+    parameters: dict[str, Any]
+    first_points: list[dict[str, Any]] | None = None
+
+
 class _File(Config):
     """The top level of a search-space file."""
 
     backbone: str
-    method: Method = "vgid"
-    parameters: dict[str, Any]
-    first_points: list[dict[str, Any]] | None = None
+    shared: dict[str, Any] = Field(default_factory=dict)
+    methods: dict[Method, _Section] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -117,11 +149,11 @@ class SearchSpace:
     """What a study searches, what it holds fixed, and where it starts.
 
     Attributes:
-        source: the file, for messages.
+        source: the file and the section, for messages.
         backbone: name of the backbone that the ranges are meant for.
         method: unlearning method.
         searched: the open parameters, in the order in which they are asked for.
-        fixed: fields of ``TrialConfig`` that the file fixes.
+        fixed: fields of ``TrialConfig`` that the section fixes.
         first_points: complete points (searched and fixed fields) to try first, in this order.
     """
 
@@ -133,42 +165,51 @@ class SearchSpace:
     first_points: tuple[dict[str, Any], ...] = ()
 
     @classmethod
-    def load(cls, path: Path, backbone: str | None = None) -> Self:
-        """Read and check a search-space file.
+    def load(cls, path: Path, backbone: str | None = None, method: Method = "vgid") -> Self:
+        """Read a search-space file and check the section of a method.
 
         Args:
             path: the YAML file.
             backbone: the backbone that the study runs, if the file must be meant for it.
+            method: the method that the study runs.
 
         Raises:
             InputError: one sentence that names the file, the field and the remedy.
         """
-        source = str(path)
-        raw = _read(path)
-        content = parse(_File, raw, source)
-        _check_backbone(content.backbone, backbone, source)
+        content = _parsed(path)
+        _check_backbone(content.backbone, backbone, str(path))
+        if method not in content.methods:
+            raise InputError(
+                f"{path}: methods: there is no section '{method}'; add one, or choose another "
+                f"--method ({', '.join(content.methods)})."
+            )
+        section = content.methods[method]
+        source = f"{path}: methods.{method}"
+        where = dict.fromkeys(content.shared, f"{path}: shared")
+        where |= dict.fromkeys(section.parameters, f"{source}.parameters")
+        raw = {**content.shared, **section.parameters}
+        for name, place in where.items():
+            _check_name(name, place, method)
 
         searched: dict[str, Range | Choices] = {}
         fixed: dict[str, Any] = {}
-        _check_names(content.parameters, f"{source}: parameters")
         # TrialConfig's order: fixed across files, and noise_type comes before its sigma.
         for name in TrialConfig.model_fields:
-            if name not in content.parameters:
-                continue
-            value = content.parameters[name]
+            value = raw.get(name)
             if isinstance(value, Mapping):
-                searched[name] = _domain(name, value, source)
+                searched[name] = _domain(name, value, where[name], method)
             elif value is not None:
-                fixed[name] = _valid(name, value, f"{source}: parameters")
-        space = cls(source, content.backbone, content.method, searched, fixed)
+                fixed[name] = _valid(name, value, where[name], method)
+        space = cls(source, content.backbone, method, searched, fixed)
         space._check_sigma()
-        return space._with_first_points(content.first_points)
+        return space._with_first_points(section.first_points)
 
     @property
     def default_point(self) -> dict[str, Any] | None:
-        """The paper's default setting as a complete point, None if it lies outside the space."""
-        if all(value in self._domain_of(name) for name, value in PAPER_DEFAULT.items()):
-            return self._complete(PAPER_DEFAULT)
+        """The paper's setting as a complete point, None if it lies outside the space."""
+        default = paper_default(self.method)
+        if all(value in self._domain_of(name) for name, value in default.items()):
+            return self._complete(default)
         return None
 
     def suggest(self, trial: "optuna.trial.Trial") -> dict[str, Any]:
@@ -238,6 +279,8 @@ class SearchSpace:
         return parse(TrialConfig, values, self.source)
 
     def _is_gaussian(self, point: Mapping[str, Any]) -> bool:
+        if not uses(self.method, "noise_type"):
+            return False
         default = TrialConfig.model_fields["noise_type"].default
         return point.get("noise_type", self.fixed.get("noise_type", default)) == "gaussian"
 
@@ -263,19 +306,20 @@ class SearchSpace:
         gaussian = "gaussian" in noise if noise is not None else self._is_gaussian({})
         if gaussian and "sigma" not in self.searched and "sigma" not in self.fixed:
             raise InputError(
-                f"{self.source}: parameters.sigma: noise type 'gaussian' needs a sigma; "
+                f"{self.source}.parameters.sigma: noise type 'gaussian' needs a sigma; "
                 "add for example 'sigma: {low: 0.2, high: 1.0}'."
             )
 
     def _with_first_points(self, points: list[dict[str, Any]] | None) -> Self:
         if points is None:
-            points = [] if self.default_point is None else [PAPER_DEFAULT]
+            points = [] if self.default_point is None else [paper_default(self.method)]
         complete = []
         for number, point in enumerate(points, start=1):
-            where = f"{self.source}: first_points, number {number}"
-            _check_names(point, where)
+            where = f"{self.source}.first_points, number {number}"
+            for name in point:
+                _check_name(name, where, self.method)
             valid = {
-                name: _valid(name, value, where)
+                name: _valid(name, value, where, self.method)
                 for name, value in point.items()
                 if not (name == "sigma" and value is None)
             }
@@ -287,7 +331,7 @@ class SearchSpace:
                         "change the point or the parameter."
                     )
             filled = self._complete(valid)
-            parse(TrialConfig, {**filled, **valid}, where)
+            parse(TrialConfig, {**filled, **valid, "method": self.method}, where)
             complete.append(filled)
         return replace(self, first_points=tuple(complete))
 
@@ -320,6 +364,17 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
+def _parsed(path: Path) -> _File:
+    raw = _read(path)
+    for key in _FORMER:
+        if key in raw:
+            raise InputError(
+                f"{path}: {key}: does not belong at the top; each method has a section with "
+                "'parameters' and 'first_points' under 'methods', as in search_spaces."
+            )
+    return parse(_File, raw, str(path))
+
+
 def _check_backbone(name: str, wanted: str | None, source: str) -> None:
     from vgid import backbones
 
@@ -334,29 +389,32 @@ def _check_backbone(name: str, wanted: str | None, source: str) -> None:
         )
 
 
-def _check_names(names: Mapping[str, Any], where: str) -> None:
-    for name in names:
-        if name in _SET_ELSEWHERE:
-            raise InputError(f"{where}: {name}: does not belong here; {_SET_ELSEWHERE[name]}.")
-        if name not in TrialConfig.model_fields:
-            known = sorted(TrialConfig.model_fields.keys() - _SET_ELSEWHERE.keys())
-            raise InputError(
-                f"{where}: {name}: unknown parameter; known ones are {', '.join(known)}."
-            )
+def _check_name(name: str, where: str, method: Method) -> None:
+    if name in _SET_ELSEWHERE:
+        raise InputError(f"{where}: {name}: does not belong here; {_SET_ELSEWHERE[name]}.")
+    if name not in TrialConfig.model_fields:
+        known = sorted(
+            field
+            for field in TrialConfig.model_fields.keys() - _SET_ELSEWHERE.keys()
+            if uses(method, field)
+        )
+        raise InputError(f"{where}: {name}: unknown parameter; known ones are {', '.join(known)}.")
+    if not uses(method, name):
+        raise InputError(f"{where}: {name}: method '{method}' does not use it; leave it out.")
 
 
-def _domain(name: str, raw: Mapping[str, Any], source: str) -> Range | Choices:
+def _domain(name: str, raw: Mapping[str, Any], place: str, method: Method) -> Range | Choices:
     """Parse ``{low, high, ...}`` or ``{choices}`` and hold every bound against TrialConfig."""
-    where = f"{source}: parameters.{name}"
+    where = f"{place}.{name}"
     if "choices" in raw:
         listed = parse(Choices, raw, where).choices
-        valid = tuple(_valid(name, choice, f"{source}: parameters") for choice in listed)
+        valid = tuple(_valid(name, choice, place, method) for choice in listed)
         if any(isinstance(choice, tuple) for choice in valid):
             raise InputError(f"{where}: cannot be searched; write one list, which is then fixed.")
         if len(set(valid)) < len(valid):
             raise InputError(f"{where}: choices: a choice is listed twice; leave one of them out.")
         return Choices(choices=valid)
-    if TrialConfig.model_fields[name].annotation not in (int, float, float | None):
+    if TrialConfig.model_fields[name].annotation not in (int, float, int | None, float | None):
         raise InputError(f"{where}: has no order, so write 'choices: [...]' in place of a range.")
     domain = parse(Range, raw, where)
     if domain.low > domain.high:
@@ -379,20 +437,20 @@ def _domain(name: str, raw: Mapping[str, Any], source: str) -> Range | Choices:
     if _is_integer(name) and not float(domain.step or 1).is_integer():
         raise InputError(f"{where}: step: must be a whole number, got {domain.step:g}.")
     for bound in (domain.low, domain.high):
-        _valid(name, bound, f"{source}: parameters")
+        _valid(name, bound, place, method)
     return domain
 
 
 def _is_integer(name: str) -> bool:
-    return TrialConfig.model_fields[name].annotation is int
+    return TrialConfig.model_fields[name].annotation in (int, int | None)
 
 
-def _valid(name: str, value: Any, where: str) -> Any:
+def _valid(name: str, value: Any, where: str, method: Method) -> Any:
     """The value of one field as ``TrialConfig`` understands it."""
     # A Gaussian trial needs a sigma and only a Gaussian trial has one: give each its partner.
-    partner: dict[str, Any] = {}
+    partner: dict[str, Any] = {"method": method}
     if name == "sigma":
-        partner = {"noise_type": "gaussian"}
+        partner["noise_type"] = "gaussian"
     elif (name, value) == ("noise_type", "gaussian"):
-        partner = {"sigma": 1.0}
+        partner["sigma"] = 1.0
     return getattr(parse(TrialConfig, {**partner, name: value}, where), name)

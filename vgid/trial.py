@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from vgid import adapter
 from vgid.backbones import load
 from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig, TrialConfig, uses
-from vgid.content_store import ContentStore
+from vgid.content_store import ContentStore, key_of
 from vgid.distillation import DistillationSet, LossNotFiniteError, distill
 from vgid.encoding import Encoded, encode, response_ids
 from vgid.errors import InputError
@@ -34,6 +35,9 @@ from vgid.released import distill_released
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 from vgid.splits import TrainingSample, choose_people, training_samples
 from vgid.teacher import Intervention, TeacherStore
+
+PLAIN = Intervention()
+"""Questions as they are."""
 
 OnEpoch = Callable[[EpochReport], bool]
 """Called after each epoch; False stops the trial early."""
@@ -69,7 +73,7 @@ class TrialSession:
         )
         self._training: dict[tuple[tuple[Task, ...], bool], list[TrainingSample]] = {}
         self._encoded: dict[str, Encoded] = {}
-        self._examinations: dict[tuple[str, int], Examination] = {}
+        self._examinations: dict[tuple[str, int, Intervention, bool], Examination] = {}
         self.phases = {"load": time.perf_counter() - started}
         self._unreported_load = self.phases["load"]
 
@@ -155,7 +159,7 @@ class TrialSession:
 
     def base_scores(self, part: QuestionPart) -> dict[str, Score]:
         """Scores of the base itself, computed once per store and shared by all processes."""
-        return self._shared("base", part, lambda: self._evaluate(part, self._seed(part)).scores)
+        return self.scores_under(part)
 
     def rescore(
         self, adapter_dir: Path, part: QuestionPart = "held_out", seed: int | None = None
@@ -167,8 +171,44 @@ class TrialSession:
             part: which questions.
             seed: few-shot people, test poses and bootstrap; by default another than the trials'.
         """
-        with adapter.loaded(self.backbone, adapter_dir):
-            return self._evaluate(part, self._seed(part) if seed is None else seed).scores
+        return self.scores_under(part, seed, adapter_dir=adapter_dir)
+
+    def scores_under(
+        self,
+        part: QuestionPart,
+        seed: int | None = None,
+        intervention: Intervention | None = None,
+        reverse: bool = False,
+        adapter_dir: Path | None = None,
+    ) -> dict[str, Score]:
+        """Scores of the base or of an adapter under what is done to the questions.
+
+        The paper's Tables 1 and 2 are the base under an intervention, its Table 6 anything under
+        the reverse prompt. Computed once per store and shared by all processes.
+
+        Args:
+            part: which questions.
+            seed: few-shot people, test poses and bootstrap; by default the trials' for the search
+                part, and another for the held-out part.
+            intervention: perturbation of the images and unlearning instruction before the
+                questions; None for neither.
+            reverse: append the reverse-engineering prompt (paper Appendix A.3.7).
+            adapter_dir: PEFT adapter folder, None for the base.
+
+        Raises:
+            InputError: the adapter folder lacks a file.
+        """
+        seed = self._seed(part) if seed is None else seed
+        intervention = intervention or PLAIN
+        described = [part, seed, asdict(intervention), reverse, _digest(adapter_dir)]
+
+        def compute() -> dict[str, Score]:
+            if adapter_dir is None:
+                return self._evaluate(part, seed, intervention, reverse).scores
+            with adapter.loaded(self.backbone, adapter_dir):
+                return self._evaluate(part, seed, intervention, reverse).scores
+
+        return self._shared("base" if adapter_dir is None else "adapter", described, compute)
 
     @property
     def _store_use(self) -> dict[str, int]:
@@ -197,25 +237,44 @@ class TrialSession:
     def _seed(self, part: QuestionPart) -> int:
         return self.request.seed + (1 if part == "held_out" else 0)
 
-    def _evaluate(self, part: QuestionPart, seed: int) -> Evaluation:
-        key = (part, seed)
-        if key not in self._examinations:
-            self._examinations[key] = prepare(self.backbone, self.people, self.request, part, seed)
-        return evaluate(self.backbone, self._examinations[key], self.request)
+    def _evaluate(
+        self,
+        part: QuestionPart,
+        seed: int,
+        intervention: Intervention = PLAIN,
+        reverse: bool = False,
+    ) -> Evaluation:
+        key = (part, seed, intervention, reverse)
+        examination = self._examinations.get(key)
+        if examination is None:
+            examination = prepare(
+                self.backbone,
+                self.people,
+                self.request,
+                part,
+                seed,
+                intervention=intervention,
+                reverse=reverse,
+            )
+        # Perturbed images are as large as all others together, and seldom wanted twice.
+        if intervention.noise_type is None:
+            self._examinations[key] = examination
+        return evaluate(self.backbone, examination, self.request)
 
     def _prepare_training(
         self, trial: TrialConfig, trial_id: str, checkpoint: Path | None
     ) -> Callable[[Any], Iterator[EpochReport]]:
         """Everything that training needs before the adapter is attached."""
         forget = self._samples(trial, forget=True)
-        retain = self._samples(trial, forget=False)
-        forget_prompts, retain_prompts = self._encode(forget), self._encode(retain)
         if trial.released:
             if self.world_size > 1:
                 raise InputError("released: the public script's variant runs in one worker only.")
             answered = [
-                [(p, response_ids(self.backbone, s.answer)) for p, s in zip(ps, ss, strict=True)]
-                for ps, ss in ((forget_prompts, forget), (retain_prompts, retain))
+                [
+                    (prompt, response_ids(self.backbone, sample.answer))
+                    for prompt, sample in zip(self._encode(samples), samples, strict=True)
+                ]
+                for samples in (forget, self._samples(trial, forget=False))
             ]
             return lambda model: distill_released(
                 self.backbone, model, answered[0], answered[1], trial
@@ -226,12 +285,15 @@ class TrialSession:
             for intervention, source in method.forget_teachers(self.request.seed)
         ]
         forget_set = DistillationSet(
-            forget_prompts, forget_targets, [s.task for s in forget], method.paired
+            self._encode(forget), forget_targets, [s.task for s in forget], method.paired
         )
         retain_set = None
         if uses(trial.method, "beta"):
-            retain_targets = [self.store.targets(retain, Intervention(), "reference")]
-            retain_set = DistillationSet(retain_prompts, retain_targets, [s.task for s in retain])
+            retain = self._samples(trial, forget=False)
+            retain_targets = [self.store.targets(retain, PLAIN, "reference")]
+            retain_set = DistillationSet(
+                self._encode(retain), retain_targets, [s.task for s in retain]
+            )
         return lambda model: distill(
             self.backbone,
             model,
@@ -263,13 +325,18 @@ class TrialSession:
         return [self._encoded[sample.query.id] for sample in samples]
 
     def _shared(
-        self, kind: str, part: QuestionPart, compute: Callable[[], dict[str, Score]]
+        self, kind: str, what: Sequence[Any], compute: Callable[[], dict[str, Score]]
     ) -> dict[str, Score]:
-        """Scores from the store, or computed under a lock and put there."""
+        """Scores from the store, or computed under a lock and put there.
+
+        Args:
+            kind: the beginning of the file's name.
+            what: plain data that, with the request, names the scores.
+            compute: called if they are not there yet.
+        """
         elsewhere = {"data", "store", "store_limit_gb", "model_path", "log_responses"}
         request = self.request.model_dump(mode="json", exclude=elsewhere)
-        described = json.dumps([kind, part, self.provenance, request], sort_keys=True)
-        key = hashlib.sha256(described.encode()).hexdigest()
+        key = key_of([kind, *what, self.provenance, request])
         path = self.request.store / f"{kind}-{key}.json"
         with FileLock(path.with_suffix(".lock")):
             if path.exists():
@@ -288,6 +355,19 @@ def run_trial(
 ) -> TrialResult:
     """Run one trial in this process: config in, result out (see ``TrialSession.run``)."""
     return TrialSession(request).run(trial, trial_id, adapter_dir)
+
+
+def _digest(adapter_dir: Path | None) -> str | None:
+    """SHA-256 of what an adapter consists of."""
+    if adapter_dir is None:
+        return None
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        path = adapter_dir / name
+        if not path.is_file():
+            raise InputError(f"{path}: is missing; name a PEFT adapter folder.")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 @contextmanager
