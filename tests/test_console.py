@@ -241,6 +241,8 @@ GAUSSIAN = "parameters: {noise_type: gaussian, sigma: 9.0}"
         (["--data", "nowhere"], None, "nowhere"),
         (["--search-space", "nowhere.yaml"], None, "nowhere.yaml"),
         (["--resume"], None, "no study to resume"),
+        (["--method", "magic"], None, "--method"),
+        (["--method", "rmu"], "parameters: {}", "no section 'rmu'"),
         ([], "parameters: {noise_type: blur}", "noise_type"),
         ([], "parameters: {alfa: 1.0}", "alfa"),
         ([], GAUSSIAN, "sigma"),
@@ -254,7 +256,7 @@ def test_bad_input_is_one_sentence_exit_two_and_nothing_written(
     monkeypatch.chdir(tmp_path)
     output = tmp_path / "out"
     if space is not None:
-        Path("space.yaml").write_text(f"backbone: tiny-llava\n{space}\n")
+        Path("space.yaml").write_text(f"backbone: tiny-llava\nmethods: {{vgid: {{{space}}}}}\n")
         arguments = [*arguments, "--search-space", "space.yaml"]
     assert main([*arguments, "--output", str(output)]) == 2
     captured = capsys.readouterr()

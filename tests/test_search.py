@@ -18,14 +18,16 @@ from vgid.search_space import SearchSpace
 
 SPACE = """
 backbone: tiny-llava
-parameters:
-  alpha: {low: 0.3, high: 3.0, log: true}
-  noise_type: {choices: [random, gaussian, white]}
-  sigma: {low: 0.2, high: 1.0}
-  lora_rank: 8
-first_points:
-  - {alpha: 1.0, noise_type: random}
-  - {alpha: 0.5, noise_type: gaussian, sigma: 0.8}
+methods:
+  vgid:
+    parameters:
+      alpha: {low: 0.3, high: 3.0, log: true}
+      noise_type: {choices: [random, gaussian, white]}
+      sigma: {low: 0.2, high: 1.0}
+      lora_rank: 8
+    first_points:
+      - {alpha: 1.0, noise_type: random}
+      - {alpha: 0.5, noise_type: gaussian, sigma: 0.8}
 """
 
 

@@ -2,12 +2,13 @@
 
 import copy
 import warnings
+from typing import get_args
 
 import optuna
 import pytest
 import yaml
 
-from vgid.config import TrialConfig
+from vgid.config import Method, TrialConfig
 from vgid.errors import InputError
 from vgid.search_space import FOLDER, SearchSpace, is_paper_default
 
@@ -15,14 +16,18 @@ SHIPPED = sorted(FOLDER.glob("*.yaml"))
 
 BASE = {
     "backbone": "tiny-llava",
-    "method": "vgid",
-    "parameters": {
-        "alpha": {"low": 0.3, "high": 3.0, "log": True},
-        "beta": {"low": 0.3, "high": 10.0, "log": True},
-        "noise_type": {"choices": ["random", "gaussian", "white"]},
-        "sigma": {"low": 0.2, "high": 1.0},
-        "prompt_style": {"choices": ["declarative", "polite", "strict"]},
-        "lora_rank": 8,
+    "shared": {"lora_rank": 8},
+    "methods": {
+        "vgid": {
+            "parameters": {
+                "alpha": {"low": 0.3, "high": 3.0, "log": True},
+                "beta": {"low": 0.3, "high": 10.0, "log": True},
+                "noise_type": {"choices": ["random", "gaussian", "white"]},
+                "sigma": {"low": 0.2, "high": 1.0},
+                "prompt_style": {"choices": ["declarative", "polite", "strict"]},
+            },
+        },
+        "rmu": {"parameters": {"rmu_layer": {"low": 1, "high": 3}}},
     },
 }
 
@@ -30,11 +35,12 @@ BASE = {
 def write(tmp_path, **parameters):
     """The base file with some parameters changed (None removes one)."""
     content = copy.deepcopy(BASE)
+    section = content["methods"]["vgid"]["parameters"]
     for name, value in parameters.items():
         if value is None:
-            del content["parameters"][name]
+            del section[name]
         else:
-            content["parameters"][name] = value
+            section[name] = value
     return dump(tmp_path, content)
 
 
@@ -56,6 +62,22 @@ def sampled(space, trials=60, seed=3):
         points.append(space.suggest(trial))
         study.tell(trial, [0.0, 0.0])
     return points, study
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_file_has_a_section_for_every_method(path, method):
+    space = SearchSpace.load(path, path.stem, method)
+    assert space.method == method
+    trials = [space.trial_config(point, seed=1) for point in space.first_points]
+    assert len(trials) >= 2
+    assert all(trial.method == method for trial in trials)
+    # The paper's Table 7 is for real backbones; the embedded ones need larger steps.
+    if method in ("vgid", "icu_t", "noise_t") or not path.stem.startswith("tiny"):
+        assert [is_paper_default(trial) for trial in trials[:2]] == [True, False]
+    points, _ = sampled(space, trials=5)
+    for point in points:
+        space.trial_config(point, seed=0)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -146,7 +168,8 @@ def test_numbers_without_a_decimal_point_are_numbers(tmp_path):
     # YAML 1.1 reads 1e-4 as text.
     path = tmp_path / "space.yaml"
     path.write_text(
-        "backbone: tiny-llava\nparameters:\n  learning_rate: {low: 1e-4, high: 1e-3, log: true}\n"
+        "backbone: tiny-llava\n"
+        "methods: {vgid: {parameters: {learning_rate: {low: 1e-4, high: 1e-3, log: true}}}}\n"
     )
     assert SearchSpace.load(path).searched["learning_rate"].low == 1e-4
 
@@ -185,7 +208,8 @@ def test_numbers_without_a_decimal_point_are_numbers(tmp_path):
         ({"train_tasks": ["singing"]}, ["train_tasks", "singing"]),
         ({"gamma": 1.0}, ["gamma", "unknown parameter", "alpha, batch_size"]),
         ({"seed": 3}, ["seed", "does not belong here"]),
-        ({"method": "vgid"}, ["method", "top of the file"]),
+        ({"method": "vgid"}, ["method", "name of the section"]),
+        ({"rmu_layer": 2}, ["rmu_layer", "'vgid' does not use it"]),
     ],
 )
 def test_bad_parameters_get_one_sentence(tmp_path, parameters, said):
@@ -199,15 +223,14 @@ def test_bad_parameters_get_one_sentence(tmp_path, parameters, said):
     ("change", "said"),
     [
         ({"backbone": "llava-9000"}, ["backbone", "llava-9000"]),
-        ({"method": "magic"}, ["method", "magic"]),
-        ({"parametres": {}}, ["parametres", "unknown key"]),
-        ({"parameters": [1]}, ["parameters", "dictionary"]),
-        ({"first_points": [{"alpha": 9.0}]}, ["first_points, number 1", "alpha", "outside"]),
-        ({"first_points": [{}, {"lora_rank": 4}]}, ["number 2", "lora_rank", "outside"]),
-        ({"first_points": [{"gamma": 4}]}, ["number 1", "gamma", "unknown parameter"]),
-        ({"first_points": [{"alpha": -4}]}, ["number 1", "alpha", "-4"]),
-        ({"first_points": [{"noise_type": "white", "sigma": 0.5}]}, ["number 1", "sigma"]),
-        ({"first_points": {"alpha": 1}}, ["first_points", "list"]),
+        ({"methods": {"magic": {}}}, ["methods", "magic"]),
+        ({"methods": {}}, ["methods"]),
+        ({"methods": {"rmu": {"parameters": {}}}}, ["methods", "no section 'vgid'", "rmu"]),
+        ({"method": "vgid"}, ["method", "does not belong at the top", "under 'methods'"]),
+        ({"parameters": {"alpha": 1.0}}, ["parameters", "does not belong at the top"]),
+        ({"first_points": []}, ["first_points", "does not belong at the top"]),
+        ({"shared": {"rmu_layer": 2}}, ["shared", "rmu_layer", "'vgid' does not use it"]),
+        ({"shared": {"lora_rank": 0}}, ["shared", "lora_rank", "0"]),
     ],
 )
 def test_bad_files_get_one_sentence(tmp_path, change, said):
@@ -215,6 +238,58 @@ def test_bad_files_get_one_sentence(tmp_path, change, said):
     with pytest.raises(InputError) as caught:
         SearchSpace.load(path)
     check_sentence(str(caught.value), [str(path), *said])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"parametres": {}}, ["parametres", "unknown key"]),
+        ({"parameters": [1]}, ["parameters", "dictionary"]),
+        ({"first_points": [{"alpha": 9.0}]}, ["first_points, number 1", "alpha", "outside"]),
+        ({"first_points": [{}, {"lora_rank": 4}]}, ["number 2", "lora_rank", "outside"]),
+        ({"first_points": [{"gamma": 4}]}, ["number 1", "gamma", "unknown parameter"]),
+        ({"first_points": [{"alpha": -4}]}, ["number 1", "alpha", "-4"]),
+        ({"first_points": [{"noise_type": "white", "sigma": 0.5}]}, ["number 1", "sigma"]),
+        ({"first_points": [{"rmu_steering": 5.0}]}, ["number 1", "rmu_steering", "'vgid'"]),
+        ({"first_points": {"alpha": 1}}, ["first_points", "list"]),
+    ],
+)
+def test_bad_sections_get_one_sentence(tmp_path, change, said):
+    content = copy.deepcopy(BASE)
+    content["methods"]["vgid"] |= change
+    path = dump(tmp_path, content)
+    with pytest.raises(InputError) as caught:
+        SearchSpace.load(path)
+    check_sentence(str(caught.value), [str(path), "vgid", *said])
+
+
+def test_a_section_s_own_value_takes_precedence_over_the_shared_one(tmp_path):
+    assert SearchSpace.load(write(tmp_path, lora_rank=4)).fixed["lora_rank"] == 4
+    rmu = SearchSpace.load(write(tmp_path, lora_rank=4), method="rmu")
+    assert rmu.fixed == {"lora_rank": 8}
+
+
+def test_a_method_s_own_fields_are_proposed_and_others_are_refused(tmp_path):
+    content = copy.deepcopy(BASE)
+    space = SearchSpace.load(dump(tmp_path, content), method="rmu")
+    points, _ = sampled(space, trials=20)
+    assert {point["rmu_layer"] for point in points} == {1, 2, 3}
+    assert space.first_points == ()  # the paper's Table 7 has other optimiser settings
+    for name, value in (("noise_type", "white"), ("sigma", 0.5), ("preference_beta", 0.2)):
+        content["methods"]["rmu"]["parameters"] = {name: value}
+        with pytest.raises(InputError, match=f"rmu.*{name}: method 'rmu' does not use it"):
+            SearchSpace.load(dump(tmp_path, content), method="rmu")
+
+
+def test_baselines_start_with_the_papers_table_7(tmp_path):
+    content = copy.deepcopy(BASE)
+    fixed = {"learning_rate": 2e-5, "epochs": 1, "batch_size": 4}
+    content["methods"]["rmu"]["parameters"] |= fixed
+    space = SearchSpace.load(dump(tmp_path, content), method="rmu")
+    (point,) = space.first_points
+    trial = space.trial_config(point, seed=0)
+    assert is_paper_default(trial)
+    assert (trial.learning_rate, trial.epochs, trial.batch_size) == (2e-5, 1, 4)
 
 
 @pytest.mark.parametrize("text", ["alpha: [1, 2", "- a\n- b", "", "12: 3", "a: &x !!python/foo 1"])

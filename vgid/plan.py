@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vgid.config import RequestConfig, StudyConfig, parse
 from vgid.errors import InputError
+from vgid.search_domain import Choices, Range
 from vgid.search_space import FOLDER, SearchSpace
 
 CPUS_PER_WORKER = 1
@@ -88,9 +89,11 @@ def make_plan(config: StudyConfig) -> Plan:
     from vgid import backbones
 
     row = backbones.spec(config.backbone)
-    backbones.locate(row, config.model_path)
+    folder = backbones.locate(row, config.model_path)
     path = config.search_space or FOLDER / f"{config.backbone}.yaml"
     space = SearchSpace.load(path, config.backbone, config.method)
+    if config.method == "rmu":
+        _check_layer(space, folder)
     own_data = config.data is None
     if own_data and not row.embedded:
         raise InputError(
@@ -120,6 +123,25 @@ def make_plan(config: StudyConfig) -> Plan:
         shape=SlotShape(config.workers_per_trial, config.gpus_per_worker),
         own_data=own_data,
     )
+
+
+def _check_layer(space: SearchSpace, folder: Path) -> None:
+    """The deepest layer that is asked for exists."""
+    from transformers import AutoConfig
+
+    depth = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
+    domain = space.searched.get("rmu_layer")
+    if isinstance(domain, Range):
+        deepest = domain.high
+    elif isinstance(domain, Choices):
+        deepest = max(domain.choices)
+    else:
+        deepest = space.fixed.get("rmu_layer", 1)
+    if deepest > depth:
+        raise InputError(
+            f"{space.source}: rmu_layer: {space.backbone} has {depth} layers, got {deepest:g}; "
+            "lower it."
+        )
 
 
 def _check_data(request: RequestConfig) -> None:

@@ -15,8 +15,7 @@ A backbone has one file, and in it each method its section. A parameter is any f
         first_points:           # tried first, in this order
           - {alpha: 1.0, noise_type: random}
 
-``sigma`` is asked for only where the noise type is Gaussian (define-by-run). Every bound, choice
-and value passes ``TrialConfig``'s own constraints, so that they are stated in one place.
+``sigma`` is asked for only where the noise type is Gaussian (define-by-run).
 """
 
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from pydantic import Field
 
 from vgid.config import Config, Method, TrialConfig, parse, uses
 from vgid.errors import InputError
+from vgid.search_domain import Choices, Range, check_name, domain_of, is_integer, valid_value
 
 if TYPE_CHECKING:
     import optuna
@@ -54,10 +54,6 @@ PAPER_BASELINE: dict[str, Any] = {
 }
 """The paper's setting of the other methods (Table 7)."""
 
-_SET_ELSEWHERE = {
-    "method": "it is the name of the section",
-    "seed": "the study derives it from its own seed",
-}
 _FORMER = ("method", "parameters", "first_points")
 
 
@@ -74,59 +70,6 @@ def is_paper_default(trial: TrialConfig) -> bool:
     The paper gives VGID and its ablations no optimiser settings, so any will do for these.
     """
     return all(getattr(trial, k) == value for k, value in paper_default(trial.method).items())
-
-
-class Range(Config):
-    """Numbers from ``low`` to ``high``, both included; integers for an integer field.
-
-    Attributes:
-        low: smallest value.
-        high: largest value.
-        log: whether proposals are even in the logarithm.
-        step: distance between neighbouring values, None for any value (1 for integers).
-    """
-
-    low: float
-    high: float
-    log: bool = False
-    step: float | None = Field(None, gt=0)
-
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, int | float) or not self.low <= value <= self.high:
-            return False
-        if self.step is None:
-            return True
-        steps = (value - self.low) / self.step
-        return abs(steps - round(steps)) < 1e-6
-
-    def nearest(self, value: Any) -> float:
-        """The value of the range that is closest to ``value``."""
-        clamped = min(max(value, self.low), self.high)
-        if self.step is None:
-            return clamped
-        steps = round((clamped - self.low) / self.step)
-        last = int((self.high - self.low) / self.step + 1e-6)
-        return self.low + min(steps, last) * self.step
-
-    def __str__(self) -> str:
-        steps = "" if self.step is None else f" in steps of {self.step:g}"
-        return f"{self.low:g} to {self.high:g}{steps}"
-
-
-class Choices(Config):
-    """One value out of a few."""
-
-    choices: tuple[Any, ...] = Field(min_length=1)
-
-    def __contains__(self, value: object) -> bool:
-        return value in self.choices
-
-    def nearest(self, value: Any) -> Any:
-        """``value`` if it is a choice, otherwise the first choice."""
-        return value if value in self.choices else self.choices[0]
-
-    def __str__(self) -> str:
-        return ", ".join(str(choice) for choice in self.choices)
 
 
 class _Section(Config):
@@ -189,7 +132,7 @@ class SearchSpace:
         where |= dict.fromkeys(section.parameters, f"{source}.parameters")
         raw = {**content.shared, **section.parameters}
         for name, place in where.items():
-            _check_name(name, place, method)
+            check_name(name, place, method)
 
         searched: dict[str, Range | Choices] = {}
         fixed: dict[str, Any] = {}
@@ -197,9 +140,9 @@ class SearchSpace:
         for name in TrialConfig.model_fields:
             value = raw.get(name)
             if isinstance(value, Mapping):
-                searched[name] = _domain(name, value, where[name], method)
+                searched[name] = domain_of(name, value, where[name], method)
             elif value is not None:
-                fixed[name] = _valid(name, value, where[name], method)
+                fixed[name] = valid_value(name, value, where[name], method)
         space = cls(source, content.backbone, method, searched, fixed)
         space._check_sigma()
         return space._with_first_points(section.first_points)
@@ -224,7 +167,7 @@ class SearchSpace:
                 continue
             if isinstance(domain, Choices):
                 point[name] = trial.suggest_categorical(name, list(domain.choices))
-            elif _is_integer(name):
+            elif is_integer(name):
                 point[name] = trial.suggest_int(
                     name,
                     int(domain.low),
@@ -259,7 +202,7 @@ class SearchSpace:
                 continue
             if isinstance(domain, Choices):
                 found[name] = CategoricalDistribution(list(domain.choices))
-            elif _is_integer(name):
+            elif is_integer(name):
                 found[name] = IntDistribution(
                     int(domain.low), int(domain.high), log=domain.log, step=int(domain.step or 1)
                 )
@@ -298,7 +241,7 @@ class SearchSpace:
                 continue
             default = TrialConfig.model_fields[name].default
             value = domain.nearest(1.0 if default is None else default)
-            filled[name] = int(value) if _is_integer(name) else value
+            filled[name] = int(value) if is_integer(name) else value
         return self._with_fixed(filled)
 
     def _check_sigma(self) -> None:
@@ -317,9 +260,9 @@ class SearchSpace:
         for number, point in enumerate(points, start=1):
             where = f"{self.source}.first_points, number {number}"
             for name in point:
-                _check_name(name, where, self.method)
+                check_name(name, where, self.method)
             valid = {
-                name: _valid(name, value, where, self.method)
+                name: valid_value(name, value, where, self.method)
                 for name, value in point.items()
                 if not (name == "sigma" and value is None)
             }
@@ -387,70 +330,3 @@ def _check_backbone(name: str, wanted: str | None, source: str) -> None:
             f"{source}: backbone: the file is meant for '{name}' and the study runs '{wanted}'; "
             "name the backbone's own file with --search-space."
         )
-
-
-def _check_name(name: str, where: str, method: Method) -> None:
-    if name in _SET_ELSEWHERE:
-        raise InputError(f"{where}: {name}: does not belong here; {_SET_ELSEWHERE[name]}.")
-    if name not in TrialConfig.model_fields:
-        known = sorted(
-            field
-            for field in TrialConfig.model_fields.keys() - _SET_ELSEWHERE.keys()
-            if uses(method, field)
-        )
-        raise InputError(f"{where}: {name}: unknown parameter; known ones are {', '.join(known)}.")
-    if not uses(method, name):
-        raise InputError(f"{where}: {name}: method '{method}' does not use it; leave it out.")
-
-
-def _domain(name: str, raw: Mapping[str, Any], place: str, method: Method) -> Range | Choices:
-    """Parse ``{low, high, ...}`` or ``{choices}`` and hold every bound against TrialConfig."""
-    where = f"{place}.{name}"
-    if "choices" in raw:
-        listed = parse(Choices, raw, where).choices
-        valid = tuple(_valid(name, choice, place, method) for choice in listed)
-        if any(isinstance(choice, tuple) for choice in valid):
-            raise InputError(f"{where}: cannot be searched; write one list, which is then fixed.")
-        if len(set(valid)) < len(valid):
-            raise InputError(f"{where}: choices: a choice is listed twice; leave one of them out.")
-        return Choices(choices=valid)
-    if TrialConfig.model_fields[name].annotation not in (int, float, int | None, float | None):
-        raise InputError(f"{where}: has no order, so write 'choices: [...]' in place of a range.")
-    domain = parse(Range, raw, where)
-    if domain.low > domain.high:
-        raise InputError(
-            f"{where}: the range is empty, low {domain.low:g} is above high {domain.high:g}; "
-            "swap them."
-        )
-    if domain.log and domain.low <= 0:
-        raise InputError(
-            f"{where}: a logarithmic range needs low above 0, got {domain.low:g}; "
-            "raise it or leave out 'log'."
-        )
-    if domain.log and domain.step is not None:
-        raise InputError(f"{where}: 'log' and 'step' exclude each other; leave one out.")
-    if domain.step is not None and domain.high not in domain:
-        raise InputError(
-            f"{where}: steps of {domain.step:g} from {domain.low:g} do not reach "
-            f"{domain.high:g}; change step or high."
-        )
-    if _is_integer(name) and not float(domain.step or 1).is_integer():
-        raise InputError(f"{where}: step: must be a whole number, got {domain.step:g}.")
-    for bound in (domain.low, domain.high):
-        _valid(name, bound, place, method)
-    return domain
-
-
-def _is_integer(name: str) -> bool:
-    return TrialConfig.model_fields[name].annotation in (int, int | None)
-
-
-def _valid(name: str, value: Any, where: str, method: Method) -> Any:
-    """The value of one field as ``TrialConfig`` understands it."""
-    # A Gaussian trial needs a sigma and only a Gaussian trial has one: give each its partner.
-    partner: dict[str, Any] = {"method": method}
-    if name == "sigma":
-        partner["noise_type"] = "gaussian"
-    elif (name, value) == ("noise_type", "gaussian"):
-        partner["sigma"] = 1.0
-    return getattr(parse(TrialConfig, {**partner, name: value}, where), name)

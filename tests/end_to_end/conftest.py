@@ -9,14 +9,16 @@ from vgid.synthetic import write_benchmark
 
 SPACE = """
 backbone: tiny-llava
-parameters:
-  alpha: {low: 0.5, high: 2.0, log: true}
-  noise_type: {choices: [random, white]}
-  prompt_style: strict
-  learning_rate: 2.0e-3
-  epochs: 2
-first_points:
-  - {alpha: 1.0, noise_type: random}
+methods:
+  vgid:
+    parameters:
+      alpha: {low: 0.5, high: 2.0, log: true}
+      noise_type: {choices: [random, white]}
+      prompt_style: strict
+      learning_rate: 2.0e-3
+      epochs: 2
+    first_points:
+      - {alpha: 1.0, noise_type: random}
 """
 
 
