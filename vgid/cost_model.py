@@ -269,10 +269,11 @@ def activation_bytes(
     - 8 H: rotated queries, keys and values, repeated to all heads under a mask, and the output;
     - 20 D + 4 H + 4 F: the input of each LoRA map in fp32, cast for each of them anew;
     - 28 r: what is between LoRA's two maps;
-    - 6 F: gate, its activation, and up.
+    - 6 F: gate, its activation, and up;
+    - 2 for each token of its row: the boolean mask, made additive anew in each layer.
 
-    With checkpointing each layer keeps its input, 2 D, and one layer at a time keeps all.
-    Temporaries, and the allocator's loss, come on top.
+    With checkpointing each layer keeps its input, 2 D, the norm behind them 4 D, and one layer at a
+    time keeps all. Without dropout; temporaries and the allocator's loss come on top.
 
     Args:
         text_config: of the language model.
@@ -282,10 +283,9 @@ def activation_bytes(
     """
     s = _Sizes.of(text_config)
     tokens = sum(packed.ids_BL.numel() for packed in packs)
-    layer = 28 * s.D + 12 * s.H + 10 * s.F + 28 * lora_rank
-    if checkpointing:
-        return tokens * (s.layers * 2 * s.D + layer)
-    return tokens * s.layers * layer
+    mask = sum(2 * packed.ids_BL.numel() * packed.ids_BL.shape[1] for packed in packs)
+    layer = tokens * (28 * s.D + 12 * s.H + 10 * s.F + 28 * lora_rank) + mask
+    return layer + (2 * s.layers + 4) * s.D * tokens if checkpointing else s.layers * layer
 
 
 def adapter_bytes(text_config: Any, lora_rank: int) -> int:
