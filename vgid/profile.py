@@ -333,7 +333,9 @@ def estimate(
     for checkpointing in (False, True):
         computed = work["tflop"] + (forward if checkpointing else 0.0)
         seconds = computed * 1e12 / (mfu * peak_flops)
-        activations = activation_bytes(text_config, packs, LORA_RANK, checkpointing)
+        activations = activation_bytes(
+            text_config, packs, LORA_RANK, checkpointing, dropout=LORA_DROPOUT > 0
+        )
         figures.append(
             Figures(
                 backbone=name,
