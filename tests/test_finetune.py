@@ -237,6 +237,24 @@ def test_the_command(data, tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 
 
+def test_a_base_in_half_precision_learns_in_single_precision(base, data, tmp_path):
+    """What a GPU does, on the CPU: steps of 1e-5 of a weight would be lost in bf16."""
+    backbone = load(base[0], str(base[1]), "cpu")
+    backbone.model.to(torch.bfloat16)
+    settings: dict[str, Any] = {"full": True, "lora_rank": None, "learning_rate": 1e-3}
+    config = config_of(base, data, tmp_path / "out", batch_size=6, epochs=4, **settings)
+    samples = read_samples(Benchmark.open(data))
+    training = Training(config, backbone, samples, "data", tmp_path / "checkpoint")
+    with trainable(backbone, config):
+        learning = [p for p in backbone.model.parameters() if p.requires_grad]
+        assert {p.dtype for p in learning} == {torch.float32}
+        training.train(progress=False)
+    assert {p.dtype for p in backbone.model.parameters()} == {torch.bfloat16}
+    single = finetune(config)
+    assert training.losses == pytest.approx(single.losses, rel=0.05)
+    assert training.losses[-1] < 0.9 * training.losses[0]
+
+
 def test_a_loss_that_is_not_finite_leaves_nothing(base, data, tmp_path, monkeypatch):
     batches = Training.batches
 

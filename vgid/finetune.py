@@ -169,17 +169,17 @@ def finetune(
         training.train(progress)
         if model is not None:
             model.merge_and_unload()
-        record = {
-            "backbone": config.backbone,
-            "base_revision": backbone.revision,
-            "data_sha256": benchmark.sha256,
-            **training.settings,
-            "samples": len(samples),
-            "steps": training.steps,
-            "losses": training.losses,
-            **provenance(),
-        }
-        _write(backbone, locate(row, config.model_path), record, config.output)
+    record = {
+        "backbone": config.backbone,
+        "base_revision": backbone.revision,
+        "data_sha256": benchmark.sha256,
+        **training.settings,
+        "samples": len(samples),
+        "steps": training.steps,
+        "losses": training.losses,
+        **provenance(),
+    }
+    _write(backbone, locate(row, config.model_path), record, config.output)
     shutil.rmtree(checkpoint, ignore_errors=True)
     return FinetuneResult(
         output=config.output,
@@ -218,8 +218,7 @@ def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
-        with torch.autocast(backbone.device.type, dtype, enabled=dtype != torch.float32):
-            yield None
+        yield None
     finally:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_disable()
@@ -232,6 +231,7 @@ class Training:
     """The training of one config: order, optimizer, checkpoints.
 
     Attributes:
+        dtype: of the base; ``mixed`` tells whether what learns is held in fp32 beside it.
         settings: the config without its paths.
         steps: optimizer steps in all.
         losses: mean cross-entropy of the epochs done.
@@ -249,6 +249,8 @@ class Training:
         self.backbone = backbone
         self.samples = samples
         self.checkpoint = checkpoint
+        self.dtype = backbone.model.dtype
+        self.mixed = config.full and self.dtype != torch.float32
         self.settings = config.model_dump(exclude={"backbone", "model_path", "data", "output"})
         described = json.dumps([self.settings, backbone.revision, data_sha256], sort_keys=True)
         self.key = hashlib.sha256(described.encode()).hexdigest()
@@ -321,7 +323,9 @@ class Training:
     ) -> tuple[float, float]:
         """One clipped optimizer step; the loss before it, and the gradient's norm."""
         prompts = encode_samples(self.backbone, [self.samples[i] for i in indices])
-        loss = response_loss(self.backbone, prompts, [self.responses[i] for i in indices])
+        # A context a step: autocast keeps its bf16 copies of the weights until it is left.
+        with torch.autocast(self.backbone.device.type, self.dtype, enabled=self.mixed):
+            loss = response_loss(self.backbone, prompts, [self.responses[i] for i in indices])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(parameters.values(), self.config.max_grad_norm)
