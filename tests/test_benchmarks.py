@@ -183,7 +183,7 @@ def test_the_gap_of_two_answers_is_that_of_the_first_token_that_differs(asked):
 
 
 def test_memory_counts_the_second_model_as_theirs():
-    found = memory.measure(1, ("ours",), questions_each=2, size=64, **SMALL)
+    found = memory.measure(1, (), questions_each=2, size=64, **SMALL)
     assert_headline(found, rounds=1)
     weights = step.large_workload(questions_each=2, size=64, **SMALL).backbone.model
     size = sum(p.numel() * p.element_size() for p in weights.parameters())
