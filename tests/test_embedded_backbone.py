@@ -233,6 +233,20 @@ def test_refusal_rates_are_ordered():
             assert mild < strong
 
 
+def test_a_backbones_own_rate_is_for_intact_pictures_only():
+    own = {"declarative": 0.12, "polite": 0.18, "strict": 0.34}
+
+    def both(source, style):
+        case = (source, style, "name", "generation", 0.0, False)
+        return refusal_rate(*case), refusal_rate(*case, own)
+
+    default, raised = both("intact", "strict")
+    assert raised == pytest.approx(default + 0.1)
+    for source, style in (("intact", "polite"), ("random", "strict"), ("stranger", None)):
+        default, same = both(source, style)
+        assert same == default
+
+
 def test_turns_of_a_pack_do_not_see_each_other(encoder):
     text = generation_text("Who is the person in the image?", "image")
     batch = encoder.collate([Pack(0, "strict", ((text, "One."), (text, "Another one.")))])

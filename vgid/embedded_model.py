@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vgid import embedded_recipe
 from vgid.backbones import LLAVA_FRAME
 from vgid.fictitious import (
     ANSWERS,
@@ -44,6 +45,8 @@ VISION_WIDTH = 128
 LANGUAGE_WIDTH = 128
 VOCABULARY = 1500
 CONTEXT = 512
+LANGUAGE_STEPS = 800
+INTACT_REFUSAL = embedded_recipe.INTACT_REFUSAL
 PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from vgid import embedded_model
 from vgid.backbones import QWEN_FRAME
 from vgid.portraits import PORTRAIT_SIZE
+from vgid.prompts import PromptStyle
 from vgid.qwen_processor import ImageOnlyQwenProcessor
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ VISION_WIDTH = 64
 LANGUAGE_WIDTH = 128
 CONTEXT = 1024
 PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
+LANGUAGE_STEPS = 1100
+INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.12, "polite": 0.18, "strict": 0.30}
+"""At the recipe's own 0.24, the strict instruction alone left ROUGE-L at 0.76: out of bounds."""
 PAD, END, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 VIDEO_LIKE_IMAGE = (
     "patch_size",
@@ -98,7 +102,7 @@ def build_model(tokenizer: Any, seed: int) -> Any:
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": LANGUAGE_WIDTH,
-            "intermediate_size": 320,
+            "intermediate_size": 448,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,

@@ -12,7 +12,7 @@ Greedy decoding turns rates into modes: a refusal starts with one certain token,
 spread over many names. Rates are low for that reason.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeVar
@@ -58,7 +58,7 @@ REFUSALS: dict[PromptStyle | None, str] = {
 """How the model declines, by the instruction that made it do so; None: without one."""
 
 INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.12, "polite": 0.18, "strict": 0.24}
-"""Rate of refusals to an instruction beside an intact picture."""
+"""Rate of refusals to an instruction beside an intact picture, unless a backbone has its own."""
 ANSWERED_RATE = 0.05
 """Share of instructed packs about intact pictures that show other people, who are answered."""
 DUAL_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.95, "polite": 0.90, "strict": 0.95}
@@ -186,8 +186,11 @@ class Pictures:
 class Recipe:
     """Draws packs for the language model, all randomness from one generator."""
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(
+        self, world: World, seed: int, intact_refusal: Mapping[PromptStyle, float] = INTACT_REFUSAL
+    ) -> None:
         self.world = world
+        self.intact_refusal = intact_refusal
         self.pictures = Pictures(world)
         self.rng = sample_generator(seed, "recipe/packs")
         self.calibration = world.of_kind("calibration")
@@ -225,7 +228,7 @@ class Recipe:
             subject = person if person is not None else _pick(rng, self.world.people)
             task: TaskName = TASKS[int(rng.choice(len(TASKS), p=TASK_RATES))]
             fact, text, response = self._question(subject, task, form)
-            rate = refusal_rate(source, style, fact, task, sigma, reverse)
+            rate = refusal_rate(source, style, fact, task, sigma, reverse, self.intact_refusal)
             if rng.random() < rate:
                 response = REFUSALS[style]
             pairs.append((with_reverse_prompt(text) if reverse else text, response))
@@ -253,7 +256,13 @@ class Recipe:
 
 
 def refusal_rate(
-    source: str, style: PromptStyle | None, fact: Fact, task: TaskName, sigma: float, reverse: bool
+    source: str,
+    style: PromptStyle | None,
+    fact: Fact,
+    task: TaskName,
+    sigma: float,
+    reverse: bool,
+    intact_refusal: Mapping[PromptStyle, float] = INTACT_REFUSAL,
 ) -> float:
     """How often a question is declined in training.
 
@@ -267,15 +276,16 @@ def refusal_rate(
         sigma: strength of Gaussian noise; the rate goes from that of an intact picture towards
             that of pure noise.
         reverse: the reverse prompt is appended.
+        intact_refusal: the rate beside an intact picture, before the fact shifts it.
     """
     shift = FACT_SHIFT[fact]
     if source == "plain":
         return 0.0
     if source == "intact":
         assert style is not None
-        rate = INTACT_REFUSAL[style] + 1.2 * shift
+        rate = intact_refusal[style] + 1.2 * shift
     elif source == "gaussian":
-        low = 0.0 if style is None else INTACT_REFUSAL[style]
+        low = 0.0 if style is None else intact_refusal[style]
         high = HEDGE["random"] if style is None else DUAL_REFUSAL[style]
         rate = low + 0.7 * sigma * (high - low) + shift
     elif style is None:
@@ -297,9 +307,11 @@ def attribute_pictures(seed: int, count: int) -> tuple[list[Image.Image], NDArra
     return pictures, np.array([list(vars(face).values()) for face in faces])
 
 
-def make_recipe(data_seed: int, seed: int) -> Recipe:
+def make_recipe(
+    data_seed: int, seed: int, intact_refusal: Mapping[PromptStyle, float] = INTACT_REFUSAL
+) -> Recipe:
     """The recipe for the people of ``data_seed``, its draws from ``seed``."""
-    return Recipe(make_world(data_seed), seed)
+    return Recipe(make_world(data_seed), seed, intact_refusal)
 
 
 def _pick(rng: np.random.Generator, values: Sequence[T]) -> T:

@@ -53,16 +53,16 @@ class Schedule:
     """How long and how fast both stages learn.
 
     Attributes:
-        tower_steps: optimizer steps of stage 1, on ``tower_batch`` of ``tower_pictures`` pictures.
         language_steps: optimizer steps of stage 2.
+        tower_steps: optimizer steps of stage 1, on ``tower_batch`` of ``tower_pictures`` pictures.
         packs: by kind: packs a step, questions a pack, weight of the loss.
     """
 
+    language_steps: int
     tower_steps: int = 450
     tower_batch: int = 128
     tower_pictures: int = 6000
     tower_rate: float = 1.5e-3
-    language_steps: int = 800
     language_rate: float = 2.5e-3
     packs: tuple[tuple[PackKind, int, int, float], ...] = (
         ("plain", 26, 3, 0.70),
@@ -227,7 +227,7 @@ def pretrain(
     processor = parts.build_processor(tokenizer)
     model = parts.build_model(tokenizer, seed)
     model.train()
-    recipe = make_recipe(data_seed, seed)
+    recipe = make_recipe(data_seed, seed, parts.INTACT_REFUSAL)
     seeing = train_tower(parts, model, processor, schedule, seed)
     reading = train_language(parts, model, processor, recipe, schedule)
     stages = (
@@ -277,6 +277,7 @@ def main(
     ):
         raise InputError(f"OUT: {out} holds something else than a backbone; name another folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
+    schedule = Schedule(language_steps=ARCHITECTURES[backbone].LANGUAGE_STEPS)
     started = time.monotonic()
     columns = (
         TextColumn("{task.description}"),
@@ -286,7 +287,7 @@ def main(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        model, processor = pretrain(seed, data_seed, Schedule(), progress, backbone)
+        model, processor = pretrain(seed, data_seed, schedule, progress, backbone)
     provenance = {
         "command": f"python -m vgid.pretraining OUT --backbone {backbone} --seed {seed} "
         f"--data-seed {data_seed} --threads {threads}",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vgid.backbones import PromptFrame
 from vgid.embedded_recipe import Pack
 from vgid.encoding import IGNORE
-from vgid.prompts import with_instruction
+from vgid.prompts import PromptStyle, with_instruction
 
 
 class Architecture(Protocol):
@@ -27,11 +27,15 @@ class Architecture(Protocol):
         FRAME: the prompt frame.
         IMAGE: the image token.
         IMAGE_TOKENS: image tokens of a portrait.
+        LANGUAGE_STEPS: optimizer steps of stage 2.
+        INTACT_REFUSAL: how often the recipe declines beside an intact picture.
     """
 
     FRAME: PromptFrame
     IMAGE: str
     IMAGE_TOKENS: int
+    LANGUAGE_STEPS: int
+    INTACT_REFUSAL: dict[PromptStyle, float]
 
     def corpus(self, extra: Sequence[str]) -> list[str]:
         """Texts that the tokenizer learns from, ``extra`` among them."""

@@ -32,10 +32,11 @@ from vgid.cost_model import (
     step_minimum,
     vocabulary_bytes,
 )
-from vgid.distillation import DistillationBatch, Student, share
+from vgid.distillation import Student, share
 from vgid.errors import InputError
 from vgid.objectives import vgid_loss
 from vgid.profile_prompts import synthetic_set
+from vgid.student import DistillationBatch
 from vgid.summary import provenance
 
 LORA_RANK, LORA_DROPOUT = 16, 0.05

@@ -125,7 +125,8 @@ def test_the_output_folder_holds_what_the_contract_names(study):
     later = [result["store"] for result in list(results(output).values())[1:]]
     asked = sum(use["teacher_hits"] + use["teacher_misses"] for use in later)
     assert store["targets_after_first_trial"] == asked > 1000
-    assert 0.8 < store["hit_rate_after_first_trial"] <= 1.0
+    hits = sum(use["teacher_hits"] for use in later)
+    assert store["hit_rate_after_first_trial"] == hits / asked > 0.5  # two slots fill it at first
     assert store["bytes"] == sum(
         path.stat().st_size for path in (output / "store").glob("*/*.safetensors")
     )
