@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -79,6 +79,9 @@ class DistillationSet:
         return [[self.target(i, epoch) for i in indices]]
 
 
+Term = Literal["forget", "retain"]
+
+
 class Student(nn.Module):
     """The adapted model as a module whose forward is the loss, so that DDP sees all of it.
 
@@ -96,15 +99,14 @@ class Student(nn.Module):
         self.backbone = backbone
         self.method = method or Distillation(TrialConfig.model_validate({}), backbone)
 
-    def forward(
-        self, forget: DistillationBatch, retain: DistillationBatch | None
-    ) -> tuple[Tensor, Tensor]:
-        """This rank's share of L_forget and L_retain; the latter 0 without a retain batch."""
-        forget_loss = self.method.forget_loss(View(self.backbone, self.model, forget))
-        retain_loss = None
-        if retain is not None:
-            retain_loss = self.method.retain_loss(View(self.backbone, self.model, retain))
-        return forget_loss, forget_loss.new_zeros(()) if retain_loss is None else retain_loss
+    def forward(self, part: DistillationBatch, term: Term) -> Tensor:
+        """This rank's share of L_forget or of L_retain, a scalar."""
+        view = View(self.backbone, self.model, part)
+        if term == "forget":
+            return self.method.forget_loss(view)
+        loss = self.method.retain_loss(view)
+        assert loss is not None, "a method without a retain loss gets no retain batch"
+        return loss
 
     def kl(self, part: DistillationBatch) -> Tensor:
         """Forward KL at the response positions, this share of the mean over the whole batch."""
@@ -279,12 +281,14 @@ def distill(
             losses = torch.zeros(2, dtype=torch.float64)
             shares = zip(forget_shares, retain_shares, strict=True)
             for part, (forget_share, retain_share) in enumerate(shares, 1):
-                with _reduced(student, part == parts):
-                    forget_loss, retain_loss = student(forget_share, retain_share)
-                    loss = vgid_loss(forget_loss, retain_loss, config.alpha, config.beta)
-                    # DDP averages over the ranks, whose shares are meant to be summed.
-                    (loss * world_size).backward()
-                losses += torch.stack([forget_loss, retain_loss]).detach().double().cpu()
+                last = part == parts
+                losses[0] += backward_term(
+                    student, forget_share, "forget", config.alpha, world_size, last and kept is None
+                )
+                if retain_share is not None:
+                    losses[1] += backward_term(
+                        student, retain_share, "retain", config.beta, world_size, last
+                    )
             norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
             if not math.isfinite(norm) or not bool(losses.isfinite().all()):
                 raise LossNotFiniteError(
@@ -294,7 +298,7 @@ def distill(
             schedule.step()
             sums += losses
         model.eval()
-        forgotten, retained = (_sum_over_ranks(sums, world_size) / len(batches)).tolist()
+        forgotten, retained = _sum_over_ranks(sums, world_size) / len(batches)
         if checkpoint is not None and rank == 0:
             save_checkpoint(checkpoint, trial_id, epoch + 1, parameters, optimizer)
         yield EpochReport(
@@ -302,13 +306,43 @@ def distill(
             epochs=config.epochs,
             step=(epoch + 1) * per_epoch,
             metrics={
-                "forget_loss": forgotten,
-                **({} if kept is None else {"retain_loss": retained}),
-                "loss": config.alpha * forgotten + config.beta * retained,
+                "forget_loss": forgotten.item(),
+                **({} if kept is None else {"retain_loss": retained.item()}),
+                "loss": vgid_loss(forgotten, retained, config.alpha, config.beta).item(),
                 "learning_rate": float(schedule.get_last_lr()[0]),
                 "grad_norm": norm,
             },
         )
+
+
+def backward_term(
+    student: nn.Module,
+    part: DistillationBatch,
+    term: Term,
+    weight: float,
+    world_size: int = 1,
+    last: bool = True,
+) -> Tensor:
+    """Add a term of equation 5 to the gradient of the adapter.
+
+    Term by term, the gradient is that of the sum, with the activations of one term in memory.
+
+    Args:
+        student: the student, in DDP if there are several ranks.
+        part: this rank's share of a batch, or a part of it.
+        term: which loss.
+        weight: alpha or beta.
+        world_size: number of ranks.
+        last: whether this is the step's last addition, after which ranks exchange gradients.
+
+    Returns:
+        The unweighted share of the loss, fp64 on the CPU.
+    """
+    with _reduced(student, last):
+        loss: Tensor = student(part, term)
+        # DDP averages over the ranks, whose shares are meant to be summed.
+        (weight * loss * world_size).backward()
+    return loss.detach().double().cpu()
 
 
 def _reduced(student: nn.Module, last: bool) -> AbstractContextManager[None]:

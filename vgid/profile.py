@@ -32,9 +32,8 @@ from vgid.cost_model import (
     step_minimum,
     vocabulary_bytes,
 )
-from vgid.distillation import Student, share
+from vgid.distillation import Student, backward_term, share
 from vgid.errors import InputError
-from vgid.objectives import vgid_loss
 from vgid.profile_prompts import synthetic_set
 from vgid.student import DistillationBatch
 from vgid.summary import provenance
@@ -266,8 +265,9 @@ def _step(
 ) -> None:
     """One step as ``distill`` takes it."""
     optimizer.zero_grad(set_to_none=True)
-    forget_kl, retain_kl = student(*batches)
-    vgid_loss(forget_kl, retain_kl, config.alpha, config.beta).backward()
+    forget, retain = batches
+    backward_term(student, forget, "forget", config.alpha)
+    backward_term(student, retain, "retain", config.beta)
     nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     optimizer.step()
 
@@ -301,7 +301,7 @@ def estimate(
 
     ``mfu`` is assumed for all that is computed, so that checkpointing, which runs the forward pass
     twice, has a lower one. Peak memory is the sum of the weights in bf16, LoRA in training, the
-    kept activations (``vgid.cost_model.activation_bytes``) and the loss's two vocabulary buffers.
+    kept activations of a term (``vgid.cost_model.activation_bytes``) and two vocabulary buffers.
 
     Args:
         name: of a real backbone.
@@ -334,8 +334,9 @@ def estimate(
     for checkpointing in (False, True):
         computed = work["tflop"] + (forward if checkpointing else 0.0)
         seconds = computed * 1e12 / (mfu * peak_flops)
-        activations = activation_bytes(
-            text_config, packs, LORA_RANK, checkpointing, dropout=LORA_DROPOUT > 0
+        activations = max(  # the terms of the loss come one after the other
+            activation_bytes(text_config, [pack], LORA_RANK, checkpointing, LORA_DROPOUT > 0)
+            for pack in packs
         )
         figures.append(
             Figures(
