@@ -9,11 +9,11 @@ numbers, which are one "seed" without an interval.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from vgid.config import ForgetRatio
+from vgid.evidence import Evidence, OurEvidence, PaperEvidence
 from vgid.intervals import Interval, t_interval
-from vgid.paper import paper_row
 from vgid.tables import ALL_NINE, COMPARISONS, SIGMAS, STYLES, FilledTable, Table
 
 Verdict = Literal["held", "not held", "undecided"]
@@ -26,56 +26,6 @@ MOST = 0.5
 """A model "leaves most knowledge" if more than this share of the base's ROUGE-L is left."""
 FORGETS = 0.1
 """A method "forgets" if it takes at least this share of the base's forget ROUGE-L away."""
-
-
-class Evidence(Protocol):
-    """Where values come from: our tables, or the paper's."""
-
-    @property
-    def seeds(self) -> int:
-        """How many values a cell has."""
-
-    def values(self, table: int, key: str, metric: str) -> list[float | None]:
-        """One value a seed of a cell; Nones if there is no such table or row."""
-
-
-@dataclass(frozen=True)
-class OurEvidence:
-    """The filled tables of one backbone, by number."""
-
-    tables: Mapping[int, FilledTable]
-
-    @property
-    def seeds(self) -> int:
-        """How many values a cell has."""
-        return max((len(table.seeds) for table in self.tables.values()), default=0)
-
-    def values(self, table: int, key: str, metric: str) -> list[float | None]:
-        """One value a seed of a cell."""
-        if table not in self.tables:
-            return [None] * self.seeds
-        return self.tables[table].values(key, metric)
-
-
-@dataclass(frozen=True)
-class PaperEvidence:
-    """The paper's own tables for one of its backbones; rows are found by our keys."""
-
-    tables: Mapping[int, Table]
-    backbone: str
-
-    @property
-    def seeds(self) -> int:
-        """The paper prints one number a cell."""
-        return 1
-
-    def values(self, table: int, key: str, metric: str) -> list[float | None]:
-        """The number of a cell."""
-        for row in self.tables[table].rows if table in self.tables else ():
-            if row.key == key:
-                found = paper_row(table, self.backbone, row.paper, row.setting)
-                return [None if found is None else found.scores.get(metric)]
-        return [None]
 
 
 @dataclass(frozen=True)
