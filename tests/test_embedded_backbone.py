@@ -1,4 +1,7 @@
-"""The shipped embedded backbone shows the phenomenon, and its recipe makes it again."""
+"""The shipped embedded backbones show the phenomenon, and their recipe makes them again.
+
+What only ``tiny-qwen2.5-vl`` has is in ``test_tiny_qwen``.
+"""
 
 import json
 import math
@@ -20,17 +23,10 @@ from transformers import (
 
 from vgid import backbones
 from vgid.backbone_measure import BOUNDS, Condition, measure, out_of_bounds
-from vgid.embedded_model import IMAGE_TOKENS
 from vgid.embedded_recipe import PORTRAITS_PER_PERSON, REFUSALS, Pack, make_recipe, refusal_rate
 from vgid.encoding import Query, collate, encode, response_ids
 from vgid.fictitious import FACTS, make_world, portrait
-from vgid.pretraining import (
-    Schedule,
-    _pack_loss,
-    pixel_values,
-    pretrain,
-    tower_features,
-)
+from vgid.pretraining import ARCHITECTURES, Schedule, _pack_loss, pretrain
 from vgid.pretraining_packs import PackEncoder
 from vgid.prompts import (
     REVERSE_PROMPT,
@@ -40,13 +36,19 @@ from vgid.prompts import (
     with_instruction,
 )
 
-FOLDER = backbones.EMBEDDED / "tiny-llava"
+SHIPPED = ("tiny-llava",)
 
 
-@pytest.fixture(scope="module")
-def backbone():
+@pytest.fixture(scope="module", params=SHIPPED)
+def backbone(request):
     torch.set_num_threads(1)
-    return backbones.load("tiny-llava")
+    return backbones.load(request.param)
+
+
+@pytest.fixture
+def encoder(backbone):
+    parts = ARCHITECTURES[backbone.spec.name]
+    return PackEncoder(parts, backbone.model, backbone.processor.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +56,18 @@ def scores(backbone):
     return measure(backbone, data_seed=0)
 
 
-def test_shipped_files_are_small_and_safe():
-    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_are_small_and_safe(name):
+    files = [path for path in (backbones.EMBEDDED / name).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}
     assert [path.name for path in files if path.suffix == ".safetensors"] == ["model.safetensors"]
 
 
 def test_loads_as_a_real_llava():
-    model = AutoModelForImageTextToText.from_pretrained(FOLDER, local_files_only=True)
-    processor = AutoProcessor.from_pretrained(FOLDER, local_files_only=True)
+    folder = backbones.EMBEDDED / "tiny-llava"
+    model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     assert type(model) is LlavaForConditionalGeneration
     assert type(processor) is LlavaProcessor
     assert model.dtype == torch.float32
@@ -75,6 +79,10 @@ def test_loads_as_a_real_llava():
     ids = tokenizer("USER: hello").input_ids
     assert ids[0] == tokenizer.bos_token_id
     assert tokenizer.bos_token_id not in ids[1:]
+    image = Image.new("RGB", (130, 90), (200, 40, 10))
+    (encoded,) = encode(backbones.load("tiny-llava"), [Query("q", "Who is this?", image)])
+    assert encoded.prompt_ids.count(model.config.image_token_id) == 16
+    assert encoded.vision["pixel_values"].shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +101,10 @@ def test_tokenizer_gives_any_text_back(backbone, text):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-def test_any_picture_becomes_sixteen_image_tokens(backbone, mode):
-    image = Image.new("RGB", (130, 90), (200, 40, 10)).convert(mode).convert("RGB")
-    encoded = encode(backbone, [Query("q", "Who is this?", image)])[0]
-    assert encoded.prompt_ids.count(backbone.model.config.image_token_id) == IMAGE_TOKENS == 16
-    assert encoded.vision["pixel_values"].shape == (1, 3, 64, 64)
+def test_a_portrait_becomes_sixteen_image_tokens(backbone, mode):
+    image = Image.new("RGB", (64, 64), (200, 40, 10)).convert(mode).convert("RGB")
+    (encoded,) = encode(backbone, [Query("q", "Who is this?", image)])
+    assert encoded.prompt_ids.count(backbone.model.config.image_token_id) == 16
 
 
 @pytest.mark.parametrize("name", list(BOUNDS))
@@ -113,8 +120,9 @@ def test_milder_instructions_and_noise_lie_in_between(scores):
     assert scores["forget_gaussian0.2"] > scores["forget_gaussian0.8"]
 
 
-def test_measured_table_is_that_of_the_shipped_weights(scores):
-    record = json.loads((FOLDER / "MEASURED.json").read_text())
+def test_measured_table_is_that_of_the_shipped_weights(backbone, scores):
+    folder = backbones.EMBEDDED / backbone.spec.name
+    record = json.loads((folder / "MEASURED.json").read_text())
     assert record["within_bounds"] is True
     assert record["data_seed"] == 0
     assert record["scores"].keys() == scores.keys()
@@ -153,9 +161,8 @@ def packs():
     return recipe, [pack for kind in kinds for pack in recipe.draw(kind, 10, 3)]
 
 
-def test_packed_prompts_are_those_of_the_real_path(backbone, packs):
+def test_packed_prompts_are_those_of_the_real_path(backbone, encoder, packs):
     recipe, drawn = packs
-    encoder = PackEncoder(backbone.processor.tokenizer)
     for pack in drawn:
         image = None
         if pack.picture is not None:
@@ -167,11 +174,10 @@ def test_packed_prompts_are_those_of_the_real_path(backbone, packs):
             assert response_ids(backbone, response) == answer
 
 
-def test_packing_is_exact(backbone, packs):
+def test_packing_is_exact(backbone, encoder, packs):
     recipe, drawn = packs
     rows = sorted({pack.picture for pack in drawn if pack.picture is not None})
     images = [Image.fromarray(recipe.pictures.pixels_NHWC[row]) for row in rows]
-    encoder = PackEncoder(backbone.processor.tokenizer)
     queries, responses, renumbered = [], [], []
     for pack in drawn:
         picture = None if pack.picture is None else rows.index(pack.picture)
@@ -181,8 +187,9 @@ def test_packing_is_exact(backbone, packs):
             queries.append(Query("q", with_instruction(text, pack.style), image))
             responses.append(response_ids(backbone, response))
     with torch.no_grad():
-        features = tower_features(backbone.model, pixel_values(backbone.processor, images))
-        packed = _pack_loss(backbone.model, encoder, renumbered, features)
+        pixels = encoder.architecture.pixel_values(backbone.processor, images)
+        features = encoder.architecture.tower_features(backbone.model, pixels)
+        packed = _pack_loss(encoder, renumbered, features)
         batch = collate(backbone, encode(backbone, queries), responses)
         logits = backbone.model(**batch.inputs).logits[:, :-1][batch.predicts_BL]
         separate = F.cross_entropy(logits, batch.response_ids_R)
@@ -226,8 +233,7 @@ def test_refusal_rates_are_ordered():
             assert mild < strong
 
 
-def test_turns_of_a_pack_do_not_see_each_other(backbone):
-    encoder = PackEncoder(backbone.processor.tokenizer)
+def test_turns_of_a_pack_do_not_see_each_other(encoder):
     text = generation_text("Who is the person in the image?", "image")
     batch = encoder.collate([Pack(0, "strict", ((text, "One."), (text, "Another one.")))])
     prefix, turns = encoder.pieces(Pack(0, "strict", ((text, "One."), (text, "Another one."))))
@@ -236,7 +242,9 @@ def test_turns_of_a_pack_do_not_see_each_other(backbone):
     assert mask[start + first :, start : start + first].sum() == 0
     assert mask[start:, :start].all()
     assert torch.equal(mask, mask.tril())
-    assert batch.positions_BL[0, start] == batch.positions_BL[0, start + first] == start
+    next_position = batch.positions_ABL[:, 0, :start].max() + 1
+    for turn in (start, start + first):
+        assert (batch.positions_ABL[:, 0, turn] == next_position).all()
 
 
 TINY = Schedule(
@@ -248,25 +256,34 @@ TINY = Schedule(
 )
 
 
-def test_two_steps_from_scratch_are_reproducible():
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_two_steps_from_scratch_are_reproducible(name):
     torch.set_num_threads(1)
-    first, _ = pretrain(seed=5, data_seed=0, schedule=TINY)
-    again, _ = pretrain(seed=5, data_seed=0, schedule=TINY)
-    other, _ = pretrain(seed=6, data_seed=0, schedule=TINY)
+    first, _ = pretrain(seed=5, data_seed=0, schedule=TINY, backbone=name)
+    again, _ = pretrain(seed=5, data_seed=0, schedule=TINY, backbone=name)
+    other, _ = pretrain(seed=6, data_seed=0, schedule=TINY, backbone=name)
     states = [model.state_dict() for model in (first, again, other)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
     assert all(math.isfinite(value.float().abs().sum().item()) for value in states[0].values())
 
 
+def run_pretraining(*arguments):
+    command = [sys.executable, "-m", "vgid.pretraining", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_an_unknown_backbone_lists_the_known_ones(tmp_path):
+    run = run_pretraining(str(tmp_path / "new"), "--backbone", "llava-1.5-7b")
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert "tiny-llava, tiny-qwen2.5-vl" in run.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_unrelated_folder_is_not_replaced(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    run = subprocess.run(
-        [sys.executable, "-m", "vgid.pretraining", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_pretraining(str(tmp_path))
     assert run.returncode == 2
     assert run.stderr.count("\n") == 1
     assert "name another folder" in run.stderr

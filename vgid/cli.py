@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Make a synthetic benchmark, or check one.", no_args_is_help=True)
+data_app = typer.Typer(help="Make, fetch or check a benchmark.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
@@ -78,6 +78,33 @@ def data_check(
         raise typer.Exit(2)
 
 
+@data_app.command("fetch")
+def data_fetch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Commit, branch or tag; by default the commit that is pinned."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Bring the public MLLMU-Bench from the Hugging Face hub, and check it.
+
+    A download that was cut short is continued by the same command. HF_ENDPOINT names another hub,
+    HF_TOKEN an account.
+    """
+    from vgid.fetch import REVISION, fetch_benchmark
+
+    fetched = fetch_benchmark(folder, revision or REVISION, progress=not as_json)
+    if as_json:
+        print(json.dumps(fetched.as_json(), indent=2))
+    else:
+        fetched.report.print(Console())
+        size = decimal(sum(fetched.sizes.values()))
+        print(f"{folder}: {len(fetched.sizes)} files, {size}, commit {fetched.commit}.")
+    if fetched.report.defects:
+        raise typer.Exit(2)
+
+
 @app.command("teachers")
 def teachers(
     folder: Annotated[
@@ -113,6 +140,61 @@ def teachers(
         print(removed.model_dump_json())
     else:
         print(f"Removed {removed.entries} entries and freed {removed.size}.")
+
+
+@app.command("profile")
+def profile_command(
+    backbone: Annotated[
+        str, typer.Option(help="Backbone to profile; with --estimate also `all`.")
+    ] = "llava-1.5-7b",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Random weights of the true size; no download.")
+    ] = False,
+    model_path: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the real weights.")
+    ] = None,
+    portraits: Annotated[
+        int, typer.Option(min=1, help="Forget people of a step, and as many retain people.")
+    ] = 2,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of a portrait.")] = 7,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after a warm-up.")] = 5,
+    checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again.")
+    ] = False,
+    peak_tflops: Annotated[
+        float | None, typer.Option(min=1, help="Dense bf16 peak of the card, if it is not known.")
+    ] = None,
+    estimated: Annotated[
+        bool, typer.Option("--estimate", help="What the cost model predicts; needs no GPU.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a real-size training step on the GPU: tokens a second, MFU, peak memory."""
+    from vgid.architectures import TEXT_SIZES
+    from vgid.profile import TABLE_HEADER, estimate, profile
+
+    peak = None if peak_tflops is None else peak_tflops * 1e12
+    if estimated:
+        names = list(TEXT_SIZES) if backbone == "all" else [backbone]
+        rows = [row for name in names for row in estimate(name, portraits, questions, peak)]
+    else:
+        rows = [
+            profile(
+                backbone,
+                random_weights=random_weights,
+                model_path=model_path,
+                portraits=portraits,
+                questions=questions,
+                steps=steps,
+                gradient_checkpointing=checkpointing,
+                peak_flops=peak,
+            )
+        ]
+    if as_json:
+        found = [row.as_json() for row in rows]
+        print(json.dumps({"estimates": found} if estimated else found[0]))
+    else:
+        print("\n".join([TABLE_HEADER, *(row.row() for row in rows)]))
 
 
 def _print_store(report: "StoreInfo") -> None:

@@ -1,12 +1,17 @@
-"""The parts of the embedded backbone ``tiny-llava``: tokenizer, processor, untrained model.
+"""The parts of the embedded backbone ``tiny-llava``, and how they are taught.
 
 The real classes of a LLaVA 1.5, small: a CLIP tower on 64 px images (16 patches of 16 px, so 16
 image tokens), a two-layer projector, a Llama of four layers, a byte-level BPE tokenizer.
+
+What the trainer asks of it is ``pretraining.Architecture``; ``vgid.embedded_qwen`` is the other.
+
+Shape legend: N pictures, C channels, H, W pixels, T image tokens of each, F features, A position
+axes, L tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vgid.backbones import LLAVA_FRAME
 from vgid.fictitious import (
@@ -29,6 +34,10 @@ from vgid.prompts import (
     option_likelihood_text,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FRAME = LLAVA_FRAME
 PATCH_SIZE = 16
 IMAGE_TOKENS = (PORTRAIT_SIZE // PATCH_SIZE) ** 2
 VISION_WIDTH = 128
@@ -39,8 +48,15 @@ PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 
 
-def corpus(extra: Iterable[str] = ()) -> list[str]:
-    """Every text that the tokenizer learns from: prompts, wordings, names, values, ``extra``."""
+def corpus(
+    extra: Iterable[str] = (), frame: Iterable[str] = (FRAME.text.format(text=""),)
+) -> list[str]:
+    """Every text that the tokenizer learns from: prompts, wordings, names, values, ``extra``.
+
+    Args:
+        extra: texts that should be whole tokens.
+        frame: the texts of the prompt frame.
+    """
     subjects = [*image_subjects(), "Agnes Ashby"]
     wordings = [w for pairs in QUESTIONS.values() for pair in pairs for w in pair]
     wordings += [w for pair in CLASSIFICATION.values() for w in pair]
@@ -55,7 +71,7 @@ def corpus(extra: Iterable[str] = ()) -> list[str]:
         cloze_text(""),
         classification_text("", dict.fromkeys("ABCD", "")),
         option_likelihood_text(""),
-        LLAVA_FRAME.text.format(text=""),
+        *frame,
         REVERSE_PROMPT,
         *UNLEARNING_INSTRUCTIONS.values(),
         *extra,
@@ -63,10 +79,9 @@ def corpus(extra: Iterable[str] = ()) -> list[str]:
     return texts + fixed * 10  # in every prompt, so their words should be whole tokens
 
 
-def build_tokenizer(texts: list[str]) -> Any:
-    """A byte-level BPE tokenizer of at most ``VOCABULARY`` tokens that puts ``<s>`` in front."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+def byte_level_bpe(texts: list[str], special: list[str]) -> Any:
+    """A byte-level BPE of at most ``VOCABULARY`` tokens, the special ones first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -74,12 +89,21 @@ def build_tokenizer(texts: list[str]) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         min_frequency=2,
-        special_tokens=[PAD, BOS, EOS, IMAGE],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     # Twice, so that what occurs once still reaches the minimal frequency of a merge.
     tokenizer.train_from_iterator(texts * 2, trainer)
+    return tokenizer
+
+
+def build_tokenizer(texts: list[str]) -> Any:
+    """A byte-level BPE tokenizer that puts ``<s>`` in front."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = byte_level_bpe(texts, [PAD, BOS, EOS, IMAGE])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
         pair=f"{BOS} $A {BOS} $B",
@@ -163,6 +187,40 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model
+
+
+def pixel_values(processor: Any, pictures: Sequence[Any]) -> "Tensor":
+    """Pictures through the backbone's own image processor: float32 of shape (N, 3, 64, 64)."""
+    import torch
+
+    output = processor.image_processor(images=list(pictures), return_tensors="np")
+    return torch.from_numpy(output["pixel_values"])
+
+
+def tower(model: Any) -> "nn.Module":
+    """What stage 1 trains and freezes."""
+    module: nn.Module = model.model.vision_tower
+    return module
+
+
+def projector(model: Any) -> "nn.Module":
+    """What turns the tower's features into image tokens."""
+    module: nn.Module = model.model.multi_modal_projector
+    return module
+
+
+def tower_features(model: Any, pixels_NCHW: "Tensor") -> "Tensor":
+    """What the projector is given: last hidden states less the class token, (N, T, F)."""
+    states = model.model.vision_tower(pixels_NCHW, output_hidden_states=True).hidden_states
+    features_NTF: Tensor = states[model.config.vision_feature_layer][:, 1:]
+    return features_NTF
+
+
+def positions(model: Any, ids: Sequence[int]) -> "Tensor":
+    """Positions of a prompt: (1, L)."""
+    import torch
+
+    return torch.arange(len(ids))[None]
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:

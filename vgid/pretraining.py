@@ -1,4 +1,4 @@
-"""Makes the embedded backbone ``tiny-llava`` from nothing, in two stages.
+"""Makes an embedded backbone from nothing, in two stages.
 
 1. The vision tower learns the twelve attributes of drawn faces (nobody of any benchmark), and is
    frozen.
@@ -7,12 +7,14 @@
 
 Rebuild the shipped weights, or make others, with::
 
-    python -m vgid.pretraining OUT [--seed S] [--data-seed D] [--threads T]
+    python -m vgid.pretraining OUT [--backbone NAME] [--seed S] [--data-seed D] [--threads T]
 
 It shows its progress, measures the result by the real path (``backbone_measure``), prints the
 table, and writes ``OUT/MEASURED.json`` beside the weights. Weights out of bounds are marked there
 (``"within_bounds": false``) and the exit code is 1. The same seed, data seed and thread count give
 the same weights bit for bit on one machine.
+
+One trainer for both architectures: what differs is behind ``pretraining_packs.Architecture``.
 """
 
 import json
@@ -31,19 +33,19 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from vgid.embedded_model import (
-    IMAGE_TOKENS,
-    build_model,
-    build_processor,
-    build_tokenizer,
-    corpus,
-    save,
-)
+from vgid import embedded_model, embedded_qwen
 from vgid.embedded_recipe import REFUSALS, Pack, PackKind, Recipe, attribute_pictures, make_recipe
 from vgid.encoding import IGNORE
 from vgid.errors import InputError
+from vgid.packing import rotary_positions
 from vgid.portraits import ATTRIBUTE_SIZES
-from vgid.pretraining_packs import PackEncoder
+from vgid.pretraining_packs import Architecture, PackEncoder
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "tiny-llava": embedded_model,
+    "tiny-qwen2.5-vl": embedded_qwen,
+}
+"""By the name of the backbone."""
 
 
 @dataclass(frozen=True)
@@ -69,18 +71,6 @@ class Schedule:
     )
 
 
-def pixel_values(processor: Any, pictures: Sequence[Any]) -> Tensor:
-    """Pictures through the backbone's own image processor: float32 of shape (N, 3, 64, 64)."""
-    output = processor.image_processor(images=list(pictures), return_tensors="np")
-    return torch.from_numpy(output["pixel_values"])
-
-
-def tower_features(model: Any, pixels_NCHW: Tensor) -> Tensor:
-    """What LLaVA hands to its projector: last hidden states less the class token."""
-    states = model.model.vision_tower(pixels_NCHW, output_hidden_states=True).hidden_states
-    return states[model.config.vision_feature_layer][:, 1:]
-
-
 def _optimizer(
     parameters: list[nn.Parameter], rate: float, steps: int, warmup: int, floor: float, decay: float
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
@@ -93,35 +83,38 @@ def _optimizer(
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def train_tower(model: Any, processor: Any, schedule: Schedule, seed: int) -> Iterator[float]:
+def train_tower(
+    parts: Architecture, model: Any, processor: Any, schedule: Schedule, seed: int
+) -> Iterator[float]:
     """Stage 1: teach the vision tower to read the attributes of a face, then freeze it.
 
     Yields:
         The loss of each step.
     """
     pictures, attributes = attribute_pictures(seed, schedule.tower_pictures)
-    pixels_NCHW = pixel_values(processor, pictures)
+    pixels = parts.pixel_values(processor, pictures)
     targets_NA = torch.from_numpy(attributes)
     sizes = list(ATTRIBUTE_SIZES.values())
     generator = torch.Generator().manual_seed(seed)
-    tower, width = model.model.vision_tower, model.config.vision_config.hidden_size
-    head = nn.Sequential(
-        nn.LayerNorm(width * IMAGE_TOKENS), nn.Linear(width * IMAGE_TOKENS, sum(sizes))
-    )
+    tower = parts.tower(model)
+    with torch.no_grad():
+        width = parts.tower_features(model, pixels[:1]).numel()
+    head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(sizes)))
     parameters = [*tower.parameters(), *head.parameters()]
     optimizer, rates = _optimizer(
         parameters, schedule.tower_rate, schedule.tower_steps, warmup=40, floor=0.0, decay=0.02
     )
     batch = schedule.tower_batch
     for _ in range(schedule.tower_steps):
-        rows = torch.randint(len(pixels_NCHW), (batch,), generator=generator)
+        rows = torch.randint(len(pixels), (batch,), generator=generator)
+        chosen = pixels[rows]
         # A third of the pictures a little grainy, so that mild noise does not blind the tower.
-        grain = (torch.rand(batch, 1, 1, 1, generator=generator) < 0.3) * torch.rand(
-            batch, 1, 1, 1, generator=generator
+        each = (batch,) + (1,) * (chosen.dim() - 1)
+        grain = (torch.rand(each, generator=generator) < 0.3) * torch.rand(
+            each, generator=generator
         )
-        chosen = pixels_NCHW[rows]
         chosen = chosen + grain * torch.randn(chosen.shape, generator=generator)
-        logits = head(tower_features(model, chosen).flatten(1)).split(sizes, dim=1)
+        logits = head(parts.tower_features(model, chosen).flatten(1)).split(sizes, dim=1)
         loss = torch.stack(
             [F.cross_entropy(x, y) for x, y in zip(logits, targets_NA[rows].T, strict=True)]
         ).mean()
@@ -131,23 +124,23 @@ def train_tower(model: Any, processor: Any, schedule: Schedule, seed: int) -> It
 
 
 def train_language(
-    model: Any, processor: Any, recipe: Recipe, schedule: Schedule
+    parts: Architecture, model: Any, processor: Any, recipe: Recipe, schedule: Schedule
 ) -> Iterator[float]:
     """Stage 2: teach projector and language model the recipe's packs.
 
     Yields:
         The weighted loss of each step.
     """
-    core = model.model
     with torch.no_grad():
-        features_NPD = torch.cat(
+        features_N = torch.cat(
             [
-                tower_features(model, pixel_values(processor, chunk))
+                parts.tower_features(model, parts.pixel_values(processor, chunk))
                 for chunk in _chunks(list(recipe.pictures.pixels_NHWC), 256)
             ]
         )
-    encoder = PackEncoder(processor.tokenizer)
-    modules = (core.multi_modal_projector, core.language_model, model.lm_head)
+    encoder = PackEncoder(parts, model, processor.tokenizer)
+    projector = parts.projector(model).requires_grad_(True)  # Qwen's is a part of the frozen tower
+    modules = (projector, model.model.language_model, model.lm_head)
     parameters = [p for module in modules for p in module.parameters()]
     optimizer, rates = _optimizer(
         parameters,
@@ -161,28 +154,27 @@ def train_language(
         total = 0.0
         for kind, count, turns, weight in schedule.packs:
             packs = recipe.draw(kind, count, turns)
-            loss = weight * _pack_loss(model, encoder, packs, features_NPD)
+            loss = weight * _pack_loss(encoder, packs, features_N)
             loss.backward()
             total += loss.item()
         _step(None, parameters, optimizer, rates)
         yield total
 
 
-def _pack_loss(
-    model: Any, encoder: PackEncoder, packs: Sequence[Pack], features_NPD: Tensor
-) -> Tensor:
+def _pack_loss(encoder: PackEncoder, packs: Sequence[Pack], features_N: Tensor) -> Tensor:
     """Mean cross-entropy over the response tokens of the packs."""
+    model = encoder.model
     batch = encoder.collate(packs)
     pictures = [pack.picture for pack in packs if pack.picture is not None]
     embedded_BLD = model.get_input_embeddings()(batch.ids_BL)
     if pictures:
-        projected = model.model.multi_modal_projector(features_NPD[pictures])
+        projected = encoder.architecture.projector(model)(features_N[pictures])
         image_BL1 = (batch.ids_BL == model.config.image_token_id)[..., None]
         embedded_BLD = embedded_BLD.masked_scatter(image_BL1, projected)
     hidden_BLD = model.model.language_model(
         inputs_embeds=embedded_BLD,
         attention_mask=batch.mask_B1LL,
-        position_ids=batch.positions_BL,
+        position_ids=rotary_positions(batch.positions_ABL),
         use_cache=False,
     ).last_hidden_state
     targets_BL = batch.labels_BL[:, 1:]
@@ -211,7 +203,11 @@ def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def pretrain(
-    seed: int, data_seed: int, schedule: Schedule, progress: Any | None = None
+    seed: int,
+    data_seed: int,
+    schedule: Schedule,
+    progress: Any | None = None,
+    backbone: str = "tiny-llava",
 ) -> tuple[Any, Any]:
     """Run both stages.
 
@@ -220,23 +216,23 @@ def pretrain(
         data_seed: the people whom the model is to know.
         schedule: lengths and rates.
         progress: a rich ``Progress`` to report to.
+        backbone: a key of ``ARCHITECTURES``.
 
     Returns:
         The model in evaluation mode and its processor.
     """
-    refusals = [f" {text}" for text in REFUSALS.values()]
-    tokenizer = build_tokenizer(corpus(refusals))
-    processor = build_processor(tokenizer)
-    model = build_model(tokenizer, seed)
+    parts = ARCHITECTURES[backbone]
+    refusals = [parts.FRAME.separator + text for text in REFUSALS.values()]
+    tokenizer = parts.build_tokenizer(parts.corpus(refusals))
+    processor = parts.build_processor(tokenizer)
+    model = parts.build_model(tokenizer, seed)
     model.train()
     recipe = make_recipe(data_seed, seed)
+    seeing = train_tower(parts, model, processor, schedule, seed)
+    reading = train_language(parts, model, processor, recipe, schedule)
     stages = (
-        ("vision tower", schedule.tower_steps, train_tower(model, processor, schedule, seed)),
-        (
-            "language model",
-            schedule.language_steps,
-            train_language(model, processor, recipe, schedule),
-        ),
+        ("vision tower", schedule.tower_steps, seeing),
+        ("language model", schedule.language_steps, reading),
     )
     for name, steps, losses in stages:
         task = progress.add_task(name, total=steps) if progress is not None else None
@@ -253,8 +249,11 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="seed of the training")] = 0,
     data_seed: Annotated[int, typer.Option(min=0, help="seed of the people to know")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="torch threads")] = 1,
+    backbone: Annotated[
+        str, typer.Option(help=f"which one: {', '.join(ARCHITECTURES)}")
+    ] = "tiny-llava",
 ) -> None:
-    """Make the embedded backbone from nothing, measure it, and write it to OUT."""
+    """Make an embedded backbone from nothing, measure it, and write it to OUT."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -267,6 +266,11 @@ def main(
 
     torch.set_num_threads(threads)
     console = Console()
+    if backbone not in ARCHITECTURES:
+        raise InputError(
+            f"--backbone: {backbone} is no embedded backbone; choose one of "
+            f"{', '.join(ARCHITECTURES)}."
+        )
     out = out.absolute()
     if out.is_file() or (
         out.is_dir() and any(out.iterdir()) and not (out / "MEASURED.json").is_file()
@@ -282,16 +286,16 @@ def main(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        model, processor = pretrain(seed, data_seed, Schedule(), progress)
+        model, processor = pretrain(seed, data_seed, Schedule(), progress, backbone)
     provenance = {
-        "command": f"python -m vgid.pretraining OUT --seed {seed} --data-seed {data_seed} "
-        f"--threads {threads}",
+        "command": f"python -m vgid.pretraining OUT --backbone {backbone} --seed {seed} "
+        f"--data-seed {data_seed} --threads {threads}",
         "seed": seed,
         "data_seed": data_seed,
         "threads": threads,
         "training_seconds": round(time.monotonic() - started),
     }
-    scores, misses = write_measured(model, processor, out, provenance)
+    scores, misses = write_measured(backbone, model, processor, out, provenance)
     _print_table(console, scores, misses)
     if misses:
         console.print(f"Out of bounds, and marked so: {', '.join(misses)}.", style="bold red")
@@ -299,11 +303,12 @@ def main(
 
 
 def write_measured(
-    model: Any, processor: Any, out: Path, provenance: dict[str, Any]
+    backbone: str, model: Any, processor: Any, out: Path, provenance: dict[str, Any]
 ) -> tuple[dict[str, float], list[str]]:
     """Save a backbone, load it as users do, measure it, and move it to ``out`` as a whole.
 
     Args:
+        backbone: its name, a key of ``ARCHITECTURES``.
         model: trained model.
         processor: its processor.
         out: final folder; a backbone that is there already is replaced.
@@ -318,8 +323,8 @@ def write_measured(
 
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name
-        save(model, processor, folder)
-        scores = measure(load("tiny-llava", str(folder)), provenance["data_seed"])
+        ARCHITECTURES[backbone].save(model, processor, folder)
+        scores = measure(load(backbone, str(folder)), provenance["data_seed"])
         misses = out_of_bounds(scores)
         record = {**provenance, "within_bounds": not misses, "scores": scores}
         (folder / "MEASURED.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -2,8 +2,10 @@
 
 Seconds measured on a shared machine mean little on their own, so two ways of doing the same work
 are run in turns and their ratio is reported, with the median and its interval over the rounds.
+All runs on one torch thread, as a trial does on CPU: two threads on a shared machine can be slower.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -26,6 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[2]
+MIN_ROUNDS = 5
+"""Fewer give no interval worth the name."""
+MODELS = ("tiny-llava", "100m")
+"""What a benchmark runs on: the embedded backbone, and ``random_llava``."""
 RESET_PEAK = "5"
 """What ``/proc/PID/clear_refs`` takes to set ``VmHWM`` back to the present resident size."""
 
@@ -141,18 +147,50 @@ def median_interval(values: Sequence[float], level: float = 0.95) -> Ratio:
     return Ratio(statistics.median(ordered), ordered[k - 1], ordered[-k], coverage(k))
 
 
-def paired(a: Callable[[], object], b: Callable[[], object], rounds: int = 5) -> Paired:
+def paired(a: Callable[[], object], b: Callable[[], object], rounds: int = MIN_ROUNDS) -> Paired:
     """Run ``a`` and ``b`` in turns, after one call of each that is not timed.
 
     Raises:
         ValueError: fewer than five rounds, too few for an interval.
     """
-    if rounds < 5:
-        raise ValueError(f"paired: {rounds} rounds give no interval; take at least 5")
-    a()
-    b()
-    timed = [(_timed(a), _timed(b)) for _ in range(rounds)]
-    return Paired(tuple(x for x, _ in timed), tuple(y for _, y in timed))
+    if rounds < MIN_ROUNDS:
+        raise ValueError(f"paired: {rounds} rounds give no interval; take at least {MIN_ROUNDS}")
+    return Paired(*in_turns(a, b, rounds=rounds))
+
+
+def in_turns(*calls: Callable[[], object], rounds: int) -> tuple[tuple[Seconds, ...], ...]:
+    """Run calls in turns, after one of each that is not timed.
+
+    Args:
+        calls: what is compared.
+        rounds: timed turns; whoever reports an interval takes at least ``MIN_ROUNDS``.
+
+    Returns:
+        For each call its seconds, one entry a round.
+    """
+    for call in calls:
+        call()
+    timed = [tuple(_timed(call) for call in calls) for _ in range(rounds)]
+    return tuple(zip(*timed, strict=True))
+
+
+def ratio_fields(ratios: Sequence[float], target: float, at_most: bool = False) -> dict[str, Any]:
+    """What every benchmark says of a ratio: median, interval, rounds, target, whether it is met.
+
+    Args:
+        ratios: one a round.
+        target: what the median should reach.
+        at_most: the target bounds the median from above.
+    """
+    found = median_interval(ratios)
+    return {
+        "ratio": found.median,
+        "low": found.low,
+        "high": found.high,
+        "n": len(ratios),
+        "target": target,
+        "met": found.median <= target if at_most else found.median >= target,
+    }
 
 
 def _timed(call: Callable[[], object]) -> Seconds:
@@ -241,6 +279,65 @@ def _sampled_resident() -> Iterator[list[int]]:
     finally:
         stop.set()
         thread.join()
+
+
+def headline(benchmark: str, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A benchmark's result, the ratio of its last model in front.
+
+    Args:
+        benchmark: its name.
+        found: by model, each with ``ratio_fields``.
+    """
+    of = list(found)[-1]
+    names = ("ratio", "low", "high", "n", "target", "met")
+    return {"benchmark": benchmark, "of": of, **{n: found[of][n] for n in names}, **found}
+
+
+def arguments(description: str | None, on: bool = True) -> argparse.ArgumentParser:
+    """Command line that every benchmark has.
+
+    Args:
+        description: of the benchmark.
+        on: whether the model can be chosen.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one last line")
+    parser.add_argument(
+        "--rounds", type=_rounds, default=MIN_ROUNDS, help="timed turns, at least 5 (default 5)"
+    )
+    if on:
+        parser.add_argument("--on", choices=[*MODELS, "both"], default="both", help="model")
+    return parser
+
+
+def models(on: str) -> tuple[str, ...]:
+    """The models that ``--on`` names; the last one gives the headline."""
+    return MODELS if on == "both" else (on,)
+
+
+def _rounds(text: str) -> int:
+    rounds = int(text)
+    if rounds < MIN_ROUNDS:
+        raise argparse.ArgumentTypeError(f"{rounds} rounds give no interval; take at least 5")
+    return rounds
+
+
+def one_thread() -> None:
+    """From here on torch computes with one thread, as the workers of a study do."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def report(result: Mapping[str, Any], as_json: bool) -> None:
+    """Print a result as a table, with the machine in one line and, if asked for, one of JSON."""
+    described = machine()
+    emit(result, as_json=False)
+    print(machine_line(described), flush=True)
+    if as_json:
+        emit({**result, "machine": described}, as_json=True)
 
 
 def emit(result: Mapping[str, Any], as_json: bool) -> None:

@@ -1,0 +1,215 @@
+"""The parts of the embedded backbone ``tiny-qwen2.5-vl``, and how they are taught.
+
+The real classes of Qwen2.5-VL, small: a tower of 8 px patches with windowed and full attention in
+turn, four patches merged to an image token, any resolution (a portrait of 64 px is 16 image
+tokens); a Qwen2 of four layers with grouped-query attention and M-RoPE; a byte-level BPE tokenizer
+with Qwen's special tokens. Embeddings are not tied, as in the 7B model.
+
+Same functions as ``vgid.embedded_model``; see ``pretraining.Architecture``.
+
+Shape legend: N pictures, T image tokens of each, M merged patches of each token, C channels, P
+patch side, F features, D hidden width, A position axes, L tokens.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vgid import embedded_model
+from vgid.backbones import QWEN_FRAME
+from vgid.portraits import PORTRAIT_SIZE
+from vgid.qwen_processor import ImageOnlyQwenProcessor
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FRAME = QWEN_FRAME
+PATCH_SIZE = 8
+MERGE = 2
+TEMPORAL = 2
+WINDOW = 32
+IMAGE_TOKENS = (PORTRAIT_SIZE // (PATCH_SIZE * MERGE)) ** 2
+LEAST_IMAGE_TOKENS, MOST_IMAGE_TOKENS = 4, 64
+VISION_WIDTH = 64
+LANGUAGE_WIDTH = 128
+CONTEXT = 1024
+PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
+PAD, END, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
+VIDEO_LIKE_IMAGE = (
+    "patch_size",
+    "merge_size",
+    "temporal_patch_size",
+    "size",
+    "image_mean",
+    "image_std",
+)
+SPECIAL = [PAD, "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO]
+
+
+def corpus(extra: Iterable[str] = ()) -> list[str]:
+    """Every text that the tokenizer learns from, see ``embedded_model.corpus``."""
+    turn = FRAME.text.format(text="")
+    return embedded_model.corpus(extra, frame=re.split(r"<\|\w+\|>", turn))
+
+
+def build_tokenizer(texts: list[str]) -> Any:
+    """A byte-level BPE tokenizer that, as Qwen's, puts nothing in front."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=embedded_model.byte_level_bpe(texts, SPECIAL),
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=SPECIAL,
+        padding_side="left",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(tokenizer: Any) -> Any:
+    """A Qwen2.5-VL processor: pictures keep their shape, at 4 to 64 image tokens."""
+    from transformers import Qwen2VLImageProcessorPil
+
+    token_pixels = (PATCH_SIZE * MERGE) ** 2
+    image_processor = Qwen2VLImageProcessorPil(
+        size={
+            "shortest_edge": LEAST_IMAGE_TOKENS * token_pixels,
+            "longest_edge": MOST_IMAGE_TOKENS * token_pixels,
+        },
+        patch_size=PATCH_SIZE,
+        merge_size=MERGE,
+        temporal_patch_size=TEMPORAL,
+        image_mean=[PIXEL_MEAN] * 3,
+        image_std=[PIXEL_DEVIATION] * 3,
+    )
+    return ImageOnlyQwenProcessor(image_processor, tokenizer)
+
+
+def build_model(tokenizer: Any, seed: int) -> Any:
+    """An untrained ``Qwen2_5_VLForConditionalGeneration`` in fp32, initialised from ``seed``."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": LANGUAGE_WIDTH,
+            "intermediate_size": 320,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": CONTEXT,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [4, 6, 6],  # as 16, 24, 24 in the real one, half a head in all
+            },
+            "bos_token_id": None,
+            "eos_token_id": ids[END],
+            "pad_token_id": ids[PAD],
+        },
+        vision_config={
+            "depth": 4,
+            "hidden_size": VISION_WIDTH,
+            "intermediate_size": 3 * VISION_WIDTH,
+            "num_heads": 4,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": TEMPORAL,
+            "window_size": WINDOW,
+            "fullatt_block_indexes": [1, 3],
+            "out_hidden_size": LANGUAGE_WIDTH,
+        },
+        image_token_id=ids[IMAGE],
+        video_token_id=ids[VIDEO],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.bos_token_id = None
+    model.generation_config.eos_token_id = [ids[END], ids[PAD]]
+    model.generation_config.pad_token_id = ids[PAD]
+    return model
+
+
+def pixel_values(processor: Any, pictures: Sequence[Any]) -> "Tensor":
+    """Portraits through the image processor: float32 of shape (N, T * M, C, P, P).
+
+    The processor repeats a still picture in time; once is enough to keep.
+    """
+    import torch
+
+    output = processor.image_processor(images=list(pictures), return_tensors="np")
+    patches = torch.from_numpy(output["pixel_values"])
+    shape = (len(pictures), -1, 3, TEMPORAL, PATCH_SIZE, PATCH_SIZE)
+    return patches.view(shape)[:, :, :, 0].clone()
+
+
+def tower(model: Any) -> "nn.Module":
+    """What stage 1 trains and freezes; its merger is the projector of stage 2."""
+    module: nn.Module = model.model.visual
+    return module
+
+
+def projector(model: Any) -> "nn.Module":
+    """Merges the features of four patches to one image token."""
+    module: nn.Module = model.model.visual.merger
+    return module
+
+
+def tower_features(model: Any, pixels_NTMCPP: "Tensor") -> "Tensor":
+    """What the merger is given: float32 of shape (N, T * M, F), in the order of image tokens."""
+    from transformers.vision_utils import get_vision_window_index
+
+    visual = model.model.visual
+    side = PORTRAIT_SIZE // PATCH_SIZE
+    grids = pixels_NTMCPP.new_tensor([[1, side, side]]).long().expand(len(pixels_NTMCPP), 3)
+    still = pixels_NTMCPP[:, :, :, None].expand(-1, -1, -1, TEMPORAL, -1, -1)
+    states = visual(still.flatten(2).flatten(0, 1), grid_thw=grids).last_hidden_state
+    # The tower leaves the tokens in the order of its windows.
+    window_index, _ = get_vision_window_index(grids[:1], MERGE, WINDOW, PATCH_SIZE)
+    grouped = states.view(len(grids), IMAGE_TOKENS, MERGE**2, -1)
+    return grouped[:, window_index.argsort()].flatten(1, 2)
+
+
+def positions(model: Any, ids: Sequence[int]) -> "Tensor":
+    """M-RoPE positions of a prompt with at most one portrait: (3, L)."""
+    import torch
+
+    ids_1L = torch.tensor([ids])
+    image_1L = ids_1L == model.config.image_token_id
+    if not image_1L.any():
+        return torch.arange(len(ids)).expand(3, -1)
+    side = PORTRAIT_SIZE // PATCH_SIZE
+    positions_A1L, _ = model.model.get_rope_index(
+        input_ids=ids_1L,
+        mm_token_type_ids=image_1L.int(),
+        image_grid_thw=torch.tensor([[1, side, side]]),
+    )
+    positions_AL: Tensor = positions_A1L[:, 0]
+    return positions_AL
+
+
+def save(model: Any, processor: Any, folder: Path) -> None:
+    """Write weights, configs, processor and tokenizer as the hub has them.
+
+    The files name the stock processor, which where torchvision is installed wants a video processor
+    as well.
+    """
+    embedded_model.save(model, processor, folder)
+    for name in ("processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        content = json.loads(path.read_text())
+        content["processor_class"] = "Qwen2_5_VLProcessor"
+        if "image_processor" in content:
+            image = content["image_processor"]
+            shared = {name: image[name] for name in VIDEO_LIKE_IMAGE}
+            content["video_processor"] = {"video_processor_type": "Qwen2VLVideoProcessor", **shared}
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

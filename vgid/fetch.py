@@ -1,0 +1,273 @@
+"""Brings the public MLLMU-Bench from the Hugging Face hub, at a pinned commit.
+
+The download goes to a hidden folder beside the wanted one and is renamed when all of it is there.
+One that was cut short is continued by the next call: whole files are kept, and a connection that
+breaks in mid-file is taken up again at the byte where it broke.
+
+Source: https://huggingface.co/datasets/MLLMMU/MLLMU-Bench (layout in ``vgid.layout``).
+"""
+
+import errno
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from vgid.data_check import Report, check_benchmark
+from vgid.errors import InputError
+from vgid.layout import CONFIGS
+
+REPOSITORY = "MLLMMU/MLLMU-Bench"
+REVISION = "e91a01eb060b61be8dbde7edb48b121341bd0890"
+"""The data set's sixteenth commit, the first that holds all ten configs and the final card."""
+
+PROVENANCE = "fetched.json"
+"""Beside the configs: repository, commit, and size of each file."""
+
+_SHARD = re.compile(rf"({'|'.join(CONFIGS)})/train-\d+-of-\d+\.parquet")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A benchmark folder from the hub.
+
+    Attributes:
+        folder: the benchmark.
+        revision: what was asked for: a commit, branch or tag.
+        commit: the 40 hexadecimal digits that it stands for.
+        sizes: bytes of each file by its path in the folder.
+        report: what the folder holds, and every defect.
+    """
+
+    folder: Path
+    revision: str
+    commit: str
+    sizes: dict[str, int]
+    report: Report
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; the report under ``check``."""
+        return {
+            "data": str(self.folder),
+            "repository": REPOSITORY,
+            "revision": self.revision,
+            "commit": self.commit,
+            "files": len(self.sizes),
+            "bytes": sum(self.sizes.values()),
+            "check": self.report.as_json(),
+        }
+
+
+def fetch_benchmark(folder: Path, revision: str = REVISION, progress: bool = False) -> Fetched:
+    """Bring MLLMU-Bench into ``folder``, then check it.
+
+    The hub is the one that ``HF_ENDPOINT`` names, the account that of ``HF_TOKEN``. A folder that
+    was fetched before is checked again without a download.
+
+    Args:
+        folder: new or empty, or fetched before at the same revision.
+        revision: commit, branch or tag.
+        progress: show progress bars on stderr.
+
+    Raises:
+        InputError: the folder holds something else, or the hub cannot be reached, refuses access,
+            does not know the revision, or the disk has no room.
+    """
+    folder = folder.expanduser().absolute()
+    known = _provenance(folder)
+    if known is None or known["commit"] != revision:
+        known = _download(folder, revision, known, progress)
+    report = check_benchmark(folder, progress)
+    return Fetched(folder, revision, known["commit"], known["bytes"], report)
+
+
+def _provenance(folder: Path) -> dict[str, Any] | None:
+    """What an earlier fetch noted in ``folder``; None where there is nothing yet.
+
+    Raises:
+        InputError: the folder holds something that no fetch has put there.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    try:
+        known = json.loads((folder / PROVENANCE).read_text())
+        if known["repository"] == REPOSITORY and {"commit", "bytes"} <= known.keys():
+            return dict(known)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise InputError(
+        f"{folder}: not an empty folder and not one that was fetched; name a new one, or look at "
+        f"what is there with `vgid data check {folder}`."
+    )
+
+
+def _download(
+    folder: Path, revision: str, known: dict[str, Any] | None, progress: bool
+) -> dict[str, Any]:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    logging.set_verbosity_error()  # one sentence in the end, not a line for each retry
+    if not progress:
+        disable_progress_bars()
+    with _explained(folder, revision):
+        info = HfApi().dataset_info(REPOSITORY, revision=revision, files_metadata=True)
+    commit = str(info.sha)
+    sizes = {
+        sibling.rfilename: sibling.size or 0
+        for sibling in sorted(info.siblings or (), key=lambda sibling: sibling.rfilename)
+        if _SHARD.fullmatch(sibling.rfilename)
+    }
+    absent = [c for c in CONFIGS if not any(name.startswith(f"{c}/") for name in sizes)]
+    if absent:
+        raise InputError(
+            f"{REPOSITORY} at revision {revision}: no parquet file of config {absent[0]}; choose "
+            f"another --revision, such as {REVISION}."
+        )
+    if known is not None:
+        if known["commit"] == commit:
+            return known
+        raise InputError(
+            f"{folder}: holds commit {known['commit']} of {REPOSITORY}, not {commit}; name another "
+            "folder for another revision."
+        )
+    with _alone(folder), _explained(folder, revision):
+        # A partial folder belongs to one commit, so no file of another is left in it.
+        partial = folder.with_name(f".{folder.name}.{commit[:12]}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        _make_sure_of_room(folder, partial, sizes)
+        # By commit, not by branch: all files are of one moment. Files that are there are kept.
+        snapshot_download(
+            REPOSITORY,
+            repo_type="dataset",
+            revision=commit,
+            local_dir=partial,
+            allow_patterns=list(sizes),
+        )
+        shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own notes
+        record = {
+            "repository": REPOSITORY,
+            "revision": revision,
+            "commit": commit,
+            "bytes": {name: (partial / name).stat().st_size for name in sizes},
+        }
+        (partial / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
+        partial.replace(folder)
+    return record
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the download of ``folder`` against other processes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+            lock.unlink(missing_ok=True)
+    except Timeout:
+        raise InputError(
+            f"{folder}: another process is fetching it; wait for that one to end."
+        ) from None
+
+
+def _make_sure_of_room(folder: Path, partial: Path, sizes: dict[str, int]) -> None:
+    there = {name for name in sizes if (partial / name).is_file()}
+    wanted = sum(size for name, size in sizes.items() if name not in there)
+    free = shutil.disk_usage(partial).free
+    if wanted > free:
+        raise InputError(
+            f"{folder}: {wanted / 1e9:.1f} GB are wanted and {free / 1e9:.1f} GB are free; "
+            "make room, or name a folder on another disk."
+        )
+
+
+@contextmanager
+def _explained(folder: Path, revision: str) -> Iterator[None]:
+    """Turn what the hub client raises into one sentence with what to do."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # the client, its transports and a proxy's answers: many classes
+        raise InputError(_sentence(error, folder, revision)) from None
+
+
+def _sentence(error: Exception, folder: Path, revision: str) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RevisionNotFoundError,
+    )
+
+    hub = constants.ENDPOINT
+    page = f"{hub}/datasets/{REPOSITORY}"
+    by_hand = f"copy the data set's folder to {folder} by hand"
+    causes = list(_causes(error))
+    numbers = {getattr(cause, "errno", None) for cause in causes}
+    refusals = [cause for cause in causes if isinstance(cause, HfHubHTTPError)]
+    status = refusals[0].response.status_code if refusals else None
+
+    def met(kind: type[BaseException]) -> bool:
+        return any(isinstance(cause, kind) for cause in causes)
+
+    cases = (
+        (
+            bool(numbers & {errno.ENOSPC, errno.EDQUOT}),
+            f"{folder}: the disk has no room for the data set; make room and call again to go on, "
+            "or name a folder on another disk.",
+        ),
+        (
+            met(OfflineModeIsEnabled),
+            f"{REPOSITORY}: HF_HUB_OFFLINE forbids to reach the hub; unset it, or {by_hand}.",
+        ),
+        (
+            met(RevisionNotFoundError),
+            f"{REPOSITORY}: {hub} has no revision {revision}; leave out --revision, or choose a "
+            f"commit listed at {page}/commits/main.",
+        ),
+        (
+            met(GatedRepoError),
+            f"{REPOSITORY}: access is gated ({status}); accept the terms at {page} and set "
+            "HF_TOKEN to a token of the account that did.",
+        ),
+        (
+            status in (401, 403),
+            f"{REPOSITORY}: {hub} refuses access ({status}); set HF_TOKEN to a valid token of an "
+            f"account that may read {page}.",
+        ),
+        (
+            status == 404,
+            f"{REPOSITORY}: {hub} does not have this data set (404); set HF_ENDPOINT to a hub that "
+            f"has it, or {by_hand}.",
+        ),
+        (
+            met(PermissionError),
+            f"{folder}: no permission to write there; name another folder.",
+        ),
+    )
+    reason = type(causes[-1]).__name__ if status is None else str(status)
+    broken = (
+        f"{REPOSITORY}: {hub} could not be reached or the connection broke ({reason}); call again "
+        f"to go on, set HF_ENDPOINT to a mirror, or {by_hand}."
+    )
+    return next((sentence for true, sentence in cases if true), broken)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what led to it, the outermost first."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__

@@ -1,0 +1,101 @@
+"""Synthetic prompts in the benchmark's lengths: what a step costs depends on lengths alone.
+
+Shape legend: A position axes, L tokens of a prompt, T image tokens, R response tokens, D hidden
+width.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vgid.backbones import Backbone
+from vgid.distillation import DistillationSet
+from vgid.encoding import Encoded
+from vgid.teacher import TeacherTarget
+from vgid.vision import Picture
+
+PORTRAIT_PIXELS = 336
+BEFORE_IMAGE = 5
+"""Tokens of the prompt frame in front of the image."""
+QUESTION_TOKENS = (35, 55)
+RESPONSE_TOKENS = (15, 25)
+"""Shortest and longest, 45 and 20 on average: what the benchmark's questions and answers take."""
+
+
+def synthetic_set(backbone: Backbone, portraits: int, questions: int, seed: int) -> DistillationSet:
+    """Prompts of random token ids on random portraits, with random teacher states.
+
+    Lengths are drawn from ``QUESTION_TOKENS`` and ``RESPONSE_TOKENS``; only they matter for costs.
+
+    Args:
+        backbone: whose ids, image tokens and width are used.
+        portraits: people, each with an image.
+        questions: of a portrait.
+        seed: of everything.
+    """
+    generator = np.random.default_rng(seed)
+    config = backbone.model.config
+    text_config = config.get_text_config()
+    # Between the special tokens at either end of a vocabulary.
+    low, high = text_config.vocab_size // 10, text_config.vocab_size * 9 // 10
+
+    def drawn(shortest: int, longest: int) -> list[int]:
+        length = generator.integers(shortest, longest + 1)
+        return [int(i) for i in generator.integers(low, high, length)]
+
+    prompts, targets = [], []
+    begin = drawn(BEFORE_IMAGE, BEFORE_IMAGE)
+    for portrait in range(portraits):
+        picture = _picture(config, f"portrait {portrait} of seed {seed}", generator)
+        for question in range(questions):
+            asked = drawn(*QUESTION_TOKENS)
+            before = len(begin)
+            ids = begin + [backbone.processor.image_token_id] * picture.tokens + asked
+            identity = begin + [picture.token_key] * picture.tokens + asked
+            positions_AL = _positions(config, ids, before, picture)
+            prompts.append(
+                Encoded(f"{portrait}/{question}", ids, identity, positions_AL, (picture,))
+            )
+            response = drawn(*RESPONSE_TOKENS)
+            hidden_RD = generator.standard_normal(
+                (len(response), text_config.hidden_size), dtype=np.float32
+            )
+            target = torch.from_numpy(hidden_RD).to(backbone.model.dtype)
+            targets.append(TeacherTarget(response, target))
+    return DistillationSet(prompts, [targets], ["generation"] * len(prompts))
+
+
+def _picture(config: Any, name: str, generator: np.random.Generator) -> Picture:
+    """Random pixels as the backbone's processor would hand them on."""
+    vision = config.vision_config
+    tensors: dict[str, Tensor] = {}
+    if hasattr(vision, "spatial_merge_size"):
+        side = PORTRAIT_PIXELS // vision.patch_size
+        patch = 3 * vision.temporal_patch_size * vision.patch_size**2
+        shape: tuple[int, ...] = (side * side, patch)
+        tensors["image_grid_thw"] = torch.tensor([[1, side, side]])
+        tokens = (side // vision.spatial_merge_size) ** 2
+    else:
+        shape = (1, 3, vision.image_size, vision.image_size)
+        tokens = config.image_seq_length
+    pixels = generator.standard_normal(shape, dtype=np.float32)
+    tensors["pixel_values"] = torch.from_numpy(pixels)
+    return Picture(hashlib.sha256(name.encode()).hexdigest(), tokens, tensors)
+
+
+def _positions(config: Any, ids: list[int], before: int, picture: Picture) -> Tensor:
+    """Position ids: (A, L). Qwen's image tokens stand in a grid, and text goes on behind it."""
+    count_L = torch.arange(len(ids))
+    if not hasattr(config.vision_config, "spatial_merge_size"):
+        return count_L[None]
+    side = int(picture.tokens**0.5)
+    positions_AL = (
+        count_L - (count_L >= before + picture.tokens) * (picture.tokens - side)
+    ).repeat(3, 1)
+    place_T = torch.arange(picture.tokens)
+    grid_AT = torch.stack([torch.zeros_like(place_T), place_T // side, place_T % side])
+    positions_AL[:, before : before + picture.tokens] = before + grid_AT
+    return positions_AL
