@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -290,6 +291,7 @@ def _run_group(
     """Run experiments of one session, those that nobody has run meanwhile."""
     from vgid.trial import TrialSession
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     parent = multiprocessing.parent_process()
     cache = Cache(bench, [group[0].backbone])
     first = group[0]

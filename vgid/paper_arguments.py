@@ -62,6 +62,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a bad command line like any other bad input."""
 
     def error(self, message: str) -> Any:
+        """Raise instead of printing usage and exiting."""
         raise InputError(f"command line: {message}; see --help.")
 
 

@@ -144,7 +144,7 @@ def pictures(filled: Sequence[FilledTable], backbone: str) -> list[Picture]:
 
 
 def write_picture(folder: Path, stem: str, picture: Picture) -> list[str]:
-    """Write ``<stem>.png`` and ``<stem>.html``; plotly's code lies once beside the pages.
+    """Write ``<stem>.png`` and ``<stem>.html``.
 
     Returns:
         The names of both files.
@@ -153,13 +153,30 @@ def write_picture(folder: Path, stem: str, picture: Picture) -> list[str]:
         InputError: a file cannot be written.
     """
     write_atomically(folder / f"{stem}.png", _png(picture))
+    write_page(folder, stem, plotly_figure(picture))
+    return [f"{stem}.png", f"{stem}.html"]
+
+
+def write_page(folder: Path, stem: str, figure: Mapping[str, Any]) -> None:
+    """Write ``<stem>.html`` of a plotly figure; plotly's code lies once beside all pages.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    import plotly.io
+    from plotly.offline import get_plotlyjs
+
     code = folder / "plotly.min.js"
     if not code.exists():
-        from plotly.offline import get_plotlyjs
-
         write_atomically(code, get_plotlyjs().encode())
-    write_atomically(folder / f"{stem}.html", _html(picture).encode())
-    return [f"{stem}.png", f"{stem}.html"]
+    page = plotly.io.to_html(
+        dict(figure),
+        include_plotlyjs="directory",
+        full_html=True,
+        div_id=stem,
+        config={"displaylogo": False, "responsive": True},
+    )
+    write_atomically(folder / f"{stem}.html", page.encode())
 
 
 def _png(picture: Picture) -> bytes:
@@ -229,18 +246,6 @@ def _draw_bars(axes: Any, panel: Panel) -> None:
 
 def _reach(interval: Interval) -> float | None:
     return interval.high - interval.mean if interval.n > 1 else None
-
-
-def _html(picture: Picture) -> str:
-    import plotly.io
-
-    return plotly.io.to_html(
-        plotly_figure(picture),
-        include_plotlyjs="directory",
-        full_html=True,
-        div_id=f"figure-{picture.number}",
-        config={"displaylogo": False, "responsive": True},
-    )
 
 
 def plotly_figure(picture: Picture) -> dict[str, Any]:

@@ -333,7 +333,8 @@ def as_grid(filled: FilledTable) -> Grid:
     )
     notes = (
         f"Ours / the paper's {filled.paper_backbone}. Ours: mean over {n} seed{'s' * (n > 1)} "
-        f"{interval}, on held-out questions. Questions a seed: {questions}.",
+        f"{interval}, which may reach beyond 0 and 1, on held-out questions. "
+        f"Questions a seed: {questions}.",
     )
     return Grid(
         f"Table {table.number}: {table.title} ({filled.backbone})",
