@@ -14,6 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -179,12 +180,11 @@ class Cache:
         """
         path = self.path(experiment)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            return Outcome.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
             raise InputError(f"{path}: cannot be read; delete it to run it again.") from None
-        return parse(Outcome, content, str(path))
 
     def put(self, experiment: Experiment, outcome: Outcome) -> None:
         """Keep an outcome; it appears whole or not at all."""
@@ -292,13 +292,10 @@ def _run_group(
     from vgid.trial import TrialSession
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    parent = multiprocessing.parent_process()
     cache = Cache(bench, [group[0].backbone])
     first = group[0]
     session: TrialSession | None = None
     for experiment in group:
-        if parent is not None and not parent.is_alive():
-            return  # killed: nobody waits for the rest
         if cache.path(experiment).exists():
             continue
         if session is None:
@@ -338,7 +335,15 @@ def _run_in_processes(
 
 
 def _start_worker(started: Any) -> None:
-    """One thread a process and, where there are GPUs, its own."""
+    """One thread a process, its own GPU where there are several, and no life after the parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # killed: the pool would wait for more work forever
+
+    threading.Thread(target=follow, daemon=True).start()
     with started.get_lock():
         number = started.value
         started.value += 1
