@@ -13,7 +13,7 @@ from rich.console import Console
 
 from vgid.config import TrialConfig
 from vgid.errors import InputError
-from vgid.evaluation_settings import (
+from vgid.settings import (
     default_trials,
     prepare_data,
     read_settings,

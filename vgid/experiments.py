@@ -10,6 +10,7 @@ Processes are plain ones and not Ray's: groups need no messages, no placement an
 beyond a queue, and start within seconds.
 """
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -18,7 +19,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -263,9 +265,9 @@ def run_experiments(
     with _progress(cache, wanted, console or Console(stderr=True)) as update:
         if processes == 1:
             for group in _groups(missing):
-                _run_group(bench, group, update)
+                _run_group(cache, group, update)
         elif missing:
-            _run_in_processes(bench, _groups(missing), processes, update)
+            _run_in_processes(cache, _groups(missing), processes, update)
     found = {experiment: cache.get(experiment) for experiment in wanted}
     return {experiment: outcome for experiment, outcome in found.items() if outcome is not None}
 
@@ -286,49 +288,52 @@ def _groups(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
 
 
 def _run_group(
-    bench: Bench, group: Sequence[Experiment], update: Callable[[], None] | None = None
+    cache: Cache, group: Sequence[Experiment], update: Callable[[], None] | None = None
 ) -> None:
     """Run experiments of one session, those that nobody has run meanwhile."""
     from vgid.trial import TrialSession
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    cache = Cache(bench, [group[0].backbone])
-    first = group[0]
     session: TrialSession | None = None
     for experiment in group:
         if cache.path(experiment).exists():
             continue
         if session is None:
-            request = bench.request(first.backbone, first.forget_ratio, first.seed)
-            session = TrialSession(request)
+            shared = experiment.backbone, experiment.forget_ratio, experiment.seed
+            session = TrialSession(cache.bench.request(*shared))
         cache.put(experiment, measure(session, experiment, cache.adapter(experiment)))
         if update is not None:
             update()
+    del session
+    gc.collect()  # the model before the next group's is loaded
 
 
 def _run_in_processes(
-    bench: Bench,
+    cache: Cache,
     groups: Sequence[Sequence[Experiment]],
     processes: int,
     update: Callable[[], None],
 ) -> None:
     context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         min(processes, len(groups)), context, _start_worker, (context.Value("i", 0),)
     )
-    pending: set[Future[None]] = set()
     try:
-        pending = {pool.submit(_run_group, bench, group) for group in groups}
+        pending = {pool.submit(_run_group, cache, group) for group in groups}
         while pending:
-            done, pending = wait(pending, POLL_S)
+            done, pending = wait(pending, POLL_S, FIRST_COMPLETED)
             update()
             for future in done:
                 future.result()
-    except BaseException:
-        for future in pending:
-            future.cancel()
-        for process in multiprocessing.active_children():
+    except BaseException as error:
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise InputError(
+                "a process of the experiments died, perhaps for lack of memory; lower --processes "
+                "and repeat the command, which goes on from here."
+            ) from None
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

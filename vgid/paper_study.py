@@ -16,7 +16,7 @@ from vgid import backbones
 from vgid.claims import Judgement, claims_markdown, judge_all
 from vgid.config import Method, TrialConfig, parse
 from vgid.errors import InputError
-from vgid.evaluation_settings import default_trials, prepare_data, read_settings
+from vgid.settings import default_trials, prepare_data, read_settings
 from vgid.experiments import Bench, Experiment, Outcome, run_experiments
 from vgid.outputs import write_atomically, write_study
 from vgid.paper import MIXED_PEOPLE, closest_backbone, repeated_rows
@@ -192,6 +192,8 @@ def _notes(
         "Each method runs at one setting, the first point of its section in search_spaces or the "
         "one given with --settings (Table 7). Settings that were not tuned alike make no fair "
         "comparison of methods; studies/compare_methods.py does.",
+        "The paper writes preference optimisation as DPO, public code tunes on refusals; both run "
+        "here and stand beside its one PO row.",
         MIXED_PEOPLE,
     ]
     for a, b in repeated_rows():

@@ -97,19 +97,19 @@ def read_study(folder: Path, method: Method, seed: int) -> StudyFront:
         InputError: a file is missing or damaged.
     """
     try:
-        summary = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        base = json.loads((folder / "study.json").read_text(encoding="utf-8"))["base"]
         with (folder / "front.csv").open(newline="", encoding="utf-8") as file:
             front = {row["trial_id"]: row for row in csv.DictReader(file)}
         records = [
             parse(Record, json.loads(path.read_text(encoding="utf-8")), str(path))
             for path in sorted((folder / "trials").glob("[0-9]*.json"))
         ]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         reason = getattr(error, "strerror", None) or "it is damaged"
         raise InputError(
             f"{folder}: the study cannot be read ({reason}); delete the folder to run it again."
         ) from None
-    base = parse(BaseScores, summary["base"], f"{folder / 'study.json'}: base")
+    scores = parse(BaseScores, base, f"{folder / 'study.json'}: base")
     trials = []
     for record in records:
         result = record.result
@@ -118,7 +118,7 @@ def read_study(folder: Path, method: Method, seed: int) -> StudyFront:
         point = (result.metrics[OBJECTIVES[0]], result.metrics[OBJECTIVES[1]])
         held_out = _held_out(front.get(record.trial_id, {}))
         trials.append(Trial(record.config, point, held_out))
-    return StudyFront(method, seed, base, tuple(trials))
+    return StudyFront(method, seed, scores, tuple(trials))
 
 
 def _held_out(row: Mapping[str, str]) -> dict[str, float] | None:
