@@ -1,7 +1,9 @@
+from typing import get_args
+
 import pytest
 from pydantic import ValidationError
 
-from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
+from vgid.config import USED_BY, Method, RequestConfig, StudyConfig, TrialConfig, parse, uses
 from vgid.errors import InputError
 
 
@@ -37,6 +39,10 @@ def test_defaults_are_the_paper_s_setting():
         ({"alpha": float("inf")}, "alpha"),
         ({"epochs": 0}, "epochs"),
         ({"epochs": 1.5}, "epochs"),
+        ({"method": "magic"}, "method"),
+        ({"method": "rmu", "rmu_layer": 0}, "rmu_layer"),
+        ({"method": "rmu", "rmu_steering": 0}, "rmu_steering"),
+        ({"method": "npo", "preference_beta": 0}, "preference_beta"),
         ({"train_tasks": []}, "train_tasks"),
         ({"train_tasks": ["poetry"]}, "train_tasks"),
         ({"alhpa": 1.0}, "alhpa"),
@@ -44,6 +50,39 @@ def test_defaults_are_the_paper_s_setting():
 )
 def test_bad_trial_is_one_sentence_that_names_the_field(values, field):
     assert field in refused(values)
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_field_that_the_method_does_not_use_keeps_its_default(method):
+    others = {
+        "beta": 2.0,
+        "retain_batch_size": 3,
+        "noise_type": "white",
+        "prompt_style": "polite",
+        "response_source": "teacher",
+        "released": True,
+        "preference_beta": 0.5,
+        "rmu_layer": 2,
+        "rmu_steering": 2.0,
+    }
+    assert others.keys() | {"sigma"} == USED_BY.keys()
+    for name, value in others.items():
+        given = {"method": method, name: value}
+        if uses(method, name):
+            assert getattr(parse(TrialConfig, given, "a"), name) == value
+        else:
+            message = refused(given)
+            assert name in message
+            assert f"method '{method}' does not use it; leave it out" in message
+            default = TrialConfig.model_fields[name].default
+            assert parse(TrialConfig, {**given, name: default}, "a").method == method
+    assert "sigma" in refused({"method": method, "sigma": 0.5})
+
+
+def test_methods_without_a_retain_term():
+    without = {method for method in get_args(Method) if not uses(method, "beta")}
+    assert without == {"ga", "po_idk", "po_dpo", "npo"}
+    assert all(uses(method, "learning_rate") for method in get_args(Method))
 
 
 def test_unknown_key_lists_the_known_ones():

@@ -233,7 +233,7 @@ def test_activation_bytes_are_those_of_saved_tensors(name, checkpointing):
     if checkpointing:  # the hooks do not see the layer that is computed again
         one_layer = activation_bytes(text_config, [packed], 4, False)
         predicted -= one_layer // text_config.num_hidden_layers
-    assert measured == pytest.approx(predicted, rel=0.1)
+    assert measured == pytest.approx(predicted, rel=0.03)
 
 
 def test_adapter_and_vocabulary_bytes():
@@ -241,5 +241,11 @@ def test_adapter_and_vocabulary_bytes():
     text_config = backbone.model.config.get_text_config()
     with attached(backbone, TrialConfig(lora_rank=4)) as model:
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        dropped = [m.in_features for m in model.modules() if hasattr(m, "lora_dropout")]
+    packed, _ = packs_of(backbone)
+    plain, with_masks = (
+        activation_bytes(text_config, [packed], 4, False, dropout) for dropout in (False, True)
+    )
+    assert with_masks - plain == sum(dropped) * packed.ids_BL.numel()
     assert adapter_bytes(text_config, 4) == 16 * trained
     assert vocabulary_bytes(text_config, chunk=256) == 2 * 256 * 151936 * 4

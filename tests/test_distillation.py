@@ -12,7 +12,7 @@ import torch
 from tests.conftest import make_random_backbone
 from tests.test_teacher import samples, teachers
 from vgid.adapter import attached, loaded
-from vgid.config import TrialConfig
+from vgid.config import TrialConfig, uses
 from vgid.distillation import (
     DistillationSet,
     LossNotFiniteError,
@@ -23,6 +23,7 @@ from vgid.distillation import (
     share,
 )
 from vgid.encoding import collate, encode
+from vgid.methods import make_method
 from vgid.teacher import Intervention
 
 CONFIG = TrialConfig(epochs=2, batch_size=4, retain_batch_size=3, lora_rank=4, learning_rate=1e-2)
@@ -268,7 +269,11 @@ def test_shares_of_all_ranks_weigh_as_the_whole(random_backbone, forget, parts):
     assert len(shares) == 2 * parts
     assert sum(len(s.teacher_RD) for s in shares) == len(whole.teacher_RD)
     assert all(s.weight == whole.weight == 1 / len(whole.teacher_RD) for s in shares)
-    assert share(random_backbone, forget, [2], 0, 1, 2)[0].weight == 0.0
+    assert whole.fraction == 1.0
+    assert sum(s.fraction for s in shares) == pytest.approx(1.0)
+    assert {round(5 * s.fraction) for s in shares} == ({2, 3} if parts == 1 else {1, 2})
+    placeholder = share(random_backbone, forget, [2], 0, 1, 2)[0]
+    assert (placeholder.weight, placeholder.fraction) == (0.0, 0.0)
 
 
 def test_a_portraits_questions_stay_in_one_share(random_backbone, tmp_path):
@@ -297,37 +302,88 @@ def test_accumulation_leaves_the_loss_unchanged(random_backbone, forget, retain,
     assert max((state[n] - whole[n]).abs().max().item() for n in whole) < 1e-4
 
 
+def test_vgid_s_numbers_are_those_from_before_the_other_methods_came(random_backbone, tmp_path):
+    """Recorded when the loop knew VGID only; on that machine adapters were equal bit for bit."""
+    first, second = (
+        make_set(random_backbone, tmp_path, Intervention("random", None, "strict", seed=seed))
+        for seed in (0, 4)
+    )
+    mixed = DistillationSet(first.prompts, [first.targets[0], second.targets[0]], first.tasks)
+    retain = make_set(random_backbone, tmp_path, Intervention(), 7)
+    _, reports = train(random_backbone, mixed, retain)
+    found = [(r.metrics["forget_loss"], r.metrics["retain_loss"]) for r in reports]
+    recorded = [
+        (0.9600289165973663, 0.05095521733164787),
+        (0.815477043390274, 0.06596603989601135),
+    ]
+    assert found == [pytest.approx(pair, rel=1e-4) for pair in recorded]
+
+
+WHOLE = {
+    "vgid": {},
+    "npo": {},
+    "po_dpo": {"preference_beta": 0.3},
+    "rmu": {"rmu_layer": 2, "max_grad_norm": 1e6},
+}
+"""Methods whose means differ: over tokens, over samples, over pairs, over samples of a layer."""
+
+
+def _sets(method: str, backbone, root: Path) -> tuple[DistillationSet, DistillationSet | None]:
+    """5 forget and 7 retain samples of a method."""
+    retain = make_set(backbone, root / "store", Intervention(), 7)
+    if method == "vgid":
+        return make_set(backbone, root / "store", Intervention("random", None, "strict"), 5), retain
+    chosen = samples(5)
+    made = make_method(TrialConfig(method=method), backbone)
+    store = teachers(root / "store", backbone)
+    targets = [store.targets(chosen, *teacher) for teacher in made.forget_teachers(seed=1)]
+    prompts = encode(backbone, [s.query for s in chosen])
+    forget = DistillationSet(prompts, targets, [s.task for s in chosen], made.paired)
+    return forget, retain if uses(method, "beta") else None
+
+
+def _config(method: str, **settings: Any) -> TrialConfig:
+    if uses(method, "beta"):
+        settings["retain_batch_size"] = 1
+    own = WHOLE[method]
+    return TrialConfig(method=method, epochs=2, batch_size=3, lora_rank=4, **own, **settings)
+
+
 def _ddp_worker(rank: int, port: int, root: Path, world_size: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
     backbone = make_random_backbone()
-    forget = make_set(backbone, root / "store", Intervention("random", None, "strict"), 5)
-    retain = make_set(backbone, root / "store", Intervention(), 7)
-    config = TrialConfig(
-        epochs=2, batch_size=3, retain_batch_size=1, lora_rank=4, gradient_accumulation=2
-    )
-    state, reports = train(backbone, forget, retain, config, rank=rank, world_size=world_size)
-    torch.save((state, [r.model_dump() for r in reports]), root / f"rank{rank}.pt")
+    for method in WHOLE:
+        forget, retain = _sets(method, backbone, root)
+        config = _config(method, gradient_accumulation=2)
+        state, reports = train(backbone, forget, retain, config, rank=rank, world_size=world_size)
+        torch.save((state, [r.model_dump() for r in reports]), root / f"{method}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_ddp_workers_train_as_one_with_the_whole_batch(random_backbone, tmp_path):
-    """Batches of 3 and 2 forget questions and a single retain question: one rank holds none."""
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory) -> Path:
+    """What two workers left behind, for each method."""
+    root = tmp_path_factory.mktemp("ddp")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_ddp_worker, (port, tmp_path, 2), nprocs=2)
-    (first, reports), (second, _) = (torch.load(tmp_path / f"rank{r}.pt") for r in (0, 1))
+    torch.multiprocessing.spawn(_ddp_worker, (port, root, 2), nprocs=2)
+    return root
+
+
+@pytest.mark.parametrize("method", WHOLE)
+def test_two_ddp_workers_train_as_one_with_the_whole_batch(random_backbone, ddp, method):
+    """Batches of 3 and 2 forget questions and a single retain question: one rank holds none."""
+    (first, reports), (second, _) = (torch.load(ddp / f"{method}-{r}.pt") for r in (0, 1))
     assert all(torch.equal(first[n], second[n]) for n in first)
-    forget = make_set(
-        random_backbone, tmp_path / "store", Intervention("random", None, "strict"), 5
-    )
-    retain = make_set(random_backbone, tmp_path / "store", Intervention(), 7)
-    config = TrialConfig(epochs=2, batch_size=3, retain_batch_size=1, lora_rank=4)
-    alone, expected = train(random_backbone, forget, retain, config)
+    config = _config(method)
+    alone, expected = train(random_backbone, *_sets(method, random_backbone, ddp), config)
     for got, want in zip(reports, expected, strict=True):
         for name, value in want.metrics.items():
             assert math.isclose(got["metrics"][name], value, rel_tol=1e-4, abs_tol=1e-6), name
-    worst = max((first[n] - alone[n]).abs().max().item() for n in alone)
-    assert worst < 1e-4
+    # AdamW makes steps of rounding errors where a gradient vanishes, so not each entry is bounded.
+    differences = torch.cat([(first[n] - alone[n]).abs().flatten() for n in alone])
+    assert differences.mean() < 1e-6
+    assert differences.max() < config.learning_rate

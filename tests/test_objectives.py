@@ -68,6 +68,50 @@ def test_vgid_loss_is_equation_5():
     assert objectives.vgid_loss(forget, retain, 0.5, 4.0).item() == 0.5 * 2 + 4 * 3
 
 
+def test_rmu_of_two_layers_by_hand():
+    """The first of two linear layers is steered: every number is worked out on paper."""
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    base = torch.tensor([[1.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    first = torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    second = torch.eye(2, dtype=torch.float64, requires_grad=True)
+    up = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    hidden = (first @ x)[None]  # (1, 1)
+    assert (second @ hidden[0]).tolist() == [1.0, 1.0]
+    ref = (base @ x)[None]  # (3, 4), of length 5
+    # Target (0, 2 * 5): 1^2 + 9^2.
+    assert objectives.rmu_target(ref, up, 2.0).tolist() == [[0.0, 10.0]]
+    forget = objectives.rmu_forget(hidden, ref, up, 2.0)
+    assert forget.item() == 82.0
+    # (1 - 3)^2 + (1 - 4)^2.
+    retain = objectives.rmu_retain(hidden, ref)
+    assert retain.item() == 13.0
+    # d/dW1 = 2 (h - v) x^T + 10 * 2 (h - h_ref) x^T; nothing reaches the second layer.
+    objectives.vgid_loss(forget, retain, 1.0, 10.0).backward()
+    assert first.grad.tolist() == [[2.0 - 40.0, 4.0 - 80.0], [-18.0 - 60.0, -36.0 - 120.0]]
+    assert second.grad is None
+
+
+def test_rmu_is_the_mean_over_positions_and_blind_to_the_reference_s_gradient():
+    hidden = double(5, 7).requires_grad_()
+    ref = double(5, 7, seed=1).requires_grad_()
+    direction = F.normalize(double(7, seed=2), dim=0)
+    forget = objectives.rmu_forget(hidden, ref, direction, 3.0)
+    retain = objectives.rmu_retain(hidden, ref)
+    expected, kept = 0.0, 0.0
+    for h, r in zip(hidden.tolist(), ref.tolist(), strict=True):
+        length = math.sqrt(sum(a * a for a in r))
+        target = [3.0 * length * u for u in direction.tolist()]
+        expected += sum((a - v) ** 2 for a, v in zip(h, target, strict=True)) / 5
+        kept += sum((a - b) ** 2 for a, b in zip(h, r, strict=True)) / 5
+    assert forget.item() == pytest.approx(expected, rel=1e-12)
+    assert retain.item() == pytest.approx(kept, rel=1e-12)
+    (forget + retain).backward()
+    assert ref.grad is None
+    half = hidden.detach().bfloat16()
+    assert objectives.rmu_forget(half, half, direction, 3.0).dtype == torch.float32
+    assert objectives.rmu_retain(half, half).item() == 0.0
+
+
 def test_gradient_ascent_value_and_gradient():
     logp = double(4).requires_grad_()
     loss = objectives.gradient_ascent(logp)

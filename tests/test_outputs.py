@@ -6,11 +6,12 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
 
-from vgid.config import TrialConfig
+from vgid.config import Method, TrialConfig
 from vgid.errors import InputError
 from vgid.outputs import (
     TrialRecord,
@@ -208,3 +209,17 @@ def test_a_trial_has_one_readable_line():
     config = TrialConfig(noise_type="gaussian", sigma=0.8, alpha=0.8123, learning_rate=3e-4)
     assert describe(config) == "Gaussian noise σ0.8 · strict · α0.81 β1 · lr 3.0e-04"
     assert describe(TrialConfig(noise_type="white")).startswith("white image · strict")
+    said = {method: describe(TrialConfig(method=method)) for method in get_args(Method)}
+    assert said["ga"] == "GA · lr 1.0e-03"
+    assert said["npo"] == "NPO · preference β0.1 · lr 1.0e-03"
+    assert said["icu_t"] == "ICU-T · strict · α1 β1 · lr 1.0e-03"
+    assert said["rmu"] == "RMU · layer a third · steering 5 · α1 β1 · lr 1.0e-03"
+    assert len(set(said.values())) == len(said)
+
+
+def test_what_a_method_does_not_use_is_an_empty_cell(tmp_path):
+    write_trials(tmp_path / "trials.csv", [record("0000", tmp_path, method="po_dpo")])
+    (row,) = read(tmp_path / "trials.csv")
+    for name in ("beta", "noise_type", "sigma", "prompt_style", "response_source", "rmu_layer"):
+        assert row[name] == ""
+    assert (row["method"], row["alpha"], row["preference_beta"]) == ("po_dpo", "1.0", "0.1")

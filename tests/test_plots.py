@@ -132,3 +132,15 @@ def test_importing_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_methods_without_noise_have_plain_marks():
+    records = [
+        record("0000", 0.9, 0.90, on_front=True, method="ga"),
+        record("0001", 0.5, 0.80, method="ga"),
+    ]
+    drawn = traces(Front("tiny", records, BASE))
+    assert {"trial", "front"} <= drawn.keys()
+    assert not any("noise" in name for name in drawn)
+    (hover,) = drawn["trial"]["hovertext"]
+    assert "GA" in hover and "responses" not in hover

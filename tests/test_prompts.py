@@ -2,7 +2,9 @@
 
 import pytest
 
+from vgid.metrics import is_refusal
 from vgid.prompts import (
+    REFUSALS,
     REVERSE_PROMPT,
     UNLEARNING_INSTRUCTIONS,
     classification_text,
@@ -49,6 +51,13 @@ def test_reverse_prompt():
         "directly based on the image and text."
     )
     assert with_reverse_prompt("Who is it?") == f"Who is it?\n{REVERSE_PROMPT}"
+
+
+def test_refusals_are_short_and_counted_as_refusals():
+    assert len(set(REFUSALS)) == len(REFUSALS) == 8
+    assert REFUSALS[0] == "I'm sorry, but I can't help with that."
+    assert all(is_refusal(text) for text in REFUSALS)
+    assert all(len(text) < 60 for text in REFUSALS)
 
 
 def test_generation():

@@ -10,9 +10,9 @@ from tests.conftest import make_random_backbone
 from tests.test_encoding import picture
 from vgid.backbones import Backbone
 from vgid.content_store import ContentStore
-from vgid.encoding import Query, collate, encode
+from vgid.encoding import Query, collate, encode, response_ids
 from vgid.packing import response_hidden
-from vgid.prompts import UNLEARNING_INSTRUCTIONS, generation_text
+from vgid.prompts import REFUSALS, UNLEARNING_INSTRUCTIONS, generation_text
 from vgid.splits import TrainingSample
 from vgid.teacher import Intervention, TeacherStore, intervene
 
@@ -77,6 +77,24 @@ def test_teacher_response_is_its_own_greedy_answer(random_backbone, tmp_path):
         assert greedy == target.response
 
 
+def test_a_refusal_is_drawn_for_each_sample_and_stored_under_the_plain_prompt(
+    random_backbone, tmp_path
+):
+    many = samples(40)
+    store = teachers(tmp_path, random_backbone)
+    drawn = store.targets(many, Intervention(seed=3), "refusal")
+    known = {tuple(response_ids(random_backbone, text)) for text in REFUSALS}
+    assert {tuple(t.response) for t in drawn} == known
+    again = [t.response for t in store.targets(many[::-1], Intervention(seed=3), "refusal")]
+    assert again[::-1] == [t.response for t in drawn]
+    other = store.targets(many, Intervention(seed=4), "refusal")
+    assert [t.response for t in other] != [t.response for t in drawn]
+    (prompt,) = encode(random_backbone, [many[0].query])
+    with torch.no_grad():
+        expected = response_hidden(random_backbone, [prompt], [drawn[0].response])
+    torch.testing.assert_close(drawn[0].hidden_RD, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_key_depends_on_everything_the_target_depends_on(random_backbone, tmp_path):
     store = teachers(tmp_path, random_backbone)
     variants = [
@@ -88,6 +106,8 @@ def test_key_depends_on_everything_the_target_depends_on(random_backbone, tmp_pa
         (samples(2), Intervention("gaussian", 0.6), "reference"),
         (samples(2), Intervention("gaussian", 0.5, seed=1), "reference"),
         (samples(2), Intervention(), "teacher"),
+        (samples(2), Intervention(), "refusal"),
+        (samples(2), Intervention(seed=1), "refusal"),
     ]
     for variant in variants:
         store.targets(*variant)

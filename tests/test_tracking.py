@@ -58,7 +58,7 @@ def make_records(output):
     configs = [
         TrialConfig(),
         TrialConfig(noise_type="gaussian", sigma=0.1 + 0.2, alpha=1 / 3, beta=5.0),
-        TrialConfig(noise_type="white"),
+        TrialConfig(method="npo", preference_beta=1 / 7),
         TrialConfig(prompt_style="polite", learning_rate=3e-4),
     ]
     records = []

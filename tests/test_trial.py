@@ -1,17 +1,23 @@
 import json
+import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_random_backbone
+from vgid.adapter import loaded
 from vgid.benchmark import Benchmark, split_questions
-from vgid.config import RequestConfig, TrialConfig
+from vgid.config import Method, RequestConfig, TrialConfig, uses
 from vgid.embedded_model import save
+from vgid.errors import InputError
+from vgid.evaluation import evaluate, prepare
 from vgid.results import EpochReport, TrialResult
 from vgid.splits import choose_people, training_samples
 from vgid.synthetic import write_benchmark
+from vgid.teacher import Intervention
 from vgid.trial import TrialSession, run_trial
 
 TRIAL = TrialConfig(epochs=2, lora_rank=2)
@@ -128,6 +134,75 @@ def test_base_scores_are_computed_once_and_shared(session, request_config):
     before = {path: path.stat().st_mtime_ns for path in stored}
     assert TrialSession(request_config).base_scores("search") == first
     assert {p: p.stat().st_mtime_ns for p in request_config.store.glob("base-*.json")} == before
+
+
+@pytest.mark.parametrize("method", [m for m in get_args(Method) if m != "vgid"])
+def test_every_method_is_a_trial_that_lowers_its_forget_loss(
+    session, result, adapters, tmp_path, method
+):
+    own = {"rmu_layer": 2} if method == "rmu" else {}
+    trial = TrialConfig(method=method, epochs=3, lora_rank=2, **own)
+    losses: list[float] = []
+    found = session.run(
+        trial,
+        "0007",
+        tmp_path / "0007",
+        lambda report: bool(losses.append(report.metrics["forget_loss"])) or True,
+    )
+    assert found.status == "completed"
+    assert losses[0] > losses[1] > losses[2]
+    assert found.scores.keys() == result.scores.keys()
+    assert ("retain_loss" in found.metrics) == uses(method, "beta")
+    assert not same_adapter(adapters / "0000", tmp_path / "0007")
+    again = session.run(trial, "0007", tmp_path / "again")
+    assert again.metrics == found.metrics
+    assert same_adapter(tmp_path / "0007", tmp_path / "again")
+
+
+def test_a_layer_that_the_backbone_lacks_is_one_sentence(session, tmp_path):
+    with pytest.raises(InputError, match="rmu_layer: tiny-llava has 4 layers, got 5"):
+        session.run(TrialConfig(method="rmu", rmu_layer=5), "0008", tmp_path / "0008")
+
+
+def test_scores_under_an_intervention_and_the_reverse_prompt(
+    session, request_config, result, adapters
+):
+    def plainly(**how):
+        exam = prepare(
+            session.backbone, session.people, request_config, "search", request_config.seed, **how
+        )
+        return evaluate(session.backbone, exam, request_config).scores
+
+    base = session.base_scores("search")
+    assert session.scores_under("search") == base == plainly()
+    strict = Intervention(style="strict")
+    dual = Intervention("random", style="strict", seed=3)
+    assert session.scores_under("search", intervention=strict) == plainly(intervention=strict)
+    assert session.scores_under("search", intervention=dual) == plainly(intervention=dual)
+    reverse = session.scores_under("search", intervention=strict, reverse=True)
+    assert reverse == plainly(intervention=strict, reverse=True)
+    own = adapters / "0000"
+    assert session.scores_under("search", adapter_dir=own) == result.scores
+    attacked = session.scores_under("search", reverse=True, adapter_dir=own)
+    with loaded(session.backbone, own):
+        assert attacked == plainly(reverse=True)
+    everything = [base, strict, dual, reverse, result.scores, attacked]
+    assert len({str(scores) for scores in everything}) == len(everything)
+    other = session.scores_under("search", seed=9)
+    assert other["forget_rougeL"].n == base["forget_rougeL"].n and other != base
+
+
+def test_scores_under_are_computed_once_and_shared(session, request_config, result, adapters):
+    how = {"intervention": Intervention(style="polite"), "adapter_dir": adapters / "0000"}
+    first = session.scores_under("search", **how)
+    stored = {p: p.stat().st_mtime_ns for p in request_config.store.glob("adapter-*.json")}
+    copy = adapters.parent / "copy"
+    shutil.copytree(adapters / "0000", copy)
+    how["adapter_dir"] = copy  # the same weights, whatever the folder is called
+    assert TrialSession(request_config).scores_under("search", **how) == first
+    assert {p: p.stat().st_mtime_ns for p in request_config.store.glob("adapter-*.json")} == stored
+    with pytest.raises(InputError, match=r"adapter_config\.json: is missing; name a PEFT"):
+        session.scores_under("search", adapter_dir=adapters / "none")
 
 
 @pytest.mark.parametrize("source", ["reference", "teacher"])

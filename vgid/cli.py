@@ -197,6 +197,61 @@ def profile_command(
         print("\n".join([TABLE_HEADER, *(row.row() for row in rows)]))
 
 
+@app.command("finetune")
+def finetune_command(
+    backbone: Annotated[str, typer.Option(help="Backbone to tune.")],
+    data: Annotated[Path, typer.Option(help="Benchmark folder; its ft_Data is learnt.")],
+    output: Annotated[Path, typer.Option(help="New folder for the model.")],
+    model_path: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the base, in place of the public one.")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Rank of the adapter, by default 16.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train the whole language model.")] = False,
+    epochs: Annotated[int, typer.Option(help="Passes over all questions.")] = 5,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the linear schedule.")] = 2e-5,
+    batch_size: Annotated[int, typer.Option(help="Questions of a step.")] = 4,
+    questions_per_image: Annotated[
+        int, typer.Option(help="Questions of a portrait that come together, sharing its image.")
+    ] = 1,
+    checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of adapter and order.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint of a broken-off run.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make the vanilla model: tune a backbone on everyone's questions, merged to safetensors."""
+    from vgid.config import parse
+    from vgid.finetune import FinetuneConfig, finetune
+
+    settings = {
+        "backbone": backbone,
+        "data": data,
+        "output": output,
+        "model_path": model_path,
+        "lora_rank": lora_rank,
+        "full": full,
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "questions_per_image": questions_per_image,
+        "gradient_checkpointing": checkpointing,
+        "seed": seed,
+    }
+    config = parse(FinetuneConfig, settings, "vgid finetune")
+    result = finetune(config, resume=resume, progress=not as_json)
+    if as_json:
+        print(result.model_dump_json())
+    else:
+        losses = ", ".join(f"{loss:.3f}" for loss in result.losses)
+        print(f"Losses by epoch, in nats a response token: {losses}.")
+        print(f"Wrote {result.output}; name it with --model-path.")
+
+
 def _print_store(report: "StoreInfo") -> None:
     table = Table("kind", "entries", "size", "last use (UTC)")
     for kind, usage in report.by_kind.items():

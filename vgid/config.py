@@ -169,6 +169,11 @@ class TrialConfig(Config):
     )
     seed: int = Field(0, ge=0, description="adapter initialisation, batch order, noise")
 
+    @property
+    def used(self) -> dict[str, Any]:
+        """The fields that the method uses, by name: what a trial is described by."""
+        return {k: getattr(self, k) for k in type(self).model_fields if uses(self.method, k)}
+
     @model_validator(mode="after")
     def _only_what_the_method_uses(self) -> Self:
         for name in USED_BY:

@@ -259,7 +259,11 @@ def vision_forward(config: Any, image_tokens: int) -> int:
 
 
 def activation_bytes(
-    text_config: Any, packs: Sequence[Packed], lora_rank: int, checkpointing: bool
+    text_config: Any,
+    packs: Sequence[Packed],
+    lora_rank: int,
+    checkpointing: bool,
+    dropout: bool = False,
 ) -> int:
     """Bytes of what the forward pass keeps for the backward pass, bf16 model under fp32 LoRA.
 
@@ -269,23 +273,27 @@ def activation_bytes(
     - 8 H: rotated queries, keys and values, repeated to all heads under a mask, and the output;
     - 20 D + 4 H + 4 F: the input of each LoRA map in fp32, cast for each of them anew;
     - 28 r: what is between LoRA's two maps;
-    - 6 F: gate, its activation, and up.
+    - 5 D + H + F with dropout: its masks, a byte for each input of a LoRA map (on a GPU);
+    - 6 F: gate, its activation, and up;
+    - 2 for each token of its row: the boolean mask, made additive anew in each layer.
 
-    With checkpointing each layer keeps its input, 2 D, and one layer at a time keeps all.
-    Temporaries, and the allocator's loss, come on top.
+    With checkpointing each layer keeps its input, 2 D, the norm behind them 4 D, and one layer at a
+    time keeps all. Temporaries and the allocator's loss come on top.
 
     Args:
         text_config: of the language model.
         packs: that are forwarded before the backward pass. Padding is kept as tokens are.
         lora_rank: r.
         checkpointing: of the decoder's layers.
+        dropout: whether LoRA has any.
     """
     s = _Sizes.of(text_config)
     tokens = sum(packed.ids_BL.numel() for packed in packs)
-    layer = 28 * s.D + 12 * s.H + 10 * s.F + 28 * lora_rank
-    if checkpointing:
-        return tokens * (s.layers * 2 * s.D + layer)
-    return tokens * s.layers * layer
+    mask = sum(2 * packed.ids_BL.numel() * packed.ids_BL.shape[1] for packed in packs)
+    layer = tokens * (28 * s.D + 12 * s.H + 10 * s.F + 28 * lora_rank) + mask
+    if dropout:
+        layer += tokens * sum(width for width, _ in s.maps)
+    return layer + (2 * s.layers + 4) * s.D * tokens if checkpointing else s.layers * layer
 
 
 def adapter_bytes(text_config: Any, lora_rank: int) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgid.config import TrialConfig
+from vgid.config import Method, TrialConfig
 from vgid.errors import InputError
 from vgid.results import Score, TrialResult
 
@@ -41,15 +41,38 @@ TRIAL_FIELDS = HYPERPARAMETERS + tuple(
 
 
 NOISE_LABELS = {"random": "random noise", "gaussian": "Gaussian noise", "white": "white image"}
+METHOD_LABELS: dict[Method, str] = {
+    "vgid": "VGID",
+    "icu_t": "ICU-T",
+    "noise_t": "Noise-T",
+    "ga": "GA",
+    "ga_diff": "GA_Diff",
+    "kl_min": "KL_Min",
+    "po_idk": "PO (refusals)",
+    "po_dpo": "PO (DPO)",
+    "npo": "NPO",
+    "rmu": "RMU",
+}
+"""The methods as the paper writes them."""
 
 
 def describe(config: TrialConfig) -> str:
     """One readable line for a trial, the same in tables, figures and on the tracking server."""
-    noise = NOISE_LABELS[config.noise_type]
-    if config.sigma is not None:
-        noise = f"{noise} σ{config.sigma:.2g}"
-    weights = f"α{config.alpha:.2g} β{config.beta:.2g}"
-    return f"{noise} · {config.prompt_style} · {weights} · lr {config.learning_rate:.1e}"
+    used = config.used
+    parts = [] if config.method == "vgid" else [METHOD_LABELS[config.method]]
+    if "noise_type" in used:
+        noise = NOISE_LABELS[config.noise_type]
+        parts.append(noise if config.sigma is None else f"{noise} σ{config.sigma:.2g}")
+    if "prompt_style" in used:
+        parts.append(config.prompt_style)
+    if "preference_beta" in used:
+        parts.append(f"preference β{config.preference_beta:.2g}")
+    if "rmu_layer" in used:
+        layer = "a third" if config.rmu_layer is None else config.rmu_layer
+        parts.append(f"layer {layer} · steering {config.rmu_steering:.2g}")
+    if "beta" in used:
+        parts.append(f"α{config.alpha:.2g} β{config.beta:.2g}")
+    return " · ".join([*parts, f"lr {config.learning_rate:.1e}"])
 
 
 def as_text(value: Any) -> str:
@@ -248,7 +271,7 @@ def _row(record: TrialRecord, metrics: Sequence[str], folder: Path) -> dict[str,
     return {
         "trial_id": result.trial_id,
         "status": result.status,
-        **{name: getattr(config, name) for name in TRIAL_FIELDS},
+        **config.used,
         **{name: result.metrics.get(name) for name in metrics},
         "on_front": record.on_front,
         "seconds": sum(result.seconds.values()),

@@ -30,8 +30,9 @@ from vgid.search_space import is_paper_default
 X_LABEL = "Reduction of forget-set ROUGE-L  (higher: more is forgotten)"
 Y_LABEL = "Retain-set ROUGE-L  (higher: more is kept)"
 TRIAL, FRONT, HELD_OUT, BASE, INK = "#8a97a6", "#d1495b", "#1f6f8b", "#222222", "#333333"
-MARKERS = {"random": "o", "gaussian": "s", "white": "^"}
-SYMBOLS = {"random": "circle", "gaussian": "square", "white": "triangle-up"}
+MARKERS = {"random": "o", "gaussian": "s", "white": "^", None: "o"}
+SYMBOLS = {"random": "circle", "gaussian": "square", "white": "triangle-up", None: "circle"}
+"""Marks of trials by the noise of their teacher, None for methods without."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def plotly_figure(front: Front) -> dict[str, Any]:
                 "marker": {
                     "size": 12,
                     "color": FRONT,
-                    "symbol": [SYMBOLS[record.config.noise_type] for record in line],
+                    "symbol": [SYMBOLS[_noise(record)] for record in line],
                 },
                 "hovertext": [_hover(record) for record in line],
                 "hoverinfo": "text",
@@ -277,12 +278,20 @@ def _coordinates(records: Iterable[TrialRecord]) -> dict[str, list[float]]:
     return {"x": [x for x, _ in points], "y": [y for _, y in points]}
 
 
-def _plotly_trials(front: Front, noise: str) -> dict[str, Any]:
-    shown = [r for r in front.drawn if r.config.noise_type == noise and not r.on_front]
+def _noise(record: TrialRecord) -> str | None:
+    return record.config.used.get("noise_type")
+
+
+def _label(noise: str | None) -> str:
+    return "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"
+
+
+def _plotly_trials(front: Front, noise: str | None) -> dict[str, Any]:
+    shown = [r for r in front.drawn if _noise(r) == noise and not r.on_front]
     return {
         "type": "scatter",
         "mode": "markers",
-        "name": f"trial, {NOISE_LABELS[noise]}",
+        "name": _label(noise),
         **_coordinates(shown),
         "marker": {"symbol": SYMBOLS[noise], "size": 9, "color": TRIAL, "opacity": 0.85},
         "hovertext": [_hover(record) for record in shown],
@@ -312,8 +321,10 @@ def _hover(record: TrialRecord, x: Score | None = None, y: Score | None = None) 
             f"retain ROUGE-L {y.value:.3f}  [{y.low:.3f}, {y.high:.3f}], n = {y.n}",
         ]
         return "<br>".join(lines)
+    source = config.used.get("response_source")
+    responses = "" if source is None else f" · {source} responses"
     lines += [
-        f"rank {config.lora_rank} · {config.epochs} epochs · {config.response_source} responses",
+        f"rank {config.lora_rank} · {config.epochs} epochs{responses}",
         f"forget reduction {metrics[OBJECTIVES[0]]:.3f}",
         f"retain ROUGE-L {metrics[OBJECTIVES[1]]:.3f}",
     ]
@@ -332,16 +343,16 @@ def _draw(axes: Any, front: Front) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9)
     for noise, marker in MARKERS.items():
-        shown = [r for r in front.drawn if r.config.noise_type == noise and not r.on_front]
+        shown = [r for r in front.drawn if _noise(r) == noise and not r.on_front]
         if shown:
-            label = f"trial, {NOISE_LABELS[noise]}"
+            label = _label(noise)
             at = _coordinates(shown)
             axes.scatter(at["x"], at["y"], 34, TRIAL, marker, label=label, alpha=0.85, linewidths=0)
     line = _coordinates(front.front)
     # "pre" walks down, then right: the border of what the front dominates.
     axes.step(line["x"], line["y"], where="pre", color=FRONT, linewidth=1.4, zorder=3)
     for record in front.front:
-        marker = MARKERS[record.config.noise_type]
+        marker = MARKERS[_noise(record)]
         axes.scatter(*(record.point or ()), 62, FRONT, marker, zorder=4, edgecolors="white")
     axes.plot([], [], color=FRONT, marker="o", linewidth=1.4, label="front")
     if front.default:

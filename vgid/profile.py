@@ -22,7 +22,7 @@ from torch import nn
 from vgid.adapter import attached
 from vgid.architectures import random_backbone
 from vgid.backbones import Backbone, load
-from vgid.config import TrialConfig
+from vgid.config import TrialConfig, parse
 from vgid.cost_model import (
     activation_bytes,
     adapter_bytes,
@@ -60,10 +60,20 @@ sparsity state twice as much) and, for the RTX 4090, appendix A of the Ada archi
 (fp32 accumulation).
 """
 
-TABLE_HEADER = (
-    "| backbone | source | memory saved by | tokens a step | TFLOP a step | s a step "
-    "| questions/s | tokens/s | MFU | peak memory |\n|---|---|---|---|---|---|---|---|---|---|"
+COLUMNS = (
+    "backbone",
+    "source",
+    "recomputed",
+    "tokens a step",
+    "TFLOP a step",
+    "s a step",
+    "questions/s",
+    "tokens/s",
+    "MFU",
+    "peak memory",
+    "released script's FLOPs",
 )
+TABLE_HEADER = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class Figures:
         cells = (
             self.backbone,
             self.source,
-            "checkpointing" if self.checkpointing else "nothing",
+            "layers" if self.checkpointing else "nothing",
             f"{self.tokens:,}",
             f"{self.tflop:.1f}",
             f"{self.seconds:.3f}",
@@ -116,6 +126,7 @@ class Figures:
             f"{self.tokens / self.seconds:,.0f}",
             "unknown" if self.mfu is None else f"{self.mfu:.1%}",
             "not measured" if self.peak_bytes is None else f"{self.peak_bytes / 1e9:.1f} GB",
+            f"{self.released_tflop / self.tflop:.1f} times",
         )
         return f"| {' | '.join(cells)} |"
 
@@ -236,12 +247,13 @@ def _now(on_gpu: bool) -> float:
 
 
 def _trial(gradient_checkpointing: bool) -> TrialConfig:
-    return TrialConfig(
-        lora_rank=LORA_RANK,
-        lora_dropout=LORA_DROPOUT,
-        learning_rate=1e-4,
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    values = {
+        "lora_rank": LORA_RANK,
+        "lora_dropout": LORA_DROPOUT,
+        "learning_rate": 1e-4,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+    return parse(TrialConfig, values, "vgid profile")
 
 
 def _step(
@@ -321,7 +333,9 @@ def estimate(
     for checkpointing in (False, True):
         computed = work["tflop"] + (forward if checkpointing else 0.0)
         seconds = computed * 1e12 / (mfu * peak_flops)
-        activations = activation_bytes(text_config, packs, LORA_RANK, checkpointing)
+        activations = activation_bytes(
+            text_config, packs, LORA_RANK, checkpointing, dropout=LORA_DROPOUT > 0
+        )
         figures.append(
             Figures(
                 backbone=name,

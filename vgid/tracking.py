@@ -254,8 +254,8 @@ class Tracker:
         }
         name = f"{trial_id} · {describe(config)}"
         created = self._client.create_run(self.experiment_id, int(started * 1000), tags, name)
-        values = config.model_dump(exclude_none=True)
-        params = [Param(name, as_text(value)) for name, value in values.items()]
+        used = {name: value for name, value in config.used.items() if value is not None}
+        params = [Param(name, as_text(value)) for name, value in used.items()]
         self._runs[trial_id] = _Run(created.info.run_id, tags, params=params)
 
     def _adopt_trials(self) -> None:
