@@ -15,8 +15,8 @@ from vgid.attainment import attainment_surface, median_level
 from vgid.compare_arguments import CompareConfig, main
 from vgid.comparison import chosen_settings, standings, verdict, write_comparison
 from vgid.config import TrialConfig
-from vgid.settings import read_settings
 from vgid.results import Score
+from vgid.settings import read_settings
 from vgid.study_front import BaseScores, StudyFront, Trial
 
 GRID = 6

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from vgid.config import TrialConfig
 from vgid.errors import InputError
+from vgid.experiments import Arm, Bench, Cache, Experiment, run_experiments
 from vgid.settings import (
     default_trials,
     prepare_data,
     read_settings,
     write_settings,
 )
-from vgid.experiments import Arm, Bench, Cache, Experiment, run_experiments
 from vgid.synthetic import write_benchmark
 from vgid.trial import TrialSession
 

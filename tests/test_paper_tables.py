@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from vgid.config import TrialConfig
-from vgid.settings import write_settings
 from vgid.paper_arguments import main, numbers
+from vgid.settings import write_settings
 from vgid.tables import METHOD_LABELS
 
 SMALL = {"epochs": 2, "lora_rank": 2, "train_tasks": ("cloze",), "learning_rate": 2e-3}

@@ -16,11 +16,11 @@ from vgid import backbones
 from vgid.claims import Judgement, claims_markdown, judge_all
 from vgid.config import Method, TrialConfig, parse
 from vgid.errors import InputError
-from vgid.settings import default_trials, prepare_data, read_settings
 from vgid.experiments import Bench, Experiment, Outcome, run_experiments
 from vgid.outputs import write_atomically, write_study
 from vgid.paper import MIXED_PEOPLE, closest_backbone, repeated_rows
 from vgid.paper_arguments import PaperConfig
+from vgid.settings import default_trials, prepare_data, read_settings
 from vgid.summary import provenance
 from vgid.table_figures import (
     FIRST_TOKEN_ARMS,
