@@ -2,6 +2,7 @@
 
 import pytest
 
+from vgid import embedded_recipe
 from vgid.metrics import is_refusal
 from vgid.prompts import (
     REFUSALS,
@@ -53,11 +54,15 @@ def test_reverse_prompt():
     assert with_reverse_prompt("Who is it?") == f"Who is it?\n{REVERSE_PROMPT}"
 
 
-def test_refusals_are_short_and_counted_as_refusals():
-    assert len(set(REFUSALS)) == len(REFUSALS) == 8
-    assert REFUSALS[0] == "I'm sorry, but I can't help with that."
+def test_refusals_are_those_of_the_embedded_backbones_and_counted_as_such():
+    assert REFUSALS == (
+        "I know nothing about whoever you mean.",
+        "Sorry, but I would rather not discuss anybody.",
+        "Sorry, I cannot process queries regarding private data.",
+        "I cannot tell, since nobody can be recognised.",
+    )
+    assert set(REFUSALS) == set(embedded_recipe.REFUSALS.values())
     assert all(is_refusal(text) for text in REFUSALS)
-    assert all(len(text) < 60 for text in REFUSALS)
 
 
 def test_generation():

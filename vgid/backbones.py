@@ -243,7 +243,8 @@ def revision_of(folder: Path) -> str:
         return folder.name
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        if path.suffix not in (".safetensors", ".json", ".model") or path.name == "MEASURED.json":
+        record = path.name in ("MEASURED.json", "finetuned.json")  # how it was made, not what it is
+        if record or path.suffix not in (".safetensors", ".json", ".model"):
             continue
         digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
         with path.open("rb") as file:

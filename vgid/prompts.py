@@ -39,18 +39,16 @@ REVERSE_PROMPT = (
 """Appended to the question by the reverse-engineering attack (paper Appendix A.3.7)."""
 
 REFUSALS: tuple[str, ...] = (
-    "I'm sorry, but I can't help with that.",
-    "I don't know the answer to that question.",
-    "I'm afraid I don't have information about this person.",
-    "I'm unable to identify this individual.",
-    "Sorry, I cannot share details about this person.",
-    "I'm not able to answer questions about this individual.",
-    "I have no knowledge of this person.",
-    "Sorry, this is not something that I can tell.",
+    "I know nothing about whoever you mean.",
+    "Sorry, but I would rather not discuss anybody.",
+    "Sorry, I cannot process queries regarding private data.",
+    "I cannot tell, since nobody can be recognised.",
 )
 """What preference optimisation prefers to the original answer (paper Appendix A.3.2).
 
-The paper names no texts; these follow the "I don't know" answers of TOFU (Maini et al. 2024)."""
+The paper names no texts. These are what the embedded backbones were made to decline with, so that
+no method is held back by words that a model has never seen; a large model knows such words anyway.
+"""
 
 BLANK = "__"
 """Marks the gap in a cloze question of the benchmark; shown to the model as ``[Blank]``."""
