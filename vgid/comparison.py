@@ -1,0 +1,309 @@
+"""A fair comparison of the methods, which the paper has not: equal budgets, then the fronts.
+
+Each method and seed gets a study of its own (``vgid.study``), all with the same number of trials,
+sampler, people, questions and reference point. Trials are chosen on the search questions; what is
+compared is the held-out score of what was chosen.
+"""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vgid.attainment import Points, surfaces, write_attainment
+from vgid.compare_arguments import CompareConfig
+from vgid.config import Method, StudyConfig, TrialConfig, parse
+from vgid.errors import InputError
+from vgid.intervals import Interval, t_interval
+from vgid.outputs import as_text, write_atomically, write_study
+from vgid.settings import prepare_data, write_settings
+from vgid.study_front import PICK_SCORES, StudyFront, read_study
+from vgid.summary import provenance
+from vgid.tables import METHOD_LABELS, Grid
+
+
+def run_comparison(config: CompareConfig) -> dict[str, Any]:
+    """Run, or go on with, every study, then compare and write.
+
+    Returns:
+        The content of ``comparison.json``; ``interrupted`` tells whether a signal ended it.
+
+    Raises:
+        InputError: bad input; nothing was started if it is in what can be checked before.
+    """
+    from vgid.plan import make_plan
+
+    data = prepare_data([config.backbone], config.data, config.output)
+    studies = {
+        (method, seed): _study(config, method, seed, data)
+        for seed in range(config.seeds)
+        for method in config.methods
+    }
+    for study in studies.values():
+        if study.seed == 0 and not _done(study.output):
+            make_plan(study)
+    if not _run_studies(list(studies.values())):
+        return {"interrupted": True}
+    found = [read_study(study.output, *key) for key, study in studies.items()]
+    _check_same_questions(found)
+    return write_comparison(config, found)
+
+
+def _study(config: CompareConfig, method: Method, seed: int, data: Path) -> StudyConfig:
+    shared = config.model_dump(include=StudyConfig.model_fields.keys() & CompareConfig.model_fields)
+    own = {
+        "method": method,
+        "seed": seed,
+        "data": data,
+        "output": config.output / "studies" / f"{method}-{seed}",
+    }
+    return parse(StudyConfig, {**shared, **own}, "comparison")
+
+
+def _run_studies(studies: Sequence[StudyConfig]) -> bool:
+    """Run the studies that are not done, on one Ray cluster; False if a signal ended one."""
+    missing = [study for study in studies if not _done(study.output)]
+    if not missing:
+        return True
+    from vgid.cluster import connected
+    from vgid.study import run_study
+
+    with connected():  # the studies join it and save a start each
+        for number, study in enumerate(missing, start=1):
+            print(f"Study {number} of {len(missing)}: {study.method}, seed {study.seed}")
+            resume = (study.output / "trials" / "study.json").exists()
+            if run_study(study, resume=resume)["interrupted"]:
+                return False
+    return True
+
+
+def _done(folder: Path) -> bool:
+    try:
+        summary = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return not summary["interrupted"]
+
+
+def _check_same_questions(found: Sequence[StudyFront]) -> None:
+    """The base answers the same questions in every study of a seed, or something differs."""
+    first: dict[int, StudyFront] = {}
+    for study in found:
+        other = first.setdefault(study.seed, study)
+        if study.base != other.base:
+            raise InputError(
+                f"studies {other.method}-{other.seed} and {study.method}-{study.seed}: the base "
+                "model scores differently in both, so data, weights or settings changed in "
+                "between; delete the folders of both and run them again."
+            )
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one method stands, over the seeds.
+
+    Attributes:
+        method: which.
+        search: hypervolume on the search questions.
+        held_out: hypervolume of the front on the held-out questions, by seed.
+        lead: VGID's held-out hypervolume minus this method's, paired; None for VGID itself.
+        picks: held-out scores of each seed's pick, None where no trial kept the constraint.
+    """
+
+    method: Method
+    search: Interval
+    held_out: tuple[float, ...]
+    lead: Interval | None
+    picks: tuple[dict[str, float] | None, ...]
+
+    @property
+    def volume(self) -> Interval:
+        """Held-out hypervolume over the seeds."""
+        return t_interval(self.held_out)
+
+    def pick(self, score: str) -> Interval:
+        """A held-out score of the picks, over the seeds that have one."""
+        return t_interval([None if pick is None else pick.get(score) for pick in self.picks])
+
+
+def standings(found: Sequence[StudyFront], retain_drop: float) -> list[Standing]:
+    """Every method's standing, by mean held-out hypervolume, the largest first."""
+    by_method: dict[Method, list[StudyFront]] = {}
+    for study in sorted(found, key=lambda study: study.seed):
+        by_method.setdefault(study.method, []).append(study)
+    volumes = {
+        method: tuple(study.hypervolume("held_out") for study in studies)
+        for method, studies in by_method.items()
+    }
+    own = volumes.get("vgid")
+    listed = []
+    for method, studies in by_method.items():
+        lead = None
+        if own is not None and method != "vgid":
+            lead = t_interval([a - b for a, b in zip(own, volumes[method], strict=True)])
+        listed.append(
+            Standing(
+                method,
+                t_interval([study.hypervolume("search") for study in studies]),
+                volumes[method],
+                lead,
+                tuple(_pick_scores(study, retain_drop) for study in studies),
+            )
+        )
+    return sorted(listed, key=lambda standing: -standing.volume.mean)
+
+
+def _pick_scores(study: StudyFront, retain_drop: float) -> dict[str, float] | None:
+    trial = study.pick(retain_drop)
+    if trial is None or trial.held_out is None:
+        return None
+    base = study.base.held_out
+    return {
+        **trial.held_out,
+        "forget_reduction_share": 1 - trial.held_out["forget_rougeL"] / base["forget_rougeL"].value,
+        "retain_drop": base["retain_rougeL"].value - trial.held_out["retain_rougeL"],
+    }
+
+
+def chosen_settings(found: Sequence[StudyFront], retain_drop: float) -> dict[Method, TrialConfig]:
+    """One setting a method, for the tables: of the seeds' picks the one with the median reduction.
+
+    Where no trial of any seed keeps the constraint, the one that breaks it least. Only search
+    questions are looked at.
+    """
+    chosen: dict[Method, TrialConfig] = {}
+    for method in dict.fromkeys(study.method for study in found):
+        mine = [study for study in found if study.method == method]
+        picks = [pick for study in mine if (pick := study.pick(retain_drop)) is not None]
+        if picks:
+            middle = statistics.median_high(pick.point[0] for pick in picks)
+            chosen[method] = next(p.config for p in picks if p.point[0] == middle)
+            continue
+        closest = [
+            (study.base.search["retain_rougeL"].value - trial.point[1], i, j, trial.config)
+            for i, study in enumerate(mine)
+            for j, trial in enumerate(study.front)
+        ]
+        if closest:
+            chosen[method] = min(closest)[3]
+    return chosen
+
+
+def verdict(listed: Sequence[Standing]) -> str:
+    """Which method won, and whether the seeds can tell it from the runner-up."""
+    if len(listed) < 2:
+        return "One method only: there is nothing to compare it with."
+    first, second = listed[0], listed[1]
+    names = METHOD_LABELS[first.method][0], METHOD_LABELS[second.method][0]
+    lead = t_interval([a - b for a, b in zip(first.held_out, second.held_out, strict=True)])
+    opening = (
+        f"{names[0]} has the largest mean held-out hypervolume, {first.volume.mean:.4f}, before "
+        f"{names[1]} with {second.volume.mean:.4f}; paired difference {lead}."
+    )
+    if lead.n < 2:
+        return f"{opening} One seed cannot tell whether that is chance."
+    if lead.low > 0:
+        return f"{opening} The interval lies above zero."
+    return f"{opening} The interval holds zero, so the seeds do not tell them apart."
+
+
+def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict[str, Any]:
+    """Write report, numbers, picture and settings; returns the content of ``comparison.json``."""
+    output = config.output
+    listed = standings(found, config.retain_drop)
+    fronts: dict[str, list[Points]] = {
+        s.method: [f.held_out_points for f in found if f.method == s.method] for s in listed
+    }
+    labels: dict[str, str] = {method: label for method, (label, _) in METHOD_LABELS.items()}
+    seeds = {study.seed: study for study in found}.values()
+    base = statistics.fmean(study.base.held_out["retain_rougeL"].value for study in seeds)
+    title = f"Attainment on {config.backbone}, {config.trials} trials, {config.seeds} seed(s)"
+    files = write_attainment(output, title, surfaces(fronts, labels), (0.0, base / 2), (0.0, base))
+    write_settings(
+        output / "settings.json", config.backbone, chosen_settings(found, config.retain_drop)
+    )
+    write_atomically(output / "comparison.csv", _csv(listed))
+    write_atomically(output / "comparison.md", _report(config, listed).encode())
+    summary = {
+        "config": config,
+        **provenance(),
+        "interrupted": False,
+        "verdict": verdict(listed),
+        "held_out_hypervolume": {s.method: list(s.held_out) for s in listed},
+        "reference_point": {s.seed: list(s.reference("held_out")) for s in seeds},
+        "files": [*files, "settings.json", "comparison.csv", "comparison.md", "comparison.json"],
+    }
+    write_study(output / "comparison.json", summary)
+    return summary
+
+
+def _csv(listed: Sequence[Standing]) -> bytes:
+    lines = ["method,measure,mean,low,high,seeds"]
+    for standing in listed:
+        measures = {"hypervolume_search": standing.search, "hypervolume_held_out": standing.volume}
+        if standing.lead is not None:
+            measures["vgid_lead_held_out"] = standing.lead
+        for score in (*PICK_SCORES, "forget_reduction_share", "retain_drop"):
+            measures[f"pick_{score}"] = standing.pick(score)
+        for name, value in measures.items():
+            numbers = [value.mean, value.low, value.high]
+            known = [value.n > 0, value.n > 1, value.n > 1]
+            cells = [as_text(v if k else None) for v, k in zip(numbers, known, strict=True)]
+            lines.append(",".join([standing.method, name, *cells, str(value.n)]))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _report(config: CompareConfig, listed: Sequence[Standing]) -> str:
+    volume_rows = tuple(
+        (
+            METHOD_LABELS[s.method][0],
+            str(s.volume),
+            str(s.search),
+            "–" if s.lead is None else str(s.lead),
+        )
+        for s in listed
+    )
+    volumes = Grid(
+        "Hypervolume",
+        ("method", "held-out questions", "search questions", "VGID's lead, held-out"),
+        volume_rows,
+        ("Mean over the seeds with its 95 % t interval; the lead is paired within seeds.",),
+    )
+    kept = tuple(
+        (
+            METHOD_LABELS[s.method][0],
+            f"{sum(pick is not None for pick in s.picks)} of {len(s.picks)}",
+            *(str(s.pick(name)) for name in ("forget_reduction_share", "retain_drop")),
+            *(str(s.pick(name)) for name in ("forget_rougeL", "test_rougeL", "forget_cloze")),
+        )
+        for s in listed
+    )
+    picks = Grid(
+        f"Each method's best point at a retain drop of at most {config.retain_drop:g}",
+        ("method", "seeds with one", "forget ROUGE-L gone, share", "retain drop",
+         "forget ROUGE-L", "test ROUGE-L", "forget cloze"),
+        kept,
+        ("Chosen on the search questions, scored on the held-out ones, where the drop may be "
+         "larger.",),
+    )  # fmt: skip
+    return "\n".join(
+        [
+            f"# Methods on {config.backbone}, each with {config.trials} trials",
+            "",
+            verdict(listed),
+            "",
+            f"{config.seeds} seed(s), forget ratio {config.forget_ratio} %, sampler "
+            f"{config.sampler}; every study of a seed has the same people, questions and reference "
+            "point (nothing forgotten, half the base's retain ROUGE-L). Ranges that are searched "
+            "stand in search_spaces and differ by method, as their parameters do.",
+            "",
+            volumes.markdown(),
+            picks.markdown(),
+            "![attainment surfaces](attainment.png) [interactive](attainment.html)",
+            "",
+            "settings.json holds one setting a method for `paper_tables.py --settings`.",
+            "",
+        ]
+    )

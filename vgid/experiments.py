@@ -1,0 +1,400 @@
+"""What the paper's tables are made of: one experiment a row and seed, each run once.
+
+An experiment trains a method, or takes the base as it is, and asks the held-out questions plainly,
+under an intervention, or under the reverse prompt. Experiments of one backbone, ratio and seed
+share a ``TrialSession``, and with it base, teacher store and image features; different groups run
+in parallel processes. Each outcome is kept as a file of its own, named by the hash of all that it
+depends on, so a killed run goes on where it was and a second run computes nothing.
+
+Processes are plain ones and not Ray's: groups need no messages, no placement and no scheduler
+beyond a queue, and start within seconds.
+"""
+
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vgid.config import STORE_LIMIT_GB, Config, ForgetRatio, RequestConfig, TrialConfig, parse
+from vgid.errors import InputError
+from vgid.interventions import NoiseType
+from vgid.outputs import write_atomically
+from vgid.prompts import PromptStyle
+from vgid.results import Score
+
+if TYPE_CHECKING:
+    from vgid.trial import TrialSession
+
+FORMAT = 1
+"""Part of every cache key; raised when the same experiment would give other numbers."""
+
+HELD_OUT_SEED_OFFSET = 1
+"""Few-shot people, test poses and bootstrap of the held-out part use another seed than training,
+the same for all rows of a table."""
+
+POLL_S = 0.5
+
+
+class Arm(Config):
+    """What one row of a table does, whatever the backbone, ratio and seed.
+
+    Attributes:
+        trial: trains this; None takes the base as it is.
+        style: unlearning instruction before each question, at inference.
+        noise_type: perturbation of each image, at inference.
+        sigma: of Gaussian noise.
+        reverse: append the reverse-engineering prompt.
+        probe: the benchmark's scores, or what the model makes of the first response token
+            (``vgid.first_tokens``).
+    """
+
+    trial: TrialConfig | None = None
+    style: PromptStyle | None = None
+    noise_type: NoiseType | None = None
+    sigma: float | None = None
+    reverse: bool = False
+    probe: Literal["scores", "first_tokens"] = "scores"
+
+
+class Experiment(Config):
+    """One arm on one backbone, at one forget ratio, with one seed.
+
+    Attributes:
+        backbone: a row of ``vgid.backbones``.
+        forget_ratio: per cent of the people.
+        seed: of the splits of people and questions, few-shot people, noise, and training.
+        arm: what is done.
+    """
+
+    backbone: str
+    forget_ratio: ForgetRatio
+    seed: int = Field(ge=0)
+    arm: Arm
+
+    @property
+    def trial(self) -> TrialConfig | None:
+        """The arm's trial with the experiment's seed."""
+        trial = self.arm.trial
+        return None if trial is None else trial.model_copy(update={"seed": self.seed})
+
+    @property
+    def cost(self) -> int:
+        """Rough work, to start the long ones first: one evaluation is 1."""
+        return 1 if self.arm.trial is None or self.arm.reverse else 3 * self.forget_ratio // 5
+
+
+class Bench(Config):
+    """Where experiments run: data, weights, and what they share.
+
+    Attributes:
+        folder: holds ``outcomes``, ``adapters`` and ``store``.
+        data: benchmark in the MLLMU-Bench layout.
+        model_path: weights in place of the backbone's own.
+        retain_people: retain people that are scored.
+        bootstrap_samples: resamples behind the interval over questions.
+        store_limit_gb: bound on the teacher store, in 10^9 bytes.
+    """
+
+    folder: Path
+    data: Path
+    model_path: str | None = None
+    retain_people: int = Field(50, ge=2)
+    bootstrap_samples: int = Field(1000, ge=100)
+    store_limit_gb: float = Field(STORE_LIMIT_GB, gt=0)
+
+    def request(self, backbone: str, forget_ratio: ForgetRatio, seed: int) -> RequestConfig:
+        """The forget request that all experiments of a group share."""
+        values = self.model_dump(exclude={"folder"})
+        values |= {"backbone": backbone, "forget_ratio": forget_ratio, "seed": seed}
+        return parse(RequestConfig, {**values, "store": self.folder / "store"}, "experiment")
+
+
+class Outcome(Config):
+    """What came of an experiment.
+
+    Attributes:
+        scores: by name (``vgid.evaluation``, ``vgid.first_tokens``); empty if training failed.
+        error: why there are none, in one sentence.
+        seconds: wall time.
+        provenance: data hash and base revision.
+    """
+
+    scores: dict[str, Score] = Field(default_factory=dict)
+    error: str | None = None
+    seconds: float
+    provenance: dict[str, str]
+
+
+class Cache:
+    """Outcomes on disk, by content.
+
+    Args:
+        bench: where.
+        backbones: of the experiments; their weights are hashed once, here.
+
+    Raises:
+        InputError: unknown backbone, weights that cannot be found, or no data.
+    """
+
+    def __init__(self, bench: Bench, backbones: Sequence[str]) -> None:
+        from vgid.backbones import locate, revision_of, spec
+        from vgid.benchmark import Benchmark
+
+        self.bench = bench
+        data = Benchmark.open(bench.data).sha256
+        self.provenance = {
+            name: {
+                "data_sha256": data,
+                "base_revision": revision_of(locate(spec(name), bench.model_path)),
+            }
+            for name in sorted(set(backbones))
+        }
+
+    def path(self, experiment: Experiment) -> Path:
+        """Where the outcome is, or will be."""
+        return self.bench.folder / "outcomes" / f"{self._key(experiment, experiment.arm)}.json"
+
+    def adapter(self, experiment: Experiment) -> Path:
+        """Where the trained adapter is kept; rows that differ after training share it."""
+        trained = Arm(trial=experiment.arm.trial)
+        return self.bench.folder / "adapters" / self._key(experiment, trained)
+
+    def get(self, experiment: Experiment) -> Outcome | None:
+        """The outcome, None if there is none yet.
+
+        Raises:
+            InputError: the file does not hold one.
+        """
+        path = self.path(experiment)
+        try:
+            return Outcome.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            raise InputError(f"{path}: cannot be read; delete it to run it again.") from None
+
+    def put(self, experiment: Experiment, outcome: Outcome) -> None:
+        """Keep an outcome; it appears whole or not at all."""
+        write_atomically(self.path(experiment), outcome.model_dump_json(indent=1).encode())
+
+    def _key(self, experiment: Experiment, arm: Arm) -> str:
+        group = (experiment.backbone, experiment.forget_ratio, experiment.seed)
+        elsewhere = {"data", "store", "store_limit_gb", "model_path", "log_responses"}
+        request = self.bench.request(*group).model_dump(mode="json", exclude=elsewhere)
+        whole = [
+            FORMAT,
+            self.provenance[experiment.backbone],
+            request,
+            experiment.model_copy(update={"arm": arm}).model_dump(mode="json"),
+        ]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> Outcome:
+    """Run one experiment in a session of its group.
+
+    Args:
+        session: of the experiment's backbone, ratio and seed.
+        experiment: what to do.
+        adapter: where its adapter is kept; one that is there is not trained again.
+    """
+    from vgid.first_tokens import first_token_scores
+    from vgid.teacher import Intervention
+
+    started = time.perf_counter()
+    arm, trial = experiment.arm, experiment.trial
+    if trial is not None and not adapter.exists():
+        adapter.parent.mkdir(parents=True, exist_ok=True)
+        result = session.run(trial, adapter.name[:12], adapter)
+        if result.status != "completed":
+            return Outcome(
+                error=result.error or f"training ended as {result.status}",
+                seconds=time.perf_counter() - started,
+                provenance=session.provenance,
+            )
+    seed = experiment.seed + HELD_OUT_SEED_OFFSET
+    intervention = Intervention(arm.noise_type, arm.sigma, arm.style, experiment.seed)
+    if arm.probe == "first_tokens":
+        scores = first_token_scores(session, intervention)
+    else:
+        trained = None if trial is None else adapter
+        scores = session.scores_under("held_out", seed, intervention, arm.reverse, trained)
+    return Outcome(
+        scores=scores,
+        seconds=time.perf_counter() - started,
+        provenance=session.provenance,
+    )
+
+
+def run_experiments(
+    experiments: Sequence[Experiment],
+    bench: Bench,
+    processes: int = 2,
+    console: Console | None = None,
+) -> dict[Experiment, Outcome]:
+    """The outcome of each experiment, run or taken from the cache.
+
+    Args:
+        experiments: in any order, repetitions allowed.
+        bench: where they run and what is kept.
+        processes: groups at a time, each in a process with one thread; 1 runs them here. On a
+            machine with GPUs process i takes the i-th, so ask for one a GPU.
+        console: where progress is shown, stderr if None.
+
+    Raises:
+        InputError: bad input of any experiment; outcomes so far are kept.
+    """
+    wanted = list(dict.fromkeys(experiments))
+    cache = Cache(bench, [experiment.backbone for experiment in wanted])
+    missing = [experiment for experiment in wanted if not cache.path(experiment).exists()]
+    with _progress(cache, wanted, console or Console(stderr=True)) as update:
+        if processes == 1:
+            for group in _groups(missing):
+                _run_group(cache, group, update)
+        elif missing:
+            _run_in_processes(cache, _groups(missing), processes, update)
+    found = {experiment: cache.get(experiment) for experiment in wanted}
+    return {experiment: outcome for experiment, outcome in found.items() if outcome is not None}
+
+
+def _groups(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
+    """Experiments that share a session, the group with most work first.
+
+    Within a group what is trained comes first, so that a row of the same adapter finds it there.
+    """
+
+    def group(experiment: Experiment) -> tuple[str, int, int]:
+        return experiment.backbone, experiment.forget_ratio, experiment.seed
+
+    groups = [list(members) for _, members in groupby(sorted(experiments, key=group), group)]
+    for members in groups:
+        members.sort(key=lambda experiment: experiment.arm.reverse)
+    return sorted(groups, key=lambda members: -sum(e.cost for e in members))
+
+
+def _run_group(
+    cache: Cache, group: Sequence[Experiment], update: Callable[[], None] | None = None
+) -> None:
+    """Run experiments of one session, those that nobody has run meanwhile."""
+    from vgid.trial import TrialSession
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    session: TrialSession | None = None
+    for experiment in group:
+        if cache.path(experiment).exists():
+            continue
+        if session is None:
+            shared = experiment.backbone, experiment.forget_ratio, experiment.seed
+            session = TrialSession(cache.bench.request(*shared))
+        cache.put(experiment, measure(session, experiment, cache.adapter(experiment)))
+        if update is not None:
+            update()
+    del session
+    gc.collect()  # the model before the next group's is loaded
+
+
+def _run_in_processes(
+    cache: Cache,
+    groups: Sequence[Sequence[Experiment]],
+    processes: int,
+    update: Callable[[], None],
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(
+        min(processes, len(groups)), context, _start_worker, (context.Value("i", 0),)
+    )
+    try:
+        pending = {pool.submit(_run_group, cache, group) for group in groups}
+        while pending:
+            done, pending = wait(pending, POLL_S, FIRST_COMPLETED)
+            update()
+            for future in done:
+                future.result()
+    except BaseException as error:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise InputError(
+                "a process of the experiments died, perhaps for lack of memory; lower --processes "
+                "and repeat the command, which goes on from here."
+            ) from None
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(started: Any) -> None:
+    """One thread a process, its own GPU where there are several, and no life after the parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # killed: the pool would wait for more work forever
+
+    threading.Thread(target=follow, daemon=True).start()
+    with started.get_lock():
+        number = started.value
+        started.value += 1
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    import torch
+
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+@contextmanager
+def _progress(
+    cache: Cache, experiments: Sequence[Experiment], console: Console
+) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal, elsewhere a line now and then; yields what brings it up to date.
+
+    The cache is where finished experiments show, so processes need not report.
+    """
+    total = len(experiments)
+
+    def count() -> int:
+        return sum(cache.path(experiment).exists() for experiment in experiments)
+
+    at_start = count()
+    if not console.is_terminal:
+        console.print(f"{total} experiments, {at_start} of them from the cache", highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    with bar:
+        task = bar.add_task("Experiments", total=total, completed=at_start)
+        last = at_start
+
+        def update() -> None:
+            nonlocal last
+            now = count()
+            bar.update(task, completed=now)
+            if not console.is_terminal and (
+                now - last >= max(1, total // 20) or last < now == total
+            ):
+                last = now
+                console.print(f"{now} of {total} experiments", highlight=False)
+
+        yield update

@@ -1,0 +1,90 @@
+"""What a model makes of the first token of its response: the paper's figure 2 as numbers.
+
+The paper shows logits of sensitive tokens ("software", "engineer") beside those of safe ones
+("sorry", "know") for one question. Here, for every fill-in question about the forget people's
+portraits (its answer is the value itself, so its first token is the first response token):
+
+- sensitive: the first token of the true answer;
+- safe: the first tokens of the refusals of ``vgid.prompts.REFUSALS``.
+
+Shape legend: N questions, D hidden width, V vocabulary, S distinct safe tokens.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from vgid.backbones import Backbone
+from vgid.encoding import Query, encode, response_ids
+from vgid.metrics import bootstrap_interval
+from vgid.packing import response_hidden
+from vgid.profiles import Person
+from vgid.prompts import REFUSALS, cloze_text
+from vgid.results import Score
+from vgid.teacher import Intervention, intervene
+
+if TYPE_CHECKING:
+    from vgid.trial import TrialSession
+
+CHUNK = 64
+
+
+def first_token_scores(session: "TrialSession", intervention: Intervention) -> dict[str, Score]:
+    """Mean logit and probability of sensitive and safe tokens of the base under an intervention.
+
+    Args:
+        session: whose base and forget people.
+        intervention: what is done to image and question.
+
+    Returns:
+        ``sensitive_logit``, ``safe_logit`` (mean over the safe tokens, both relative to the mean
+        logit of the vocabulary, since softmax leaves a constant open), ``sensitive_probability``
+        and ``safe_probability`` (sum over the safe tokens), each a mean over the questions.
+    """
+    request = session.request
+    values = _first_token_values(session.backbone, session.people.forget, intervention)
+    groups = [person for person, _ in values]
+    return {
+        name: bootstrap_interval(
+            [value[name] for _, value in values], groups, request.bootstrap_samples, request.seed
+        )
+        for name in ("sensitive_logit", "safe_logit", "sensitive_probability", "safe_probability")
+    }
+
+
+@torch.no_grad()
+def _first_token_values(
+    backbone: Backbone, people: Sequence[Person], intervention: Intervention
+) -> list[tuple[str, dict[str, float]]]:
+    from vgid.benchmark import decode_image
+
+    asked: list[tuple[str, Query, int]] = []
+    for person in people:
+        image = decode_image(person.images[0], f"the image of person {person.id}")
+        for question in person.questions:
+            if question.task == "cloze" and question.form == "image":
+                query = Query(question.id, cloze_text(question.text), image)
+                asked.append((person.id, query, response_ids(backbone, question.answer)[0]))
+    safe_S = sorted({response_ids(backbone, refusal)[0] for refusal in REFUSALS})
+    found = []
+    for start in range(0, len(asked), CHUNK):
+        chunk = asked[start : start + CHUNK]
+        prompts = encode(
+            backbone, intervene(backbone, [query for _, query, _ in chunk], intervention)
+        )
+        # One response token each: its predicting state is the first position's.
+        hidden_ND = response_hidden(backbone, prompts, [[token] for _, _, token in chunk])
+        logits_NV = backbone.model.lm_head(hidden_ND.to(backbone.device)).float()
+        centred_NV = logits_NV - logits_NV.mean(dim=-1, keepdim=True)
+        probabilities_NV = logits_NV.softmax(dim=-1)
+        for n, (person_id, _, sensitive) in enumerate(chunk):
+            safe = [token for token in safe_S if token != sensitive]
+            values = {
+                "sensitive_logit": float(centred_NV[n, sensitive]),
+                "safe_logit": float(centred_NV[n, safe].mean()),
+                "sensitive_probability": float(probabilities_NV[n, sensitive]),
+                "safe_probability": float(probabilities_NV[n, safe].sum()),
+            }
+            found.append((person_id, values))
+    return found

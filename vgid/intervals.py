@@ -1,0 +1,44 @@
+"""The interval of a mean over seeds, as the tables, the claims and the comparison use it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over ``n`` seeds with its 95 % interval; NaN bounds where ``n`` is below 2."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "none"
+        if self.n == 1:
+            return f"{self.mean:.3f}"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def t_interval(values: Sequence[float | None]) -> Interval:
+    """Student's t interval of a mean: mean ± t(0.975, n - 1) · s / sqrt(n).
+
+    Paired comparisons are intervals of the differences within each seed.
+
+    Args:
+        values: one number a seed; None and NaN where a seed has none, which are left out.
+    """
+    found = [value for value in values if value is not None and math.isfinite(value)]
+    n = len(found)
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    mean = math.fsum(found) / n
+    if n == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    from scipy.stats import t
+
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (n - 1))
+    reach = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return Interval(mean, mean - reach, mean + reach, n)

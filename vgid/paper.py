@@ -1,0 +1,126 @@
+"""The numbers that the VGID paper (arXiv 2606.00105) prints, as typed rows.
+
+``paper_tables.csv`` holds Tables 1 to 6, 8 and 9 cell by cell, percentages as shares. Table 7, the
+baselines' training settings, is ``TABLE_7``.
+"""
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+COLUMNS: dict[str, str] = {
+    "forget_cloze": "forget_cloze",
+    "forget_class": "forget_classification",
+    "forget_rougeL": "forget_rougeL",
+    "test_cloze": "test_cloze",
+    "test_class": "test_classification",
+    "test_rougeL": "test_rougeL",
+    "retain_cloze": "retain_cloze",
+    "retain_class": "retain_classification",
+    "retain_rougeL": "retain_rougeL",
+    "forget_bleu": "forget_bleu",
+    "test_bleu": "test_bleu",
+}
+"""Columns of the file, and the score of ``vgid.evaluation`` that each is."""
+
+PAPER_BACKBONES = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "Qwen2.5-VL-3B")
+
+TABLE_7: dict[str, str | float | int] = {
+    "optimizer": "AdamW",
+    "learning_rate": 2e-5,
+    "batch_size": 4,
+    "epochs": 1,
+    "max_sequence_length": 384,
+}
+"""Table 7: the baselines' training settings, the same in its columns for all three backbones."""
+
+MIXED_PEOPLE = (
+    "The paper's rows do not share their people: judging by their resolution its retain columns "
+    "mix subsets of about 100, 199 and 473 people from row to row, and its few-shot people were "
+    "drawn without a seed from the evaluated split. So a difference between two of its retain "
+    "numbers need not be a difference between two methods. Here every row of a table, within a "
+    "seed, has the same forget, test, retain and few-shot people and the same questions."
+)
+"""What a reader must know before comparing the paper's numbers with each other or with ours."""
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """One row of one of the paper's tables.
+
+    Attributes:
+        table: 1 to 6, 8 or 9.
+        backbone: as the paper names it, one of ``PAPER_BACKBONES``.
+        forget_ratio: per cent of the people.
+        setting: block of the table, such as ``w/ Reverse Attack``; empty where it has none.
+        method: the row's name in the paper.
+        scores: what it prints, by our score names; cells that it lacks are left out.
+    """
+
+    table: int
+    backbone: str
+    forget_ratio: int
+    setting: str
+    method: str
+    scores: Mapping[str, float]
+
+
+@cache
+def paper_rows() -> tuple[PaperRow, ...]:
+    """All rows, in the order of the paper."""
+    text = files("vgid").joinpath("paper_tables.csv").read_text(encoding="utf-8")
+    return tuple(
+        PaperRow(
+            table=int(row["table"]),
+            backbone=row["backbone"],
+            forget_ratio=int(row["forget_ratio_percent"]),
+            setting=row["setting"],
+            method=row["method"],
+            scores={ours: float(row[name]) for name, ours in COLUMNS.items() if row[name]},
+        )
+        for row in csv.DictReader(io.StringIO(text))
+    )
+
+
+def paper_row(table: int, backbone: str, method: str, setting: str = "") -> PaperRow | None:
+    """One row by its names in the paper, None if the paper does not have it."""
+    for row in paper_rows():
+        if (row.table, row.backbone, row.method, row.setting) == (table, backbone, method, setting):
+            return row
+    return None
+
+
+def closest_backbone(name: str, table: int) -> str:
+    """The paper's backbone that one of ours stands beside in a table.
+
+    A backbone of the paper stands beside itself where the table has it; another, such as an
+    embedded one, beside the one of its architecture, else beside LLaVA-1.5-7B, which every table
+    has.
+
+    Args:
+        name: a row of ``vgid.backbones``.
+        table: number of the table.
+    """
+    folded = name.lower()
+    wanted = next((p for p in PAPER_BACKBONES if p.lower() == folded), None)
+    if wanted is None and "qwen" in folded:
+        wanted = "Qwen2.5-VL-3B"
+    there = {row.backbone for row in paper_rows() if row.table == table}
+    return wanted if wanted in there and wanted is not None else "LLaVA-1.5-7B"
+
+
+def repeated_rows() -> list[tuple[PaperRow, PaperRow]]:
+    """Pairs of rows for different backbones that agree in all of at least nine cells.
+
+    Two models do not agree in nine numbers by chance, so one of the two is a copy.
+    """
+    full = [row for row in paper_rows() if len(row.scores) >= 9]
+    return [
+        (a, b)
+        for i, a in enumerate(full)
+        for b in full[i + 1 :]
+        if a.backbone != b.backbone and dict(a.scores) == dict(b.scores)
+    ]

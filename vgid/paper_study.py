@@ -1,0 +1,260 @@
+"""The paper's tables, figures and claims in one run: ``studies/paper_tables.py``.
+
+What every table needs is put together, run once (``vgid.experiments``), and written as one CSV and
+one Markdown file a table, the figures, ``claims.md``, and an index as Markdown and as one page.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import get_args
+
+from rich.console import Console
+
+from vgid import backbones
+from vgid.claims import Judgement, claims_markdown, judge_all
+from vgid.config import Method, TrialConfig, parse
+from vgid.errors import InputError
+from vgid.experiments import Bench, Experiment, Outcome, run_experiments
+from vgid.outputs import write_atomically, write_study
+from vgid.paper import MIXED_PEOPLE, closest_backbone, repeated_rows
+from vgid.paper_arguments import PaperConfig
+from vgid.settings import default_trials, prepare_data, read_settings
+from vgid.summary import provenance
+from vgid.table_figures import (
+    FIRST_TOKEN_ARMS,
+    first_token_experiment,
+    first_tokens,
+    pictures,
+    write_picture,
+)
+from vgid.tables import COMPARISONS, FilledTable, Table, as_csv, as_grid, fill, table_7, tables
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 90rem; margin: 2rem auto }
+body { padding: 0 1rem }
+table { border-collapse: collapse; font-size: 13px }
+td, th { border-bottom: 1px solid #e6e9ed; padding: .3rem .6rem; text-align: left }
+td, th { white-space: nowrap }
+img { max-width: 100% }
+.scroll { overflow-x: auto }
+"""
+
+
+@dataclass(frozen=True)
+class PaperTables:
+    """What a run found.
+
+    Attributes:
+        filled: every table of every backbone.
+        judgements: every claim on every backbone.
+        files: names of the files in the output folder.
+        ran: experiments that were run now; the others came from the cache.
+    """
+
+    filled: tuple[FilledTable, ...]
+    judgements: tuple[Judgement, ...]
+    files: tuple[str, ...]
+    ran: int
+
+
+def run_paper_tables(config: PaperConfig, console: Console | None = None) -> PaperTables:
+    """Run, or take from the cache, what the tables need, and write them.
+
+    Raises:
+        InputError: bad input, told before anything runs where it can be checked.
+    """
+    started = time.monotonic()
+    if config.model_path is not None and len(config.backbones) > 1:
+        raise InputError(
+            "--model-path: names the weights of one backbone and --backbone names several; "
+            "run them one by one."
+        )
+    trials = {name: _trials(config, name) for name in config.backbones}
+    chosen = {
+        name: [t for n, t in tables(trials[name]).items() if n in config.tables]
+        for name in config.backbones
+    }
+    for name in config.backbones:
+        backbones.locate(backbones.spec(name), config.model_path)
+    data = prepare_data(config.backbones, config.data, config.output)
+    shared = config.model_dump(include={"model_path", "retain_people", "bootstrap_samples"})
+    bench = parse(Bench, {**shared, "folder": config.output / "cache", "data": data}, "tables")
+    needed = _experiments(config, chosen)
+    kept = {path.name for path in (bench.folder / "outcomes").glob("*.json")}
+    outcomes = run_experiments(needed, bench, config.processes, console)
+    now = {path.name for path in (bench.folder / "outcomes").glob("*.json")}
+    ran = len(now - kept)
+
+    seeds = range(config.seeds)
+    filled = [fill(table, name, seeds, outcomes) for name, ts in chosen.items() for table in ts]
+    printed = {name: closest_backbone(name, 3) for name in config.backbones}
+    every = tables({m: parse(TrialConfig, {"method": m}, "default") for m in get_args(Method)})
+    judgements = judge_all(filled, every, printed)
+    files = _write(config, filled, judgements, outcomes, trials)
+    summary = {
+        "config": config,
+        **provenance(),
+        "settings": {name: dict(by) for name, by in trials.items()},
+        "base": {e.backbone: o.provenance for e, o in outcomes.items()},
+        "experiments": len(outcomes),
+        "experiments_run": ran,
+        "experiment_s": sum(outcome.seconds for outcome in outcomes.values()),
+        "wall_s": time.monotonic() - started,
+        "files": files,
+    }
+    write_study(config.output / "tables.json", summary)
+    return PaperTables(tuple(filled), tuple(judgements), (*files, "tables.json"), ran)
+
+
+def _trials(config: PaperConfig, backbone: str) -> dict[Method, TrialConfig]:
+    methods: tuple[Method, ...] = config.methods or get_args(Method)
+    tuned: dict[Method, TrialConfig] = {}
+    for path in config.settings:
+        of, settings = read_settings(path)
+        if of not in config.backbones:
+            raise InputError(
+                f"{path}: backbone: the settings are meant for '{of}', which --backbone does not "
+                "name; add it or leave the file out."
+            )
+        if of == backbone:
+            tuned |= settings
+    rest = [method for method in methods if method not in tuned]
+    found = {**default_trials(backbone, rest), **tuned}
+    return {method: found[method] for method in methods}
+
+
+def _experiments(config: PaperConfig, chosen: Mapping[str, Sequence[Table]]) -> list[Experiment]:
+    found = []
+    for name, of_backbone in chosen.items():
+        for seed in range(config.seeds):
+            for table in of_backbone:
+                found += [table.experiment(row, name, seed) for row in table.rows]
+            if 2 in config.tables:
+                arms = FIRST_TOKEN_ARMS.values()
+                found += [first_token_experiment(name, arm, seed) for arm in arms]
+    return found
+
+
+def _write(
+    config: PaperConfig,
+    filled: Sequence[FilledTable],
+    judgements: Sequence[Judgement],
+    outcomes: Mapping[Experiment, Outcome],
+    trials: Mapping[str, Mapping[Method, TrialConfig]],
+) -> list[str]:
+    output, files = config.output, []
+    grids = []
+    for number in config.tables:
+        mine = [table for table in filled if table.table.number == number]
+        if number == 7:
+            of_number = [table_7(name, trials[name]) for name in config.backbones]
+        else:
+            of_number = [as_grid(table) for table in mine]
+            write_atomically(output / f"table_{number}.csv", as_csv(mine))
+            files.append(f"table_{number}.csv")
+        text = "\n".join(grid.markdown() for grid in of_number)
+        write_atomically(output / f"table_{number}.md", text.encode())
+        files.append(f"table_{number}.md")
+        grids += of_number
+    images = []
+    for name in config.backbones:
+        drawn = pictures(filled, name)
+        if 2 in config.tables:
+            drawn.insert(0, first_tokens(name, range(config.seeds), outcomes))
+        for picture in drawn:
+            stem = f"figure_{picture.number}_{name}"
+            files += write_picture(output, stem, picture)
+            images.append((picture.title, stem))
+    embedded = [name for name in config.backbones if backbones.spec(name).embedded]
+    claims = claims_markdown(judgements, embedded)
+    write_atomically(output / "claims.md", claims.encode())
+    notes = _notes(config, filled, outcomes)
+    index = ["# The paper's tables", "", *(f"- {note}" for note in notes), "",
+             "Claims: [claims.md](claims.md)", ""]  # fmt: skip
+    index += [grid.markdown() for grid in grids]
+    index += [f"![{title}]({stem}.png) [interactive]({stem}.html)\n" for title, stem in images]
+    write_atomically(output / "index.md", "\n".join(index).encode())
+    page = _page(notes, [grid.html() for grid in grids], images, judgements)
+    write_atomically(output / "index.html", page.encode())
+    return [*files, "claims.md", "index.md", "index.html"]
+
+
+def _notes(
+    config: PaperConfig, filled: Sequence[FilledTable], outcomes: Mapping[Experiment, Outcome]
+) -> list[str]:
+    """What a reader must know of all tables."""
+    notes = [
+        f"{config.seeds} seed(s), from 0 on. A seed chooses the questions that are held out, the "
+        "retain people that are scored, the few-shot people, noise and training; who is forgotten "
+        "is given by the benchmark. All numbers are of held-out questions with an image.",
+        "Each method runs at one setting, the first point of its section in search_spaces or the "
+        "one given with --settings (Table 7). Settings that were not tuned alike make no fair "
+        "comparison of methods; studies/compare_methods.py does.",
+        "The paper writes preference optimisation as DPO, public code tunes on refusals; both run "
+        "here and stand beside its one PO row.",
+        MIXED_PEOPLE,
+    ]
+    for a, b in repeated_rows():
+        notes.append(
+            f"In the paper, {a.method} in Table {a.table} ({a.backbone}) and in Table {b.table} "
+            f"({b.backbone}) agree in all {len(a.scores)} numbers, so one of them is a copy."
+        )
+    for name in config.backbones:
+        if backbones.spec(name).embedded:
+            notes.append(
+                f"{name} is an embedded backbone on drawn portraits of fictitious people; its "
+                "numbers stand beside the paper's for their order, not their size. The order of "
+                "its raw teachers (Tables 1 and 2) is built in by its training mix. It answers "
+                "multiple choice by option likelihood and without few-shot people."
+            )
+    single = sorted({t.table.number for t in filled if t.table.number not in COMPARISONS.values()})
+    if single:
+        notes.append(
+            f"Tables {', '.join(map(str, single))} are of LLaVA-1.5-7B only in the paper, so its "
+            "numbers stand beside every backbone there."
+        )
+    for experiment, outcome in outcomes.items():
+        if outcome.error is not None and experiment.trial is not None:
+            notes.append(
+                f"Failed: {experiment.trial.method} on {experiment.backbone} at "
+                f"{experiment.forget_ratio} %, seed {experiment.seed}: {outcome.error}"
+            )
+    return notes
+
+
+def _page(
+    notes: Sequence[str],
+    sections: Sequence[str],
+    images: Sequence[tuple[str, str]],
+    judgements: Sequence[Judgement],
+) -> str:
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    verdicts = "".join(
+        f"<tr><td>({j.claim.id}) {escape(j.claim.text)}</td><td>{escape(j.backbone)}</td>"
+        f"<td><b>{j.verdict}</b></td><td>{escape(str(j.interval))}</td></tr>"
+        for j in judgements
+    )
+    pictures = "".join(
+        f'<h3>{escape(title)}</h3><a href="{stem}.html"><img src="{stem}.png" '
+        f'alt="{escape(title)}"></a>'
+        for title, stem in images
+    )
+    tables_html = "".join(f'<div class="scroll">{section}</div>' for section in sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<title>The paper's tables</title>
+<style>{STYLE}</style>
+<h1>The paper's tables</h1>
+<ul>{listed}</ul>
+<h2>Claims</h2>
+<p>What each statistic is stands in <a href="claims.md">claims.md</a>.</p>
+<div class="scroll"><table>{verdicts}</table></div>
+<h2>Tables</h2>
+{tables_html}
+<h2>Figures</h2>
+{pictures}
+</html>
+"""

@@ -1,0 +1,97 @@
+"""What tables and comparisons start from: the benchmark to use, and each method's setting."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vgid.config import Config, Method, TrialConfig, parse
+from vgid.errors import InputError
+from vgid.outputs import write_study
+
+
+class Settings(Config):
+    """A settings file: one setting a method, tuned on one backbone.
+
+    Attributes:
+        backbone: which.
+        methods: fields of ``TrialConfig`` by method; those left out keep their defaults.
+    """
+
+    backbone: str
+    methods: dict[Method, dict[str, Any]]
+
+
+def prepare_data(backbones: Sequence[str], data: Path | None, folder: Path) -> Path:
+    """The benchmark to use: the one given, or the embedded backbones' own, written once.
+
+    Raises:
+        InputError: none is given and a backbone has none of its own.
+    """
+    from vgid.backbones import spec
+
+    if data is not None:
+        return data.expanduser().absolute()
+    for name in backbones:
+        if not spec(name).embedded:
+            raise InputError(
+                f"--data: {name} has no benchmark of its own; name a folder in the MLLMU-Bench "
+                "layout with --data."
+            )
+    own = folder / "data"
+    if not own.exists():
+        from vgid.synthetic import write_benchmark
+
+        write_benchmark(own, progress=sys.stderr.isatty())
+    return own
+
+
+def default_trials(backbone: str, methods: Sequence[Method]) -> dict[Method, TrialConfig]:
+    """Each method's default for a backbone: the first point of its search-space section.
+
+    Raises:
+        InputError: the backbone has no search space, or it lacks a method.
+    """
+    from vgid.search_space import FOLDER, SearchSpace
+
+    found = {}
+    for method in methods:
+        space = SearchSpace.load(FOLDER / f"{backbone}.yaml", backbone, method)
+        point: Mapping[str, Any] = space.first_points[0] if space.first_points else {}
+        found[method] = space.trial_config(point, seed=0)
+    return found
+
+
+def read_settings(path: Path) -> tuple[str, dict[Method, TrialConfig]]:
+    """The backbone and the settings by method of a settings file.
+
+    Raises:
+        InputError: the file cannot be read, or a setting is not valid.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not JSON"
+        raise InputError(f"{path}: cannot be read ({reason}); check --settings.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must be an object with backbone and methods; correct it.")
+    settings = parse(Settings, content, str(path))
+    trials = {
+        method: parse(TrialConfig, {**values, "method": method}, f"{path}: {method}")
+        for method, values in settings.methods.items()
+    }
+    return settings.backbone, trials
+
+
+def write_settings(path: Path, backbone: str, trials: Mapping[Method, TrialConfig]) -> None:
+    """Write a settings file that ``read_settings`` reads.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    methods = {
+        method: trial.model_dump(mode="json", exclude={"method", "seed"}, exclude_defaults=True)
+        for method, trial in trials.items()
+    }
+    write_study(path, {"backbone": backbone, "methods": methods})

@@ -1,0 +1,379 @@
+"""The paper's nine tables: which rows each has, and how its numbers are written down.
+
+A table is rows of ``vgid.experiments.Arm``; it is filled from the outcomes of its experiments, one
+a seed. Every row of a table, within a seed, has the same people and questions.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from vgid.config import ForgetRatio, Method, TrialConfig, parse
+from vgid.experiments import Arm, Experiment, Outcome
+from vgid.intervals import Interval, t_interval
+from vgid.outputs import as_text
+from vgid.paper import TABLE_7, closest_backbone, paper_row
+from vgid.prompts import PromptStyle
+
+METRIC_LABELS = {"cloze": "cloze", "classification": "class", "rougeL": "ROUGE-L", "bleu": "BLEU"}
+ARROWS = {"forget": "↓", "test": "↓", "retain": "↑"}
+
+FORGET_AND_TEST = tuple(
+    f"{split}_{metric}"
+    for split in ("forget", "test")
+    for metric in ("cloze", "classification", "rougeL")
+)
+ALL_NINE = (*FORGET_AND_TEST, "retain_cloze", "retain_classification", "retain_rougeL")
+TEXT_SCORES = ("forget_rougeL", "forget_bleu", "test_rougeL", "test_bleu")
+EXTRA = ("retain_bleu", "forget_memorisation")
+"""Scores that a table does not show and its CSV has, for figure 5 and for suspicion."""
+
+STYLES: dict[PromptStyle, str] = {
+    "declarative": "Declarative",
+    "polite": "Polite",
+    "strict": "Strict Enforcement",
+}
+METHOD_LABELS: dict[Method, tuple[str, str]] = {
+    "ga": ("GA", "GA"),
+    "ga_diff": ("GA_Diff", "GA_Diff"),
+    "kl_min": ("KL_Min", "KL_Min"),
+    "po_dpo": ("PO (DPO)", "PO"),
+    "po_idk": ("PO (refusal tuning)", "PO"),
+    "npo": ("NPO", "NPO"),
+    "rmu": ("RMU", "RMU"),
+    "icu_t": ("ICU-T", "ICU-T"),
+    "noise_t": ("Noise-T", "Noise-T"),
+    "vgid": ("VGID", "Vgid"),
+}
+"""The methods in the order of Table 3: our label, and the paper's name of the row."""
+
+SIGMAS = (0.2, 0.4, 0.6, 0.8)
+REVERSED = "w/ Reverse Attack"
+COMPARISONS: dict[ForgetRatio, int] = {5: 3, 10: 8, 15: 9}
+"""The table that compares all methods, by forget ratio."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        key: its name in code.
+        label: its name in print.
+        paper: its name in the paper.
+        arm: what it runs.
+        setting: block of the table.
+    """
+
+    key: str
+    label: str
+    paper: str
+    arm: Arm
+    setting: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One of the paper's tables, for any backbone.
+
+    Attributes:
+        number: in the paper.
+        title: what it compares.
+        forget_ratio: per cent of the people.
+        metrics: its columns, scores of ``vgid.evaluation``.
+        rows: from top to bottom.
+    """
+
+    number: int
+    title: str
+    forget_ratio: ForgetRatio
+    metrics: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    def experiment(self, row: Row, backbone: str, seed: int) -> Experiment:
+        """The experiment behind a row, for one seed."""
+        return Experiment(backbone=backbone, forget_ratio=self.forget_ratio, seed=seed, arm=row.arm)
+
+
+BASE = Row("base", "Base", "Base", Arm())
+
+
+def tables(trials: Mapping[Method, TrialConfig]) -> dict[int, Table]:
+    """Tables 1 to 6, 8 and 9 with each method's setting; Table 7 has no runs (``table_7``).
+
+    Args:
+        trials: setting of each method; methods that are not there have no row, and Tables 4 and 5
+            vary VGID's.
+    """
+    strict = Row("icu_strict", "Textual (ICU, strict)", "Textual", Arm(style="strict"))
+    visual = Row("visual", "Visual (random noise)", "Visual", Arm(noise_type="random"))
+    dual = Row("dual", "Dual-modal", "Dual-modal", Arm(style="strict", noise_type="random"))
+    instructed = tuple(
+        Row(f"icu_{style}", label, label, Arm(style=style)) for style, label in STYLES.items()
+    )
+    methods = tuple(
+        Row(method, label, paper, Arm(trial=trials[method]))
+        for method, (label, paper) in METHOD_LABELS.items()
+        if method in trials
+    )
+    found = [
+        Table(1, "In-context unlearning by prompt style", 5, TEXT_SCORES, (BASE, *instructed)),
+        Table(2, "Textual, visual and dual-modal intervention", 5, FORGET_AND_TEST,
+            (BASE, strict, visual, dual)),
+        Table(4, "Visual perturbations of VGID's teacher", 5, ALL_NINE, (BASE, *_noises(trials))),
+        Table(5, "Prompt styles of VGID's teacher", 5, ALL_NINE, (BASE, *_styles(trials))),
+        Table(6, "The reverse-engineering prompt", 5, FORGET_AND_TEST, _reversals(trials)),
+    ]  # fmt: skip
+    found += [
+        Table(number, f"All methods at {ratio} % forgotten", ratio, ALL_NINE, (BASE, *methods))
+        for ratio, number in COMPARISONS.items()
+    ]
+    return {table.number: table for table in sorted(found, key=lambda table: table.number)}
+
+
+def _noises(trials: Mapping[Method, TrialConfig]) -> list[Row]:
+    if "vgid" not in trials:
+        return []
+    rows = []
+    for sigma in SIGMAS:
+        trial = _changed(trials["vgid"], noise_type="gaussian", sigma=sigma)
+        rows.append(
+            Row(f"gaussian_{sigma}", f"Gaussian σ = {sigma}", f"gaussian sigma={sigma}",
+                Arm(trial=trial))
+        )  # fmt: skip
+    for noise, label, paper in (
+        ("random", "Random noise", "Random Noise"),
+        ("white", "White", "White"),
+    ):
+        trial = _changed(trials["vgid"], noise_type=noise, sigma=None)
+        rows.append(Row(noise, label, paper, Arm(trial=trial)))
+    return rows
+
+
+def _styles(trials: Mapping[Method, TrialConfig]) -> list[Row]:
+    if "vgid" not in trials:
+        return []
+    paper = {**STYLES, "polite": "Polite Request"}
+    return [
+        Row(style, paper[style], paper[style],
+            Arm(trial=_changed(trials["vgid"], prompt_style=style)))
+        for style in STYLES
+    ]  # fmt: skip
+
+
+def _reversals(trials: Mapping[Method, TrialConfig]) -> tuple[Row, ...]:
+    arms = [("base", "Base", "Base", Arm()), ("icu", "ICU (strict)", "ICU", Arm(style="strict"))]
+    if "vgid" in trials:
+        arms.append(("vgid", "VGID", "Vgid", Arm(trial=trials["vgid"])))
+    plain = [Row(key, label, paper, arm, "w/o Reverse Attack") for key, label, paper, arm in arms]
+    attacked = [
+        Row(f"{key}_reverse", label, paper, arm.model_copy(update={"reverse": True}), REVERSED)
+        for key, label, paper, arm in arms
+    ]
+    return (*plain, *attacked)
+
+
+def _changed(trial: TrialConfig, **update: object) -> TrialConfig:
+    return parse(TrialConfig, {**trial.model_dump(), **update}, "table")
+
+
+@dataclass(frozen=True)
+class FilledTable:
+    """A table of one backbone with its outcomes.
+
+    Attributes:
+        table: which.
+        backbone: whose.
+        seeds: of the outcomes.
+        outcomes: of each row by key, one a seed in the order of ``seeds``.
+    """
+
+    table: Table
+    backbone: str
+    seeds: tuple[int, ...]
+    outcomes: Mapping[str, tuple[Outcome, ...]]
+
+    def values(self, key: str, metric: str) -> list[float | None]:
+        """A score of a row, one value a seed; None where training failed or nothing was asked."""
+        if key not in self.outcomes:
+            return [None] * len(self.seeds)
+        found = [outcome.scores.get(metric) for outcome in self.outcomes[key]]
+        return [None if score is None else score.value for score in found]
+
+    def interval(self, key: str, metric: str) -> Interval:
+        """Mean over the seeds with its t interval."""
+        return t_interval(self.values(key, metric))
+
+    def questions(self, metric: str) -> int:
+        """Questions behind a score of the first row and seed."""
+        (first, *_) = self.outcomes[self.table.rows[0].key]
+        return first.scores[metric].n if metric in first.scores else 0
+
+    def paper(self, row: Row, metric: str) -> float | None:
+        """The paper's number in this cell, of its closest backbone."""
+        found = paper_row(self.table.number, self.paper_backbone, row.paper, row.setting)
+        return None if found is None else found.scores.get(metric)
+
+    @property
+    def paper_backbone(self) -> str:
+        """The paper's backbone that stands beside."""
+        return closest_backbone(self.backbone, self.table.number)
+
+
+def fill(
+    table: Table, backbone: str, seeds: Sequence[int], outcomes: Mapping[Experiment, Outcome]
+) -> FilledTable:
+    """Take a table's outcomes from those of a run."""
+    return FilledTable(
+        table,
+        backbone,
+        tuple(seeds),
+        {
+            row.key: tuple(outcomes[table.experiment(row, backbone, seed)] for seed in seeds)
+            for row in table.rows
+        },
+    )
+
+
+def as_csv(filled: Sequence[FilledTable]) -> bytes:
+    """One line a backbone, row and score: mean, interval, n, the paper's number, every seed's."""
+    seeds = sorted({seed for table in filled for seed in table.seeds})
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ["table", "backbone", "forget_ratio", "setting", "row", "label", "score", "mean", "low",
+         "high", "seeds", "questions", "paper", "paper_backbone", *(f"seed_{s}" for s in seeds)]
+    )  # fmt: skip
+    for table in filled:
+        for row in table.table.rows:
+            for metric in (*table.table.metrics, *EXTRA):
+                mean = table.interval(row.key, metric)
+                by_seed = dict(zip(table.seeds, table.values(row.key, metric), strict=True))
+                cells = [
+                    table.table.number,
+                    table.backbone,
+                    table.table.forget_ratio,
+                    row.setting,
+                    row.key,
+                    row.label,
+                    metric,
+                    *_numbers(mean),
+                    mean.n,
+                    table.questions(metric),
+                    table.paper(row, metric),
+                    table.paper_backbone,
+                    *(by_seed.get(seed) for seed in seeds),
+                ]
+                writer.writerow([as_text(cell) for cell in cells])
+    return text.getvalue().encode()
+
+
+def _numbers(mean: Interval) -> list[float | None]:
+    values = (mean.mean, mean.low, mean.high)
+    known = (mean.n > 0, mean.n > 1, mean.n > 1)
+    return [value if there else None for value, there in zip(values, known, strict=True)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table ready for print: texts in cells, a caption above, notes below."""
+
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        """As a Markdown section."""
+        lines = [f"### {self.caption}", "", _line(self.header)]
+        lines.append(_line(("---",) * len(self.header)))
+        lines += [_line(row) for row in self.rows]
+        return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
+
+    def html(self) -> str:
+        """As an HTML section."""
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.header)
+        body = "\n".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self.rows
+        )
+        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
+        return f"<h3>{escape(self.caption)}</h3>\n{table}\n{notes}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def as_grid(filled: FilledTable) -> Grid:
+    """A table for print: in each cell mean [interval], and the paper's number behind a stroke."""
+    table = filled.table
+    blocks = len({row.setting for row in table.rows}) > 1
+    header = ["Row", *(_heading(metric) for metric in table.metrics)]
+    rows = []
+    for row in table.rows:
+        label = f"{row.label}, {row.setting}" if blocks else row.label
+        cells = []
+        for metric in table.metrics:
+            printed = filled.paper(row, metric)
+            mean = filled.interval(row.key, metric)
+            failed = sum(outcome.error is not None for outcome in filled.outcomes[row.key])
+            text = str(mean) if mean.n else "failed"
+            if failed and mean.n:
+                text += f" ({failed} failed)"
+            cells.append(text + (" / –" if printed is None else f" / {printed:.3f}"))
+        rows.append((label, *cells))
+    n = len(filled.seeds)
+    interval = "with its 95 % t interval" if n > 1 else "(one seed: no interval)"
+    questions = ", ".join(
+        f"{_heading(metric)[:-2]} {filled.questions(metric)}" for metric in table.metrics
+    )
+    notes = (
+        f"Ours / the paper's {filled.paper_backbone}. Ours: mean over {n} seed{'s' * (n > 1)} "
+        f"{interval}, which may reach beyond 0 and 1, on held-out questions. "
+        f"Questions a seed: {questions}.",
+    )
+    return Grid(
+        f"Table {table.number}: {table.title} ({filled.backbone})",
+        tuple(header),
+        tuple(rows),
+        notes,
+    )
+
+
+def _heading(metric: str) -> str:
+    split, _, kind = metric.partition("_")
+    return f"{split} {METRIC_LABELS[kind]} {ARROWS[split]}"
+
+
+def table_7(backbone: str, trials: Mapping[Method, TrialConfig]) -> Grid:
+    """Table 7: the settings that we run beside the paper's for its baselines."""
+    paper = TABLE_7
+    rows = [
+        ("the paper, every baseline", str(paper["optimizer"]), f"{paper['learning_rate']:g}",
+         str(paper["batch_size"]), str(paper["epochs"]), str(paper["max_sequence_length"]),
+         "not given")
+    ]  # fmt: skip
+    plain = {"method", "learning_rate", "batch_size", "epochs", "seed"}
+    for method, (label, _) in METHOD_LABELS.items():
+        if method not in trials:
+            continue
+        trial = trials[method]
+        default = parse(TrialConfig, {"method": method}, "default")
+        other = ", ".join(
+            f"{name} {as_text(value)}"
+            for name, value in trial.model_dump().items()
+            if name not in plain
+            and value is not None
+            and (value != getattr(default, name) or name in ("lora_rank", "alpha"))
+        )
+        rows.append(
+            (label, "AdamW", f"{trial.learning_rate:g}", str(trial.batch_size), str(trial.epochs),
+             "the model's context, never cut", other)
+        )  # fmt: skip
+    header = ("Method", "optimizer", "learning rate", "batch size", "epochs", "max length", "other")
+    notes = ("The paper gives settings for its baselines only, the same on all three backbones.",)
+    return Grid(f"Table 7: training settings ({backbone})", header, tuple(rows), notes)
