@@ -87,7 +87,6 @@ BACKBONES: dict[str, BackboneSpec] = {
     spec.name: spec
     for spec in (
         BackboneSpec("tiny-llava", None, None, LLAVA_FRAME, option_scoring="likelihood"),
-        BackboneSpec("tiny-qwen2.5-vl", None, None, QWEN_FRAME, option_scoring="likelihood"),
         BackboneSpec(
             "llava-1.5-7b",
             "llava-hf/llava-1.5-7b-hf",
