@@ -7,8 +7,8 @@ compared token by token; where two ways of computing the same logits break a nea
 the answer counts as differing, and a difference that is no near tie is an error.
 
 ``tiny-llava`` answers all questions of 10 people of its own benchmark (generation and cloze
-decoded, classification by the likelihood of each option), ``100m`` 7 questions on each of 8
-portraits.
+decoded, classification by the likelihood of each option), ``100m`` 7 questions on each of
+``--portraits`` portraits.
 """
 
 import tempfile
@@ -42,7 +42,7 @@ from vgid.vision import Vision
 
 TARGET = 8.0
 PEOPLE = 10
-PORTRAITS = 8
+PORTRAITS = 2
 BATCH = 128
 """Questions decoded together, as in a study."""
 NEAR_TIE = 1e-3
@@ -215,11 +215,20 @@ def measure(asked: Questions, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print; exit code 0 also where a target is missed."""
-    options = arguments(__doc__).parse_args()
+    parser = arguments(__doc__)
+    parser.add_argument(
+        "--portraits",
+        type=int,
+        choices=range(1, 65),
+        metavar="N",
+        default=PORTRAITS,
+        help="on 100m, 1 to 64 (default 2; a round takes some 15 s for each)",
+    )
+    options = parser.parse_args()
     one_thread()
     found = {}
     for name in models(options.on):
-        asked = tiny_questions() if name == "tiny-llava" else large_questions()
+        asked = tiny_questions() if name == "tiny-llava" else large_questions(options.portraits)
         found[name] = measure(asked, options.rounds)
     both = {"met": all(each["met"] for each in found.values())}
     report({**headline("evaluate", found), **both}, options.json)
