@@ -1,6 +1,7 @@
 """Slots on a real Ray cluster: two nodes of one CPU each on this machine, real trials."""
 
 import logging
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -127,9 +128,9 @@ def test_a_slot_outlives_kills_repeats_itself_and_keeps_its_memory_flat(request_
     assert scores(found["first"][1]) == fresh.metrics
     assert scores(found["again"][1]) == fresh.metrics
     assert weights(tmp_path / "adapters" / "again") == weights(tmp_path / "fresh")
-    # Memory after the first trials have warmed the caches.
+    # Memory after the first trials have warmed the caches; the kernel makes single ones jump.
     memory = [found[f"{n:04d}"][1].result.metrics["rss"] / 2**20 for n in range(20)]
-    assert max(memory[10:]) < max(memory[:10]) + 25
+    assert statistics.median(memory[10:]) < statistics.median(memory[:10]) + 15
 
 
 def test_two_workers_train_a_trial_as_one_does(request_config, tmp_path):
