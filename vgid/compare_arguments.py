@@ -1,16 +1,14 @@
 """The command line of ``studies/compare_methods.py``: flags to a ``CompareConfig``."""
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import Field, field_validator
 
+from vgid.command_line import Parser, exit_code, words
 from vgid.config import Config, ForgetRatio, Method, Sampler, parse
-from vgid.errors import InputError
-from vgid.paper_arguments import Parser, words
 
 
 class CompareConfig(Config):
@@ -61,8 +59,6 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog="compare_methods.py",
         description="Give each method its own study of the same size, and compare the fronts.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = made.add_argument
     add("--output", type=Path, metavar="DIR", required=True, help="folder, new or to go on with")
@@ -94,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 2 after bad input (one sentence on stderr), 130 when interrupted.
     """
-    try:
+
+    def run() -> Mapping[str, Any]:
         values = vars(parser().parse_args(arguments))
         named = values.pop("methods")
         if named != "all":
@@ -103,14 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from vgid.comparison import run_comparison
 
         summary = run_comparison(config)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        summary = {"interrupted": True}
-    if summary["interrupted"]:
-        print("Interrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
-    print(summary["verdict"])
-    print(f"Files in {config.output}: {', '.join(summary['files'])}")
-    return 0
+        if not summary["interrupted"]:
+            print(summary["verdict"])
+            print(f"Files in {config.output}: {', '.join(summary['files'])}")
+        return summary
+
+    return exit_code(run, "Interrupted; the same command goes on from here.")

@@ -2,15 +2,14 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
+from vgid.command_line import Parser, exit_code, words
 from vgid.config import Config, Method, parse
-from vgid.errors import InputError
 
 ALL_TABLES = tuple(range(1, 10))
 
@@ -58,22 +57,12 @@ class PaperConfig(Config):
         return None if path is None else path.expanduser().absolute()
 
 
-class Parser(argparse.ArgumentParser):
-    """Reports a bad command line like any other bad input."""
-
-    def error(self, message: str) -> Any:
-        """Raise instead of printing usage and exiting."""
-        raise InputError(f"command line: {message}; see --help.")
-
-
 def parser() -> argparse.ArgumentParser:
     """The flags of ``studies/paper_tables.py``."""
     made = Parser(
         prog="paper_tables.py",
         description="The nine tables, figures 2 and 4 to 7 and the claims of the VGID paper, run "
         "or taken from the cache in the output folder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = made.add_argument
     add("--output", type=Path, metavar="DIR", required=True, help="folder, new or to go on with")
@@ -110,18 +99,14 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def words(text: str) -> tuple[str, ...]:
-    """Parse a list with commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
         0 when done, 2 after bad input (one sentence on stderr), 130 when interrupted.
     """
-    try:
+
+    def run() -> dict[str, Any]:
         values = vars(parser().parse_args(arguments))
         values["backbones"] = tuple(values.pop("backbone"))
         values["settings"] = tuple(values["settings"])
@@ -129,14 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from vgid.paper_study import run_paper_tables
 
         found = run_paper_tables(config)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
-    for judgement in found.judgements:
-        print(f"({judgement.claim.id}) {judgement.backbone}: {judgement.verdict}, "
-              f"{judgement.interval}")  # fmt: skip
-    print(f"{found.ran} experiments run. Files: {', '.join(found.files)}")
-    return 0
+        for judgement in found.judgements:
+            print(f"({judgement.claim.id}) {judgement.backbone}: {judgement.verdict}, "
+                  f"{judgement.interval}")  # fmt: skip
+        print(f"{found.ran} experiments run. Files: {', '.join(found.files)}")
+        return {}
+
+    return exit_code(run, "Interrupted; the same command goes on from here.")

@@ -2,25 +2,17 @@
 
 import argparse
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from vgid.command_line import Parser, exit_code
 from vgid.config import ForgetRatio, Method, Sampler, StudyConfig, parse
-from vgid.errors import InputError
 
 OUTPUT = Path("runs")
 """Where a study goes if no output folder is named: ``runs/<backbone>-<number>``."""
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that reports a bad command line like any other bad input."""
-
-    def error(self, message: str) -> Any:
-        raise InputError(f"command line: {message}; see --help.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,37 +22,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 when the study is done, 2 after bad input (one sentence on stderr), 130 when a signal
         ended it.
     """
-    try:
+
+    def run() -> Mapping[str, Any]:
         options = parser().parse_args(arguments)
         config = study_config(options)
         if options.dry_run:
             from vgid.plan import make_plan
 
             print("\n".join(make_plan(config).lines()))
-            return 0
+            return {}
         from vgid.study import run_study
 
-        summary = run_study(config, resume=options.resume)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("The study was interrupted; go on with --resume.", file=sys.stderr)
-        return 130
-    if summary["interrupted"]:
-        print("The study was interrupted; go on with --resume.", file=sys.stderr)
-        return 130
-    return 0
+        return run_study(config, resume=options.resume)
+
+    return exit_code(run, "The study was interrupted; go on with --resume.")
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags and what they mean."""
-    made = _Parser(
+    made = Parser(
         prog="pareto_search.py",
         description="Search VGID's hyperparameters for the front between forgetting and retaining: "
         "Ray runs the trials, Optuna proposes them, MLflow keeps them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     defaults = {
         name: field.default

@@ -1,0 +1,56 @@
+"""What the studies' command lines share: one sentence for bad input, and the exit code."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from vgid.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad command line like any other bad input; its help shows the defaults."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> Any:
+        """Raise instead of printing usage and exiting.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"command line: {message}; see --help.")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Parse a list with commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def exit_code(run: Callable[[], Mapping[str, Any]], interrupted: str) -> int:
+    """Run a command and say how it ended.
+
+    Args:
+        run: does the work; its summary says under ``interrupted`` whether a signal ended it.
+        interrupted: what to tell the user then.
+
+    Returns:
+        0 when done, 2 after bad input (one sentence on stderr), 130 when interrupted.
+    """
+    try:
+        stopped = run().get("interrupted", False)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        stopped = True
+    if stopped:
+        print(interrupted, file=sys.stderr)
+        return 130
+    return 0
