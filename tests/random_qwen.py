@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
@@ -12,46 +11,12 @@ from transformers import (
 
 from vgid.backbones import Backbone, spec
 from vgid.embedded_model import corpus
+from vgid.embedded_qwen import END, PAD, SPECIAL, build_tokenizer
 from vgid.qwen_processor import ImageOnlyQwenProcessor
 
-PAD, END = "<|endoftext|>", "<|im_end|>"
-SPECIAL = [
-    PAD,
-    "<|im_start|>",
-    END,
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-VOCABULARY = 1000
 PATCH = 14
 SPATIAL_MERGE = 2
 IMAGE_TOKEN_PIXELS = (PATCH * SPATIAL_MERGE) ** 2
-
-
-def build_tokenizer() -> Any:
-    """Byte-level BPE; like Qwen's it puts nothing in front."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=SPECIAL,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_processor(tokenizer: Any) -> Any:
@@ -121,7 +86,7 @@ def build_model(tokenizer: Any, seed: int, tied: bool) -> Any:
 
 def make_random_qwen(seed: int = 0, tied: bool = True) -> Backbone:
     """qwen2.5-vl-3b's classes with random weights; it ties its embeddings, the 7B does not."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(corpus())
     return Backbone(
         spec("qwen2.5-vl-3b"),
         build_model(tokenizer, seed, tied),
