@@ -72,6 +72,11 @@ class Judgement:
         """By the sign of the interval."""
         return verdict(self.interval)
 
+    @property
+    def measured(self) -> str:
+        """The interval for people to read; a claim whose tables were not run says so."""
+        return str(self.interval) if self.interval.n else "not measured"
+
 
 def verdict(interval: Interval) -> Verdict:
     """Held, not held or undecided, by the sign of an interval."""
@@ -349,7 +354,7 @@ def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) ->
         printed = "–" if judgement.paper is None else f"{judgement.paper:+.3f}"
         lines.append(
             f"| ({judgement.claim.id}) {judgement.claim.text} | {judgement.backbone} | "
-            f"**{judgement.verdict}** | {judgement.interval} | {printed} |"
+            f"**{judgement.verdict}** | {judgement.measured} | {printed} |"
         )
     if len(backbones) > 1:
         names = ", ".join(backbones)

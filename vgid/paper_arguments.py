@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = run_paper_tables(config)
         for judgement in found.judgements:
             print(f"({judgement.claim.id}) {judgement.backbone}: {judgement.verdict}, "
-                  f"{judgement.interval}")  # fmt: skip
+                  f"{judgement.measured}")  # fmt: skip
         print(f"{found.ran} experiments run. Files: {', '.join(found.files)}")
         return {}
 

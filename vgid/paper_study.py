@@ -233,7 +233,7 @@ def _page(
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
     verdicts = "".join(
         f"<tr><td>({j.claim.id}) {escape(j.claim.text)}</td><td>{escape(j.backbone)}</td>"
-        f"<td><b>{j.verdict}</b></td><td>{escape(str(j.interval))}</td></tr>"
+        f"<td><b>{j.verdict}</b></td><td>{escape(j.measured)}</td></tr>"
         for j in judgements
     )
     pictures = "".join(
