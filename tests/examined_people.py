@@ -9,9 +9,7 @@ from PIL import Image
 from vgid.backbones import Backbone, PromptFrame
 from vgid.benchmark import Person, Question
 from vgid.config import RequestConfig
-from vgid.evaluation import (
-    Examination,
-)
+from vgid.examination import Examination
 from vgid.fictitious import (
     classification_questions,
     cloze_questions,

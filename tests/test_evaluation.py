@@ -14,12 +14,8 @@ from tests.examined_people import (
 from vgid.backbones import Backbone
 from vgid.benchmark import Person, split_questions
 from vgid.decoding import greedy_tokens
-from vgid.evaluation import (
-    Evaluation,
-    Examination,
-    evaluate,
-    prepare,
-)
+from vgid.evaluation import Evaluation, evaluate
+from vgid.examination import Examination, prepare
 from vgid.fictitious import (
     make_world,
 )

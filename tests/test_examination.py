@@ -17,7 +17,7 @@ from tests.examined_people import (
 from vgid.backbones import QWEN_FRAME, Backbone
 from vgid.benchmark import Question
 from vgid.errors import InputError
-from vgid.evaluation import (
+from vgid.examination import (
     Examination,
     choose_few_shot,
     few_shot_turns,

@@ -13,7 +13,8 @@ from vgid.benchmark import Benchmark, split_questions
 from vgid.config import Method, RequestConfig, TrialConfig, uses
 from vgid.embedded_model import save
 from vgid.errors import InputError
-from vgid.evaluation import evaluate, prepare
+from vgid.evaluation import evaluate
+from vgid.examination import prepare
 from vgid.results import EpochReport, TrialResult
 from vgid.splits import choose_people, training_samples
 from vgid.synthetic import write_benchmark

@@ -28,7 +28,8 @@ from vgid.content_store import ContentStore, key_of
 from vgid.distillation import DistillationSet, LossNotFiniteError, distill
 from vgid.encoding import Encoded, encode, response_ids
 from vgid.errors import InputError
-from vgid.evaluation import Evaluation, Examination, evaluate, prepare
+from vgid.evaluation import Evaluation, evaluate
+from vgid.examination import Examination, prepare
 from vgid.methods import make_method
 from vgid.prompts import Task
 from vgid.released import distill_released
