@@ -128,7 +128,7 @@ def test_a_slot_outlives_kills_repeats_itself_and_keeps_its_memory_flat(request_
     assert scores(found["first"][1]) == fresh.metrics
     assert scores(found["again"][1]) == fresh.metrics
     assert weights(tmp_path / "adapters" / "again") == weights(tmp_path / "fresh")
-    # Memory after the first trials have warmed the caches; the kernel makes single ones jump.
+    # What the process holds after the first trials have warmed the caches.
     memory = [found[f"{n:04d}"][1].result.metrics["rss"] / 2**20 for n in range(20)]
     assert statistics.median(memory[10:]) < statistics.median(memory[:10]) + 15
 
