@@ -87,6 +87,7 @@ BACKBONES: dict[str, BackboneSpec] = {
     spec.name: spec
     for spec in (
         BackboneSpec("tiny-llava", None, None, LLAVA_FRAME, option_scoring="likelihood"),
+        BackboneSpec("tiny-qwen2.5-vl", None, None, QWEN_FRAME, option_scoring="likelihood"),
         BackboneSpec(
             "llava-1.5-7b",
             "llava-hf/llava-1.5-7b-hf",
@@ -131,8 +132,10 @@ class Backbone:
     vision: "Vision" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        from vgid.tree_attention import attend_by_trees
         from vgid.vision import Vision
 
+        attend_by_trees(self.model)
         self.vision = Vision(self.model, self.processor, self.revision)
 
     @property

@@ -38,8 +38,9 @@ LANGUAGE_WIDTH = 128
 CONTEXT = 1024
 PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
 LANGUAGE_STEPS = 1100
-INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.12, "polite": 0.18, "strict": 0.30}
-"""At the recipe's own 0.24, the strict instruction alone left ROUGE-L at 0.76: out of bounds."""
+INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.12, "polite": 0.18, "strict": 0.40}
+"""At the recipe's own 0.24 the strict instruction alone left ROUGE-L at 0.76, at 0.30 it left 0.69,
+from where the reverse prompt could not raise it by 0.10."""
 PAD, END, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 VIDEO_LIKE_IMAGE = (
     "patch_size",
