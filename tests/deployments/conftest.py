@@ -1,0 +1,74 @@
+"""One small study for all tests of deployments, made as users make it, recorded outside its folder.
+
+``study_folder`` is the study, ``tracking_uri`` the SQLite file that MLflow kept it in, and
+``benchmark_folder`` the data. They are shared by the whole session: tests write elsewhere, or put
+back what they changed.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vgid.synthetic import write_benchmark
+
+ROOT = Path(__file__).parent.parent.parent
+TRIALS = 4
+TIMEOUT_S = 300
+
+SPACE = """
+backbone: tiny-llava
+methods:
+  vgid:
+    parameters:
+      alpha: {low: 0.5, high: 2.0, log: true}
+      noise_type: {choices: [random, white]}
+      prompt_style: strict
+      learning_rate: 2.0e-3
+      epochs: 2
+    first_points:
+      - {alpha: 1.0, noise_type: random}
+      - {alpha: 0.5, noise_type: white}
+"""
+
+
+def run_script(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run ``studies/<name>`` in a fresh process."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.run(
+        [sys.executable, f"studies/{name}", *flags],
+        cwd=ROOT,
+        env=clean | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def benchmark_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("deployments-data") / "data"
+    write_benchmark(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tracking_uri(tmp_path_factory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('deployments-mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def study_folder(tmp_path_factory, benchmark_folder, tracking_uri) -> Path:
+    root = tmp_path_factory.mktemp("deployments-study")
+    (root / "space.yaml").write_text(SPACE)
+    done = run_script(
+        "pareto_search.py",
+        *("--data", str(benchmark_folder), "--search-space", str(root / "space.yaml")),
+        *("--output", str(root / "study"), "--tracking-uri", tracking_uri),
+        *("--trials", str(TRIALS), "--retain-people", "4", "--seed", "3"),
+    )
+    assert done.returncode == 0, done.stderr
+    return root / "study"
