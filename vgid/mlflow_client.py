@@ -41,27 +41,17 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
     Raises:
         InputError: the URI is none, nobody answers there, or the database cannot be opened.
     """
-    # Set before MLflow is imported: no usage reports, no links on the terminal, and a dead server
-    # is noticed soon.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     output = output.expanduser().absolute()
     if uri is None:
         output.mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{output / 'mlflow.db'}"
     http = uri.startswith(("http://", "https://"))
-    shown = re.sub(r"//[^/@]*@", "//", uri)  # no user, no password
-    if http:
-        _check_answers(uri, shown)
+    shown = _shown(uri)
+    _import_quietly(uri)
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError
 
-    # After the import, which sets its own levels: no word about every table that is made.
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         client = MlflowClient(tracking_uri=uri)
         found = client.get_experiment_by_name(backbone)
@@ -88,11 +78,67 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
     return Connection(client, shown, experiment_id)
 
 
+def open_existing(uri: str) -> tuple[Any, str]:
+    """Open a store that is there already, to read from it; creates nothing.
+
+    Returns:
+        The ``mlflow.tracking.MlflowClient``, and the URI without credentials for messages.
+
+    Raises:
+        InputError: no such SQLite file, nobody answers, or the URI is none.
+    """
+    shown = _shown(uri)
+    file = uri.removeprefix("sqlite:///").split("?")[0]
+    if uri.startswith("sqlite:///") and not Path(file).is_file():
+        raise InputError(
+            f"--tracking-uri {shown}: there is no such file; name the study's own MLflow."
+        )
+    _import_quietly(uri)
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        client = MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
+        raise InputError(
+            f"--tracking-uri {shown}: cannot be read ({first_line(error)}); give an MLflow URI "
+            "such as sqlite:////folder/mlflow.db or http://host:5000."
+        ) from None
+    return client, shown
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, short enough to stand inside a sentence."""
     cause = getattr(error, "reason", None) or error  # urllib wraps the operating system's error
     reason = str(getattr(cause, "strerror", None) or cause).strip()
     return reason.splitlines()[0][:200].rstrip(".") if reason else type(error).__name__
+
+
+def _shown(uri: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", uri)  # no user, no password
+
+
+def _import_quietly(uri: str) -> None:
+    """Import MLflow set up for batch work, once an HTTP server has shown that it is there.
+
+    Raises:
+        InputError: nobody answers.
+    """
+    # Set before MLflow is imported: no usage reports, no links on the terminal, and a dead server
+    # is noticed soon.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    if uri.startswith(("http://", "https://")):
+        _check_answers(uri, _shown(uri))
+    import mlflow.tracking  # noqa: F401
+
+    # After the import, which sets its own levels: no word about every table that is made.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _database_folder(uri: str) -> Path | None:

@@ -1,0 +1,193 @@
+"""PEFT adapters as folders: read and checked, copied, and two made one.
+
+Two files make an adapter, ``adapter_config.json`` and ``adapter_model.safetensors``; others are
+refused, pickled weights first of all.
+
+Shape legend: r rank, I inputs and O outputs of a linear map.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vgid.errors import InputError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS)
+
+_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+}
+"""What the settings of plain LoRA may be; anything else adds weights or another scale."""
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """A plain LoRA adapter: each map W of its modules becomes W + scale * B A.
+
+    Attributes:
+        folder: where it was read.
+        config: content of ``adapter_config.json``.
+        tensors: weights by their names in the file.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def rank(self) -> int:
+        """Rank r of every module."""
+        return int(self.config["r"])
+
+    @property
+    def scale(self) -> float:
+        """``lora_alpha`` over rank."""
+        return float(self.config["lora_alpha"]) / self.rank
+
+    @property
+    def targets(self) -> str | tuple[str, ...]:
+        """A regular expression on module paths, or module names in order."""
+        found = self.config["target_modules"]
+        return found if isinstance(found, str) else tuple(sorted(found))
+
+    @cached_property
+    def modules(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """A of shape (r, I) and B of shape (O, r) by module path, in the order of the paths."""
+        sides: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self.tensors.items():
+            match = _NAME.fullmatch(name)
+            if match is None:
+                raise InputError(
+                    f"{self.folder / WEIGHTS}: {name} is no LoRA weight; name another adapter."
+                )
+            sides.setdefault(match["module"], {})[match["side"]] = tensor
+        for module, pair in sides.items():
+            shapes = [tuple(pair[side].shape) if side in pair else () for side in "AB"]
+            if [len(s) for s in shapes] != [2, 2] or not shapes[0][0] == shapes[1][1] == self.rank:
+                raise InputError(
+                    f"{self.folder / WEIGHTS}: {module} has no A and B of rank {self.rank}; name "
+                    "another adapter."
+                )
+        return {module: (sides[module]["A"], sides[module]["B"]) for module in sorted(sides)}
+
+    def check_targets(self, targets: str) -> None:
+        """Every weight belongs to a module that ``targets`` matches: the language model's.
+
+        Vision tower and projector are frozen; servers drop such weights without a word.
+
+        Raises:
+            InputError: a weight of another module.
+        """
+        for module in self.modules:
+            if not re.fullmatch(targets, module):
+                raise InputError(
+                    f"{self.folder / WEIGHTS}: {module} is outside the language model; only an "
+                    f"adapter of modules that match {targets} can be shipped."
+                )
+
+
+def read_adapter(folder: Path) -> LoraWeights:
+    """Read an adapter folder.
+
+    Raises:
+        InputError: a file is missing, damaged or there without need, or it is no plain LoRA.
+    """
+    try:
+        there = sorted(path.name for path in folder.iterdir())
+        config = json.loads((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"{folder}: {CONFIG} or {WEIGHTS} cannot be read ({type(error).__name__}); name a PEFT "
+            "adapter folder with safetensors weights."
+        ) from None
+    surplus = [name for name in there if name not in FILES]
+    if surplus:
+        raise InputError(
+            f"{folder}: {surplus[0]} is no part of an adapter; an adapter folder must hold {CONFIG} "
+            f"and {WEIGHTS} only."
+        )
+    if not isinstance(config, dict) or not {"r", "lora_alpha", "target_modules"} <= config.keys():
+        raise InputError(
+            f"{folder / CONFIG}: is no LoRA configuration; name a PEFT adapter folder."
+        )
+    for key, plain in _PLAIN.items():
+        if config.get(key, plain[0]) not in plain:
+            raise InputError(f"{folder / CONFIG}: {key} is set; only plain LoRA can be shipped.")
+    return LoraWeights(folder, config, tensors)
+
+
+def copy_adapter(source: Path, target: Path, base: str | None, revision: str) -> None:
+    """Copy an adapter into a new folder, and write in what its base is.
+
+    As trained it names the base by a folder of the machine that trained it.
+
+    Args:
+        source: adapter folder.
+        target: new folder.
+        base: the base's hub id, or None where it has none.
+        revision: of the base.
+
+    Raises:
+        InputError: the source is no adapter that can be shipped.
+    """
+    adapter = read_adapter(source)
+    target.mkdir(parents=True)
+    shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+    config = {**adapter.config, "base_model_name_or_path": base, "revision": revision}
+    _write_config(target, config)
+
+
+def concatenate(first: Path, second: Path, target: Path) -> None:
+    """Write the one adapter that does what two on top of each other do.
+
+    B1 A1 s1 + B2 A2 s2 = [s1 B1 | s2 B2] [A1; A2], so rank is the sum of the ranks, and nothing is
+    rounded but the products with the scales (``combination_type="cat"`` of peft).
+
+    Args:
+        first: adapter folder.
+        second: adapter folder of the same modules; its other settings are kept.
+        target: new folder.
+
+    Raises:
+        InputError: a folder is no plain LoRA, or the modules differ.
+    """
+    parts = [read_adapter(folder) for folder in (first, second)]
+    if parts[0].modules.keys() != parts[1].modules.keys():
+        raise InputError(f"{second}: its modules are not those of {first}; keep the LoRA targets.")
+    tensors: dict[str, Tensor] = {}
+    for module in parts[0].modules:
+        pairs = [part.modules[module] for part in parts]
+        prefix = f"base_model.model.{module}.lora_"
+        tensors[f"{prefix}A.weight"] = torch.cat([a_rI for a_rI, _ in pairs])
+        tensors[f"{prefix}B.weight"] = torch.cat(
+            [part.scale * b_Or for part, (_, b_Or) in zip(parts, pairs, strict=True)], dim=1
+        )
+    rank = parts[0].rank + parts[1].rank
+    target.mkdir(parents=True)
+    save_file(tensors, target / WEIGHTS, {"format": "pt"})
+    (target / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner can read
+    _write_config(target, {**parts[1].config, "r": rank, "lora_alpha": rank})
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
