@@ -1,0 +1,276 @@
+"""A study to pick from, out of its folder or out of MLflow alone.
+
+``DIR`` is a study's output folder. ``mlflow:RUN`` is the parent run of a study on a tracking
+server: ``study.json`` and ``front.csv`` are its artifacts, the adapters those of its child runs,
+so the folder may be gone. Either way the front's settings come from ``front.csv`` and are checked
+like any other input, and no path in a file decides what is read.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vgid.adapter_files import FILES
+from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
+from vgid.errors import InputError
+from vgid.outputs import OBJECTIVES, TRIAL_FIELDS
+from vgid.plan import OWN_DATA
+
+MLFLOW = "mlflow:"
+
+
+@dataclass(frozen=True)
+class FrontTrial:
+    """A trial of the front.
+
+    Attributes:
+        trial_id: four digits.
+        config: its setting.
+        point: forget reduction and retain ROUGE-L on the search questions.
+        adapter: folder of its adapter.
+    """
+
+    trial_id: str
+    config: TrialConfig
+    point: tuple[float, float]
+    adapter: Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """A study and its front.
+
+    Attributes:
+        name: as the user wrote it, for messages.
+        study_id: the study's own id.
+        config: what was run.
+        origin: ``git_commit``, ``git_dirty`` and ``versions`` that the study was made with.
+        data_sha256: of its benchmark.
+        base_revision: of its base model.
+        trials: the front, by trial id.
+        folder: the study's folder, None if it is gone.
+        tracking_uri: where the study is recorded.
+    """
+
+    name: str
+    study_id: str
+    config: StudyConfig
+    origin: Mapping[str, Any]
+    data_sha256: str
+    base_revision: str
+    trials: tuple[FrontTrial, ...]
+    folder: Path | None
+    tracking_uri: str
+
+    def request(self, store: Path, data: Path | None, model_path: str | None) -> RequestConfig:
+        """The study's forget request, its benchmark and weights where they are now.
+
+        Args:
+            store: folder of the scores that are kept.
+            data: benchmark folder in place of the study's.
+            model_path: weights in place of the study's.
+
+        Raises:
+            InputError: the benchmark is not where the study had it.
+        """
+        config = self.config
+        place = data or config.data or (self.folder or config.output) / OWN_DATA
+        if not place.is_dir():
+            raise InputError(
+                f"{self.name}: its benchmark {place} is not there; name it with --data."
+            )
+        values = {
+            "backbone": config.backbone,
+            "model_path": model_path or config.model_path,
+            "data": place,
+            "forget_ratio": config.forget_ratio,
+            "store": store,
+            "store_limit_gb": config.store_limit_gb,
+            "seed": config.seed,
+            "retain_people": config.retain_people,
+        }
+        return parse(RequestConfig, values, self.name)
+
+
+def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
+    """Open a study.
+
+    Args:
+        name: a folder, or ``mlflow:`` and the id of a study's parent run.
+        tracking_uri: where ``mlflow:`` runs are; also in place of the folder's own.
+        scratch: empty folder for what MLflow sends.
+
+    Raises:
+        InputError: no study there, one that has not ended, or a file of it is missing or damaged.
+    """
+    if name.startswith(MLFLOW):
+        return _from_mlflow(name, tracking_uri, scratch)
+    folder = Path(name).expanduser().absolute()
+    if not (folder / "study.json").is_file():
+        raise InputError(
+            f"{folder}: holds no study.json; name the output folder of a study that has ended, or "
+            "mlflow:RUN."
+        )
+    summary = _read(folder / "study.json", name)
+    rows = _front(_text(folder / "front.csv", name), f"{folder / 'front.csv'}")
+    trials = [
+        FrontTrial(trial_id, config, point, folder / "adapters" / trial_id)
+        for trial_id, config, point in rows
+    ]
+    source = _source(name, summary, trials, folder, tracking_uri)
+    _check_adapters(source)
+    return source
+
+
+def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
+    import os
+
+    from vgid.mlflow_client import open_existing
+
+    run_id = name.removeprefix(MLFLOW)
+    if re.fullmatch(r"[0-9a-f]{32}", run_id) is None:
+        raise InputError(
+            f"--study {name}: a run id has 32 hexadecimal digits; the study's page in the MLflow "
+            "UI shows it."
+        )
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri is None:
+        raise InputError(f"--study {name}: name its MLflow server with --tracking-uri.")
+    client, shown = open_existing(uri)
+    from mlflow.exceptions import MlflowException
+
+    where = f"--study {name} at {shown}"
+    try:
+        run = client.get_run(run_id)
+    except MlflowException:
+        raise InputError(f"{where}: there is no such run; look it up in the MLflow UI.") from None
+    tags = run.data.tags
+    if tags.get("vgid.kind") != "study":
+        parent = tags.get("mlflow.parentRunId")
+        hint = f"name its study, mlflow:{parent}" if parent else "name a study's run"
+        raise InputError(f"{where}: the run is no study; {hint}.")
+    for artifact in ("study.json", "front.csv"):
+        _download(client, run_id, artifact, scratch, where)
+    summary = _read(scratch / "study.json", where)
+    rows = _front(_text(scratch / "front.csv", where), f"{where}, front.csv")
+    runs = _trial_runs(client, run.info.experiment_id, run_id)
+    trials = []
+    for trial_id, config, point in rows:
+        if trial_id not in runs:
+            raise InputError(f"{where}: trial {trial_id} of its front has no run; restore it.")
+        folder = scratch / trial_id
+        folder.mkdir()
+        for file in FILES:
+            _download(client, runs[trial_id], f"adapter/{file}", folder, where)
+        trials.append(FrontTrial(trial_id, config, point, folder / "adapter"))
+    output = Path(str(summary.get("output", "")))
+    there = (output / "study.json").is_file()
+    same = there and _read(output / "study.json", where).get("study_id") == summary.get("study_id")
+    return _source(name, summary, trials, output if same else None, uri)
+
+
+def _trial_runs(client: Any, experiment_id: str, parent: str) -> dict[str, str]:
+    """Run ids of a study's trials, by trial id."""
+    found: dict[str, str] = {}
+    token: str | None = None
+    while True:
+        page = client.search_runs(
+            [experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", page_token=token
+        )
+        found |= {run.data.tags.get("vgid.trial_id", ""): run.info.run_id for run in page}
+        token = page.token
+        if not token:
+            return found
+
+
+def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    from vgid.mlflow_client import first_line
+
+    try:
+        client.download_artifacts(run_id, artifact, str(folder))
+    except (MlflowException, OSError) as error:
+        raise InputError(
+            f"{where}: artifact {artifact} of run {run_id} cannot be fetched "
+            f"({first_line(error)}); restore it, or name the study's folder."
+        ) from None
+
+
+def _source(
+    name: str,
+    summary: Mapping[str, Any],
+    trials: list[FrontTrial],
+    folder: Path | None,
+    tracking_uri: str | None,
+) -> Source:
+    try:
+        config = parse(StudyConfig, summary["config"], f"{name}: study.json, config")
+        uri = tracking_uri or config.tracking_uri
+        return Source(
+            name=name,
+            study_id=summary["study_id"],
+            config=config,
+            origin={key: summary[key] for key in ("git_commit", "git_dirty", "versions")},
+            data_sha256=summary["data_sha256"],
+            base_revision=summary["base_sha256"],
+            trials=tuple(trials),
+            folder=folder,
+            tracking_uri=uri or f"sqlite:///{(folder or config.output) / 'mlflow.db'}",
+        )
+    except (KeyError, TypeError):
+        raise InputError(
+            f"{name}: study.json is not that of a whole study; finish it with --resume."
+        ) from None
+
+
+def _front(text: str, where: str) -> list[tuple[str, TrialConfig, tuple[float, float]]]:
+    """Id, setting and search scores of each row of ``front.csv``, by id."""
+    rows = []
+    for row in csv.DictReader(io.StringIO(text)):
+        trial_id = row.get("trial_id") or ""
+        if re.fullmatch(r"\d{4,10}", trial_id) is None:
+            raise InputError(f"{where}: a trial_id is no number; restore the file.")
+        values: dict[str, Any] = {name: row[name] for name in TRIAL_FIELDS if row.get(name)}
+        if "train_tasks" in values:
+            values["train_tasks"] = tuple(values["train_tasks"].split("+"))
+        config = parse(TrialConfig, values, f"{where}, trial {trial_id}")
+        try:
+            point = (float(row[OBJECTIVES[0]]), float(row[OBJECTIVES[1]]))
+        except (KeyError, ValueError, TypeError):
+            raise InputError(
+                f"{where}: trial {trial_id} lacks {' or '.join(OBJECTIVES)}; restore the file."
+            ) from None
+        rows.append((trial_id, config, point))
+    return sorted(rows)
+
+
+def _check_adapters(source: Source) -> None:
+    for trial in source.trials:
+        if not trial.adapter.is_dir():
+            raise InputError(
+                f"{trial.adapter}: the adapter of a trial on the front is missing; restore it."
+            )
+
+
+def _read(path: Path, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(_text(path, where))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: study.json is damaged; restore it.")
+    return content
+
+
+def _text(path: Path, where: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no UTF-8"
+        raise InputError(f"{where}: {path.name} cannot be read ({reason}); restore it.") from None
