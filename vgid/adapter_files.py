@@ -123,8 +123,7 @@ def read_adapter(folder: Path) -> LoraWeights:
     surplus = [name for name in there if name not in FILES]
     if surplus:
         raise InputError(
-            f"{folder}: {surplus[0]} is no part of an adapter; an adapter folder must hold {CONFIG} "
-            f"and {WEIGHTS} only."
+            f"{folder}: {surplus[0]} is no part of an adapter; keep {CONFIG} and {WEIGHTS} only."
         )
     if not isinstance(config, dict) or not {"r", "lora_alpha", "target_modules"} <= config.keys():
         raise InputError(

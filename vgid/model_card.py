@@ -1,0 +1,183 @@
+"""The model card of an export: Markdown with the front matter that the Hugging Face hub reads.
+
+It says what was suppressed under which tests, and what was not tested. It never says "erased".
+Subjects and requests stay in ``deployment.yaml``: a card travels further than an audit's record.
+"""
+
+from collections.abc import Iterable
+
+from vgid.backbones import spec
+from vgid.deployment import Deployment
+from vgid.outputs import FURTHER_METRICS, MAIN_METRICS
+from vgid.results import Score
+from vgid.serving import max_lora_rank, serve_adapter, serve_merged, served_name
+
+CARD_SCORES = (*MAIN_METRICS, *FURTHER_METRICS, "forget_classification", "retain_classification")
+HUB_METRICS = {"rougeL": "rouge", "cloze": "accuracy", "classification": "accuracy"}
+"""The hub's names of metrics, by what follows the split in ours."""
+
+
+def model_card(deployment: Deployment) -> str:
+    """The card's text."""
+    return f"---\n{_front_matter(deployment)}\n---\n\n{_body(deployment)}"
+
+
+def _front_matter(deployment: Deployment) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = deployment.data
+    results = [
+        EvalResult(
+            task_type="visual-question-answering",
+            dataset_type="mllmu-bench",
+            dataset_name=f"MLLMU-Bench layout, sha256 {data.sha256[:12]}",
+            dataset_split=f"{name.partition('_')[0]} people, {deployment.scores.part} questions",
+            metric_type=HUB_METRICS[name.rpartition("_")[2]],
+            metric_name=name,
+            metric_value=round(score.value, 4),
+        )
+        for name, score in _chosen(deployment.scores.deployed)
+        if name.rpartition("_")[2] in HUB_METRICS
+    ]
+    card = ModelCardData(
+        base_model=_source(deployment),
+        library_name="peft",
+        pipeline_tag="image-text-to-text",
+        tags=["lora", "machine-unlearning", "vgid", deployment.hyperparameters.method],
+        metrics=sorted({str(result.metric_type) for result in results}),
+        model_name=served_name(deployment),
+        eval_results=results,
+    )
+    return str(card.to_yaml())
+
+
+def _body(deployment: Deployment) -> str:
+    scores, base = deployment.scores, deployment.base
+    people = len(deployment.subjects)
+    source = _source(deployment)
+    tuned = "" if base.model_path is None else ", in a version of one's own,"
+    return "\n".join(
+        [
+            f"# {served_name(deployment)}",
+            "",
+            f"A LoRA adapter under which `{source}`{tuned} no longer tells what it knew of "
+            f"{people} people: **suppressed under these tests**, which are listed below with their "
+            "numbers. The knowledge may still be in the weights, and a test that was not run may "
+            "bring it back. `deployment.yaml` names subjects (pseudonyms) and requests.",
+            "",
+            f"- base: `{source}`, revision `{base.revision}`, measured in {base.precision}",
+            f"- adapter: LoRA of rank {deployment.adapter.rank} and scale "
+            f"{deployment.adapter.scale:g} on the language model; no weight of the vision tower or "
+            "projector",
+            f"- method: {deployment.hyperparameters.method}, trial {deployment.origin.trial_id} of "
+            f"study {deployment.origin.study_id}, picked by {deployment.origin.rule}",
+            *_lineage(deployment),
+            "",
+            "## Measured",
+            "",
+            f"On the {scores.part.replace('_', '-')} questions, means over the seeds "
+            f"{', '.join(map(str, scores.seeds))}; [95 % interval], the envelope over the seeds; n "
+            "is one seed's questions. Lower is better for the forget and test people, higher for "
+            "the retain people.",
+            "",
+            *_table(scores.base, scores.deployed),
+            "",
+            "## Attacks",
+            "",
+            *_attacks(deployment),
+            "",
+            "Not run, so nothing is known of:",
+            "",
+            *(f"- {attack}" for attack in scores.not_run),
+            "",
+            "## Limits",
+            "",
+            "- Suppressed is not erased: `forget_memorisation` is the share of a true answer's "
+            "tokens that the model still predicts when forced along it.",
+            "- Training was on questions with an image. Questions that name the person in text "
+            "only (`_text` in `deployment.yaml`) may be answered as before.",
+            "- The adapter was measured with one prompt frame, greedy decoding and one question a "
+            "prompt; other frames, sampling and longer conversations were not.",
+            "- Merging rounds the weights to the base's dtype, so single answers may differ from "
+            "the adapter's.",
+            f"- {people} people make wide intervals.",
+            "",
+            *_serving(deployment),
+            "",
+            "## Verify",
+            "",
+            "```",
+            "vgid verify . --public-key public.pem    # signature, seal and hashes of this folder",
+            "```",
+            "",
+        ]
+    )
+
+
+def _source(deployment: Deployment) -> str:
+    """The public model that the base is or comes from; the embedded ones go by their name."""
+    return spec(deployment.backbone).hub_id or deployment.backbone
+
+
+def _chosen(scores: dict[str, Score]) -> list[tuple[str, Score]]:
+    names = [name for name in CARD_SCORES if name in scores]
+    return [(name, scores[name]) for name in names]
+
+
+def _lineage(deployment: Deployment) -> list[str]:
+    if deployment.parent is None:
+        return []
+    return [
+        f"- follows the deployment with sha256 `{deployment.parent.sha256}` and keeps its "
+        f"{len(deployment.parent.subjects)} people suppressed; this one adapter holds both"
+    ]
+
+
+def _table(base: dict[str, Score], deployed: dict[str, Score]) -> list[str]:
+    lines = ["| score | n | base | deployed |", "|---|---|---|---|"]
+    for name, score in _chosen(deployed):
+        before = f"{base[name].value:.3f}" if name in base else ""
+        lines.append(f"| {name} | {score.n} | {before} | {_interval(score)} |")
+    return lines
+
+
+def _attacks(deployment: Deployment) -> Iterable[str]:
+    if not deployment.scores.attacks:
+        return ["None was run."]
+    lines = ["| attack | score | n | under it |", "|---|---|---|---|"]
+    for attack in deployment.scores.attacks:
+        for name, score in _chosen(attack.scores) or sorted(attack.scores.items()):
+            lines.append(f"| {attack.name} | {name} | {score.n} | {_interval(score)} |")
+    return lines
+
+
+def _serving(deployment: Deployment) -> list[str]:
+    lines = [
+        "## Serve",
+        "",
+        "From this folder, with vLLM; `chat_template.jinja` is the prompt frame that was measured. "
+        "Both listen on the loopback only. The merged model:",
+        "",
+        "```",
+        serve_merged(deployment),
+        "```",
+        "",
+    ]
+    rank, limit = deployment.adapter.rank, max_lora_rank(deployment.adapter.rank)
+    with_adapter = serve_adapter(deployment)
+    if with_adapter is None:
+        return [*lines, f"vLLM serves no adapter of rank {rank}; serve the merged model."]
+    padded = "" if limit == rank else f"; vLLM pads rank {rank} to it, the next that it knows"
+    known = " (`BASE`: the base's folder)" if "serve BASE" in with_adapter else ""
+    return [
+        *lines,
+        f"The base with the adapter{known}, `--max-lora-rank` {limit}{padded}:",
+        "",
+        "```",
+        with_adapter,
+        "```",
+    ]
+
+
+def _interval(score: Score) -> str:
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"

@@ -1,0 +1,314 @@
+"""Verifies a deployment: that nothing was changed, and that its scores come out again.
+
+In order: the signature if a key is given, the file's seal, the adapter's files, what the record
+says of the adapter, the base's revision, the data's hash; then base and adapter are loaded and the
+recorded questions are put to them again with the recorded seeds. The teacher store of the study
+plays no part: every score is computed anew. ``vgid verify`` does all this in a process of its own.
+
+A base from the hub is known by its commit, and its files are not hashed: who trusts the cache's
+folder names less than its own eyes has the re-scored base for it.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vgid.adapter_files import read_adapter
+from vgid.backbones import locate, revision_of, spec
+from vgid.benchmark import Benchmark
+from vgid.config import Config, RequestConfig, parse
+from vgid.deployment import Deployment, Frame, hash_files, read_deployment
+from vgid.errors import InputError
+from vgid.results import Score
+from vgid.signing import signature_fault
+
+EXPORTED, EXPORTED_ADAPTER = "deployment.yaml", "adapter"
+"""The deployment file and the adapter in an export's folder (``vgid.export``)."""
+
+
+class Check(Config):
+    """One thing that was looked at.
+
+    Attributes:
+        name: what.
+        passed: whether it is as recorded; None if it was not looked at.
+        detail: what was found, in words.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+class ScoreCheck(Config):
+    """One score, measured again.
+
+    Attributes:
+        of: ``base``, ``deployed`` or an attack's name.
+        name: of the score.
+        stated: in the record.
+        found: now; None if the questions are not there any more.
+    """
+
+    of: str
+    name: str
+    stated: Score
+    found: Score | None
+
+    @property
+    def within(self) -> bool:
+        """Whether it is within the stated interval, over as many questions."""
+        found, stated = self.found, self.stated
+        return found is not None and found.n == stated.n and self._inside(found.value)
+
+    @property
+    def equal(self) -> bool:
+        """Whether value and interval are the same bits."""
+        return self.found == self.stated
+
+    def _inside(self, value: float) -> bool:
+        return self.stated.low <= value <= self.stated.high
+
+
+class Verification(Config):
+    """What a verification found.
+
+    Attributes:
+        file: the deployment file.
+        checks: hashes and the like.
+        scores: what was measured again; empty if a check failed before or only hashes were wanted.
+    """
+
+    file: Path
+    checks: tuple[Check, ...]
+    scores: tuple[ScoreCheck, ...] = ()
+
+    @property
+    def verified(self) -> bool:
+        """Whether all that was looked at is as recorded."""
+        failed = any(check.passed is False for check in self.checks)
+        return not failed and all(score.within for score in self.scores)
+
+    @property
+    def bit_equal(self) -> bool | None:
+        """Whether every score is the same to the last bit; None if none was measured."""
+        return all(score.equal for score in self.scores) if self.scores else None
+
+    @property
+    def conclusion(self) -> str:
+        """One sentence."""
+        wrong = [check.name for check in self.checks if check.passed is False]
+        wrong += [f"{score.name} ({score.of})" for score in self.scores if not score.within]
+        if wrong:
+            return f"{self.file}: NOT verified; it differs in {', '.join(wrong)}."
+        if not self.scores:
+            return f"{self.file}: hashes verified; scores were not measured again."
+        bits = "bit for bit" if self.bit_equal else "within their intervals"
+        return f"{self.file}: verified; {len(self.scores)} scores came out again {bits}."
+
+    def print(self, console: Console) -> None:
+        """Show the checks, then the scores that matter first, those that differ among them."""
+        table = Table("check", "", "found")
+        words = {True: "[green]ok[/]", False: "[red]DIFFERS[/]", None: "not checked"}
+        for check in self.checks:
+            table.add_row(check.name, words[check.passed], check.detail)
+        console.print(table)
+        if self.scores:
+            table = Table("of", "score", "n", "recorded", "measured again", "")
+            for score in self.scores:
+                found = score.found
+                state = "[green]ok[/]" if score.within else "[red]DIFFERS[/]"
+                table.add_row(
+                    score.of,
+                    score.name,
+                    str(score.stated.n),
+                    f"{score.stated.value:.4f} \\[{score.stated.low:.4f}, {score.stated.high:.4f}]",
+                    "none" if found is None else f"{found.value:.4f}",
+                    f"{state}, bit-equal" if score.equal else state,
+                )
+            console.print(table)
+
+
+def verify(
+    target: Path,
+    data: Path | None = None,
+    model_path: str | None = None,
+    public_key: Path | None = None,
+    hashes_only: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Verification:
+    """Verify a deployment file, or an export's folder with all its files.
+
+    Args:
+        target: deployment file or export folder.
+        data: benchmark folder; by default the study's own, or the embedded backbone's, made anew.
+        model_path: folder or hub id of the base, where it is not what the file says.
+        public_key: PEM; the signature beside the target must be of this key.
+        hashes_only: leave out what needs the model.
+        tell: shows a line of progress.
+
+    Raises:
+        InputError: something that the verification needs is not there, or the file is not the one
+            that was sealed.
+    """
+    exported = target.is_dir()
+    file = target / EXPORTED if exported else target
+    checks = [_signature(target, public_key)] if public_key is not None else []
+    deployment, sha256 = read_deployment(file)
+    checks.append(Check(name="seal", passed=True, detail=f"sha256 {sha256}"))
+    folder = target / EXPORTED_ADAPTER if exported else deployment.adapter_folder(file)
+    checks += [_adapter_files(deployment, folder), _frame(deployment)]
+    if checks[-2].passed:
+        checks.append(_adapter_settings(deployment, folder))
+    base = locate(spec(deployment.backbone), model_path or deployment.base.model_path)
+    checks.append(_same("base", deployment.base.revision, revision_of(base), "revision"))
+    scores: tuple[ScoreCheck, ...] = ()
+    with _data(deployment, file, data, optional=hashes_only) as benchmark:
+        if benchmark is None:
+            checks.append(Check(name="data", passed=None, detail="name its folder with --data"))
+        else:
+            found = Benchmark.open(benchmark).sha256
+            checks.append(_same("data", deployment.data.sha256, found, "sha256"))
+        if not hashes_only and not any(check.passed is False for check in checks):
+            assert benchmark is not None
+            measured = _measure(deployment, folder, benchmark, model_path, tell)
+            checks.append(measured[0])
+            scores = measured[1]
+    return Verification(file=file, checks=tuple(checks), scores=scores)
+
+
+def request_of(
+    deployment: Deployment, data: Path, store: Path, model_path: str | None = None
+) -> RequestConfig:
+    """The forget request that a deployment answers, as its scores were measured.
+
+    Args:
+        deployment: the record.
+        data: benchmark folder.
+        store: folder of the teacher store.
+        model_path: as for ``verify``.
+    """
+    values = {
+        "backbone": deployment.backbone,
+        "model_path": model_path or deployment.base.model_path,
+        "data": data,
+        "store": store,
+        "forget_ratio": deployment.data.forget_ratio,
+        "retain_people": deployment.data.retain_people,
+        "seed": deployment.data.split_seed,
+    }
+    return parse(RequestConfig, values, "deployment")
+
+
+def _signature(target: Path, public_key: Path) -> Check:
+    fault = signature_fault(target, public_key)
+    return Check(name="signature", passed=fault is None, detail=fault or "of the given key")
+
+
+def _adapter_files(deployment: Deployment, folder: Path) -> Check:
+    recorded, found = deployment.adapter.files, hash_files(folder)
+    below = {path.name: "" for path in folder.iterdir() if not path.is_file()}
+    kinds = {
+        "missing": recorded.keys() - found.keys(),
+        "added": (found.keys() | below.keys()) - recorded.keys(),
+        "changed": {n for n in found.keys() & recorded.keys() if found[n] != recorded[n]},
+    }
+    told = [f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
+    detail = "; ".join(told) or f"{len(recorded)} files with their sha256"
+    return Check(name="adapter files", passed=not told, detail=detail)
+
+
+def _adapter_settings(deployment: Deployment, folder: Path) -> Check:
+    """The adapter is what the record says of it, and the language model's only."""
+    try:
+        adapter = read_adapter(folder)
+        adapter.check_targets(spec(deployment.backbone).lora_targets)
+    except InputError as error:
+        return Check(name="adapter", passed=False, detail=str(error))
+    recorded = deployment.adapter
+    found = (adapter.rank, adapter.scale, adapter.targets)
+    return Check(
+        name="adapter",
+        passed=found == (recorded.rank, recorded.scale, recorded.targets),
+        detail=f"LoRA of rank {found[0]}, scale {found[1]:g}, on the language model only",
+    )
+
+
+def _frame(deployment: Deployment) -> Check:
+    frame = spec(deployment.backbone).frame
+    here = Frame(image=frame.image, text=frame.text, separator=frame.separator)
+    same = here == deployment.frame
+    detail = "as this version has it" if same else "this version has another"
+    return Check(name="prompt frame", passed=same, detail=detail)
+
+
+def _same(name: str, recorded: str, found: str, kind: str) -> Check:
+    if recorded == found:
+        return Check(name=name, passed=True, detail=f"{kind} {found}")
+    return Check(name=name, passed=False, detail=f"{kind} {found}, recorded was {recorded}")
+
+
+@contextmanager
+def _data(
+    deployment: Deployment, file: Path, data: Path | None, optional: bool
+) -> Iterator[Path | None]:
+    """The benchmark: as named, as the study wrote it, or the embedded backbone's made anew."""
+    own = file.absolute().parent.parent / "data"
+    if data is not None or own.is_dir():
+        yield data or own
+    elif optional:
+        yield None
+    elif not spec(deployment.backbone).embedded:
+        raise InputError("--data: name the benchmark folder that the deployment was measured on.")
+    else:
+        from vgid.synthetic import write_benchmark
+
+        with tempfile.TemporaryDirectory(prefix="vgid-verify-") as temporary:
+            made = Path(temporary) / "data"
+            write_benchmark(made)
+            if Benchmark.open(made).sha256 != deployment.data.sha256:
+                raise InputError(
+                    "--data: the deployment was not measured on the backbone's own benchmark; name "
+                    "the folder of the one that it was measured on."
+                )
+            yield made
+
+
+def _measure(
+    deployment: Deployment,
+    folder: Path,
+    data: Path,
+    model_path: str | None,
+    tell: Callable[[str], None],
+) -> tuple[Check, tuple[ScoreCheck, ...]]:
+    """Put the questions to base and adapter again; the dtype is told and never fails."""
+    from vgid.candidates import attacks_of, score_with_seeds
+    from vgid.trial import TrialSession
+
+    recorded = deployment.scores
+    with tempfile.TemporaryDirectory(prefix="vgid-verify-") as store:
+        tell("Loading the base model")
+        session = TrialSession(request_of(deployment, data, Path(store), model_path))
+        tell(f"Scoring the base model, {len(recorded.seeds)} seeds")
+        base = score_with_seeds(session, recorded.seeds, None)
+        tell(f"Scoring the deployed model, {len(recorded.seeds)} seeds")
+        deployed = score_with_seeds(session, recorded.seeds, folder)
+    pairs = [("base", recorded.base, base.plain), ("deployed", recorded.deployed, deployed.plain)]
+    again = {attack.name: attack.scores for attack in attacks_of(deployed)[0]}
+    pairs += [
+        (attack.name, attack.scores, again.get(attack.name, {})) for attack in recorded.attacks
+    ]
+    scores = tuple(
+        ScoreCheck(of=of, name=name, stated=score, found=found.get(name))
+        for of, stated, found in pairs
+        for name, score in stated.items()
+    )
+    dtype = re.sub(r"^torch\.", "", str(session.backbone.model.dtype))
+    same = dtype == deployment.base.precision
+    detail = f"{dtype}, as recorded" if same else f"{dtype}, recorded {deployment.base.precision}"
+    return Check(name="precision", passed=True if same else None, detail=detail), scores
