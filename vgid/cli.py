@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from vgid.cli_deployment import app as deployment_app
 from vgid.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make, fetch or check a benchmark.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(deployment_app)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
