@@ -2,16 +2,17 @@
 
 A portrait's questions share its image and the words in front of theirs; an option follows the same
 question as the other options do. So the samples of a batch are laid out as trees: each token stands
-once, behind the tokens that it continues, and sees its ancestors only (block attention mask).
-Its position is the one that it has in its own sample. Hidden states, losses and gradients equal
-those of separate sequences.
+once, behind the tokens that it continues, and sees its ancestors only. Its position is the one that
+it has in its own sample. Hidden states, losses and gradients equal those of separate sequences.
 
-Several trees lie side by side in a row, and rows are filled to nearly equal length.
+Trees lie side by side in one row, up to its token budget. What a row costs does not grow with its
+length, since attention is computed between tokens of a tree only (``vgid.tree_attention``).
 
 Shape legend: B rows, L tokens of a row, A position axes, N samples, R response tokens over all
 samples, D hidden width.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from vgid.backbones import Backbone
 from vgid.encoding import Encoded
+from vgid.tree_attention import TREES, lay_out
 from vgid.vision import Picture
 
 MAX_ROW_TOKENS = 4096
@@ -37,7 +39,7 @@ class Packed:
         ids_BL: token ids, padded.
         positions_ABL: position ids.
         ends_BL: where the tree below each token ends: it is seen by the tokens from itself up to
-            there. Padding sees itself.
+            there. Padding is a tree without branches at the row's end.
         pictures: the images, in the order of their image tokens.
         rows: row of each sample.
         paths: where each sample's tokens stand in its row, response included.
@@ -94,22 +96,21 @@ def pack(
     """Lay samples out as trees, on the backbone's device.
 
     Args:
-        backbone: whose pad token, width and device are used.
+        backbone: whose pad token and device are used.
         prompts: the samples' prompts.
         responses: token ids of each sample's response, behind its prompt.
         max_row_tokens: token budget of a row.
     """
     answers = [list(r) for r in responses] if responses is not None else [[] for _ in prompts]
     keys = [prompt.identity + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    width = backbone.model.config.get_text_config().hidden_size
-    trees = _trees(prompts, keys, max_row_tokens, width)
-    bins = _fill_rows([tree.tokens for tree in trees], max_row_tokens, width)
+    trees = _trees(prompts, keys, max_row_tokens)
+    bins = _fill_rows([tree.tokens for tree in trees], max_row_tokens)
     length = max((sum(trees[t].tokens for t in row) for row in bins), default=0)
 
     axes = prompts[0].positions_AL.shape[0] if prompts else 1
     ids_BL = np.full((len(bins), length), backbone.processor.tokenizer.pad_token_id)
     positions_ABL = np.zeros((axes, len(bins), length), dtype=np.int64)
-    ends_BL = np.tile(np.arange(1, length + 1), (len(bins), 1))
+    ends_BL = np.full((len(bins), length), length)
     packed_rows, packed_paths = [0] * len(prompts), [[] for _ in prompts]  # type: ignore[var-annotated]
     pictures: list[Picture] = []
     for b, row in enumerate(bins):
@@ -155,9 +156,15 @@ def hidden_states(backbone: Backbone, packed: Packed, cache: Any | None = None) 
         features = torch.cat([backbone.vision.features(picture) for picture in packed.pictures])
         image_BL1 = (packed.ids_BL == backbone.processor.image_token_id)[..., None]
         embedded_BLD = embedded_BLD.masked_scatter(image_BL1, features.to(embedded_BLD.dtype))
-    output = model.model.language_model(
+    language_model = model.model.language_model
+    seen: dict[str, Any] = {"attention_mask": packed.mask_B1LL}
+    if language_model.config._attn_implementation == TREES:
+        # Four axes, so that transformers makes no mask of its own.
+        seen["attention_mask"] = packed.ends_BL[:, None, None]
+        seen["trees"] = lay_out(packed.ends_BL, embedded_BLD.dtype)
+    output = language_model(
         inputs_embeds=embedded_BLD,
-        attention_mask=packed.mask_B1LL,
+        **seen,
         position_ids=rotary_positions(packed.positions_ABL),
         use_cache=cache is not None,
         cache=cache,
@@ -208,19 +215,10 @@ def _new_pictures(prompt: Encoded, shared: int) -> list[Picture]:
     return pictures
 
 
-def _cost(tokens: int, width: int) -> int:
-    """What a row costs: a token's linear maps as much as attention to 6 ``width`` tokens.
-
-    A layer's linear maps take some 12 width^2 multiplications a token, its attention 2 width for
-    each token of the row, seen or masked.
-    """
-    return tokens * (6 * width + tokens)
-
-
 def _trees(
-    prompts: Sequence[Encoded], keys: Sequence[Sequence[int]], max_tokens: int, width: int
+    prompts: Sequence[Encoded], keys: Sequence[Sequence[int]], max_tokens: int
 ) -> list[_Tree]:
-    """Samples with the same first image, as long as sharing costs less than a tree apart."""
+    """Samples with the same first image, as many as the budget holds."""
     groups: dict[str, list[int]] = {}
     for n, prompt in enumerate(prompts):
         groups.setdefault(prompt.pictures[0].key if prompt.pictures else "", []).append(n)
@@ -230,8 +228,7 @@ def _trees(
         before: Sequence[int] = []
         for n in sorted(members, key=lambda n: (keys[n], n)):
             grown = tree.tokens + len(keys[n]) - _common(before, keys[n])
-            together = _cost(grown, width) - _cost(tree.tokens, width)
-            if tree.samples and (grown > max_tokens or together > _cost(len(keys[n]), width)):
+            if tree.samples and grown > max_tokens:
                 trees.append(tree)
                 tree, grown = _Tree([], 0), len(keys[n])
             tree.samples.append(n)
@@ -241,25 +238,17 @@ def _trees(
     return trees
 
 
-def _fill_rows(sizes: Sequence[int], max_tokens: int, width: int) -> list[list[int]]:
-    """Bins of trees: first fit, largest first, at the row length that costs least."""
-    largest = max(sizes, default=0)
-    best: tuple[float, list[list[int]]] = (float("inf"), [])
-    for factor in (1, 2, 3, 4):
-        capacity = largest * factor
-        if factor > 1 and capacity > max_tokens:
-            break
-        rows: list[list[int]] = []
-        room: list[int] = []
+def _fill_rows(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Trees of each row: as few rows as can be, evenly filled, the largest trees first."""
+    capacity = max(max_tokens, *sizes, 1)
+    count = math.ceil(sum(sizes) / capacity)
+    while True:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        used = [0] * count
         for t in sorted(range(len(sizes)), key=lambda t: -sizes[t]):
-            b = next((b for b, free in enumerate(room) if free >= sizes[t]), None)
-            if b is None:
-                rows.append([])
-                room.append(capacity)
-                b = len(rows) - 1
-            rows[b].append(t)
-            room[b] -= sizes[t]
-        cost = len(rows) * _cost(capacity - min(room, default=0), width)
-        if cost < best[0]:
-            best = (cost, rows)
-    return best[1]
+            row = used.index(min(used))
+            rows[row].append(t)
+            used[row] += sizes[t]
+        if max(used, default=0) <= capacity:
+            return rows
+        count += 1

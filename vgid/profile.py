@@ -354,11 +354,11 @@ def estimate(
 
 def _outline(name: str) -> Backbone:
     """A backbone without weights that samples can be packed for, on the CPU."""
-    full = random_backbone(name, "meta")
-    model = SimpleNamespace(
-        config=full.model.config,
-        dtype=full.model.dtype,
+    backbone = random_backbone(name, "meta")
+    backbone.model = SimpleNamespace(
+        config=backbone.model.config,
+        dtype=backbone.model.dtype,
         device=torch.device("cpu"),
-        parameters=sum(p.numel() for p in full.model.parameters()),
+        parameters=sum(p.numel() for p in backbone.model.parameters()),
     )
-    return Backbone(full.spec, model, full.processor, full.revision)
+    return backbone

@@ -1,0 +1,172 @@
+"""Attention in packed rows: each block of queries meets the keys that it sees, and no others.
+
+Under a mask over whole rows, attention is computed between all tokens and most of it is thrown
+away. But a token of a tree (``vgid.packing``) sees its ancestors only, so a block of neighbouring
+queries needs the ancestors of its first token and the block itself. The keys of a block are thus
+few, whatever else lies in the row, and what the mask still hides is a part of one block.
+
+``TREES`` is registered with transformers as an attention function: fused attention for each block,
+plain SDPA where a call brings no trees (decoding's single tokens, generation, pretraining).
+
+Shape legend: B rows, L tokens of a row, H query heads, G key-value heads, E head width, Q queries
+of a block, K keys that it sees.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+TREES = "packed_trees"
+"""Name of the attention function among those of transformers."""
+BLOCK = 128
+"""Queries of a block at most. Fewer leave less to the mask, but every block is a kernel's call."""
+ALIGNED = 8
+"""Rows of a mask begin at multiples of so many elements, else kernels on a GPU make a copy."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring queries of a tree and what they see.
+
+    Attributes:
+        queries: their number Q.
+        keys: where the keys stand in the tree, one stretch after the other.
+        mask_QK: 0 where a query sees a key, -inf where not.
+    """
+
+    queries: int
+    keys: list[slice]
+    mask_QK: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Tokens below one root, and the blocks that they part into.
+
+    Attributes:
+        tokens: their number.
+        blocks: in order, of nearly equal size.
+    """
+
+    tokens: int
+    blocks: list[Block]
+
+
+def lay_out(ends_BL: Tensor, dtype: torch.dtype) -> list[Tree]:
+    """The trees of packed rows, row after row; together they hold every place once.
+
+    Args:
+        ends_BL: where the tree below each token ends (``vgid.packing.Packed``).
+        dtype: of the model, for the masks, which are made on the device of ``ends_BL``.
+    """
+    rows, length = ends_BL.shape
+    offsets_B1 = length * np.arange(rows)[:, None]
+    ends = (ends_BL.cpu().numpy() + offsets_B1).ravel()
+    trees = []
+    start = 0
+    while start < len(ends):
+        stop = int(ends[start])
+        trees.append(_tree(ends[start:stop] - start, dtype, ends_BL.device))
+        start = stop
+    return trees
+
+
+def _tree(ends: Any, dtype: torch.dtype, device: torch.device) -> Tree:
+    """Part a tree into blocks; ``ends`` and all places are counted from its root."""
+    tokens = len(ends)
+    count = -(-tokens // BLOCK)
+    blocks = []
+    for places_Q in np.array_split(np.arange(tokens), count):
+        first = places_Q[0]
+        ancestors = np.flatnonzero(ends[:first] > first)
+        places_K = np.concatenate([ancestors, places_Q])
+        seen_QK = (places_K <= places_Q[:, None]) & (places_Q[:, None] < ends[places_K])
+        mask_QK = torch.full((len(places_Q), _aligned(len(places_K))), -torch.inf, dtype=dtype)
+        mask_QK = mask_QK[:, : len(places_K)].masked_fill_(torch.from_numpy(seen_QK), 0.0)
+        stretches = np.split(places_K, np.flatnonzero(np.diff(places_K) > 1) + 1)
+        keys = [slice(int(s[0]), int(s[-1]) + 1) for s in stretches]
+        blocks.append(Block(len(places_Q), keys, mask_QK.to(device)))
+    return Tree(tokens, blocks)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
+
+
+def tree_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    trees: Sequence[Tree] | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: output of shape (B, L, H, E), and no weights.
+
+    Args:
+        module: the attention layer.
+        query: of shape (B, H, L, E).
+        key: of shape (B, G, L, E), H a multiple of G.
+        value: as ``key``.
+        attention_mask: what plain SDPA takes; without effect beside ``trees``.
+        trees: of the rows (``lay_out``), None for plain SDPA.
+        scaling: of the products, by default 1 / sqrt(E).
+        dropout: of the attention weights.
+        kwargs: for plain SDPA.
+    """
+    if trees is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    rows, heads, length, width = query.shape
+    groups = heads // key.shape[1]
+    sizes = [tree.tokens for tree in trees]
+    # One split, whose gradient is one concatenation: that of a slice is as long as all rows.
+    split = [
+        x.transpose(0, 1).flatten(1, 2)[None].split(sizes, dim=2)
+        for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+    ]
+    outputs = []
+    for tree, queries, keys, values in zip(trees, *split, strict=True):
+        of_blocks = queries.split([block.queries for block in tree.blocks], dim=2)
+        for block, of_block in zip(tree.blocks, of_blocks, strict=True):
+            output = scaled_dot_product_attention(
+                of_block,
+                _taken(keys, block.keys),
+                _taken(values, block.keys),
+                attn_mask=block.mask_QK,
+                dropout_p=dropout,
+                scale=scaling,
+            )
+            outputs.append(output.transpose(1, 2))
+    return torch.cat(outputs, dim=1).view(rows, length, heads, width), None
+
+
+def _taken(states: Tensor, stretches: list[slice]) -> Tensor:
+    """The states of the stretches: a view where there is but one."""
+    parts = [states[:, :, stretch] for stretch in stretches]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def attend_by_trees(model: Any) -> None:
+    """Let the language model of an image-text-to-text model attend by trees where it is given any.
+
+    The vision tower keeps its own attention function.
+    """
+    model.set_attn_implementation({"text_config": TREES})
+
+
+AttentionInterface.register(TREES, tree_attention)
+AttentionMaskInterface.register(TREES, sdpa_mask)
