@@ -1,0 +1,313 @@
+"""From a study's front to the deployment that a team ships: score again, choose, write.
+
+::
+
+    OUTPUT/deployments/<backbone>.yaml            the record (``vgid.deployment``)
+    OUTPUT/deployments/<backbone>/adapter/        the adapter
+    OUTPUT/deployments/<backbone>/pick.html, pick.png, candidates.csv    why this one
+    OUTPUT/deployments/comparison.html, .png, .csv                       with several backbones
+
+Everything is scored and chosen before anything is written there; scores are kept in the study's
+store, so that another rule or bound costs seconds.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from vgid.candidates import MIN_SEEDS, PART, Candidates, attacks_of, pick_seeds, score_front
+from vgid.config import Config, RequestConfig
+from vgid.deployment import Deployment, Pseudonym, hash_files, write_deployment
+from vgid.errors import InputError
+from vgid.ledger import now
+from vgid.pick_comparison import COMPARISON, write_comparison
+from vgid.pick_report import PickReport, write_report
+from vgid.picking import Bounds, Choice, Rule, choose
+from vgid.placing import FOLDER, staged
+from vgid.study_source import Source, open_source
+
+if TYPE_CHECKING:
+    from vgid.trial import TrialSession
+
+
+class PickConfig(Config):
+    """What to pick, and how.
+
+    Attributes:
+        study: output folders or ``mlflow:RUN``, one for each backbone.
+        rule: see ``vgid.picking``.
+        max_retain_drop: largest loss of retain ROUGE-L; None: the rule's own.
+        max_reverse_rise: forget ROUGE-L that the reverse prompt may bring back; None: the rule's.
+        max_cloze: largest cloze accuracy on the people to forget.
+        seeds: of the few-shot choice, test poses and bootstrap to score with.
+        request_id: ids of the forget requests that the deployment answers.
+        tracking_uri: MLflow of ``mlflow:`` studies.
+        output: folder that gets ``deployments``; None: the study's own.
+        data: the benchmark, where it is not where the study had it.
+        model_path: the base's weights, where they are not where the study had them.
+    """
+
+    study: tuple[str, ...] = Field(min_length=1)
+    rule: Rule = "constraint"
+    max_retain_drop: float | None = Field(None, ge=0, le=1)
+    max_reverse_rise: float | None = Field(None, ge=0, le=1)
+    max_cloze: float | None = Field(None, ge=0, le=1)
+    seeds: int = Field(MIN_SEEDS, ge=MIN_SEEDS)
+    request_id: tuple[Pseudonym, ...] = ()
+    tracking_uri: str | None = None
+    output: Path | None = None
+    data: Path | None = None
+    model_path: str | None = None
+
+    @field_validator("output", "data")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().absolute()
+
+    @property
+    def bounds(self) -> Bounds:
+        """The bounds that were given."""
+        return Bounds(self.max_retain_drop, self.max_reverse_rise, self.max_cloze)
+
+
+@dataclass(frozen=True)
+class PickedBackbone:
+    """One backbone's deployment.
+
+    Attributes:
+        file: the deployment file.
+        sha256: of the file.
+        deployment: its content.
+        report: the choice and its candidates.
+    """
+
+    file: Path
+    sha256: str
+    deployment: Deployment
+    report: PickReport
+
+
+@dataclass(frozen=True)
+class Picked:
+    """What a pick wrote.
+
+    Attributes:
+        backbones: the deployments, as their studies were named.
+        comparison: the page over all of them, None with one.
+    """
+
+    backbones: tuple[PickedBackbone, ...]
+    comparison: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """A choice, and what the record has to tell of where it was made."""
+
+    source: Source
+    request: RequestConfig
+    candidates: Candidates
+    choice: Choice
+    subjects: tuple[str, ...]
+    precision: str
+
+
+def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda line: None) -> Picked:
+    """Score the fronts again, choose a trial of each, and write the deployments.
+
+    Args:
+        config: what to pick.
+        tell: shows a line of progress.
+
+    Returns:
+        What was chosen and written.
+
+    Raises:
+        InputError: a study, its data or its weights are missing, damaged or changed, or no
+            candidate keeps every bound; no deployment is written or changed then.
+    """
+    with tempfile.TemporaryDirectory(prefix="vgid-pick-") as scratch:
+        sources = []
+        for number, name in enumerate(config.study):
+            folder = Path(scratch) / str(number)
+            folder.mkdir()
+            sources.append(open_source(name, config.tracking_uri, folder))
+        output = _output(config, sources)
+        decisions = [_decide(config, source, output, tell) for source in sources]
+        return _write(config, decisions, output / FOLDER)
+
+
+def _output(config: PickConfig, sources: list[Source]) -> Path:
+    """The folder that gets the deployments, with what cannot be written there refused first."""
+    backbones = [source.config.backbone for source in sources]
+    for backbone in backbones:
+        if backbones.count(backbone) > 1:
+            raise InputError(
+                f"--study: two studies are of {backbone}; name one study for each backbone."
+            )
+    if len(sources) > 1 and config.model_path is not None:
+        raise InputError("--model-path: names one backbone's weights; give one --study with it.")
+    if config.output is not None:
+        if config.output.exists() and not config.output.is_dir():
+            raise InputError(f"{config.output}: is a file; name a folder with --output.")
+        return config.output
+    if len(sources) > 1:
+        raise InputError("--output: several studies need a folder of their own for the result.")
+    if sources[0].folder is None:
+        raise InputError(
+            f"--output: the folder of {sources[0].name} is gone; name one for the result."
+        )
+    return sources[0].folder
+
+
+def _decide(
+    config: PickConfig, source: Source, output: Path, tell: Callable[[str], None]
+) -> _Decision:
+    """Load the base once, score, choose."""
+    from vgid.adapter_files import read_adapter
+    from vgid.backbones import spec
+    from vgid.benchmark import Benchmark
+
+    targets = spec(source.config.backbone).lora_targets
+    for trial in source.trials:
+        adapter = read_adapter(trial.adapter)
+        adapter.check_targets(targets)
+        if adapter.rank != trial.config.lora_rank:
+            raise InputError(
+                f"{source.name}: the adapter of trial {trial.trial_id} has rank {adapter.rank} and "
+                f"its setting says {trial.config.lora_rank}; restore the study's files."
+            )
+    store = (source.folder or output) / "store"
+    request = source.request(store, config.data, config.model_path)
+    if Benchmark.open(request.data).sha256 != source.data_sha256:
+        raise InputError(
+            f"{request.data}: is not the benchmark that {source.name} was run on; name that one "
+            "with --data."
+        )
+    tell(f"Loading {source.config.backbone}")
+    from vgid.trial import TrialSession
+
+    session = TrialSession(request)
+    if session.backbone.revision != source.base_revision:
+        raise InputError(
+            f"{source.name}: the base model is not the one that it was run on; name that one with "
+            "--model-path."
+        )
+    seeds = pick_seeds(source.config.seed, config.seeds)
+    candidates = score_front(session, source.trials, seeds, tell)
+    choice = choose(candidates.marks(), config.rule, config.bounds)
+    return _Decision(source, request, candidates, choice, _subjects(session), _precision(session))
+
+
+def _subjects(session: "TrialSession") -> tuple[str, ...]:
+    return tuple(sorted(person.id for person in session.people.forget))
+
+
+def _precision(session: "TrialSession") -> str:
+    return str(session.backbone.model.dtype).removeprefix("torch.")
+
+
+def _write(config: PickConfig, decisions: list[_Decision], deployments: Path) -> Picked:
+    from vgid.adapter_files import copy_adapter
+
+    names = [decision.source.config.backbone for decision in decisions]
+    parts = [part for name in names for part in (name, f"{name}.yaml")]
+    several = len(names) > 1
+    written = []
+    with staged(deployments, [*parts, *(COMPARISON if several else ())]) as staging:
+        for name, decision in zip(names, decisions, strict=True):
+            trial, _ = decision.candidates.of(decision.choice.chosen.trial_id)
+            folder = staging / name
+            base = _base(decision)
+            copy_adapter(
+                trial.adapter, folder / "adapter", base["hub_id"], decision.source.base_revision
+            )
+            deployment = _record(config, decision, base, folder / "adapter")
+            sha256 = write_deployment(staging / f"{name}.yaml", deployment)
+            report = PickReport(
+                name, decision.source.study_id, decision.candidates, decision.choice
+            )
+            write_report(folder, report)
+            written.append(PickedBackbone(deployments / f"{name}.yaml", sha256, deployment, report))
+        if several:
+            write_comparison(staging, [picked.report for picked in written])
+    return Picked(tuple(written), deployments / COMPARISON[0] if several else None)
+
+
+def _base(decision: _Decision) -> dict[str, Any]:
+    from vgid.backbones import spec
+
+    own = decision.request.model_path is None
+    return {
+        "hub_id": spec(decision.request.backbone).hub_id if own else None,
+        "model_path": decision.request.model_path,
+        "revision": decision.source.base_revision,
+        "precision": decision.precision,
+    }
+
+
+def _record(
+    config: PickConfig, decision: _Decision, base: dict[str, Any], adapter: Path
+) -> Deployment:
+    from vgid.adapter_files import read_adapter
+    from vgid.backbones import spec
+
+    source, request, choice = decision.source, decision.request, decision.choice
+    trial, scored = decision.candidates.of(choice.chosen.trial_id)
+    attacks, not_run = attacks_of(scored)
+    weights = read_adapter(adapter)
+    frame = spec(request.backbone).frame
+    count = len(decision.candidates.trials)
+    values = {
+        "backbone": request.backbone,
+        "created": now(),
+        "requests": config.request_id,
+        "subjects": decision.subjects,
+        "base": base,
+        "adapter": {
+            "path": f"{request.backbone}/adapter",
+            "files": hash_files(adapter),
+            "rank": weights.rank,
+            "scale": weights.scale,
+            "targets": weights.targets,
+        },
+        "frame": {"image": frame.image, "text": frame.text, "separator": frame.separator},
+        "hyperparameters": trial.config,
+        "scores": {
+            "part": PART,
+            "seeds": decision.candidates.seeds,
+            "base": decision.candidates.base.plain,
+            "deployed": scored.plain,
+            "attacks": attacks,
+            "not_run": not_run,
+        },
+        "data": {
+            "sha256": source.data_sha256,
+            "forget_ratio": request.forget_ratio,
+            "retain_people": request.retain_people,
+            "split_seed": request.seed,
+        },
+        "origin": {
+            "study_id": source.study_id,
+            "trial_id": trial.trial_id,
+            "rule": f"{choice}; of {count} on the front, on the scores above",
+            **source.origin,
+        },
+    }
+    try:
+        return Deployment.model_validate(values)
+    except ValidationError as error:
+        place = error.errors()[0]["loc"]
+        if place[0] == "subjects":  # never quoted: an ID that is no pseudonym may be a name
+            raise InputError(
+                f"{request.data}: a person ID of the forget people is no pseudonym (letters, "
+                "digits, '.', '_' and '-'); replace the IDs and run the study again."
+            ) from None
+        raise InputError(
+            f"{source.name}: study.json, {'.'.join(map(str, place))} is not as a study writes it; "
+            "restore the file."
+        ) from None
