@@ -207,13 +207,13 @@ def test_a_file_in_place_of_the_folder_gets_one_sentence(tmp_path):
 
 def test_a_trial_has_one_readable_line():
     config = TrialConfig(noise_type="gaussian", sigma=0.8, alpha=0.8123, learning_rate=3e-4)
-    assert describe(config) == "Gaussian noise σ0.8 · strict · α0.81 β1 · lr 3.0e-04"
-    assert describe(TrialConfig(noise_type="white")).startswith("white image · strict")
+    assert describe(config) == "Gaussian-noise σ0.8 · strict · α0.81 β1 · lr 3e-4"
+    assert describe(TrialConfig(noise_type="white")).startswith("white-image · strict")
     said = {method: describe(TrialConfig(method=method)) for method in get_args(Method)}
-    assert said["ga"] == "GA · lr 1.0e-03"
-    assert said["npo"] == "NPO · preference β0.1 · lr 1.0e-03"
-    assert said["icu_t"] == "ICU-T · strict · α1 β1 · lr 1.0e-03"
-    assert said["rmu"] == "RMU · layer a third · steering 5 · α1 β1 · lr 1.0e-03"
+    assert said["ga"] == "GA · lr 1e-3"
+    assert said["npo"] == "NPO · preference β0.1 · lr 1e-3"
+    assert said["icu_t"] == "ICU-T · strict · α1 β1 · lr 1e-3"
+    assert said["rmu"] == "RMU · layer a third · steering 5 · α1 β1 · lr 1e-3"
     assert len(set(said.values())) == len(said)
 
 

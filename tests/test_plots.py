@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from vgid.config import TrialConfig
+from vgid.front_page import plotly_figure, write_html
 from vgid.outputs import TrialRecord
-from vgid.plots import Front, plotly_figure, write_html, write_png
+from vgid.plots import Front, write_png
 from vgid.results import Score, TrialResult
 
 BASE = {"forget_rougeL": Score(value=0.95, n=60, low=0.9, high=1.0)}
@@ -64,6 +65,7 @@ def test_everything_is_in_its_place(front):
         "front, held-out questions (95 %)",
         "the paper's default setting",
         "base model",
+        "chosen trial",
     }
     assert (drawn["front"]["x"], drawn["front"]["y"]) == ([0.8, 0.9], [0.96, 0.90])
     assert drawn["trial, white image"]["x"] == [0.5]
@@ -79,7 +81,7 @@ def test_everything_is_in_its_place(front):
 
 def test_hovering_shows_the_configuration(front):
     (text,) = traces(front)["trial, Gaussian noise"]["hovertext"]
-    for part in ("trial 0004", "σ0.5", "polite", "lr 1.0e-03", "rank 8", "0.400", "0.850"):
+    for part in ("trial 0004", "σ0.5", "polite", "lr 1e-3", "rank 8", "0.400", "0.850"):
         assert part in text
 
 
@@ -93,8 +95,10 @@ def test_the_page_needs_no_network_and_carries_its_data(tmp_path, front):
     def element(name):
         return re.search(rf'<script id="{name}"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
 
-    figure = json.loads(element("figure"))
+    payload = json.loads(element("payload"))
+    figure = {name: payload[name] for name in ("data", "layout")}
     assert figure == json.loads(json.dumps(plotly_figure(front)))
+    assert payload["trials"]["0004"]["name"].startswith("0004 · Gaussian-noise σ0.5 · polite · α1")
     assert "Plotly" in gzip.decompress(base64.b64decode(element("library"))).decode()
 
 
@@ -118,7 +122,7 @@ def test_the_same_study_gives_the_same_bytes(tmp_path, front):
 @pytest.mark.parametrize("records", [[], [record("0000", None, None)]])
 def test_a_study_without_a_completed_trial_still_has_its_picture(tmp_path, records):
     front = Front("tiny-llava", records, BASE)
-    assert set(traces(front)) == {"base model"}
+    assert set(traces(front)) == {"base model", "chosen trial"}
     write_html(tmp_path / "front.html", front)
     write_png(tmp_path / "front.png", front)
     Image.open(io.BytesIO((tmp_path / "front.png").read_bytes())).verify()
@@ -126,7 +130,7 @@ def test_a_study_without_a_completed_trial_still_has_its_picture(tmp_path, recor
 
 def test_importing_is_light():
     code = (
-        "import sys, vgid.plots\n"
+        "import sys, vgid.figures\n"
         "heavy = ('matplotlib', 'plotly', 'torch', 'pandas', 'optuna', 'mlflow')\n"
         "print([name for name in heavy if name in sys.modules])"
     )

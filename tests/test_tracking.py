@@ -2,17 +2,20 @@
 
 import sqlite3
 import threading
+from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.note import recommended, study_note
+from vgid.figures import FIGURES, write_figures
+from vgid.note import NOTE_PICTURE, NoteLinks, note_links, recommended, study_note
 from vgid.outputs import TrialRecord, write_front, write_study, write_trials
-from vgid.plots import Front, write_html, write_png
+from vgid.plots import Front
 from vgid.results import EpochReport, Score, TrialResult
-from vgid.tracking import NOTE_PICTURE, Tracker
+from vgid.run_view import UI
+from vgid.tracking import Tracker
 
 HASHES = {"dataset": "d" * 64, "base": "b" * 64}
 BASE = {
@@ -98,13 +101,12 @@ def run_study(tracker, output, study_id, records):
         for report in EPOCHS:
             tracker.log_trial_epoch(record.result.trial_id, record.config, report)
         assert tracker.finish_trial(record.config, record.result)
-    front = Front("tiny-llava", records, BASE, BASE)
+    front = Front("tiny-llava", records, BASE, BASE, tracker.pages, tracker.server)
     write_trials(output / "trials.csv", records)
     write_front(output / "front.csv", records, BASE)
     write_study(output / "study.json", {"seed": 0})
-    write_png(output / "front.png", front)
-    write_html(output / "front.html", front)
-    names = ("front.html", "front.png", "front.csv", "trials.csv", "study.json")
+    write_figures(output, front)
+    names = (*FIGURES, "front.csv", "trials.csv", "study.json")
     tracker.finish_study(
         front, {"hypervolume": 0.41}, {"train": 8.0}, [output / name for name in names]
     )
@@ -147,8 +149,7 @@ def test_a_study_reads_back_whole(store, output, monkeypatch):
     (dataset,) = parent.inputs.dataset_inputs
     assert dataset.dataset.digest == "d" * 12
     assert artifacts(mlflow, tracker.study_run_id) == {
-        "front.html",
-        "front.png",
+        *FIGURES,
         "front.csv",
         "trials.csv",
         "study.json",
@@ -174,7 +175,7 @@ def test_a_study_reads_back_whole(store, output, monkeypatch):
         assert run.data.tags["vgid.base_hash"] == HASHES["base"]
         assert run.data.tags["vgid.status"] == record.result.status
     gaussian = children["0001"]
-    assert gaussian.info.run_name == "0001 · Gaussian noise σ0.3 · strict · α0.33 β5 · lr 1.0e-03"
+    assert gaussian.info.run_name == "0001 · Gaussian-noise σ0.3 · strict · α0.33 β5 · lr 1e-3"
     assert gaussian.data.tags["vgid.on_front"] == "true"
     assert gaussian.data.metrics["heldout_forget_rougeL_reduction"] == 0.95 - 0.05
     assert gaussian.data.metrics["heldout_forget_cloze"] == 0.25
@@ -188,7 +189,11 @@ def test_a_study_reads_back_whole(store, output, monkeypatch):
 
     note = parent.data.tags["mlflow.note.content"]
     assert f"get-artifact?path={NOTE_PICTURE}&run_uuid={tracker.study_run_id}" in note
-    assert "| 0001 |" in note
+    pages = tracker.pages
+    assert (
+        pages["0001"] == f"#/experiments/{tracker.experiment_id}/runs/{gaussian.info.run_id}?{UI}"
+    )
+    assert f"| [0001]({pages['0001']}) |" in note
     assert "0.940 [0.930, 0.960]" in note
     assert tracker.study_run_id in tracker.ui_command
     assert str(store / "mlflow.db") in tracker.ui_command
@@ -321,12 +326,14 @@ def test_the_note_quotes_held_out_scores_of_the_gentlest_good_trial(tmp_path):
     front = Front("tiny-llava", records, BASE, BASE)
     # 0000 forgets more and keeps 0.93 of 0.97, less than the paper's drop of 0.055.
     assert recommended(front).result.trial_id == "0000"
-    note = study_note(front, {"train": 8.04}, "picture.png")
+    note = study_note(front, {"train": 8.04}, NoteLinks("picture.png"))
     assert "removes 95% of the forget people's ROUGE-L (0.950 to 0.050) on held-out" in note
     assert "![All trials, the front, the base model](picture.png)" in note
     assert "train 8.0 s" in note
-    assert "on the search questions" in study_note(Front("t", records, BASE), {}, "p")
-    assert "2 trials, and no front yet" in study_note(Front("t", records[2:], BASE), {}, "p")
+    assert "on the search questions" in study_note(Front("t", records, BASE), {}, NoteLinks("p"))
+    assert "2 trials, and no front yet" in study_note(
+        Front("t", records[2:], BASE), {}, NoteLinks("p")
+    )
 
 
 def test_a_note_stays_within_mlflows_limit(tmp_path):
@@ -340,6 +347,9 @@ def test_a_note_stays_within_mlflows_limit(tmp_path):
         )
         for i in range(200)
     ]
-    note = study_note(Front("tiny-llava", crowd, BASE, BASE), {"train": 8.0}, "p" * 90)
+    front = Front("tiny-llava", crowd, BASE, BASE)
+    runs = {record.result.trial_id: "r" * 32 for record in crowd}
+    links = note_links(front, "1" * 18, "s" * 32, "study", runs, [Path("insights.png")])
+    note = study_note(front, {"train": 8.0}, links)
     assert len(note) < 8000
     assert "184 more in `front.csv`" in note

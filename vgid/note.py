@@ -4,11 +4,23 @@ MLflow keeps a note in 8,000 characters and shows Markdown with tables and image
 those under a relative or an ``http`` address (its sanitiser drops ``data:`` images).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from vgid.outputs import OBJECTIVES, TrialRecord, describe, held_out_scores
 from vgid.plots import Front
 from vgid.results import Score
+from vgid.run_view import chart_page, compare_page, run_page, table_page
+
+NOTE_PICTURE = "front-small.png"
+"""The note shows a picture at its own size, so it gets one that fits beside the run's details."""
+
+INSIGHTS = "insights.png"
+"""The picture that the note shows below the front, if the study made it."""
+
+MAX_COMPARED = 8
+"""Runs side by side on one page, those of the front that forget most."""
 
 MAX_ROWS = 16
 """Rows of the table, so that the note stays within MLflow's limit."""
@@ -17,27 +29,98 @@ PAPER_RETAIN_DROP = 0.055
 """What the paper's own setting costs in retain ROUGE-L (table 1); more is no good bargain."""
 
 
-def study_note(front: Front, phases: Mapping[str, float], picture: str) -> str:
-    """Write the note: the result in a few sentences, the picture, the front as a table.
+@dataclass(frozen=True)
+class NoteLinks:
+    """Where the note's links lead, each relative to the address of the tracking server.
+
+    Attributes:
+        picture: the small picture of the front.
+        insights: the picture of what made the difference, if there is one.
+        runs: page of each trial's run by trial id.
+        table: page of all trials as a table, if there is one.
+        chart: page of all trials as charts.
+        compare: page that sets the front's runs side by side.
+    """
+
+    picture: str
+    insights: str | None = None
+    runs: Mapping[str, str] = field(default_factory=dict)
+    table: str | None = None
+    chart: str | None = None
+    compare: str | None = None
+
+    def trial(self, trial_id: str) -> str:
+        """The trial's id, linked to its run where that is known."""
+        page = self.runs.get(trial_id)
+        return trial_id if page is None else f"[{trial_id}]({page})"
+
+
+def note_links(
+    front: Front,
+    experiment_id: str,
+    study_run_id: str,
+    study_id: str,
+    runs: Mapping[str, str],
+    files: Sequence[Path],
+) -> NoteLinks:
+    """The links of a study's note.
+
+    Args:
+        front: the study's trials.
+        experiment_id: the backbone's experiment.
+        study_run_id: the parent run, which shows the note.
+        study_id: the study's own id.
+        runs: run id of each trial by trial id.
+        files: the parent run's artifacts.
+    """
+    pictures = {
+        name: f"get-artifact?path={name}&run_uuid={study_run_id}"
+        for name in (NOTE_PICTURE, INSIGHTS)
+    }
+    compared = [runs[r.result.trial_id] for r in front.front if r.result.trial_id in runs]
+    return NoteLinks(
+        picture=pictures[NOTE_PICTURE],
+        insights=pictures[INSIGHTS] if any(file.name == INSIGHTS for file in files) else None,
+        runs={trial_id: run_page(experiment_id, run_id) for trial_id, run_id in runs.items()},
+        table=table_page(experiment_id, study_id),
+        chart=chart_page(experiment_id, study_id),
+        compare=compare_page(experiment_id, compared[-MAX_COMPARED:]) if compared else None,
+    )
+
+
+def study_note(front: Front, phases: Mapping[str, float], links: NoteLinks) -> str:
+    """Write the note: the result in three sentences, the picture, the front as a table.
 
     Args:
         front: the study's trials and its base model's scores.
         phases: seconds by phase, in the order to show them.
-        picture: address of ``front.png``, relative to the page that shows the note.
+        links: where its links lead.
 
     Returns:
         Markdown.
     """
-    parts = [_result(front), f"![All trials, the front, the base model]({picture})"]
+    parts = [_result(front, links)]
+    pages = {
+        "all trials as a table": links.table,
+        "as charts": links.chart,
+        "the front's runs side by side": links.compare,
+    }
+    found = [f"[{name}]({page})" for name, page in pages.items() if page is not None]
+    if found:
+        parts.append(f"**Look closer.** {' · '.join(found)}")
+    parts.append(f"![All trials, the front, the base model]({links.picture})")
     if front.front:
-        parts.append(_table(front))
+        parts.append(_table(front, links))
+    if links.insights is not None:
+        parts.append(f"![What made the difference]({links.insights})")
     if phases:
         cells = " · ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())
         parts.append(f"**Time by phase.** {cells}")
     parts.append(
         "Trials are scored on the search questions; the front is scored again on held-out "
         "questions, with 95 % bootstrap intervals. Reduction: base forget-set ROUGE-L minus the "
-        "trial's. Files: `front.html` (interactive), `front.csv`, `trials.csv`, `study.json`."
+        "trial's. Artifacts: `front.html` (hover and click), `insights.html`, `front.csv`, "
+        "`trials.csv`, `study.json`."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -53,7 +136,7 @@ def recommended(front: Front) -> TrialRecord | None:
     return gentle[-1] if gentle else next(iter(front.front), None)
 
 
-def _result(front: Front) -> str:
+def _result(front: Front, links: NoteLinks) -> str:
     pick = recommended(front)
     if pick is None or pick.point is None:
         return f"**Result.** {len(front.records)} trials, and no front yet."
@@ -61,20 +144,33 @@ def _result(front: Front) -> str:
     if scores is not None and front.base_held_out is not None:
         reduction, retain = (scores[name].value for name in OBJECTIVES)
         base, where = front.base_held_out, "on held-out questions"
+        further = {name: score.value for name, score in scores.items()}
     else:
         (reduction, retain), base, where = pick.point, front.base, "on the search questions"
+        further = pick.result.metrics
     forget, kept = base["forget_rougeL"].value, base["retain_rougeL"].value
     share = f"{reduction / forget:.0%}" if forget > 0 else "none"
+    left = [
+        f"{label} is {further[name]:.3f}"
+        for name, label in (
+            ("test_rougeL", "ROUGE-L under new portraits and wording"),
+            ("forget_cloze", "cloze accuracy"),
+            ("forget_memorisation", "the share of true tokens still predicted when forced"),
+        )
+        if name in further
+    ]
+    rest = f"Of the forget people {', '.join(left)}: " if left else "That is "
+    rest += "suppressed under these tests, which is not erased."
     return (
-        f"**Result.** {len(front.records)} trials, {front.caption}. "
-        f"Trial {pick.result.trial_id} ({describe(pick.config)}) "
+        f"**Result.** Of {len(front.records)} trials, {front.caption}. "
+        f"Trial {links.trial(pick.result.trial_id)} ({describe(pick.config)}) "
         f"removes {share} of the forget people's ROUGE-L ({forget:.3f} to "
         f"{forget - reduction:.3f}) {where}, and retain ROUGE-L goes from {kept:.3f} to "
-        f"{retain:.3f}."
+        f"{retain:.3f}. {rest}"
     )
 
 
-def _table(front: Front) -> str:
+def _table(front: Front, links: NoteLinks) -> str:
     header = ["trial", "setting", "reduction", "retain"]
     held_out = front.held_out()
     if held_out:
@@ -82,7 +178,8 @@ def _table(front: Front) -> str:
     lines = [" | ".join(header), " | ".join("---" for _ in header)]
     for record in front.front[-MAX_ROWS:]:
         x, y = record.point or (0.0, 0.0)
-        cells = [record.result.trial_id, describe(record.config), f"{x:.3f}", f"{y:.3f}"]
+        cells = [links.trial(record.result.trial_id), describe(record.config)]
+        cells += [f"{x:.3f}", f"{y:.3f}"]
         if held_out:
             scores = held_out_scores(record, front.base_held_out) or {}
             names = (*OBJECTIVES, "test_rougeL", "forget_cloze")

@@ -61,7 +61,7 @@ def describe(config: TrialConfig) -> str:
     used = config.used
     parts = [] if config.method == "vgid" else [METHOD_LABELS[config.method]]
     if "noise_type" in used:
-        noise = NOISE_LABELS[config.noise_type]
+        noise = NOISE_LABELS[config.noise_type].replace(" ", "-")
         parts.append(noise if config.sigma is None else f"{noise} σ{config.sigma:.2g}")
     if "prompt_style" in used:
         parts.append(config.prompt_style)
@@ -72,7 +72,18 @@ def describe(config: TrialConfig) -> str:
         parts.append(f"layer {layer} · steering {config.rmu_steering:.2g}")
     if "beta" in used:
         parts.append(f"α{config.alpha:.2g} β{config.beta:.2g}")
-    return " · ".join([*parts, f"lr {config.learning_rate:.1e}"])
+    return " · ".join([*parts, f"lr {_short(config.learning_rate)}"])
+
+
+def run_name(config: TrialConfig, trial_id: str) -> str:
+    """What the tracking server calls a trial's run: which trial, and what it is."""
+    return f"{trial_id} · {describe(config)}"
+
+
+def _short(rate: float) -> str:
+    """A learning rate in two digits at most: ``3e-4``."""
+    mantissa, exponent = f"{rate:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def as_text(value: Any) -> str:

@@ -17,19 +17,19 @@ from typing import Any
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole, libraries_silenced, print_summary
 from vgid.errors import InputError
+from vgid.figures import write_figures
 from vgid.interrupts import on_interrupt
 from vgid.ledger import Header, Ledger, now
 from vgid.mailbox import Job, Outcome
 from vgid.outputs import describe, write_front, write_study, write_trials
 from vgid.plan import Plan, make_plan
-from vgid.plots import Front, write_html, write_png
+from vgid.plots import Front
 from vgid.results import EpochReport, QuestionPart, TrialResult
 from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe
 from vgid.summary import phases, store_use, study_summary
 
 TABLES = ("study.json", "trials.csv", "front.csv")
-FIGURES = ("front.html", "front.png")
 RAY_FILES = ".ray"
 """What Ray Train and Tune want to keep in the output folder while they run."""
 
@@ -353,11 +353,14 @@ class Study:
         if "search" in self.board.base:
             title = f"{self.config.backbone}, {len(records)} trials"
             front = Front(
-                title, records, self.board.base["search"], self.board.base.get("held_out")
+                title,
+                records,
+                self.board.base["search"],
+                self.board.base.get("held_out"),
+                self._tracker.pages,
+                self._tracker.server,
             )
-            write_html(output / "front.html", front)
-            write_png(output / "front.png", front)
-            files += [output / name for name in FIGURES]
+            files += write_figures(output, front)
         summary = study_summary(
             self.header,
             self.plan,

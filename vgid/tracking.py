@@ -20,10 +20,11 @@ from typing import Any, Self
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.mlflow_client import Connection, connect, first_line
-from vgid.note import study_note
-from vgid.outputs import MAIN_METRICS, TrialRecord, as_text, describe, held_out_scores
+from vgid.note import NOTE_PICTURE, note_links, study_note
+from vgid.outputs import MAIN_METRICS, TrialRecord, as_text, held_out_scores, run_name
 from vgid.plots import Front, write_png
 from vgid.results import EpochReport, TrialResult, TrialStatus
+from vgid.run_view import run_page, view_tag
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,8 @@ STATUS: dict[TrialStatus, str] = {"completed": "FINISHED", "failed": "FAILED", "
 FLUSH_SECONDS = 5.0
 """Epoch metrics wait at most this long for company: a commit costs more than a short epoch."""
 
-UI_VIEW = "?workflowType=machine_learning"
-"""Opens the UI on its view for training runs; it would start in the one for chat applications."""
-
-NOTE_PICTURE = "front-small.png"
-"""The note shows a picture at its own size, so it gets one that fits beside the run's details."""
+LOCAL_UI = "http://127.0.0.1:5000/"
+"""Where ``mlflow ui`` listens by default."""
 
 MAX_METRICS = 800
 """In one request; MLflow takes 1,000 items, parameters and tags among them."""
@@ -95,14 +93,24 @@ class Tracker:
         return cls(connect(uri, output, backbone))
 
     @property
+    def server(self) -> str:
+        """Address of the UI, ending in ``/``: the server's, or where ``mlflow ui`` listens."""
+        return f"{self.uri.rstrip('/')}/" if self.uri.startswith("http") else LOCAL_UI
+
+    @property
+    def pages(self) -> dict[str, str]:
+        """Page of each trial's run by trial id, relative to the server's address."""
+        return {key: run_page(self.experiment_id, run.run_id) for key, run in self._runs.items()}
+
+    @property
     def ui_command(self) -> str:
         """The line that says how to see the study."""
-        page = f"#/experiments/{self.experiment_id}/runs/{self.study_run_id}{UI_VIEW}"
+        page = run_page(self.experiment_id, self.study_run_id)
         if self.uri.startswith("http"):
-            return f"{self.uri.rstrip('/')}/{page}"
+            return f"{self.server}{page}"
         mlflow = Path(sys.executable).parent / "mlflow"
         command = shlex.join([str(mlflow), "ui", "--backend-store-uri", self.uri])
-        return f"{command}   (then open http://127.0.0.1:5000/{page})"
+        return f"{command}   (then open {self.server}{page})"
 
     def start_study(self, study_id: str, config: StudyConfig, hashes: Mapping[str, str]) -> str:
         """Find or create the parent run, and learn which trials it has.
@@ -211,14 +219,20 @@ class Tracker:
             **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},
             **{f"base_{name}": score.value for name, score in front.base.items()},
         }
-        picture = f"get-artifact?path={NOTE_PICTURE}&run_uuid={self.study_run_id}"
-        note = study_note(front, phases, picture)
+        runs = {trial_id: run.run_id for trial_id, run in self._runs.items()}
+        links = note_links(
+            front, self.experiment_id, self.study_run_id, self._study_id, runs, files
+        )
+        note = study_note(front, phases, links)
         try:
             for record in front.records:
                 self._log_front(record, front, now)
             for file in files:
                 self._client.log_artifact(self.study_run_id, str(file))
             self._log_note_picture(front)
+            self._client.set_experiment_tag(
+                self.experiment_id, *view_tag(self._study_id, f"Study {self._study_id}", now)
+            )
             self._log(
                 self.study_run_id,
                 metrics=[Metric(name, value, now, 0) for name, value in numbers.items()],
@@ -252,7 +266,7 @@ class Tracker:
             "vgid.trial_id": trial_id,
             **self._hash_tags(),
         }
-        name = f"{trial_id} · {describe(config)}"
+        name = run_name(config, trial_id)
         created = self._client.create_run(self.experiment_id, int(started * 1000), tags, name)
         used = {name: value for name, value in config.used.items() if value is not None}
         params = [Param(name, as_text(value)) for name, value in used.items()]

@@ -1,0 +1,121 @@
+"""A study's view of MLflow's runs page: its trials, the columns that matter first, two charts.
+
+MLflow's own interface keeps such a view as a tag of the experiment and lists it under "Views";
+its page opens it by the tag's name. The layout of the tag's value is that of MLflow 3.17, where
+its interface writes the same when somebody saves a view by hand; ``tests/browser`` opens one.
+"""
+
+import hashlib
+import json
+from typing import Any
+from urllib.parse import quote
+
+from vgid.outputs import HYPERPARAMETERS, OBJECTIVES
+
+UI = "workflowType=machine_learning"
+"""Opens the UI on its pages for training runs; it would start in those for chat applications."""
+
+COLUMNS = (
+    "tags.`vgid.on_front`",
+    *(
+        f"metrics.`{name}`"
+        for name in (
+            *OBJECTIVES,
+            "forget_cloze",
+            "test_rougeL",
+            "forget_memorisation",
+            *(f"heldout_{name}" for name in OBJECTIVES),
+        )
+    ),
+    *(f"params.`{name}`" for name in HYPERPARAMETERS),
+)
+"""Columns of the table, first the most telling; MLflow would show none and order by alphabet."""
+
+_WIDTHS = {"tags": 90, "metrics": 160, "params": 110}
+_RUN_NAME, _CREATED = "attributes.`Run Name`", "attributes.`Created`"
+
+
+def view_tag(study_id: str, name: str, created_ms: int) -> tuple[str, str]:
+    """The view as a tag of the experiment.
+
+    Args:
+        study_id: the study whose trials it shows.
+        name: what the list of views calls it.
+        created_ms: when it was made, in milliseconds of the epoch.
+
+    Returns:
+        The tag's key and value.
+    """
+    state: dict[str, Any] = {
+        "searchFilter": f"tags.`vgid.study_id` = '{study_id}' and tags.`vgid.kind` = 'trial'",
+        "orderByKey": f"metrics.`{OBJECTIVES[0]}`",
+        "orderByAsc": False,
+        "selectedColumns": list(COLUMNS),
+        "columnOrder": [_RUN_NAME, *COLUMNS, _CREATED],
+        "columnWidths": {
+            _RUN_NAME: 430,
+            **{name: _WIDTHS[name.split(".")[0]] for name in COLUMNS},
+        },
+        "runsHiddenMode": "SHOW_ALL",
+        "compareRunCharts": _charts(),
+        "compareRunSections": [
+            {"uuid": "front", "name": "The front", "display": True, "isReordered": True}
+        ],
+        "isAccordionReordered": True,
+    }
+    view = {
+        "name": name,
+        "createdAt": created_ms,
+        "updatedAt": created_ms,
+        "state": json.dumps(state, ensure_ascii=False),
+    }
+    return f"mlflow.sharedViewState.{_key(study_id)}", json.dumps(view, ensure_ascii=False)
+
+
+def table_page(experiment_id: str, study_id: str) -> str:
+    """Page of the study's trials as a table, relative to the server's address."""
+    return f"#/experiments/{experiment_id}/runs?{UI}&viewStateShareKey={_key(study_id)}"
+
+
+def chart_page(experiment_id: str, study_id: str) -> str:
+    """Page of the same trials as charts: the front, and parallel coordinates."""
+    return f"{table_page(experiment_id, study_id)}&compareRunsMode=CHART"
+
+
+def run_page(experiment_id: str, run_id: str) -> str:
+    """Page of one run."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}?{UI}"
+
+
+def compare_page(experiment_id: str, run_ids: list[str]) -> str:
+    """Page that sets runs side by side."""
+    runs, experiments = (quote(json.dumps(ids)) for ids in (run_ids, [experiment_id]))
+    return f"#/compare-runs?runs={runs}&experiments={experiments}&{UI}"
+
+
+def _key(study_id: str) -> str:
+    return hashlib.sha256(study_id.encode()).hexdigest()[:32]
+
+
+def _charts() -> list[dict[str, Any]]:
+    shared = {"isGenerated": False, "deleted": False, "metricSectionId": "front"}
+    axes = ({"key": name, "type": "METRIC"} for name in OBJECTIVES)
+    return [
+        {
+            **shared,
+            "uuid": "front-scatter",
+            "type": "SCATTER",
+            "xaxis": next(axes),
+            "yaxis": next(axes),
+            "runsCountToCompare": 100,
+        },
+        {
+            **shared,
+            "uuid": "front-parallel",
+            "type": "PARALLEL",
+            "selectedParams": ["alpha", "beta", "learning_rate"],
+            "selectedMetrics": list(OBJECTIVES),
+            "showAllRuns": True,
+            "runsCountToCompare": 100,
+        },
+    ]
