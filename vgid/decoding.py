@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vgid.backbones import Backbone
 from vgid.encoding import Encoded, Query, encode
-from vgid.packing import Packed, hidden_states, pack, rotary_positions
+from vgid.packing import hidden_states, pack, rotary_positions
+from vgid.prefix_attention import SharedPrompts, attending_to_shared_prompts
 
 MAX_NEW_TOKENS = 50
 """Longest response, in tokens, of the benchmark's protocol."""
@@ -79,17 +80,18 @@ def greedy_tokens(
 
 def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int) -> list[list[int]]:
     """Greedy responses to prompts that fit into one batch."""
-    from transformers import DynamicCache
-
     model, ends = backbone.model, _end_tokens(backbone)
+    language_model = model.model.language_model
     packed = pack(backbone, prompts)
-    shared = DynamicCache(config=model.config.get_text_config())
-    hidden_ND = packed.last(hidden_states(backbone, packed, shared))
-    cache, seen_NP = _own_paths(shared, packed, max_new_tokens)
-    del shared
-    positions_AN = torch.stack([p.positions_AL[:, -1] for p in prompts], 1).to(backbone.device)
+    trees = DynamicCache(config=model.config.get_text_config())
+    hidden_ND = packed.last(hidden_states(backbone, packed, trees))
+    shared = SharedPrompts(trees, packed)
+    rows = list(shared.order)  # prompt of each row
+    hidden_ND = hidden_ND[rows]
+    positions_AN = torch.stack([prompts[n].positions_AL[:, -1] for n in rows], 1)
+    positions_AN = positions_AN.to(backbone.device)
+    cache = Cache(layers=[_RoomyLayer(max_new_tokens) for _ in language_model.layers])
     responses: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # prompt of each row
     ended: set[int] = set()
     for step in range(1, max_new_tokens + 1):
         logits_NV = model.lm_head(hidden_ND)
@@ -106,52 +108,19 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
             break
         if len(going) <= COMPACT * len(rows):
             rows = [rows[row] for row in going]
+            shared.keep(going)
             cache.batch_select_indices(torch.tensor(going, device=backbone.device))
-            tokens_N, seen_NP, positions_AN = (
-                tokens_N[going],
-                seen_NP[going],
-                positions_AN[:, going],
-            )
-        seen_NP = torch.nn.functional.pad(seen_NP, (0, 1), value=True)
+            tokens_N, positions_AN = tokens_N[going], positions_AN[:, going]
         positions_AN = positions_AN + 1
-        hidden_ND = model.model.language_model(
-            inputs_embeds=model.get_input_embeddings()(tokens_N[:, None]),
-            attention_mask=seen_NP[:, None, None],
-            position_ids=rotary_positions(positions_AN[..., None]),
-            use_cache=True,
-            cache=cache,
-        ).last_hidden_state[:, -1]
+        with attending_to_shared_prompts(language_model):
+            hidden_ND = language_model(
+                inputs_embeds=model.get_input_embeddings()(tokens_N[:, None]),
+                position_ids=rotary_positions(positions_AN[..., None]),
+                use_cache=True,
+                cache=cache,
+                prompts=shared,
+            ).last_hidden_state[:, -1]
     return responses
-
-
-def _own_paths(shared: Any, packed: Packed, room: int) -> tuple[Any, Tensor]:
-    """Each sample's own keys and values, out of those of the trees.
-
-    Args:
-        shared: cache of the trees.
-        packed: the trees.
-        room: tokens that are still to come.
-
-    Returns:
-        A cache of N rows and P tokens with room for more, and which of the tokens are a row's own
-        (the others pad shorter prompts): bool of shape (N, P).
-    """
-    from transformers import Cache
-
-    longest = max(len(path) for path in packed.paths)
-    paths_NP = torch.tensor([path + [0] * (longest - len(path)) for path in packed.paths])
-    lengths_N = torch.tensor([len(path) for path in packed.paths])
-    rows_N1 = torch.tensor(packed.rows)[:, None]
-    layers = [
-        _RoomyLayer(
-            layer.keys[rows_N1, :, paths_NP].transpose(1, 2),
-            layer.values[rows_N1, :, paths_NP].transpose(1, 2),
-            room,
-        )
-        for layer in shared.layers
-    ]
-    seen_NP = torch.arange(longest) < lengths_N[:, None]
-    return Cache(layers=layers), seen_NP.to(packed.ids_BL.device)
 
 
 def response_text(backbone: Backbone, tokens: Sequence[int]) -> str:
@@ -256,23 +225,41 @@ def _end_tokens(backbone: Backbone) -> frozenset[int]:
 
 
 class _RoomyLayer(DynamicLayer):
-    """Keys and values of a layer, with room for those to come: growing copies nothing."""
+    """Keys and values of a layer's new tokens, with room for all to come: growing copies nothing.
 
-    def __init__(self, keys_NHPE: Tensor, values_NHPE: Tensor, room: int) -> None:
+    Args:
+        room: tokens that it holds at most.
+    """
+
+    is_initialized: bool
+
+    def __init__(self, room: int) -> None:
         super().__init__()
-        self.length = keys_NHPE.shape[2]
-        self.keys = torch.nn.functional.pad(keys_NHPE, (0, 0, 0, room))
-        self.values = torch.nn.functional.pad(values_NHPE, (0, 0, 0, room))
-        self.dtype, self.device, self.is_initialized = keys_NHPE.dtype, keys_NHPE.device, True
+        self.room = room
+        self.length = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Add the states of new tokens; returns the views of all states up to them."""
+        if not self.is_initialized:
+            rows, heads, _, width = key_states.shape
+            self.keys = key_states.new_empty(rows, heads, self.room, width)
+            self.values = value_states.new_empty(rows, heads, self.room, width)
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         start, self.length = self.length, self.length + key_states.shape[2]
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these rows; copies what is held, not the room."""
+        if self.is_initialized:
+            for name in ("keys", "values"):
+                states = getattr(self, name)
+                kept = states.new_empty(len(indices), *states.shape[1:])
+                kept[:, :, : self.length] = states[indices, :, : self.length]
+                setattr(self, name, kept)
 
     def get_seq_length(self) -> int:
         """Tokens held."""
