@@ -60,12 +60,13 @@ class Tree:
     blocks: list[Block]
 
 
-def lay_out(ends_BL: Tensor, dtype: torch.dtype) -> list[Tree]:
+def lay_out(ends_BL: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Tree]:
     """The trees of packed rows, row after row; together they hold every place once.
 
     Args:
         ends_BL: where the tree below each token ends (``vgid.packing.Packed``).
         dtype: of the model, for the masks, which are made on the device of ``ends_BL``.
+        block: queries of a block at most.
     """
     rows, length = ends_BL.shape
     offsets_B1 = length * np.arange(rows)[:, None]
@@ -74,15 +75,15 @@ def lay_out(ends_BL: Tensor, dtype: torch.dtype) -> list[Tree]:
     start = 0
     while start < len(ends):
         stop = int(ends[start])
-        trees.append(_tree(ends[start:stop] - start, dtype, ends_BL.device))
+        trees.append(_tree(ends[start:stop] - start, block, dtype, ends_BL.device))
         start = stop
     return trees
 
 
-def _tree(ends: Any, dtype: torch.dtype, device: torch.device) -> Tree:
+def _tree(ends: Any, block: int, dtype: torch.dtype, device: torch.device) -> Tree:
     """Part a tree into blocks; ``ends`` and all places are counted from its root."""
     tokens = len(ends)
-    count = -(-tokens // BLOCK)
+    count = -(-tokens // block)
     blocks = []
     for places_Q in np.array_split(np.arange(tokens), count):
         first = places_Q[0]
