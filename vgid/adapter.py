@@ -4,6 +4,7 @@ Teacher, reference and student are one set of weights: with the adapter off, the
 frozen base, bit for bit.
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vgid.adapter_files import FILES, read_adapter
 from vgid.backbones import Backbone
 from vgid.config import TrialConfig
 
@@ -58,9 +60,36 @@ def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
         _detach(backbone, student)
 
 
+def merge(backbone: Backbone, adapter: Path) -> None:
+    """Make a deployed adapter part of the frozen base, in memory; its revision becomes another.
+
+    A next request then distils from what is deployed, and not from what it replaced. Vision tower
+    and projector are unchanged, so image features are still the original base's.
+
+    Raises:
+        InputError: no plain LoRA adapter of the language model.
+    """
+    from peft import PeftModel
+
+    weights = read_adapter(adapter)
+    weights.check_targets(backbone.spec.lora_targets)
+    student = PeftModel.from_pretrained(backbone.model, adapter)
+    merged = student.merge_and_unload()
+    assert merged is backbone.model
+    _freeze(merged)
+    digest = hashlib.sha256(backbone.revision.encode())
+    for name in FILES:
+        digest.update((adapter / name).read_bytes())
+    backbone.revision = digest.hexdigest()
+
+
 def _detach(backbone: Backbone, student: Any) -> None:
     base = student.unload()
     assert base is backbone.model
+    _freeze(base)
+
+
+def _freeze(base: Any) -> None:
     vars(base).pop("peft_config", None)  # else peft warns of a second adapter next time
     base.requires_grad_(False)
     base.eval()

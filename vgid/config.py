@@ -79,6 +79,17 @@ class RequestConfig(Config):
     )
     data: Path = Field(description="benchmark folder in the MLLMU-Bench layout")
     forget_ratio: ForgetRatio = Field(5, description="per cent of the people to forget")
+    forget_ids: tuple[str, ...] | None = Field(
+        None, min_length=1, description="person IDs to forget among those; None: all of them"
+    )
+    earlier_ids: tuple[str, ...] = Field(
+        (),
+        description="person IDs that an earlier request suppressed: neither forgotten again nor "
+        "retained, and scored as split `earlier`",
+    )
+    deployed_adapter: Path | None = Field(
+        None, description="adapter of that earlier request, part of the frozen base of this one"
+    )
     store: Path = Field(description="folder of the teacher store, shared by all trials")
     store_limit_gb: float = Field(
         STORE_LIMIT_GB,

@@ -4,17 +4,17 @@ The questions are those of an ``Examination`` (``vgid.examination``), scored as 
 (``vgid.metrics``).
 
 Score names are ``<split>_<metric>`` for questions with an image (the paper's), with ``_text``
-behind them for questions that name the person instead. Splits: ``forget``, ``test``, ``retain``
-(with ``retain_seen`` and ``retain_unseen``, by whether training saw the person) and
-``celebrity``. Metrics:
+behind them for questions that name the person instead. Splits: ``forget``, ``test``, ``earlier``
+(whom an earlier request suppressed), ``retain`` (with ``retain_seen`` and ``retain_unseen``, by
+whether training saw the person) and ``celebrity``. Metrics:
 
 - ``rouge1``, ``rouge2``, ``rougeL`` (F-measures), the same with ``_recall``, ``bleu``, ``refusal``
   and ``gibberish`` rates, of generation questions;
 - ``cloze``: accuracy of fill-in-the-blank questions;
 - ``classification``: accuracy of multiple-choice questions;
-- ``memorisation`` (forget split only): exact memorisation, the share of the true answer's tokens
-  that the model, forced along that answer, predicts itself (Tirumala et al. 2022, section 3). It
-  shows what a refusal in the first tokens hides.
+- ``memorisation`` (forget and earlier splits only): exact memorisation, the share of the true
+  answer's tokens that the model, forced along that answer, predicts itself (Tirumala et al. 2022,
+  section 3). It shows what a refusal in the first tokens hides.
 """
 
 from collections.abc import Iterator, Sequence

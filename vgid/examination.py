@@ -116,6 +116,7 @@ def prepare(
     splits = {
         "forget": people.forget,
         "test": people.test,
+        "earlier": people.earlier,
         "retain_seen": people.retain_seen,
         "retain_unseen": people.retain_unseen,
         "celebrity": celebrities,
@@ -182,7 +183,7 @@ def _item(
             letter: response_ids(backbone, option) for letter, option in question.options.items()
         }
     answer = None
-    if split == "forget" and question.task == "generation":
+    if split in ("forget", "earlier") and question.task == "generation":
         # Without the end-of-sequence token, which any model predicts behind a full stop.
         answer = response_ids(backbone, question.answer)[:-1]
     return ExamItem(split, question, encoded, options, answer)

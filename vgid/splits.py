@@ -27,6 +27,7 @@ class People:
         retain_unseen: scored retain people that training never sees.
         retain_pool: people of the retain loss, ``retain_seen`` included.
         few_shot: candidates for few-shot turns: the retain pool's people that are not scored.
+        earlier: people that an earlier request suppressed, scored only.
     """
 
     forget: tuple[Person, ...]
@@ -35,6 +36,7 @@ class People:
     retain_unseen: tuple[Person, ...]
     retain_pool: tuple[Person, ...]
     few_shot: tuple[Person, ...]
+    earlier: tuple[Person, ...] = ()
 
     @property
     def retain(self) -> tuple[Person, ...]:
@@ -43,14 +45,19 @@ class People:
 
 
 def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
-    """Choose the people of a request; depends on the data and ``request.seed`` only.
+    """Choose the people of a request; depends on the data, the ids and ``request.seed`` only.
 
     Raises:
-        InputError: fewer retain people than the request asks for.
+        InputError: fewer retain people than the request asks for, an id that the data lacks, or
+            nobody to forget.
     """
-    forget = benchmark.forget(request.forget_ratio)
+    forget = _forget(benchmark, request)
     forget_ids = {person.id for person in forget}
-    retain = list(benchmark.retain(request.forget_ratio))
+    earlier_ids = set(request.earlier_ids)
+    earlier = benchmark.full(only=earlier_ids) if earlier_ids else ()
+    _check_known(request.earlier_ids, earlier, benchmark, "Full_Set")
+    suppressed = forget_ids | earlier_ids
+    retain = [p for p in benchmark.retain(request.forget_ratio) if p.id not in suppressed]
     if len(retain) < request.retain_people + 4:
         raise InputError(
             f"{request.data}: {len(retain)} retain people are too few to score "
@@ -68,7 +75,34 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
         retain_unseen=tuple(unseen),
         retain_pool=tuple(seen + others),
         few_shot=tuple(others),
+        earlier=earlier,
     )
+
+
+def _forget(benchmark: Benchmark, request: RequestConfig) -> tuple[Person, ...]:
+    config = f"forget_{request.forget_ratio}"
+    people = benchmark.forget(request.forget_ratio)
+    if request.forget_ids is not None:
+        _check_known(request.forget_ids, people, benchmark, config)
+        people = tuple(person for person in people if person.id in request.forget_ids)
+    people = tuple(person for person in people if person.id not in request.earlier_ids)
+    if not people:
+        raise InputError(
+            f"{benchmark.root / config}: an earlier request suppressed everyone in it; choose a "
+            "larger --forget-ratio or other --forget-ids."
+        )
+    return people
+
+
+def _check_known(
+    ids: tuple[str, ...], people: tuple[Person, ...], benchmark: Benchmark, config: str
+) -> None:
+    unknown = sorted(set(ids) - {person.id for person in people})
+    if unknown:
+        raise InputError(
+            f"{benchmark.root / config}: holds no person {unknown[0]}; name the benchmark that the "
+            "ids are of with --data."
+        )
 
 
 @dataclass(frozen=True)

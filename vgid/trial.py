@@ -67,6 +67,8 @@ class TrialSession:
         self.benchmark = Benchmark.open(request.data)
         self.people = choose_people(self.benchmark, request)
         self.backbone = load(request.backbone, request.model_path)
+        if request.deployed_adapter is not None:
+            adapter.merge(self.backbone, request.deployed_adapter)
         limit = int(request.store_limit_gb * 1e9)
         self.backbone.vision.store = ContentStore(request.store, "vision", limit)
         self.store = TeacherStore(
@@ -335,7 +337,8 @@ class TrialSession:
             what: plain data that, with the request, names the scores.
             compute: called if they are not there yet.
         """
-        elsewhere = {"data", "store", "store_limit_gb", "model_path", "log_responses"}
+        elsewhere = {"data", "store", "store_limit_gb", "model_path", "deployed_adapter"}
+        elsewhere |= {"log_responses"}
         request = self.request.model_dump(mode="json", exclude=elsewhere)
         key = key_of([kind, *what, self.provenance, request])
         path = self.request.store / f"{kind}-{key}.json"
