@@ -29,7 +29,7 @@ def skeleton(name: str):
     )
 
     with torch.device("meta"):
-        if name.startswith("qwen"):
+        if "qwen" in name:
             text = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
             text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 200}
             config = Qwen2_5_VLConfig(text_config=text, vision_config={"depth": 2})

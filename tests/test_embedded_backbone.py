@@ -36,7 +36,7 @@ from vgid.prompts import (
     with_instruction,
 )
 
-SHIPPED = ("tiny-llava",)
+SHIPPED = ("tiny-llava", "tiny-qwen2.5-vl")
 
 
 @pytest.fixture(scope="module", params=SHIPPED)
