@@ -30,6 +30,7 @@ from vgid.distillation import DistillationBatch, Student
 from vgid.packing import hidden_states, pack
 from vgid.profile_prompts import synthetic_set
 from vgid.released import full_position_kl
+from vgid.tree_attention import attend_by_trees, lay_out
 
 MAKERS = {
     "tiny-llava": make_random_backbone,
@@ -80,6 +81,7 @@ class Eager:
 
     def __exit__(self, *_):
         self.model.set_attn_implementation("sdpa")
+        attend_by_trees(self.model)
 
 
 def test_step_but_for_attention_is_what_torch_counts(backbone):
@@ -187,7 +189,9 @@ def test_layers_behind_the_used_one_cost_nothing():
     assert tower == pytest.approx(382e9, rel=0.02)
 
 
-@pytest.mark.parametrize("portraits, questions, budget", [(1, 1, 4096), (3, 4, 300), (5, 2, 1000)])
+@pytest.mark.parametrize(
+    "portraits, questions, budget", [(1, 1, 4096), (3, 4, 300), (5, 2, 450), (5, 2, 1000)]
+)
 def test_tokens_and_pairs_by_brute_force(random_backbone, portraits, questions, budget):
     packed, _ = packs_of(random_backbone, portraits, questions, budget)
     tokens, pairs = set(), set()
@@ -197,8 +201,10 @@ def test_tokens_and_pairs_by_brute_force(random_backbone, portraits, questions, 
     assert distinct_tokens(packed) == len(tokens)
     assert seen_pairs(packed) == len(pairs)
     padding = packed.ids_BL.numel() - len(tokens)
-    assert int(packed.mask_B1LL.sum()) == len(pairs) + padding  # padding sees itself
-    assert portraits == 1 or padding > 0
+    used = torch.bincount(torch.tensor([row for row, _ in tokens]))
+    of_padding = sum(n * (n + 1) // 2 for n in (packed.ids_BL.shape[1] - used).tolist())
+    assert int(packed.mask_B1LL.sum()) == len(pairs) + of_padding  # padding sees padding before it
+    assert (padding > 0) == (len(packed.ids_BL) > 1)
 
 
 def test_flops_add_up():
@@ -230,9 +236,11 @@ def test_activation_bytes_are_those_of_saved_tensors(name, checkpointing):
         measured = sum(size for pointer, size in saved.items() if pointer not in base)
         kl.backward()
     predicted = activation_bytes(text_config, [packed], 4, checkpointing)
-    if checkpointing:  # the hooks do not see the layer that is computed again
-        one_layer = activation_bytes(text_config, [packed], 4, False)
-        predicted -= one_layer // text_config.num_hidden_layers
+    if checkpointing:  # the hooks do not see the layer that is computed again, nor its masks
+        trees = lay_out(packed.ends_BL, torch.bfloat16)
+        masks = sum(b.mask_QK.untyped_storage().nbytes() for tree in trees for b in tree.blocks)
+        all_layers = activation_bytes(text_config, [packed], 4, False) - masks
+        predicted -= all_layers // text_config.num_hidden_layers + masks
     assert measured == pytest.approx(predicted, rel=0.03)
 
 

@@ -35,6 +35,7 @@ from typing import Any
 import torch
 
 from vgid.packing import Packed
+from vgid.tree_attention import lay_out
 
 
 @dataclass(frozen=True)
@@ -270,15 +271,16 @@ def activation_bytes(
     A layer keeps for each token, with Hugging Face's Llama and peft:
 
     - 8 D: the inputs of both norms in fp32;
-    - 8 H: rotated queries, keys and values, repeated to all heads under a mask, and the output;
+    - 8 H: rotated queries, keys and values, repeated to all heads, and the output;
+    - 4 H for each key that a block of queries gathers from several stretches;
     - 20 D + 4 H + 4 F: the input of each LoRA map in fp32, cast for each of them anew;
     - 28 r: what is between LoRA's two maps;
     - 5 D + H + F with dropout: its masks, a byte for each input of a LoRA map (on a GPU);
-    - 6 F: gate, its activation, and up;
-    - 2 for each token of its row: the boolean mask, made additive anew in each layer.
+    - 6 F: gate, its activation, and up.
 
-    With checkpointing each layer keeps its input, 2 D, the norm behind them 4 D, and one layer at a
-    time keeps all. Temporaries and the allocator's loss come on top.
+    The masks of the blocks are there once for all layers. With checkpointing each layer keeps its
+    input, 2 D, the norm behind them 4 D, and one layer at a time keeps all. Temporaries and the
+    allocator's loss come on top.
 
     Args:
         text_config: of the language model.
@@ -289,11 +291,19 @@ def activation_bytes(
     """
     s = _Sizes.of(text_config)
     tokens = sum(packed.ids_BL.numel() for packed in packs)
-    mask = sum(2 * packed.ids_BL.numel() * packed.ids_BL.shape[1] for packed in packs)
-    layer = tokens * (28 * s.D + 12 * s.H + 10 * s.F + 28 * lora_rank) + mask
+    blocks = [
+        block
+        for packed in packs
+        for tree in lay_out(packed.ends_BL, torch.bfloat16)
+        for block in tree.blocks
+    ]
+    masks = sum(block.mask_QK.untyped_storage().nbytes() for block in blocks)
+    gathered = sum(block.mask_QK.shape[1] for block in blocks if len(block.keys) > 1)
+    layer = tokens * (28 * s.D + 12 * s.H + 10 * s.F + 28 * lora_rank) + 4 * s.H * gathered
     if dropout:
         layer += tokens * sum(width for width, _ in s.maps)
-    return layer + (2 * s.layers + 4) * s.D * tokens if checkpointing else s.layers * layer
+    kept = layer + (2 * s.layers + 4) * s.D * tokens if checkpointing else s.layers * layer
+    return kept + masks
 
 
 def adapter_bytes(text_config: Any, lora_rank: int) -> int:

@@ -2,9 +2,10 @@
 
 Counted by torch's ``FlopCounterMode`` on the project's own step, forward and backward, and on
 filling the store for it. The counter does not know attention on the CPU, which is added here with
-the formula that it has for attention on a GPU: all pairs of tokens of a row, masked or not, as the
-kernel computes them. The minimum (``vgid.cost_model``) is of the same packs, and counts only pairs
-of tokens of which one sees the other. Nothing here is random, so nothing is repeated.
+the formula that it has for attention on a GPU: all pairs of a query and a key in a kernel's call,
+masked or not, and in the backward pass the scores once more. The minimum (``vgid.cost_model``) is
+of the same packs, and counts only pairs of tokens of which one sees the other, without scores
+computed again. Nothing here is random, so nothing is repeated.
 """
 
 import tempfile
