@@ -20,7 +20,7 @@ from vgid.deployment import Deployment, hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.merging import merge
 from vgid.model_card import model_card
-from vgid.serving import CHAT_TEMPLATE, chat_template, serve_adapter, serve_merged
+from vgid.vllm_serving import CHAT_TEMPLATE, chat_template, serve_adapter, serve_merged
 
 DEPLOYMENT, ADAPTER, MERGED = "deployment.yaml", "adapter", "merged"
 

@@ -10,7 +10,7 @@ from vgid.backbones import spec
 from vgid.deployment import Deployment
 from vgid.outputs import FURTHER_METRICS, MAIN_METRICS
 from vgid.results import Score
-from vgid.serving import max_lora_rank, serve_adapter, serve_merged, served_name
+from vgid.vllm_serving import max_lora_rank, serve_adapter, serve_merged, served_name
 
 CARD_SCORES = (*MAIN_METRICS, *FURTHER_METRICS, "forget_classification", "retain_classification")
 HUB_METRICS = {"rougeL": "rouge", "cloze": "accuracy", "classification": "accuracy"}

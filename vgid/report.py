@@ -1,0 +1,203 @@
+"""For an auditor: when a subject was suppressed, by which deployment, under which tests.
+
+Deployment files are found below the given folders: ``deployments/*.yaml`` of studies and
+``deployment.yaml`` of exports. A copy of a file counts once. A file whose seal is broken is told
+and not believed.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from vgid.config import Config
+from vgid.deployment import Attack, Deployment, Pseudonym, read_deployment
+from vgid.errors import InputError
+from vgid.results import Score
+
+
+class Suppression(Config):
+    """One deployment that suppresses the subject.
+
+    Attributes:
+        file: the deployment file.
+        sha256: of the file.
+        backbone: of the deployment.
+        created: UTC, ISO 8601.
+        role: ``own`` if its request named the subject, ``kept`` if an earlier one did.
+        requests: the ids of its request, the earlier ones in front where it is ``kept``.
+        chain: sha256 of its ancestors as far as their files were found, the latest first; None
+            stands for one that was not found.
+        people: subjects of the split that is scored.
+        base: the base's scores of that split: forget and test people, or those of earlier requests.
+        deployed: the deployment's.
+        attacks: attacks that were run and tell of that split.
+        not_run: attacks that were not.
+    """
+
+    file: Path
+    sha256: str
+    backbone: str
+    created: str
+    role: Literal["own", "kept"]
+    requests: tuple[str, ...]
+    chain: tuple[str | None, ...]
+    people: int
+    base: dict[str, Score]
+    deployed: dict[str, Score]
+    attacks: tuple[Attack, ...]
+    not_run: tuple[str, ...]
+
+
+class SubjectReport(Config):
+    """What is known of a subject.
+
+    Attributes:
+        subject: pseudonym.
+        suppressions: the deployments, in the order of their creation.
+        damaged: deployment files that could not be believed, with the reason.
+        looked_at: deployment files that were read.
+    """
+
+    subject: str
+    suppressions: tuple[Suppression, ...]
+    damaged: tuple[str, ...]
+    looked_at: int
+
+    def print(self, console: Console) -> None:
+        """Show it, one block a deployment."""
+        for found in self.suppressions:
+            asked = ", ".join(found.requests) or "no id given"
+            how = "suppressed" if found.role == "own" else "kept suppressed"
+            console.print(f"[bold]{found.created[:19]} UTC[/]  {how} on {found.backbone}")
+            console.print(f"  request {asked}; one of {found.people} people", highlight=False)
+            console.print(f"  {found.file}, sha256 {found.sha256}", highlight=False)
+            for ancestor in found.chain:
+                named = ancestor or "a deployment that was not found here"
+                console.print(f"  follows {named}", highlight=False)
+            table = Table("test", "score", "n", "base", "deployed [95 %]")
+            rows = [("plain", found.deployed)]
+            rows += [(attack.name, attack.scores) for attack in found.attacks]
+            for test, scores in rows:
+                for name, score in scores.items():
+                    before = found.base.get(name) if test == "plain" else None
+                    table.add_row(
+                        test,
+                        name,
+                        str(score.n),
+                        "" if before is None else f"{before.value:.3f}",
+                        f"{score.value:.3f} \\[{score.low:.3f}, {score.high:.3f}]",
+                    )
+            console.print(table)
+            console.print(f"  not run: {'; '.join(found.not_run)}\n", highlight=False)
+        for line in self.damaged:
+            console.print(f"[red]not believed:[/] {line}", highlight=False)
+
+
+def report(subject: str, folders: Iterable[Path]) -> SubjectReport:
+    """Find the deployments that suppress a subject.
+
+    Args:
+        subject: pseudonym.
+        folders: where to look, with all folders below.
+
+    Raises:
+        InputError: the subject is no pseudonym, a folder is not there, or none holds a deployment.
+    """
+    try:
+        TypeAdapter(Pseudonym).validate_python(subject)
+    except ValidationError:
+        raise InputError(
+            "--subject: is no pseudonym (letters, digits, '.', '_' and '-'); give the ID that the "
+            "benchmark has, never a name."
+        ) from None
+    found: dict[str, tuple[Path, Deployment]] = {}
+    damaged = []
+    for file in _files(folders):
+        try:
+            deployment, sha256 = read_deployment(file)
+        except InputError as error:
+            damaged.append(str(error))
+        else:
+            found.setdefault(sha256, (file, deployment))
+    if not found and not damaged:
+        raise InputError("DIR: no deployment file is in any of the folders; name other folders.")
+    suppressions = [
+        _suppression(subject, sha256, file, deployment, found)
+        for sha256, (file, deployment) in found.items()
+        if subject in deployment.subjects
+        or (deployment.parent is not None and subject in deployment.parent.subjects)
+    ]
+    return SubjectReport(
+        subject=subject,
+        suppressions=tuple(sorted(suppressions, key=lambda s: (s.created, s.sha256))),
+        damaged=tuple(damaged),
+        looked_at=len(found),
+    )
+
+
+def _files(folders: Iterable[Path]) -> list[Path]:
+    files: set[Path] = set()
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: is no folder; name one that holds deployments.")
+        files |= {path for path in folder.rglob("*.yaml") if path.parent.name == "deployments"}
+        files |= set(folder.rglob("deployment.yaml"))
+        if folder.name == "deployments":
+            files |= set(folder.glob("*.yaml"))
+    return sorted(files)
+
+
+def _suppression(
+    subject: str,
+    sha256: str,
+    file: Path,
+    deployment: Deployment,
+    known: dict[str, tuple[Path, Deployment]],
+) -> Suppression:
+    own = subject in deployment.subjects
+    parent = deployment.parent
+    splits = ("forget_", "test_") if own else ("earlier_",)
+    scores = deployment.scores
+
+    def of_split(values: dict[str, Score]) -> dict[str, Score]:
+        return {name: score for name, score in values.items() if name.startswith(splits)}
+
+    attacks = [
+        Attack(name=attack.name, scores=of_split(attack.scores))
+        for attack in scores.attacks
+        if of_split(attack.scores)
+    ]
+    earlier = () if parent is None else parent.requests
+    return Suppression(
+        file=file,
+        sha256=sha256,
+        backbone=deployment.backbone,
+        created=deployment.created,
+        role="own" if own else "kept",
+        requests=deployment.requests if own else (*earlier, *deployment.requests),
+        chain=_chain(deployment, known),
+        people=len(deployment.subjects) if own or parent is None else len(parent.subjects),
+        base=of_split(scores.base),
+        deployed=of_split(scores.deployed),
+        attacks=tuple(attacks),
+        not_run=scores.not_run,
+    )
+
+
+def _chain(
+    deployment: Deployment, known: dict[str, tuple[Path, Deployment]]
+) -> tuple[str | None, ...]:
+    """The ancestors' hashes; an ancestor's own parent is known only if its file was found."""
+    chain: list[str | None] = []
+    parent = deployment.parent
+    while parent is not None:
+        chain.append(parent.sha256)
+        if parent.sha256 not in known:
+            chain.append(None)
+            break
+        parent = known[parent.sha256][1].parent
+    return tuple(chain)

@@ -1,0 +1,318 @@
+"""One forget request from data to deployment: one trial, scored with several seeds, put in place.
+
+With ``from_deployment`` the request follows another one. What is deployed is then the frozen base:
+the parent's adapter is merged into it in memory, so teacher and reference are the model that users
+have, and a fresh adapter learns to forget the new people. People of the requests before are never
+trained on, and are scored as split ``earlier``: their suppression must not come back. Shipped is
+one adapter against the original base, the two adapters made one (``adapter_files.concatenate``), and
+it is that one which is scored.
+
+A study searches better settings than one trial has; this is for a request that must be answered
+with settings that were found before, such as the parent's.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from vgid.adapter_files import concatenate, copy_adapter, read_adapter
+from vgid.config import Config, ForgetRatio, RequestConfig, TrialConfig, parse
+from vgid.deployment import (
+    Deployment,
+    Parent,
+    Pseudonym,
+    hash_files,
+    read_deployment,
+    write_deployment,
+)
+from vgid.errors import InputError
+from vgid.ledger import now
+
+if TYPE_CHECKING:
+    from vgid.candidates import Scored
+    from vgid.trial import TrialSession
+
+TRIAL_ID = "0000"
+
+
+class UnlearnConfig(Config):
+    """A forget request to answer."""
+
+    backbone: str | None = Field(
+        None, description="name of a row in vgid.backbones; the parent's if there is one"
+    )
+    model_path: str | None = Field(None, description="folder or hub id of the base")
+    data: Path = Field(description="benchmark folder")
+    output: Path = Field(description="folder that gets `deployments`")
+    from_deployment: Path | None = Field(None, description="deployment file to start from")
+    forget_ratio: ForgetRatio = Field(5, description="per cent of the people to forget")
+    forget_ids: tuple[Pseudonym, ...] | None = Field(
+        None, min_length=1, description="people to forget among those; None: all of them"
+    )
+    request_id: tuple[Pseudonym, ...] = ()
+    setting: tuple[str, ...] = Field(
+        (), description="NAME=VALUE of the trial's hyperparameters, over the parent's"
+    )
+    seeds: int = Field(3, ge=1, description="to score with")
+    seed: int = Field(0, ge=0, description="splits of people and questions")
+    retain_people: int = Field(50, ge=2)
+
+    @field_validator("data", "output", "from_deployment")
+    @classmethod
+    def _absolute(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser().absolute()
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What was written.
+
+    Attributes:
+        file: the deployment file.
+        sha256: of the file.
+        deployment: its content.
+    """
+
+    file: Path
+    sha256: str
+    deployment: Deployment
+
+
+@dataclass(frozen=True)
+class _ParentDeployment:
+    """A deployment that a request follows, its adapter as recorded."""
+
+    deployment: Deployment
+    sha256: str
+    adapter: Path
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Everyone whom it and its ancestors suppress."""
+        before = self.deployment.parent
+        return (*(before.subjects if before else ()), *self.deployment.subjects)
+
+    @property
+    def lineage(self) -> Parent:
+        """What the next deployment records of it."""
+        before = self.deployment.parent
+        return Parent(
+            sha256=self.sha256,
+            requests=(*(before.requests if before else ()), *self.deployment.requests),
+            subjects=self.subjects,
+        )
+
+
+def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: None) -> Unlearned:
+    """Answer a forget request and write its deployment, whole or not at all.
+
+    Args:
+        config: the request.
+        tell: shows a line of progress.
+
+    Raises:
+        InputError: bad input, a parent that was changed since it was written, or a trial that
+            failed.
+    """
+    from vgid.placing import FOLDER, staged
+
+    parent = None if config.from_deployment is None else _read_parent(config.from_deployment)
+    trial = _trial(config, parent)
+    request = _request(config, parent)
+    deployments = config.output / FOLDER
+    file = deployments / f"{request.backbone}.yaml"
+    if file == config.from_deployment:
+        raise InputError(
+            f"--output: {file} is the deployment to start from and would be replaced; name another "
+            "folder."
+        )
+    with tempfile.TemporaryDirectory(prefix="vgid-unlearn-") as scratch:
+        fresh, shipped = Path(scratch) / "fresh", Path(scratch) / "shipped"
+        _train(request, trial, parent, fresh, tell)
+        if parent is None:
+            shipped = fresh
+        else:
+            concatenate(parent.adapter, fresh, shipped)
+        with staged(deployments, [request.backbone, file.name]) as staging:
+            target = staging / request.backbone / "adapter"
+            deployment = _deploy(config, request, trial, parent, shipped, target, tell)
+            sha256 = write_deployment(staging / file.name, deployment)
+    return Unlearned(file, sha256, deployment)
+
+
+def _read_parent(file: Path) -> _ParentDeployment:
+    deployment, sha256 = read_deployment(file)
+    folder = deployment.adapter_folder(file)
+    if hash_files(folder) != deployment.adapter.files:
+        raise InputError(f"{folder}: is not the adapter of {file}; see `vgid verify {file}`.")
+    return _ParentDeployment(deployment, sha256, folder)
+
+
+def _trial(config: UnlearnConfig, parent: _ParentDeployment | None) -> TrialConfig:
+    """The parent's hyperparameters, or the defaults, with what was set."""
+    values: dict[str, Any] = {} if parent is None else parent.deployment.hyperparameters.used
+    for setting in config.setting:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise InputError(
+                f"--setting: {setting!r} is no NAME=VALUE, such as learning_rate=1e-3."
+            )
+        loaded = yaml.safe_load(value)
+        values[name] = tuple(loaded) if isinstance(loaded, list) else loaded
+    return parse(TrialConfig, values, "--setting")
+
+
+def _request(config: UnlearnConfig, parent: _ParentDeployment | None) -> RequestConfig:
+    values: dict[str, Any] = {
+        "backbone": config.backbone or "tiny-llava",
+        "model_path": config.model_path,
+        "data": config.data,
+        "store": config.output / "store",
+        "forget_ratio": config.forget_ratio,
+        "forget_ids": config.forget_ids,
+        "seed": config.seed,
+        "retain_people": config.retain_people,
+    }
+    if parent is not None:
+        base = parent.deployment.base
+        if config.backbone not in (None, parent.deployment.backbone):
+            raise InputError(
+                f"--backbone: the deployment is of {parent.deployment.backbone}; leave the option "
+                "out."
+            )
+        values |= {
+            "backbone": parent.deployment.backbone,
+            "model_path": config.model_path or base.model_path,
+            "earlier_ids": parent.subjects,
+            "deployed_adapter": parent.adapter,
+        }
+    return parse(RequestConfig, values, "vgid unlearn")
+
+
+def _train(
+    request: RequestConfig,
+    trial: TrialConfig,
+    parent: _ParentDeployment | None,
+    folder: Path,
+    tell: Callable[[str], None],
+) -> None:
+    """Train the request's own adapter, on a base that is let go of before the scoring."""
+    from vgid.trial import TrialSession
+
+    if parent is not None:
+        from vgid.export import find_base
+
+        find_base(parent.deployment, request.model_path)
+    tell(f"Loading {request.backbone}")
+    session = TrialSession(request)
+    tell(f"Forgetting {len(session.people.forget)} people")
+    result = session.run(trial, TRIAL_ID, folder)
+    if result.status != "completed":
+        raise InputError(
+            f"--setting: the trial {result.status} ({result.error}); lower learning_rate."
+        )
+
+
+def _deploy(
+    config: UnlearnConfig,
+    request: RequestConfig,
+    trial: TrialConfig,
+    parent: _ParentDeployment | None,
+    shipped: Path,
+    target: Path,
+    tell: Callable[[str], None],
+) -> Deployment:
+    """Score what is shipped on the original base, copy it to ``target``, and describe it."""
+    from vgid.candidates import pick_seeds, score_with_seeds
+    from vgid.trial import TrialSession
+
+    session = TrialSession(request.model_copy(update={"deployed_adapter": None}))
+    seeds = pick_seeds(config.seed, config.seeds)
+    tell(f"Scoring the base model, {len(seeds)} seeds")
+    base = score_with_seeds(session, seeds, None)
+    tell(f"Scoring the adapter, {len(seeds)} seeds")
+    scored = score_with_seeds(session, seeds, shipped)
+    hub_id = session.backbone.spec.hub_id if request.model_path is None else None
+    copy_adapter(shipped, target, hub_id, session.backbone.revision)
+    return _record(config, session, trial, parent, target, seeds, base, scored)
+
+
+def _record(
+    config: UnlearnConfig,
+    session: "TrialSession",
+    trial: TrialConfig,
+    parent: _ParentDeployment | None,
+    adapter: Path,
+    seeds: tuple[int, ...],
+    base: "Scored",
+    scored: "Scored",
+) -> Deployment:
+    from vgid.candidates import PART, attacks_of
+    from vgid.summary import provenance
+
+    request, spec = session.request, session.backbone.spec
+    weights = read_adapter(adapter)
+    attacks, not_run = attacks_of(scored)
+    stamp = now()
+    settings = "the parent's setting" if parent else "one setting"
+    values: Mapping[str, Any] = {
+        "backbone": request.backbone,
+        "created": stamp,
+        "requests": config.request_id,
+        "subjects": sorted(person.id for person in session.people.forget),
+        "base": {
+            "hub_id": spec.hub_id if request.model_path is None else None,
+            "model_path": request.model_path,
+            "revision": session.backbone.revision,
+            "precision": str(session.backbone.model.dtype).removeprefix("torch."),
+        },
+        "adapter": {
+            "path": f"{request.backbone}/adapter",
+            "files": hash_files(adapter),
+            "rank": weights.rank,
+            "scale": weights.scale,
+            "targets": weights.targets,
+        },
+        "frame": {
+            "image": spec.frame.image,
+            "text": spec.frame.text,
+            "separator": spec.frame.separator,
+        },
+        "hyperparameters": trial,
+        "scores": {
+            "part": PART,
+            "seeds": seeds,
+            "base": base.plain,
+            "deployed": scored.plain,
+            "attacks": attacks,
+            "not_run": not_run,
+        },
+        "data": {
+            "sha256": session.benchmark.sha256,
+            "forget_ratio": request.forget_ratio,
+            "retain_people": request.retain_people,
+            "split_seed": request.seed,
+        },
+        "origin": {
+            "study_id": f"{request.backbone}-{stamp[:19].replace(':', '')}-{request.seed}",
+            "trial_id": TRIAL_ID,
+            "rule": f"one trial of {settings}; nothing was chosen",
+            **provenance(),
+        },
+        "parent": None if parent is None else parent.lineage,
+    }
+    try:
+        return Deployment.model_validate(values)
+    except ValidationError as error:
+        if error.errors()[0]["loc"][0] != "subjects":
+            raise
+        # Never quoted: an id that is no pseudonym may be a name.
+        raise InputError(
+            f"{request.data}: a person ID of the forget people is no pseudonym (letters, digits, "
+            "'.', '_' and '-'); replace the IDs."
+        ) from None
