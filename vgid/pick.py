@@ -12,7 +12,8 @@ store, so that another rule or bound costs seconds.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from vgid.pick_comparison import COMPARISON, write_comparison
 from vgid.pick_report import PickReport, write_report
 from vgid.picking import Bounds, Choice, Rule, choose
 from vgid.placing import FOLDER, staged
+from vgid.plan import CPUS_PER_WORKER
 from vgid.study_source import Source, open_source
 
 if TYPE_CHECKING:
@@ -189,6 +191,26 @@ def _decide(
             "with --data."
         )
     tell(f"Loading {source.config.backbone}")
+    with _one_thread():
+        return _score_and_choose(config, source, request, tell)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute as the study's workers do: the same numbers, and faster on a shared machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(CPUS_PER_WORKER)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _score_and_choose(
+    config: PickConfig, source: Source, request: RequestConfig, tell: Callable[[str], None]
+) -> _Decision:
     from vgid.trial import TrialSession
 
     session = TrialSession(request)

@@ -156,7 +156,7 @@ def _png(reports: Sequence[PickReport]) -> bytes:
             )
         trial = report.choice.chosen.trial_id
         axes.scatter(x, y, s=110, c=colour, label=f"{report.backbone}, trial {trial}", zorder=4)
-    axes.scatter(0, 1, 170, BASE, "*", label="every base model", zorder=5, linewidths=0)
+    axes.scatter(0, 1, s=170, c=BASE, marker="*", label="every base model", zorder=5, linewidths=0)
     axes.set_xlabel(X_LABEL, color=INK)
     axes.set_ylabel(Y_LABEL, color=INK)
     axes.legend(fontsize=8.5, loc="lower left", frameon=False)
