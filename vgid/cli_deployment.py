@@ -1,4 +1,4 @@
-"""The ``vgid`` commands from a deployment on: verify, export, sign.
+"""The ``vgid`` commands from a deployment on: verify, export, sign, roll back.
 
 Heavy modules are imported inside the commands, as in ``vgid.cli``.
 """
@@ -95,6 +95,23 @@ def sign_command(
         print(json.dumps({"target": str(target), "signature": str(signature)}))
     else:
         print(f"Wrote {signature}; check it with `vgid verify {target} --public-key PEM`.")
+
+
+@app.command("rollback")
+def rollback_command(
+    backbone: Annotated[str, typer.Option(help="Backbone whose champion goes back.")],
+    tracking_uri: Annotated[str, typer.Option(help="MLflow server or database.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make the previous champion of a backbone the champion again, in MLflow's registry."""
+    from vgid.registry import registered_name, rollback
+
+    champion, previous = rollback(backbone, tracking_uri)
+    if as_json:
+        print(json.dumps({"backbone": backbone, "champion": champion, "previous": previous}))
+    else:
+        name = registered_name(backbone)
+        print(f"{name}: version {champion} is the champion again, {previous} the previous one.")
 
 
 def _tell(line: str) -> None:

@@ -4,8 +4,8 @@ With ``from_deployment`` the request follows another one. What is deployed is th
 the parent's adapter is merged into it in memory, so teacher and reference are the model that users
 have, and a fresh adapter learns to forget the new people. People of the requests before are never
 trained on, and are scored as split ``earlier``: their suppression must not come back. Shipped is
-one adapter against the original base, the two adapters made one (``adapter_files.concatenate``), and
-it is that one which is scored.
+one adapter against the original base, the two made one (``adapter_files.concatenate``), and it is
+that one which is scored.
 
 A study searches better settings than one trial has; this is for a request that must be answered
 with settings that were found before, such as the parent's.
@@ -119,7 +119,9 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
         InputError: bad input, a parent that was changed since it was written, or a trial that
             failed.
     """
+    from vgid.candidates import pick_seeds, score_with_seeds
     from vgid.placing import FOLDER, staged
+    from vgid.trial import TrialSession
 
     parent = None if config.from_deployment is None else _read_parent(config.from_deployment)
     trial = _trial(config, parent)
@@ -138,9 +140,17 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
             shipped = fresh
         else:
             concatenate(parent.adapter, fresh, shipped)
+        session = TrialSession(request.model_copy(update={"deployed_adapter": None}))
+        seeds = pick_seeds(config.seed, config.seeds)
+        tell(f"Scoring the base model, {len(seeds)} seeds")
+        base = score_with_seeds(session, seeds, None)
+        tell(f"Scoring the adapter, {len(seeds)} seeds")
+        scored = score_with_seeds(session, seeds, shipped)
+        hub_id = session.backbone.spec.hub_id if request.model_path is None else None
         with staged(deployments, [request.backbone, file.name]) as staging:
             target = staging / request.backbone / "adapter"
-            deployment = _deploy(config, request, trial, parent, shipped, target, tell)
+            copy_adapter(shipped, target, hub_id, session.backbone.revision)
+            deployment = _record(config, session, trial, parent, target, seeds, base, scored)
             sha256 = write_deployment(staging / file.name, deployment)
     return Unlearned(file, sha256, deployment)
 
@@ -216,30 +226,6 @@ def _train(
         raise InputError(
             f"--setting: the trial {result.status} ({result.error}); lower learning_rate."
         )
-
-
-def _deploy(
-    config: UnlearnConfig,
-    request: RequestConfig,
-    trial: TrialConfig,
-    parent: _ParentDeployment | None,
-    shipped: Path,
-    target: Path,
-    tell: Callable[[str], None],
-) -> Deployment:
-    """Score what is shipped on the original base, copy it to ``target``, and describe it."""
-    from vgid.candidates import pick_seeds, score_with_seeds
-    from vgid.trial import TrialSession
-
-    session = TrialSession(request.model_copy(update={"deployed_adapter": None}))
-    seeds = pick_seeds(config.seed, config.seeds)
-    tell(f"Scoring the base model, {len(seeds)} seeds")
-    base = score_with_seeds(session, seeds, None)
-    tell(f"Scoring the adapter, {len(seeds)} seeds")
-    scored = score_with_seeds(session, seeds, shipped)
-    hub_id = session.backbone.spec.hub_id if request.model_path is None else None
-    copy_adapter(shipped, target, hub_id, session.backbone.revision)
-    return _record(config, session, trial, parent, target, seeds, base, scored)
 
 
 def _record(

@@ -199,6 +199,8 @@ def request_of(
         "data": data,
         "store": store,
         "forget_ratio": deployment.data.forget_ratio,
+        "forget_ids": deployment.subjects,
+        "earlier_ids": () if deployment.parent is None else deployment.parent.subjects,
         "retain_people": deployment.data.retain_people,
         "seed": deployment.data.split_seed,
     }
