@@ -1,4 +1,4 @@
-"""The ``vgid`` commands from a deployment on: verify, export, sign, roll back.
+"""The ``vgid`` commands of deployments: unlearn, verify, export, sign, report, rollback.
 
 Heavy modules are imported inside the commands, as in ``vgid.cli``.
 """
@@ -10,9 +10,22 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 app = typer.Typer()
 """Its commands stand beside those of ``vgid.cli``."""
+
+UNLEARN_SCORES = (
+    "forget_rougeL",
+    "forget_cloze",
+    "forget_memorisation",
+    "test_rougeL",
+    "earlier_rougeL",
+    "earlier_cloze",
+    "earlier_memorisation",
+    "retain_rougeL",
+    "retain_cloze",
+)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 ModelPathOption = Annotated[
@@ -112,6 +125,98 @@ def rollback_command(
     else:
         name = registered_name(backbone)
         print(f"{name}: version {champion} is the champion again, {previous} the previous one.")
+
+
+@app.command("unlearn")
+def unlearn_command(
+    data: Annotated[Path, typer.Option(help="Benchmark folder.")],
+    output: Annotated[Path, typer.Option(help="Folder that gets `deployments`.")],
+    from_deployment: Annotated[
+        Path | None, typer.Option(help="Deployment file to start from, for a next request.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Backbone, by default tiny-llava or the deployment's.")
+    ] = None,
+    model_path: ModelPathOption = None,
+    forget_ratio: Annotated[int, typer.Option(help="Per cent of the people: 5, 10 or 15.")] = 5,
+    forget_ids: Annotated[
+        str | None, typer.Option(help="IDs among them, with commas; by default all.")
+    ] = None,
+    request_id: Annotated[
+        list[str] | None, typer.Option(help="ID of the request; may be given again.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE of a hyperparameter; others are the deployment's."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds to score with.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the splits of people and questions.")] = 0,
+    retain_people: Annotated[int, typer.Option(help="People scored as retain set.")] = 50,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer one forget request with one trial, and write its deployment.
+
+    With --from-deployment the deployed model is what is trained on, its people stay in the
+    evaluation as split `earlier`, and the new adapter holds both requests.
+    """
+    from vgid.command_line import words
+    from vgid.config import parse
+    from vgid.unlearn import UnlearnConfig, unlearn
+
+    settings = {
+        "data": data,
+        "output": output,
+        "from_deployment": from_deployment,
+        "backbone": backbone,
+        "model_path": model_path,
+        "forget_ratio": forget_ratio,
+        "forget_ids": None if forget_ids is None else words(forget_ids),
+        "request_id": tuple(request_id or ()),
+        "setting": tuple(setting or ()),
+        "seeds": seeds,
+        "seed": seed,
+        "retain_people": retain_people,
+    }
+    done = unlearn(parse(UnlearnConfig, settings, "vgid unlearn"), _tell)
+    if as_json:
+        plain = {"file": str(done.file), "sha256": done.sha256}
+        print(json.dumps(plain | {"deployment": done.deployment.model_dump(mode="json")}))
+        return
+    scores = done.deployment.scores
+    table = Table("score", "n", "base", "deployed, 95 % interval")
+    for name in UNLEARN_SCORES:
+        if name in scores.deployed:
+            found = scores.deployed[name]
+            interval = f"{found.value:.3f}, {found.low:.3f} to {found.high:.3f}"
+            table.add_row(name, str(found.n), f"{scores.base[name].value:.3f}", interval)
+    Console().print(table)
+    print(f"Wrote {done.file}; check it with `vgid verify {done.file} --data {data}`.")
+
+
+@app.command("report")
+def report_command(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that hold deployments.")
+    ],
+    subject: Annotated[str, typer.Option(help="Pseudonym of the subject: the benchmark's ID.")],
+    as_json: JsonOption = False,
+) -> None:
+    """List when a subject was suppressed, by which deployments, under which tests.
+
+    Exit code 1: a deployment file was changed since it was sealed; it is named.
+    """
+    from vgid.report import report
+
+    found = report(subject, folders)
+    if as_json:
+        print(found.model_dump_json())
+    else:
+        found.print(Console())
+        print(
+            f"{subject}: suppressed by {len(found.suppressions)} of {found.looked_at} deployments."
+        )
+    if found.damaged:
+        raise typer.Exit(1)
 
 
 def _tell(line: str) -> None:

@@ -78,7 +78,7 @@ class SubjectReport(Config):
             for ancestor in found.chain:
                 named = ancestor or "a deployment that was not found here"
                 console.print(f"  follows {named}", highlight=False)
-            table = Table("test", "score", "n", "base", "deployed [95 %]")
+            table = Table("test", "score", "n", "base", "deployed, 95 % interval")
             rows = [("plain", found.deployed)]
             rows += [(attack.name, attack.scores) for attack in found.attacks]
             for test, scores in rows:
@@ -89,7 +89,7 @@ class SubjectReport(Config):
                         name,
                         str(score.n),
                         "" if before is None else f"{before.value:.3f}",
-                        f"{score.value:.3f} \\[{score.low:.3f}, {score.high:.3f}]",
+                        f"{score.value:.3f}, {score.low:.3f} to {score.high:.3f}",
                     )
             console.print(table)
             console.print(f"  not run: {'; '.join(found.not_run)}\n", highlight=False)

@@ -119,7 +119,7 @@ class Verification(Config):
             table.add_row(check.name, words[check.passed], check.detail)
         console.print(table)
         if self.scores:
-            table = Table("of", "score", "n", "recorded", "measured again", "")
+            table = Table("of", "score", "n", "recorded, 95 % interval", "measured again", "")
             for score in self.scores:
                 found = score.found
                 state = "[green]ok[/]" if score.within else "[red]DIFFERS[/]"
@@ -127,7 +127,7 @@ class Verification(Config):
                     score.of,
                     score.name,
                     str(score.stated.n),
-                    f"{score.stated.value:.4f} \\[{score.stated.low:.4f}, {score.stated.high:.4f}]",
+                    f"{score.stated.value:.4f}, {score.stated.low:.4f} to {score.stated.high:.4f}",
                     "none" if found is None else f"{found.value:.4f}",
                     f"{state}, bit-equal" if score.equal else state,
                 )
