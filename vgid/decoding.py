@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from vgid.backbones import Backbone
 from vgid.encoding import Encoded, Query, encode
+from vgid.last_layer import reading_at
 from vgid.packing import hidden_states, pack, rotary_positions
 from vgid.prefix_attention import SharedPrompts, attending_to_shared_prompts
 
@@ -26,10 +27,9 @@ MAX_NEW_TOKENS = 50
 """Longest response, in tokens, of the benchmark's protocol."""
 
 MAX_BATCH_TOKENS = 32_768
-"""Prompt tokens of a batch at most, padding included, however many samples were asked for: a
-few-shot prompt of LLaVA-1.5-7B holds thousands of image tokens, and this many fill 16 GiB of its
-key-value cache."""
-
+"""Tokens of a batch at most, however many samples were asked for: what a portrait's prompts share
+counts once, the rest of them and the responses to come as padded. This many fill 16 GiB of
+LLaVA-1.5-7B's key-value cache."""
 
 COMPACT = 0.75
 """Rows that ended are dropped when at most this share of a batch goes on: dropping copies the
@@ -84,7 +84,8 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
     language_model = model.model.language_model
     packed = pack(backbone, prompts)
     trees = DynamicCache(config=model.config.get_text_config())
-    hidden_ND = packed.last(hidden_states(backbone, packed, trees))
+    with reading_at(language_model, *packed.last_places):
+        (hidden_ND,) = hidden_states(backbone, packed, trees)
     shared = SharedPrompts(trees, packed)
     rows = list(shared.order)  # prompt of each row
     hidden_ND = hidden_ND[rows]
@@ -169,7 +170,8 @@ def score_responses(
     with _evaluating(backbone.model):
         for rows in _batches(encoded, longest, batch_size):
             packed = pack(backbone, [encoded[i] for i in rows], [responses[i] for i in rows])
-            hidden_RD = packed.predicting(hidden_states(backbone, packed))
+            with reading_at(backbone.model.model.language_model, *packed.predicting_places):
+                (hidden_RD,) = hidden_states(backbone, packed)
             logits_RV = backbone.model.lm_head(hidden_RD).float()
             targets_R = packed.response_ids_R
             correct_R = (logits_RV.argmax(dim=-1) == targets_R).cpu()
@@ -200,18 +202,25 @@ def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator
         return len(encoded[index].prompt_ids) + more
 
     batch: list[int] = []
-    longest = 0
+    shared = longest = 0  # tokens that are there once, tokens of the longest remainder
     for group in sorted(groups.values(), key=lambda group: max(map(length, group))):
+        common = _beginning([encoded[index].identity for index in group])
+        shared += common
         for index in sorted(group, key=length):
-            longest = max(longest, length(index))
-            if batch and (
-                len(batch) == batch_size or (len(batch) + 1) * longest > MAX_BATCH_TOKENS
-            ):
+            longest = max(longest, length(index) - common)
+            tokens = shared + (len(batch) + 1) * longest
+            if batch and (len(batch) == batch_size or tokens > MAX_BATCH_TOKENS):
                 yield batch
-                batch, longest = [], length(index)
+                batch, shared, longest = [], common, length(index) - common
             batch.append(index)
     if batch:
         yield batch
+
+
+def _beginning(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the beginning that all share."""
+    pairs = zip(min(sequences), max(sequences), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(min(sequences, key=len)))
 
 
 def _end_tokens(backbone: Backbone) -> frozenset[int]:

@@ -66,17 +66,27 @@ class Packed:
         """The response tokens of all samples, one after the other."""
         return torch.tensor([i for r in self.responses for i in r], device=self.ids_BL.device)
 
-    def predicting(self, states_BLD: Tensor) -> Tensor:
-        """The states that predict a response token, one after the other: (R, D)."""
+    @property
+    def predicting_places(self) -> tuple[list[int], list[int]]:
+        """Rows and places of the tokens that predict a response token, one after the other."""
         rows, places = [], []
         for row, path, response in zip(self.rows, self.paths, self.responses, strict=True):
             rows += [row] * len(response)
             places += path[len(path) - len(response) - 1 : -1] if response else []
-        return states_BLD[rows, places]
+        return rows, places
+
+    @property
+    def last_places(self) -> tuple[list[int], list[int]]:
+        """Row and place of each sample's last token."""
+        return self.rows, [path[-1] for path in self.paths]
+
+    def predicting(self, states_BLD: Tensor) -> Tensor:
+        """The states that predict a response token, one after the other: (R, D)."""
+        return states_BLD[self.predicting_places]
 
     def last(self, states_BLD: Tensor) -> Tensor:
         """The state of each sample's last token: (N, D)."""
-        return states_BLD[self.rows, [path[-1] for path in self.paths]]
+        return states_BLD[self.last_places]
 
 
 @dataclass
