@@ -33,6 +33,18 @@ ModelPathOption = Annotated[
 ]
 
 
+@app.command(
+    "pick",
+    add_help_option=False,  # --help is among the flags
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def pick_command(context: typer.Context) -> None:
+    """Pick the trial of a study's front to deploy; see `vgid pick --help`."""
+    from vgid.pick_arguments import main
+
+    raise typer.Exit(main(context.args, "vgid pick"))
+
+
 @app.command("verify")
 def verify_command(
     target: Annotated[

@@ -12,9 +12,10 @@ store, so that another rule or bound costs seconds.
 """
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,7 @@ class PickConfig(Config):
         output: folder that gets ``deployments``; None: the study's own.
         data: the benchmark, where it is not where the study had it.
         model_path: the base's weights, where they are not where the study had them.
+        champion: make the deployment the champion of its backbone in MLflow's registry.
     """
 
     study: tuple[str, ...] = Field(min_length=1)
@@ -64,6 +66,7 @@ class PickConfig(Config):
     output: Path | None = None
     data: Path | None = None
     model_path: str | None = None
+    champion: bool = True
 
     @field_validator("output", "data")
     @classmethod
@@ -85,12 +88,14 @@ class PickedBackbone:
         sha256: of the file.
         deployment: its content.
         report: the choice and its candidates.
+        version: in MLflow's registry, None where it was not registered.
     """
 
     file: Path
     sha256: str
     deployment: Deployment
     report: PickReport
+    version: int | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,8 @@ def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda lin
 
     Raises:
         InputError: a study, its data or its weights are missing, damaged or changed, or no
-            candidate keeps every bound; no deployment is written or changed then.
+            candidate keeps every bound; no deployment is written or changed then. Or MLflow does
+            not take what is written.
     """
     with tempfile.TemporaryDirectory(prefix="vgid-pick-") as scratch:
         sources = []
@@ -140,7 +146,8 @@ def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda lin
             sources.append(open_source(name, config.tracking_uri, folder))
         output = _output(config, sources)
         decisions = [_decide(config, source, output, tell) for source in sources]
-        return _write(config, decisions, output / FOLDER)
+        picked = _write(config, decisions, output / FOLDER)
+    return _registered(picked, sources, tell) if config.champion else picked
 
 
 def _output(config: PickConfig, sources: list[Source]) -> Path:
@@ -191,7 +198,9 @@ def _decide(
             "with --data."
         )
     tell(f"Loading {source.config.backbone}")
-    with _one_thread():
+    with _one_thread(), warnings.catch_warnings():
+        # Of libraries to each other; a terminal is for what the user can act on.
+        warnings.simplefilter("ignore", FutureWarning)
         return _score_and_choose(config, source, request, tell)
 
 
@@ -258,6 +267,21 @@ def _write(config: PickConfig, decisions: list[_Decision], deployments: Path) ->
         if several:
             write_comparison(staging, [picked.report for picked in written])
     return Picked(tuple(written), deployments / COMPARISON[0] if several else None)
+
+
+def _registered(picked: Picked, sources: list[Source], tell: Callable[[str], None]) -> Picked:
+    """Make each deployment the champion where its study is recorded."""
+    from vgid.registry import register
+
+    versions = []
+    for backbone, source in zip(picked.backbones, sources, strict=True):
+        tell(f"Registering the deployment of {backbone.report.backbone}")
+        try:
+            versions.append(register(backbone.file, source.tracking_uri))
+        except InputError as error:
+            raise InputError(f"{backbone.file} is written but not registered: {error}") from None
+    listed = zip(picked.backbones, versions, strict=True)
+    return replace(picked, backbones=tuple(replace(b, version=v) for b, v in listed))
 
 
 def _base(decision: _Decision) -> dict[str, Any]:

@@ -76,6 +76,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "benchmark, if it was moved")  # fmt: skip
     add("--model-path", metavar="DIR", default=argparse.SUPPRESS, help="the study's weights, if "
         "they were moved")  # fmt: skip
+    add("--no-champion", dest="champion", action="store_false", default=argparse.SUPPRESS,
+        help="leave MLflow's registry alone; without it, the deployment becomes the champion "
+        "there")  # fmt: skip
     add("--json", action="store_true", help="print one JSON object, for machines")
     return made
 
@@ -95,6 +98,8 @@ def show(picked: "Picked") -> None:
         folder = backbone.file.with_suffix("")
         console.print(f"Wrote {backbone.file}", markup=False, soft_wrap=True)
         console.print(f"  {folder / 'pick.html'} shows the choice", markup=False, soft_wrap=True)
+        if backbone.version is not None:
+            console.print(f"  version {backbone.version} in MLflow's registry, the champion now")
     if picked.comparison is not None:
         console.print(comparison_table([backbone.report for backbone in picked.backbones]))
         console.print(f"Wrote {picked.comparison}", markup=False, soft_wrap=True)
@@ -109,6 +114,7 @@ def summary(picked: "Picked") -> dict[str, Any]:
                 "file": str(backbone.file),
                 "sha256": backbone.sha256,
                 "trial_id": backbone.report.choice.chosen.trial_id,
+                "version": backbone.version,
                 "rule": str(backbone.report.choice),
                 "why": backbone.report.choice.why,
                 "sentences": backbone.report.sentences,

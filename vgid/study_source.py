@@ -130,7 +130,7 @@ def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
 def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     import os
 
-    from vgid.mlflow_client import open_existing
+    from vgid.mlflow_client import open_client
 
     run_id = name.removeprefix(MLFLOW)
     if re.fullmatch(r"[0-9a-f]{32}", run_id) is None:
@@ -141,7 +141,7 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
         raise InputError(f"--study {name}: name its MLflow server with --tracking-uri.")
-    client, shown = open_existing(uri)
+    client, shown = open_client(uri)
     from mlflow.exceptions import MlflowException
 
     where = f"--study {name} at {shown}"
