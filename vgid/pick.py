@@ -27,7 +27,8 @@ from vgid.deployment import Deployment, Pseudonym, hash_files, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
 from vgid.pick_comparison import COMPARISON, write_comparison
-from vgid.pick_report import PickReport, write_report
+from vgid.pick_pictures import write_report
+from vgid.pick_report import PickReport
 from vgid.picking import Bounds, Choice, Rule, choose
 from vgid.placing import FOLDER, staged
 from vgid.plan import CPUS_PER_WORKER

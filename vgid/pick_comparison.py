@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgid.outputs import as_text, write_atomically
-from vgid.pick_report import STYLE, PickReport, html_table, paragraphs
+from vgid.pick_pictures import STYLE
+from vgid.pick_report import PickReport, four_cells, html_table, paragraphs
 from vgid.plotly_page import write_page
 from vgid.plots import BASE, INK
 from vgid.results import Score
@@ -129,9 +130,7 @@ def _csv(reports: Sequence[PickReport]) -> bytes:
         for kind, name, _ in SCORES:
             for model in (report.candidates.base, report.chosen):
                 score: Score | None = getattr(model, kind).get(name)
-                row += (
-                    [None] * 4 if score is None else [score.value, score.low, score.high, score.n]
-                )
+                row += four_cells(score)
         writer.writerow([as_text(value) for value in row])
     return text.getvalue().encode()
 
@@ -159,7 +158,7 @@ def _png(reports: Sequence[PickReport]) -> bytes:
     axes.scatter(0, 1, s=170, c=BASE, marker="*", label="every base model", zorder=5, linewidths=0)
     axes.set_xlabel(X_LABEL, color=INK)
     axes.set_ylabel(Y_LABEL, color=INK)
-    axes.legend(fontsize=8.5, loc="lower left", frameon=False)
+    axes.legend(fontsize=8.5, loc="best", frameon=False)
     figure.suptitle("Deployments (large) among their fronts, held-out", fontsize=12, color=BASE)
     image = io.BytesIO()
     canvas.print_png(image, metadata={"Software": None})

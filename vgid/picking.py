@@ -112,7 +112,7 @@ class Bounds:
             ("reverse rise", self.reverse_rise),
             ("forget cloze", self.cloze),
         )
-        return ", ".join(f"{name} <= {bound:g}" for name, bound in named if bound is not None)
+        return ", ".join(f"{name} ≤ {bound:g}" for name, bound in named if bound is not None)
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ def test_everyone_is_told_why_not():
         "retain drop 0.130 where 0.05 is allowed (0.080 too much) and "
         "reverse rise 0.200 where 0.03 is allowed (0.170 too much)"
     )
-    assert str(choice) == "constraint, retain drop <= 0.05, reverse rise <= 0.03"
+    assert str(choice) == "constraint, retain drop ≤ 0.05, reverse rise ≤ 0.03"
 
 
 def test_a_bound_is_met_by_what_equals_it_in_decimals():
