@@ -213,7 +213,7 @@ def insights_figure(front: Front) -> dict[str, Any]:
             "domain": [0, 1],
             "anchor": "y2",
             "tickvals": list(range(len(columns))),
-            "ticktext": [column.label for column in columns],
+            "ticktext": [column.label.replace(" ", "<br>") for column in columns],
             "showgrid": True,
             "gridcolor": "#cfd6dd",
             "zeroline": False,
@@ -339,12 +339,13 @@ def _draw_parallel(panel: Any, front: Front, columns: Sequence[Axis]) -> None:
                 zorder=4,
                 bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
             )
-    panel.set_xticks(places, [column.label.replace("_", "\n") for column in columns], fontsize=8.5)
+    labels = [column.label.replace("_", "\n").replace(" ", "\n") for column in columns]
+    panel.set_xticks(places, labels, fontsize=8.5)
     panel.set_yticks([])
     panel.set_xlim(-0.2, max(1, len(columns)) - 0.4)
     panel.spines[["top", "right", "left", "bottom"]].set_visible(False)
     panel.set_title(
-        f"Every trial from its setting to its scores, the front in colour ({front.caption})",
+        "Every trial from its setting to its scores, the front in colour",
         fontsize=10.5,
         color=INK,
         loc="left",

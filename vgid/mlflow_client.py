@@ -5,6 +5,8 @@ import os
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,27 @@ class Connection:
     experiment_id: str
 
 
+def open_client(uri: str) -> tuple[Any, str]:
+    """Open a store that is there.
+
+    Args:
+        uri: MLflow tracking URI.
+
+    Returns:
+        The ``MlflowClient``, and the URI without credentials.
+
+    Raises:
+        InputError: the URI is none, nobody answers there, or the database is not there.
+    """
+    file = _database_file(uri)
+    if file is not None and not file.is_file():
+        raise InputError(
+            f"--tracking-uri {uri}: no database is there; name the one that a study wrote."
+        )
+    with _usable(uri) as shown:
+        return _client(uri), shown
+
+
 def connect(uri: str | None, output: Path, backbone: str) -> Connection:
     """Open the store, and find or create the backbone's experiment.
 
@@ -45,68 +68,62 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
     if uri is None:
         output.mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{output / 'mlflow.db'}"
-    http = uri.startswith(("http://", "https://"))
-    shown = _shown(uri)
-    _import_quietly(uri)
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        client = MlflowClient(tracking_uri=uri)
+    with _usable(uri) as shown:
+        client = _client(uri)
         found = client.get_experiment_by_name(backbone)
         if found is not None and found.lifecycle_stage == "deleted":
             raise InputError(
                 f"--tracking-uri {shown}: experiment '{backbone}' is deleted; restore it with "
                 f"'mlflow experiments restore --experiment-id {found.experiment_id}'."
             )
-        if found is None:
-            # The kind opens the UI on the runs and their metrics instead of on chat traces.
-            tags = {"mlflow.experimentKind": "custom_model_development"}
-            # A server knows its place for artifacts; otherwise MLflow takes the working folder.
-            artifacts = None if http else (_database_folder(uri) or output) / "mlartifacts"
-            experiment_id = client.create_experiment(
-                backbone, artifacts.as_uri() if artifacts else None, tags
-            )
-        else:
-            experiment_id = found.experiment_id
+        if found is not None:
+            return Connection(client, shown, found.experiment_id)
+        # The kind opens the UI on the runs and their metrics instead of on chat traces.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        # A server knows its place for artifacts; otherwise MLflow takes the working folder.
+        file = _database_file(uri)
+        folder = None if _is_http(uri) else (file.parent if file else output) / "mlartifacts"
+        experiment_id = client.create_experiment(
+            backbone, folder.as_uri() if folder else None, tags
+        )
+        return Connection(client, shown, experiment_id)
+
+
+@contextmanager
+def _usable(uri: str) -> Iterator[str]:
+    """Names the URI without credentials; what goes wrong with it becomes one sentence."""
+    # Set before MLflow is imported: no usage reports, no links on the terminal, and a dead server
+    # is noticed soon.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    shown = re.sub(r"//[^/@]*@", "//", uri)  # no user, no password
+    if _is_http(uri):
+        _check_answers(uri, shown)
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    # After the import, which sets its own levels: no word about every table that is made.
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield shown
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise InputError(
             f"--tracking-uri {shown}: cannot be used ({first_line(error)}); give an MLflow "
             "URI such as sqlite:////folder/mlflow.db or http://host:5000."
         ) from None
-    return Connection(client, shown, experiment_id)
 
 
-def open_existing(uri: str) -> tuple[Any, str]:
-    """Open a store that is there already, to read from it; creates nothing.
-
-    Returns:
-        The ``mlflow.tracking.MlflowClient``, and the URI without credentials for messages.
-
-    Raises:
-        InputError: no such SQLite file, nobody answers, or the URI is none.
-    """
-    shown = _shown(uri)
-    file = uri.removeprefix("sqlite:///").split("?")[0]
-    if uri.startswith("sqlite:///") and not Path(file).is_file():
-        raise InputError(
-            f"--tracking-uri {shown}: there is no such file; name the study's own MLflow."
-        )
-    _import_quietly(uri)
-    from mlflow.exceptions import MlflowException
+def _client(uri: str) -> Any:
     from mlflow.tracking import MlflowClient
-    from sqlalchemy.exc import SQLAlchemyError
 
-    try:
-        client = MlflowClient(tracking_uri=uri)
-        client.search_experiments(max_results=1)
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        raise InputError(
-            f"--tracking-uri {shown}: cannot be read ({first_line(error)}); give an MLflow URI "
-            "such as sqlite:////folder/mlflow.db or http://host:5000."
-        ) from None
-    return client, shown
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _is_http(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
 
 
 def first_line(error: BaseException) -> str:
@@ -141,9 +158,9 @@ def _import_quietly(uri: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _database_folder(uri: str) -> Path | None:
+def _database_file(uri: str) -> Path | None:
     file = uri.removeprefix("sqlite:///").split("?")[0]
-    return Path(file).absolute().parent if uri.startswith("sqlite:///") else None
+    return Path(file).absolute() if uri.startswith("sqlite:///") else None
 
 
 def _check_answers(uri: str, shown: str) -> None:

@@ -159,15 +159,21 @@ def _result(front: Front, links: NoteLinks) -> str:
         )
         if name in further
     ]
-    rest = f"Of the forget people {', '.join(left)}: " if left else "That is "
+    rest = f"For the forget people {', '.join(left)}: " if left else "That is "
     rest += "suppressed under these tests, which is not erased."
     return (
-        f"**Result.** Of {len(front.records)} trials, {front.caption}. "
+        f"**Result.** Of {len(front.records)} trials, {_counts(front)}. "
         f"Trial {links.trial(pick.result.trial_id)} ({describe(pick.config)}) "
         f"removes {share} of the forget people's ROUGE-L ({forget:.3f} to "
         f"{forget - reduction:.3f}) {where}, and retain ROUGE-L goes from {kept:.3f} to "
         f"{retain:.3f}. {rest}"
     )
+
+
+def _counts(front: Front) -> str:
+    found, missing = len(front.front), len(front.records) - len(front.drawn)
+    on_front = f"{found} {'is' if found == 1 else 'are'} on the front"
+    return f"{on_front} and {missing} did not complete" if missing else on_front
 
 
 def _table(front: Front, links: NoteLinks) -> str:

@@ -1,91 +1,105 @@
-"""How an export is served by vLLM: the exact commands, and the chat template of the prompt frame.
+"""A deployment as an MLflow model: base by revision, adapter beside it, no pickle, no code.
 
-Servers bind to the loopback; who wants more puts something with authentication before them.
+MLflow's ``python_function`` flavour names this module; ``mlflow.pyfunc.load_model`` calls
+``_load_pyfunc`` with the folder of the deployment file. The package has to be installed where the
+model is loaded: nothing that the registry keeps is ever executed. ::
+
+    model = mlflow.pyfunc.load_model("models:/vgid-tiny-llava@champion")
+    model.predict(pandas.DataFrame({"image": [png_bytes], "question": ["Who is this?"]}))
+
+Meant for a smoke prediction; an exported model (``vgid export``) is what a server serves.
 """
 
-import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from vgid.deployment import Deployment, Frame
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What ``--max-lora-rank`` may be: ``MaxLoRARanks`` in vLLM's ``vllm/config/lora.py``."""
-
-CHAT_TEMPLATE = "chat_template.jinja"
-
-
-def max_lora_rank(rank: int) -> int | None:
-    """The least ``--max-lora-rank`` that holds an adapter; None above all that vLLM knows."""
-    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+from vgid.benchmark import decode_image
+from vgid.deployment import Deployment, hash_files, read_deployment
+from vgid.errors import InputError
+from vgid.prompts import generation_text
 
 
-def serve_merged(deployment: Deployment) -> str:
-    """The command that serves the merged weights, from the export's folder."""
-    return _command("./merged", deployment, [f"--served-model-name {served_name(deployment)}"])
+class DeployedModel:
+    """The deployed model, loaded.
 
-
-def serve_adapter(deployment: Deployment) -> str | None:
-    """The command that serves the base with the adapter; None where its rank is too large."""
-    limit = max_lora_rank(deployment.adapter.rank)
-    if limit is None:
-        return None
-    base, flags = deployment.base, []
-    if base.hub_id is None:
-        source = "BASE"
-    else:
-        source = base.hub_id
-        flags.append(f"--revision {base.revision}")
-    flags += [
-        "--enable-lora",
-        f"--lora-modules {served_name(deployment)}=./adapter",
-        f"--max-lora-rank {limit}",
-    ]
-    return _command(source, deployment, flags)
-
-
-def served_name(deployment: Deployment) -> str:
-    """What clients call the model."""
-    return f"{deployment.backbone}-{deployment.origin.trial_id}"
-
-
-def chat_template(frame: Frame, bos: str) -> str:
-    """The prompt frame as a Jinja template for one user message, with or without an image.
-
-    Base models' own templates may put another white space somewhere, and so ask another question
-    than the one that was trained and measured.
-
-    Args:
-        frame: the prompt frame.
-        bos: text of the token that the tokenizer puts in front; empty if there is none.
+    Attributes:
+        deployment: the record of what it is.
     """
 
-    def turn(framed: str) -> str:
-        before, after = framed.split("{text}")
-        return f"{{{{ {json.dumps(bos + before)} + user.text + {json.dumps(after)} }}}}"
+    def __init__(self, deployment: Deployment, backbone: Any, student: Any) -> None:
+        self.deployment = deployment
+        self._backbone = backbone
+        self._student = student  # the adapter stays attached as long as this lives
 
-    return (
-        "{%- set user = namespace(text='', images=0) -%}\n"
-        "{%- if messages | length != 1 or messages[0].role != 'user' -%}\n"
-        "{{ raise_exception('One user message, as in training and measurement.') }}\n"
-        "{%- elif messages[0].content is string -%}\n"
-        "{%- set user.text = messages[0].content -%}\n"
-        "{%- else -%}\n"
-        "{%- for part in messages[0].content -%}\n"
-        "{%- if part.type == 'text' -%}{%- set user.text = user.text + part.text -%}\n"
-        "{%- else -%}{%- set user.images = user.images + 1 -%}{%- endif -%}\n"
-        "{%- endfor -%}\n"
-        "{%- endif -%}\n"
-        "{%- if user.images > 1 -%}{{ raise_exception('One image at most.') }}{%- endif -%}\n"
-        f"{{%- if user.images -%}}{turn(frame.image)}{{%- else -%}}{turn(frame.text)}"
-        "{%- endif -%}\n"
-    )
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> list[str]:
+        """Answer questions on images, greedily, as the benchmark asks open questions.
+
+        Args:
+            model_input: a ``pandas.DataFrame`` with columns ``image`` (bytes of a PNG or JPEG
+                file) and ``question``.
+            params: none are known; MLflow hands them on.
+
+        Returns:
+            One answer a row.
+
+        Raises:
+            InputError: a column is missing, or an image cannot be read.
+        """
+        from vgid.decoding import greedy_decode
+        from vgid.encoding import Query
+
+        missing = {"image", "question"} - set(model_input.columns)
+        if missing:
+            raise InputError(f"model input: column '{min(missing)}' is missing; add it.")
+        rows = zip(model_input["image"], model_input["question"], strict=True)
+        queries = [
+            Query(
+                id=str(number),
+                text=generation_text(str(question), "image"),
+                image=decode_image(bytes(image), f"the image of row {number}"),
+            )
+            for number, (image, question) in enumerate(rows)
+        ]
+        return greedy_decode(self._backbone, queries)
 
 
-def _command(model: str, deployment: Deployment, flags: list[str]) -> str:
-    parts = [
-        f"vllm serve {model}",
-        f"--dtype {deployment.base.precision}",
-        *flags,
-        f"--chat-template ./{CHAT_TEMPLATE}",
-        "--host 127.0.0.1",
-    ]
-    return " \\\n  ".join(parts)
+def load_deployed(
+    file: Path, model_path: str | None = None, device: str | None = None
+) -> DeployedModel:
+    """Load base and adapter of a deployment file, and check that they are the ones that it names.
+
+    Args:
+        file: the deployment file, its adapter beside it.
+        model_path: folder or hub id of the base, if not what the file says.
+        device: torch device, by default the first GPU if there is one.
+
+    Raises:
+        InputError: a file changed, or the base is another one.
+    """
+    from peft import PeftModel
+
+    from vgid import backbones
+
+    deployment, _ = read_deployment(file)
+    folder = deployment.adapter_folder(file)
+    if hash_files(folder) != deployment.adapter.files:
+        raise InputError(f"{folder}: differs from its deployment file; register the pick again.")
+    backbone = backbones.load(deployment.backbone, model_path or deployment.base.model_path, device)
+    if backbone.revision != deployment.base.revision:
+        raise InputError(
+            f"{file}: was made for base revision {deployment.base.revision[:12]}, found "
+            f"{backbone.revision[:12]}; name the right base with model_path."
+        )
+    student = PeftModel.from_pretrained(backbone.model, folder)
+    return DeployedModel(deployment, backbone, student.eval())
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> DeployedModel:
+    """MLflow's entry: ``path`` is the folder with the one deployment file.
+
+    ``model_config`` may name ``model_path`` and ``device`` (see ``load_deployed``).
+    """
+    (file,) = Path(path).glob("*.yaml")
+    config = model_config or {}
+    return load_deployed(file, config.get("model_path"), config.get("device"))
