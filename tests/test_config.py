@@ -39,6 +39,8 @@ def test_defaults_are_the_paper_s_setting():
         ({"alpha": float("inf")}, "alpha"),
         ({"epochs": 0}, "epochs"),
         ({"epochs": 1.5}, "epochs"),
+        ({"views": 0}, "views"),
+        ({"released": True, "views": 2}, "views"),
         ({"method": "magic"}, "method"),
         ({"method": "rmu", "rmu_layer": 0}, "rmu_layer"),
         ({"method": "rmu", "rmu_steering": 0}, "rmu_steering"),

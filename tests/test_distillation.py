@@ -387,3 +387,24 @@ def test_two_ddp_workers_train_as_one_with_the_whole_batch(random_backbone, ddp,
     differences = torch.cat([(first[n] - alone[n]).abs().flatten() for n in alone])
     assert differences.mean() < 1e-6
     assert differences.max() < config.learning_rate
+
+
+def test_optimizer_steps_take_turns_between_the_views(random_backbone, forget, retain, tmp_path):
+    """Each view's batch is that of a set whose only prompts are that view's; targets stay."""
+    darker = [
+        replace(s.query, image=s.query.image.point(lambda level: level // 2)) for s in samples(6)
+    ]
+    others = encode(random_backbone, darker)
+    both = replace(forget, views=[others])
+    only = replace(forget, prompts=others)
+    for step, single in enumerate([forget, only, forget, only]):
+        (mine,) = share(random_backbone, both, range(6), 0, step=step)
+        (plain,) = share(random_backbone, single, range(6), 0)
+        with attached(random_backbone, CONFIG) as model:
+            student = Student(model, random_backbone)
+            assert student.kl(mine).item() == student.kl(plain).item()
+    same, _ = train(random_backbone, replace(forget, views=[forget.prompts]), retain)
+    alone, _ = train(random_backbone, forget, retain)
+    varied, _ = train(random_backbone, both, retain)
+    assert all(torch.equal(same[name], alone[name]) for name in alone)
+    assert not all(torch.equal(varied[name], alone[name]) for name in alone)

@@ -87,6 +87,20 @@ def test_a_trial_in_a_used_session_equals_one_in_a_fresh_session(
     assert same_adapter(adapters / "0000", tmp_path / "fresh")
 
 
+def test_views_of_the_portraits_change_the_training_and_nothing_behind_it(
+    session, result, request_config, adapters, tmp_path
+):
+    varied = TRIAL.model_copy(update={"views": 3})
+    found = session.run(varied, "0009", tmp_path / "0009")
+    assert found.status == "completed"
+    assert not same_adapter(adapters / "0000", tmp_path / "0009")
+    run_trial(varied, request_config, tmp_path / "fresh", "0009")
+    assert same_adapter(tmp_path / "0009", tmp_path / "fresh")
+    again = session.run(TRIAL, "0000", tmp_path / "again")
+    assert again.metrics == result.metrics
+    assert same_adapter(adapters / "0000", tmp_path / "again")
+
+
 def test_on_epoch_sees_each_epoch_and_can_stop_the_trial(session, tmp_path):
     seen: list[EpochReport] = []
 

@@ -155,6 +155,13 @@ class TrialConfig(Config):
     train_tasks: tuple[Task, ...] = Field(
         ("generation", "cloze"), min_length=1, description="task forms in the training batches"
     )
+    views: int = Field(
+        1,
+        ge=1,
+        description="views of each forget portrait that the student is shown, step after step: the "
+        "original, which alone is the paper's method, and others a little turned, scaled, shifted "
+        "and lit otherwise, so that the person is forgotten and not one picture",
+    )
     lora_rank: int = Field(8, ge=1, le=1024)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     epochs: int = Field(6, ge=1, description="passes over the forget set")
@@ -191,6 +198,12 @@ class TrialConfig(Config):
             default = type(self).model_fields[name].default
             if not uses(self.method, name) and getattr(self, name) != default:
                 raise ValueError(f"{name}: method '{self.method}' does not use it; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _released_has_one_view(self) -> Self:
+        if self.released and self.views > 1:
+            raise ValueError("views: the public script's variant has the original only; leave it 1")
         return self
 
     @model_validator(mode="after")

@@ -49,12 +49,15 @@ class DistillationSet:
             ``targets[(i + epoch) % len(targets)][i]``, so a mixed source takes turns.
         tasks: the task of each sample; batches hold the tasks in equal parts.
         paired: a sample learns from all its targets at once (preferences) instead.
+        views: the prompts again, with other views of the portraits (``vgid.views``); optimizer
+            steps take turns between ``prompts`` and these, the same for all samples of a step.
     """
 
     prompts: Sequence[Encoded]
     targets: Sequence[Sequence[TeacherTarget]]
     tasks: Sequence[Task]
     paired: bool = False
+    views: Sequence[Sequence[Encoded]] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -63,6 +66,10 @@ class DistillationSet:
     def portraits(self) -> list[Hashable]:
         """What each sample shows; samples that show the same can share its image tokens."""
         return [tuple(picture.key for picture in prompt.pictures) for prompt in self.prompts]
+
+    def shown(self, step: int) -> Sequence[Encoded]:
+        """The prompts of all samples as optimizer step ``step`` shows them."""
+        return (self.prompts, *self.views)[step % (1 + len(self.views))]
 
     def order(self, config: TrialConfig, name: str) -> list[int]:
         """The samples in a seeded order (``draw_order``)."""
@@ -174,8 +181,9 @@ def share(
     rank: int = 0,
     world_size: int = 1,
     parts: int = 1,
+    step: int = 0,
 ) -> list[DistillationBatch]:
-    """This rank's share of the batch ``indices``, in ``parts`` to be accumulated.
+    """This rank's share of the batch ``indices`` of optimizer step ``step``, in ``parts``.
 
     Portraits stay together as far as equal shares allow. Weights add up, over ranks and parts, to
     the mean over the whole batch.
@@ -187,12 +195,13 @@ def share(
     ordered = [i for portrait in together.values() for i in portrait]
     pieces = np.array_split(ordered, world_size * parts)[rank * parts : (rank + 1) * parts]
     shares = []
+    shown = data.shown(step)
     for piece in pieces:
         # A rank without samples must still take part in DDP's reduction.
         mine = piece.tolist() or [indices[0]]
         rounds = data.rounds(mine, epoch)
         targets = [target for each in rounds for target in each]
-        prompts = [data.prompts[i] for i in mine] * len(rounds)
+        prompts = [shown[i] for i in mine] * len(rounds)
         packed = pack(backbone, prompts, [t.response for t in targets])
         shares.append(
             DistillationBatch(
@@ -272,7 +281,7 @@ def distill(
         for k, indices in enumerate(batches):
             step = epoch * per_epoch + k
             parts = config.gradient_accumulation
-            forget_shares = share(backbone, forget, indices, epoch, rank, world_size, parts)
+            forget_shares = share(backbone, forget, indices, epoch, rank, world_size, parts, step)
             retain_shares: Sequence[DistillationBatch | None] = [None] * parts
             if kept is not None:
                 others = retain_batch(kept, config, step)

@@ -13,12 +13,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from PIL import Image
 
 from vgid import adapter
 from vgid.backbones import load
@@ -36,6 +37,7 @@ from vgid.released import distill_released
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 from vgid.splits import TrainingSample, choose_people, training_samples
 from vgid.teacher import Intervention, TeacherStore
+from vgid.views import portrait_view
 
 PLAIN = Intervention()
 """Questions as they are."""
@@ -75,7 +77,7 @@ class TrialSession:
             ContentStore(request.store, "teachers", limit), self.backbone, rank
         )
         self._training: dict[tuple[tuple[Task, ...], bool], list[TrainingSample]] = {}
-        self._encoded: dict[str, Encoded] = {}
+        self._encoded: dict[tuple[str, int], Encoded] = {}
         self._examinations: dict[tuple[str, int, Intervention, bool], Examination] = {}
         self.phases = {"load": time.perf_counter() - started}
         self._unreported_load = self.phases["load"]
@@ -288,7 +290,11 @@ class TrialSession:
             for intervention, source in method.forget_teachers(self.request.seed)
         ]
         forget_set = DistillationSet(
-            self._encode(forget), forget_targets, [s.task for s in forget], method.paired
+            self._encode(forget),
+            forget_targets,
+            [s.task for s in forget],
+            method.paired,
+            [self._encode(forget, view) for view in range(1, trial.views)],
         )
         retain_set = None
         if uses(trial.method, "beta"):
@@ -321,11 +327,19 @@ class TrialSession:
             )
         return self._training[key]
 
-    def _encode(self, samples: list[TrainingSample]) -> list[Encoded]:
+    def _encode(self, samples: list[TrainingSample], view: int = 0) -> list[Encoded]:
+        """The samples' prompts with a view of their portraits, see ``vgid.views``."""
+        pictures: dict[str, Image.Image] = {}
         for sample in samples:
-            if sample.query.id not in self._encoded:
-                (self._encoded[sample.query.id],) = encode(self.backbone, [sample.query])
-        return [self._encoded[sample.query.id] for sample in samples]
+            query, portrait = sample.query, sample.portrait
+            if (query.id, view) in self._encoded:
+                continue
+            if query.image is not None:
+                if portrait not in pictures:
+                    pictures[portrait] = portrait_view(query.image, view, self.request.seed)
+                query = replace(query, image=pictures[portrait])
+            (self._encoded[query.id, view],) = encode(self.backbone, [query])
+        return [self._encoded[sample.query.id, view] for sample in samples]
 
     def _shared(
         self, kind: str, what: Sequence[Any], compute: Callable[[], dict[str, Score]]

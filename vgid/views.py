@@ -1,0 +1,66 @@
+"""Altered views of a portrait: what the student is shown in turn with the original.
+
+A person is to be forgotten, not one picture of them, but a benchmark has one training picture each.
+Trained on it alone, the student declines that picture and goes on answering about others of the
+same person. So each view is the portrait as another shot might have it: a little turned, scaled,
+shifted, and lit otherwise. The teacher's targets stay those of the original.
+
+The ranges are small: views of larger ones (twice as much) also made people be declined who merely
+look alike (README).
+"""
+
+from math import cos, radians, sin
+
+import numpy as np
+from PIL import Image
+
+from vgid.interventions import image_digest, sample_generator
+
+MAX_TURN = 6.0
+"""Degrees to either side."""
+MAX_SCALING = 0.07
+MAX_SHIFT = 0.05
+"""In widths and heights of the image."""
+MAX_BRIGHTNESS = 0.12
+MAX_TINT = 0.05
+"""Of each colour channel on its own."""
+
+
+def portrait_view(image: Image.Image, number: int, seed: int) -> Image.Image:
+    """View ``number`` of a portrait; 0 is the portrait itself.
+
+    Args:
+        image: RGB.
+        number: which view; a function of the image, this number and ``seed`` only.
+        seed: of turn, scale, shift and light, each uniform within its range.
+
+    Returns:
+        RGB image of the same size. Pixels from beyond the border repeat those at the border.
+    """
+    if number == 0:
+        return image
+    generator = sample_generator(seed, f"view {number} of {image_digest(image)}")
+
+    def draw(reach: float) -> float:
+        return float(generator.uniform(-reach, reach))
+
+    angle, scale = radians(draw(MAX_TURN)), 1.0 + draw(MAX_SCALING)
+    shift_x, shift_y = draw(MAX_SHIFT) * image.width, draw(MAX_SHIFT) * image.height
+    light = (1.0 + draw(MAX_BRIGHTNESS)) * (1.0 + np.array([draw(MAX_TINT) for _ in range(3)]))
+
+    # Pillow wants the way back, from a pixel of the view to one of the portrait with its border.
+    border = max(image.size) // 4
+    pixels_HWC = np.asarray(image)
+    wide_HWC = np.pad(pixels_HWC, ((border, border), (border, border), (0, 0)), mode="edge")
+    a, b = cos(angle) / scale, sin(angle) / scale
+    middle_x, middle_y = image.width / 2, image.height / 2
+    x, y = middle_x + shift_x, middle_y + shift_y
+    back = (
+        a, b, middle_x - a * x - b * y + border,
+        -b, a, middle_y + b * x - a * y + border,
+    )  # fmt: skip
+    moved = Image.fromarray(wide_HWC).transform(
+        image.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR
+    )
+    lit_HWC = np.asarray(moved, dtype=np.float64) * light
+    return Image.fromarray(np.rint(lit_HWC.clip(0, 255)).astype(np.uint8))
