@@ -217,7 +217,7 @@ def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator
         yield batch
 
 
-def _beginning(sequences: Sequence[Sequence[int]]) -> int:
+def _beginning(sequences: Sequence[list[int]]) -> int:
     """Length of the beginning that all share."""
     pairs = zip(min(sequences), max(sequences), strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), len(min(sequences, key=len)))
