@@ -91,10 +91,11 @@ def _tree(ends: Any, block: int, dtype: torch.dtype, device: torch.device) -> Tr
         places_K = np.concatenate([ancestors, places_Q])
         seen_QK = (places_K <= places_Q[:, None]) & (places_Q[:, None] < ends[places_K])
         mask_QK = torch.full((len(places_Q), _aligned(len(places_K))), -torch.inf, dtype=dtype)
-        mask_QK = mask_QK[:, : len(places_K)].masked_fill_(torch.from_numpy(seen_QK), 0.0)
+        mask_QK[:, : len(places_K)].masked_fill_(torch.from_numpy(seen_QK), 0.0)
+        mask_QK = mask_QK.to(device)[:, : len(places_K)]  # a view copied would be packed tight
         stretches = np.split(places_K, np.flatnonzero(np.diff(places_K) > 1) + 1)
         keys = [slice(int(s[0]), int(s[-1]) + 1) for s in stretches]
-        blocks.append(Block(len(places_Q), keys, mask_QK.to(device)))
+        blocks.append(Block(len(places_Q), keys, mask_QK))
     return Tree(tokens, blocks)
 
 
