@@ -100,7 +100,14 @@ def test_the_embedded_space_is_the_one_that_was_agreed():
         "prompt_style",
         "learning_rate",
     ]
-    assert set(space.fixed) == {"response_source", "lora_rank", "epochs"}
+    assert set(space.fixed) == {
+        "response_source",
+        "lora_rank",
+        "epochs",
+        "views",
+        "train_tasks",
+        "retain_batch_size",
+    }
 
 
 def test_proposals_lie_in_the_space_and_sigma_comes_with_gaussian_noise_only(tmp_path):
