@@ -1,0 +1,212 @@
+"""VGID at the best setting of a study, over seeds: ``python -m tests.benchmarks.best_config``.
+
+Each seed has a study of its own, which chooses the scored retain people, the halves of the
+questions, the noise and the adapter. Of its completed trials one is chosen by the search questions
+alone: among those whose retain ROUGE-L drops by at most ``--retain-drop`` (if there is none, among
+those that drop least) the one with the lowest sum of forget and test ROUGE-L. What is printed are
+its scores on the held-out questions, which neither training nor choice has seen. The bound of the
+choice is half of the target's, since the best of several looks better than it is.
+
+Studies are kept in ``--output``; the same command goes on from there.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.benchmarks.machine import machine, machine_line, one_thread
+from vgid.config import StudyConfig, parse
+from vgid.intervals import t_interval
+from vgid.ledger import Ledger, Record
+from vgid.study_source import open_source
+from vgid.synthetic import write_benchmark
+
+TARGETS: dict[str, tuple[str, float]] = {
+    "forget_reduction": (">=", 0.92),
+    "retain_drop": ("<=", 0.02),
+    "test_rougeL": ("<=", 0.15),
+    "forget_cloze": ("<=", 0.3),
+}
+"""What the mean over the seeds has to reach. ``forget_reduction`` is the share of the base's
+forget ROUGE-L that is gone."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The chosen trial of one seed.
+
+    Attributes:
+        seed: of the study.
+        trial_id: which trial.
+        setting: its searched fields.
+        within: whether it keeps the bound of the choice on the search questions.
+        search: its measures on the search questions.
+        held_out: the same on the held-out questions, with ``forget_memorisation`` and both halves
+            of the retain set.
+    """
+
+    seed: int
+    trial_id: str
+    setting: dict[str, Any]
+    within: bool
+    search: dict[str, float]
+    held_out: dict[str, float]
+
+
+def measures(base: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, float]:
+    """What the targets speak of, from scores of the base and of a trial on the same questions."""
+    drops = {
+        f"{split}_drop": base[f"{split}_rougeL"] - scores[f"{split}_rougeL"]
+        for split in ("retain", "retain_seen", "retain_unseen")
+    }
+    kept = ("test_rougeL", "forget_cloze", "forget_memorisation")
+    return {
+        "forget_reduction": 1 - scores["forget_rougeL"] / base["forget_rougeL"],
+        **drops,
+        **{name: scores[name] for name in kept},
+    }
+
+
+def choose(records: Sequence[Record], base: Mapping[str, float], retain_drop: float) -> Record:
+    """The trial of a study that the search questions speak for, see the module's docstring."""
+    drops = {}
+    completed = {}
+    for record in records:
+        if record.result is not None and record.result.status == "completed":
+            completed[record.trial_id] = {k: s.value for k, s in record.result.scores.items()}
+            drops[record.trial_id] = (
+                base["retain_rougeL"] - completed[record.trial_id]["retain_rougeL"]
+            )
+    bound = max(retain_drop, min(drops.values()))
+
+    def known(record: Record) -> float:
+        scores = completed[record.trial_id]
+        return scores["forget_rougeL"] + scores["test_rougeL"]
+
+    return min((r for r in records if drops.get(r.trial_id, 1.0) <= bound + 1e-9), key=known)
+
+
+def run(config: StudyConfig, retain_drop: float) -> Best:
+    """Run the study, or take it from its folder, and score the chosen trial."""
+    from vgid.study import run_study
+    from vgid.trial import TrialSession
+
+    if not (config.output / "study.json").exists():
+        run_study(config, resume=(config.output / "trials" / "study.json").exists())
+    source = open_source(str(config.output), None, config.output)
+    request = source.request(config.output / "store", config.data, None)
+    session = TrialSession(request)
+    base = {
+        part: {name: score.value for name, score in session.base_scores(part).items()}
+        for part in ("search", "held_out")
+    }
+    with Ledger(config.output) as ledger:
+        records = list(ledger.records.values())
+        chosen = choose(records, base["search"], retain_drop)
+        adapter = ledger.adapter(chosen.trial_id)
+    assert chosen.result is not None
+    searched = {name: score.value for name, score in chosen.result.scores.items()}
+    held_out = {name: score.value for name, score in session.rescore(adapter).items()}
+    search = measures(base["search"], searched)
+    named = ("alpha", "beta", "noise_type", "sigma", "prompt_style", "learning_rate")
+    return Best(
+        seed=config.seed,
+        trial_id=chosen.trial_id,
+        setting={name: getattr(chosen.config, name) for name in named},
+        within=search["retain_drop"] <= retain_drop + 1e-9,
+        search=search,
+        held_out=measures(base["held_out"], held_out),
+    )
+
+
+def summary(found: Sequence[Best]) -> dict[str, dict[str, Any]]:
+    """Each target's mean over the seeds with its 95 % interval, and whether the mean meets it."""
+    rows = {}
+    for name, (sense, bound) in TARGETS.items():
+        values = [best.held_out[name] for best in found]
+        interval = t_interval(values)
+        met = interval.mean >= bound if sense == ">=" else interval.mean <= bound
+        seeds = sum(v >= bound if sense == ">=" else v <= bound for v in values)
+        rows[name] = {
+            "mean": interval.mean,
+            "interval": [interval.low, interval.high] if interval.n > 1 else None,
+            "n": interval.n,
+            "target": f"{sense} {bound:g}",
+            "met": met,
+            "seeds_that_meet_it": seeds,
+        }
+    return rows
+
+
+def main() -> None:
+    """Measure and print, with ``--json`` everything as one last line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="tiny-llava")
+    parser.add_argument("--seeds", default="5", help="a number, or seeds such as 0,3")
+    parser.add_argument("--trials", type=int, default=24)
+    parser.add_argument("--retain-drop", type=float, default=0.01)
+    parser.add_argument("--output", type=Path, help="folder of the studies; without it, none stays")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    one_thread()
+    named = options.seeds.split(",")
+    seeds = [int(seed) for seed in named] if len(named) > 1 else range(int(options.seeds))
+    with tempfile.TemporaryDirectory() as scratch:
+        root = (options.output or Path(scratch)).expanduser().absolute()
+        if not (root / "data").exists():
+            write_benchmark(root / "data")
+        found = [
+            run(
+                parse(
+                    StudyConfig,
+                    {
+                        "backbone": options.backbone,
+                        "data": root / "data",
+                        "output": root / "studies" / f"{options.backbone}-{seed}",
+                        "trials": options.trials,
+                        "seed": seed,
+                    },
+                    "command line",
+                ),
+                options.retain_drop,
+            )
+            for seed in seeds
+        ]
+    _print(options.backbone, options.trials, found)
+    described = machine()
+    print(machine_line(described))
+    if options.json:
+        each = [asdict(best) for best in found]
+        print(json.dumps({"of": options.backbone, "seeds": each, "summary": summary(found)}))
+
+
+def _print(backbone: str, trials: int, found: Sequence[Best]) -> None:
+    title = f"{backbone}, best of {trials} trials by the search questions; held-out scores"
+    names = ("seed", *found[0].held_out, "trial", "setting")
+    table = Table(*names, title=title)
+    for best in found:
+        setting = ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v)
+                            for v in best.setting.values() if v is not None)  # fmt: skip
+        mark = "" if best.within else " (drop out of bound)"
+        cells = (f"{value:.3f}" for value in best.held_out.values())
+        table.add_row(str(best.seed), *cells, f"{best.trial_id}{mark}", setting)
+    console = Console(width=200)
+    console.print(table)
+    for name, row in summary(found).items():
+        low, high = row["interval"] or (float("nan"), float("nan"))
+        console.print(
+            f"{name}: {row['mean']:.3f} [{low:.3f}, {high:.3f}], n = {row['n']} seeds, target "
+            f"{row['target']}: {'met' if row['met'] else 'missed'} by the mean, and by "
+            f"{row['seeds_that_meet_it']} seeds alone"
+        )
+
+
+if __name__ == "__main__":
+    main()
