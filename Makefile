@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
 
-.PHONY: study test lint clean
+.PHONY: study test lint browser clean
 
 # torch comes first and pinned, so that pip takes the CPU build where one is offered.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -22,7 +22,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# Debian's Chromium and PostgreSQL for tests/browser, installed where that is possible; where they
+# stay away, those tests are left out, and a line says so.
+browser: $(VENV)/.installed
+	@$(BIN)/python -m tests.browser.programs
+
+test: lint browser
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 clean:

@@ -32,8 +32,8 @@ from vgid.results import Score
 _STYLE = """#front { flex: 1; min-height: 360px; }
 #chosen { padding: 8px 20px 12px; border-top: 1px solid #e6e9ed; min-height: 42px; }
 #chosen div { margin-top: 3px; color: #555; }
-#chosen a { color: #1f6f8b; }
-#address { user-select: all; }"""
+#address { color: #1f6f8b; }
+span#address { user-select: all; }"""
 
 _BODY = """<div id="front"></div>
 <div id="chosen" aria-live="polite">Click a point to keep its trial here.</div>"""
@@ -64,15 +64,17 @@ _SCRIPT = """  const { data, layout, trials, server } = payload;
     Plotly.restyle(plot, { x: [[point.x]], y: [[point.y]] }, [data.length - 1]);
     chosen.replaceChildren(element("b", trial.name, "run"), element("div", trial.scores));
     if (!trial.page) return;
-    const link = element("a", framed ? address(trial.page) : "Open its run", "address");
-    link.setAttribute("href", address(trial.page));
-    link.setAttribute("target", "_blank");
     const line = element("div", "");
     if (framed) {
       const copied = copy(address(trial.page));
       line.append(copied ? "Address of its run, copied: " : "Address of its run: ");
+      line.append(element("span", address(trial.page), "address"));
+    } else {
+      const link = element("a", "Open its run", "address");
+      link.setAttribute("href", address(trial.page));
+      link.setAttribute("target", "_blank");
+      line.append(link);
     }
-    line.append(link);
     chosen.append(line);
   };
   Plotly.newPlot(plot, data, layout, options).then(() => {

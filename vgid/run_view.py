@@ -31,7 +31,7 @@ COLUMNS = (
 )
 """Columns of the table, first the most telling; MLflow would show none and order by alphabet."""
 
-_WIDTHS = {"tags": 90, "metrics": 160, "params": 110}
+_WIDTHS = {"tags": 120, "metrics": 180, "params": 120}
 _RUN_NAME, _CREATED = "attributes.`Run Name`", "attributes.`Created`"
 
 
@@ -53,7 +53,7 @@ def view_tag(study_id: str, name: str, created_ms: int) -> tuple[str, str]:
         "selectedColumns": list(COLUMNS),
         "columnOrder": [_RUN_NAME, *COLUMNS, _CREATED],
         "columnWidths": {
-            _RUN_NAME: 430,
+            _RUN_NAME: 440,
             **{name: _WIDTHS[name.split(".")[0]] for name in COLUMNS},
         },
         "runsHiddenMode": "SHOW_ALL",

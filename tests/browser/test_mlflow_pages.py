@@ -1,0 +1,122 @@
+"""What a person sees of a study in MLflow's own pages, in a real browser on real servers."""
+
+import pytest
+
+from vgid.outputs import OBJECTIVES, run_name
+from vgid.run_view import COLUMNS, chart_page, run_page, table_page
+
+POINT = """(trial) => {
+  const plot = document.getElementById("front");
+  const { xaxis, yaxis } = plot._fullLayout;
+  const trace = plot._fullData.find((t) => t.name === "front");
+  const index = trace.customdata.indexOf(trial);
+  const box = plot.getBoundingClientRect();
+  return [box.left + xaxis._offset + xaxis.d2p(trace.x[index]),
+          box.top + yaxis._offset + yaxis.d2p(trace.y[index])];
+}"""
+
+
+def names_of(site):
+    return {
+        record.result.trial_id: run_name(record.config, record.result.trial_id)
+        for record in site.recorded.front.records
+    }
+
+
+def heading(page, name):
+    page.get_by_role("heading", name=name).wait_for()
+
+
+def test_the_study_says_its_result_and_leads_to_its_runs(site, picture):
+    page = site.open(run_page(site.recorded.experiment, site.recorded.study))
+    page.get_by_text("Result.").wait_for()
+    best = site.recorded.front.front[-1].result.trial_id
+    page.get_by_text("Show more").first.click()
+    for name in ("front-small.png", "insights.png"):
+        drawn = page.locator(f'img[src*="{name}"]')
+        drawn.wait_for()
+        loaded = "async (image) => { await image.decode(); return image.naturalWidth; }"
+        assert drawn.evaluate(loaded) == 720
+    page.screenshot(path=picture("study"))
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name=best, exact=True).first.click()
+    heading(opened.value, names_of(site)[best])
+    opened.value.screenshot(path=picture("run"))
+    opened.value.close()
+
+
+def test_the_front_can_be_hovered_and_followed(site, picture):
+    study = run_page(site.recorded.experiment, site.recorded.study)
+    page = site.open(study.replace("?", "/artifacts/front.html?"))
+    frame = page.frame_locator("iframe.mlflow-html-iframe")
+    frame.locator("#front .scatterlayer .point").first.wait_for()
+    front = site.recorded.front
+    # every completed trial once, the held-out scores, the base model; no trial is chosen yet
+    expected = len(front.drawn) + len(front.held_out()) + len(front.default) + 1
+    assert frame.locator("#front .scatterlayer .point").count() == expected
+    trial = front.front[len(front.front) // 2].result.trial_id
+    inner = page.locator("iframe.mlflow-html-iframe").element_handle().content_frame()
+    x, y = inner.evaluate(POINT, trial)
+    box = page.locator("iframe.mlflow-html-iframe").bounding_box()
+    at = (box["x"] + x, box["y"] + y)
+    page.mouse.move(at[0] + 40, at[1] - 40)
+    page.mouse.move(*at, steps=4)
+    said = frame.locator("#front .hoverlayer .hovertext")
+    said.wait_for()
+    name = names_of(site)[trial]
+    for part in (f"trial {trial}", name.removeprefix(f"{trial} · ")):
+        assert part in said.text_content()
+    page.screenshot(path=picture("hover"))
+
+    page.mouse.click(*at)
+    assert frame.locator("#run").inner_text() == name
+    assert "copied" in frame.locator("#chosen").inner_text()
+    link = frame.locator("#address").inner_text()
+    assert link == f"{site.address}/{site.recorded.pages[trial]}"
+    page.screenshot(path=picture("chosen"))
+    page.goto(link)
+    heading(page, name)
+
+
+def test_trials_are_listed_by_what_matters_and_compared(site, picture):
+    recorded = site.recorded
+    page = site.open(table_page(recorded.experiment, recorded.study_id))
+    front = [record.result.trial_id for record in recorded.front.front]
+    names = names_of(site)
+    page.get_by_role("link", name=names[front[-1]]).wait_for()
+    titles = page.locator(".ag-header-cell .ag-header-cell-text, .ag-header-cell [data-testid]")
+    shown = [title.split("`")[1] for title in COLUMNS]
+    page.get_by_text(OBJECTIVES[1], exact=True).first.wait_for()
+    seen = [text for text in titles.all_inner_texts() if text in shown]
+    assert seen == shown[: len(seen)] and len(seen) >= 4
+    page.screenshot(path=picture("table"))
+
+    chosen = front[-2:]
+    for trial in chosen:
+        row = page.locator(".ag-pinned-left-cols-container .ag-row", has_text=names[trial])
+        row.locator(".ag-checkbox-input").check()
+    page.get_by_role("button", name="Compare").click()
+    heading(page, "Comparing 2 Runs from 1 Experiment")
+    for trial in chosen:
+        page.get_by_text(names[trial]).first.wait_for()
+    page.screenshot(path=picture("compared"))
+
+
+@pytest.mark.parametrize("name", ["chart", "insights"])
+def test_other_pictures_are_drawn(site, picture, name):
+    recorded = site.recorded
+    if name == "chart":
+        page = site.open(chart_page(recorded.experiment, recorded.study_id))
+        points = page.locator(".js-plotly-plot .scatterlayer .point")
+        least = len(recorded.front.drawn)
+    else:
+        study = run_page(recorded.experiment, recorded.study)
+        page = site.open(study.replace("?", "/artifacts/insights.html?"))
+        frame = page.frame_locator("iframe.mlflow-html-iframe")
+        frame.locator("#insights .barlayer .point").first.wait_for()
+        points = frame.locator("#insights .scatterlayer .trace")
+        least = len(recorded.front.drawn)
+    points.first.wait_for()
+    page.wait_for_timeout(300)
+    assert points.count() >= least
+    page.screenshot(path=picture(name))
