@@ -9,6 +9,7 @@ like any other input, and no path in a file decides what is read.
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,10 +129,9 @@ def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
 
 
 def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
-    import os
-
     from vgid.mlflow_client import open_client
 
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each file
     run_id = name.removeprefix(MLFLOW)
     if re.fullmatch(r"[0-9a-f]{32}", run_id) is None:
         raise InputError(
@@ -167,7 +167,7 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
         folder.mkdir()
         for file in FILES:
             _download(client, runs[trial_id], f"adapter/{file}", folder, where)
-        trials.append(FrontTrial(trial_id, config, point, folder / "adapter"))
+        trials.append(FrontTrial(trial_id, config, point, folder))
     output = Path(str(summary.get("output", "")))
     there = (output / "study.json").is_file()
     same = there and _read(output / "study.json", where).get("study_id") == summary.get("study_id")
@@ -189,12 +189,14 @@ def _trial_runs(client: Any, experiment_id: str, parent: str) -> dict[str, str]:
 
 
 def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str) -> None:
+    """Fetch one file into ``folder``, under its own name."""
     from mlflow.exceptions import MlflowException
 
     from vgid.mlflow_client import first_line
 
     try:
-        client.download_artifacts(run_id, artifact, str(folder))
+        local = Path(client.download_artifacts(run_id, artifact, str(folder)))
+        local.rename(folder / local.name)
     except (MlflowException, OSError) as error:
         raise InputError(
             f"{where}: artifact {artifact} of run {run_id} cannot be fetched "

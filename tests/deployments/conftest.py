@@ -48,6 +48,15 @@ def run_script(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
 @pytest.fixture(scope="session")
 def benchmark_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("deployments-data") / "data"

@@ -1,0 +1,120 @@
+"""The page over several backbones, drawn from scores written by hand."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vgid.candidates import Candidates, Scored, attacks_of, marks_of, pooled
+from vgid.config import TrialConfig
+from vgid.errors import InputError
+from vgid.pick_comparison import COMPARISON, comparison_table, shares, write_comparison
+from vgid.pick_report import PickReport
+from vgid.picking import Bounds, choose
+from vgid.results import Score
+from vgid.study_source import FrontTrial
+
+
+def score(value, n=30, reach=0.05):
+    return Score(value=value, n=n, low=max(0.0, value - reach), high=min(1.0, value + reach))
+
+
+def scored(forget, retain, reverse, cloze=None):
+    plain = {"forget_rougeL": score(forget), "retain_rougeL": score(retain, 300, 0.01)}
+    if cloze is not None:
+        plain["forget_cloze"] = score(cloze, 10, 0.3)
+    return Scored(plain, {"forget_rougeL": score(reverse)})
+
+
+def report(backbone, base, *candidates):
+    trials = tuple(
+        FrontTrial(f"{i:04d}", TrialConfig(beta=1.0 + i), (0.0, 0.0), Path("nowhere"))
+        for i in range(len(candidates))
+    )
+    found = Candidates((1, 2, 3), base, trials, candidates)
+    choice = choose(found.marks(), "constraint", Bounds())
+    return PickReport(backbone, f"study of {backbone}", found, choice)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return [
+        report(
+            "tiny-llava",
+            scored(0.8, 1.0, 0.9, cloze=1.0),
+            scored(0.2, 0.98, 0.21, cloze=0.4),
+            scored(0.1, 0.9, 0.1, cloze=0.3),
+        ),
+        report("tiny-qwen2.5-vl", scored(0.5, 0.9, 0.5), scored(0.1, 0.88, 0.12)),
+    ]
+
+
+def test_shares_are_of_each_backbones_own_base(reports):
+    assert [name for name, _, _ in shares(reports[0])] == ["0000", "0001"]
+    assert shares(reports[0])[0][1:] == pytest.approx((0.75, 0.98))
+    assert shares(reports[1])[0][1:] == pytest.approx((0.8, 0.88 / 0.9))
+
+
+def test_page_picture_and_table_show_every_backbone(reports, tmp_path):
+    write_comparison(tmp_path, reports)
+    assert {path.name for path in tmp_path.iterdir()} == set(COMPARISON)
+    page = (tmp_path / "comparison.html").read_text()
+    payload = re.search(r'<script id="payload" type="application/json">(.*?)</script>', page, re.S)
+    data = json.loads(payload[1])["data"]
+    for found, trace in zip(reports, data, strict=False):
+        assert trace["name"] == found.backbone
+        assert trace["x"] == [x for _, x, _ in shares(found)]
+        assert "α1 β1" in trace["hovertext"][0]
+        assert f"<h2>{found.backbone}</h2>" in page
+    assert "retain drop 0.100 where 0.05 is allowed (0.050 too much)" in page
+    with Image.open(tmp_path / "comparison.png") as picture:
+        assert picture.width > 800
+    with (tmp_path / "comparison.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["backbone"] for row in rows] == ["tiny-llava", "tiny-qwen2.5-vl"]
+    assert float(rows[0]["base_forget"]) == 0.8
+    assert float(rows[0]["deployed_retain"]) == 0.98
+    assert rows[1]["deployed_cloze"] == ""
+    assert comparison_table(reports).row_count == 2
+
+
+def test_what_is_sure_and_what_is_not_is_said(reports):
+    text = " ".join(reports[0].sentences)
+    assert "0.800 to 0.200 [0.150, 0.250], n = 30" in text
+    # reverse 0.26 at most, plain 0.15 at least
+    assert "reverse rise up to 0.110 where 0.03 is allowed" in text
+    assert "retain drop up to" not in text
+    assert "It is the best of 2" in text
+    assert "best of" not in " ".join(reports[1].sentences)
+
+
+def test_marks_by_hand():
+    marks = marks_of("0001", scored(0.8, 1.0, 0.9), scored(0.2, 0.95, 0.3))
+    assert marks.reduction == pytest.approx((0.6, 0.55))
+    assert marks.retain == pytest.approx((0.95, 0.94))
+    assert marks.retain_drop == pytest.approx((0.05, 0.06))
+    assert marks.reverse_rise == pytest.approx((0.1, 0.2))
+    assert marks.cloze is None
+
+
+def test_pooling_by_hand():
+    runs = [{"a": score(0.2, 7, 0.1)}, {"a": score(0.6, 7, 0.2)}, {"a": score(0.1, 7, 0.05)}]
+    found = pooled(runs)["a"]
+    assert found.value == pytest.approx(0.3)
+    assert (found.n, found.low, found.high) == (7, pytest.approx(0.05), pytest.approx(0.8))
+
+
+def test_an_attack_without_questions_counts_as_not_run():
+    attacks, not_run = attacks_of(scored(0.1, 0.9, 0.1))
+    assert [attack.name for attack in attacks] == ["reverse prompt (paper A.3.7)"]
+    assert not_run[0] == "new portraits and wording (test set): the data has no such questions"
+    assert any("membership inference" in name for name in not_run)
+
+
+def test_without_generation_questions_there_is_nothing_to_choose_by():
+    bare = Scored({}, {})
+    with pytest.raises(InputError, match="forget_rougeL"):
+        marks_of("0001", bare, bare)
