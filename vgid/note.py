@@ -177,24 +177,31 @@ def _counts(front: Front) -> str:
 
 
 def _table(front: Front, links: NoteLinks) -> str:
-    header = ["trial", "setting", "reduction", "retain"]
-    held_out = front.held_out()
-    if held_out:
-        header += ["reduction, held out", "retain, held out", "test, held out", "cloze, held out"]
-    lines = [" | ".join(header), " | ".join("---" for _ in header)]
-    for record in front.front[-MAX_ROWS:]:
-        x, y = record.point or (0.0, 0.0)
-        cells = [links.trial(record.result.trial_id), describe(record.config)]
-        cells += [f"{x:.3f}", f"{y:.3f}"]
-        if held_out:
+    """The front's trials, by their held-out scores where there are any."""
+    titles = dict(zip(OBJECTIVES, ("reduction", "retain"), strict=True))
+    rows = []
+    if front.held_out():
+        titles |= {"test_rougeL": "test", "forget_cloze": "cloze"}
+        for record in front.front:
             scores = held_out_scores(record, front.base_held_out) or {}
-            names = (*OBJECTIVES, "test_rougeL", "forget_cloze")
-            cells += [_interval(scores.get(name)) for name in names]
-        lines.append(" | ".join(cells))
+            rows.append({name: _interval(scores[name]) for name in titles if name in scores})
+        heading = "On held-out questions"
+    else:
+        for record in front.front:
+            metrics = record.result.metrics
+            rows.append({name: f"{metrics[name]:.3f}" for name in titles})
+        heading = "On the search questions"
+    shown = [name for name in titles if any(name in row for row in rows)]
+    lines = [["trial", "setting", *(titles[name] for name in shown)]]
+    lines.append(["---"] * len(lines[0]))
+    for record, row in list(zip(front.front, rows, strict=True))[-MAX_ROWS:]:
+        named = [links.trial(record.result.trial_id), describe(record.config)]
+        lines.append([*named, *(row.get(name, "") for name in shown)])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     left_out = len(front.front) - MAX_ROWS
     more = f"\n\n({left_out} more in `front.csv`.)" if left_out > 0 else ""
-    return "\n".join(f"| {line} |" for line in lines) + more
+    return f"**The front.** {heading}:\n\n{table}{more}"
 
 
-def _interval(score: Score | None) -> str:
-    return "" if score is None else f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+def _interval(score: Score) -> str:
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"

@@ -1,0 +1,113 @@
+"""What made the difference in a study: shares against known causes, and what is drawn."""
+
+import copy
+import json
+import math
+
+import plotly.graph_objects as go
+import pytest
+from PIL import Image
+
+from vgid.config import TrialConfig
+from vgid.insights import (
+    MIN_TRIALS,
+    axes,
+    importances,
+    insights_figure,
+    varied,
+    write_insights_html,
+    write_insights_png,
+)
+from vgid.outputs import OBJECTIVES, TrialRecord
+from vgid.plots import Front
+from vgid.results import Score, TrialResult
+
+BASE = {"retain_rougeL": Score(value=0.97, n=300, low=0.95, high=0.98)}
+STYLES = ("strict", "polite", "declarative")
+
+
+def made(count):
+    """Trials whose reduction depends on alpha alone and whose retain score on beta alone."""
+    records = []
+    for number in range(count):
+        alpha = 0.5 * 8 ** (number / max(1, count - 1))
+        beta = 0.5 * 8 ** ((number * 7 % count) / max(1, count - 1))
+        noise = ("random", "gaussian")[number % 2]
+        config = TrialConfig(
+            alpha=alpha,
+            beta=beta,
+            noise_type=noise,
+            sigma=0.5 + number / 100 if noise == "gaussian" else None,
+            prompt_style=STYLES[number % 3],
+        )
+        metrics = {OBJECTIVES[0]: math.log(alpha), OBJECTIVES[1]: 0.5 + math.log(beta)}
+        result = TrialResult(trial_id=f"{number:04d}", status="completed", metrics=metrics)
+        records.append(TrialRecord(config, result, on_front=number == count - 1))
+    return records
+
+
+def test_a_share_goes_to_what_caused_the_difference():
+    shares = importances(made(24))
+    assert list(shares) == list(OBJECTIVES)
+    assert shares[OBJECTIVES[0]]["alpha"] > 0.8
+    assert shares[OBJECTIVES[1]]["beta"] > 0.8
+    for by_name in shares.values():
+        assert "sigma" not in by_name  # only some trials have it
+        assert sum(by_name.values()) == pytest.approx(1.0)
+    assert importances(made(24)) == shares
+
+
+def test_few_trials_explain_nothing():
+    assert importances(made(MIN_TRIALS - 1)) == {}
+    assert importances([]) == {}
+    alike = [record for record in made(1) for _ in range(MIN_TRIALS)]
+    assert importances(alike) == {}
+
+
+def test_an_objective_without_differences_has_no_cause():
+    flat = [
+        TrialRecord(
+            record.config,
+            record.result.model_copy(
+                update={"metrics": {**record.result.metrics, OBJECTIVES[1]: 0.9}}
+            ),
+        )
+        for record in made(12)
+    ]
+    assert set(importances(flat)[OBJECTIVES[1]].values()) == {0.0}
+
+
+def test_every_axis_spans_what_was_tried():
+    records = made(9)
+    assert varied(records) == ["alpha", "beta", "noise_type", "sigma", "prompt_style"]
+    by_label = {axis.label: axis for axis in axes(records)}
+    alpha = by_label["alpha"]
+    assert (alpha.low, alpha.high) == ("0.5", "4")
+    assert alpha.heights == pytest.approx([number / 8 for number in range(9)])  # logarithmic
+    assert [text for _, text in by_label["prompt_style"].ticks] == sorted(STYLES)
+    assert by_label["sigma"].heights[0] is None
+    assert by_label["forget reduction"].heights[-1] == 1.0
+
+
+@pytest.mark.parametrize("count", [0, 3, 12])
+def test_page_and_picture_are_drawn(tmp_path, count):
+    front = Front("tiny <llava>", made(count), BASE)
+    figure = insights_figure(front)
+    go.Figure(copy.deepcopy(figure))  # plotly's own validation of every attribute
+    lines = [trace for trace in figure["data"] if trace["type"] == "scatter"]
+    bars = [trace["name"] for trace in figure["data"] if trace["type"] == "bar"]
+    assert len(lines) == count
+    assert bars == (["forget reduction", "retain ROUGE-L"] if count >= MIN_TRIALS else [])
+    if count:
+        assert lines[-1]["hovertext"][0].startswith(f"{count - 1:04d} · ")
+    for write, name in (
+        (write_insights_html, "insights.html"),
+        (write_insights_png, "insights.png"),
+    ):
+        write(tmp_path / name, front)
+        first = (tmp_path / name).read_bytes()
+        write(tmp_path / name, front)
+        assert (tmp_path / name).read_bytes() == first
+    assert Image.open(tmp_path / "insights.png").width == 720
+    page = (tmp_path / "insights.html").read_text()
+    assert json.dumps(figure, ensure_ascii=False).replace("<", "\\u003c") in page
