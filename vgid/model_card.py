@@ -1,6 +1,6 @@
 """The model card of an export: Markdown with the front matter that the Hugging Face hub reads.
 
-It says what was suppressed under which tests, and what was not tested. It never says "erased".
+It says what was suppressed under which tests, and what was not tested; never that it is gone.
 Subjects and requests stay in ``deployment.yaml``: a card travels further than an audit's record.
 """
 
@@ -12,7 +12,16 @@ from vgid.outputs import FURTHER_METRICS, MAIN_METRICS
 from vgid.results import Score
 from vgid.vllm_serving import max_lora_rank, serve_adapter, serve_merged, served_name
 
-CARD_SCORES = (*MAIN_METRICS, *FURTHER_METRICS, "forget_classification", "retain_classification")
+CARD_SCORES = (
+    *MAIN_METRICS,
+    *FURTHER_METRICS,
+    "forget_classification",
+    "test_classification",
+    "retain_classification",
+    "earlier_rougeL",
+    "earlier_cloze",
+    "earlier_memorisation",
+)
 HUB_METRICS = {"rougeL": "rouge", "cloze": "accuracy", "classification": "accuracy"}
 """The hub's names of metrics, by what follows the split in ours."""
 
@@ -37,7 +46,7 @@ def _front_matter(deployment: Deployment) -> str:
             metric_value=round(score.value, 4),
         )
         for name, score in _chosen(deployment.scores.deployed)
-        if name.rpartition("_")[2] in HUB_METRICS
+        if name.rpartition("_")[2] in HUB_METRICS  # not those of questions in text only
     ]
     card = ModelCardData(
         base_model=_source(deployment),
@@ -60,7 +69,7 @@ def _body(deployment: Deployment) -> str:
         [
             f"# {served_name(deployment)}",
             "",
-            f"A LoRA adapter under which `{source}`{tuned} no longer tells what it knew of "
+            f"A LoRA adapter for `{source}`{tuned} that keeps it from telling what it knows of "
             f"{people} people: **suppressed under these tests**, which are listed below with their "
             "numbers. The knowledge may still be in the weights, and a test that was not run may "
             "bring it back. `deployment.yaml` names subjects (pseudonyms) and requests.",
@@ -92,10 +101,10 @@ def _body(deployment: Deployment) -> str:
             "",
             "## Limits",
             "",
-            "- Suppressed is not erased: `forget_memorisation` is the share of a true answer's "
-            "tokens that the model still predicts when forced along it.",
+            "- Suppressed does not mean gone: `forget_memorisation` is the share of a true "
+            "answer's tokens that the model still predicts when forced along it.",
             "- Training was on questions with an image. Questions that name the person in text "
-            "only (`_text` in `deployment.yaml`) may be answered as before.",
+            "only (`_text`) may be answered as before.",
             "- The adapter was measured with one prompt frame, greedy decoding and one question a "
             "prompt; other frames, sampling and longer conversations were not.",
             "- Merging rounds the weights to the base's dtype, so single answers may differ from "
@@ -107,7 +116,8 @@ def _body(deployment: Deployment) -> str:
             "## Verify",
             "",
             "```",
-            "vgid verify . --public-key public.pem    # signature, seal and hashes of this folder",
+            "vgid verify . --public-key public.pem --hashes-only",
+            "vgid verify . --public-key public.pem --data DIR     # and measures again",
             "```",
             "",
         ]
@@ -120,7 +130,8 @@ def _source(deployment: Deployment) -> str:
 
 
 def _chosen(scores: dict[str, Score]) -> list[tuple[str, Score]]:
-    names = [name for name in CARD_SCORES if name in scores]
+    both = [name + form for name in CARD_SCORES for form in ("", "_text")]
+    names = [name for name in both if name in scores]
     return [(name, scores[name]) for name in names]
 
 
@@ -146,7 +157,7 @@ def _attacks(deployment: Deployment) -> Iterable[str]:
         return ["None was run."]
     lines = ["| attack | score | n | under it |", "|---|---|---|---|"]
     for attack in deployment.scores.attacks:
-        for name, score in _chosen(attack.scores) or sorted(attack.scores.items()):
+        for name, score in _chosen(attack.scores):
             lines.append(f"| {attack.name} | {name} | {score.n} | {_interval(score)} |")
     return lines
 

@@ -24,6 +24,7 @@ from vgid.benchmark import Benchmark
 from vgid.config import Config, RequestConfig, parse
 from vgid.deployment import Deployment, Frame, hash_files, read_deployment
 from vgid.errors import InputError
+from vgid.model_card import CARD_SCORES
 from vgid.results import Score
 from vgid.signing import signature_fault
 
@@ -112,26 +113,30 @@ class Verification(Config):
         return f"{self.file}: verified; {len(self.scores)} scores came out again {bits}."
 
     def print(self, console: Console) -> None:
-        """Show the checks, then the scores that matter first, those that differ among them."""
+        """Show the checks, the scores of the model card, and every other that differs."""
         table = Table("check", "", "found")
         words = {True: "[green]ok[/]", False: "[red]DIFFERS[/]", None: "not checked"}
         for check in self.checks:
             table.add_row(check.name, words[check.passed], check.detail)
         console.print(table)
-        if self.scores:
-            table = Table("of", "score", "n", "recorded, 95 % interval", "measured again", "")
-            for score in self.scores:
-                found = score.found
-                state = "[green]ok[/]" if score.within else "[red]DIFFERS[/]"
+        shown = [s for s in self.scores if s.name in CARD_SCORES or not s.within]
+        if shown:
+            table = Table("of", "score", "n", "recorded", "95 % interval", "again", "")
+            for score in shown:
+                stated, found = score.stated, score.found
+                state = ("bit-equal" if score.equal else "within") if score.within else words[False]
                 table.add_row(
                     score.of,
                     score.name,
-                    str(score.stated.n),
-                    f"{score.stated.value:.4f}, {score.stated.low:.4f} to {score.stated.high:.4f}",
-                    "none" if found is None else f"{found.value:.4f}",
-                    f"{state}, bit-equal" if score.equal else state,
+                    str(stated.n),
+                    f"{stated.value:.3f}",
+                    f"{stated.low:.3f} to {stated.high:.3f}",
+                    "none" if found is None else f"{found.value:.3f}",
+                    state,
                 )
             console.print(table)
+        if len(shown) < len(self.scores):
+            console.print(f"{len(self.scores) - len(shown)} other scores are within, not shown.")
 
 
 def verify(

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from vgid.benchmark import Benchmark
 from vgid.synthetic import write_benchmark
+from vgid.unlearn import UnlearnConfig, unlearn
 
 ROOT = Path(__file__).parent.parent.parent
 TRIALS = 4
@@ -81,3 +83,36 @@ def study_folder(tmp_path_factory, benchmark_folder, tracking_uri) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return root / "study"
+
+
+@pytest.fixture(scope="session")
+def deployment_file(tmp_path_factory, benchmark_folder) -> Path:
+    """A deployment of one short trial by gradient ascent, which needs no teacher."""
+    config = UnlearnConfig(
+        data=benchmark_folder,
+        output=tmp_path_factory.mktemp("deployments-first"),
+        request_id=("R-1",),
+        setting=("method=ga", "epochs=2", "learning_rate=1e-3"),
+        retain_people=4,
+        seeds=1,
+    )
+    return unlearn(config).file
+
+
+@pytest.fixture(scope="session")
+def next_deployment_file(tmp_path_factory, benchmark_folder, deployment_file) -> Path:
+    """The deployment of a second request, one more person, that starts from the first."""
+    benchmark = Benchmark.open(benchmark_folder)
+    earlier = benchmark.person_ids("forget_5")
+    new = next(i for i in benchmark.person_ids("forget_10") if i not in earlier)
+    config = UnlearnConfig(
+        data=benchmark_folder,
+        output=tmp_path_factory.mktemp("deployments-next"),
+        from_deployment=deployment_file,
+        forget_ratio=10,
+        forget_ids=(new,),
+        request_id=("R-2",),
+        retain_people=4,
+        seeds=1,
+    )
+    return unlearn(config).file
