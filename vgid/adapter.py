@@ -5,6 +5,7 @@ frozen base, bit for bit.
 """
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
     """
     from peft import LoraConfig, get_peft_model
 
+    _silence_renaming()
     torch.manual_seed(trial.seed)
     config = LoraConfig(
         r=trial.lora_rank,
@@ -53,6 +55,7 @@ def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
     """Attach a saved adapter for evaluation; yields the ``PeftModel``, takes it off on leaving."""
     from peft import PeftModel
 
+    _silence_renaming()
     student = PeftModel.from_pretrained(backbone.model, adapter)
     try:
         yield student.eval()
@@ -73,6 +76,7 @@ def merge(backbone: Backbone, adapter: Path) -> None:
 
     weights = read_adapter(adapter)
     weights.check_targets(backbone.spec.lora_targets)
+    _silence_renaming()
     student = PeftModel.from_pretrained(backbone.model, adapter)
     merged = student.merge_and_unload()
     assert merged is backbone.model
@@ -87,6 +91,11 @@ def _detach(backbone: Backbone, student: Any) -> None:
     base = student.unload()
     assert base is backbone.model
     _freeze(base)
+
+
+def _silence_renaming() -> None:
+    """peft asks transformers for an attribute by its old name."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def _freeze(base: Any) -> None:

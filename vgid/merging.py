@@ -72,7 +72,10 @@ def _merged(weight_OI: Tensor, adapter: LoraWeights, module: str) -> Tensor:
 def _shards(base: Path) -> list[str]:
     """The weight files that loaders read; some repositories hold the weights a second time."""
     if (base / INDEX).is_file():
-        return sorted(set(json.loads((base / INDEX).read_text())["weight_map"].values()))
+        names = sorted(set(json.loads((base / INDEX).read_text())["weight_map"].values()))
+        if any(Path(name).name != name for name in names):
+            raise InputError(f"{base / INDEX}: names a file outside the folder; name another base.")
+        return names
     return sorted(path.name for path in base.glob("*.safetensors"))
 
 
