@@ -94,7 +94,7 @@ def _detach(backbone: Backbone, student: Any) -> None:
 
 
 def _silence_renaming() -> None:
-    """peft asks transformers for an attribute by its old name."""
+    """Quieten a warning: peft asks transformers for an attribute by its old name."""
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 

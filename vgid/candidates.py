@@ -178,8 +178,8 @@ def marks_of(trial_id: str, base: Scored, scored: Scored) -> Marks:
 def attacks_of(scored: Scored) -> tuple[tuple[Attack, ...], tuple[str, ...]]:
     """The attacks that scores tell of, and what was not run, for the deployment record.
 
-    The reverse prompt is scored on those who are to be forgotten, or were earlier; an attack whose questions the data lacks
-    counts as not run.
+    The reverse prompt is scored on those who are to be forgotten, or were earlier; an attack whose
+    questions the data lacks counts as not run.
     """
     plain, reverse = scored.plain, scored.reverse
     forgotten = ("forget_", "test_", "earlier_")
