@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from vgid.backbones import Backbone
 from vgid.encoding import Encoded, Query, encode
 from vgid.last_layer import reading_at
-from vgid.packing import hidden_states, pack, rotary_positions
+from vgid.packing import Packed, hidden_states, pack, rotary_positions
 from vgid.prefix_attention import SharedPrompts, attending_to_shared_prompts
 
 MAX_NEW_TOKENS = 50
@@ -30,6 +30,12 @@ MAX_BATCH_TOKENS = 32_768
 """Tokens of a batch at most, however many samples were asked for: what a portrait's prompts share
 counts once, the rest of them and the responses to come as padded. This many fill 16 GiB of
 LLaVA-1.5-7B's key-value cache."""
+
+PASS_TOKENS = 1024
+"""Prompt tokens after which a pass may end: more fill memory without computing any faster."""
+REPEATED_TOKENS = 32
+"""A pass ends only where the next prompt would repeat no more than this of it. Portraits share
+little, but all of them share the few-shot turns in front of theirs."""
 
 COMPACT = 0.75
 """Rows that ended are dropped when at most this share of a batch goes on: dropping copies the
@@ -82,13 +88,19 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
     """Greedy responses to prompts that fit into one batch."""
     model, ends = backbone.model, _end_tokens(backbone)
     language_model = model.model.language_model
-    packed = pack(backbone, prompts)
-    trees = DynamicCache(config=model.config.get_text_config())
-    with reading_at(language_model, *packed.last_places):
-        (hidden_ND,) = hidden_states(backbone, packed, trees)
-    shared = SharedPrompts(trees, packed)
-    rows = list(shared.order)  # prompt of each row
-    hidden_ND = hidden_ND[rows]
+    passes: list[tuple[Packed, Any]] = []
+    states: list[Tensor] = []
+    order: list[int] = []
+    for part in _passes(prompts):
+        packed = pack(backbone, [prompts[n] for n in part], max_row_tokens=MAX_BATCH_TOKENS)
+        trees = DynamicCache(config=model.config.get_text_config())
+        with reading_at(language_model, *packed.last_places):
+            states += hidden_states(backbone, packed, trees)
+        passes.append((packed, trees))
+        order += part
+    shared = SharedPrompts(passes)
+    rows = [order[n] for n in shared.order]  # prompt of each row
+    hidden_ND = torch.cat(states)[shared.order]
     positions_AN = torch.stack([prompts[n].positions_AL[:, -1] for n in rows], 1)
     positions_AN = positions_AN.to(backbone.device)
     cache = Cache(layers=[_RoomyLayer(max_new_tokens) for _ in language_model.layers])
@@ -169,21 +181,48 @@ def score_responses(
     scores: dict[int, ResponseScore] = {}
     with _evaluating(backbone.model):
         for rows in _batches(encoded, longest, batch_size):
-            packed = pack(backbone, [encoded[i] for i in rows], [responses[i] for i in rows])
-            with reading_at(backbone.model.model.language_model, *packed.predicting_places):
-                (hidden_RD,) = hidden_states(backbone, packed)
-            logits_RV = backbone.model.lm_head(hidden_RD).float()
-            targets_R = packed.response_ids_R
-            correct_R = (logits_RV.argmax(dim=-1) == targets_R).cpu()
-            logprobs_R = -torch.nn.functional.cross_entropy(
-                logits_RV, targets_R, reduction="none"
-            ).cpu()
-            sizes = [len(responses[i]) for i in rows]
-            for row, logprobs, correct in zip(
-                rows, logprobs_R.split(sizes), correct_R.split(sizes), strict=True
-            ):
-                scores[row] = ResponseScore(logprobs, correct)
+            for part in _passes([encoded[i] for i in rows]):
+                chosen = [rows[n] for n in part]
+                answers = [responses[i] for i in chosen]
+                rated = _rate(backbone, [encoded[i] for i in chosen], answers)
+                scores.update(zip(chosen, rated, strict=True))
     return [scores[row] for row in range(len(encoded))]
+
+
+def _rate(
+    backbone: Backbone, prompts: Sequence[Encoded], responses: Sequence[Sequence[int]]
+) -> list[ResponseScore]:
+    """Scores of responses in one pass."""
+    packed = pack(backbone, prompts, responses, max_row_tokens=MAX_BATCH_TOKENS)
+    with reading_at(backbone.model.model.language_model, *packed.predicting_places):
+        (hidden_RD,) = hidden_states(backbone, packed)
+    logits_RV = backbone.model.lm_head(hidden_RD).float()
+    targets_R = packed.response_ids_R
+    correct_R = (logits_RV.argmax(dim=-1) == targets_R).cpu()
+    logprobs_R = -torch.nn.functional.cross_entropy(logits_RV, targets_R, reduction="none").cpu()
+    sizes = [len(response) for response in responses]
+    return [
+        ResponseScore(logprobs, correct)
+        for logprobs, correct in zip(logprobs_R.split(sizes), correct_R.split(sizes), strict=True)
+    ]
+
+
+def _passes(prompts: Sequence[Encoded]) -> Iterator[list[int]]:
+    """Indices of prompts that are run in one pass: parted only where little is shared."""
+    part: list[int] = []
+    tokens = 0
+    before: list[int] = []
+    for n in sorted(range(len(prompts)), key=lambda n: prompts[n].identity):
+        identity = prompts[n].identity
+        common = _beginning(before, identity)
+        if part and tokens >= PASS_TOKENS and common <= REPEATED_TOKENS:
+            yield part
+            part, tokens, common = [], 0, 0
+        part.append(n)
+        tokens += len(identity) - common
+        before = identity
+    if part:
+        yield part
 
 
 def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator[list[int]]:
@@ -203,9 +242,12 @@ def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator
 
     batch: list[int] = []
     shared = longest = 0  # tokens that are there once, tokens of the longest remainder
+    before: list[int] = []
     for group in sorted(groups.values(), key=lambda group: max(map(length, group))):
-        common = _beginning([encoded[index].identity for index in group])
-        shared += common
+        start = min(encoded[index].identity for index in group)
+        common = _beginning(start, max(encoded[index].identity for index in group))
+        shared += common - min(common, _beginning(before, start))
+        before = start
         for index in sorted(group, key=length):
             longest = max(longest, length(index) - common)
             tokens = shared + (len(batch) + 1) * longest
@@ -217,10 +259,10 @@ def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator
         yield batch
 
 
-def _beginning(sequences: Sequence[list[int]]) -> int:
-    """Length of the beginning that all share."""
-    pairs = zip(min(sequences), max(sequences), strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(min(sequences, key=len)))
+def _beginning(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning of two sequences."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def _end_tokens(backbone: Backbone) -> frozenset[int]:

@@ -14,6 +14,7 @@ head, E head width, C blocks of a stack, S samples of a block at most, T prompt 
 most, K tokens generated so far.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,8 +32,8 @@ READING = 4
 """Reading a prompt token's key and value costs about as much as attending to them this often
 (measured on a CPU with heads of width 64)."""
 COMPACT = 0.75
-"""Blocks without a sample are dropped when at most this share of a stack goes on: dropping copies
-the others."""
+"""Prompt tokens that no sample sees any more are dropped when at most this share of a stack stays:
+dropping copies the others."""
 
 
 @dataclass
@@ -40,14 +41,14 @@ class Block:
     """Samples that hold their prompts together.
 
     Attributes:
-        samples: their indices, by what they begin with.
         row: of the packed trees.
         tokens: where their prompts' tokens stand in it, each once.
+        samples: their indices, by what they begin with.
     """
 
-    samples: list[int]
     row: int
-    tokens: list[int]
+    tokens: list[int] = field(default_factory=list)
+    samples: list[int] = field(default_factory=list)
 
 
 def share_out(packed: Packed) -> list[Block]:
@@ -57,15 +58,15 @@ def share_out(packed: Packed) -> list[Block]:
         trees.setdefault((row, path[0]), []).append(n)
     blocks = []
     for (row, _), members in trees.items():
-        block = Block([], row, [])
+        block = Block(row)
         held: set[int] = set()
         for n in sorted(members, key=lambda n: packed.paths[n]):
             path = packed.paths[n]
             new = [token for token in path if token not in held]
-            more = _cost(len(held) + len(new), len(block.samples) + 1)
-            if more > _cost(len(held), len(block.samples)) + _cost(len(path), 1):
+            together = _cost(len(held) + len(new), len(block.samples) + 1)
+            if together > _cost(len(held), len(block.samples)) + _cost(len(path), 1):
                 blocks.append(block)
-                block, held, new = Block([], row, []), set(), path
+                block, held, new = Block(row), set(), path
             block.samples.append(n)
             block.tokens += new
             held.update(new)
@@ -81,25 +82,33 @@ class SharedPrompts:
     """The prompts of samples that are decoded together, and which of them still go on.
 
     Args:
-        cache: keys and values of the packed trees; it is emptied on the way.
-        packed: the trees.
+        passes: packed prompts, and the cache that running them has filled. It is emptied.
 
     Attributes:
-        order: the sample of each row; queries come in this order.
+        order: the sample of each row, counted over all passes; queries come in this order.
     """
 
-    def __init__(self, cache: Any, packed: Packed) -> None:
-        alike: dict[tuple[int, int], list[Block]] = {}
-        for block in share_out(packed):
-            # Padding is at most fourfold in tokens and twofold in samples.
-            size = (len(block.tokens).bit_length() // 2, len(block.samples).bit_length())
-            alike.setdefault(size, []).append(block)
-        self._stacks = [_Stack.of(blocks, packed) for blocks in alike.values()]
-        self.order = [n for blocks in alike.values() for block in blocks for n in block.samples]
-        while cache.layers:
-            layer = cache.layers.pop(0)
+    def __init__(self, passes: Sequence[tuple[Packed, Any]]) -> None:
+        alike: dict[tuple[int, int], list[tuple[int, Block]]] = {}
+        for number, (packed, _) in enumerate(passes):
+            for block in share_out(packed):
+                # Padding is at most fourfold in tokens and twofold in samples.
+                size = (len(block.tokens).bit_length() // 2, len(block.samples).bit_length())
+                alike.setdefault(size, []).append((number, block))
+        packs = [packed for packed, _ in passes]
+        firsts = [0, *itertools.accumulate(len(packed.rows) for packed in packs)]
+        self._stacks = [_Stack(blocks, packs) for blocks in alike.values()]
+        self.order = [
+            firsts[number] + n
+            for blocks in alike.values()
+            for number, block in blocks
+            for n in block.samples
+        ]
+        caches = [cache for _, cache in passes]
+        while caches and caches[0].layers:
+            layers = [cache.layers.pop(0) for cache in caches]
             for stack in self._stacks:
-                stack.take(layer.keys, layer.values)
+                stack.take(layers)
 
     def keep(self, going: Sequence[int]) -> None:
         """Go on with these rows only, in the same order.
@@ -144,71 +153,72 @@ class SharedPrompts:
         return torch.cat(largest), torch.cat(total), torch.cat(values)
 
 
-@dataclass
 class _Stack:
     """Blocks of similar size, padded to one.
 
+    Args:
+        blocks: each with the number of its pack, in the order of these.
+        packs: the packed prompts.
+
     Attributes:
-        rows_C1: row of the packed trees, of each block.
-        tokens_CT: where its tokens stand in that row.
-        hidden_CST: 0 where a sample sees a token, -inf where not.
         places: block and number in it of each sample that goes on, ascending.
-        keys: of each layer, (C, G, T, E).
-        values: of each layer, likewise.
     """
 
-    rows_C1: Tensor
-    tokens_CT: Tensor
-    hidden_CST: Tensor
-    places: list[tuple[int, int]]
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._lay_out()
-
-    @classmethod
-    def of(cls, blocks: Sequence[Block], packed: Packed) -> "_Stack":
-        """The stack of these blocks, its keys and values still to come."""
-        longest = max(len(block.tokens) for block in blocks)
-        most = max(len(block.samples) for block in blocks)
+    def __init__(self, blocks: Sequence[tuple[int, Block]], packs: Sequence[Packed]) -> None:
+        longest = max(len(block.tokens) for _, block in blocks)
+        most = max(len(block.samples) for _, block in blocks)
+        device = packs[0].ids_BL.device
         hidden_CST = torch.full((len(blocks), most, longest), -torch.inf)
-        for c, block in enumerate(blocks):
+        for c, (number, block) in enumerate(blocks):
             column = {token: t for t, token in enumerate(block.tokens)}
             for s, n in enumerate(block.samples):
-                hidden_CST[c, s, [column[token] for token in packed.paths[n]]] = 0.0
-        device = packed.ids_BL.device
-        filled = [block.tokens + [0] * (longest - len(block.tokens)) for block in blocks]
-        return cls(
-            torch.tensor([[block.row] for block in blocks], device=device),
-            torch.tensor(filled, device=device),
-            hidden_CST.to(device),
-            [(c, s) for c, block in enumerate(blocks) for s in range(len(block.samples))],
-        )
+                hidden_CST[c, s, [column[token] for token in packs[number].paths[n]]] = 0.0
+        self._hidden_CST = hidden_CST.to(device)  # 0 where a sample sees a token, -inf where not
+        self.places = [(c, s) for c, (_, b) in enumerate(blocks) for s in range(len(b.samples))]
+        self._keys: list[Tensor] = []  # of each layer: (C, G, T, E)
+        self._values: list[Tensor] = []
+        self._sources = []  # pack, rows and places of the tokens of all its blocks
+        for number, group in itertools.groupby(blocks, key=lambda entry: entry[0]):
+            of_pack = [block for _, block in group]
+            filled = [block.tokens + [0] * (longest - len(block.tokens)) for block in of_pack]
+            rows_C1 = torch.tensor([[block.row] for block in of_pack], device=device)
+            self._sources.append((number, rows_C1, torch.tensor(filled, device=device)))
+        self._lay_out()
 
-    def take(self, keys_BGLE: Tensor, values_BGLE: Tensor) -> None:
-        """Hold one more layer's keys and values of the blocks' tokens."""
-        for held, states_BGLE in ((self.keys, keys_BGLE), (self.values, values_BGLE)):
-            taken_CTGE = states_BGLE[self.rows_C1, :, self.tokens_CT]
-            held.append(taken_CTGE.transpose(1, 2).contiguous())
+    def take(self, layers: Sequence[Any]) -> None:
+        """Hold one more layer's keys and values of the blocks' tokens, out of all passes."""
+        for held, name in ((self._keys, "keys"), (self._values, "values")):
+            parts = [
+                _taken(getattr(layers[number], name), rows_C1, tokens_CT)
+                for number, rows_C1, tokens_CT in self._sources
+            ]
+            held.append(torch.cat(parts) if len(parts) > 1 else parts[0])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows of the stack."""
         if len(rows) == len(self.places):
             return
         self.places = [self.places[row] for row in rows]
+        blocks, _, tokens = self._hidden_CST.shape
+        of_row = torch.tensor(self.places, device=self._hidden_CST.device)
+        seen_NT = self._hidden_CST[of_row[:, 0], of_row[:, 1]] == 0
+        seen_CT = seen_NT.new_zeros(blocks, tokens).index_put((of_row[:, 0],), seen_NT, True)
         alive = sorted({c for c, _ in self.places})
-        if len(alive) <= COMPACT * len(self.hidden_CST):
-            self.hidden_CST = self.hidden_CST[alive]
-            self.keys = [keys_CGTE[alive] for keys_CGTE in self.keys]
-            self.values = [values_CGTE[alive] for values_CGTE in self.values]
+        most = int(seen_CT.sum(dim=1).max())
+        if len(alive) * most <= COMPACT * blocks * tokens:
+            order_CT = seen_CT[alive].int().argsort(dim=1, descending=True, stable=True)
+            alive_C1 = torch.tensor(alive, device=order_CT.device)[:, None]
+            kept_CT = order_CT[:, :most]
+            self._keys = [_taken(keys, alive_C1, kept_CT) for keys in self._keys]
+            self._values = [_taken(values, alive_C1, kept_CT) for values in self._values]
+            self._hidden_CST = self._hidden_CST[alive_C1, :, kept_CT].transpose(1, 2)
             number = {c: index for index, c in enumerate(alive)}
             self.places = [(number[c], s) for c, s in self.places]
         self._lay_out()
 
     def _lay_out(self) -> None:
         """Where each row finds its place among those of its block, and what it sees there."""
-        blocks, device = len(self.hidden_CST), self.hidden_CST.device
+        blocks, device = len(self._hidden_CST), self._hidden_CST.device
         rows: list[list[int]] = [[] for _ in range(blocks)]
         for row, (c, _) in enumerate(self.places):
             rows[c].append(row)
@@ -224,7 +234,7 @@ class _Stack:
             self._flat = torch.tensor(flat, device=device)
         numbers_CS = torch.tensor(numbers, device=device)
         blocks_C1 = torch.arange(blocks, device=device)[:, None]
-        self._hidden_C1S1T = self.hidden_CST[blocks_C1, numbers_CS][:, None, :, None]
+        self._hidden_C1S1T = self._hidden_CST[blocks_C1, numbers_CS][:, None, :, None]
 
     def attend(
         self, layer: int, queries_NGQE: Tensor, scaling: float
@@ -239,14 +249,14 @@ class _Stack:
             .transpose(1, 2)
             .reshape(blocks, heads, samples * group, width)
         )
-        products_CGMT = queries_CGME @ self.keys[layer].transpose(-1, -2)
+        products_CGMT = queries_CGME @ self._keys[layer].transpose(-1, -2)
         scores_CGSQT = products_CGMT.float().view(blocks, heads, samples, group, -1)
         scores_CGSQT = scores_CGSQT.mul_(scaling).add_(self._hidden_C1S1T)
         largest_CGSQ1 = scores_CGSQT.amax(dim=-1, keepdim=True)
         weights_CGSQT = scores_CGSQT.sub_(largest_CGSQ1).exp_()
         total_CGSQ1 = weights_CGSQT.sum(dim=-1, keepdim=True)
         values_CGME = (
-            weights_CGSQT.view_as(products_CGMT).to(queries_NGQE.dtype) @ self.values[layer]
+            weights_CGSQT.view_as(products_CGMT).to(queries_NGQE.dtype) @ self._values[layer]
         )
         values_CGSQE = values_CGME.view(blocks, heads, samples, group, width)
         return (
@@ -258,6 +268,11 @@ class _Stack:
     def _by_row(self, x_CGSQX: Tensor) -> Tensor:
         x_NGQX = x_CGSQX.transpose(1, 2).flatten(0, 1)
         return x_NGQX if self._flat is None else x_NGQX[self._flat]
+
+
+def _taken(states_BGLE: Tensor, rows_C1: Tensor, places_CT: Tensor) -> Tensor:
+    """The states at some places of some rows, (C, G, T, E)."""
+    return states_BGLE[rows_C1, :, places_CT].transpose(1, 2).contiguous()
 
 
 def shared_prompt_attention(
