@@ -36,8 +36,8 @@ def missing() -> list[str]:
 def reason() -> str:
     """Why the browser tests are left out, in one line."""
     return (
-        f"tests/browser is LEFT OUT: Debian's {' and '.join(missing())} not found; install them "
-        "to have the MLflow pages tested."
+        f"tests/browser is LEFT OUT, so MLflow's pages are not tested: no "
+        f"{' and no '.join(missing())} here; install Debian's packages of these names."
     )
 
 

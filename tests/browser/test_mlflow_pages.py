@@ -2,7 +2,9 @@
 
 import pytest
 
+from tests.deployments.made_up_deployment import deploy
 from vgid.outputs import OBJECTIVES, run_name
+from vgid.registry import register, rollback
 from vgid.run_view import COLUMNS, chart_page, run_page, table_page
 
 POINT = """(trial) => {
@@ -120,3 +122,25 @@ def test_other_pictures_are_drawn(site, picture, name):
     page.wait_for_timeout(300)
     assert points.count() >= least
     page.screenshot(path=picture(name))
+
+
+def test_a_pick_is_the_champion_in_the_registry(site, picture, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_bytes(b"{}")
+    versions = [
+        register(deploy(tmp_path / trial, adapter, trial), site.address)
+        for trial in ("0010", "0005")
+    ]
+    assert versions == [1, 2]
+    page = site.open("#/models/vgid-tiny-llava")
+    heading(page, "vgid-tiny-llava")
+    for version, alias in (("Version 1", "previous"), ("Version 2", "champion")):
+        row = page.get_by_role("row").filter(has_text=version)
+        row.get_by_text(alias).wait_for()
+    page.screenshot(path=picture("registry"))
+    site.open("#/models/vgid-tiny-llava/versions/2")
+    page.get_by_text("suppressed under the tests below").wait_for()
+    page.screenshot(path=picture("version"))
+    assert rollback("tiny-llava", site.address) == (1, 2)
