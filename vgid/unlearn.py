@@ -1,11 +1,8 @@
 """One forget request from data to deployment: one trial, scored with several seeds, put in place.
 
-With ``from_deployment`` the request follows another one. What is deployed is then the frozen base:
-the parent's adapter is merged into it in memory, so teacher and reference are the model that users
-have, and a fresh adapter learns to forget the new people. People of the requests before are never
-trained on, and are scored as split ``earlier``: their suppression must not come back. Shipped is
-one adapter against the original base, the two made one (``adapter_files.concatenate``), and it is
-that one which is scored.
+With ``from_deployment`` the request follows another one (``vgid.lineage``). People of the requests
+before are never trained on, and are scored as split ``earlier``: their suppression must not come
+back. Scored is the one adapter that is shipped, on the original base.
 
 A study searches better settings than one trial has; this is for a request that must be answered
 with settings that were found before, such as the parent's.
@@ -20,18 +17,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from vgid.adapter_files import concatenate, copy_adapter, read_adapter
+from vgid.adapter_files import copy_adapter, read_adapter
 from vgid.config import Config, ForgetRatio, RequestConfig, TrialConfig, parse
-from vgid.deployment import (
-    Deployment,
-    Parent,
-    Pseudonym,
-    hash_files,
-    read_deployment,
-    write_deployment,
-)
+from vgid.deployment import Deployment, Pseudonym, hash_files, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
+from vgid.lineage import Ancestor, read_ancestor
 
 if TYPE_CHECKING:
     from vgid.candidates import Scored
@@ -83,31 +74,6 @@ class Unlearned:
     deployment: Deployment
 
 
-@dataclass(frozen=True)
-class _ParentDeployment:
-    """A deployment that a request follows, its adapter as recorded."""
-
-    deployment: Deployment
-    sha256: str
-    adapter: Path
-
-    @property
-    def subjects(self) -> tuple[str, ...]:
-        """Everyone whom it and its ancestors suppress."""
-        before = self.deployment.parent
-        return (*(before.subjects if before else ()), *self.deployment.subjects)
-
-    @property
-    def lineage(self) -> Parent:
-        """What the next deployment records of it."""
-        before = self.deployment.parent
-        return Parent(
-            sha256=self.sha256,
-            requests=(*(before.requests if before else ()), *self.deployment.requests),
-            subjects=self.subjects,
-        )
-
-
 def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: None) -> Unlearned:
     """Answer a forget request and write its deployment, whole or not at all.
 
@@ -123,7 +89,7 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     from vgid.placing import FOLDER, staged
     from vgid.trial import TrialSession
 
-    parent = None if config.from_deployment is None else _read_parent(config.from_deployment)
+    parent = None if config.from_deployment is None else read_ancestor(config.from_deployment)
     trial = _trial(config, parent)
     request = _request(config, parent)
     deployments = config.output / FOLDER
@@ -135,11 +101,11 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
         )
     with tempfile.TemporaryDirectory(prefix="vgid-unlearn-") as scratch:
         fresh, shipped = Path(scratch) / "fresh", Path(scratch) / "shipped"
-        _train(request, trial, parent, fresh, tell)
+        _train(request, trial, fresh, tell)
         if parent is None:
             shipped = fresh
         else:
-            concatenate(parent.adapter, fresh, shipped)
+            parent.ship(fresh, shipped)
         session = TrialSession(request.model_copy(update={"deployed_adapter": None}))
         seeds = pick_seeds(config.seed, config.seeds)
         tell(f"Scoring the base model, {len(seeds)} seeds")
@@ -155,15 +121,7 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     return Unlearned(file, sha256, deployment)
 
 
-def _read_parent(file: Path) -> _ParentDeployment:
-    deployment, sha256 = read_deployment(file)
-    folder = deployment.adapter_folder(file)
-    if hash_files(folder) != deployment.adapter.files:
-        raise InputError(f"{folder}: is not the adapter of {file}; see `vgid verify {file}`.")
-    return _ParentDeployment(deployment, sha256, folder)
-
-
-def _trial(config: UnlearnConfig, parent: _ParentDeployment | None) -> TrialConfig:
+def _trial(config: UnlearnConfig, parent: Ancestor | None) -> TrialConfig:
     """The parent's hyperparameters, or the defaults, with what was set."""
     values: dict[str, Any] = {} if parent is None else parent.deployment.hyperparameters.used
     for setting in config.setting:
@@ -177,7 +135,7 @@ def _trial(config: UnlearnConfig, parent: _ParentDeployment | None) -> TrialConf
     return parse(TrialConfig, values, "--setting")
 
 
-def _request(config: UnlearnConfig, parent: _ParentDeployment | None) -> RequestConfig:
+def _request(config: UnlearnConfig, parent: Ancestor | None) -> RequestConfig:
     values: dict[str, Any] = {
         "backbone": config.backbone or "tiny-llava",
         "model_path": config.model_path,
@@ -189,35 +147,19 @@ def _request(config: UnlearnConfig, parent: _ParentDeployment | None) -> Request
         "retain_people": config.retain_people,
     }
     if parent is not None:
-        base = parent.deployment.base
-        if config.backbone not in (None, parent.deployment.backbone):
-            raise InputError(
-                f"--backbone: the deployment is of {parent.deployment.backbone}; leave the option "
-                "out."
-            )
-        values |= {
-            "backbone": parent.deployment.backbone,
-            "model_path": config.model_path or base.model_path,
-            "earlier_ids": parent.subjects,
-            "deployed_adapter": parent.adapter,
-        }
+        values |= parent.request_fields(config.backbone, config.model_path)
     return parse(RequestConfig, values, "vgid unlearn")
 
 
 def _train(
     request: RequestConfig,
     trial: TrialConfig,
-    parent: _ParentDeployment | None,
     folder: Path,
     tell: Callable[[str], None],
 ) -> None:
     """Train the request's own adapter, on a base that is let go of before the scoring."""
     from vgid.trial import TrialSession
 
-    if parent is not None:
-        from vgid.export import find_base
-
-        find_base(parent.deployment, request.model_path)
     tell(f"Loading {request.backbone}")
     session = TrialSession(request)
     tell(f"Forgetting {len(session.people.forget)} people")
@@ -232,7 +174,7 @@ def _record(
     config: UnlearnConfig,
     session: "TrialSession",
     trial: TrialConfig,
-    parent: _ParentDeployment | None,
+    parent: Ancestor | None,
     adapter: Path,
     seeds: tuple[int, ...],
     base: "Scored",
@@ -290,7 +232,7 @@ def _record(
             "rule": f"one trial of {settings}; nothing was chosen",
             **provenance(),
         },
-        "parent": None if parent is None else parent.lineage,
+        "parent": None if parent is None else parent.recorded,
     }
     try:
         return Deployment.model_validate(values)

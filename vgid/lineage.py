@@ -1,0 +1,87 @@
+"""A deployment that a next forget request starts from.
+
+What is deployed is then the frozen base: the parent's adapter is merged into it in memory
+(``adapter.merge``), so teacher and reference are the model that users have, and a fresh adapter
+learns to forget the new people. Shipped is one adapter against the original base, the two made one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vgid.adapter_files import concatenate
+from vgid.deployment import Deployment, Parent, hash_files, read_deployment
+from vgid.errors import InputError
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """The parent of a request.
+
+    Attributes:
+        deployment: its record.
+        sha256: of its file.
+        adapter: folder of its adapter, which is as recorded.
+    """
+
+    deployment: Deployment
+    sha256: str
+    adapter: Path
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Everyone whom it and its ancestors suppress."""
+        before = self.deployment.parent
+        return (*(before.subjects if before else ()), *self.deployment.subjects)
+
+    @property
+    def recorded(self) -> Parent:
+        """What the next deployment records of it."""
+        before = self.deployment.parent
+        return Parent(
+            sha256=self.sha256,
+            requests=(*(before.requests if before else ()), *self.deployment.requests),
+            subjects=self.subjects,
+        )
+
+    def request_fields(self, backbone: str | None, model_path: str | None) -> dict[str, Any]:
+        """Fields of a ``RequestConfig`` that starts from it.
+
+        Args:
+            backbone: as asked for, None if it was left open.
+            model_path: as asked for, in place of the parent's.
+
+        Raises:
+            InputError: another backbone, or a base that is not the parent's.
+        """
+        own = self.deployment.backbone
+        if backbone not in (None, own):
+            raise InputError(f"--backbone: the deployment is of {own}; leave the option out.")
+        from vgid.export import find_base
+
+        path = model_path or self.deployment.base.model_path
+        find_base(self.deployment, path)
+        return {
+            "backbone": own,
+            "model_path": path,
+            "earlier_ids": self.subjects,
+            "deployed_adapter": self.adapter,
+        }
+
+    def ship(self, fresh: Path, target: Path) -> Path:
+        """Make its adapter and one that was trained on top of it one, in the new folder."""
+        concatenate(self.adapter, fresh, target)
+        return target
+
+
+def read_ancestor(file: Path) -> Ancestor:
+    """Read a deployment to start from.
+
+    Raises:
+        InputError: the file or its adapter was changed since they were written.
+    """
+    deployment, sha256 = read_deployment(file)
+    folder = deployment.adapter_folder(file)
+    if hash_files(folder) != deployment.adapter.files:
+        raise InputError(f"{folder}: is not the adapter of {file}; see `vgid verify {file}`.")
+    return Ancestor(deployment, sha256, folder)
