@@ -92,7 +92,7 @@ def deployment_file(tmp_path_factory, benchmark_folder) -> Path:
         data=benchmark_folder,
         output=tmp_path_factory.mktemp("deployments-first"),
         request_id=("R-1",),
-        setting=("method=ga", "epochs=2", "learning_rate=1e-3"),
+        setting=("method=ga", "epochs=3", "learning_rate=2e-3"),
         retain_people=4,
         seeds=1,
     )
