@@ -26,6 +26,7 @@ from vgid.config import Config, RequestConfig
 from vgid.deployment import Deployment, Pseudonym, hash_files, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
+from vgid.lineage import Ancestor, ancestor_of
 from vgid.pick_comparison import COMPARISON, write_comparison
 from vgid.pick_pictures import write_report
 from vgid.pick_report import PickReport
@@ -122,6 +123,7 @@ class _Decision:
     choice: Choice
     subjects: tuple[str, ...]
     precision: str
+    parent: Ancestor | None
 
 
 def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda line: None) -> Picked:
@@ -146,7 +148,10 @@ def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda lin
             folder.mkdir()
             sources.append(open_source(name, config.tracking_uri, folder))
         output = _output(config, sources)
-        decisions = [_decide(config, source, output, tell) for source in sources]
+        decisions = [
+            _decide(config, source, output, Path(scratch) / f"shipped-{number}", tell)
+            for number, source in enumerate(sources)
+        ]
         picked = _write(config, decisions, output / FOLDER)
     return _registered(picked, sources, tell) if config.champion else picked
 
@@ -175,13 +180,21 @@ def _output(config: PickConfig, sources: list[Source]) -> Path:
 
 
 def _decide(
-    config: PickConfig, source: Source, output: Path, tell: Callable[[str], None]
+    config: PickConfig,
+    source: Source,
+    output: Path,
+    scratch: Path,
+    tell: Callable[[str], None],
 ) -> _Decision:
-    """Load the base once, score, choose."""
+    """Load the base once, score, choose; ``scratch`` gets the adapters that would be shipped."""
     from vgid.adapter_files import read_adapter
     from vgid.backbones import spec
     from vgid.benchmark import Benchmark
 
+    if not source.trials:
+        raise InputError(
+            f"{source.name}: its front holds no trial to pick; run the study with more trials."
+        )
     targets = spec(source.config.backbone).lora_targets
     for trial in source.trials:
         adapter = read_adapter(trial.adapter)
@@ -198,11 +211,19 @@ def _decide(
             f"{request.data}: is not the benchmark that {source.name} was run on; name that one "
             "with --data."
         )
+    parent = ancestor_of(source.config, output / FOLDER / f"{source.config.backbone}.yaml")
+    if parent is not None:
+        request = request.model_copy(update={"earlier_ids": parent.subjects})
+        shipped = [
+            replace(trial, adapter=parent.ship(trial.adapter, scratch / trial.trial_id))
+            for trial in source.trials
+        ]
+        source = replace(source, trials=tuple(shipped))
     tell(f"Loading {source.config.backbone}")
     with _one_thread(), warnings.catch_warnings():
         # Of libraries to each other; a terminal is for what the user can act on.
         warnings.simplefilter("ignore", FutureWarning)
-        return _score_and_choose(config, source, request, tell)
+        return _score_and_choose(config, source, request, parent, tell)
 
 
 @contextmanager
@@ -219,7 +240,11 @@ def _one_thread() -> Iterator[None]:
 
 
 def _score_and_choose(
-    config: PickConfig, source: Source, request: RequestConfig, tell: Callable[[str], None]
+    config: PickConfig,
+    source: Source,
+    request: RequestConfig,
+    parent: Ancestor | None,
+    tell: Callable[[str], None],
 ) -> _Decision:
     from vgid.trial import TrialSession
 
@@ -232,7 +257,9 @@ def _score_and_choose(
     seeds = pick_seeds(source.config.seed, config.seeds)
     candidates = score_front(session, source.trials, seeds, tell)
     choice = choose(candidates.marks(), config.rule, config.bounds)
-    return _Decision(source, request, candidates, choice, _subjects(session), _precision(session))
+    return _Decision(
+        source, request, candidates, choice, _subjects(session), _precision(session), parent
+    )
 
 
 def _subjects(session: "TrialSession") -> tuple[str, ...]:
@@ -344,6 +371,7 @@ def _record(
             "rule": f"{choice}; of {count} on the front, on the scores above",
             **source.origin,
         },
+        "parent": None if decision.parent is None else decision.parent.recorded,
     }
     try:
         return Deployment.model_validate(values)
