@@ -167,11 +167,13 @@ def hidden_states(backbone: Backbone, packed: Packed, cache: Any | None = None) 
         image_BL1 = (packed.ids_BL == backbone.processor.image_token_id)[..., None]
         embedded_BLD = embedded_BLD.masked_scatter(image_BL1, features.to(embedded_BLD.dtype))
     language_model = model.model.language_model
-    seen: dict[str, Any] = {"attention_mask": packed.mask_B1LL}
+    seen: dict[str, Any]
     if language_model.config._attn_implementation == TREES:
+        trees = lay_out(packed.ends_BL, embedded_BLD.dtype)
         # Four axes, so that transformers makes no mask of its own.
-        seen["attention_mask"] = packed.ends_BL[:, None, None]
-        seen["trees"] = lay_out(packed.ends_BL, embedded_BLD.dtype)
+        seen = {"attention_mask": packed.ends_BL[:, None, None], "trees": trees}
+    else:
+        seen = {"attention_mask": packed.mask_B1LL}
     output = language_model(
         inputs_embeds=embedded_BLD,
         **seen,
