@@ -222,6 +222,10 @@ class StudyConfig(Config):
     model_path: str | None = None
     data: Path | None = Field(None, description="None: the embedded backbone's own benchmark")
     output: Path
+    from_deployment: Path | None = Field(
+        None, description="deployment file that the request starts from"
+    )
+    from_deployment_sha256: str | None = Field(None, description="of that file, as the plan saw it")
     search_space: Path | None = Field(None, description="None: search_spaces/<backbone>.yaml")
     method: Method = "vgid"
     forget_ratio: ForgetRatio = 5
@@ -238,7 +242,7 @@ class StudyConfig(Config):
     fresh_workers: bool = False
     log_responses: bool = False
 
-    @field_validator("output", "data", "search_space")
+    @field_validator("output", "data", "search_space", "from_deployment")
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()

@@ -29,6 +29,7 @@ MUST_AGREE = (
     "backbone",
     "model_path",
     "data",
+    "from_deployment_sha256",
     "method",
     "forget_ratio",
     "seed",

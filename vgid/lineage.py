@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vgid.adapter_files import concatenate
+from vgid.config import StudyConfig
 from vgid.deployment import Deployment, Parent, hash_files, read_deployment
 from vgid.errors import InputError
 
@@ -85,3 +86,36 @@ def read_ancestor(file: Path) -> Ancestor:
     if hash_files(folder) != deployment.adapter.files:
         raise InputError(f"{folder}: is not the adapter of {file}; see `vgid verify {file}`.")
     return Ancestor(deployment, sha256, folder)
+
+
+def ancestor_of(study: StudyConfig, target: Path) -> Ancestor | None:
+    """The deployment that a study started from, None if it started from the base alone.
+
+    Args:
+        study: what was run.
+        target: where the study's own deployment is to be written.
+
+    Raises:
+        InputError: it was changed or replaced since the study, or the target would replace it.
+    """
+    file = study.from_deployment
+    if file is None:
+        return None
+    parent = read_ancestor(file)
+    if parent.sha256 != study.from_deployment_sha256:
+        raise InputError(f"{file}: is not what the study started from any more; restore the file.")
+    refuse_to_replace(file, target)
+    return parent
+
+
+def refuse_to_replace(parent: Path, target: Path) -> None:
+    """A deployment does not take the place of the one that it follows.
+
+    Raises:
+        InputError: it would.
+    """
+    if target == parent:
+        raise InputError(
+            f"--output: {parent} is the deployment to start from and would be replaced; name "
+            "another folder."
+        )

@@ -4,11 +4,15 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vgid.config import RequestConfig, StudyConfig, parse
 from vgid.errors import InputError
 from vgid.search_domain import Choices, Range
 from vgid.search_space import FOLDER, SearchSpace
+
+if TYPE_CHECKING:
+    from vgid.lineage import Ancestor
 
 CPUS_PER_WORKER = 1
 """One thread a worker everywhere: the same numbers on every machine, and faster than two threads
@@ -88,6 +92,12 @@ def make_plan(config: StudyConfig) -> Plan:
     """
     from vgid import backbones
 
+    parent: Ancestor | None = None
+    if config.from_deployment is not None:
+        from vgid.lineage import read_ancestor
+
+        parent = read_ancestor(config.from_deployment)
+        config = config.model_copy(update={"from_deployment_sha256": parent.sha256})
     row = backbones.spec(config.backbone)
     folder = backbones.locate(row, config.model_path)
     path = config.search_space or FOLDER / f"{config.backbone}.yaml"
@@ -100,7 +110,7 @@ def make_plan(config: StudyConfig) -> Plan:
             f"--data: {config.backbone} has no benchmark of its own; name a folder in the "
             "MLLMU-Bench layout with --data."
         )
-    shared = {
+    shared: dict[str, Any] = {
         "backbone": config.backbone,
         "model_path": config.model_path,
         "data": config.output / OWN_DATA if config.data is None else config.data,
@@ -111,6 +121,8 @@ def make_plan(config: StudyConfig) -> Plan:
         "retain_people": config.retain_people,
         "log_responses": config.log_responses,
     }
+    if parent is not None:
+        shared |= parent.request_fields(config.backbone, config.model_path)
     request = parse(RequestConfig, shared, "study")
     if not own_data:
         _check_data(request)
@@ -153,6 +165,10 @@ def _check_data(request: RequestConfig) -> None:
     benchmark.retain(request.forget_ratio)
     benchmark.test(only={person.id for person in forget})
     benchmark.training_pairs()
+    if request.earlier_ids:
+        from vgid.splits import choose_people
+
+        choose_people(benchmark, request)
 
 
 def _check_output(output: Path) -> None:

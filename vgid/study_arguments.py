@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
     add("--model-path", metavar="DIR", help="folder or hub id of its weights, if not the row's own")
     add("--data", type=Path, metavar="DIR", help="benchmark in the MLLMU-Bench layout; without it, "
         "the embedded backbone's own is written to OUTPUT/data")  # fmt: skip
+    add("--from-deployment", type=Path, metavar="FILE", help="deployment file to start from: its "
+        "adapter is part of the frozen base, its people are scored as split `earlier`; without "
+        "it, the base alone")  # fmt: skip
     add("--output", type=Path, metavar="DIR", help="folder of the study, new or to be resumed; "
         "without it, runs/NAME-1 and so on")  # fmt: skip
     add("--search-space", type=Path, metavar="FILE",

@@ -22,7 +22,7 @@ from vgid.config import Config, ForgetRatio, RequestConfig, TrialConfig, parse
 from vgid.deployment import Deployment, Pseudonym, hash_files, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
-from vgid.lineage import Ancestor, read_ancestor
+from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace
 
 if TYPE_CHECKING:
     from vgid.candidates import Scored
@@ -94,11 +94,8 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     request = _request(config, parent)
     deployments = config.output / FOLDER
     file = deployments / f"{request.backbone}.yaml"
-    if file == config.from_deployment:
-        raise InputError(
-            f"--output: {file} is the deployment to start from and would be replaced; name another "
-            "folder."
-        )
+    if config.from_deployment is not None:
+        refuse_to_replace(config.from_deployment, file)
     with tempfile.TemporaryDirectory(prefix="vgid-unlearn-") as scratch:
         fresh, shipped = Path(scratch) / "fresh", Path(scratch) / "shipped"
         _train(request, trial, fresh, tell)
