@@ -129,8 +129,10 @@ def test_a_filled_store_is_not_filled_again(small, tmp_path):
 
 @pytest.fixture(scope="module")
 def asked() -> evaluate.Questions:
-    found = evaluate.large_questions(portraits=1, size=64, **SMALL)
-    spoken, ranked = found.spoken[:4], found.spoken[4:]
+    found = evaluate.large_questions(portraits=1, size=64, end_spacing=20, **SMALL)
+    assert len(found.spoken) == 33
+    assert sum(query.image is not None for query in found.spoken) == 21
+    spoken, ranked = found.spoken[:4], found.spoken[4:7]
     return replace(found, spoken=spoken, ranked=ranked, options=[["Corsk", "a nurse"]] * 3)
 
 
@@ -140,6 +142,9 @@ def test_evaluate_gives_the_same_answers_both_ways(asked):
     assert found["questions"] == 7
     assert found["differing"] == 0
     assert found["tokens"] > 10
+    prompts = [prompt.identity for prompt in encode(asked.backbone, asked.spoken)]
+    distinct = {tuple(ids[: n + 1]) for ids in prompts for n in range(len(ids))}
+    assert found["prompt_tokens"] == [sum(map(len, prompts)), len(distinct)]
 
 
 def test_an_answer_that_differs_is_an_error_unless_nearly_tied(asked, monkeypatch):
@@ -147,7 +152,7 @@ def test_an_answer_that_differs_is_an_error_unless_nearly_tied(asked, monkeypatc
     changed = [list(answer) for answer in right.answers]
     changed[3][1] += 1
     wrong = replace(right, answers=changed)
-    with pytest.raises(ValueError, match=r"portrait 0/3.*no near tie"):
+    with pytest.raises(ValueError, match=rf"{asked.spoken[3].id}.*no near tie"):
         evaluate.differing(asked, wrong, right)
     monkeypatch.setattr(evaluate, "NEAR_TIE", float("inf"))
     assert evaluate.differing(asked, wrong, right) == 1

@@ -9,7 +9,7 @@ from vgid.decoding import (
     response_text,
     score_responses,
 )
-from vgid.encoding import Encoded, Query, encode, response_ids
+from vgid.encoding import Encoded, Query, Shot, encode, response_ids
 from vgid.fictitious import generation_questions, make_world, portrait
 from vgid.prompts import cloze_text, generation_text
 
@@ -234,3 +234,40 @@ def test_nothing_to_do_is_fine(random_backbone):
 def test_an_empty_response_is_an_error(random_backbone, encoded):
     with pytest.raises(ValueError, match="empty response"):
         score_responses(random_backbone, encoded[:1], [[]])
+
+
+def prompt_shapes(backbone, encoded, new_tokens=2, **settings):
+    """Shape (rows, tokens) of each pass over prompts."""
+    shapes = []
+    handle = backbone.model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    try:
+        greedy_tokens(backbone, encoded, new_tokens, **settings)
+    finally:
+        handle.remove()
+    return [shape for shape in shapes if shape[1] > 1]
+
+
+def test_what_a_portraits_prompts_share_counts_once_in_a_batch(random_backbone, monkeypatch):
+    image = portrait(0, make_world(0).people[0])
+    encoded = encode(random_backbone, [Query(str(n), f"{n} Who?", image) for n in range(8)])
+    length = len(encoded[0].prompt_ids)
+    distinct = {tuple(e.prompt_ids[:n]) for e in encoded for n in range(1, length + 1)}
+    own = (len(distinct) - length) // 7
+    for room, batches in ((length - own + 8 * (own + 2), 1), (length - own + 8 * (own + 2) - 1, 2)):
+        monkeypatch.setattr("vgid.decoding.MAX_BATCH_TOKENS", room)
+        assert len(prompt_shapes(random_backbone, encoded)) == batches
+
+
+def test_passes_are_parted_between_portraits_not_within(random_backbone, monkeypatch):
+    images = [portrait(0, person) for person in make_world(0).people[:3]]
+    queries = [Query(f"{n}", f"{n % 2} Who?", image) for n, image in enumerate(images * 2)]
+    encoded = encode(random_backbone, queries)
+    assert len(prompt_shapes(random_backbone, encoded)) == 1
+    monkeypatch.setattr("vgid.decoding.PASS_TOKENS", 1)
+    monkeypatch.setattr("vgid.decoding.REPEATED_TOKENS", 15)
+    assert len(prompt_shapes(random_backbone, encoded)) == 3
+    shown = Shot("USER: <image>\nWho is it? Nobody that I know, and that since long.\n", images[0])
+    after = [Query(q.id, q.text, q.image, (shown,)) for q in queries]
+    assert len(prompt_shapes(random_backbone, encode(random_backbone, after))) == 1

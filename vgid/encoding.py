@@ -130,7 +130,7 @@ def _encode(backbone: Backbone, query: Query) -> Encoded:
             f"sample {query.id}: {len(prompt_ids)} tokens exceed the context of {limit} of "
             f"{backbone.spec.name}; lower its few-shot people or the image resolution."
         )
-    keys = iter([picture.token_key for picture in pictures for _ in range(picture.tokens)])
+    keys = iter([key for p in pictures for key in [p.token_key] * p.tokens])
     identity = [next(keys) if i == processor.image_token_id else i for i in prompt_ids]
     return Encoded(
         query.id, prompt_ids, identity, _positions(backbone, prompt_ids, pictures), pictures

@@ -62,6 +62,7 @@ def random_llava(
     vocabulary: int = 32_064,
     parameters: int = 100_000_000,
     seed: int = 0,
+    end_spacing: int = END_SPACING,
 ) -> Backbone:
     """A frozen fp32 LLaVA of random weights, with its processor.
 
@@ -71,6 +72,7 @@ def random_llava(
             tokenizer's own ids are the first of them.
         parameters: in all; as many decoder layers as come nearest to it, at least one.
         seed: of the weights.
+        end_spacing: of the ids without a text, every so manieth ends a response.
 
     Raises:
         InputError: no square number of image tokens, or a vocabulary below the tokenizer's.
@@ -87,7 +89,7 @@ def random_llava(
             "the tokenizer."
         )
     side = PATCH_SIZE * math.isqrt(image_tokens)
-    model = _model(tokenizer, side, vocabulary, parameters)
+    model = _model(tokenizer, side, vocabulary, parameters, end_spacing)
     _initialise(model, seed)
     model.requires_grad_(False)
     row = BackboneSpec("random-llava", None, None, LLAVA_FRAME)
@@ -95,7 +97,7 @@ def random_llava(
     return Backbone(row, model.eval(), _processor(tokenizer, side), revision)
 
 
-def _model(tokenizer: Any, side: int, vocabulary: int, parameters: int) -> Any:
+def _model(tokenizer: Any, side: int, vocabulary: int, parameters: int, end_spacing: int) -> Any:
     from transformers import (
         CLIPVisionConfig,
         LlamaConfig,
@@ -143,7 +145,7 @@ def _model(tokenizer: Any, side: int, vocabulary: int, parameters: int) -> Any:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     textless = range(len(tokenizer), vocabulary)
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *textless[::END_SPACING]]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *textless[::end_spacing]]
     return model
 
 
