@@ -159,8 +159,8 @@ def _result(front: Front, links: NoteLinks) -> str:
         )
         if name in further
     ]
-    rest = f"For the forget people {', '.join(left)}: " if left else "That is "
-    rest += "suppressed under these tests, which is not erased."
+    rest = f"For the forget people {', '.join(left)}: they" if left else "They"
+    rest += " are suppressed under these tests, not erased."
     return (
         f"**Result.** Of {len(front.records)} trials, {_counts(front)}. "
         f"Trial {links.trial(pick.result.trial_id)} ({describe(pick.config)}) "
@@ -204,4 +204,5 @@ def _table(front: Front, links: NoteLinks) -> str:
 
 
 def _interval(score: Score) -> str:
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+    # MLflow's tables have no space between their columns.
+    return f"&emsp;{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"

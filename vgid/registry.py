@@ -267,4 +267,5 @@ def _description(deployment: Deployment) -> str:
 def _cell(score: Score | None) -> str:
     if score is None:
         return ""
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], n = {score.n}"
+    # MLflow's tables have no space between their columns.
+    return f"&emsp;{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], n = {score.n}"
