@@ -126,19 +126,17 @@ def large_questions(portraits: int = PORTRAITS, size: int = 336, **sizes: int) -
     queries = []
     for person, image in zip(make_world(0).people, images, strict=False):
         texts = [
-            (form, question_text(task, form, question))
-            for task, questions in (
-                ("generation", generation_questions(person, paraphrased=False)),
-                ("cloze", cloze_questions(person, paraphrased=False)),
-            )
-            for question, _, form in questions
+            (form, question_text("generation", form, text))
+            for text, _, form in generation_questions(person, False)
         ]
-        rng = sample_generator(0, person.id)
         texts += [
-            (form, question_text("classification", form, question, options))
-            for question, options, _, form in classification_questions(
-                person, rng, paraphrased=False
-            )
+            (form, question_text("cloze", form, text))
+            for text, _, form in cloze_questions(person, False)
+        ]
+        choices = classification_questions(person, sample_generator(0, person.id), False)
+        texts += [
+            (form, question_text("classification", form, text, options))
+            for text, options, _, form in choices
         ]
         queries += [
             Query(f"{person.id}/{number}", text, image if form == "image" else None)
