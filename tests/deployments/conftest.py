@@ -18,7 +18,7 @@ from vgid.unlearn import UnlearnConfig, unlearn
 
 ROOT = Path(__file__).parent.parent.parent
 TRIALS = 4
-TIMEOUT_S = 300
+TIMEOUT_S = 550
 
 SPACE = """
 backbone: tiny-llava
