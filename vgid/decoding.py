@@ -1,11 +1,12 @@
 """What a backbone answers, and how likely it finds a given answer: both with shared beginnings.
 
 Prompts are run once as trees (``vgid.packing``): a portrait's image is encoded once for all its
-questions. To decode, each question then gets its own copy of the keys and values on its path, and
-all of them advance together, one token a step, until each has ended.
+questions, and of the last layer only what predicts a token is computed (``vgid.last_layer``). Then
+all questions advance together, one token a step, until each has ended. Their prompts' keys and
+values stay shared (``vgid.prefix_attention``); a question's own are those of its new tokens.
 
-Shape legend: B rows of trees, L tokens of a row, N samples, P tokens of the longest prompt, H
-heads, E head width, R response tokens over all samples, V vocabulary.
+Shape legend: N samples, R response tokens over all samples, D hidden width, V vocabulary, A
+position axes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,8 +39,8 @@ REPEATED_TOKENS = 32
 little, but all of them share the few-shot turns in front of theirs."""
 
 COMPACT = 0.75
-"""Rows that ended are dropped when at most this share of a batch goes on: dropping copies the
-key-value cache of the others."""
+"""Rows that ended are dropped when at most this share of a batch goes on: dropping copies the new
+tokens' keys and values of the others."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
         packed = pack(backbone, [prompts[n] for n in part], max_row_tokens=MAX_BATCH_TOKENS)
         trees = DynamicCache(config=model.config.get_text_config())
         with reading_at(language_model, *packed.last_places):
-            states += hidden_states(backbone, packed, trees)
+            states.append(hidden_states(backbone, packed, trees)[0])
         passes.append((packed, trees))
         order += part
     shared = SharedPrompts(passes)
