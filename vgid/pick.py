@@ -305,7 +305,9 @@ def _registered(picked: Picked, sources: list[Source], tell: Callable[[str], Non
     for backbone, source in zip(picked.backbones, sources, strict=True):
         tell(f"Registering the deployment of {backbone.report.backbone}")
         try:
-            versions.append(register(backbone.file, source.tracking_uri))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="mlflow")
+                versions.append(register(backbone.file, source.tracking_uri))
         except InputError as error:
             raise InputError(f"{backbone.file} is written but not registered: {error}") from None
     listed = zip(picked.backbones, versions, strict=True)

@@ -183,7 +183,7 @@ def choose(candidates: Sequence[Marks], rule: Rule, bounds: Bounds) -> Choice:
         )
     listed = sorted(candidates, key=lambda marks: marks.trial_id)
     if rule == "knee":
-        heights = dict(zip(listed, chord_heights(listed).tolist(), strict=True))
+        heights = dict(zip(listed, chord_heights(listed).round(9).tolist(), strict=True))
     else:
         heights = dict.fromkeys(listed, 0.0)
 
@@ -252,6 +252,10 @@ def _broken(bounds: Bounds, marks: Marks) -> str:
 def _praise(rule: Rule, bounds: Bounds, height: float) -> str:
     where = " within the bounds" if str(bounds) else ""
     if rule == "knee":
+        if height < 0:
+            return f"chosen: nearest to the chord{where}, {-height:.3f} below it"
+        if height == 0:
+            return f"chosen: no trial{where} lies above the chord; of those on it, it forgets most"
         return f"chosen: the knee{where}, {height:.3f} above the chord"
     return f"chosen: forgets most{where}"
 

@@ -128,6 +128,14 @@ def test_a_bend_worked_out_by_hand():
     assert choose(BEND, "knee", Bounds(retain_drop=0.02)).chosen.trial_id == "0001"
 
 
+def test_where_no_trial_is_above_the_chord_the_one_that_forgets_most_is_taken():
+    hollow = [marks("0001", 0.1, 0.97), marks("0002", 0.5, 0.70), marks("0003", 0.9, 0.65)]
+    for candidates in (hollow, [hollow[0], hollow[2]]):
+        choice = choose(candidates, "knee", Bounds())
+        assert choice.chosen.trial_id == "0003"
+        assert choice.why["0003"].startswith("chosen: no trial lies above the chord")
+
+
 def test_everyone_is_told_why_not():
     choice = choose(BEND, "constraint", Bounds())
     assert [m.trial_id for m in choice.order] == ["0002", "0005", "0001", "0003", "0004"]
