@@ -11,11 +11,12 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vgid.config import Config
 from vgid.deployment import Attack, Deployment, Pseudonym, read_deployment
 from vgid.errors import InputError
+from vgid.model_card import CARD_SCORES
 from vgid.results import Score
 
 
@@ -29,8 +30,8 @@ class Suppression(Config):
         created: UTC, ISO 8601.
         role: ``own`` if its request named the subject, ``kept`` if an earlier one did.
         requests: the ids of its request, the earlier ones in front where it is ``kept``.
-        chain: sha256 of its ancestors as far as their files were found, the latest first; None
-            stands for one that was not found.
+        chain: sha256 of its ancestors, the latest first; None at the end says that the last one's
+            file was not found, so that what it follows is unknown.
         people: subjects of the split that is scored.
         base: the base's scores of that split: forget and test people, or those of earlier requests.
         deployed: the deployment's.
@@ -68,7 +69,7 @@ class SubjectReport(Config):
     looked_at: int
 
     def print(self, console: Console) -> None:
-        """Show it, one block a deployment."""
+        """Show it, one block a deployment; of the scores those of the model card."""
         for found in self.suppressions:
             asked = ", ".join(found.requests) or "no id given"
             how = "suppressed" if found.role == "own" else "kept suppressed"
@@ -76,20 +77,27 @@ class SubjectReport(Config):
             console.print(f"  request {asked}; one of {found.people} people", highlight=False)
             console.print(f"  {found.file}, sha256 {found.sha256}", highlight=False)
             for ancestor in found.chain:
-                named = ancestor or "a deployment that was not found here"
-                console.print(f"  follows {named}", highlight=False)
-            table = Table("test", "score", "n", "base", "deployed, 95 % interval")
+                line = (
+                    "and its file was not found here" if ancestor is None else f"follows {ancestor}"
+                )
+                console.print(f"  {line}", highlight=False)
+            table = Table(
+                "test", Column("score", no_wrap=True), "n", "base", "deployed", "95 % interval"
+            )
             rows = [("plain", found.deployed)]
             rows += [(attack.name, attack.scores) for attack in found.attacks]
             for test, scores in rows:
                 for name, score in scores.items():
+                    if name.removesuffix("_text") not in CARD_SCORES:
+                        continue
                     before = found.base.get(name) if test == "plain" else None
                     table.add_row(
                         test,
                         name,
                         str(score.n),
                         "" if before is None else f"{before.value:.3f}",
-                        f"{score.value:.3f}, {score.low:.3f} to {score.high:.3f}",
+                        f"{score.value:.3f}",
+                        f"{score.low:.3f} to {score.high:.3f}",
                     )
             console.print(table)
             console.print(f"  not run: {'; '.join(found.not_run)}\n", highlight=False)

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vgid.adapter_files import read_adapter
 from vgid.backbones import locate, revision_of, spec
@@ -121,7 +121,9 @@ class Verification(Config):
         console.print(table)
         shown = [s for s in self.scores if s.name in CARD_SCORES or not s.within]
         if shown:
-            table = Table("of", "score", "n", "recorded", "95 % interval", "again", "")
+            table = Table(
+                "of", Column("score", no_wrap=True), "n", "recorded", "95 % interval", "again", ""
+            )
             for score in shown:
                 stated, found = score.stated, score.found
                 state = ("bit-equal" if score.equal else "within") if score.within else words[False]
