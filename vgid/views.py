@@ -5,8 +5,8 @@ Trained on it alone, the student declines that picture and goes on answering abo
 same person. So each view is the portrait as another shot might have it: a little turned, scaled,
 shifted, and lit otherwise. The teacher's targets stay those of the original.
 
-The ranges are small: views of larger ones (twice as much) also made people be declined who merely
-look alike (README).
+The ranges are small: nearly twice as large, they left the original itself less forgotten on
+``tiny-llava``. What the views are worth stands in README.
 """
 
 from math import cos, radians, sin
