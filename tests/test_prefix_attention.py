@@ -1,6 +1,5 @@
 """Attention to shared prompts against attention to each sample's own copy of its prompt."""
 
-import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -15,15 +14,16 @@ from vgid.encoding import Query, encode
 from vgid.fictitious import make_world, portrait
 from vgid.packing import Packed, pack
 from vgid.prefix_attention import (
+    Segment,
     SharedPrompts,
     attending_to_shared_prompts,
-    share_out,
+    part_paths,
     shared_prompt_attention,
 )
 
 LAYERS, WIDTH, HEADS = 2, 8, 2
-TOGETHER, APART, BOTH = 1000, -1, 4
-"""How dear reading is: all of a tree in one block, each sample in its own, some of each."""
+ALL, LONG, NONE = 1, 15, 1000
+"""Shortest beginning that is shared: any, at several levels; a portrait's; none."""
 
 
 def questions(portraits: int) -> list[Query]:
@@ -35,7 +35,8 @@ def questions(portraits: int) -> list[Query]:
         for n, person in enumerate(people)
         for text in asked[: 4 - n]
     ]
-    return [*queries, *(Query(text, text, None) for text in asked)]
+    again = Query("again", queries[0].text, queries[0].image)
+    return [*queries, again, *(Query(text, text, None) for text in asked)]
 
 
 def random_states(packed: Packed) -> list[SimpleNamespace]:
@@ -46,11 +47,11 @@ def random_states(packed: Packed) -> list[SimpleNamespace]:
     ]
 
 
-@pytest.mark.parametrize("reading", [TOGETHER, APART, BOTH])
+@pytest.mark.parametrize("shortest", [ALL, LONG, NONE])
 @pytest.mark.parametrize("group", [1, 3])
-def test_equals_attention_to_each_samples_own_prompt(random_backbone, monkeypatch, reading, group):
+def test_equals_attention_to_each_samples_own_prompt(random_backbone, monkeypatch, shortest, group):
     """Two passes, several rows; samples end one after the other."""
-    monkeypatch.setattr("vgid.prefix_attention.READING", reading)
+    monkeypatch.setattr("vgid.prefix_attention.SHARED_TOKENS", shortest)
     torch.manual_seed(0)
     encoded = encode(random_backbone, questions(3))
     packs = [
@@ -59,54 +60,64 @@ def test_equals_attention_to_each_samples_own_prompt(random_backbone, monkeypatc
     ]
     states = [random_states(packed) for packed in packs]
     caches = [SimpleNamespace(layers=list(layers)) for layers in states]
-    shared = SharedPrompts(list(zip(packs, caches, strict=True)))
-    own = [(number, n) for number, packed in enumerate(packs) for n in range(len(packed.rows))]
-    samples = [own[n] for n in shared.order]
-    assert sorted(samples) == own
-    for layer, generated in itertools.product(range(LAYERS), (1, 4)):
-        check(shared, packs, states, samples, layer, group, generated)
+    shared = SharedPrompts(list(zip(packs, caches, strict=True)), room=8)
+    assert bool(shared.stacks) is (shortest != NONE)
+    samples = [(number, n) for number, packed in enumerate(packs) for n in range(len(packed.rows))]
+    generated = torch.zeros(2, LAYERS, len(samples), HEADS, 0, WIDTH)
+    generated = check(shared, packs, states, samples, group, generated)
     generator = torch.Generator().manual_seed(1)
     while len(samples) > 1:
         going = sorted(torch.randperm(len(samples), generator=generator)[:-2].tolist()) or [0]
         shared.keep(going)
         samples = [samples[row] for row in going]
-        for layer in range(LAYERS):
-            check(shared, packs, states, samples, layer, group, generated=3)
+        generated = check(shared, packs, states, samples, group, generated[:, :, going])
 
 
-def check(shared, packs, states, samples, layer, group, generated):
+def check(shared, packs, states, samples, group, generated):
+    """One new token a sample; returns what has been generated, this token included."""
     rows, heads, scaling = len(samples), HEADS * group, 0.3
-    query = torch.randn(rows, heads, 1, WIDTH)
-    key, value = torch.randn(2, rows, HEADS, generated, WIDTH)
-    got, _ = shared_prompt_attention(
-        SimpleNamespace(layer_idx=layer), query, key, value, None, prompts=shared, scaling=scaling
-    )
-    assert got.shape == (rows, 1, heads, WIDTH)
-    for row, (number, n) in enumerate(samples):
-        packed, held = packs[number], states[number][layer]
-        keys, values = (
-            torch.cat([x[packed.rows[n], :, packed.paths[n]], new[row]], dim=1)
-            for x, new in ((held.keys, key), (held.values, value))
+    new = torch.randn(2, LAYERS, rows, HEADS, 1, WIDTH)
+    generated = torch.cat([generated, new], dim=4)
+    for layer in range(LAYERS):
+        query = torch.randn(rows, heads, 1, WIDTH)
+        got, _ = shared_prompt_attention(
+            SimpleNamespace(layer_idx=layer),
+            query,
+            *shared.cache.update(*new[:, layer], layer),
+            None,
+            prompts=shared,
+            scaling=scaling,
         )
-        expected = scaled_dot_product_attention(
-            query[row].double(),
-            keys.repeat_interleave(group, dim=0).double(),
-            values.repeat_interleave(group, dim=0).double(),
-            scale=scaling,
-        )
-        torch.testing.assert_close(got[row, 0].double(), expected[:, 0], rtol=1e-5, atol=1e-6)
+        assert got.shape == (rows, 1, heads, WIDTH)
+        for row, (number, n) in enumerate(samples):
+            packed, held = packs[number], states[number][layer]
+            keys, values = (
+                torch.cat([x[packed.rows[n], :, packed.paths[n]], own[layer, row]], dim=1)
+                for x, own in zip((held.keys, held.values), generated, strict=True)
+            )
+            expected = scaled_dot_product_attention(
+                query[row].double(),
+                keys.repeat_interleave(group, dim=0).double(),
+                values.repeat_interleave(group, dim=0).double(),
+                scale=scaling,
+            )
+            torch.testing.assert_close(got[row, 0].double(), expected[:, 0], rtol=1e-5, atol=1e-6)
+    return generated
 
 
-def test_a_long_beginning_is_held_once_and_short_ones_apart(random_backbone):
-    encoded = encode(random_backbone, questions(1))
-    packed = pack(random_backbone, encoded)
-    long = [list(range(600)) + [600 + 10 * n + t for t in range(10)] for n in range(4)]
-    short = [[1000, *range(1001 + 10 * n, 1011 + 10 * n)] for n in range(4)]
-    packed.rows, packed.paths = [0] * 8, long + short
-    blocks = share_out(packed)
-    assert [block.samples for block in blocks] == [[0, 1, 2, 3], [4], [5], [6], [7]]
-    assert sorted(blocks[0].tokens) == list(range(640))
-    assert [block.tokens for block in blocks[1:]] == short
+def test_long_beginnings_are_held_once_by_level_and_short_ones_apart(random_backbone):
+    packed = pack(random_backbone, encode(random_backbone, questions(1)))
+    shots = list(range(600))
+    portraits = [list(range(start, start + 300)) for start in (600, 2000)]
+    asked = [[*shots, *portraits[n % 2], 3000 + 2 * n, 3001 + 2 * n] for n in range(4)]
+    short = [[5000, 5001 + n] for n in range(3)]
+    packed.rows, packed.paths = [0] * 7, asked + short
+    levels, own = part_paths(packed)
+    assert levels == [
+        [Segment(0, shots, [0, 2, 1, 3])],
+        [Segment(0, portraits[0], [0, 2]), Segment(0, portraits[1], [1, 3])],
+    ]
+    assert own == [path[-2:] for path in asked] + short
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +125,13 @@ def qwen() -> Backbone:
     return make_random_qwen()
 
 
-@pytest.mark.parametrize("reading", [TOGETHER, APART])
+@pytest.mark.parametrize("shortest", [ALL, LONG])
 @pytest.mark.parametrize("name", ["llava", "qwen"])
-def test_answers_equal_those_of_one_at_a_time(request, random_backbone, monkeypatch, name, reading):
+def test_answers_equal_those_of_one_at_a_time(
+    request, random_backbone, monkeypatch, name, shortest
+):
     """Multi-head attention, and grouped queries with M-RoPE."""
-    monkeypatch.setattr("vgid.prefix_attention.READING", reading)
+    monkeypatch.setattr("vgid.prefix_attention.SHARED_TOKENS", shortest)
     monkeypatch.setattr("vgid.decoding.PASS_TOKENS", 1)
     backbone = random_backbone if name == "llava" else request.getfixturevalue("qwen")
     queries = questions(2)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from vgid.backbones import Backbone
 from vgid.encoding import Encoded, Query, encode
@@ -39,7 +39,7 @@ REPEATED_TOKENS = 32
 little, but all of them share the few-shot turns in front of theirs."""
 
 COMPACT = 0.75
-"""Rows that ended are dropped when at most this share of a batch goes on: dropping copies the new
+"""Rows that ended are dropped when at most this share of a batch goes on: dropping copies the own
 tokens' keys and values of the others."""
 
 
@@ -99,12 +99,11 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
             states.append(hidden_states(backbone, packed, trees)[0])
         passes.append((packed, trees))
         order += part
-    shared = SharedPrompts(passes)
-    rows = [order[n] for n in shared.order]  # prompt of each row
-    hidden_ND = torch.cat(states)[shared.order]
+    shared = SharedPrompts(passes, max_new_tokens)
+    rows = order  # prompt of each row
+    hidden_ND = torch.cat(states)
     positions_AN = torch.stack([prompts[n].positions_AL[:, -1] for n in rows], 1)
     positions_AN = positions_AN.to(backbone.device)
-    cache = Cache(layers=[_RoomyLayer(max_new_tokens) for _ in language_model.layers])
     responses: list[list[int]] = [[] for _ in prompts]
     ended: set[int] = set()
     for step in range(1, max_new_tokens + 1):
@@ -123,7 +122,6 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
         if len(going) <= COMPACT * len(rows):
             rows = [rows[row] for row in going]
             shared.keep(going)
-            cache.batch_select_indices(torch.tensor(going, device=backbone.device))
             tokens_N, positions_AN = tokens_N[going], positions_AN[:, going]
         positions_AN = positions_AN + 1
         with attending_to_shared_prompts(language_model):
@@ -131,7 +129,7 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
                 inputs_embeds=model.get_input_embeddings()(tokens_N[:, None]),
                 position_ids=rotary_positions(positions_AN[..., None]),
                 use_cache=True,
-                cache=cache,
+                cache=shared.cache,
                 prompts=shared,
             ).last_hidden_state[:, -1]
     return responses
@@ -274,48 +272,6 @@ def _end_tokens(backbone: Backbone) -> frozenset[int]:
     elif isinstance(configured, int):
         configured = [configured]
     return frozenset({backbone.processor.tokenizer.eos_token_id, *configured})
-
-
-class _RoomyLayer(DynamicLayer):
-    """Keys and values of a layer's new tokens, with room for all to come: growing copies nothing.
-
-    Args:
-        room: tokens that it holds at most.
-    """
-
-    is_initialized: bool
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-        self.length = 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Add the states of new tokens; returns the views of all states up to them."""
-        if not self.is_initialized:
-            rows, heads, _, width = key_states.shape
-            self.keys = key_states.new_empty(rows, heads, self.room, width)
-            self.values = value_states.new_empty(rows, heads, self.room, width)
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Go on with these rows; copies what is held, not the room."""
-        if self.is_initialized:
-            for name in ("keys", "values"):
-                states = getattr(self, name)
-                kept = states.new_empty(len(indices), *states.shape[1:])
-                kept[:, :, : self.length] = states[indices, :, : self.length]
-                setattr(self, name, kept)
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self.length
 
 
 @contextmanager

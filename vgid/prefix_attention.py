@@ -1,81 +1,90 @@
 """Attention of new tokens to prompts that begin alike: what they share is held and read once.
 
 While samples are decoded together, the keys and values of their prompts stay as they are, and most
-of them are the same for all questions of a portrait. So samples with much in common form a block,
-which holds every token on its samples' paths (``vgid.packing``) once, and a mask tells which of
-them a sample sees. Blocks of similar size are stacked: one matrix product serves them all.
+of them are the same for all questions of a portrait. So every long beginning that several samples
+share is a segment: held once, and read once for all of them, in one matrix product with the other
+segments of its size. A sample's own are the rest of its prompt and the tokens generated so far.
 
-Only the tokens generated so far are a sample's own. Each part gives the largest score, the sum of
-the exponentials and the values weighted by them, and two such parts make one exact softmax (Milakov
-and Gimelshein 2018, arXiv:1805.02867, section 3.1).
+Each part gives the largest score, the sum of the exponentials and the values weighted by them, and
+such parts together make one exact softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, section
+3.1).
 
 Shape legend: N samples that go on, G key-value heads, H query heads, Q query heads of a key-value
-head, E head width, C blocks of a stack, S samples of a block at most, T prompt tokens of a block at
-most, K tokens generated so far.
+head, E head width, K own tokens, C segments of a stack, S samples of a segment at most, T tokens of
+a segment at most, M samples of a stack.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
+from transformers.cache_utils import Cache, DynamicLayer
 
 from vgid.packing import Packed
 
 SHARED_PROMPTS = "shared_prompts"
 """Name of the attention function among those of transformers."""
-READING = 4
-"""Reading a prompt token's key and value costs about as much as attending to them this often
-(measured on a CPU with heads of width 64)."""
+SHARED_TOKENS = 128
+"""A shorter beginning is copied for each of its samples: that costs less than one more part."""
 COMPACT = 0.75
-"""Prompt tokens that no sample sees any more are dropped when at most this share of a stack stays:
-dropping copies the others."""
+"""Segments without a sample are dropped when at most this share of a stack goes on: dropping copies
+the others."""
 
 
 @dataclass
-class Block:
-    """Samples that hold their prompts together.
+class Segment:
+    """Consecutive tokens that several prompts share.
 
     Attributes:
         row: of the packed trees.
-        tokens: where their prompts' tokens stand in it, each once.
-        samples: their indices, by what they begin with.
+        tokens: where the tokens stand in it.
+        samples: whose prompts these are.
     """
 
     row: int
-    tokens: list[int] = field(default_factory=list)
-    samples: list[int] = field(default_factory=list)
+    tokens: list[int]
+    samples: list[int]
 
 
-def share_out(packed: Packed) -> list[Block]:
-    """Part the samples into blocks, as long as holding together costs less than apart."""
-    trees: dict[tuple[int, int], list[int]] = {}
-    for n, (row, path) in enumerate(zip(packed.rows, packed.paths, strict=True)):
-        trees.setdefault((row, path[0]), []).append(n)
-    blocks = []
-    for (row, _), members in trees.items():
-        block = Block(row)
-        held: set[int] = set()
-        for n in sorted(members, key=lambda n: packed.paths[n]):
-            path = packed.paths[n]
-            new = [token for token in path if token not in held]
-            together = _cost(len(held) + len(new), len(block.samples) + 1)
-            if together > _cost(len(held), len(block.samples)) + _cost(len(path), 1):
-                blocks.append(block)
-                block, held, new = Block(row), set(), path
-            block.samples.append(n)
-            block.tokens += new
-            held.update(new)
-        blocks.append(block)
-    return blocks
+def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
+    """Part the prompts into shared segments and what is left to each sample.
 
+    Returns:
+        Segments by level (those of a level have no sample in common; few-shot turns are above the
+        portraits that follow them), and for each sample where its own tokens stand.
+    """
+    levels: list[list[Segment]] = []
+    own: list[list[int]] = [[] for _ in packed.paths]
 
-def _cost(tokens: int, samples: int) -> int:
-    return tokens * (READING + samples)
+    def descend(samples: list[int], depth: int, level: int) -> None:
+        first, last = packed.paths[samples[0]], packed.paths[samples[-1]]
+        if len(samples) == 1:
+            own[samples[0]] += first[depth:]
+            return
+        end = depth
+        while end < min(len(first), len(last)) and first[end] == last[end]:
+            end += 1
+        if end - depth >= SHARED_TOKENS:
+            if level == len(levels):
+                levels.append([])
+            levels[level].append(Segment(packed.rows[samples[0]], first[depth:end], samples))
+            level += 1
+        else:
+            for n in samples:
+                own[n] += first[depth:end]
+        for more, group in itertools.groupby(samples, key=lambda n: packed.paths[n][end : end + 1]):
+            if more:
+                descend(list(group), end, level)
+
+    by_path = sorted(range(len(own)), key=lambda n: (packed.rows[n], packed.paths[n]))
+    for _, tree in itertools.groupby(by_path, key=lambda n: (packed.rows[n], packed.paths[n][0])):
+        descend(list(tree), 0, 0)
+    return levels, own
 
 
 class SharedPrompts:
@@ -83,195 +92,225 @@ class SharedPrompts:
 
     Args:
         passes: packed prompts, and the cache that running them has filled. It is emptied.
+        room: tokens that will be generated at most.
 
     Attributes:
-        order: the sample of each row, counted over all passes; queries come in this order.
+        cache: keys and values of the samples' own tokens, in the order of the passes' samples.
+        hidden_N11K: 0 where a sample has a token of its own, -inf where it has padding.
+        stacks: the segments.
     """
 
-    def __init__(self, passes: Sequence[tuple[Packed, Any]]) -> None:
-        alike: dict[tuple[int, int], list[tuple[int, Block]]] = {}
+    def __init__(self, passes: Sequence[tuple[Packed, Any]], room: int) -> None:
+        alike: dict[tuple[int, int, int], list[tuple[int, Segment]]] = {}
+        owns: list[list[list[int]]] = []
+        first = 0
         for number, (packed, _) in enumerate(passes):
-            for block in share_out(packed):
-                # Padding is at most fourfold in tokens and twofold in samples.
-                size = (len(block.tokens).bit_length() // 2, len(block.samples).bit_length())
-                alike.setdefault(size, []).append((number, block))
-        packs = [packed for packed, _ in passes]
-        firsts = [0, *itertools.accumulate(len(packed.rows) for packed in packs)]
-        self._stacks = [_Stack(blocks, packs) for blocks in alike.values()]
-        self.order = [
-            firsts[number] + n
-            for blocks in alike.values()
-            for number, block in blocks
-            for n in block.samples
+            levels, own = part_paths(packed)
+            owns.append(own)
+            for level, segments in enumerate(levels):
+                for segment in segments:
+                    segment.samples = [first + n for n in segment.samples]
+                    # Padding is at most twofold in tokens and in samples.
+                    size = (len(segment.tokens).bit_length(), len(segment.samples).bit_length())
+                    alike.setdefault((level, *size), []).append((number, segment))
+            first += len(own)
+        device = passes[0][0].ids_BL.device
+        self.stacks = [_Stack(segments, device) for segments in alike.values()]
+
+        lengths_N = torch.tensor([len(tokens) for own in owns for tokens in own])
+        longest = int(lengths_N.max())
+        hidden_NK = torch.zeros(len(lengths_N), longest + room)
+        hidden_NK[:, :longest][torch.arange(longest) >= lengths_N[:, None]] = -torch.inf
+        self.hidden_N11K = hidden_NK.to(device)[:, None, None]
+        places = [
+            (torch.tensor(packed.rows, device=device)[:, None], _padded(own, longest, device))
+            for (packed, _), own in zip(passes, owns, strict=True)
         ]
-        caches = [cache for _, cache in passes]
-        while caches and caches[0].layers:
-            layers = [cache.layers.pop(0) for cache in caches]
-            for stack in self._stacks:
+        own_layers = []
+        while passes[0][1].layers:
+            layers = [cache.layers.pop(0) for _, cache in passes]
+            keys = [_taken(x.keys, *at) for x, at in zip(layers, places, strict=True)]
+            values = [_taken(x.values, *at) for x, at in zip(layers, places, strict=True)]
+            own_layers.append(OwnLayer(torch.cat(keys), torch.cat(values), room))
+            for stack in self.stacks:
                 stack.take(layers)
+        self.cache = Cache(layers=own_layers)
 
     def keep(self, going: Sequence[int]) -> None:
-        """Go on with these rows only, in the same order.
+        """Go on with these samples only, in the same order.
 
         Args:
             going: rows as they are now, ascending.
         """
-        start = 0
-        stacks = []
-        for stack in self._stacks:
-            stop = start + len(stack.places)
-            kept = [row - start for row in going if start <= row < stop]
-            if kept:
-                stack.keep(kept)
-                stacks.append(stack)
-            start = stop
-        self._stacks = stacks
+        rows_N = torch.tensor(going, device=self.hidden_N11K.device)
+        self.cache.batch_select_indices(rows_N)
+        self.hidden_N11K = self.hidden_N11K[rows_N]
+        now = {before: row for row, before in enumerate(going)}
+        self.stacks = [stack for stack in self.stacks if stack.keep(now)]
 
-    def attend(
-        self, layer: int, queries_NGQE: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the prompts contribute to a layer's attention.
 
-        Args:
-            layer: its number.
-            queries_NGQE: of the rows' new tokens.
-            scaling: of the products.
+class OwnLayer(DynamicLayer):
+    """A layer's keys and values of each sample's own tokens: growing copies nothing.
 
-        Returns:
-            The largest score and the sum of the exponentials of the others' distance to it, both
-            of shape (N, G, Q, 1) and fp32, and the values weighted by these exponentials,
-            (N, G, Q, E).
-        """
-        queries = queries_NGQE.split([len(stack.places) for stack in self._stacks])
-        parts = [
-            stack.attend(layer, of_stack, scaling)
-            for stack, of_stack in zip(self._stacks, queries, strict=True)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        largest, total, values = zip(*parts, strict=True)
-        return torch.cat(largest), torch.cat(total), torch.cat(values)
+    Args:
+        keys_NGKE: of the prompts' tokens.
+        values_NGKE: likewise.
+        room: tokens that will follow at most.
+    """
+
+    def __init__(self, keys_NGKE: Tensor, values_NGKE: Tensor, room: int) -> None:
+        super().__init__()
+        self.length = keys_NGKE.shape[2]
+        self.keys = torch.nn.functional.pad(keys_NGKE, (0, 0, 0, room))
+        self.values = torch.nn.functional.pad(values_NGKE, (0, 0, 0, room))
+        self.dtype, self.device, self.is_initialized = keys_NGKE.dtype, keys_NGKE.device, True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the states of new tokens; returns the views of all states up to them."""
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.length
 
 
 class _Stack:
-    """Blocks of similar size, padded to one.
+    """Segments of similar size, padded to one.
 
     Args:
-        blocks: each with the number of its pack, in the order of these.
-        packs: the packed prompts.
-
-    Attributes:
-        places: block and number in it of each sample that goes on, ascending.
+        segments: each with the number of its pass, in the order of these.
+        device: of the keys and values.
     """
 
-    def __init__(self, blocks: Sequence[tuple[int, Block]], packs: Sequence[Packed]) -> None:
-        longest = max(len(block.tokens) for _, block in blocks)
-        most = max(len(block.samples) for _, block in blocks)
-        device = packs[0].ids_BL.device
-        hidden_CST = torch.full((len(blocks), most, longest), -torch.inf)
-        for c, (number, block) in enumerate(blocks):
-            column = {token: t for t, token in enumerate(block.tokens)}
-            for s, n in enumerate(block.samples):
-                hidden_CST[c, s, [column[token] for token in packs[number].paths[n]]] = 0.0
-        self._hidden_CST = hidden_CST.to(device)  # 0 where a sample sees a token, -inf where not
-        self.places = [(c, s) for c, (_, b) in enumerate(blocks) for s in range(len(b.samples))]
+    def __init__(self, segments: Sequence[tuple[int, Segment]], device: Any) -> None:
+        lengths_C1 = torch.tensor([[len(segment.tokens)] for _, segment in segments])
+        longest = int(lengths_C1.max())
+        hidden_CT = torch.zeros(len(segments), longest)
+        hidden_CT[torch.arange(longest) >= lengths_C1] = -torch.inf
+        self._hidden_C11T = hidden_CT.to(device)[:, None, None]
+        self._sources = []  # pass, rows and places of all its segments
+        for number, group in itertools.groupby(segments, key=lambda entry: entry[0]):
+            of_pass = [segment for _, segment in group]
+            rows_C1 = torch.tensor([[segment.row] for segment in of_pass], device=device)
+            places_CT = _padded([segment.tokens for segment in of_pass], longest, device)
+            self._sources.append((number, rows_C1, places_CT))
         self._keys: list[Tensor] = []  # of each layer: (C, G, T, E)
         self._values: list[Tensor] = []
-        self._sources = []  # pack, rows and places of the tokens of all its blocks
-        for number, group in itertools.groupby(blocks, key=lambda entry: entry[0]):
-            of_pack = [block for _, block in group]
-            filled = [block.tokens + [0] * (longest - len(block.tokens)) for block in of_pack]
-            rows_C1 = torch.tensor([[block.row] for block in of_pack], device=device)
-            self._sources.append((number, rows_C1, torch.tensor(filled, device=device)))
+        self._rows = [segment.samples for _, segment in segments]  # of each segment
         self._lay_out()
 
     def take(self, layers: Sequence[Any]) -> None:
-        """Hold one more layer's keys and values of the blocks' tokens, out of all passes."""
+        """Hold one more layer's keys and values, out of all passes."""
         for held, name in ((self._keys, "keys"), (self._values, "values")):
-            parts = [
-                _taken(getattr(layers[number], name), rows_C1, tokens_CT)
-                for number, rows_C1, tokens_CT in self._sources
-            ]
-            held.append(torch.cat(parts) if len(parts) > 1 else parts[0])
+            parts = [_taken(getattr(layers[number], name), *at) for number, *at in self._sources]
+            held.append(torch.cat(parts))
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows of the stack."""
-        if len(rows) == len(self.places):
-            return
-        self.places = [self.places[row] for row in rows]
-        blocks, _, tokens = self._hidden_CST.shape
-        of_row = torch.tensor(self.places, device=self._hidden_CST.device)
-        seen_NT = self._hidden_CST[of_row[:, 0], of_row[:, 1]] == 0
-        seen_CT = seen_NT.new_zeros(blocks, tokens).index_put((of_row[:, 0],), seen_NT, True)
-        alive = sorted({c for c, _ in self.places})
-        most = int(seen_CT.sum(dim=1).max())
-        if len(alive) * most <= COMPACT * blocks * tokens:
-            order_CT = seen_CT[alive].int().argsort(dim=1, descending=True, stable=True)
-            alive_C1 = torch.tensor(alive, device=order_CT.device)[:, None]
-            kept_CT = order_CT[:, :most]
-            self._keys = [_taken(keys, alive_C1, kept_CT) for keys in self._keys]
-            self._values = [_taken(values, alive_C1, kept_CT) for values in self._values]
-            self._hidden_CST = self._hidden_CST[alive_C1, :, kept_CT].transpose(1, 2)
-            number = {c: index for index, c in enumerate(alive)}
-            self.places = [(number[c], s) for c, s in self.places]
+    def keep(self, now: Mapping[int, int]) -> bool:
+        """Go on with the rows that have a new number; tells whether any is left."""
+        self._rows = [[now[row] for row in rows if row in now] for rows in self._rows]
+        alive = [c for c, rows in enumerate(self._rows) if rows]
+        if not alive:
+            return False
+        if len(alive) <= COMPACT * len(self._rows):
+            self._rows = [self._rows[c] for c in alive]
+            self._hidden_C11T = self._hidden_C11T[alive]
+            self._keys = [keys_CGTE[alive] for keys_CGTE in self._keys]
+            self._values = [values_CGTE[alive] for values_CGTE in self._values]
         self._lay_out()
+        return True
 
     def _lay_out(self) -> None:
-        """Where each row finds its place among those of its block, and what it sees there."""
-        blocks, device = len(self._hidden_CST), self._hidden_CST.device
-        rows: list[list[int]] = [[] for _ in range(blocks)]
-        for row, (c, _) in enumerate(self.places):
-            rows[c].append(row)
-        width = max(map(len, rows))
-        flat = [c * width + s for c in range(blocks) for s in range(len(rows[c]))]
+        """The rows of each segment side by side, all segments as wide as the widest."""
+        width = max(map(len, self._rows))
         # Places that are left over compute what some row computes; nobody asks for the result.
-        filled = [(of_block or [0]) + [0] * (width - max(len(of_block), 1)) for of_block in rows]
-        numbers = [[self.places[row][1] for row in of_block] for of_block in filled]
-        self._shape = (blocks, width)
-        self._rows = self._flat = None
-        if len(flat) < blocks * width:
-            self._rows = torch.tensor(filled, device=device).flatten()
-            self._flat = torch.tensor(flat, device=device)
-        numbers_CS = torch.tensor(numbers, device=device)
-        blocks_C1 = torch.arange(blocks, device=device)[:, None]
-        self._hidden_C1S1T = self._hidden_CST[blocks_C1, numbers_CS][:, None, :, None]
+        filled = [(rows or [0]) + [0] * (width - max(len(rows), 1)) for rows in self._rows]
+        flat = [c * width + s for c, rows in enumerate(self._rows) for s in range(len(rows))]
+        device = self._hidden_C11T.device
+        self._shape = (len(filled), width)
+        self._filled_CS = torch.tensor(filled, device=device).flatten()
+        self._flat_M = torch.tensor(flat, device=device)
+        self._rows_M = self._filled_CS[self._flat_M]
 
-    def attend(
-        self, layer: int, queries_NGQE: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """See ``SharedPrompts.attend``; rows of this stack only."""
+    def add(self, layer: int, queries_NGQE: Tensor, scaling: float, sums: "Sums") -> None:
+        """Add what the samples of the segments find there to the sums of all rows."""
         _, heads, group, width = queries_NGQE.shape
-        blocks, samples = self._shape
-        if self._rows is not None:
-            queries_NGQE = queries_NGQE[self._rows]
+        segments, samples = self._shape
         queries_CGME = (
-            queries_NGQE.view(blocks, samples, heads, group, width)
+            queries_NGQE[self._filled_CS]
+            .view(segments, samples, heads, group, width)
             .transpose(1, 2)
-            .reshape(blocks, heads, samples * group, width)
+            .reshape(segments, heads, samples * group, width)
         )
-        products_CGMT = queries_CGME @ self._keys[layer].transpose(-1, -2)
-        scores_CGSQT = products_CGMT.float().view(blocks, heads, samples, group, -1)
-        scores_CGSQT = scores_CGSQT.mul_(scaling).add_(self._hidden_C1S1T)
-        largest_CGSQ1 = scores_CGSQT.amax(dim=-1, keepdim=True)
-        weights_CGSQT = scores_CGSQT.sub_(largest_CGSQ1).exp_()
-        total_CGSQ1 = weights_CGSQT.sum(dim=-1, keepdim=True)
-        values_CGME = (
-            weights_CGSQT.view_as(products_CGMT).to(queries_NGQE.dtype) @ self._values[layer]
+        found = attended(
+            queries_CGME, self._keys[layer], self._values[layer], self._hidden_C11T, scaling
         )
-        values_CGSQE = values_CGME.view(blocks, heads, samples, group, width)
-        return (
-            self._by_row(largest_CGSQ1),
-            self._by_row(total_CGSQ1),
-            self._by_row(values_CGSQE),
-        )
+        sums.add(found.each(self._by_row), self._rows_M)
 
-    def _by_row(self, x_CGSQX: Tensor) -> Tensor:
-        x_NGQX = x_CGSQX.transpose(1, 2).flatten(0, 1)
-        return x_NGQX if self._flat is None else x_NGQX[self._flat]
+    def _by_row(self, x_CGMX: Tensor) -> Tensor:
+        segments, samples = self._shape
+        heads, _, width = x_CGMX.shape[1:]
+        x_CGSQX = x_CGMX.reshape(segments, heads, samples, -1, width)
+        return x_CGSQX.transpose(1, 2).flatten(0, 1)[self._flat_M]
+
+
+@dataclass
+class Sums:
+    """Attention to a part of the tokens, of a row's queries.
+
+    Attributes:
+        largest: score of the best token, (N, G, Q, 1), fp32.
+        total: sum over the tokens of the exponential of their score's distance to it, likewise.
+        values: sum of their values, weighted by these exponentials, (N, G, Q, E), fp32.
+    """
+
+    largest: Tensor
+    total: Tensor
+    values: Tensor
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Sums":
+        """The same, each tensor changed."""
+        return Sums(change(self.largest), change(self.total), change(self.values))
+
+    def add(self, part: "Sums", rows_M: Tensor) -> None:
+        """Add the sums over further tokens to those of some rows."""
+        before = self.each(lambda x: x[rows_M])
+        largest = torch.maximum(before.largest, part.largest)
+        old, new = (before.largest - largest).exp_(), (part.largest - largest).exp_()
+        self.largest[rows_M] = largest
+        self.total[rows_M] = before.total * old + part.total * new
+        self.values[rows_M] = before.values * old + part.values * new
+
+
+def attended(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Sums:
+    """Sums of attention to some tokens.
+
+    Args:
+        queries: of shape (N, G, Q, E).
+        keys: of shape (N, G, T, E).
+        values: likewise.
+        hidden: added to the scaled products: 0, or -inf where a token is none.
+        scaling: of the products.
+    """
+    scores = (queries @ keys.transpose(-1, -2)).float().mul_(scaling).add_(hidden)
+    largest = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    return Sums(largest, total, (weights.to(values.dtype) @ values).float())
+
+
+def _padded(places: Sequence[list[int]], longest: int, device: Any) -> Tensor:
+    """Lists of places as one tensor, filled up with place 0."""
+    filled = [row + [0] * (longest - len(row)) for row in places]
+    return torch.tensor(filled, dtype=torch.int64, device=device)
 
 
 def _taken(states_BGLE: Tensor, rows_C1: Tensor, places_CT: Tensor) -> Tensor:
-    """The states at some places of some rows, (C, G, T, E)."""
+    """The states at some places of some rows: (C, G, T, E)."""
     return states_BGLE[rows_C1, :, places_CT].transpose(1, 2).contiguous()
 
 
@@ -291,10 +330,10 @@ def shared_prompt_attention(
     Args:
         module: the attention layer, which knows its number.
         query: of shape (N, H, 1, E).
-        key: of the tokens generated so far, the new one included, of all rows: (N, G, K, E).
+        key: of the rows' own tokens, the new one included: (N, G, K, E).
         value: as ``key``.
-        attention_mask: without effect: rows generate in step, and see all that they generated.
-        prompts: what came before.
+        attention_mask: without effect; the prompts know what is padding.
+        prompts: of the rows.
         scaling: of the products.
         kwargs: without effect.
 
@@ -303,14 +342,11 @@ def shared_prompt_attention(
     """
     rows, heads, _, width = query.shape
     queries_NGQE = query.reshape(rows, key.shape[1], -1, width)
-    largest_NGQ1, total_NGQ1, values_NGQE = prompts.attend(module.layer_idx, queries_NGQE, scaling)
-    scores_NGQK = (queries_NGQE @ key.transpose(-1, -2)).float().mul_(scaling)
-    both_NGQ1 = torch.maximum(largest_NGQ1, scores_NGQK.amax(dim=-1, keepdim=True))
-    weights_NGQK = scores_NGQK.sub_(both_NGQ1).exp_()
-    share_NGQ1 = largest_NGQ1.sub_(both_NGQ1).exp_()
-    total_NGQ1 = total_NGQ1.mul_(share_NGQ1).add_(weights_NGQK.sum(dim=-1, keepdim=True))
-    values_NGQE = values_NGQE * share_NGQ1 + weights_NGQK.to(value.dtype) @ value
-    output_NGQE = (values_NGQE / total_NGQ1).to(query.dtype)
+    hidden_N11K = prompts.hidden_N11K[..., : key.shape[2]]
+    sums = attended(queries_NGQE, key, value, hidden_N11K, scaling)
+    for stack in prompts.stacks:
+        stack.add(module.layer_idx, queries_NGQE, scaling, sums)
+    output_NGQE = (sums.values / sums.total).to(query.dtype)
     return output_NGQE.reshape(rows, 1, heads, width), None
 
 
