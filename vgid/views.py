@@ -1,8 +1,8 @@
 """Altered views of a portrait: what the student is shown in turn with the original.
 
 A person is to be forgotten, not one picture of them, but a benchmark has one training picture each.
-Trained on it alone, the student declines that picture and goes on answering about others of the
-same person. So each view is the portrait as another shot might have it: a little turned, scaled,
+Trained on it alone, the student still gives some answers about other pictures of the same person.
+So each view is the portrait as another shot might have it: a little turned, scaled,
 shifted, and lit otherwise. The teacher's targets stay those of the original.
 
 The ranges are small: nearly twice as large, they left the original itself less forgotten on
