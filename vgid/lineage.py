@@ -57,7 +57,7 @@ class Ancestor:
         """
         own = self.deployment.backbone
         if backbone not in (None, own):
-            raise InputError(f"--backbone: the deployment is of {own}; leave the option out.")
+            raise InputError(f"--backbone: the deployment is of {own}, not {backbone}; name {own}.")
         from vgid.export import find_base
 
         path = model_path or self.deployment.base.model_path

@@ -4,15 +4,12 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vgid.config import RequestConfig, StudyConfig, parse
 from vgid.errors import InputError
 from vgid.search_domain import Choices, Range
 from vgid.search_space import FOLDER, SearchSpace
-
-if TYPE_CHECKING:
-    from vgid.lineage import Ancestor
 
 CPUS_PER_WORKER = 1
 """One thread a worker everywhere: the same numbers on every machine, and faster than two threads
@@ -92,12 +89,17 @@ def make_plan(config: StudyConfig) -> Plan:
     """
     from vgid import backbones
 
-    parent: Ancestor | None = None
+    ancestral: dict[str, Any] = {}
     if config.from_deployment is not None:
         from vgid.lineage import read_ancestor
 
         parent = read_ancestor(config.from_deployment)
-        config = config.model_copy(update={"from_deployment_sha256": parent.sha256})
+        ancestral = parent.request_fields(config.backbone, config.model_path)
+        pinned = {
+            "from_deployment_sha256": parent.sha256,
+            "model_path": ancestral["model_path"],
+        }
+        config = config.model_copy(update=pinned)
     row = backbones.spec(config.backbone)
     folder = backbones.locate(row, config.model_path)
     path = config.search_space or FOLDER / f"{config.backbone}.yaml"
@@ -110,7 +112,7 @@ def make_plan(config: StudyConfig) -> Plan:
             f"--data: {config.backbone} has no benchmark of its own; name a folder in the "
             "MLLMU-Bench layout with --data."
         )
-    shared: dict[str, Any] = {
+    shared = {
         "backbone": config.backbone,
         "model_path": config.model_path,
         "data": config.output / OWN_DATA if config.data is None else config.data,
@@ -121,9 +123,7 @@ def make_plan(config: StudyConfig) -> Plan:
         "retain_people": config.retain_people,
         "log_responses": config.log_responses,
     }
-    if parent is not None:
-        shared |= parent.request_fields(config.backbone, config.model_path)
-    request = parse(RequestConfig, shared, "study")
+    request = parse(RequestConfig, shared | ancestral, "study")
     if not own_data:
         _check_data(request)
     _check_output(config.output)
