@@ -67,6 +67,10 @@ def test_what_is_written_is_read(deployment, file):
     assert read_deployment(file)[0] == deployment
 
 
+def test_ids_are_text_whichever_yaml_reads_them(file):
+    assert "- '0001'\n" in file.read_text()
+
+
 def test_any_changed_byte_is_found(file):
     content = file.read_bytes()
     draw = random.Random(0)

@@ -228,7 +228,9 @@ def write_deployment(path: Path, deployment: Deployment) -> str:
     """
     plain = deployment.model_dump(mode="json")
     plain["hyperparameters"] = _plain(deployment.hyperparameters.used)
-    body = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100).encode()
+    body = yaml.dump(
+        plain, Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True, width=100
+    ).encode()
     content = body + f"sha256: {hashlib.sha256(body).hexdigest()}\n".encode()
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()
@@ -289,6 +291,18 @@ def json_schema() -> str:
     schema["properties"]["sha256"] = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
     schema["required"].append("sha256")
     return json.dumps(schema, indent=2, sort_keys=True) + "\n"
+
+
+class _QuotingDumper(yaml.SafeDumper):
+    """Quotes text that begins like a number: YAML 1.2 reads a plain ``0028`` as 28, 1.1 does not."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "'" if text[:1].isdigit() or text[:1] in ("+", "-", ".") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_QuotingDumper.add_representer(str, _quoted)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
