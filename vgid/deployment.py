@@ -294,7 +294,7 @@ def json_schema() -> str:
 
 
 class _QuotingDumper(yaml.SafeDumper):
-    """Quotes text that begins like a number: YAML 1.2 reads a plain ``0028`` as 28, 1.1 does not."""
+    """Quotes text that begins like a number: YAML 1.2 reads a plain ``0028`` as 28."""
 
 
 def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
