@@ -110,7 +110,7 @@ class SharedPrompts:
             for level, segments in enumerate(levels):
                 for segment in segments:
                     segment.samples = [first + n for n in segment.samples]
-                    # Padding is at most twofold in tokens and in samples.
+                    # Padding is at most twofold, and no sample is in a stack twice.
                     size = (len(segment.tokens).bit_length(), len(segment.samples).bit_length())
                     alike.setdefault((level, *size), []).append((number, segment))
             first += len(own)
@@ -161,8 +161,8 @@ class OwnLayer(DynamicLayer):
     def __init__(self, keys_NGKE: Tensor, values_NGKE: Tensor, room: int) -> None:
         super().__init__()
         self.length = keys_NGKE.shape[2]
-        self.keys = torch.nn.functional.pad(keys_NGKE, (0, 0, 0, room))
-        self.values = torch.nn.functional.pad(values_NGKE, (0, 0, 0, room))
+        self.tokens = self.length + room
+        self.keys, self.values = self._roomy(keys_NGKE), self._roomy(values_NGKE)
         self.dtype, self.device, self.is_initialized = keys_NGKE.dtype, keys_NGKE.device, True
 
     def update(
@@ -173,6 +173,17 @@ class OwnLayer(DynamicLayer):
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these rows; what is copied are tokens, not the room for others."""
+        self.keys = self._roomy(self.keys[indices, :, : self.length])
+        self.values = self._roomy(self.values[indices, :, : self.length])
+
+    def _roomy(self, states_NGKE: Tensor) -> Tensor:
+        rows, heads, tokens, width = states_NGKE.shape
+        roomy = states_NGKE.new_empty(rows, heads, self.tokens, width)
+        roomy[:, :, :tokens] = states_NGKE
+        return roomy
 
     def get_seq_length(self) -> int:
         """Tokens held."""
