@@ -87,12 +87,13 @@ def study_folder(tmp_path_factory, benchmark_folder, tracking_uri) -> Path:
 
 @pytest.fixture(scope="session")
 def deployment_file(tmp_path_factory, benchmark_folder) -> Path:
-    """A deployment of one short trial by gradient ascent, which needs no teacher."""
+    """Two people, forgotten by a short trial of gradient ascent, which needs no teacher."""
     config = UnlearnConfig(
         data=benchmark_folder,
+        forget_ids=Benchmark.open(benchmark_folder).person_ids("forget_5")[:2],
         output=tmp_path_factory.mktemp("deployments-first"),
         request_id=("R-1",),
-        setting=("method=ga", "epochs=3", "learning_rate=2e-3"),
+        setting=("method=ga", "epochs=6", "learning_rate=2e-3"),
         retain_people=4,
         seeds=1,
     )
@@ -102,15 +103,11 @@ def deployment_file(tmp_path_factory, benchmark_folder) -> Path:
 @pytest.fixture(scope="session")
 def next_deployment_file(tmp_path_factory, benchmark_folder, deployment_file) -> Path:
     """The deployment of a second request, one more person, that starts from the first."""
-    benchmark = Benchmark.open(benchmark_folder)
-    earlier = benchmark.person_ids("forget_5")
-    new = next(i for i in benchmark.person_ids("forget_10") if i not in earlier)
     config = UnlearnConfig(
         data=benchmark_folder,
         output=tmp_path_factory.mktemp("deployments-next"),
         from_deployment=deployment_file,
-        forget_ratio=10,
-        forget_ids=(new,),
+        forget_ids=Benchmark.open(benchmark_folder).person_ids("forget_5")[2:3],
         request_id=("R-2",),
         retain_people=4,
         seeds=1,

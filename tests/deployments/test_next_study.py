@@ -25,7 +25,7 @@ from vgid.summary import provenance
 def config(deployment_file: Path, benchmark_folder: Path, tmp_path: Path) -> StudyConfig:
     """As the command line makes it and the plan pins it."""
     flags = ["--from-deployment", str(deployment_file), "--data", str(benchmark_folder)]
-    flags += ["--forget-ratio", "10", "--retain-people", "4", "--output", str(tmp_path / "next")]
+    flags += ["--retain-people", "4", "--output", str(tmp_path / "next")]
     return make_plan(study_config(parser().parse_args(flags))).config
 
 
@@ -56,8 +56,6 @@ def test_every_trial_is_asked_to_start_from_the_deployment(config, deployment_fi
     request = make_plan(config).request
     assert request.earlier_ids == parent.subjects
     assert request.deployed_adapter == deployment_file.parent / "tiny-llava" / "adapter"
-    with pytest.raises(InputError, match="suppressed everyone in it"):
-        make_plan(config.model_copy(update={"forget_ratio": 5}))
     with pytest.raises(InputError, match="--backbone: the deployment is of tiny-llava"):
         make_plan(config.model_copy(update={"backbone": "tiny-qwen2.5-vl"}))
 
@@ -70,7 +68,7 @@ def test_a_pick_ships_both_requests_in_one_adapter(study, deployment_file):
     assert record.parent is not None
     assert record.parent.sha256 == sha256 and record.parent.subjects == parent.subjects
     assert record.parent.requests == ("R-1",) and record.requests == ("R-2",)
-    assert len(record.subjects) == 5 and not set(record.subjects) & set(parent.subjects)
+    assert len(record.subjects) == 3 and not set(record.subjects) & set(parent.subjects)
     assert record.base == parent.base
     known = record.scores.base["earlier_rougeL"]
     assert record.scores.deployed["earlier_rougeL"].value < known.value
