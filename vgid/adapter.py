@@ -5,6 +5,8 @@ frozen base, bit for bit.
 """
 
 import hashlib
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ import torch
 from vgid.adapter_files import FILES, read_adapter
 from vgid.backbones import Backbone
 from vgid.config import TrialConfig
+from vgid.errors import InputError
 
 
 @contextmanager
@@ -85,6 +88,31 @@ def merge(backbone: Backbone, adapter: Path) -> None:
     for name in FILES:
         digest.update((adapter / name).read_bytes())
     backbone.revision = digest.hexdigest()
+
+
+def save(student: Any, folder: Path) -> None:
+    """Write the adapter of a ``PeftModel``; the folder appears whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    student.save_pretrained(temporary)
+    (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.replace(folder)
+
+
+def sha256(folder: Path) -> str:
+    """SHA-256 over the files that a saved adapter consists of.
+
+    Raises:
+        InputError: one of them is missing.
+    """
+    digest = hashlib.sha256()
+    for name in FILES:
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: is missing; name a PEFT adapter folder.")
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _detach(backbone: Backbone, student: Any) -> None:

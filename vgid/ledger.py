@@ -132,6 +132,9 @@ class Ledger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if isinstance(error, InputError):
+            # Bad input that shows only after the start leaves no study without a single trial.
+            self.abandon()
         self.close()
 
     def close(self) -> None:
@@ -142,6 +145,24 @@ class Ledger:
                 if self._made:
                     self.output.rmdir()
         self._lock.release()
+
+    def open(self, config: StudyConfig, search_space_sha256: str, resume: bool) -> Header:
+        """Begin a study under a new id, or go on with the one that is there.
+
+        Raises:
+            InputError: as ``begin`` and ``resume`` do.
+        """
+        if resume:
+            return self.resume(config, search_space_sha256)
+        stamp = now()
+        header = Header(
+            study_id=f"{config.backbone}-{stamp[:19].replace(':', '')}-{config.seed}",
+            config=config,
+            search_space_sha256=search_space_sha256,
+            started=stamp,
+        )
+        self.begin(header)
+        return header
 
     def begin(self, header: Header) -> None:
         """Start a new study.

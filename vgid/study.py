@@ -9,9 +9,7 @@ made again from it.
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 from vgid.config import StudyConfig, TrialConfig
@@ -19,7 +17,7 @@ from vgid.console import Standing, StudyConsole, libraries_silenced, print_summa
 from vgid.errors import InputError
 from vgid.figures import write_figures
 from vgid.interrupts import on_interrupt
-from vgid.ledger import Header, Ledger, now
+from vgid.ledger import Header, Ledger
 from vgid.mailbox import Job, Outcome
 from vgid.outputs import describe, write_front, write_study, write_trials
 from vgid.plan import Plan, make_plan
@@ -53,8 +51,8 @@ def run_study(config: StudyConfig, resume: bool = False, session: Any = None) ->
     """
     started = time.monotonic()
     plan = make_plan(config)
-    with Ledger(config.output) as ledger, _nothing_half_written(ledger):
-        header = _open(ledger, plan, resume)
+    with Ledger(config.output) as ledger:
+        header = ledger.open(plan.config, plan.space_sha256, resume)
         with libraries_silenced(config.output / "study.log") as terminal:
             standing = Standing(config.trials, budget_s=config.time_budget_s)
             with StudyConsole(terminal, standing) as console:
@@ -401,28 +399,3 @@ class Study:
     def _failure(self) -> str | None:
         """What no trial of the study can get past, in one sentence."""
         return self._error or self._scribe.error
-
-
-@contextmanager
-def _nothing_half_written(ledger: Ledger) -> Iterator[None]:
-    """Bad input that shows only after the start leaves no folder behind without a single trial."""
-    try:
-        yield
-    except InputError:
-        ledger.abandon()
-        raise
-
-
-def _open(ledger: Ledger, plan: Plan, resume: bool) -> Header:
-    if resume:
-        return ledger.resume(plan.config, plan.space_sha256)
-    stamp = now()
-    name = f"{plan.config.backbone}-{stamp[:19].replace(':', '')}-{plan.config.seed}"
-    header = Header(
-        study_id=name,
-        config=plan.config,
-        search_space_sha256=plan.space_sha256,
-        started=stamp,
-    )
-    ledger.begin(header)
-    return header

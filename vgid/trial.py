@@ -6,10 +6,8 @@
 teacher store, the examination. Ray, Optuna and MLflow wrap it elsewhere and are unknown here.
 """
 
-import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -143,7 +141,7 @@ class TrialSession:
             with _timed(seconds, "evaluate"):
                 evaluation = self._evaluate("search", self.request.seed)
             with _timed(seconds, "save"):
-                _save_adapter(model, adapter_dir)
+                adapter.save(model, adapter_dir)
                 _save_responses(evaluation, adapter_dir)
         return TrialResult(
             trial_id=trial_id,
@@ -205,7 +203,8 @@ class TrialSession:
         """
         seed = self._seed(part) if seed is None else seed
         intervention = intervention or PLAIN
-        described = [part, seed, asdict(intervention), reverse, _digest(adapter_dir)]
+        adapter_sha256 = None if adapter_dir is None else adapter.sha256(adapter_dir)
+        described = [part, seed, asdict(intervention), reverse, adapter_sha256]
 
         def compute() -> dict[str, Score]:
             if adapter_dir is None:
@@ -375,19 +374,6 @@ def run_trial(
     return TrialSession(request).run(trial, trial_id, adapter_dir)
 
 
-def _digest(adapter_dir: Path | None) -> str | None:
-    """SHA-256 of what an adapter consists of."""
-    if adapter_dir is None:
-        return None
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        path = adapter_dir / name
-        if not path.is_file():
-            raise InputError(f"{path}: is missing; name a PEFT adapter folder.")
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     started = time.perf_counter()
@@ -395,15 +381,6 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
-
-
-def _save_adapter(model: Any, folder: Path) -> None:
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    model.save_pretrained(temporary)
-    (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.replace(folder)
 
 
 def _save_responses(evaluation: Evaluation, adapter_dir: Path) -> None:
