@@ -229,7 +229,7 @@ class StudyConfig(Config):
     search_space: Path | None = Field(None, description="None: search_spaces/<backbone>.yaml")
     method: Method = "vgid"
     forget_ratio: ForgetRatio = 5
-    trials: int = Field(40, ge=1)
+    trials: int = Field(60, ge=1)
     seed: int = Field(0, ge=0)
     sampler: Sampler = "auto"
     time_budget_s: float | None = Field(None, gt=0)
