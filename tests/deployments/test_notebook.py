@@ -6,7 +6,6 @@ import nbformat
 import pytest
 import yaml
 from nbclient import NotebookClient
-from nbclient.exceptions import CellTimeoutError
 
 from vgid.deployment import read_deployment
 
@@ -32,25 +31,6 @@ def outputs_of(cell, kind):
     return [output.data[kind] for output in cell.outputs if kind in output.get("data", {})]
 
 
-def execute(notebook, folder):
-    """Run all cells in a new kernel; again in another where a finished cell's reply got lost.
-
-    The kernel then sits idle and the client waits for it; a cell that fails is never repeated.
-    """
-    for last in (False, True):
-        client = NotebookClient(
-            notebook, timeout=240, resources={"metadata": {"path": str(folder)}}
-        )
-        try:
-            client.execute()
-        except CellTimeoutError:
-            if last:
-                raise
-        else:
-            return
-
-
-@pytest.mark.timeout(1500)
 def test_it_runs_from_the_study_to_the_deployment(
     notebook, study_folder, tracking_uri, tmp_path, monkeypatch
 ):
@@ -58,7 +38,8 @@ def test_it_runs_from_the_study_to_the_deployment(
     monkeypatch.setenv("VGID_OUTPUT", str(tmp_path / "out"))
     monkeypatch.setenv("VGID_REQUEST_IDS", "R-17 R-18")
     monkeypatch.delenv("VGID_STUDY", raising=False)
-    execute(notebook, tmp_path)
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
 
     cells = code(notebook)
     figures = [figure for cell in cells for figure in outputs_of(cell, PLOTLY)]
