@@ -13,14 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vgid.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
@@ -51,7 +49,7 @@ class LoraWeights:
 
     folder: Path
     config: dict[str, Any]
-    tensors: Mapping[str, Tensor] = field(repr=False)
+    tensors: Mapping[str, "Tensor"] = field(repr=False)
 
     @property
     def rank(self) -> int:
@@ -70,7 +68,7 @@ class LoraWeights:
         return found if isinstance(found, str) else tuple(sorted(found))
 
     @cached_property
-    def modules(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def modules(self) -> dict[str, tuple["Tensor", "Tensor"]]:
         """A of shape (r, I) and B of shape (O, r) by module path, in the order of the paths."""
         sides: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.tensors.items():
@@ -111,6 +109,9 @@ def read_adapter(folder: Path) -> LoraWeights:
     Raises:
         InputError: a file is missing, damaged or there without need, or it is no plain LoRA.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         there = sorted(path.name for path in folder.iterdir())
         config = json.loads((folder / CONFIG).read_text())
@@ -170,6 +171,9 @@ def concatenate(first: Path, second: Path, target: Path) -> None:
     Raises:
         InputError: a folder is no plain LoRA, or the modules differ.
     """
+    import torch
+    from safetensors.torch import save_file
+
     parts = [read_adapter(folder) for folder in (first, second)]
     if parts[0].modules.keys() != parts[1].modules.keys():
         raise InputError(f"{second}: its modules are not those of {first}; keep the LoRA targets.")

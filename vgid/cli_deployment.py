@@ -70,7 +70,6 @@ def verify_command(
     """
     from vgid.verify import verify
 
-    _one_thread()
     found = verify(target, data, model_path, public_key, hashes_only, _tell)
     if as_json:
         conclusions = {"verified": found.verified, "bit_equal": found.bit_equal}
@@ -176,7 +175,6 @@ def unlearn_command(
     from vgid.config import parse
     from vgid.unlearn import UnlearnConfig, unlearn
 
-    _one_thread()
     settings = {
         "data": data,
         "output": output,
@@ -231,15 +229,6 @@ def report_command(
         )
     if found.damaged:
         raise typer.Exit(1)
-
-
-def _one_thread() -> None:
-    """Compute as the workers of a study do: the same numbers to the last bit."""
-    import torch
-
-    from vgid.plan import CPUS_PER_WORKER
-
-    torch.set_num_threads(CPUS_PER_WORKER)
 
 
 def _tell(line: str) -> None:

@@ -106,6 +106,15 @@ class RequestConfig(Config):
         False, description="keep the questions and responses of the evaluation beside the scores"
     )
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields that results depend on, as plain data: part of the name of kept scores.
+
+        Not where data, weights and results lie: what they hold is named by hashes.
+        """
+        places = {"data", "store", "store_limit_gb", "model_path", "deployed_adapter"}
+        return self.model_dump(mode="json", exclude=places | {"log_responses"})
+
 
 class TrialConfig(Config):
     """One trial: a method's hyperparameters (paper sections 3.4 and A.3.2) and the optimiser's.

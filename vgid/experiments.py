@@ -194,12 +194,10 @@ class Cache:
 
     def _key(self, experiment: Experiment, arm: Arm) -> str:
         group = (experiment.backbone, experiment.forget_ratio, experiment.seed)
-        elsewhere = {"data", "store", "store_limit_gb", "model_path", "log_responses"}
-        request = self.bench.request(*group).model_dump(mode="json", exclude=elsewhere)
         whole = [
             FORMAT,
             self.provenance[experiment.backbone],
-            request,
+            self.bench.request(*group).identity,
             experiment.model_copy(update={"arm": arm}).model_dump(mode="json"),
         ]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()

@@ -122,6 +122,18 @@ def _client(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def search_runs(client: Any, experiment_id: str, query: str) -> list[Any]:
+    """All runs of an experiment that meet ``query``, over as many pages as they take."""
+    found: list[Any] = []
+    token: str | None = None
+    while True:
+        page = client.search_runs([experiment_id], query, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
 def _is_http(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 

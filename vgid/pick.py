@@ -13,30 +13,25 @@ store, so that another rule or bound costs seconds.
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from vgid.candidates import MIN_SEEDS, PART, Candidates, attacks_of, pick_seeds, score_front
+from vgid.candidates import MIN_SEEDS, Candidates, pick_seeds, score_front
 from vgid.config import Config, RequestConfig
-from vgid.deployment import Deployment, Pseudonym, hash_files, write_deployment
+from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
-from vgid.ledger import now
 from vgid.lineage import Ancestor, ancestor_of
 from vgid.pick_comparison import COMPARISON, write_comparison
 from vgid.pick_pictures import write_report
 from vgid.pick_report import PickReport
 from vgid.picking import Bounds, Choice, Rule, choose
 from vgid.placing import FOLDER, staged
-from vgid.plan import CPUS_PER_WORKER
+from vgid.recording import Setting, record
 from vgid.study_source import Source, open_source
-
-if TYPE_CHECKING:
-    from vgid.trial import TrialSession
+from vgid.threads import worker_threads
 
 
 class PickConfig(Config):
@@ -118,11 +113,9 @@ class _Decision:
     """A choice, and what the record has to tell of where it was made."""
 
     source: Source
-    request: RequestConfig
+    setting: Setting
     candidates: Candidates
     choice: Choice
-    subjects: tuple[str, ...]
-    precision: str
     parent: Ancestor | None
 
 
@@ -220,23 +213,10 @@ def _decide(
         ]
         source = replace(source, trials=tuple(shipped))
     tell(f"Loading {source.config.backbone}")
-    with _one_thread(), warnings.catch_warnings():
+    with worker_threads(), warnings.catch_warnings():
         # Of libraries to each other; a terminal is for what the user can act on.
         warnings.simplefilter("ignore", FutureWarning)
         return _score_and_choose(config, source, request, parent, tell)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute as the study's workers do: the same numbers, and faster on a shared machine."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(CPUS_PER_WORKER)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _score_and_choose(
@@ -257,17 +237,7 @@ def _score_and_choose(
     seeds = pick_seeds(source.config.seed, config.seeds)
     candidates = score_front(session, source.trials, seeds, tell)
     choice = choose(candidates.marks(), config.rule, config.bounds)
-    return _Decision(
-        source, request, candidates, choice, _subjects(session), _precision(session), parent
-    )
-
-
-def _subjects(session: "TrialSession") -> tuple[str, ...]:
-    return tuple(sorted(person.id for person in session.people.forget))
-
-
-def _precision(session: "TrialSession") -> str:
-    return str(session.backbone.model.dtype).removeprefix("torch.")
+    return _Decision(source, Setting.of(session), candidates, choice, parent)
 
 
 def _write(config: PickConfig, decisions: list[_Decision], deployments: Path) -> Picked:
@@ -281,11 +251,9 @@ def _write(config: PickConfig, decisions: list[_Decision], deployments: Path) ->
         for name, decision in zip(names, decisions, strict=True):
             trial, _ = decision.candidates.of(decision.choice.chosen.trial_id)
             folder = staging / name
-            base = _base(decision)
-            copy_adapter(
-                trial.adapter, folder / "adapter", base["hub_id"], decision.source.base_revision
-            )
-            deployment = _record(config, decision, base, folder / "adapter")
+            base = decision.setting
+            copy_adapter(trial.adapter, folder / "adapter", base.hub_id, base.revision)
+            deployment = _record(config, decision, folder / "adapter")
             sha256 = write_deployment(staging / f"{name}.yaml", deployment)
             report = PickReport(
                 name, decision.source.study_id, decision.candidates, decision.choice
@@ -314,77 +282,30 @@ def _registered(picked: Picked, sources: list[Source], tell: Callable[[str], Non
     return replace(picked, backbones=tuple(replace(b, version=v) for b, v in listed))
 
 
-def _base(decision: _Decision) -> dict[str, Any]:
-    from vgid.backbones import spec
-
-    own = decision.request.model_path is None
-    return {
-        "hub_id": spec(decision.request.backbone).hub_id if own else None,
-        "model_path": decision.request.model_path,
-        "revision": decision.source.base_revision,
-        "precision": decision.precision,
-    }
-
-
-def _record(
-    config: PickConfig, decision: _Decision, base: dict[str, Any], adapter: Path
-) -> Deployment:
-    from vgid.adapter_files import read_adapter
-    from vgid.backbones import spec
-
-    source, request, choice = decision.source, decision.request, decision.choice
+def _record(config: PickConfig, decision: _Decision, adapter: Path) -> Deployment:
+    source, choice = decision.source, decision.choice
     trial, scored = decision.candidates.of(choice.chosen.trial_id)
-    attacks, not_run = attacks_of(scored)
-    weights = read_adapter(adapter)
-    frame = spec(request.backbone).frame
     count = len(decision.candidates.trials)
-    values = {
-        "backbone": request.backbone,
-        "created": now(),
-        "requests": config.request_id,
-        "subjects": decision.subjects,
-        "base": base,
-        "adapter": {
-            "path": f"{request.backbone}/adapter",
-            "files": hash_files(adapter),
-            "rank": weights.rank,
-            "scale": weights.scale,
-            "targets": weights.targets,
-        },
-        "frame": {"image": frame.image, "text": frame.text, "separator": frame.separator},
-        "hyperparameters": trial.config,
-        "scores": {
-            "part": PART,
-            "seeds": decision.candidates.seeds,
-            "base": decision.candidates.base.plain,
-            "deployed": scored.plain,
-            "attacks": attacks,
-            "not_run": not_run,
-        },
-        "data": {
-            "sha256": source.data_sha256,
-            "forget_ratio": request.forget_ratio,
-            "retain_people": request.retain_people,
-            "split_seed": request.seed,
-        },
-        "origin": {
-            "study_id": source.study_id,
-            "trial_id": trial.trial_id,
-            "rule": f"{choice}; of {count} on the front, on the scores above",
-            **source.origin,
-        },
-        "parent": None if decision.parent is None else decision.parent.recorded,
+    origin = {
+        "study_id": source.study_id,
+        "trial_id": trial.trial_id,
+        "rule": f"{choice}; of {count} on the front, on the scores above",
+        **source.origin,
     }
     try:
-        return Deployment.model_validate(values)
+        return record(
+            decision.setting,
+            trial.config,
+            adapter,
+            decision.candidates.seeds,
+            decision.candidates.base,
+            scored,
+            config.request_id,
+            origin,
+            decision.parent,
+        )
     except ValidationError as error:
-        place = error.errors()[0]["loc"]
-        if place[0] == "subjects":  # never quoted: an ID that is no pseudonym may be a name
-            raise InputError(
-                f"{request.data}: a person ID of the forget people is no pseudonym (letters, "
-                "digits, '.', '_' and '-'); replace the IDs and run the study again."
-            ) from None
+        place = ".".join(map(str, error.errors()[0]["loc"]))
         raise InputError(
-            f"{source.name}: study.json, {'.'.join(map(str, place))} is not as a study writes it; "
-            "restore the file."
+            f"{source.name}: study.json, {place} is not as a study writes it; restore the file."
         ) from None

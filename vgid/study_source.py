@@ -129,7 +129,7 @@ def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
 
 
 def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
-    from vgid.mlflow_client import open_client
+    from vgid.mlflow_client import open_client, search_runs
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each file
     run_id = name.removeprefix(MLFLOW)
@@ -158,7 +158,10 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
         _download(client, run_id, artifact, scratch, where)
     summary = _read(scratch / "study.json", where)
     rows = _front(_text(scratch / "front.csv", where), f"{where}, front.csv")
-    runs = _trial_runs(client, run.info.experiment_id, run_id)
+    children = search_runs(
+        client, run.info.experiment_id, f"tags.`mlflow.parentRunId` = '{run_id}'"
+    )
+    runs = {child.data.tags.get("vgid.trial_id", ""): child.info.run_id for child in children}
     trials = []
     for trial_id, config, point in rows:
         if trial_id not in runs:
@@ -172,20 +175,6 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     there = (output / "study.json").is_file()
     same = there and _read(output / "study.json", where).get("study_id") == summary.get("study_id")
     return _source(name, summary, trials, output if same else None, uri)
-
-
-def _trial_runs(client: Any, experiment_id: str, parent: str) -> dict[str, str]:
-    """Run ids of a study's trials, by trial id."""
-    found: dict[str, str] = {}
-    token: str | None = None
-    while True:
-        page = client.search_runs(
-            [experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", page_token=token
-        )
-        found |= {run.data.tags.get("vgid.trial_id", ""): run.info.run_id for run in page}
-        token = page.token
-        if not token:
-            return found
 
 
 def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.mlflow_client import Connection, connect, first_line
+from vgid.mlflow_client import Connection, connect, first_line, search_runs
 from vgid.note import NOTE_PICTURE, note_links, study_note
 from vgid.outputs import MAIN_METRICS, TrialRecord, as_text, held_out_scores, run_name
 from vgid.plots import Front, write_png
@@ -377,14 +377,7 @@ class Tracker:
         return True
 
     def _search(self, query: str) -> list[Any]:
-        found: list[Any] = []
-        token: str | None = None
-        while True:
-            page = self._client.search_runs([self.experiment_id], query, page_token=token)
-            found += page
-            token = page.token
-            if not token:
-                return found
+        return search_runs(self._client, self.experiment_id, query)
 
     def _hash_tags(self) -> dict[str, str]:
         return {f"vgid.{name}_hash": value for name, value in self._hashes.items()}

@@ -350,10 +350,7 @@ class TrialSession:
             what: plain data that, with the request, names the scores.
             compute: called if they are not there yet.
         """
-        elsewhere = {"data", "store", "store_limit_gb", "model_path", "deployed_adapter"}
-        elsewhere |= {"log_responses"}
-        request = self.request.model_dump(mode="json", exclude=elsewhere)
-        key = key_of([kind, *what, self.provenance, request])
+        key = key_of([kind, *what, self.provenance, self.request.identity])
         path = self.request.store / f"{kind}-{key}.json"
         with FileLock(path.with_suffix(".lock")):
             if path.exists():

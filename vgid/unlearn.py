@@ -9,24 +9,20 @@ with settings that were found before, such as the parent's.
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from vgid.adapter_files import copy_adapter, read_adapter
+from vgid.adapter_files import copy_adapter
 from vgid.config import Config, ForgetRatio, RequestConfig, TrialConfig, parse
-from vgid.deployment import Deployment, Pseudonym, hash_files, write_deployment
+from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
 from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace
-
-if TYPE_CHECKING:
-    from vgid.candidates import Scored
-    from vgid.trial import TrialSession
 
 TRIAL_ID = "0000"
 
@@ -87,6 +83,8 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     """
     from vgid.candidates import pick_seeds, score_with_seeds
     from vgid.placing import FOLDER, staged
+    from vgid.recording import Setting, record
+    from vgid.threads import worker_threads
     from vgid.trial import TrialSession
 
     parent = None if config.from_deployment is None else read_ancestor(config.from_deployment)
@@ -96,7 +94,7 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     file = deployments / f"{request.backbone}.yaml"
     if config.from_deployment is not None:
         refuse_to_replace(config.from_deployment, file)
-    with tempfile.TemporaryDirectory(prefix="vgid-unlearn-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="vgid-unlearn-") as scratch, worker_threads():
         fresh, shipped = Path(scratch) / "fresh", Path(scratch) / "shipped"
         _train(request, trial, fresh, tell)
         if parent is None:
@@ -109,13 +107,35 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
         base = score_with_seeds(session, seeds, None)
         tell(f"Scoring the adapter, {len(seeds)} seeds")
         scored = score_with_seeds(session, seeds, shipped)
-        hub_id = session.backbone.spec.hub_id if request.model_path is None else None
+        setting = Setting.of(session)
         with staged(deployments, [request.backbone, file.name]) as staging:
             target = staging / request.backbone / "adapter"
-            copy_adapter(shipped, target, hub_id, session.backbone.revision)
-            deployment = _record(config, session, trial, parent, target, seeds, base, scored)
+            copy_adapter(shipped, target, setting.hub_id, setting.revision)
+            deployment = record(
+                setting,
+                trial,
+                target,
+                seeds,
+                base,
+                scored,
+                config.request_id,
+                _origin(request, parent),
+                parent,
+            )
             sha256 = write_deployment(staging / file.name, deployment)
     return Unlearned(file, sha256, deployment)
+
+
+def _origin(request: RequestConfig, parent: Ancestor | None) -> dict[str, Any]:
+    from vgid.summary import provenance
+
+    settings = "the parent's setting" if parent else "one setting"
+    return {
+        "study_id": f"{request.backbone}-{now()[:19].replace(':', '')}-{request.seed}",
+        "trial_id": TRIAL_ID,
+        "rule": f"one trial of {settings}; nothing was chosen",
+        **provenance(),
+    }
 
 
 def _trial(config: UnlearnConfig, parent: Ancestor | None) -> TrialConfig:
@@ -165,79 +185,3 @@ def _train(
         raise InputError(
             f"--setting: the trial {result.status} ({result.error}); lower learning_rate."
         )
-
-
-def _record(
-    config: UnlearnConfig,
-    session: "TrialSession",
-    trial: TrialConfig,
-    parent: Ancestor | None,
-    adapter: Path,
-    seeds: tuple[int, ...],
-    base: "Scored",
-    scored: "Scored",
-) -> Deployment:
-    from vgid.candidates import PART, attacks_of
-    from vgid.summary import provenance
-
-    request, spec = session.request, session.backbone.spec
-    weights = read_adapter(adapter)
-    attacks, not_run = attacks_of(scored)
-    stamp = now()
-    settings = "the parent's setting" if parent else "one setting"
-    values: Mapping[str, Any] = {
-        "backbone": request.backbone,
-        "created": stamp,
-        "requests": config.request_id,
-        "subjects": sorted(person.id for person in session.people.forget),
-        "base": {
-            "hub_id": spec.hub_id if request.model_path is None else None,
-            "model_path": request.model_path,
-            "revision": session.backbone.revision,
-            "precision": str(session.backbone.model.dtype).removeprefix("torch."),
-        },
-        "adapter": {
-            "path": f"{request.backbone}/adapter",
-            "files": hash_files(adapter),
-            "rank": weights.rank,
-            "scale": weights.scale,
-            "targets": weights.targets,
-        },
-        "frame": {
-            "image": spec.frame.image,
-            "text": spec.frame.text,
-            "separator": spec.frame.separator,
-        },
-        "hyperparameters": trial,
-        "scores": {
-            "part": PART,
-            "seeds": seeds,
-            "base": base.plain,
-            "deployed": scored.plain,
-            "attacks": attacks,
-            "not_run": not_run,
-        },
-        "data": {
-            "sha256": session.benchmark.sha256,
-            "forget_ratio": request.forget_ratio,
-            "retain_people": request.retain_people,
-            "split_seed": request.seed,
-        },
-        "origin": {
-            "study_id": f"{request.backbone}-{stamp[:19].replace(':', '')}-{request.seed}",
-            "trial_id": TRIAL_ID,
-            "rule": f"one trial of {settings}; nothing was chosen",
-            **provenance(),
-        },
-        "parent": None if parent is None else parent.recorded,
-    }
-    try:
-        return Deployment.model_validate(values)
-    except ValidationError as error:
-        if error.errors()[0]["loc"][0] != "subjects":
-            raise
-        # Never quoted: an id that is no pseudonym may be a name.
-        raise InputError(
-            f"{request.data}: a person ID of the forget people is no pseudonym (letters, digits, "
-            "'.', '_' and '-'); replace the IDs."
-        ) from None

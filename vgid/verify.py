@@ -297,10 +297,11 @@ def _measure(
 ) -> tuple[Check, tuple[ScoreCheck, ...]]:
     """Put the questions to base and adapter again; the dtype is told and never fails."""
     from vgid.candidates import attacks_of, score_with_seeds
+    from vgid.threads import worker_threads
     from vgid.trial import TrialSession
 
     recorded = deployment.scores
-    with tempfile.TemporaryDirectory(prefix="vgid-verify-") as store:
+    with tempfile.TemporaryDirectory(prefix="vgid-verify-") as store, worker_threads():
         tell("Loading the base model")
         session = TrialSession(request_of(deployment, data, Path(store), model_path))
         tell(f"Scoring the base model, {len(recorded.seeds)} seeds")

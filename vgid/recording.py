@@ -1,0 +1,136 @@
+"""Makes the record of a deployment out of what was trained and measured (``vgid.deployment``)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from vgid.adapter_files import read_adapter
+from vgid.candidates import PART, Scored, attacks_of
+from vgid.config import RequestConfig, TrialConfig
+from vgid.deployment import Deployment, hash_files
+from vgid.errors import InputError
+from vgid.ledger import now
+from vgid.lineage import Ancestor
+
+if TYPE_CHECKING:
+    from vgid.trial import TrialSession
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a deployment was measured in, taken from the session that measured it.
+
+    Attributes:
+        request: the forget request.
+        hub_id: of the base, None for an embedded one or one from elsewhere.
+        revision: of the base.
+        precision: dtype of its weights.
+        data_sha256: of the benchmark.
+        subjects: pseudonyms of the people to forget.
+    """
+
+    request: RequestConfig
+    hub_id: str | None
+    revision: str
+    precision: str
+    data_sha256: str
+    subjects: tuple[str, ...]
+
+    @classmethod
+    def of(cls, session: "TrialSession") -> "Setting":
+        """The setting of a session."""
+        backbone = session.backbone
+        return cls(
+            request=session.request,
+            hub_id=backbone.spec.hub_id if session.request.model_path is None else None,
+            revision=backbone.revision,
+            precision=str(backbone.model.dtype).removeprefix("torch."),
+            data_sha256=session.benchmark.sha256,
+            subjects=tuple(sorted(person.id for person in session.people.forget)),
+        )
+
+
+def record(
+    setting: Setting,
+    trial: TrialConfig,
+    adapter: Path,
+    seeds: tuple[int, ...],
+    base: Scored,
+    scored: Scored,
+    requests: tuple[str, ...],
+    origin: Mapping[str, Any],
+    parent: Ancestor | None,
+) -> Deployment:
+    """The record of an adapter.
+
+    Args:
+        setting: what it was measured in.
+        trial: how it was trained.
+        adapter: its folder, in a ``<backbone>/adapter`` beside the record.
+        seeds: that it was scored with.
+        base: the base's scores.
+        scored: its own.
+        requests: ids of the forget requests that it answers.
+        origin: see ``deployment.Origin``.
+        parent: the deployment that it started from.
+
+    Raises:
+        InputError: an ID of the people to forget is no pseudonym.
+        ValidationError: ``origin`` is not as it must be.
+    """
+    from vgid.backbones import spec
+
+    request = setting.request
+    frame = spec(request.backbone).frame
+    weights = read_adapter(adapter)
+    attacks, not_run = attacks_of(scored)
+    values = {
+        "backbone": request.backbone,
+        "created": now(),
+        "requests": requests,
+        "subjects": setting.subjects,
+        "base": {
+            "hub_id": setting.hub_id,
+            "model_path": request.model_path,
+            "revision": setting.revision,
+            "precision": setting.precision,
+        },
+        "adapter": {
+            "path": f"{request.backbone}/adapter",
+            "files": hash_files(adapter),
+            "rank": weights.rank,
+            "scale": weights.scale,
+            "targets": weights.targets,
+        },
+        "frame": {"image": frame.image, "text": frame.text, "separator": frame.separator},
+        "hyperparameters": trial,
+        "scores": {
+            "part": PART,
+            "seeds": seeds,
+            "base": base.plain,
+            "deployed": scored.plain,
+            "attacks": attacks,
+            "not_run": not_run,
+        },
+        "data": {
+            "sha256": setting.data_sha256,
+            "forget_ratio": request.forget_ratio,
+            "retain_people": request.retain_people,
+            "split_seed": request.seed,
+        },
+        "origin": origin,
+        "parent": None if parent is None else parent.recorded,
+    }
+    try:
+        return Deployment.model_validate(values)
+    except ValidationError as error:
+        if error.errors()[0]["loc"][0] != "subjects":
+            raise
+        # Never quoted: an ID that is no pseudonym may be a name.
+        raise InputError(
+            f"{request.data}: a person ID of the forget people is no pseudonym (letters, digits, "
+            "'.', '_' and '-'); replace the IDs and train again."
+        ) from None
