@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from rich.console import Console
 
 from vgid.config import TrialConfig
@@ -72,6 +73,29 @@ def test_rows_that_differ_after_training_share_the_adapter(outcomes, bench):
     cache = Cache(bench, ["tiny-llava"])
     assert cache.adapter(TRAINED) == cache.adapter(REVERSED)
     assert cache.path(TRAINED) != cache.path(REVERSED)
+
+
+def test_search_questions_which_no_table_shows_are_not_asked(outcomes, bench):
+    kept = sorted(path.name.split("-")[0] for path in (bench.folder / "store").glob("*-*.json"))
+    assert kept == ["adapter", "adapter", "base"]  # one a row, all on held-out questions
+
+
+def test_one_process_computes_with_one_thread_as_several_do(bench, tmp_path, monkeypatch):
+    threads: list[int] = []
+
+    class Watched(TrialSession):
+        def scores_under(self, *args, **how):
+            threads.append(torch.get_num_threads())
+            return super().scores_under(*args, **how)
+
+    monkeypatch.setattr("vgid.trial.TrialSession", Watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run_experiments([BASE], bench.model_copy(update={"folder": tmp_path}), 1, QUIET)
+        assert threads == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_is_known_is_not_run_again(outcomes, bench):

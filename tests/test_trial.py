@@ -124,6 +124,25 @@ def test_a_loss_that_is_not_finite_fails_the_trial_and_not_the_session(session, 
     assert session.run(TRIAL, "0000", tmp_path / "after").metrics == result.metrics
 
 
+def test_without_evaluation_the_adapter_is_the_same_and_nothing_is_asked(
+    result, request_config, adapters, tmp_path
+):
+    session = TrialSession(request_config.model_copy(update={"store": tmp_path / "store"}))
+    trained = session.run(TRIAL, "0000", tmp_path / "0000", evaluate=False)
+    assert trained.status == "completed" and trained.adapter == tmp_path / "0000"
+    assert same_adapter(adapters / "0000", tmp_path / "0000")
+    assert trained.scores == {} and trained.option_scoring is None
+    losses = {"forget_loss", "retain_loss", "loss", "learning_rate", "grad_norm"}
+    assert trained.metrics == {name: result.metrics[name] for name in losses}
+    assert not list((tmp_path / "store").glob("base-*.json"))
+    wild = TRIAL.model_copy(update={"learning_rate": 1e20, "epochs": 30})
+    failed = session.run(wild, "0003", tmp_path / "0003", evaluate=False)
+    assert failed.status == "failed" and "not finite" in (failed.error or "")
+    assert failed.adapter is None and not (tmp_path / "0003").exists()
+    evaluated = session.run(TRIAL, "0000", tmp_path / "evaluated")
+    assert evaluated.scores == result.scores and evaluated.metrics == result.metrics
+
+
 def test_a_trial_continues_from_its_checkpoint(session, result, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     session.run(TRIAL, "0000", tmp_path / "x", lambda report: False, checkpoint)

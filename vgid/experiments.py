@@ -36,6 +36,7 @@ from vgid.interventions import NoiseType
 from vgid.outputs import write_atomically
 from vgid.prompts import PromptStyle
 from vgid.results import Score
+from vgid.threads import worker_threads
 
 if TYPE_CHECKING:
     from vgid.trial import TrialSession
@@ -218,7 +219,7 @@ def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> O
     arm, trial = experiment.arm, experiment.trial
     if trial is not None and not adapter.exists():
         adapter.parent.mkdir(parents=True, exist_ok=True)
-        result = session.run(trial, adapter.name[:12], adapter)
+        result = session.run(trial, adapter.name[:12], adapter, evaluate=False)
         if result.status != "completed":
             return Outcome(
                 error=result.error or f"training ended as {result.status}",
@@ -250,8 +251,8 @@ def run_experiments(
     Args:
         experiments: in any order, repetitions allowed.
         bench: where they run and what is kept.
-        processes: groups at a time, each in a process with one thread; 1 runs them here. On a
-            machine with GPUs process i takes the i-th, so ask for one a GPU.
+        processes: groups at a time, each in a process with one thread; 1 runs them here, as well
+            with one. On a machine with GPUs process i takes the i-th, so ask for one a GPU.
         console: where progress is shown, stderr if None.
 
     Raises:
@@ -262,8 +263,9 @@ def run_experiments(
     missing = [experiment for experiment in wanted if not cache.path(experiment).exists()]
     with _progress(cache, wanted, console or Console(stderr=True)) as update:
         if processes == 1:
-            for group in _groups(missing):
-                _run_group(cache, group, update)
+            with worker_threads():
+                for group in _groups(missing):
+                    _run_group(cache, group, update)
         elif missing:
             _run_in_processes(cache, _groups(missing), processes, update)
     found = {experiment: cache.get(experiment) for experiment in wanted}

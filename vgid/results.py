@@ -38,7 +38,7 @@ class TrialResult(Config):
     Attributes:
         trial_id: the trial's name within its study.
         status: ``completed``, ``pruned`` (stopped early on request) or ``failed``.
-        scores: every score of the evaluation, empty unless completed.
+        scores: every score of the evaluation, empty unless completed and evaluated.
         metrics: the same as plain numbers, with ``forget_rougeL_reduction`` and training losses.
         seconds: wall time by phase: load, teacher, train, evaluate, save.
         store: what was spared and what was computed: ``teacher_hits`` and ``teacher_misses`` by

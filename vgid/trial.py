@@ -95,6 +95,7 @@ class TrialSession:
         adapter_dir: Path,
         on_epoch: OnEpoch | None = None,
         checkpoint_dir: Path | None = None,
+        evaluate: bool = True,
     ) -> TrialResult:
         """Run one trial: teacher, training, evaluation on the search questions, adapter.
 
@@ -105,6 +106,8 @@ class TrialSession:
             on_epoch: told of each epoch; returns False to stop early (status ``pruned``).
             checkpoint_dir: the state is saved there after each epoch, and a state of this very
                 trial found there is continued from.
+            evaluate: False leaves the search questions out where nobody asks for their scores;
+                the adapter is the same.
 
         Returns:
             The result. A loss that is not finite gives status ``failed``, never an exception.
@@ -116,7 +119,7 @@ class TrialSession:
         seconds = {"load": self._unreported_load}
         self._unreported_load = 0.0
         with _timed(seconds, "load"):
-            base = self.base_scores("search")
+            base = self.base_scores("search") if evaluate else None
         with _timed(seconds, "teacher"):
             epochs = self._prepare_training(trial, trial_id, checkpoint_dir)
         last: EpochReport | None = None
@@ -139,25 +142,30 @@ class TrialSession:
             if self.rank != 0:
                 return TrialResult(trial_id=trial_id, status="completed", seconds=seconds)
             with _timed(seconds, "evaluate"):
-                evaluation = self._evaluate("search", self.request.seed)
+                evaluation = self._evaluate("search", self.request.seed) if evaluate else None
             with _timed(seconds, "save"):
                 adapter.save(model, adapter_dir)
                 _save_responses(evaluation, adapter_dir)
-        return TrialResult(
+        trained = TrialResult(
             trial_id=trial_id,
             status="completed",
-            scores=evaluation.scores,
-            metrics={
-                **{name: score.value for name, score in evaluation.scores.items()},
-                "forget_rougeL_reduction": base["forget_rougeL"].value
-                - evaluation.scores["forget_rougeL"].value,
-                **(last.metrics if last else {}),
-            },
+            metrics=last.metrics if last else {},
             seconds=seconds,
             store=self._store_use_since(before),
-            few_shot={str(task): ids for task, ids in evaluation.few_shot.items()},
-            option_scoring=evaluation.option_scoring,
             adapter=adapter_dir,
+        )
+        if base is None or evaluation is None:
+            return trained
+        scores = evaluation.scores
+        gone = base["forget_rougeL"].value - scores["forget_rougeL"].value
+        plain = {name: score.value for name, score in scores.items()}
+        return trained.model_copy(
+            update={
+                "scores": scores,
+                "metrics": {**plain, "forget_rougeL_reduction": gone, **trained.metrics},
+                "few_shot": {str(task): ids for task, ids in evaluation.few_shot.items()},
+                "option_scoring": evaluation.option_scoring,
+            }
         )
 
     def base_scores(self, part: QuestionPart) -> dict[str, Score]:
@@ -380,9 +388,9 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - started
 
 
-def _save_responses(evaluation: Evaluation, adapter_dir: Path) -> None:
+def _save_responses(evaluation: Evaluation | None, adapter_dir: Path) -> None:
     """Beside the adapter, not in it: an adapter may be shipped, responses must not be."""
-    if evaluation.responses is None:
+    if evaluation is None or evaluation.responses is None:
         return
     lines = "".join(json.dumps(response._asdict()) + "\n" for response in evaluation.responses)
     temporary = adapter_dir.with_name(f".{adapter_dir.name}.responses.tmp")

@@ -180,7 +180,7 @@ def _train(
     tell(f"Loading {request.backbone}")
     session = TrialSession(request)
     tell(f"Forgetting {len(session.people.forget)} people")
-    result = session.run(trial, TRIAL_ID, folder)
+    result = session.run(trial, TRIAL_ID, folder, evaluate=False)
     if result.status != "completed":
         raise InputError(
             f"--setting: the trial {result.status} ({result.error}); lower learning_rate."

@@ -44,7 +44,7 @@ def measure(seeds: int) -> dict[str, dict[str, list[float]]]:
             for source in get_args(ResponseSource):
                 trial = TrialConfig(beta=3.0, response_source=source, seed=seed)
                 adapter = root / f"{source}-{seed}"
-                session.run(trial, source, adapter)
+                session.run(trial, source, adapter, evaluate=False)
                 found[source] = session.rescore(adapter)
             for name, scores in found.items():
                 for score in SCORES:
