@@ -68,7 +68,9 @@ def test_equals_attention_to_each_samples_own_prompt(random_backbone, monkeypatc
     generator = torch.Generator().manual_seed(1)
     while len(samples) > 1:
         going = sorted(torch.randperm(len(samples), generator=generator)[:-2].tolist()) or [0]
-        shared.keep(going)
+        kept = shared.keep(going)
+        assert sorted(kept) == going
+        going = kept
         samples = [samples[row] for row in going]
         generated = check(shared, packs, states, samples, group, generated[:, :, going])
 

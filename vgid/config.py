@@ -101,7 +101,7 @@ class RequestConfig(Config):
         50, ge=2, description="people scored as retain set, half of them seen in training"
     )
     bootstrap_samples: int = Field(1000, ge=100, description="resamples behind each interval")
-    eval_batch_size: int = Field(128, ge=1, description="questions decoded together")
+    eval_batch_size: int = Field(512, ge=1, description="questions decoded together at most")
     log_responses: bool = Field(
         False, description="keep the questions and responses of the evaluation beside the scores"
     )

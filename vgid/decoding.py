@@ -38,9 +38,9 @@ REPEATED_TOKENS = 32
 """A pass ends only where the next prompt would repeat no more than this of it. Portraits share
 little, but all of them share the few-shot turns in front of theirs."""
 
-COMPACT = 0.75
-"""Rows that ended are dropped when at most this share of a batch goes on: dropping copies the own
-tokens' keys and values of the others."""
+COMPACT = 0.9
+"""Rows that ended are dropped when at most this share of a batch goes on: the last rows' own keys
+and values are copied into their places."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
         if not going or step == max_new_tokens:
             break
         if len(going) <= COMPACT * len(rows):
+            going = shared.keep(going)
             rows = [rows[row] for row in going]
-            shared.keep(going)
             tokens_N, positions_AN = tokens_N[going], positions_AN[:, going]
         positions_AN = positions_AN + 1
         with attending_to_shared_prompts(language_model):

@@ -131,39 +131,48 @@ class SharedPrompts:
             layers = [cache.layers.pop(0) for _, cache in passes]
             keys = [_taken(x.keys, *at) for x, at in zip(layers, places, strict=True)]
             values = [_taken(x.values, *at) for x, at in zip(layers, places, strict=True)]
-            own_layers.append(OwnLayer(torch.cat(keys), torch.cat(values), room))
+            own_layers.append(OwnLayer(keys, values, room))
             for stack in self.stacks:
                 stack.take(layers)
         self.cache = Cache(layers=own_layers)
 
-    def keep(self, going: Sequence[int]) -> None:
-        """Go on with these samples only, in the same order.
+    def keep(self, going: Sequence[int]) -> list[int]:
+        """Go on with these samples only; the last of them take the places of those that ended.
 
         Args:
             going: rows as they are now, ascending.
+
+        Returns:
+            The same rows in the order in which they stand from now on.
         """
-        rows_N = torch.tensor(going, device=self.hidden_N11K.device)
+        places = set(range(len(going)))
+        last = [row for row in going if row >= len(going)]
+        moved = dict(zip(sorted(places - set(going)), last, strict=True))
+        order = [moved.get(row, row) for row in range(len(going))]
+        rows_N = torch.tensor(order, device=self.hidden_N11K.device)
         self.cache.batch_select_indices(rows_N)
         self.hidden_N11K = self.hidden_N11K[rows_N]
-        now = {before: row for row, before in enumerate(going)}
+        now = {before: row for row, before in enumerate(order)}
         self.stacks = [stack for stack in self.stacks if stack.keep(now)]
+        return order
 
 
 class OwnLayer(DynamicLayer):
-    """A layer's keys and values of each sample's own tokens: growing copies nothing.
+    """A layer's keys and values of each sample's own tokens: growing and ending copy little.
+
+    They stay where they are allocated, since fresh memory costs more than what is written to it.
 
     Args:
-        keys_NGKE: of the prompts' tokens.
-        values_NGKE: likewise.
+        keys: of the prompts' tokens, (n, G, K, E) of each pass.
+        values: likewise.
         room: tokens that will follow at most.
     """
 
-    def __init__(self, keys_NGKE: Tensor, values_NGKE: Tensor, room: int) -> None:
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], room: int) -> None:
         super().__init__()
-        self.length = keys_NGKE.shape[2]
-        self.tokens = self.length + room
-        self.keys, self.values = self._roomy(keys_NGKE), self._roomy(values_NGKE)
-        self.dtype, self.device, self.is_initialized = keys_NGKE.dtype, keys_NGKE.device, True
+        self.length = keys[0].shape[2]
+        self.keys, self.values = _with_room(keys, room), _with_room(values, room)
+        self.dtype, self.device, self.is_initialized = keys[0].dtype, keys[0].device, True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -175,15 +184,12 @@ class OwnLayer(DynamicLayer):
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Go on with these rows; what is copied are tokens, not the room for others."""
-        self.keys = self._roomy(self.keys[indices, :, : self.length])
-        self.values = self._roomy(self.values[indices, :, : self.length])
-
-    def _roomy(self, states_NGKE: Tensor) -> Tensor:
-        rows, heads, tokens, width = states_NGKE.shape
-        roomy = states_NGKE.new_empty(rows, heads, self.tokens, width)
-        roomy[:, :, :tokens] = states_NGKE
-        return roomy
+        """Go on with these rows; only those that change their place are copied."""
+        places = torch.arange(len(indices), device=indices.device)
+        moved = (indices != places).nonzero().flatten()
+        for states_NGKE in (self.keys, self.values):
+            states_NGKE[moved, :, : self.length] = states_NGKE[indices[moved], :, : self.length]
+        self.keys, self.values = self.keys[: len(indices)], self.values[: len(indices)]
 
     def get_seq_length(self) -> int:
         """Tokens held."""
@@ -320,9 +326,18 @@ def _padded(places: Sequence[list[int]], longest: int, device: Any) -> Tensor:
     return torch.tensor(filled, dtype=torch.int64, device=device)
 
 
+def _with_room(parts: Sequence[Tensor], room: int) -> Tensor:
+    """States of several passes as one tensor, with place for as many tokens behind them."""
+    _, heads, tokens, width = parts[0].shape
+    rows = sum(map(len, parts))
+    states_NGKE = parts[0].new_empty(rows, heads, tokens + room, width)
+    torch.cat(list(parts), out=states_NGKE[:, :, :tokens])
+    return states_NGKE
+
+
 def _taken(states_BGLE: Tensor, rows_C1: Tensor, places_CT: Tensor) -> Tensor:
     """The states at some places of some rows: (C, G, T, E)."""
-    return states_BGLE[rows_C1, :, places_CT].transpose(1, 2).contiguous()
+    return states_BGLE[rows_C1, :, places_CT].transpose(1, 2)
 
 
 def shared_prompt_attention(
