@@ -1,0 +1,43 @@
+"""What is refused before anything is started or written."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vgid.config import StudyConfig
+from vgid.errors import InputError
+from vgid.plan import make_plan
+from vgid.search_space import FOLDER
+
+
+def rmu_study(tmp_path: Path, layer: object) -> StudyConfig:
+    """A study of RMU whose search space, otherwise the shipped one, asks for ``layer``."""
+    shipped = yaml.safe_load((FOLDER / "tiny-llava.yaml").read_text())
+    section = shipped["methods"]["rmu"]
+    section["parameters"]["rmu_layer"] = layer
+    section["first_points"] = []
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(shipped))
+    return StudyConfig(
+        backbone="tiny-llava",
+        method="rmu",
+        search_space=path,
+        output=tmp_path / "out",
+        trials=1,
+    )
+
+
+@pytest.mark.parametrize("layer", [4, {"choices": [1, 4]}, {"low": 1, "high": 4, "step": 1}])
+def test_the_deepest_layer_may_be_asked_for(tmp_path, layer):
+    assert make_plan(rmu_study(tmp_path, layer)).space.method == "rmu"
+
+
+@pytest.mark.parametrize("layer", [5, {"choices": [5, 1]}, {"low": 1, "high": 5, "step": 1}])
+def test_a_layer_that_the_backbone_lacks_is_refused(tmp_path, layer):
+    config = rmu_study(tmp_path, layer)
+    with pytest.raises(
+        InputError, match=r"space.yaml: methods.rmu: rmu_layer: tiny-llava has 4 layers, got 5"
+    ):
+        make_plan(config)
+    assert not config.output.exists()
