@@ -28,7 +28,7 @@ class PaperConfig(Config):
         model_path: weights in place of the backbone's own, for a single backbone.
         retain_people: retain people that are scored.
         bootstrap_samples: behind each outcome's interval over questions.
-        processes: groups of experiments at a time.
+        processes: groups of experiments at a time; a group is of one backbone, ratio and seed.
     """
 
     backbones: tuple[str, ...] = Field(("tiny-llava",), min_length=1)
@@ -79,8 +79,8 @@ def parser() -> argparse.ArgumentParser:
         "layout; without it, the embedded backbones' own")  # fmt: skip
     add("--model-path", default=None, metavar="DIR", help="weights of the backbone, if not its own")
     add("--retain-people", type=int, default=50, metavar="N", help="retain people that are scored")
-    add("--processes", type=int, default=2, metavar="K", help="experiments at a time, each with "
-        "one thread; with GPUs, one a GPU")  # fmt: skip
+    add("--processes", type=int, default=2, metavar="K", help="groups of experiments at a time, "
+        "each of one backbone, ratio and seed and with one thread; with GPUs, one a GPU")  # fmt: skip
     return made
 
 
