@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model-path", default=None, metavar="DIR", help="weights of the backbone, if not its own")
     add("--retain-people", type=int, default=50, metavar="N", help="retain people that are scored")
     add("--processes", type=int, default=2, metavar="K", help="groups of experiments at a time, "
-        "each of one backbone, ratio and seed and with one thread; with GPUs, one a GPU")  # fmt: skip
+        "each of one backbone, ratio and seed, with one thread; with GPUs, one a GPU")  # fmt: skip
     return made
 
 
