@@ -12,8 +12,11 @@ from vgid.results import Score, TrialResult
 BASE = {"retain_rougeL": 0.9}
 
 
-def record(name: str, forget: float, test: float, retain: float, status="completed") -> Record:
+def record(
+    name: str, forget: float, test: float, retain: float, status="completed", cloze: float = 0.2
+) -> Record:
     values = {"forget_rougeL": forget, "test_rougeL": test, "retain_rougeL": retain}
+    values["forget_cloze"] = cloze
     scores = {key: Score(value=value, low=value, high=value, n=5) for key, value in values.items()}
     result = TrialResult(trial_id=name, status=status, scores=scores)
     return Record(trial_id=name, config=TrialConfig(), started="2026-01-01T00:00", result=result)
@@ -31,6 +34,11 @@ def test_the_least_known_among_those_within_the_bound_is_chosen():
     assert choose([*records, running], BASE, 0.01).trial_id == "0002"
     assert choose(records, BASE, 0.0).trial_id == "0004"
     assert choose(records, BASE, 0.05).trial_id == "0000"
+
+
+def test_what_cloze_questions_still_find_counts_as_known():
+    records = [record("0000", 0.0, 0.0, 0.9, cloze=0.5), record("0001", 0.1, 0.1, 0.9, cloze=0.2)]
+    assert choose(records, BASE, 0.01).trial_id == "0001"
 
 
 def test_without_a_trial_within_the_bound_the_smallest_drop_decides():
