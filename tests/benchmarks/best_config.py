@@ -5,8 +5,8 @@ questions, the noise and the adapter. Of its completed trials one is chosen by t
 alone: among those whose retain ROUGE-L drops by at most ``--retain-drop`` (if there is none, among
 those that drop least) the one with the lowest sum of forget ROUGE-L, test ROUGE-L and forget cloze
 accuracy, the three that the targets want low. What is printed are its scores on the held-out
-questions, which neither training nor choice has seen, over three draws of test poses as in a pick. The bound of the choice is half of the target's, since the best of
-several looks better than it is.
+questions, which neither training nor choice has seen, over three draws of test poses as in a pick.
+The bound of the choice is half of the target's, since the best of several looks better than it is.
 
 Studies are kept in ``--output``; the same command goes on from there.
 """
