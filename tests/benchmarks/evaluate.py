@@ -10,8 +10,8 @@ Both models are asked all questions of people of the synthetic benchmark: 33 a p
 the portrait and 12 that name the person. ``tiny-llava`` has 10 people, generation and cloze decoded
 and classification by the likelihood of each option. ``100m`` has ``--portraits`` people, with an
 image of 336 pixels each and classification by letter, as the benchmark scores a LLaVA, but without
-few-shot turns. Its weights are random, so its answers end by chance: after 6 tokens in the mean, as
-a trained model's do over these tasks (``tiny-llava``: 8 without the letters), though some never do.
+few-shot turns. Its weights are random, so its answers end by chance: after 10 tokens in the mean,
+about as a trained model's do over these tasks (``tiny-llava``: 8), though some never do.
 Those read all weights for few rows until 50 tokens; a study's evaluation, of 50 people and more,
 bears that better than the 8 of the default.
 """
