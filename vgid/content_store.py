@@ -8,10 +8,9 @@
     ROOT/<kind>/<key>.<pid>.*.tmp    an entry while it is written; it appears by a rename
     ROOT/evict.lock                  held by the process that removes entries
 
-A key is the hash of all that an entry depends on, so an entry is never out of date and whoever
-computes it again writes the same bytes. Hence no race can give a wrong result: the locks only
-spare work, and an entry may vanish at any moment. The bound holds for the kinds of a root
-together; whatever else lies in the root is neither counted nor touched.
+A key is the hash of all that an entry depends on: no entry is ever out of date, and whoever makes
+one again writes the same bytes. So no race can give a wrong result: locks only spare work, and an
+entry may vanish at any moment. The bound holds for all kinds together; nothing else is touched.
 """
 
 import contextlib

@@ -1,9 +1,8 @@
 """The main job: a Pareto study from a checked plan to a front that one can look at.
 
-``run_study`` reads top to bottom: record the study, bring up cluster, data and MLflow side by
-side, let Ray Tune run the trials in resident slots, score the front again on held-out questions,
-write the tables and figures. The ledger is written as trials start and end; everything else can be
-made again from it.
+``run_study`` reads top to bottom: record the study, bring up cluster, data and MLflow side by side,
+let Ray Tune run the trials in resident slots, score the front again on held-out questions, write
+tables and figures. All but the ledger, written as trials start and end, can be made again from it.
 """
 
 import shutil
