@@ -14,6 +14,10 @@ from vgid.config import StudyConfig
 from vgid.deployment import Deployment, Parent, hash_files, read_deployment
 from vgid.errors import InputError
 
+RELAPSE = 0.03
+"""A rise of a score of earlier people from which on it is told: what a pick lets the reverse prompt
+bring back."""
+
 
 @dataclass(frozen=True)
 class Ancestor:
@@ -86,6 +90,28 @@ def read_ancestor(file: Path) -> Ancestor:
     if hash_files(folder) != deployment.adapter.files:
         raise InputError(f"{folder}: is not the adapter of {file}; see `vgid verify {file}`.")
     return Ancestor(deployment, sha256, folder)
+
+
+def relapses(parent: Deployment, child: Deployment) -> list[str]:
+    """What of earlier people's suppression came back with a request: ``cloze 0.40 to 0.70``.
+
+    Args:
+        parent: the deployment before; its people and those before it count by their questions, as
+            the child scores them together.
+        child: the deployment that answers the request.
+    """
+    before, after = parent.scores.deployed, child.scores.deployed
+    found = []
+    for metric in ("rougeL", "cloze", "memorisation"):
+        names = (f"forget_{metric}", f"earlier_{metric}")
+        scores = [before[name] for name in names if name in before]
+        now = after.get(f"earlier_{metric}")
+        if now is None or not scores:
+            continue
+        value = sum(s.value * s.n for s in scores) / sum(s.n for s in scores)
+        if now.value - value > RELAPSE:
+            found.append(f"{metric} {value:.2f} to {now.value:.2f}")
+    return found
 
 
 def ancestor_of(study: StudyConfig, target: Path) -> Ancestor | None:

@@ -22,7 +22,7 @@ from vgid.config import Config, ForgetRatio, RequestConfig, TrialConfig, parse
 from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
-from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace
+from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace, relapses
 
 TRIAL_ID = "0000"
 
@@ -63,11 +63,13 @@ class Unlearned:
         file: the deployment file.
         sha256: of the file.
         deployment: its content.
+        relapses: what of earlier people's suppression came back (``vgid.lineage``).
     """
 
     file: Path
     sha256: str
     deployment: Deployment
+    relapses: tuple[str, ...]
 
 
 def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: None) -> Unlearned:
@@ -123,7 +125,8 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
                 parent,
             )
             sha256 = write_deployment(staging / file.name, deployment)
-    return Unlearned(file, sha256, deployment)
+    came_back = [] if parent is None else relapses(parent.deployment, deployment)
+    return Unlearned(file, sha256, deployment, tuple(came_back))
 
 
 def _origin(request: RequestConfig, parent: Ancestor | None) -> dict[str, Any]:

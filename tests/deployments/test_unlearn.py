@@ -14,8 +14,10 @@ from vgid.adapter_files import read_adapter
 from vgid.backbones import load
 from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig
-from vgid.deployment import read_deployment
+from vgid.deployment import Deployment, read_deployment
 from vgid.errors import InputError
+from vgid.lineage import relapses
+from vgid.results import Score
 from vgid.splits import choose_people
 from vgid.unlearn import UnlearnConfig, unlearn
 
@@ -132,6 +134,35 @@ def test_bad_requests_leave_nothing_behind(deployment_file, benchmark_folder, tm
     with pytest.raises(InputError, match="is not the adapter of"):
         unlearn(request(from_deployment=copy / deployment_file.name))
     assert not (tmp_path / "out" / "deployments").exists()
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        ({"rougeL": 0.12, "cloze": 0.28}, []),
+        ({"rougeL": 0.14, "cloze": 0.70}, ["rougeL 0.10 to 0.14", "cloze 0.26 to 0.70"]),
+        ({"cloze": 0.1}, []),
+    ],
+)
+def test_what_came_back_of_earlier_suppression_is_told(deployment_file, now, told):
+    """The parent scores 10 questions of its own people and 30 of those before it."""
+    deployment, _ = read_deployment(deployment_file)
+
+    def scored(values: dict[str, tuple[float, int]]) -> Deployment:
+        made = {k: Score(value=v, n=n, low=0.0, high=1.0) for k, (v, n) in values.items()}
+        scores = deployment.scores.model_copy(update={"deployed": made})
+        return deployment.model_copy(update={"scores": scores})
+
+    parent = scored(
+        {
+            "forget_rougeL": (0.1, 10),
+            "earlier_rougeL": (0.1, 30),
+            "forget_cloze": (0.5, 10),
+            "earlier_cloze": (0.18, 30),
+        }
+    )
+    child = scored({f"earlier_{name}": (value, 40) for name, value in now.items()})
+    assert relapses(parent, child) == told
 
 
 def test_the_command_takes_bad_input_as_one_sentence(benchmark_folder, tmp_path):
