@@ -221,16 +221,19 @@ def test_a_resumed_study_doubles_nothing(store, output):
     assert mlflow.get_run(first.study_run_id).info.status == "FINISHED"
 
 
-def test_a_trial_cut_short_goes_on_in_its_run(store, output, monkeypatch):
-    monkeypatch.setattr("vgid.tracking.FLUSH_SECONDS", 0.0)
+@pytest.mark.parametrize("flush_s", [0.0, 60.0])
+def test_a_trial_cut_short_goes_on_in_its_run(store, output, monkeypatch, flush_s):
+    """Also where its run was made and the study was killed before anything else was sent."""
+    monkeypatch.setattr("vgid.tracking.FLUSH_SECONDS", flush_s)
     record = make_records(output)[0]
     config = StudyConfig(output=output)
-    first = open_tracker(store, "cut-short")
-    first.start_study("study-three", config, HASHES)
+    name, study = f"cut-short-{flush_s}", f"study-three-{flush_s}"
+    first = open_tracker(store, name)
+    first.start_study(study, config, HASHES)
     first.log_trial_epoch("0000", record.config, EPOCHS[0])
 
-    second = open_tracker(store, "cut-short")
-    second.start_study("study-three", config, HASHES)
+    second = open_tracker(store, name)
+    second.start_study(study, config, HASHES)
     for report in EPOCHS:  # the trial starts over
         second.log_trial_epoch("0000", record.config, report)
     assert second.finish_trial(record.config, record.result)
@@ -238,6 +241,7 @@ def test_a_trial_cut_short_goes_on_in_its_run(store, output, monkeypatch):
     mlflow = client(store)
     (run,) = children_of(mlflow, second).values()
     assert history(mlflow, run.info.run_id, "loss") == [(6, 1.0), (12, 0.5)]
+    assert float(run.data.params["alpha"]) == record.config.alpha
     assert run.info.status == "FINISHED"
     assert mlflow.get_run(second.study_run_id).info.status == "RUNNING"
 

@@ -46,14 +46,17 @@ RETRY_SECONDS = 60.0
 
 @dataclass
 class _Run:
-    """What the tracker knows of a trial's run, and what it has yet to send (params, waiting)."""
+    """What the tracker knows of a trial's run, and what it has yet to send (params, waiting).
+
+    ``params`` is None until the trial's config is named: a run that is taken over may lack them.
+    """
 
     run_id: str
     tags: dict[str, str]
     metrics: dict[str, float] = field(default_factory=dict)
     last_step: int = -1
     ended: bool = False
-    params: list[Any] = field(default_factory=list)
+    params: list[Any] | None = None
     waiting: list[Any] = field(default_factory=list)
     flushed: float = field(default_factory=time.time)
 
@@ -142,7 +145,8 @@ class Tracker:
                 name = f"study {study_id}"
                 run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
                 self.study_run_id = run.info.run_id
-                self._log(self.study_run_id, params=_study_params(config))
+                values = config.model_dump(exclude={"tracking_uri"})
+                self._log(self.study_run_id, params=_params(values))
                 self._log_dataset(self.study_run_id, config)
         except MlflowException as error:
             raise InputError(
@@ -254,11 +258,12 @@ class Tracker:
         run = self._runs.get(trial_id)
         if run is None:
             self._try(lambda: self._create_trial_run(trial_id, config, started))
-        return self._runs.get(trial_id)
+            run = self._runs.get(trial_id)
+        if run is not None and run.params is None:
+            run.params = _params(config.used)
+        return run
 
     def _create_trial_run(self, trial_id: str, config: TrialConfig, started: float) -> None:
-        from mlflow.entities import Param
-
         tags = {
             "mlflow.parentRunId": self.study_run_id,
             "vgid.kind": "trial",
@@ -268,9 +273,7 @@ class Tracker:
         }
         name = run_name(config, trial_id)
         created = self._client.create_run(self.experiment_id, int(started * 1000), tags, name)
-        used = {name: value for name, value in config.used.items() if value is not None}
-        params = [Param(name, as_text(value)) for name, value in used.items()]
-        self._runs[trial_id] = _Run(created.info.run_id, tags, params=params)
+        self._runs[trial_id] = _Run(created.info.run_id, tags)
 
     def _adopt_trials(self) -> None:
         """Learn the runs of an interrupted study, and how far each had come."""
@@ -300,7 +303,7 @@ class Tracker:
         if result.error is not None:
             tags.append(RunTag("vgid.error", result.error))
         metrics = run.waiting + [Metric(name, value, now, step) for name, value in missing]
-        self._log(run.run_id, params=run.params, metrics=metrics, tags=tags)
+        self._log(run.run_id, params=run.params or (), metrics=metrics, tags=tags)
         run.params, run.waiting = [], []
         run.metrics.update(missing)
         if result.adapter is not None and result.adapter.is_dir():
@@ -347,7 +350,7 @@ class Tracker:
 
     def _flush(self, run: _Run) -> None:
         run.flushed = time.time()
-        if self._try(lambda: self._log(run.run_id, params=run.params, metrics=run.waiting)):
+        if self._try(lambda: self._log(run.run_id, params=run.params or (), metrics=run.waiting)):
             run.params, run.waiting = [], []
 
     def _log(
@@ -383,8 +386,7 @@ class Tracker:
         return {f"vgid.{name}_hash": value for name, value in self._hashes.items()}
 
 
-def _study_params(config: StudyConfig) -> list[Any]:
+def _params(values: Mapping[str, Any]) -> list[Any]:
     from mlflow.entities import Param
 
-    values = config.model_dump(exclude_none=True, exclude={"tracking_uri"})
-    return [Param(name, as_text(value)) for name, value in values.items()]
+    return [Param(name, as_text(value)) for name, value in values.items() if value is not None]
