@@ -246,6 +246,25 @@ def test_a_trial_cut_short_goes_on_in_its_run(store, output, monkeypatch, flush_
     assert mlflow.get_run(second.study_run_id).info.status == "RUNNING"
 
 
+def test_a_study_cut_short_before_its_parameters_gets_them(store, output, monkeypatch):
+    config = StudyConfig(output=output, seed=3)
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("vgid.tracking.Tracker._log_dataset", killed)
+        open_tracker(store, "cut-shorter").start_study("study-cut", config, HASHES)
+    second = open_tracker(store, "cut-shorter")
+    second.start_study("study-cut", config, HASHES)
+    third = open_tracker(store, "cut-shorter")  # another number of trials is no conflict
+    third.start_study("study-cut", config.model_copy(update={"trials": 99}), HASHES)
+    assert third.study_run_id == second.study_run_id
+    run = client(store).get_run(second.study_run_id)
+    assert run.data.params["seed"] == "3" and run.data.params["trials"] != "99"
+    assert len(run.inputs.dataset_inputs) == 1
+
+
 def test_more_metrics_than_one_request_holds_are_all_recorded(store, output):
     record = make_records(output)[0]
     many = {f"metric_{i}": float(i) for i in range(1700)}

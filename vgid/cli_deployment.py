@@ -190,15 +190,14 @@ def unlearn_command(
         "retain_people": retain_people,
     }
     done = unlearn(parse(UnlearnConfig, settings, "vgid unlearn"), _tell)
-    if done.relapses:
+    if done.warning is not None:
         print(
-            f"Warning: people of earlier requests are answered more than before "
-            f"({', '.join(done.relapses)}); search a better setting with "
-            f"studies/pareto_search.py --from-deployment {from_deployment}.",
+            f"Warning: {done.warning} A study may find a better setting: "
+            f"studies/pareto_search.py --from-deployment {from_deployment}",
             file=sys.stderr,
         )
     if as_json:
-        plain = {"file": str(done.file), "sha256": done.sha256, "relapses": done.relapses}
+        plain = {"file": str(done.file), "sha256": done.sha256, "warning": done.warning}
         print(json.dumps(plain | {"deployment": done.deployment.model_dump(mode="json")}))
         return
     scores = done.deployment.scores

@@ -5,6 +5,7 @@ What is deployed is then the frozen base: the parent's adapter is merged into it
 learns to forget the new people. Shipped is one adapter against the original base, the two made one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,8 @@ from vgid.adapter_files import concatenate
 from vgid.config import StudyConfig
 from vgid.deployment import Deployment, Parent, hash_files, read_deployment
 from vgid.errors import InputError
-
-RELAPSE = 0.03
-"""A rise of a score of earlier people from which on it is told: what a pick lets the reverse prompt
-bring back."""
+from vgid.picking import REVERSE_RISE
+from vgid.results import Score
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,30 @@ class Ancestor:
             "deployed_adapter": self.adapter,
         }
 
+    def warning(self, deployed: Mapping[str, Score]) -> str | None:
+        """A sentence where earlier people's suppression came back with the next request.
+
+        Told is a rise beyond what a pick allows the reverse prompt. Its own people and those before
+        it count by their questions, as the next deployment scores them together.
+
+        Args:
+            deployed: scores of the next deployment.
+        """
+        before = self.deployment.scores.deployed
+        rises = []
+        for metric in ("rougeL", "cloze", "memorisation"):
+            names = (f"forget_{metric}", f"earlier_{metric}")
+            scores = [before[name] for name in names if name in before]
+            now = deployed.get(f"earlier_{metric}")
+            if now is None or not scores:
+                continue
+            value = sum(s.value * s.n for s in scores) / sum(s.n for s in scores)
+            if now.value - value > REVERSE_RISE:
+                rises.append(f"{metric} {value:.2f} to {now.value:.2f}")
+        if not rises:
+            return None
+        return f"People of earlier requests are answered more than before: {', '.join(rises)}."
+
     def ship(self, fresh: Path, target: Path) -> Path:
         """Make its adapter and one that was trained on top of it one, in the new folder."""
         concatenate(self.adapter, fresh, target)
@@ -90,28 +113,6 @@ def read_ancestor(file: Path) -> Ancestor:
     if hash_files(folder) != deployment.adapter.files:
         raise InputError(f"{folder}: is not the adapter of {file}; see `vgid verify {file}`.")
     return Ancestor(deployment, sha256, folder)
-
-
-def relapses(parent: Deployment, child: Deployment) -> list[str]:
-    """What of earlier people's suppression came back with a request: ``cloze 0.40 to 0.70``.
-
-    Args:
-        parent: the deployment before; its people and those before it count by their questions, as
-            the child scores them together.
-        child: the deployment that answers the request.
-    """
-    before, after = parent.scores.deployed, child.scores.deployed
-    found = []
-    for metric in ("rougeL", "cloze", "memorisation"):
-        names = (f"forget_{metric}", f"earlier_{metric}")
-        scores = [before[name] for name in names if name in before]
-        now = after.get(f"earlier_{metric}")
-        if now is None or not scores:
-            continue
-        value = sum(s.value * s.n for s in scores) / sum(s.n for s in scores)
-        if now.value - value > RELAPSE:
-            found.append(f"{metric} {value:.2f} to {now.value:.2f}")
-    return found
 
 
 def ancestor_of(study: StudyConfig, target: Path) -> Ancestor | None:

@@ -249,15 +249,15 @@ def _write(config: PickConfig, decisions: list[_Decision], deployments: Path) ->
     written = []
     with staged(deployments, [*parts, *(COMPARISON if several else ())]) as staging:
         for name, decision in zip(names, decisions, strict=True):
-            trial, _ = decision.candidates.of(decision.choice.chosen.trial_id)
+            trial, scored = decision.candidates.of(decision.choice.chosen.trial_id)
             folder = staging / name
             base = decision.setting
             copy_adapter(trial.adapter, folder / "adapter", base.hub_id, base.revision)
             deployment = _record(config, decision, folder / "adapter")
             sha256 = write_deployment(staging / f"{name}.yaml", deployment)
-            report = PickReport(
-                name, decision.source.study_id, decision.candidates, decision.choice
-            )
+            parent, study_id = decision.parent, decision.source.study_id
+            warning = None if parent is None else parent.warning(scored.plain)
+            report = PickReport(name, study_id, decision.candidates, decision.choice, warning)
             write_report(folder, report)
             written.append(PickedBackbone(deployments / f"{name}.yaml", sha256, deployment, report))
         if several:

@@ -42,12 +42,14 @@ class PickReport:
         study_id: the study.
         candidates: the front and its scores.
         choice: what was chosen.
+        warning: what it does to people of earlier requests, if that is to be told.
     """
 
     backbone: str
     study_id: str
     candidates: Candidates
     choice: Choice
+    warning: str | None = None
 
     @property
     def chosen(self) -> Scored:
@@ -90,6 +92,8 @@ class PickReport:
                 f"Bounds are judged by means; the 95 % intervals reach past them: "
                 f"{', '.join(unsure)}."
             )
+        if self.warning is not None:
+            told.append(self.warning)
         chance = (
             f"It is the best of {count} on the very questions that it is scored on, so expect "
             "slightly less on others; "

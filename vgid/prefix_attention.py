@@ -327,7 +327,7 @@ def _padded(places: Sequence[list[int]], longest: int, device: Any) -> Tensor:
 
 
 def _with_room(parts: Sequence[Tensor], room: int) -> Tensor:
-    """States of several passes as one tensor, with place for as many tokens behind them."""
+    """States of several passes as one tensor, with room for more tokens behind theirs."""
     _, heads, tokens, width = parts[0].shape
     rows = sum(map(len, parts))
     states_NGKE = parts[0].new_empty(rows, heads, tokens + room, width)

@@ -138,16 +138,17 @@ class Tracker:
                 f"tags.`vgid.study_id` = '{study_id}' and tags.`vgid.kind` = 'study'"
             )
             if found:
-                self.study_run_id = found[0].info.run_id
-                self._client.update_run(self.study_run_id, status="RUNNING")
-                self._adopt_trials()
+                run = found[0]
+                self._client.update_run(run.info.run_id, status="RUNNING")
             else:
                 name = f"study {study_id}"
                 run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
-                self.study_run_id = run.info.run_id
+            self.study_run_id = run.info.run_id
+            self._adopt_trials()
+            if not run.data.params:  # they go last: a run that has them has the data set too
+                self._log_dataset(self.study_run_id, config)
                 values = config.model_dump(exclude={"tracking_uri"})
                 self._log(self.study_run_id, params=_params(values))
-                self._log_dataset(self.study_run_id, config)
         except MlflowException as error:
             raise InputError(
                 f"--tracking-uri {self.uri}: the study cannot be recorded ({first_line(error)}); "
@@ -303,7 +304,7 @@ class Tracker:
         if result.error is not None:
             tags.append(RunTag("vgid.error", result.error))
         metrics = run.waiting + [Metric(name, value, now, step) for name, value in missing]
-        self._log(run.run_id, params=run.params or (), metrics=metrics, tags=tags)
+        self._log(run.run_id, params=run.params, metrics=metrics, tags=tags)
         run.params, run.waiting = [], []
         run.metrics.update(missing)
         if result.adapter is not None and result.adapter.is_dir():
@@ -350,18 +351,18 @@ class Tracker:
 
     def _flush(self, run: _Run) -> None:
         run.flushed = time.time()
-        if self._try(lambda: self._log(run.run_id, params=run.params or (), metrics=run.waiting)):
+        if self._try(lambda: self._log(run.run_id, params=run.params, metrics=run.waiting)):
             run.params, run.waiting = [], []
 
     def _log(
         self,
         run_id: str,
         metrics: Sequence[Any] = (),
-        params: Sequence[Any] = (),
+        params: Sequence[Any] | None = None,
         tags: Sequence[Any] = (),
     ) -> None:
         first, rest = metrics[:MAX_METRICS], metrics[MAX_METRICS:]
-        self._client.log_batch(run_id, first, params, tags, synchronous=True)
+        self._client.log_batch(run_id, first, params or (), tags, synchronous=True)
         if rest:
             self._log(run_id, rest)
 

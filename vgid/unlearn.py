@@ -22,7 +22,7 @@ from vgid.config import Config, ForgetRatio, RequestConfig, TrialConfig, parse
 from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
-from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace, relapses
+from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace
 
 TRIAL_ID = "0000"
 
@@ -63,13 +63,13 @@ class Unlearned:
         file: the deployment file.
         sha256: of the file.
         deployment: its content.
-        relapses: what of earlier people's suppression came back (``vgid.lineage``).
+        warning: a sentence where earlier people's suppression came back.
     """
 
     file: Path
     sha256: str
     deployment: Deployment
-    relapses: tuple[str, ...]
+    warning: str | None
 
 
 def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: None) -> Unlearned:
@@ -125,8 +125,8 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
                 parent,
             )
             sha256 = write_deployment(staging / file.name, deployment)
-    came_back = [] if parent is None else relapses(parent.deployment, deployment)
-    return Unlearned(file, sha256, deployment, tuple(came_back))
+    warning = None if parent is None else parent.warning(deployment.scores.deployed)
+    return Unlearned(file, sha256, deployment, warning)
 
 
 def _origin(request: RequestConfig, parent: Ancestor | None) -> dict[str, Any]:

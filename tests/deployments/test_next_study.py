@@ -13,6 +13,7 @@ from vgid.benchmark import Benchmark
 from vgid.config import StudyConfig
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
+from vgid.lineage import read_ancestor
 from vgid.outputs import TrialRecord, write_front
 from vgid.pick import PickConfig, pick_deployment
 from vgid.plan import make_plan
@@ -74,6 +75,8 @@ def test_a_pick_ships_both_requests_in_one_adapter(study, deployment_file):
     assert record.scores.deployed["earlier_rougeL"].value < known.value
     reverse = next(a for a in record.scores.attacks if a.name.startswith("reverse prompt"))
     assert "earlier_rougeL" in reverse.scores
+    warning = read_ancestor(deployment_file).warning(record.scores.deployed)
+    assert picked.report.warning == warning and warning in [None, *picked.report.sentences]
     shipped = read_adapter(picked.file.parent / "tiny-llava" / "adapter")
     before = read_adapter(deployment_file.parent / "tiny-llava" / "adapter")
     assert shipped.rank == record.adapter.rank == 16
