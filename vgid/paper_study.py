@@ -250,7 +250,8 @@ def _page(
 <h1>The paper's tables</h1>
 <ul>{listed}</ul>
 <h2>Claims</h2>
-<p>What each statistic is stands in <a href="claims.md">claims.md</a>.</p>
+<p>The last column is the claim's statistic, positive where the claim holds: mean over the seeds and
+95 % interval. What each is stands in <a href="claims.md">claims.md</a>.</p>
 <div class="scroll"><table>{verdicts}</table></div>
 <h2>Tables</h2>
 {tables_html}
