@@ -300,6 +300,10 @@ CLAIMS: tuple[Claim, ...] = (
 """Claims (a) to (k); (l), that all of it holds on both architectures, is ``on_all``."""
 
 
+ON_ALL = "All of it on both architectures."
+"""Claim (l), judged by ``on_all``."""
+
+
 def on_all(judgements: Sequence[Judgement]) -> Verdict:
     """Claim (l): held if every claim held on every backbone, not held if one failed anywhere."""
     verdicts = {judgement.verdict for judgement in judgements}
@@ -358,9 +362,7 @@ def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) ->
         )
     if len(backbones) > 1:
         names = ", ".join(backbones)
-        lines.append(
-            f"| (l) All of it on both architectures. | {names} | **{on_all(judgements)}** | – | – |"
-        )
+        lines.append(f"| (l) {ON_ALL} | {names} | **{on_all(judgements)}** | – | – |")
     else:
         lines += ["", "(l), all of it on both architectures, needs tables of two backbones."]
     lines += ["", "## What is measured", ""]

@@ -13,7 +13,7 @@ from typing import get_args
 from rich.console import Console
 
 from vgid import backbones
-from vgid.claims import Judgement, claims_markdown, judge_all
+from vgid.claims import ON_ALL, Judgement, claims_markdown, judge_all, on_all
 from vgid.config import Method, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.experiments import Bench, Experiment, Outcome, run_experiments
@@ -236,6 +236,12 @@ def _page(
         f"<td><b>{j.verdict}</b></td><td>{escape(j.measured)}</td></tr>"
         for j in judgements
     )
+    backbones = list(dict.fromkeys(j.backbone for j in judgements))
+    if len(backbones) > 1:
+        verdicts += (
+            f"<tr><td>(l) {ON_ALL}</td><td>{escape(', '.join(backbones))}</td>"
+            f"<td><b>{on_all(judgements)}</b></td><td>–</td></tr>"
+        )
     pictures = "".join(
         f'<h3>{escape(title)}</h3><a href="{stem}.html"><img src="{stem}.png" '
         f'alt="{escape(title)}"></a>'
