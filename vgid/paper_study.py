@@ -236,10 +236,10 @@ def _page(
         f"<td><b>{j.verdict}</b></td><td>{escape(j.measured)}</td></tr>"
         for j in judgements
     )
-    backbones = list(dict.fromkeys(j.backbone for j in judgements))
-    if len(backbones) > 1:
+    names = list(dict.fromkeys(j.backbone for j in judgements))
+    if len(names) > 1:
         verdicts += (
-            f"<tr><td>(l) {ON_ALL}</td><td>{escape(', '.join(backbones))}</td>"
+            f"<tr><td>(l) {ON_ALL}</td><td>{escape(', '.join(names))}</td>"
             f"<td><b>{on_all(judgements)}</b></td><td>–</td></tr>"
         )
     pictures = "".join(
