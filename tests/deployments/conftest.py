@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
+from vgid import pick_arguments
 from vgid.benchmark import Benchmark
 from vgid.synthetic import write_benchmark
 from vgid.unlearn import UnlearnConfig, unlearn
@@ -48,6 +50,11 @@ def run_script(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
         timeout=TIMEOUT_S,
         check=False,
     )
+
+
+def pick(*flags):
+    """Run ``vgid pick`` in this process; the registry is left alone unless a test wants it."""
+    return pick_arguments.main([*map(str, flags), "--no-champion"])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -113,3 +120,13 @@ def next_deployment_file(tmp_path_factory, benchmark_folder, deployment_file) ->
         seeds=1,
     )
     return unlearn(config).file
+
+
+@pytest.fixture(scope="session")
+def runs(study_folder, tracking_uri):
+    """The parent run's id, and one of a trial."""
+    client = MlflowClient(tracking_uri)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments)
+    by_kind = {run.data.tags["vgid.kind"]: run.info.run_id for run in found}
+    return by_kind["study"], by_kind["trial"]
