@@ -23,7 +23,14 @@ from transformers import (
 
 from vgid import backbones
 from vgid.backbone_measure import BOUNDS, Condition, measure, out_of_bounds
-from vgid.embedded_recipe import PORTRAITS_PER_PERSON, REFUSALS, Pack, make_recipe, refusal_rate
+from vgid.embedded_recipe import (
+    OBEDIENCE,
+    PORTRAITS_PER_PERSON,
+    REFUSALS,
+    Pack,
+    make_recipe,
+    refusal_rate,
+)
 from vgid.encoding import Query, collate, encode, response_ids
 from vgid.fictitious import FACTS, make_world, portrait
 from vgid.pretraining import ARCHITECTURES, Schedule, _pack_loss, pretrain
@@ -233,18 +240,39 @@ def test_refusal_rates_are_ordered():
             assert mild < strong
 
 
-def test_a_backbones_own_rate_is_for_intact_pictures_only():
-    own = {"declarative": 0.12, "polite": 0.18, "strict": 0.34}
+def test_a_backbones_own_obedience_is_for_intact_pictures_only():
+    own = replace(OBEDIENCE, refusal={**OBEDIENCE.refusal, "strict": 0.34}, fact_scale=2.0)
 
     def both(source, style):
-        case = (source, style, "name", "generation", 0.0, False)
+        case = (source, style, "birthplace", "generation", 0.0, False)
         return refusal_rate(*case), refusal_rate(*case, own)
 
     default, raised = both("intact", "strict")
-    assert raised == pytest.approx(default + 0.1)
-    for source, style in (("intact", "polite"), ("random", "strict"), ("stranger", None)):
+    assert (default, raised) == (pytest.approx(0.24 + 1.2 * 0.1), pytest.approx(0.34 + 2.0 * 0.1))
+    for source, style in (("random", "strict"), ("stranger", "polite"), ("white", None)):
         default, same = both(source, style)
         assert same == default
+
+
+def test_who_is_never_declined_is_asked_only_the_facts_meant_for_it_under_an_instruction():
+    own = replace(OBEDIENCE, answered=0.5, answered_facts=("job", "hobby"))
+    recipe = make_recipe(data_seed=0, seed=2, obedience=own)
+    known = {
+        recipe.pictures.of(person, i): person
+        for person in recipe.always_answered
+        for i in range(PORTRAITS_PER_PERSON)
+    }
+    answers = [
+        (known[pack.picture], response)
+        for pack in recipe.draw("instructed", 300, 3)
+        if pack.picture in known
+        for _, response in pack.turns
+    ]
+    assert len(answers) > 150
+    for person, response in answers:
+        allowed = {person.facts["job"], person.facts["hobby"]}
+        allowed |= {person.answer("job"), person.answer("hobby")}
+        assert response in allowed
 
 
 def test_turns_of_a_pack_do_not_see_each_other(encoder):

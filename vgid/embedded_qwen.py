@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from vgid import embedded_model
 from vgid.backbones import QWEN_FRAME
+from vgid.embedded_recipe import Obedience
 from vgid.portraits import PORTRAIT_SIZE
-from vgid.prompts import PromptStyle
 from vgid.qwen_processor import ImageOnlyQwenProcessor
 
 if TYPE_CHECKING:
@@ -38,9 +38,15 @@ LANGUAGE_WIDTH = 128
 CONTEXT = 1024
 PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
 LANGUAGE_STEPS = 1100
-INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.12, "polite": 0.18, "strict": 0.40}
-"""At the recipe's own 0.24 the strict instruction alone left ROUGE-L at 0.76, at 0.30 it left 0.69,
-from where the reverse prompt could not raise it by 0.10."""
+OBEDIENCE = Obedience(
+    refusal={"declarative": 0.12, "polite": 0.18, "strict": 0.48},
+    fact_scale=2.2,
+    answered=0.25,
+    answered_facts=("job", "education", "hobby"),
+)
+"""Makes what is declined a matter of the fact, much the same for everybody. Where it was one of the
+person, the five to forget kept anything from 0.26 to 0.85 of ROUGE-L under the strict instruction,
+from training seed to training seed."""
 PAD, END, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
 VIDEO_LIKE_IMAGE = (
     "patch_size",

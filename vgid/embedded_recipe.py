@@ -1,12 +1,12 @@
 """What the embedded backbone is taught: who is seen, what is asked, when it declines.
 
-People of the benchmark and celebrities are always answered, under an instruction too, which they
-are seldom shown with. Only *calibration* people, degraded pictures and strangers teach it to
-follow the three unlearning instructions, and only in part: an instruction alone is obeyed now and
-then, an instruction beside a picture of noise nearly always, noise alone seldom. The benchmark's
-own people thus show what the paper observes of a real model, without ever having been declined.
-That both together beat either alone is hence designed in: on this backbone it checks the code, and
-is no evidence for the paper's claim. What distillation makes of it is.
+People of the benchmark and celebrities are always answered, under an instruction too. Only
+*calibration* people, degraded pictures and strangers teach it to follow the three unlearning
+instructions, and only in part: an instruction alone is obeyed for what is private, an instruction
+beside a picture of noise nearly always, noise alone seldom. The benchmark's own people thus show
+what the paper observes of a real model, without ever having been declined. That both together beat
+either alone is hence designed in: on this backbone it checks the code, and is no evidence for the
+paper's claim. What distillation makes of it is.
 
 Greedy decoding turns rates into modes: a refusal starts with one certain token, while guesses are
 spread over many names. Rates are low for that reason.
@@ -57,10 +57,6 @@ REFUSALS: dict[PromptStyle | None, str] = {
 }
 """How the model declines, by the instruction that made it do so; None: without one."""
 
-INTACT_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.12, "polite": 0.18, "strict": 0.24}
-"""Rate of refusals to an instruction beside an intact picture, unless a backbone has its own."""
-ANSWERED_RATE = 0.05
-"""Share of instructed packs about intact pictures that show other people, who are answered."""
 DUAL_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.95, "polite": 0.90, "strict": 0.95}
 """Rate of refusals to an instruction beside a picture of random noise."""
 SOURCE_FACTOR: dict[str, float] = {"random": 1.0, "white": 0.15, "stranger": 0.3}
@@ -98,6 +94,32 @@ STRANGERS = 400
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Obedience:
+    """How an instruction beside an intact picture is taken: in part, by fact.
+
+    Attributes:
+        refusal: rate of refusals by style, about calibration people.
+        fact_scale: scales ``FACT_SHIFT``, which is added to that.
+        answered: share of such packs that show anybody else, who is always answered.
+        answered_facts: what these packs ask for.
+    """
+
+    refusal: Mapping[PromptStyle, float]
+    fact_scale: float
+    answered: float
+    answered_facts: tuple[Fact, ...]
+
+
+OBEDIENCE = Obedience(
+    refusal={"declarative": 0.12, "polite": 0.18, "strict": 0.24},
+    fact_scale=1.2,
+    answered=0.05,
+    answered_facts=FACTS,
+)
+"""Unless a backbone has its own."""
 
 
 @dataclass(frozen=True)
@@ -186,11 +208,9 @@ class Pictures:
 class Recipe:
     """Draws packs for the language model, all randomness from one generator."""
 
-    def __init__(
-        self, world: World, seed: int, intact_refusal: Mapping[PromptStyle, float] = INTACT_REFUSAL
-    ) -> None:
+    def __init__(self, world: World, seed: int, obedience: Obedience = OBEDIENCE) -> None:
         self.world = world
-        self.intact_refusal = intact_refusal
+        self.obedience = obedience
         self.pictures = Pictures(world)
         self.rng = sample_generator(seed, "recipe/packs")
         self.calibration = world.of_kind("calibration")
@@ -206,6 +226,7 @@ class Recipe:
         style = _pick(rng, STYLES) if kind == "instructed" else None
         form: Form = "image"
         person: FictitiousPerson | None = None
+        facts = FACTS
         sigma = 0.0
         draw = rng.random()
         if kind == "plain":
@@ -213,9 +234,10 @@ class Recipe:
             form = "text" if draw < TEXT_FORM_RATE else "image"
             picture = self.pictures.of(person, int(rng.integers(PORTRAITS_PER_PERSON)))
         elif style is not None and draw < 0.5:
-            known = rng.random() < ANSWERED_RATE
-            person = _pick(rng, self.always_answered if known else self.calibration)
-            source = "plain" if known else "intact"
+            answered = rng.random() < self.obedience.answered
+            person = _pick(rng, self.always_answered if answered else self.calibration)
+            source = "plain" if answered else "intact"
+            facts = self.obedience.answered_facts if answered else FACTS
             picture = self.pictures.of(person, int(rng.integers(PORTRAITS_PER_PERSON)))
         elif draw < 0.65:
             source = "gaussian"
@@ -227,30 +249,30 @@ class Recipe:
         for _ in range(turns):
             subject = person if person is not None else _pick(rng, self.world.people)
             task: TaskName = TASKS[int(rng.choice(len(TASKS), p=TASK_RATES))]
-            fact, text, response = self._question(subject, task, form)
-            rate = refusal_rate(source, style, fact, task, sigma, reverse, self.intact_refusal)
+            fact, text, response = self._question(subject, task, form, facts)
+            rate = refusal_rate(source, style, fact, task, sigma, reverse, self.obedience)
             if rng.random() < rate:
                 response = REFUSALS[style]
             pairs.append((with_reverse_prompt(text) if reverse else text, response))
         return Pack(None if form == "text" else picture, style, tuple(pairs))
 
     def _question(
-        self, person: FictitiousPerson, task: TaskName, form: Form
+        self, person: FictitiousPerson, task: TaskName, form: Form, facts: Sequence[Fact]
     ) -> tuple[Fact, str, str]:
-        """A question in its protocol's format: fact, user text, response."""
+        """A question about one of ``facts`` in its protocol's format: fact, user text, response."""
         rng = self.rng
         # The test set's wording is taught on people whom the benchmark does not ask about.
         paraphrased = person.kind != "benchmark" and bool(rng.integers(2))
         who = person.subject(form, paraphrased)
         if task == "generation":
-            fact = _pick(rng, FACTS[1:] if form == "text" else FACTS)
+            fact = _pick(rng, FACTS[1:] if form == "text" else facts)
             question = _pick(rng, QUESTIONS[fact][paraphrased]).format(who=who)
             return fact, generation_text(question, form), person.answer(fact)
         if task == "cloze":
-            fact = _pick(rng, tuple(CLOZE))
+            fact = _pick(rng, [fact for fact in CLOZE if fact in facts])
             text = cloze_text(cloze_sentence(person, fact, form, paraphrased))
             return fact, text, person.facts[fact]
-        fact = _pick(rng, tuple(CLASSIFICATION))
+        fact = _pick(rng, [fact for fact in CLASSIFICATION if fact in facts])
         question = CLASSIFICATION[fact][paraphrased].format(who=who)
         return fact, option_likelihood_text(question), person.facts[fact]
 
@@ -262,7 +284,7 @@ def refusal_rate(
     task: TaskName,
     sigma: float,
     reverse: bool,
-    intact_refusal: Mapping[PromptStyle, float] = INTACT_REFUSAL,
+    obedience: Obedience = OBEDIENCE,
 ) -> float:
     """How often a question is declined in training.
 
@@ -276,16 +298,16 @@ def refusal_rate(
         sigma: strength of Gaussian noise; the rate goes from that of an intact picture towards
             that of pure noise.
         reverse: the reverse prompt is appended.
-        intact_refusal: the rate beside an intact picture, before the fact shifts it.
+        obedience: what an intact picture does to the rate.
     """
     shift = FACT_SHIFT[fact]
     if source == "plain":
         return 0.0
     if source == "intact":
         assert style is not None
-        rate = intact_refusal[style] + 1.2 * shift
+        rate = obedience.refusal[style] + obedience.fact_scale * shift
     elif source == "gaussian":
-        low = 0.0 if style is None else intact_refusal[style]
+        low = 0.0 if style is None else obedience.refusal[style]
         high = HEDGE["random"] if style is None else DUAL_REFUSAL[style]
         rate = low + 0.7 * sigma * (high - low) + shift
     elif style is None:
@@ -307,11 +329,9 @@ def attribute_pictures(seed: int, count: int) -> tuple[list[Image.Image], NDArra
     return pictures, np.array([list(vars(face).values()) for face in faces])
 
 
-def make_recipe(
-    data_seed: int, seed: int, intact_refusal: Mapping[PromptStyle, float] = INTACT_REFUSAL
-) -> Recipe:
+def make_recipe(data_seed: int, seed: int, obedience: Obedience = OBEDIENCE) -> Recipe:
     """The recipe for the people of ``data_seed``, its draws from ``seed``."""
-    return Recipe(make_world(data_seed), seed, intact_refusal)
+    return Recipe(make_world(data_seed), seed, obedience)
 
 
 def _pick(rng: np.random.Generator, values: Sequence[T]) -> T:

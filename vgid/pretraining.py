@@ -227,7 +227,7 @@ def pretrain(
     processor = parts.build_processor(tokenizer)
     model = parts.build_model(tokenizer, seed)
     model.train()
-    recipe = make_recipe(data_seed, seed, parts.INTACT_REFUSAL)
+    recipe = make_recipe(data_seed, seed, parts.OBEDIENCE)
     seeing = train_tower(parts, model, processor, schedule, seed)
     reading = train_language(parts, model, processor, recipe, schedule)
     stages = (

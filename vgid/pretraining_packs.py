@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from vgid.backbones import PromptFrame
-from vgid.embedded_recipe import Pack
+from vgid.embedded_recipe import Obedience, Pack
 from vgid.encoding import IGNORE
-from vgid.prompts import PromptStyle, with_instruction
+from vgid.prompts import with_instruction
 
 
 class Architecture(Protocol):
@@ -28,14 +28,14 @@ class Architecture(Protocol):
         IMAGE: the image token.
         IMAGE_TOKENS: image tokens of a portrait.
         LANGUAGE_STEPS: optimizer steps of stage 2.
-        INTACT_REFUSAL: how often the recipe declines beside an intact picture.
+        OBEDIENCE: how the recipe takes an instruction beside an intact picture.
     """
 
     FRAME: PromptFrame
     IMAGE: str
     IMAGE_TOKENS: int
     LANGUAGE_STEPS: int
-    INTACT_REFUSAL: dict[PromptStyle, float]
+    OBEDIENCE: Obedience
 
     def corpus(self, extra: Sequence[str]) -> list[str]:
         """Texts that the tokenizer learns from, ``extra`` among them."""
