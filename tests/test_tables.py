@@ -12,7 +12,7 @@ from scipy import stats
 
 from vgid.config import TrialConfig
 from vgid.experiments import Arm, Outcome
-from vgid.intervals import t_interval
+from vgid.intervals import count_seeds, t_interval
 from vgid.results import Score
 from vgid.table_figures import trade_off
 from vgid.tables import (
@@ -67,6 +67,10 @@ def test_the_interval_leaves_out_what_is_missing_and_needs_two_seeds():
     assert (one.mean, one.n) == (0.25, 1) and math.isnan(one.low) and math.isnan(one.high)
     assert none.n == 0 and math.isnan(none.mean)
     assert (str(one), str(none)) == ("0.250", "none")
+
+
+def test_seeds_are_counted_in_words():
+    assert [count_seeds(seeds) for seeds in (1, 2, 30)] == ["1 seed", "2 seeds", "30 seeds"]
 
 
 def test_rows_that_are_the_same_in_two_tables_are_one_experiment():

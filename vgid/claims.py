@@ -13,7 +13,7 @@ from typing import Literal
 
 from vgid.config import ForgetRatio
 from vgid.evidence import Evidence, OurEvidence, PaperEvidence
-from vgid.intervals import Interval, t_interval
+from vgid.intervals import Interval, count_seeds, t_interval
 from vgid.tables import ALL_NINE, COMPARISONS, SIGMAS, STYLES, FilledTable, Table
 
 Verdict = Literal["held", "not held", "undecided"]
@@ -344,12 +344,12 @@ def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) ->
     lines = [
         "# The paper's claims",
         "",
-        f"A claim's statistic is positive where it holds. Mean over {seeds} seed(s) with its 95 % "
-        "t interval, paired within seeds; held if the interval lies above zero, not held if below, "
-        "undecided otherwise and for a single seed. The last column is the same statistic on the "
-        "paper's own numbers, one run without an interval. Intervals stand each for itself; they "
-        "are not corrected for their number. Seeds vary the questions, the retain and few-shot "
-        "people and the training, not who is forgotten.",
+        f"A claim's statistic is positive where it holds. Mean over {count_seeds(seeds)} with its "
+        "95 % t interval, paired within seeds; held if the interval lies above zero, not held if "
+        "below, undecided otherwise and for a single seed. The last column is the same statistic "
+        "on the paper's own numbers, one run without an interval. Intervals stand each for itself; "
+        "they are not corrected for their number. Seeds vary the questions, the retain and "
+        "few-shot people and the training, not who is forgotten.",
         "",
         "| claim | backbone | verdict | statistic | the paper's numbers |",
         "| --- | --- | --- | --- | --- |",

@@ -16,7 +16,7 @@ from vgid.attainment import Points, surfaces, write_attainment
 from vgid.compare_arguments import CompareConfig
 from vgid.config import Method, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
-from vgid.intervals import Interval, t_interval
+from vgid.intervals import Interval, count_seeds, t_interval
 from vgid.outputs import as_text, write_atomically, write_study
 from vgid.settings import prepare_data, write_settings
 from vgid.study_front import PICK_SCORES, StudyFront, read_study
@@ -219,7 +219,7 @@ def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict
     labels: dict[str, str] = {method: label for method, (label, _) in METHOD_LABELS.items()}
     seeds = {study.seed: study for study in found}.values()
     base = statistics.fmean(study.base.held_out["retain_rougeL"].value for study in seeds)
-    title = f"Attainment on {config.backbone}, {config.trials} trials, {config.seeds} seed(s)"
+    title = f"Attainment on {config.backbone}, {config.trials} trials, {count_seeds(config.seeds)}"
     files = write_attainment(output, title, surfaces(fronts, labels), (0.0, base / 2), (0.0, base))
     write_settings(
         output / "settings.json", config.backbone, chosen_settings(found, config.retain_drop)
@@ -294,7 +294,7 @@ def _report(config: CompareConfig, listed: Sequence[Standing]) -> str:
             "",
             verdict(listed),
             "",
-            f"{config.seeds} seed(s), forget ratio {config.forget_ratio} %, sampler "
+            f"{count_seeds(config.seeds)}, forget ratio {config.forget_ratio} %, sampler "
             f"{config.sampler}; every study of a seed has the same people, questions and reference "
             "point (nothing forgotten, half the base's retain ROUGE-L). Ranges that are searched "
             "stand in search_spaces and differ by method, as their parameters do.",

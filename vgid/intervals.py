@@ -1,4 +1,4 @@
-"""The interval of a mean over seeds, as the tables, the claims and the comparison use it."""
+"""Means over seeds with their intervals, as the tables, the claims and the comparison use them."""
 
 import math
 from collections.abc import Sequence
@@ -42,3 +42,8 @@ def t_interval(values: Sequence[float | None]) -> Interval:
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (n - 1))
     reach = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
     return Interval(mean, mean - reach, mean + reach, n)
+
+
+def count_seeds(seeds: int) -> str:
+    """``1 seed``, ``3 seeds``."""
+    return f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"

@@ -17,6 +17,7 @@ from vgid.claims import ON_ALL, Judgement, claims_markdown, judge_all, on_all
 from vgid.config import Method, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.experiments import Bench, Experiment, Outcome, run_experiments
+from vgid.intervals import count_seeds
 from vgid.outputs import write_atomically, write_study
 from vgid.paper import MIXED_PEOPLE, closest_backbone, repeated_rows
 from vgid.paper_arguments import PaperConfig
@@ -186,9 +187,9 @@ def _notes(
 ) -> list[str]:
     """What a reader must know of all tables."""
     notes = [
-        f"{config.seeds} seed(s), from 0 on. A seed chooses the questions that are held out, the "
-        "retain people that are scored, the few-shot people, noise and training; who is forgotten "
-        "is given by the benchmark. All numbers are of held-out questions with an image.",
+        f"{count_seeds(config.seeds)}, from 0 on. A seed chooses the questions that are held out, "
+        "the retain people that are scored, the few-shot people, noise and training; who is "
+        "forgotten is given by the benchmark. All numbers are of held-out questions with an image.",
         "Each method runs at one setting, the first point of its section in search_spaces or the "
         "one given with --settings (Table 7). Settings that were not tuned alike make no fair "
         "comparison of methods; studies/compare_methods.py does.",
