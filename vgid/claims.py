@@ -284,7 +284,9 @@ CLAIMS: tuple[Claim, ...] = (
           _strict_is_most_stable),
     Claim("h", "Under the reverse prompt VGID rises less than in-context unlearning.",
           "section 4.7, Table 6", "rise in forget ROUGE-L of ICU minus that of VGID",
-          _vgid_rises_less),
+          _vgid_rises_less,
+          "How far the reverse prompt undoes an instruction alone is set by the embedded "
+          "backbone's training mix."),
     Claim("i", "The test set (new portraits and wording) is forgotten with the forget set.",
           "section 4.2, Table 3", "test ROUGE-L of the base minus VGID's", _test_falls),
     Claim("j1", "VGID forgets most at 10 % too.", "appendix A.3.5, Table 8",

@@ -2,11 +2,11 @@
 
 People of the benchmark and celebrities are always answered, under an instruction too. Only
 *calibration* people, degraded pictures and strangers teach it to follow the three unlearning
-instructions, and only in part: an instruction alone is obeyed for what is private, an instruction
-beside a picture of noise nearly always, noise alone seldom. The benchmark's own people thus show
-what the paper observes of a real model, without ever having been declined. That both together beat
-either alone is hence designed in: on this backbone it checks the code, and is no evidence for the
-paper's claim. What distillation makes of it is.
+instructions, and only in part: an instruction alone is obeyed now and then, sooner for what is
+private, an instruction beside a picture of noise nearly always, noise alone seldom. The benchmark's
+own people thus show what the paper observes of a real model, without ever having been declined.
+That both together beat either alone is hence designed in: on this backbone it checks the code, and
+is no evidence for the paper's claim. What distillation makes of it is.
 
 Greedy decoding turns rates into modes: a refusal starts with one certain token, while guesses are
 spread over many names. Rates are low for that reason.
@@ -102,7 +102,7 @@ class Obedience:
 
     Attributes:
         refusal: rate of refusals by style, about calibration people.
-        fact_scale: scales ``FACT_SHIFT``, which is added to that.
+        fact_scale: scales ``FACT_SHIFT``, which is added to that; intact pictures only.
         answered: share of such packs that show anybody else, who is always answered.
         answered_facts: what these packs ask for.
     """
@@ -295,8 +295,8 @@ def refusal_rate(
         style: instruction, if any.
         fact: what is asked for.
         task: how it is asked.
-        sigma: strength of Gaussian noise; the rate goes from that of an intact picture towards
-            that of pure noise.
+        sigma: strength of Gaussian noise; the rate goes from that of an intact picture, its shift
+            by fact unscaled, towards that of pure noise.
         reverse: the reverse prompt is appended.
         obedience: what an intact picture does to the rate.
     """
