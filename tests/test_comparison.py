@@ -118,7 +118,7 @@ def test_a_method_without_a_completed_trial_has_no_volume():
     ("dpo", "says"),
     [
         ([0.3, 0.4, 0.5], ["VGID has the largest", "PO (DPO)", "lies above zero"]),
-        ([0.9, 0.4, 0.8], ["VGID has the largest", "do not tell them apart"]),
+        ([0.9, 0.4, 0.8], ["VGID has the largest", "do not tell it from PO (DPO)"]),
         ([0.97, 0.99, 0.93], ["PO (DPO) has the largest", "lies above zero"]),
     ],
 )
@@ -128,6 +128,9 @@ def test_the_verdict_says_who_won_whoever_it_is(dpo, says):
     found += [study("po_dpo", s, [(x, 0.9)]) for s, x in enumerate(dpo)]
     text = verdict(standings(found, 0.02))
     assert all(part in text for part in says), text
+    # A third with a lower mean that swings is not beaten, whatever the runner-up is.
+    swings = [study("ga", s, [(x, 0.9)]) for s, x in enumerate([0.9, 0.1, 0.1])]
+    assert "GA" in verdict(standings(found + swings, 0.02)).split("tell it from")[-1]
     assert "One seed" in verdict(standings([found[0], found[3]], 0.02))
     assert "One method" in verdict(standings(found[:1], 0.02))
 

@@ -192,21 +192,35 @@ def chosen_settings(found: Sequence[StudyFront], retain_drop: float) -> dict[Met
 
 
 def verdict(listed: Sequence[Standing]) -> str:
-    """Which method won, and whether the seeds can tell it from the runner-up."""
+    """Which method won, and from which others the seeds can tell it.
+
+    To lead every other method is an intersection-union test, as in ``vgid.claims``: each interval
+    stands for itself, and that any method is said to lead all others wrongly has at most 5 %.
+    """
     if len(listed) < 2:
         return "One method only: there is nothing to compare it with."
     first, second = listed[0], listed[1]
-    names = METHOD_LABELS[first.method][0], METHOD_LABELS[second.method][0]
-    lead = t_interval([a - b for a, b in zip(first.held_out, second.held_out, strict=True)])
+    leads = {
+        other.method: t_interval(
+            [a - b for a, b in zip(first.held_out, other.held_out, strict=True)]
+        )
+        for other in listed[1:]
+    }
     opening = (
-        f"{names[0]} has the largest mean held-out hypervolume, {first.volume.mean:.4f}, before "
-        f"{names[1]} with {second.volume.mean:.4f}; paired difference {lead}."
+        f"{_name(first)} has the largest mean held-out hypervolume, {first.volume.mean:.4f}, "
+        f"before {_name(second)} with {second.volume.mean:.4f}; paired difference "
+        f"{leads[second.method]}."
     )
-    if lead.n < 2:
+    if len(first.held_out) < 2:
         return f"{opening} One seed cannot tell whether that is chance."
-    if lead.low > 0:
-        return f"{opening} The interval lies above zero."
-    return f"{opening} The interval holds zero, so the seeds do not tell them apart."
+    close = [_name(other) for other in listed[1:] if not leads[other.method].low > 0]
+    if not close:
+        return f"{opening} The interval of its lead over each other method lies above zero."
+    return f"{opening} The seeds do not tell it from {', '.join(close)}: the interval holds zero."
+
+
+def _name(standing: Standing) -> str:
+    return METHOD_LABELS[standing.method][0]
 
 
 def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict[str, Any]:

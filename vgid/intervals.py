@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,15 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def t_interval(values: Sequence[float | None]) -> Interval:
-    """Student's t interval of a mean: mean ± t(0.975, n - 1) · s / sqrt(n).
+def t_interval(values: Sequence[float | None], comparisons: int = 1) -> Interval:
+    """Student's t interval of a mean: mean ± t(1 - 0.025 / comparisons, n - 1) · s / sqrt(n).
 
     Paired comparisons are intervals of the differences within each seed.
 
     Args:
         values: one number a seed; None and NaN where a seed has none, which are left out.
+        comparisons: with k, any of k such intervals misses its mean in at most 5 % of studies
+            (Bonferroni).
     """
     found = [value for value in values if value is not None and math.isfinite(value)]
     n = len(found)
@@ -37,11 +40,16 @@ def t_interval(values: Sequence[float | None]) -> Interval:
     mean = math.fsum(found) / n
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (n - 1))
+    reach = _quantile(1 - 0.025 / comparisons, n - 1) * deviation / math.sqrt(n)
+    return Interval(mean, mean - reach, mean + reach, n)
+
+
+@cache
+def _quantile(probability: float, freedom: int) -> float:
     from scipy.stats import t
 
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (n - 1))
-    reach = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-    return Interval(mean, mean - reach, mean + reach, n)
+    return float(t.ppf(probability, freedom))
 
 
 def count_seeds(seeds: int) -> str:
