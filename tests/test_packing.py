@@ -190,7 +190,7 @@ def test_any_small_set_of_samples_is_laid_out_right(random_backbone, text_prompt
 
 def one_image(n: int, size: int) -> Encoded:
     """``size`` tokens, the first of them the n-th image."""
-    shown = Picture(f"{n:015x}", 1, {})
+    shown = Picture(f"{n:015x}", 1, {}, lambda: torch.zeros(0))
     ids = [5] * size
     return Encoded("", ids, [shown.token_key, *ids[1:]], torch.arange(size)[None], (shown,))
 

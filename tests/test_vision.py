@@ -2,6 +2,7 @@
 
 import copy
 import multiprocessing
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +157,28 @@ def test_an_image_larger_than_the_bound_is_still_kept_alone(backbone, images, mo
     with tower_calls(backbone) as calls:
         look(vision, [images[0], images[0], images[1], images[0]])
     assert len(calls) == 3
+
+
+def test_prompts_keep_no_pixels_alive(backbone):
+    """Of 64 to 512 px, at the resolution that the processor is set to."""
+    processor = copy.deepcopy(backbone.processor)
+    if "longest_edge" in processor.image_processor.size:
+        processor.image_processor.size = {"shortest_edge": 28**2, "longest_edge": 512**2}
+    else:
+        processor.image_processor.size = {"shortest_edge": 512}
+        processor.image_processor.crop_size = {"height": 512, "width": 512}
+    eyes = Backbone(backbone.spec, backbone.model, processor, "base")
+    images = [picture(seed, (side, side)) for seed, side in enumerate((64, 128, 256, 512) * 3)]
+    eyes.vision.picture(picture(99))  # what is imported late counts for nobody
+    tracemalloc.start()
+    try:
+        pictures = [eyes.vision.picture(image) for image in images]
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    pixels = sum(shown.tensors["pixel_values"].nbytes for shown in pictures)
+    assert kept < 0.02 * pixels
+    assert pixels > 12 * 2**20
 
 
 def test_another_revision_shares_nothing(backbone, images, tmp_path):

@@ -67,8 +67,8 @@ class Encoded:
     @property
     def vision(self) -> dict[str, Tensor]:
         """Processor tensors such as ``pixel_values``, the images along the first axis."""
-        names = self.pictures[0].tensors if self.pictures else {}
-        return {name: torch.cat([p.tensors[name] for p in self.pictures]) for name in names}
+        made = [picture.tensors for picture in self.pictures]
+        return {name: torch.cat([t[name] for t in made]) for name in (made[0] if made else ())}
 
 
 @dataclass
@@ -149,7 +149,7 @@ def _positions(
     positions_A1L, _ = core.get_rope_index(
         input_ids=ids_1L,
         mm_token_type_ids=(ids_1L == backbone.processor.image_token_id).int(),
-        image_grid_thw=torch.cat([picture.tensors["image_grid_thw"] for picture in pictures]),
+        image_grid_thw=torch.cat([picture.grid["image_grid_thw"] for picture in pictures]),
     )
     positions_AL: Tensor = positions_A1L[:, 0]
     return positions_AL

@@ -71,19 +71,18 @@ def synthetic_set(backbone: Backbone, portraits: int, questions: int, seed: int)
 def _picture(config: Any, name: str, generator: np.random.Generator) -> Picture:
     """Random pixels as the backbone's processor would hand them on."""
     vision = config.vision_config
-    tensors: dict[str, Tensor] = {}
+    grid: dict[str, Tensor] = {}
     if hasattr(vision, "spatial_merge_size"):
         side = PORTRAIT_PIXELS // vision.patch_size
         patch = 3 * vision.temporal_patch_size * vision.patch_size**2
         shape: tuple[int, ...] = (side * side, patch)
-        tensors["image_grid_thw"] = torch.tensor([[1, side, side]])
+        grid["image_grid_thw"] = torch.tensor([[1, side, side]])
         tokens = (side // vision.spatial_merge_size) ** 2
     else:
         shape = (1, 3, vision.image_size, vision.image_size)
         tokens = config.image_seq_length
-    pixels = generator.standard_normal(shape, dtype=np.float32)
-    tensors["pixel_values"] = torch.from_numpy(pixels)
-    return Picture(hashlib.sha256(name.encode()).hexdigest(), tokens, tensors)
+    pixels = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+    return Picture(hashlib.sha256(name.encode()).hexdigest(), tokens, grid, lambda: pixels)
 
 
 def _positions(config: Any, ids: list[int], before: int, picture: Picture) -> Tensor:

@@ -10,6 +10,7 @@ Shape legend: T image tokens, D hidden width of the language model.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -24,22 +25,32 @@ from vgid.interventions import image_digest
 V = TypeVar("V")
 
 MEMORY_BYTES = 1 << 30
-"""Images and features that a process keeps in memory, each at most this much."""
+"""Images and features that are kept for their next use, each at most this much."""
 
 
 @dataclass(frozen=True)
 class Picture:
     """An image as the model takes it.
 
+    Prompts live as long as a session, and pixels as the model takes them are up to eight times as
+    large as the image. So they are made when the tower is run, and dropped behind it.
+
     Attributes:
         key: SHA-256 of the pixels.
         tokens: image tokens T that stand for it in a prompt.
-        tensors: what the processor makes of it, such as ``pixel_values``, on the CPU.
+        grid: what the processor says of its shape, such as ``image_grid_thw``; empty for LLaVA.
+        pixels: makes ``pixel_values``, on the CPU.
     """
 
     key: str
     tokens: int
-    tensors: dict[str, Tensor] = field(repr=False)
+    grid: dict[str, Tensor] = field(repr=False)
+    pixels: Callable[[], Tensor] = field(repr=False, compare=False)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What the processor makes of the image, made anew."""
+        return {"pixel_values": self.pixels(), **self.grid}
 
     @property
     def token_key(self) -> int:
@@ -76,19 +87,20 @@ class Vision:
         key = image_digest(image)
         picture = self._pictures.get(key)
         if picture is None:
-            picture = self._process(key, image)
-            size = sum(t.nbytes for t in picture.tensors.values())
-            self._pictures.put(key, picture, size)
+            tokens, tensors = self._process(image)
+            del tensors["pixel_values"]
+            picture = Picture(key, tokens, tensors, lambda: self._process(image)[1]["pixel_values"])
+            self._pictures.put(key, picture, image.width * image.height * len(image.getbands()))
         return picture
 
-    def _process(self, key: str, image: Image.Image) -> Picture:
+    def _process(self, image: Image.Image) -> tuple[int, dict[str, Tensor]]:
+        """Image tokens, and the processor's tensors."""
         output = dict(self.processor(text=[self.processor.image_token], images=[image]))
         ids = output.pop("input_ids")[0]
         output.pop("attention_mask")
         output.pop("mm_token_type_ids", None)
         tokens = sum(int(i) == self.processor.image_token_id for i in ids)
-        tensors = {name: torch.as_tensor(np.asarray(value)) for name, value in output.items()}
-        return Picture(key, tokens, tensors)
+        return tokens, {name: torch.as_tensor(np.asarray(value)) for name, value in output.items()}
 
     def features(self, picture: Picture) -> Tensor:
         """What the language model sees in place of the image tokens: (T, D), model's dtype."""
