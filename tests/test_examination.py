@@ -14,9 +14,11 @@ from tests.examined_people import (
     make_person,
     prompt_text,
 )
-from vgid.backbones import QWEN_FRAME, Backbone
+from vgid.backbones import LLAVA_FRAME, QWEN_FRAME, TINY_LLAVA_FRAME, Backbone
 from vgid.benchmark import Question
+from vgid.encoding import Query, encode
 from vgid.errors import InputError
+from vgid.evaluation import evaluate
 from vgid.examination import (
     Examination,
     choose_few_shot,
@@ -24,6 +26,7 @@ from vgid.examination import (
     prepare,
 )
 from vgid.prompts import REVERSE_PROMPT, UNLEARNING_INSTRUCTIONS
+from vgid.results import Score
 from vgid.splits import People
 from vgid.teacher import Intervention
 
@@ -69,8 +72,8 @@ def test_protocol_prompts(random_backbone, examination):
     )
 
 
-def test_few_shot_prompts_are_the_benchmarks(random_backbone, people):
-    backbone = benchmark_backbone(random_backbone)
+def test_the_benchmarks_own_prompts_to_the_character(random_backbone, people):
+    backbone = benchmark_backbone(random_backbone, LLAVA_FRAME)
     examination = prepare(backbone, people, REQUEST, "search", seed=0)
     by_id = {person.id: person for person in people.few_shot}
 
@@ -82,36 +85,96 @@ def test_few_shot_prompts_are_the_benchmarks(random_backbone, people):
             if (q.task, q.form) == (task, form)
         ]
 
-    (shot,) = shots("classification", "image")
-    question = first(examination, "classification", "image")
-    assert prompt_text(backbone, examination, question.id) == (
-        f"<s>USER: <image>\nQuestion: {shot.text}\nA: {shot.options['A']}\n"
-        f"B: {shot.options['B']}\nC: {shot.options['C']}\nD: {shot.options['D']}\n"
-        f"Correct Answer: {shot.answer}\n"
-        f"USER: <image>\n{question.text}\nA: {question.options['A']}\nB: {question.options['B']}\n"
-        f"C: {question.options['C']}\nD: {question.options['D']}\n"
-        "Just give ONE letter representing the answer directly.\nASSISTANT:"
+    def shown(task: str, form: str) -> tuple[Question, str]:
+        question = first(examination, task, form)
+        return question, prompt_text(backbone, examination, question.id)
+
+    def lettered(q: Question) -> str:
+        assert q.options is not None
+        options = "\n".join(f"{letter}: {q.options[letter]}" for letter in "ABCD")
+        return f"{q.text}\n{options}"
+
+    knowledge = "Answer the question based on your trained knowledge in one sentence"
+    question, prompt = shown("generation", "image")
+    assert prompt == (
+        f"<s>USER: <image>\n{question.text}\n{knowledge} accurately in ENGLISH.\nASSISTANT: "
     )
-    (shot,) = shots("classification", "text")
-    question = first(examination, "classification", "text")
-    assert prompt_text(backbone, examination, question.id).startswith(
-        f"<s>USER:\nQuestion: {shot.text}\nA: {shot.options['A']}\n"
-    )
+    question, prompt = shown("generation", "text")
+    assert prompt == f"<s>USER: {question.text}\n{knowledge} in ENGLISH.\nASSISTANT:"
     only = "\nPlease **ONLY** provide the correct answer that should replace the [Blank].\n"
-    one, two = shots("cloze", "image")
-    question = first(examination, "cloze", "image")
-    assert prompt_text(backbone, examination, question.id) == (
-        f"<s>USER:<image>\n{one.text.replace('__', '[Blank]')}{only}Correct Answer: {one.answer}\n"
-        f"USER:<image>\n{two.text.replace('__', '[Blank]')}{only}Correct Answer: {two.answer}\n"
-        f"USER: <image>\n{question.text.replace('__', '[Blank]')}{only}ASSISTANT:"
-    )
-    one, two = shots("cloze", "text")
-    question = first(examination, "cloze", "text")
-    assert prompt_text(backbone, examination, question.id).startswith(
-        f"<s>USER:\n{one.text.replace('__', '[Blank]')}{only}Correct Answer: {one.answer}\nUSER:\n"
-    )
-    question = first(examination, "generation", "image")
-    assert "Correct Answer" not in prompt_text(backbone, examination, question.id)
+    letter = "\nJust give ONE letter representing the answer directly.\n"
+    for form, cloze, classification in (
+        ("image", "USER:<image>\n", "USER: <image>\n"),
+        ("text", "USER:\n", "USER:\n"),
+    ):
+        own = "USER: <image>\n" if form == "image" else "USER:\n"
+        one, two = shots("cloze", form)
+        question, prompt = shown("cloze", form)
+        assert "__" in question.text
+        assert prompt == (
+            f"<s>{cloze}{one.text.replace('__', '[Blank]')}{only}Correct Answer: {one.answer}\n"
+            f"{cloze}{two.text.replace('__', '[Blank]')}{only}Correct Answer: {two.answer}\n"
+            f"{own}{question.text.replace('__', '[Blank]')}{only}ASSISTANT:"
+        )
+        (shot,) = shots("classification", form)
+        question, prompt = shown("classification", form)
+        assert prompt == (
+            f"<s>{classification}Question: {lettered(shot)}\nCorrect Answer: {shot.answer}\n"
+            f"{own}{lettered(question)}{letter}ASSISTANT:"
+        )
+
+
+def test_answers_are_forced_behind_the_turn_that_they_are_taught_in(random_backbone, people):
+    tokenizer = random_backbone.processor.tokenizer
+    for frame in (LLAVA_FRAME, TINY_LLAVA_FRAME):
+        backbone = benchmark_backbone(random_backbone, frame)
+        examination = prepare(backbone, people, REQUEST, "search", seed=0)
+        question = first(examination, "generation", "image")
+        (item,) = (i for i in examination.items if i.question.id == question.id)
+        assert item.answer is not None
+        taught, answer = item.answer
+        forced = tokenizer.decode(taught.prompt_ids + answer)
+        assert forced.endswith(f"in ENGLISH.\nASSISTANT: {question.answer}")
+
+
+def test_a_context_too_short_takes_fewer_shots_and_the_scores_say_so(random_backbone, people):
+    backbone = benchmark_backbone(random_backbone, LLAVA_FRAME)
+    whole = prepare(backbone, people, REQUEST, "search", seed=0)
+    question = first(whole, "cloze", "image")
+    text_config = backbone.model.config.get_text_config()
+    (item,) = (i for i in whole.items if i.question.id == question.id)
+    assert (item.shots, item.encoded.shots) == (1.0, 2)
+    context = text_config.max_position_embeddings
+    try:
+        # One token too few for the prompt and the longest response.
+        text_config.max_position_embeddings = len(item.encoded.prompt_ids) + 49
+        cut = prepare(backbone, people, REQUEST, "search", seed=0)
+        text_config.max_position_embeddings = 20
+        with pytest.raises(InputError, match=r"tokens exceed the context of 20 of tiny-llava"):
+            prepare(backbone, people, REQUEST, "search", seed=0)
+    finally:
+        text_config.max_position_embeddings = context
+    (short,) = (i for i in cut.items if i.question.id == question.id)
+    assert (short.shots, short.encoded.shots) == (0.5, 1)
+    prompt, before = (prompt_text(backbone, e, question.id) for e in (cut, whole))
+    one, _, own = before.split("USER:")[1:]
+    assert prompt == f"<s>USER:{one}USER:{own}"
+    assert not any("_shots" in name for name in cloze_scores(backbone, whole))
+    scores = cloze_scores(backbone, cut)
+    lengths = [
+        len(i.encoded.prompt_ids)
+        for i in whole.items
+        if (i.split, i.question.task, i.question.form) == ("forget", "cloze", "image")
+    ]
+    shares = [0.5 if n >= len(item.encoded.prompt_ids) else 1.0 for n in lengths]
+    assert scores["forget_cloze_shots"].value == sum(shares) / len(shares)
+    assert scores["forget_cloze_shots"].n == scores["forget_cloze"].n == len(shares)
+    assert scores["forget_cloze_shots_text"].value == 1.0
+
+
+def cloze_scores(backbone: Backbone, examination: Examination) -> dict[str, Score]:
+    asked = [i for i in examination.items if (i.split, i.question.task) == ("forget", "cloze")]
+    return evaluate(backbone, replace(examination, items=tuple(asked)), REQUEST).scores
 
 
 def test_few_shot_images_come_before_the_questions_own(random_backbone, people):
@@ -126,18 +189,26 @@ def test_few_shot_images_come_before_the_questions_own(random_backbone, people):
     assert torch.equal(item.encoded.vision["pixel_values"], expected["pixel_values"])
 
 
-def test_a_shot_of_another_frame_is_a_completed_turn(random_backbone, people):
+def test_a_qwen_conversation_has_one_system_turn(random_backbone, people):
     backbone = benchmark_backbone(random_backbone, QWEN_FRAME)
-    person = people.few_shot[0]
-    (shot,) = few_shot_turns(backbone, [person], "cloze", "text")
-    (question,) = (q for q in person.questions if (q.task, q.form) == ("cloze", "text"))
-    assert shot.text == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        f"{question.text.replace('__', '[Blank]')}\nPlease **ONLY** provide the correct answer "
-        "that should replace the [Blank].<|im_end|>\n<|im_start|>assistant\n"
-        f"{question.answer}</s>\n"
+    shots = few_shot_turns(backbone, people.few_shot[:2], "cloze", "text")
+    assert [shot.image for shot in shots] == [None, None]
+    query = Query("q", "Who is it?", None, shots, task="generation")
+    (encoded,) = encode(backbone, [query])
+    only = "\nPlease **ONLY** provide the correct answer that should replace the [Blank]."
+    one, two = (
+        next(q for q in person.questions if (q.task, q.form) == ("cloze", "text"))
+        for person in people.few_shot[:2]
     )
-    assert shot.image is None
+    end = "<|im_end|>"
+    assert backbone.processor.tokenizer.decode(encoded.prompt_ids) == (
+        f"<s><|im_start|>system\nYou are a helpful assistant.{end}\n"
+        f"<|im_start|>user\n{one.text.replace('__', '[Blank]')}{only}{end}\n"
+        f"<|im_start|>assistant\n{one.answer}</s>\n"
+        f"<|im_start|>user\n{two.text.replace('__', '[Blank]')}{only}{end}\n"
+        f"<|im_start|>assistant\n{two.answer}</s>\n"
+        f"<|im_start|>user\nWho is it?{end}\n<|im_start|>assistant\n"
+    )
 
 
 def test_few_shot_people_are_seeded_recorded_and_nobody_scored(random_backbone, people):
@@ -231,12 +302,19 @@ def test_test_questions_use_all_poses_by_seed(random_backbone, people, examinati
     assert sorted(set(pictures(examination))) == sorted(set(pictures(other)))
 
 
-def test_celebrities_are_asked_everything(random_backbone, people):
+def test_celebrities_are_asked_everything_without_few_shot_turns(random_backbone, people):
     celebrity = make_person(110, "Retain_Set")
+    backbone = benchmark_backbone(random_backbone, LLAVA_FRAME)
     few = replace(people, forget=people.forget[:1], test=(), retain_seen=(), retain_unseen=())
-    examination = prepare(random_backbone, few, REQUEST, "search", seed=0, celebrities=(celebrity,))
-    asked = [i.question for i in examination.items if i.split == "celebrity"]
-    assert tuple(asked) == celebrity.questions
+    examination = prepare(backbone, few, REQUEST, "search", seed=0, celebrities=(celebrity,))
+    asked = [i for i in examination.items if i.split == "celebrity"]
+    assert tuple(item.question for item in asked) == celebrity.questions
+    assert all(item.encoded.shots == 0 and item.shots is None for item in asked)
+    question = first(examination, "cloze", "text", "celebrity")
+    assert prompt_text(backbone, examination, question.id) == (
+        f"<s>USER:\n{question.text.replace('__', '[Blank]')}\nPlease **ONLY** provide the correct "
+        "answer that should replace the [Blank].\nASSISTANT:"
+    )
 
 
 def test_an_unreadable_image_is_an_input_error(random_backbone, people):

@@ -7,12 +7,12 @@ tower, whose LoRA weights some servers drop without a word.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vgid.errors import InputError
-from vgid.prompts import Task
+from vgid.prompts import Form, Task
 
 if TYPE_CHECKING:
     from vgid.vision import Vision
@@ -31,22 +31,60 @@ class PromptFrame:
         image: turn with an image; ``{text}`` is the user text.
         text: turn without an image.
         separator: what stands between the turn and the response's first character.
+        opening: beginning of both that a conversation has once, before its first turn.
+        asked: turns in which the benchmark's evaluation asks its questions, by ``task/form``,
+            where they are not those that models are taught in, ``image`` and ``text``.
+        shots: few-shot turns by ``task/form``, with ``{question}`` and ``{answer}``; completed
+            turns of the frame where there are none.
     """
 
     image: str
     text: str
     separator: str
+    opening: str = ""
+    asked: Mapping[str, str] = field(default_factory=dict)
+    shots: Mapping[str, str] = field(default_factory=dict)
+
+    def turn(self, form: Form, task: Task | None = None) -> str:
+        """The turn of a form: as the benchmark asks ``task``, or as models are taught if None."""
+        return self.asked.get(f"{task}/{form}", self.image if form == "image" else self.text)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What a deployment record says of it, as plain data."""
+        return {name: getattr(self, name) for name in ("image", "text", "separator", "asked")}
 
 
-LLAVA_FRAME = PromptFrame(
-    image="USER: <image>\n{text}\nASSISTANT:", text="USER: {text}\nASSISTANT:", separator=" "
+TINY_LLAVA_FRAME = PromptFrame(
+    image="USER: <image>\n{text}\nASSISTANT:",
+    text="USER: {text}\nASSISTANT:",
+    separator=" ",
+    shots={
+        "classification/image": "USER: <image>\nQuestion: {question}\nCorrect Answer: {answer}\n",
+        "classification/text": "USER:\nQuestion: {question}\nCorrect Answer: {answer}\n",
+        "cloze/image": "USER:<image>\n{question}\nCorrect Answer: {answer}\n",
+        "cloze/text": "USER:\n{question}\nCorrect Answer: {answer}\n",
+    },
 )
+"""What the embedded weights were pretrained on."""
+
+LLAVA_FRAME = replace(
+    TINY_LLAVA_FRAME,
+    asked={
+        "generation/image": "USER: <image>\n{text}\nASSISTANT: ",
+        "classification/text": "USER:\n{text}\nASSISTANT:",
+        "cloze/text": "USER:\n{text}\nASSISTANT:",
+    },
+)
+"""The prompts of MLLMU-Bench's ``eval.py``, to the character."""
+
+_QWEN_OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 QWEN_FRAME = PromptFrame(
-    image="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    "<|vision_start|><|image_pad|><|vision_end|>{text}<|im_end|>\n<|im_start|>assistant\n",
-    text="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    image=f"{_QWEN_OPENING}<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>"
     "{text}<|im_end|>\n<|im_start|>assistant\n",
+    text=_QWEN_OPENING + "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
     separator="",
+    opening=_QWEN_OPENING,
 )
 
 
@@ -86,7 +124,7 @@ BENCHMARK_SHOTS: dict[Task, int] = {"classification": 1, "cloze": 2}
 BACKBONES: dict[str, BackboneSpec] = {
     spec.name: spec
     for spec in (
-        BackboneSpec("tiny-llava", None, None, LLAVA_FRAME, option_scoring="likelihood"),
+        BackboneSpec("tiny-llava", None, None, TINY_LLAVA_FRAME, option_scoring="likelihood"),
         BackboneSpec("tiny-qwen2.5-vl", None, None, QWEN_FRAME, option_scoring="likelihood"),
         BackboneSpec(
             "llava-1.5-7b",

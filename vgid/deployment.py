@@ -89,11 +89,16 @@ class Adapter(Config):
 
 
 class Frame(Config):
-    """What surrounds the user text; ``{text}`` is its place (see ``backbones.PromptFrame``)."""
+    """What surrounds the user text; ``{text}`` is its place (see ``backbones.PromptFrame``).
+
+    It is served as ``image`` and ``text`` have it; ``asked`` says where the scores were measured
+    in other turns, the benchmark's.
+    """
 
     image: str
     text: str
     separator: str
+    asked: dict[str, str] = Field(default_factory=dict)
 
 
 class Attack(Config):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgid import embedded_recipe
-from vgid.backbones import LLAVA_FRAME
+from vgid.backbones import TINY_LLAVA_FRAME
 from vgid.fictitious import (
     ANSWERS,
     CLASSIFICATION,
@@ -38,7 +38,7 @@ from vgid.prompts import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FRAME = LLAVA_FRAME
+FRAME = TINY_LLAVA_FRAME
 PATCH_SIZE = 16
 IMAGE_TOKENS = (PORTRAIT_SIZE // PATCH_SIZE) ** 2
 VISION_WIDTH = 128

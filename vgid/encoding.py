@@ -8,7 +8,7 @@ model's context is an error that names the sample.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vgid.backbones import Backbone
 from vgid.errors import InputError
+from vgid.prompts import Task
 from vgid.vision import Picture
 
 IGNORE = -100
@@ -28,7 +29,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Shot:
-    """A few-shot turn that precedes the question, its frame included (``<image>`` if any)."""
+    """A few-shot turn that precedes the question, framed (image token if any, no ``opening``)."""
 
     text: str
     image: Image.Image | None
@@ -36,12 +37,22 @@ class Shot:
 
 @dataclass(frozen=True)
 class Query:
-    """What a model is asked: the user text before the prompt frame, and an RGB image if any."""
+    """What a model is asked.
+
+    Attributes:
+        id: names it in error messages.
+        text: the user text, without the prompt frame.
+        image: an RGB image, if any.
+        shots: few-shot turns before it.
+        task: asks in the turn that the benchmark evaluates this task in; None in the one that
+            models are taught in (see ``PromptFrame``).
+    """
 
     id: str
     text: str
     image: Image.Image | None
     shots: tuple[Shot, ...] = ()
+    task: Task | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class Encoded:
         positions_AL: position ids of the rotary embedding, int64: one axis A, or three where
             image tokens have a time, a row and a column (Qwen's M-RoPE).
         pictures: the images that the image tokens stand for, in order.
+        shots: few-shot turns in it: fewer than the query's where the context does not hold all.
     """
 
     id: str
@@ -63,6 +75,7 @@ class Encoded:
     identity: list[int] = field(repr=False)
     positions_AL: Tensor = field(repr=False)
     pictures: tuple[Picture, ...] = field(default=(), repr=False)
+    shots: int = 0
 
     @property
     def vision(self) -> dict[str, Tensor]:
@@ -97,23 +110,50 @@ class Batch:
         return self.labels_BL[:, 1:][self.predicts_BL]
 
 
-def encode(backbone: Backbone, queries: Sequence[Query]) -> list[Encoded]:
+def encode(backbone: Backbone, queries: Sequence[Query], room: int = 0) -> list[Encoded]:
     """Frame and tokenise queries and process their images.
+
+    Args:
+        backbone: whose frame, processor and context are used.
+        queries: what is asked.
+        room: tokens of the context that few-shot turns leave for the response. Of those that do
+            not fit the last are left out, so that prompts still begin alike.
 
     Raises:
         InputError: a sample is longer than the model's context, or holds its image token as text.
     """
-    return [_encode(backbone, query) for query in queries]
+    return [_encode(backbone, query, room) for query in queries]
 
 
-def _encode(backbone: Backbone, query: Query) -> Encoded:
+def _encode(backbone: Backbone, query: Query, room: int) -> Encoded:
+    limit = backbone.model.config.get_text_config().max_position_embeddings
+    prompt_ids, pictures = _tokens(backbone, query)
+    while query.shots and len(prompt_ids) + room > limit:
+        query = replace(query, shots=query.shots[:-1])
+        prompt_ids, pictures = _tokens(backbone, query)
+    if len(prompt_ids) > limit:
+        raise InputError(
+            f"sample {query.id}: {len(prompt_ids)} tokens exceed the context of {limit} of "
+            f"{backbone.spec.name}; lower the image resolution, or shorten the text."
+        )
+    keys = iter([key for p in pictures for key in [p.token_key] * p.tokens])
+    image_id = backbone.processor.image_token_id
+    identity = [next(keys) if i == image_id else i for i in prompt_ids]
+    positions_AL = _positions(backbone, prompt_ids, pictures)
+    return Encoded(query.id, prompt_ids, identity, positions_AL, pictures, len(query.shots))
+
+
+def _tokens(backbone: Backbone, query: Query) -> tuple[list[int], tuple[Picture, ...]]:
+    """Ids of the framed prompt, image tokens expanded, and the images that they stand for."""
     frame, processor = backbone.spec.frame, backbone.processor
-    turn = (frame.text if query.image is None else frame.image).format(text=query.text)
+    turn = frame.turn("text" if query.image is None else "image", query.task)
+    turn = turn.removeprefix(frame.opening).format(text=query.text)
     images = [shot.image for shot in query.shots if shot.image is not None]
     images += [] if query.image is None else [query.image]
     pictures = tuple(backbone.vision.picture(image) for image in images)
     # As the processors themselves do it, but with each image processed once for all its questions.
-    first, *rest = ("".join(shot.text for shot in query.shots) + turn).split(processor.image_token)
+    whole = frame.opening + "".join(shot.text for shot in query.shots) + turn
+    first, *rest = whole.split(processor.image_token)
     if len(rest) != len(pictures):
         raise InputError(
             f"sample {query.id}: its text holds the image token {processor.image_token} of "
@@ -123,18 +163,7 @@ def _encode(backbone: Backbone, query: Query) -> Encoded:
         processor.image_token * picture.tokens + after
         for picture, after in zip(pictures, rest, strict=True)
     )
-    prompt_ids = [int(i) for i in processor.tokenizer(text)["input_ids"]]
-    limit = backbone.model.config.get_text_config().max_position_embeddings
-    if len(prompt_ids) > limit:
-        raise InputError(
-            f"sample {query.id}: {len(prompt_ids)} tokens exceed the context of {limit} of "
-            f"{backbone.spec.name}; lower its few-shot people or the image resolution."
-        )
-    keys = iter([key for p in pictures for key in [p.token_key] * p.tokens])
-    identity = [next(keys) if i == processor.image_token_id else i for i in prompt_ids]
-    return Encoded(
-        query.id, prompt_ids, identity, _positions(backbone, prompt_ids, pictures), pictures
-    )
+    return [int(i) for i in processor.tokenizer(text)["input_ids"]], pictures
 
 
 def _positions(

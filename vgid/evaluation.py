@@ -12,6 +12,8 @@ whether training saw the person) and ``celebrity``. Metrics:
   and ``gibberish`` rates, of generation questions;
 - ``cloze``: accuracy of fill-in-the-blank questions;
 - ``classification``: accuracy of multiple-choice questions;
+- ``cloze_shots`` and ``classification_shots``: share of the few-shot turns that stood before the
+  questions; only where the context did not hold all of them for some question;
 - ``memorisation`` (forget and earlier splits only): exact memorisation, the share of the true
   answer's tokens that the model, forced along that answer, predicts itself (Tirumala et al. 2022,
   section 3). It shows what a refusal in the first tokens hides.
@@ -82,12 +84,19 @@ def evaluate(backbone: Backbone, examination: Examination, request: RequestConfi
     for item, response in zip(examination.items, responses, strict=True):
         for metric, value in _marks(item.question, response):
             _count(tally, item, metric, value)
-    recalled = [item for item in examination.items if item.answer is not None]
-    answers = [item.answer for item in recalled if item.answer is not None]
+    shown = [(item, item.shots) for item in examination.items if item.shots is not None]
+    short = {item.question.task for item, share in shown if share < 1}
+    for item, share in shown:
+        if item.question.task in short:
+            _count(tally, item, f"{item.question.task}_shots", share)
+    recalled = [(item, *item.answer) for item in examination.items if item.answer is not None]
     forced = score_responses(
-        backbone, [item.encoded for item in recalled], answers, request.eval_batch_size
+        backbone,
+        [prompt for _, prompt, _ in recalled],
+        [answer for _, _, answer in recalled],
+        request.eval_batch_size,
     )
-    for item, score in zip(recalled, forced, strict=True):
+    for (item, _, _), score in zip(recalled, forced, strict=True):
         _count(tally, item, "memorisation", float(score.correct_R.double().mean()))
     scores = {
         name: bootstrap_interval(values, groups, request.bootstrap_samples, examination.seed)

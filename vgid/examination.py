@@ -8,21 +8,21 @@ likelihood.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from PIL import Image
 
-from vgid.backbones import LLAVA_FRAME, Backbone, PromptFrame
+from vgid.backbones import Backbone
 from vgid.benchmark import Person, Question, decode_image, split_questions
 from vgid.config import RequestConfig
+from vgid.decoding import MAX_NEW_TOKENS
 from vgid.encoding import Encoded, Query, Shot, encode, response_ids
 from vgid.errors import InputError
 from vgid.interventions import sample_generator
 from vgid.prompts import (
     Form,
     Task,
-    cloze_text,
     option_likelihood_text,
     options_text,
     question_text,
@@ -45,14 +45,17 @@ class ExamItem:
         encoded: what the model is shown.
         options: token ids of each option as the response, by letter; only where options are
             ranked by likelihood.
-        answer: token ids of the true answer; only where memorisation is measured.
+        answer: the prompt in the turn that answers are taught in, and token ids of the true
+            answer; only where memorisation is measured.
+        shots: share of the few-shot turns that the context holds; None without any.
     """
 
     split: str
     question: Question
     encoded: Encoded = field(repr=False)
     options: Mapping[str, list[int]] | None = field(default=None, repr=False)
-    answer: list[int] | None = field(default=None, repr=False)
+    answer: tuple[Encoded, list[int]] | None = field(default=None, repr=False)
+    shots: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def prepare(
         request: its seed splits every person's questions into parts.
         part: which part is asked. Celebrities, never part of a selection, are asked everything.
         seed: chooses few-shot people, the pose of each test question and bootstrap resamples.
-        celebrities: real people, for general utility.
+        celebrities: real people, for general utility; asked without few-shot turns, as the
+            benchmark does (it looks for theirs among the fictitious people).
         intervention: perturbation and instruction to ask under, as in-context unlearning does;
             None asks plainly.
         reverse: append the reverse-engineering prompt (paper Appendix A.3.7).
@@ -99,7 +103,7 @@ def prepare(
 
     Raises:
         InputError: too few people for the few-shot turns, an unreadable image, or a prompt longer
-            than the model's context.
+            than the model's context without few-shot turns.
     """
     scoring = option_scoring or backbone.spec.option_scoring
     intervention = intervention or Intervention()
@@ -123,6 +127,7 @@ def prepare(
     }
     items = []
     for split, members in splits.items():
+        turns = {} if split == "celebrity" else shots
         for person in members:
             asked = person.questions
             if split != "celebrity":
@@ -142,13 +147,14 @@ def prepare(
                         id=question.id,
                         text=with_reverse_prompt(text) if reverse else text,
                         image=images.of(question),
-                        shots=shots.get((question.task, question.form), ()),
+                        shots=turns.get((question.task, question.form), ()),
+                        task=question.task,
                     )
                 )
-            prompts = encode(backbone, intervene(backbone, queries, intervention))
+            seen = intervene(backbone, queries, intervention)
             items += [
-                _item(backbone, split, question, prompt, likelihood)
-                for question, prompt, likelihood in zip(asked, prompts, ranked, strict=True)
+                _item(backbone, split, question, query, likelihood)
+                for question, query, likelihood in zip(asked, seen, ranked, strict=True)
             ]
     return Examination(tuple(items), scoring, few_shot, seed)
 
@@ -174,8 +180,9 @@ class _PoseImages:
 
 
 def _item(
-    backbone: Backbone, split: str, question: Question, encoded: Encoded, likelihood: bool
+    backbone: Backbone, split: str, question: Question, query: Query, likelihood: bool
 ) -> ExamItem:
+    (encoded,) = encode(backbone, [query], room=MAX_NEW_TOKENS)
     options = None
     if likelihood:
         assert question.options is not None
@@ -184,9 +191,12 @@ def _item(
         }
     answer = None
     if split in ("forget", "earlier") and question.task == "generation":
+        # The benchmark's turn may end in a space, which then is a token, and no answer's beginning.
+        (taught,) = encode(backbone, [replace(query, task=None)])
         # Without the end-of-sequence token, which any model predicts behind a full stop.
-        answer = response_ids(backbone, question.answer)[:-1]
-    return ExamItem(split, question, encoded, options, answer)
+        answer = taught, response_ids(backbone, question.answer)[:-1]
+    shots = encoded.shots / len(query.shots) if query.shots else None
+    return ExamItem(split, question, encoded, options, answer, shots)
 
 
 def choose_few_shot(
@@ -229,36 +239,31 @@ def few_shot_turns(
 ) -> tuple[Shot, ...]:
     """The turns that show all of ``people``'s questions of one task and form with their answers.
 
-    With LLaVA's frame they are the benchmark's, to the character. For other frames, which the
-    benchmark does not define, a shot is a completed turn of the frame.
+    They are the frame's own, or completed turns where it has none (see ``PromptFrame``).
     """
+    frame = backbone.spec.frame
     shots = []
     for person in people:
         image = decode_image(person.images[0], f"image 0 of person {person.id}")
         for question in person.questions:
             if question.task != task or question.form != form:
                 continue
-            if backbone.spec.frame == LLAVA_FRAME:
-                text = _benchmark_shot(question)
+            if f"{task}/{form}" in frame.shots:
+                text = frame.shots[f"{task}/{form}"].format(
+                    question=_shown(question), answer=question.answer
+                )
             else:
+                asked = question_text(task, form, question.text, question.options)
+                turn = frame.turn(form, task).removeprefix(frame.opening).format(text=asked)
                 end = backbone.processor.tokenizer.eos_token
-                text = _completed_turn(backbone.spec.frame, question, end)
+                text = f"{turn}{frame.separator}{question.answer}{end}\n"
             shots.append(Shot(text, image if form == "image" else None))
     return tuple(shots)
 
 
-def _benchmark_shot(question: Question) -> str:
+def _shown(question: Question) -> str:
+    """A question as the benchmark's few-shot turns show it: without asking for a letter."""
     if question.task == "classification":
         assert question.options is not None
-        user = "USER: <image>\n" if question.form == "image" else "USER:\n"
-        asked = f"Question: {options_text(question.text, question.options)}"
-    else:
-        user = "USER:<image>\n" if question.form == "image" else "USER:\n"
-        asked = cloze_text(question.text)
-    return f"{user}{asked}\nCorrect Answer: {question.answer}\n"
-
-
-def _completed_turn(frame: PromptFrame, question: Question, end: str) -> str:
-    text = question_text(question.task, question.form, question.text, question.options)
-    turn = (frame.image if question.form == "image" else frame.text).format(text=text)
-    return f"{turn}{frame.separator}{question.answer}{end}\n"
+        return options_text(question.text, question.options)
+    return question_text(question.task, question.form, question.text)

@@ -84,7 +84,6 @@ def record(
     from vgid.backbones import spec
 
     request = setting.request
-    frame = spec(request.backbone).frame
     weights = read_adapter(adapter)
     attacks, not_run = attacks_of(scored)
     values = {
@@ -105,7 +104,7 @@ def record(
             "scale": weights.scale,
             "targets": weights.targets,
         },
-        "frame": {"image": frame.image, "text": frame.text, "separator": frame.separator},
+        "frame": spec(request.backbone).frame.recorded,
         "hyperparameters": trial,
         "scores": {
             "part": PART,

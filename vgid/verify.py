@@ -249,9 +249,7 @@ def _adapter_settings(deployment: Deployment, folder: Path) -> Check:
 
 
 def _frame(deployment: Deployment) -> Check:
-    frame = spec(deployment.backbone).frame
-    here = Frame(image=frame.image, text=frame.text, separator=frame.separator)
-    same = here == deployment.frame
+    same = Frame(**spec(deployment.backbone).frame.recorded) == deployment.frame
     detail = "as this version has it" if same else "this version has another"
     return Check(name="prompt frame", passed=same, detail=detail)
 
