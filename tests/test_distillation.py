@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_random_backbone
 from tests.test_teacher import samples, teachers
 from vgid.adapter import attached, loaded
+from vgid.checkpoint import FILE_NAME
 from vgid.config import TrialConfig, uses
 from vgid.distillation import (
     DistillationSet,
@@ -184,6 +187,28 @@ def test_checkpoint_of_another_trial_or_a_torn_one_is_not_used(
     (tmp_path / "state.safetensors").write_bytes(b"torn")
     _, reports = train(random_backbone, forget, retain, trial_id="8", checkpoint=tmp_path)
     assert [r.epoch for r in reports] == [1, 2]
+
+
+@pytest.mark.parametrize("fault", ["missing", "surplus", "shape"])
+def test_a_checkpoint_of_other_parameters_is_not_used(
+    random_backbone, forget, retain, tmp_path, fault
+):
+    train(random_backbone, forget, retain, trial_id="7", checkpoint=tmp_path)
+    with safe_open(tmp_path / FILE_NAME, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / FILE_NAME)
+    name = min(n for n in tensors if n.startswith("parameter/"))
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "surplus":
+        tensors |= {n.replace("layers.0.", "layers.9."): x.clone() for n, x in tensors.items()}
+    else:
+        tensors[name] = torch.zeros(1, 1)
+    save_file(tensors, tmp_path / FILE_NAME, metadata)
+    state, reports = train(random_backbone, forget, retain, trial_id="7", checkpoint=tmp_path)
+    fresh, _ = train(random_backbone, forget, retain)
+    assert len(reports) == CONFIG.epochs
+    assert all(torch.equal(state[n], fresh[n]) for n in fresh)
 
 
 def test_saved_adapter_loads_and_unloads(random_backbone, forget, retain, tmp_path):

@@ -41,29 +41,59 @@ def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
     )
     student = get_peft_model(backbone.model, config)
     try:
-        if trial.gradient_checkpointing:
-            # Without gradients on the inputs, checkpointed blocks leave LoRA untrained.
-            backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
-            backbone.model.enable_input_require_grads()
-        yield student
+        with checkpointed(backbone.model, trial.gradient_checkpointing):
+            yield student
     finally:
-        if trial.gradient_checkpointing:
-            backbone.model.gradient_checkpointing_disable()
-            backbone.model.disable_input_require_grads()
         _detach(backbone, student)
 
 
 @contextmanager
-def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
-    """Attach a saved adapter for evaluation; yields the ``PeftModel``, takes it off on leaving."""
-    from peft import PeftModel
-
-    _silence_renaming()
-    student = PeftModel.from_pretrained(backbone.model, adapter)
+def checkpointed(model: Any, on: bool) -> Iterator[None]:
+    """Gradient checkpointing of a model, if it is wanted; on leaving, the model is as it was."""
+    if not on:
+        yield
+        return
     try:
-        yield student.eval()
+        # Enabling it also hooks the input embeddings, whose outputs then require gradients: without
+        # them checkpointed blocks leave LoRA untrained. Hooked again, the first hooks' handles
+        # would be lost, and disabling it takes none away from a model that transformers itself
+        # gave no adapter.
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        model.disable_input_require_grads()
+
+
+@contextmanager
+def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
+    """Attach a saved adapter for evaluation; yields the ``PeftModel``, takes it off on leaving.
+
+    Raises:
+        InputError: see ``load_saved``.
+    """
+    student = load_saved(backbone, adapter)
+    try:
+        yield student
     finally:
         _detach(backbone, student)
+
+
+def load_saved(backbone: Backbone, adapter: Path) -> Any:
+    """Attach a saved adapter; every path that loads one comes through here.
+
+    Returns:
+        The ``PeftModel``, in evaluation mode.
+
+    Raises:
+        InputError: no plain LoRA adapter of the language model, or not all of one
+            (``adapter_files.LoraWeights.check``); the base is as it was.
+    """
+    from peft import PeftModel
+
+    read_adapter(adapter).check(backbone.model, backbone.spec.lora_targets)
+    _silence_renaming()
+    return PeftModel.from_pretrained(backbone.model, adapter).eval()
 
 
 def merge(backbone: Backbone, adapter: Path) -> None:
@@ -73,15 +103,9 @@ def merge(backbone: Backbone, adapter: Path) -> None:
     and projector are unchanged, so image features are still the original base's.
 
     Raises:
-        InputError: no plain LoRA adapter of the language model.
+        InputError: see ``load_saved``.
     """
-    from peft import PeftModel
-
-    weights = read_adapter(adapter)
-    weights.check_targets(backbone.spec.lora_targets)
-    _silence_renaming()
-    student = PeftModel.from_pretrained(backbone.model, adapter)
-    merged = student.merge_and_unload()
+    merged = load_saved(backbone, adapter).merge_and_unload()
     assert merged is backbone.model
     _freeze(merged)
     digest = hashlib.sha256(backbone.revision.encode())

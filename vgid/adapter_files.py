@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vgid.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
@@ -27,14 +27,17 @@ _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.wei
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
+    "init_lora_weights": (True, False, "gaussian"),
 }
-"""What the settings of plain LoRA may be; anything else adds weights or another scale."""
+"""What these settings of plain LoRA may be."""
+
+_WITHOUT_EFFECT = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "inference_mode"),
+    *("peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("megatron_core", "qalora_group_size"),
+}
+"""Settings that are read, or that change nothing by themselves. Any other that is set adds weights,
+leaves modules out, or scales in another way (``peft.LoraConfig``)."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,52 @@ class LoraWeights:
                 )
         return {module: (sides[module]["A"], sides[module]["B"]) for module in sorted(sides)}
 
+    def check(self, base: "nn.Module", targets: str) -> None:
+        """Every module of the base that the adapter's own pattern names has its weights.
+
+        peft takes an adapter that lacks some, or has others, with a warning at most, and what was
+        forgotten is told again.
+
+        Args:
+            base: the model, or its skeleton (``backbones.skeleton``).
+            targets: see ``check_targets``.
+
+        Raises:
+            InputError: a module has no weights, weights have no module or another shape than in
+                the base, or a weight is outside the language model.
+        """
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        self.check_targets(targets)
+        config = LoraConfig(target_modules=self.config["target_modules"])
+        try:
+            named = {
+                name: tuple(getattr(getattr(module, "weight", None), "shape", ()))
+                for name, module in base.named_modules()
+                if check_target_module_exists(config, name)
+            }
+        except re.error:
+            raise InputError(
+                f"{self.folder / CONFIG}: target_modules is no regular expression; restore the "
+                "adapter's files."
+            ) from None
+        found = {name: (b.shape[0], a.shape[1]) for name, (a, b) in self.modules.items()}
+        faults = {
+            "has no weights": named.keys() - found.keys(),
+            "is no target module of the base": found.keys() - named.keys(),
+            "has another shape than in the base": {
+                name for name in named.keys() & found.keys() if named[name] != found[name]
+            },
+        }
+        for fault, modules in faults.items():
+            if modules:
+                raise InputError(
+                    f"{self.folder / WEIGHTS}: {min(modules)} {fault} (so {len(modules)} of "
+                    f"{len(named)}); restore the adapter's files, or name the base that it was "
+                    "trained on."
+                )
+
     def check_targets(self, targets: str) -> None:
         """Every weight belongs to a module that ``targets`` matches: the language model's.
 
@@ -126,14 +175,22 @@ def read_adapter(folder: Path) -> LoraWeights:
         raise InputError(
             f"{folder}: {surplus[0]} is no part of an adapter; keep {CONFIG} and {WEIGHTS} only."
         )
-    if not isinstance(config, dict) or not {"r", "lora_alpha", "target_modules"} <= config.keys():
+    if not isinstance(config, dict) or not _is_lora(config):
         raise InputError(
             f"{folder / CONFIG}: is no LoRA configuration; name a PEFT adapter folder."
         )
-    for key, plain in _PLAIN.items():
-        if config.get(key, plain[0]) not in plain:
+    for key, value in config.items():
+        if key not in _WITHOUT_EFFECT and (value not in _PLAIN[key] if key in _PLAIN else value):
             raise InputError(f"{folder / CONFIG}: {key} is set; only plain LoRA can be shipped.")
     return LoraWeights(folder, config, tensors)
+
+
+def _is_lora(config: Mapping[str, Any]) -> bool:
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    targets = config.get("target_modules")
+    names = [targets] if isinstance(targets, str) else targets
+    numbers = isinstance(rank, int) and rank > 0 and isinstance(alpha, (int, float))
+    return numbers and isinstance(names, list) and all(isinstance(name, str) for name in names)
 
 
 def copy_adapter(source: Path, target: Path, base: str | None, revision: str) -> None:

@@ -251,10 +251,9 @@ def load(name: str, model_path: str | None = None, device: str | None = None) ->
         device: torch device, by default the first GPU if there is one.
 
     Raises:
-        InputError: unknown name, or weights that cannot be found.
+        InputError: unknown name, or weights that cannot be found or are not all there.
     """
     import torch
-    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
     from vgid.qwen_processor import processor_class
@@ -263,19 +262,57 @@ def load(name: str, model_path: str | None = None, device: str | None = None) ->
     row = spec(name)
     folder = locate(row, model_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=torch.float32 if device == "cpu" else torch.bfloat16,
-        attn_implementation="sdpa",
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+    model = _whole_model(folder, torch.float32 if device == "cpu" else torch.bfloat16)
     processor = processor_class(model.config.model_type).from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
     model.requires_grad_(False)
     return Backbone(row, model.eval().to(device), processor, revision_of(folder))
+
+
+def _whole_model(folder: Path, dtype: Any) -> Any:
+    """The model of a folder; transformers makes up what its files lack, with a report at most."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told here as well
+        )
+    except SafetensorError:
+        raise InputError(
+            f"{folder}: a *.safetensors file is damaged; restore it or name another folder with "
+            "--model-path."
+        ) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    lacking = sorted((*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])))
+    if lacking:
+        raise InputError(
+            f"{folder}: {len(lacking)} weights of the model are missing or of another shape, such "
+            f"as {lacking[0]}; restore the folder or name another with --model-path."
+        )
+    return model
+
+
+def skeleton(folder: Path) -> Any:
+    """The model of a base's folder without its weights, on torch's meta device."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
 
 
 def revision_of(folder: Path) -> str:

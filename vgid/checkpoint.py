@@ -45,7 +45,8 @@ def load_checkpoint(
     """Load the state of trial ``trial_id`` into its parameters, optimizer and schedule.
 
     Returns:
-        The number of epochs already done: 0 if the folder holds no state of this trial.
+        The number of epochs already done: 0 if the folder holds no state of this trial, or one
+        that is not that of these very parameters; the trial then begins anew.
     """
     try:
         with safe_open(folder / FILE_NAME, "pt") as file:
@@ -54,6 +55,11 @@ def load_checkpoint(
                 return 0
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (FileNotFoundError, SafetensorError):
+        return 0
+    kinds = ("parameter", "step", "exp_avg", "exp_avg_sq")
+    if tensors.keys() != {f"{kind}/{name}" for name in parameters for kind in kinds} or any(
+        tensors[f"parameter/{name}"].shape != x.shape for name, x in parameters.items()
+    ):
         return 0
     epochs_done = int(metadata["epochs_done"])
     with torch.no_grad():

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from vgid.adapter_files import copy_adapter, read_adapter
-from vgid.backbones import locate, revision_of, spec
+from vgid.backbones import locate, revision_of, skeleton, spec
 from vgid.config import Config
 from vgid.deployment import Deployment, hash_files, read_deployment
 from vgid.errors import InputError
@@ -47,7 +47,8 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
 
     Raises:
         InputError: the file or its adapter was changed, the base is not there or another one, the
-            adapter holds a weight outside the language model, or the output cannot be written.
+            adapter lacks a weight or holds one outside the language model, or the output cannot be
+            written.
     """
     output = output.expanduser().absolute()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
@@ -57,8 +58,8 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
     if hash_files(folder) != deployment.adapter.files:
         raise InputError(f"{folder}: is not the adapter of {file}; see `vgid verify {file}`.")
     adapter = read_adapter(folder)
-    adapter.check_targets(spec(deployment.backbone).lora_targets)
     base = find_base(deployment, model_path)
+    adapter.check(skeleton(base), spec(deployment.backbone).lora_targets)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         copy_adapter(folder, temporary / ADAPTER, deployment.base.hub_id, deployment.base.revision)

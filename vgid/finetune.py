@@ -215,13 +215,10 @@ def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
     learning = (model.model.language_model, model.lm_head)
     for module in learning:
         module.float().requires_grad_(True)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
-        yield None
+        with adapter.checkpointed(model, config.gradient_checkpointing):
+            yield None
     finally:
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_disable()
         for module in learning:
             module.to(dtype).requires_grad_(False)
         model.eval()

@@ -226,6 +226,7 @@ def _score_and_choose(
     parent: Ancestor | None,
     tell: Callable[[str], None],
 ) -> _Decision:
+    from vgid.adapter_files import read_adapter
     from vgid.trial import TrialSession
 
     session = TrialSession(request)
@@ -234,6 +235,9 @@ def _score_and_choose(
             f"{source.name}: the base model is not the one that it was run on; name that one with "
             "--model-path."
         )
+    backbone = session.backbone
+    for trial in source.trials:  # all of them, before the first is scored for minutes
+        read_adapter(trial.adapter).check(backbone.model, backbone.spec.lora_targets)
     seeds = pick_seeds(source.config.seed, config.seeds)
     candidates = score_front(session, source.trials, seeds, tell)
     choice = choose(candidates.marks(), config.rule, config.bounds)

@@ -75,11 +75,9 @@ def load_deployed(
         device: torch device, by default the first GPU if there is one.
 
     Raises:
-        InputError: a file changed, or the base is another one.
+        InputError: a file changed, the adapter is not whole, or the base is another one.
     """
-    from peft import PeftModel
-
-    from vgid import backbones
+    from vgid import adapter, backbones
 
     deployment, _ = read_deployment(file)
     folder = deployment.adapter_folder(file)
@@ -91,8 +89,7 @@ def load_deployed(
             f"{file}: was made for base revision {deployment.base.revision[:12]}, found "
             f"{backbone.revision[:12]}; name the right base with model_path."
         )
-    student = PeftModel.from_pretrained(backbone.model, folder)
-    return DeployedModel(deployment, backbone, student.eval())
+    return DeployedModel(deployment, backbone, adapter.load_saved(backbone, folder))
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> DeployedModel:

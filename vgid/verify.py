@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vgid.adapter_files import read_adapter
-from vgid.backbones import locate, revision_of, spec
+from vgid.backbones import locate, revision_of, skeleton, spec
 from vgid.benchmark import Benchmark
 from vgid.config import Config, RequestConfig, parse
 from vgid.deployment import Deployment, Frame, hash_files, read_deployment
@@ -170,9 +170,9 @@ def verify(
     checks.append(Check(name="seal", passed=True, detail=f"sha256 {sha256}"))
     folder = target / EXPORTED_ADAPTER if exported else deployment.adapter_folder(file)
     checks += [_adapter_files(deployment, folder), _frame(deployment)]
-    if checks[-2].passed:
-        checks.append(_adapter_settings(deployment, folder))
     base = locate(spec(deployment.backbone), model_path or deployment.base.model_path)
+    if checks[-2].passed:
+        checks.append(_adapter_settings(deployment, folder, base))
     checks.append(_same("base", deployment.base.revision, revision_of(base), "revision"))
     scores: tuple[ScoreCheck, ...] = ()
     with _data(deployment, file, data, optional=hashes_only) as benchmark:
@@ -232,11 +232,11 @@ def _adapter_files(deployment: Deployment, folder: Path) -> Check:
     return Check(name="adapter files", passed=not told, detail=detail)
 
 
-def _adapter_settings(deployment: Deployment, folder: Path) -> Check:
-    """The adapter is what the record says of it, and the language model's only."""
+def _adapter_settings(deployment: Deployment, folder: Path, base: Path) -> Check:
+    """The adapter is what the record says of it, whole, and the language model's only."""
     try:
         adapter = read_adapter(folder)
-        adapter.check_targets(spec(deployment.backbone).lora_targets)
+        adapter.check(skeleton(base), spec(deployment.backbone).lora_targets)
     except InputError as error:
         return Check(name="adapter", passed=False, detail=str(error))
     recorded = deployment.adapter

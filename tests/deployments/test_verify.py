@@ -17,6 +17,8 @@ from tests.deployments.test_signing import make_keys
 from tests.tiny_benchmark import write_tiny
 from vgid.deployment import Deployment, hash_files, read_deployment, write_deployment
 from vgid.errors import InputError
+from vgid.export import export
+from vgid.serving import load_deployed
 from vgid.signing import sign
 from vgid.verify import Verification, verify
 
@@ -135,6 +137,23 @@ def test_a_vision_weight_in_the_adapter_is_found(file, hashes):
     found = hashes(file)
     assert failed(found) == ["adapter"]
     assert "outside the language model" in next(c.detail for c in found.checks if not c.passed)
+
+
+def test_an_adapter_that_is_not_whole_is_found_and_neither_exported_nor_served(
+    file, hashes, tmp_path
+):
+    path = adapter(file) / WEIGHTS
+    tensors = load_file(path)
+    save_file({n: x for n, x in tensors.items() if ".layers.0." not in n}, path)
+    files = hash_files(adapter(file))
+    reseal(file, lambda d: {"adapter": d.adapter.model_copy(update={"files": files})})
+    found = hashes(file)
+    assert failed(found) == ["adapter"]
+    assert "has no weights (so 7 of 28)" in next(c.detail for c in found.checks if not c.passed)
+    for take in (load_deployed, lambda file: export(file, tmp_path / "out")):
+        with pytest.raises(InputError, match="has no weights"):
+            take(file)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_base_or_benchmark_is_found(file, hashes, tmp_path):

@@ -1,0 +1,176 @@
+"""A saved adapter is taken whole or not at all, and a base is left as it was found."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import make_random_backbone
+from vgid import adapter
+from vgid.adapter_files import CONFIG, WEIGHTS, read_adapter
+from vgid.backbones import Backbone, load, skeleton
+from vgid.config import TrialConfig
+from vgid.embedded_model import save
+from vgid.errors import InputError
+from vgid.finetune import FinetuneConfig, trainable
+
+LAYER = "base_model.model.model.language_model.layers."
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, random_backbone) -> Path:
+    folder = tmp_path_factory.mktemp("adapter") / "whole"
+    with adapter.attached(random_backbone, TrialConfig(lora_rank=2)) as student:
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+        adapter.save(student, folder)
+    return folder
+
+
+def without_layer_0(tensors: Tensors) -> Tensors:
+    return {name: x for name, x in tensors.items() if not name.startswith(f"{LAYER}0.")}
+
+
+def layer_0_called_9(tensors: Tensors) -> Tensors:
+    return {name.replace(f"{LAYER}0.", f"{LAYER}9."): x for name, x in tensors.items()}
+
+
+def one_more_layer(tensors: Tensors) -> Tensors:
+    return {**tensors, **{n: x.clone() for n, x in layer_0_called_9(tensors).items()}}
+
+
+def without_one_map(tensors: Tensors) -> Tensors:
+    return {n: x for n, x in tensors.items() if not n.startswith(f"{LAYER}2.mlp.up_proj.")}
+
+
+def another_width(tensors: Tensors) -> Tensors:
+    name = f"{LAYER}1.self_attn.q_proj.lora_A.weight"
+    return {**tensors, name: torch.cat([tensors[name]] * 2, dim=1)}
+
+
+FAULTS: list[tuple[Callable[[Tensors], Tensors], str]] = [
+    (without_layer_0, r"layers\.0\.\S+ has no weights \(so 7 of 28\)"),
+    (layer_0_called_9, r"layers\.0\.\S+ has no weights \(so 7 of 28\)"),
+    (one_more_layer, r"layers\.9\.\S+ is no target module of the base \(so 7 of 28\)"),
+    (without_one_map, r"layers\.2\.mlp\.up_proj has no weights \(so 1 of 28\)"),
+    (another_width, r"layers\.1\.self_attn\.q_proj has another shape than in the base"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), FAULTS)
+def test_an_adapter_that_is_not_whole_is_refused_and_the_base_is_as_before(
+    random_backbone, whole, tmp_path, damage, message
+):
+    folder = tmp_path / "damaged"
+    shutil.copytree(whole, folder)
+    save_file(damage(load_file(whole / WEIGHTS)), folder / WEIGHTS)
+    modules = [name for name, _ in random_backbone.model.named_modules()]
+    revision = random_backbone.revision
+    for take in (adapter.merge, adapter.load_saved):
+        with pytest.raises(InputError, match=message):
+            take(random_backbone, folder)
+    with pytest.raises(InputError, match=message), adapter.loaded(random_backbone, folder):
+        pass
+    assert [name for name, _ in random_backbone.model.named_modules()] == modules
+    assert random_backbone.revision == revision
+
+
+def test_settings_that_leave_modules_out_or_change_the_base_are_refused(whole, tmp_path):
+    others = {
+        "layers_to_transform": [1],
+        "exclude_modules": ["q_proj"],
+        "layer_replication": [[0, 2], [1, 3]],
+        "lora_bias": True,
+        "init_lora_weights": "pissa",
+        "target_parameters": ["weight"],
+        "a_setting_of_a_later_release": {"x": 1},
+    }
+    for key, value in others.items():
+        folder = tmp_path / key
+        shutil.copytree(whole, folder)
+        config = json.loads((folder / CONFIG).read_text()) | {key: value}
+        (folder / CONFIG).write_text(json.dumps(config))
+        with pytest.raises(InputError, match=f"{key} is set; only plain LoRA"):
+            read_adapter(folder)
+    for key, value in (("r", "8"), ("r", 0), ("target_modules", None), ("target_modules", [1])):
+        config = json.loads((whole / CONFIG).read_text()) | {key: value}
+        (folder / CONFIG).write_text(json.dumps(config))
+        with pytest.raises(InputError, match="is no LoRA configuration"):
+            read_adapter(folder)
+
+
+def test_what_is_whole_is_taken_and_its_own_pattern_is_what_counts(
+    random_backbone, whole, tmp_path
+):
+    """An adapter of fewer maps than ours is whole, if it has all that it says it has."""
+    read_adapter(whole).check(random_backbone.model, random_backbone.spec.lora_targets)
+    folder = tmp_path / "narrow"
+    shutil.copytree(whole, folder)
+    tensors = load_file(whole / WEIGHTS)
+    save_file({n: x for n, x in tensors.items() if ".q_proj." in n}, folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(
+        json.dumps(config | {"target_modules": r".*language_model.*\.q_proj"})
+    )
+    with adapter.loaded(random_backbone, folder) as student:
+        found = {n for n, _ in student.named_parameters() if "lora_" in n}
+    assert found == {n.replace(".weight", ".default.weight") for n in tensors if ".q_proj." in n}
+    (folder / CONFIG).write_text(json.dumps(config | {"target_modules": "*("}))
+    with pytest.raises(InputError, match="target_modules is no regular expression"):
+        adapter.load_saved(random_backbone, folder)
+
+
+def test_a_base_whose_weights_are_not_all_there_is_refused(tmp_path):
+    backbone = make_random_backbone()
+    folder = tmp_path / "base"
+    save(backbone.model, backbone.processor, folder)
+    shapes = {n: m.weight.shape for n, m in backbone.model.named_modules() if n.endswith("_proj")}
+    model = skeleton(folder)
+    assert {n: m.weight.shape for n, m in model.named_modules() if n.endswith("_proj")} == shapes
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "layers.0.self_attn.q_proj" in name)
+    for damaged in (
+        {n: x for n, x in tensors.items() if n != name},
+        {**tensors, name: torch.zeros(3, 3)},
+    ):
+        save_file(damaged, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(InputError, match=r"1 weights of the model are missing .*q_proj"):
+            load("tiny-llava", str(folder))
+    torn = (folder / "model.safetensors").read_bytes()[:-100]
+    (folder / "model.safetensors").write_bytes(torn)
+    with pytest.raises(InputError, match="file is damaged; restore it"):
+        load("tiny-llava", str(folder))
+
+
+def hooks(backbone: Backbone) -> int:
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        for module in backbone.model.modules()
+    )
+
+
+def test_gradient_checkpointing_leaves_no_hook_on_the_base():
+    """Of trials, and of ``vgid finetune`` with and without an adapter."""
+    backbone = make_random_backbone()
+    before = hooks(backbone)
+    trial = TrialConfig(lora_rank=2, gradient_checkpointing=True)
+    own = [
+        FinetuneConfig(data=Path("x"), output=Path("x"), gradient_checkpointing=True, full=full)
+        for full in (False, True)
+    ]
+    runs = [adapter.attached(backbone, trial), *(trainable(backbone, config) for config in own)]
+    for run in [*runs, adapter.attached(backbone, trial)]:
+        with run:
+            assert hooks(backbone) > before
+            embeddings = backbone.model.get_input_embeddings()
+            assert embeddings(torch.tensor([[1]])).requires_grad, "LoRA would not be trained"
+        assert hooks(backbone) == before
+        assert not backbone.model.is_gradient_checkpointing
