@@ -129,7 +129,9 @@ def test_options_are_ranked_as_a_loop_over_full_logits_ranks_them(
 def test_memorisation_is_asked_of_the_forget_peoples_answers(random_backbone, examination):
     for item in examination.items:
         if item.split == "forget" and item.question.task == "generation":
-            assert item.answer == tokens_of(random_backbone, item.question.answer)
+            assert item.answer is not None
+            assert item.answer[0].prompt_ids == item.encoded.prompt_ids  # one turn for both here
+            assert item.answer[1] == tokens_of(random_backbone, item.question.answer)
         else:
             assert item.answer is None
 
@@ -146,7 +148,7 @@ def test_memorisation_is_the_share_of_answer_tokens_that_full_logits_put_first(
             answer[2 * place + 1] = 7 + place
         logits = full_logits(random_backbone, item.encoded.prompt_ids, item.encoded.vision, answer)
         shares.append((logits.argmax(-1) == torch.tensor(answer)).double().mean().item())
-        items.append(replace(item, answer=answer))
+        items.append(replace(item, answer=(item.encoded, answer)))
     result = evaluate(random_backbone, replace(examination, items=tuple(items)), REQUEST)
     score = result.scores["forget_memorisation"]
     assert len(set(shares)) > 2
