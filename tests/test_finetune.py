@@ -24,6 +24,7 @@ from vgid.encoding import Query, collate, encode, response_ids
 from vgid.errors import InputError
 from vgid.finetune import FinetuneConfig, Training, finetune, response_loss, trainable
 from vgid.finetune_data import encode_samples, read_samples
+from vgid.weight_names import save_weights
 
 NAMES = {"llava": "tiny-llava", "qwen": "qwen2.5-vl-3b"}
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
@@ -50,7 +51,7 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """Backbone name and folder of a base."""
     folder = tmp_path_factory.mktemp(request.param)
     made = make_random_backbone() if request.param == "llava" else make_random_qwen()
-    made.model.save_pretrained(folder)
+    save_weights(made.model, folder)
     made.processor.save_pretrained(folder)
     return NAMES[request.param], folder
 
@@ -213,7 +214,7 @@ def test_the_folder_has_the_hubs_layout_and_tells_how_it_was_made(base, data, tm
 def test_the_command(data, tmp_path):
     base = tmp_path / "base"
     made = make_random_backbone()
-    made.model.save_pretrained(base)
+    save_weights(made.model, base)
     made.processor.save_pretrained(base)
 
     def run(*args: object) -> subprocess.CompletedProcess[str]:

@@ -34,6 +34,7 @@ from vgid.prompts import (
     generation_text,
     option_likelihood_text,
 )
+from vgid.weight_names import save_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -227,8 +228,8 @@ def positions(model: Any, ids: Sequence[int]) -> "Tensor":
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
-    """Write weights (one safetensors file), configs, processor and tokenizer into ``folder``."""
-    model.save_pretrained(folder)
+    """Write weights (one safetensors file, the hub's names), configs, processor and tokenizer."""
+    save_weights(model, folder)
     processor.save_pretrained(folder)
     for path in folder.iterdir():
         path.chmod(0o644)  # safetensors writes files that only their owner can read

@@ -46,6 +46,7 @@ from vgid.errors import InputError
 from vgid.finetune_data import Sample, encode_samples, read_samples
 from vgid.packing import hidden_states, pack
 from vgid.summary import provenance
+from vgid.weight_names import save_weights
 
 PROVENANCE = "finetuned.json"
 """Beside the weights: how they were made."""
@@ -374,7 +375,7 @@ def _write(backbone: Backbone, base: Path, record: dict[str, Any], output: Path)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        backbone.model.save_pretrained(temporary)
+        save_weights(backbone.model, temporary)
         for path in sorted(base.iterdir()):
             index = path.name.endswith(".index.json")
             if path.suffix in _COPIED and path.name not in _NOT_COPIED and not index:

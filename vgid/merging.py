@@ -1,6 +1,7 @@
 """Merges an adapter into its base: safetensors in, safetensors out, one shard in memory at a time.
 
-Names, dtypes and shards stay the base's, so that whatever loads the base loads what is merged.
+Dtypes and shards stay the base's, and names are the hub's (``vgid.weight_names``), so that whatever
+loads the public base loads what is merged.
 
 Shape legend: r rank, I inputs and O outputs of a linear map.
 """
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from vgid.adapter_files import LoraWeights
 from vgid.errors import InputError
+from vgid.weight_names import WeightNames
 
 INDEX = "model.safetensors.index.json"
-LANGUAGE_MODEL = "language_model."
 
 _COPIED = (".json", ".jinja", ".txt", ".model")
 _RECORDS = ("MEASURED.json", "finetuned.json")
@@ -37,23 +38,29 @@ def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
         InputError: a module of the adapter is not in the base, or of another shape.
     """
     output.mkdir(parents=True)
+    names = WeightNames.of_folder(base)
     shards = _shards(base)
-    places = _places(base, shards, adapter.modules)
+    places = _places(base, shards, adapter.modules, names)
     for shard in shards:
         with safe_open(base / shard, "pt") as file:
-            names = list(file.keys())
-            if not places.keys() & set(names):
+            old_names = list(file.keys())
+            renamed = {name: names.on_hub(name) for name in old_names}
+            if old_names == list(renamed.values()) and not places.keys() & renamed.keys():
                 shutil.copyfile(base / shard, output / shard)
                 continue
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {new: file.get_tensor(old) for old, new in renamed.items()}
             metadata = file.metadata()
-        for name in names:
-            if name in places:
-                tensors[name] = _merged(tensors[name], adapter, places[name])
+        for old, new in renamed.items():
+            if old in places:
+                tensors[new] = _merged(tensors[new], adapter, places[old])
         save_file(tensors, output / shard, metadata)
     for path in sorted(base.iterdir()):
         if path.suffix in _COPIED and path.name not in _RECORDS:
             shutil.copyfile(path, output / path.name)
+    if (base / INDEX).is_file():
+        index = json.loads((base / INDEX).read_text())
+        index["weight_map"] = {names.on_hub(n): shard for n, shard in index["weight_map"].items()}
+        (output / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for path in output.iterdir():
         path.chmod(0o644)  # safetensors writes files that only their owner can read
 
@@ -79,29 +86,18 @@ def _shards(base: Path) -> list[str]:
     return sorted(path.name for path in base.glob("*.safetensors"))
 
 
-def _places(base: Path, shards: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
-    """The module of each weight that changes, by the weight's name in the files.
-
-    Files on the hub keep names of older releases (``language_model.model.layers.0`` or
-    ``model.layers.0`` for what is now ``model.language_model.layers.0``), so a module is found by
-    its path within the language model.
-    """
-    names: list[str] = []
+def _places(
+    base: Path, shards: Iterable[str], modules: Iterable[str], names: WeightNames
+) -> dict[str, str]:
+    """The module of each weight that changes, by the weight's name in the files."""
+    found: dict[str, str] = {}
     for shard in shards:
         with safe_open(base / shard, "pt") as file:
-            names += file.keys()
-    places: dict[str, str] = {}
-    for module in modules:
-        tail = f"{module.rpartition(LANGUAGE_MODEL)[2]}.weight"
-        found = [
-            name
-            for name in names
-            if (name == tail or name.endswith(f".{tail}")) and "vis" not in name.removesuffix(tail)
-        ]
-        if len(found) != 1:
-            raise InputError(
-                f"{base}: {module} of the adapter is {len(found)} times in the weights; name the "
-                "base that the adapter was trained on with --model-path."
-            )
-        places[found[0]] = module
-    return places
+            found |= {names.in_model(name): name for name in list(file.keys())}
+    missing = [module for module in modules if f"{module}.weight" not in found]
+    if missing:
+        raise InputError(
+            f"{base}: {missing[0]} of the adapter is not in the weights; name the base that the "
+            "adapter was trained on with --model-path."
+        )
+    return {found[f"{module}.weight"]: module for module in modules}

@@ -1,0 +1,70 @@
+"""What weights are called in files: as on the hub, whatever the model was made from.
+
+A model names its weights by its classes, which transformers rearranges from release to release;
+the files on the hub keep the names that they had. Servers know those: vLLM reads
+``vision_tower.vision_model.embeddings`` of a LLaVA, and not the ``vision_tower.embeddings`` that
+transformers 5 writes for a model that it did not read from such a file. The library's own
+conversion mapping leads from the ones to the others, and is all that is used here.
+"""
+
+from pathlib import Path
+from typing import Any
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """``save_pretrained`` with the names of the hub's files.
+
+    Args:
+        model: Hugging Face model.
+        folder: gets weights and configs.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    # Left alone it is what the model's own file needed: nothing, for a new model.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model.save_pretrained(folder)
+
+
+class WeightNames:
+    """Both names of each weight of a model.
+
+    Args:
+        model: Hugging Face model; of its weights only the names matter.
+    """
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        self._prefix = model.base_model_prefix
+        self._weights = model.state_dict()
+        self._reading = get_model_conversion_mapping(model)
+        known = get_model_conversion_mapping(model, add_legacy=False)
+        self._writing = [conversion.reverse_transform() for conversion in reversed(known)]
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "WeightNames":
+        """Those of the model in a Hugging Face folder, none of whose weights is read."""
+        import torch
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return cls(AutoModelForImageTextToText.from_config(config, trust_remote_code=False))
+
+    def in_model(self, name: str) -> str:
+        """A weight's name in the model, by that in a file of any release of transformers."""
+        from transformers.core_model_loading import rename_source_key
+
+        return str(rename_source_key(name, self._reading, [], self._prefix, self._weights)[0])
+
+    def on_hub(self, name: str) -> str:
+        """A weight's name in the hub's files, by that in a file of any release.
+
+        What is no weight of the model keeps its name.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        inner = self.in_model(name)
+        if inner not in self._weights:
+            return name
+        return str(rename_source_key(inner, self._writing, [], reverse=True)[0])
