@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from tests.tiny_benchmark import SHARD, WHO, encoded, picture, write_tiny
+from vgid.benchmark import Benchmark
 from vgid.data_check import check_benchmark
 from vgid.errors import InputError
 
@@ -106,13 +107,6 @@ ROW_DEFECTS = {
         0,
         lambda row: row["Mask_Task"][0].update(Ground_Truth=None),
         "Mask_Task[0].Ground_Truth",
-        "empty",
-    ),
-    "empty profile answer": (
-        "forget_10",
-        0,
-        lambda row: row.update(answer=""),
-        "answer",
         "empty",
     ),
     "empty question": (
@@ -212,7 +206,7 @@ ROW_DEFECTS = {
     "pair that is no object": (
         "ft_Data",
         0,
-        lambda row: row.update(metadata=json.dumps([{"Question": "Who?", "Answer": 3}])),
+        lambda row: row.update(metadata=json.dumps([{"Question": "Who?", "Answer": [3]}])),
         "metadata[0].Answer",
         "no text",
     ),
@@ -274,11 +268,11 @@ def test_missing_metadata_column(tmp_path: Path):
 def test_columns_of_a_wrong_type(tmp_path: Path):
     path = write_tiny(tmp_path) / "forget_5" / SHARD
     table = pq.read_table(path)
-    gap = pa.struct([("Question", pa.string()), ("Ground_Truth", pa.int64())])
+    gap = pa.struct([("Question", pa.string()), ("Ground_Truth", pa.float64())])
     for name, values in {
-        "ID": pa.array([7]),
+        "ID": pa.array([7.0]),
         "image": pa.array(["a.png"]),
-        "Mask_Task": pa.array([[{"Question": "__", "Ground_Truth": 1}]], pa.list_(gap)),
+        "Mask_Task": pa.array([[{"Question": "__", "Ground_Truth": 1.0}]], pa.list_(gap)),
     }.items():
         table = table.set_column(table.schema.get_field_index(name), name, values)
     pq.write_table(table, path)
@@ -293,6 +287,38 @@ def test_a_column_that_is_empty_throughout_is_no_defect(tmp_path: Path):
     place = table.schema.get_field_index("Mask_Task")
     pq.write_table(table.set_column(place, "Mask_Task", pa.array([[]])), path)
     assert defects_of(tmp_path) == []
+
+
+def _doubled(table: pa.Table, column: str) -> pa.Table:
+    return table.append_column(column, table[column])
+
+
+def test_a_doubled_column_is_named(tmp_path: Path):
+    path = write_tiny(tmp_path) / "retain_95" / SHARD
+    pq.write_table(_doubled(pq.read_table(path), "Mask_Task"), path)
+    (defect,) = check_benchmark(tmp_path).defects
+    assert (defect.config, defect.row, defect.field) == ("retain_95", None, "Mask_Task")
+    assert defect.problem == "the column is there more than once"
+
+
+def test_what_nothing_reads_is_no_defect(tmp_path: Path):
+    """The profile's columns, whatever is in them."""
+    path = write_tiny(tmp_path, {"forget_5": lambda rows: rows[0].update(answer="")})
+    path = path / "forget_5" / SHARD
+    pq.write_table(_doubled(pq.read_table(path).drop_columns("question"), "biography"), path)
+    assert defects_of(tmp_path) == []
+
+
+def test_a_config_without_people_is_a_defect(tmp_path: Path):
+    root = write_tiny(tmp_path, {"forget_5": lambda rows: rows.clear()})
+    (defect,) = check_benchmark(root).defects
+    assert (defect.config, defect.row, defect.problem) == (
+        "forget_5",
+        None,
+        "the config holds no person",
+    )
+    with pytest.raises(InputError, match=r"forget_5: .*holds no person; `vgid data check"):
+        Benchmark.open(root).forget(5)
 
 
 def test_missing_config(tmp_path: Path):

@@ -19,9 +19,8 @@ from PIL import Image, ImageCms
 from vgid.errors import InputError
 from vgid.layout import (
     CONFIGS,
+    EVALUATION_COLUMNS,
     FORGET_RATIOS,
-    IMAGE_COLUMNS,
-    QUESTION_COLUMNS,
     Defect,
     Row,
     read_rows,
@@ -134,8 +133,7 @@ class Benchmark:
         return digest.hexdigest()
 
     def _people(self, config: str, only: Collection[str] | None) -> tuple[Person, ...]:
-        columns = ("ID", *IMAGE_COLUMNS, *QUESTION_COLUMNS)
-        return tuple(self._read(config, columns, parse_person, only).values())
+        return tuple(self._read(config, EVALUATION_COLUMNS, parse_person, only).values())
 
     def _read(
         self,

@@ -20,21 +20,15 @@ from vgid.benchmark import decode_image
 from vgid.errors import InputError
 from vgid.layout import (
     CONFIGS,
-    EVALUATION_SCHEMA,
+    EVALUATION_COLUMNS,
     FORGET_RATIOS,
-    TEST_SCHEMA,
-    TRAINING_SCHEMA,
+    TRAINING_COLUMNS,
     Defect,
     Row,
     read_rows,
 )
 from vgid.profiles import parse_id, parse_images, parse_person, parse_training_pairs
 from vgid.prompts import Form, Task
-
-_COLUMNS: dict[str, list[str]] = {
-    "Test_Set": TEST_SCHEMA.names,
-    "ft_Data": TRAINING_SCHEMA.names,
-}
 
 
 @dataclass
@@ -151,7 +145,7 @@ class _ConfigCheck:
 
     def run(self, image_problems: dict[str, str | None]) -> None:
         """Read the config; ``image_problems`` by digest spares decoding an image twice."""
-        columns = _COLUMNS.get(self.config, EVALUATION_SCHEMA.names)
+        columns = TRAINING_COLUMNS if self.config == "ft_Data" else EVALUATION_COLUMNS
         for item in read_rows(self.root, self.config, columns):
             if isinstance(item, Defect):
                 self.defects.append(item)

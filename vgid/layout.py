@@ -4,11 +4,16 @@ Facts from the data card and code of https://github.com/franciscoliu/MLLMU-Bench
 config with parquet shards ``train-00000-of-00001.parquet``. Rows and defects come out of one
 stream, so that the reader (which stops at the first defect, ``vgid.benchmark``) and the checker
 (which lists them all, ``vgid.data_check``) can never disagree about what is sound.
+
+Writers differ in how they store the same rows. Read are also: an image as bytes alone, whole
+numbers where text is expected, categories (pandas), large, view and fixed-size types (polars,
+pyarrow), and a dictionary of lists for a list of dictionaries (``datasets``).
 """
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +68,10 @@ TRAINING_SCHEMA = pa.schema(
 """Columns of ``ft_Data``; ``metadata`` is a JSON list of ``{"Question", "Answer"}``."""
 
 IMAGE_COLUMNS = ("image", "images")
-QUESTION_COLUMNS = tuple(name for name, _ in _TASK_FIELDS)
+EVALUATION_COLUMNS = ("ID", *IMAGE_COLUMNS, *(name for name, _ in _TASK_FIELDS))
+TRAINING_COLUMNS = ("ID", *IMAGE_COLUMNS, "metadata")
+"""What is read. The profile (``biography``, ``question``, ``answer``) is not."""
+
 _COLUMN_TYPES = dict(
     [
         ("images", pa.list_(IMAGE)),
@@ -72,6 +80,27 @@ _COLUMN_TYPES = dict(
     ]
 )
 _OPTIONAL_FIELDS = ("path",)  # ft_Data lacks it, and nothing here reads it
+_LISTS = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
+_TEXTS = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_integer,
+)
+_BINARIES = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+    pa.types.is_fixed_size_binary,
+)
+_SCALARS = {pa.string(): _TEXTS, pa.binary(): _BINARIES, IMAGE: _BINARIES}
+_PAIRS = pa.list_(pa.struct([("Question", pa.string()), ("Answer", pa.string())]))
 _SHARD_NAME = re.compile(r"train-(\d+)-of-(\d+)\.parquet")
 _ROWS_A_BATCH = 16  # rows carry megabytes of image each, so read few at a time
 
@@ -116,38 +145,65 @@ def read_rows(root: Path, config: str, columns: Sequence[str]) -> Iterator[Row |
         root: the benchmark folder.
         config: one of ``CONFIGS``.
         columns: columns to read. Each is required, except that ``image`` and ``images`` stand in
-            for each other, and that columns which no question depends on may be absent.
+            for each other.
 
     Yields:
-        Rows with those columns that are present and have the layout's type, and a defect for a
-        missing config or shard, a torn file, or a missing or ill-typed column.
+        Rows with those columns that are present and have the layout's type or one that is read
+        like it, their values in the layout's form; and a defect for a missing config or shard, a
+        torn file, a missing, doubled or ill-typed column, or a config without rows.
     """
     shards = shard_paths(root, config)
     if not shards:
         yield Defect(config, None, "train-*.parquet", "the config has no parquet file")
         return
     yield from _missing_shards(config, shards)
-    first_row = 0
+    first_row, torn = 0, False
     for path in shards:
         try:
             with pq.ParquetFile(path) as parquet:
-                sound = []
+                sound = {}
                 for name in _wanted(columns, parquet.schema_arrow):
-                    mismatches = list(_mismatches(name, parquet.schema_arrow))
+                    expected = _expected(name, parquet.schema_arrow)
+                    mismatches = list(_mismatches(name, expected, parquet.schema_arrow))
                     yield from (Defect(config, None, field, what) for field, what in mismatches)
                     if not mismatches:
-                        sound.append(name)
+                        sound[name] = expected
                 index = first_row
                 first_row += parquet.metadata.num_rows
-                for batch in parquet.iter_batches(_ROWS_A_BATCH, columns=sound):
+                for batch in parquet.iter_batches(_ROWS_A_BATCH, columns=list(sound)):
                     # A batch of no columns has no rows in to_pylist, but still so many people.
                     rows = batch.to_pylist() if sound else [{}] * batch.num_rows
                     for values in rows:
-                        yield Row(index, values)
+                        yield Row(index, {k: _fitted(v, sound[k]) for k, v in values.items()})
                         index += 1
         except (pa.ArrowException, OSError, ValueError) as error:
+            torn = True
             problem = f"the file cannot be read as parquet ({type(error).__name__})"
             yield Defect(config, None, path.name, problem)
+    if first_row == 0 and not torn:
+        yield Defect(config, None, "train-*.parquet", "the config holds no person")
+
+
+def _fitted(value: Any, expected: pa.DataType) -> Any:
+    """A value of a type that ``_type_mismatches`` passes, in the layout's form."""
+    types = pa.types
+    if value is None:
+        return None
+    if types.is_struct(expected):
+        if isinstance(value, bytes):
+            return {"bytes": value}
+        known = {child.name: child.type for child in expected}
+        return {name: _fitted(v, known.get(name, pa.string())) for name, v in value.items()}
+    if types.is_list(expected):
+        entries = records(value) if isinstance(value, dict) else value
+        return [_fitted(entry, expected.value_type) for entry in entries]
+    return str(value) if isinstance(value, int) else value
+
+
+def records(lists: Mapping[str, Sequence[Any] | None]) -> list[dict[str, Any]]:
+    """A dictionary of lists as a list of dictionaries; beyond a list's end stands None."""
+    rows = zip_longest(*(values or () for values in lists.values()))
+    return [dict(zip(lists, row, strict=True)) for row in rows]
 
 
 def _missing_shards(config: str, shards: Sequence[Path]) -> Iterator[Defect]:
@@ -165,48 +221,61 @@ def _missing_shards(config: str, shards: Sequence[Path]) -> Iterator[Defect]:
 
 
 def _wanted(columns: Sequence[str], schema: pa.Schema) -> list[str]:
-    """``columns`` fitted to a file: whichever image columns it has, optional ones if present."""
-    required = {"ID", "metadata", *QUESTION_COLUMNS}
-    names = [name for name in columns if name not in IMAGE_COLUMNS]
-    wanted = [name for name in names if name in schema.names or name in required]
-    if len(names) < len(columns):
-        present = [name for name in IMAGE_COLUMNS if name in schema.names]
-        wanted += present or ["image"]
+    """``columns`` with whichever image columns the file has."""
+    wanted = [name for name in columns if name not in IMAGE_COLUMNS]
+    if len(wanted) < len(columns):
+        wanted += [name for name in IMAGE_COLUMNS if name in schema.names] or ["image"]
     return wanted
 
 
-def _mismatches(column: str, schema: pa.Schema) -> Iterator[tuple[str, str]]:
+def _expected(column: str, schema: pa.Schema) -> pa.DataType:
+    """The layout's type of a column; training metadata may be lists in place of their JSON."""
+    place = schema.get_field_index(column)
+    as_lists = column == "metadata" and place >= 0 and pa.types.is_nested(schema.field(place).type)
+    return _PAIRS if as_lists else _COLUMN_TYPES[column]
+
+
+def _mismatches(column: str, expected: pa.DataType, schema: pa.Schema) -> Iterator[tuple[str, str]]:
     """Where a column's type departs from the layout, as (field, problem)."""
-    if column not in schema.names:
-        yield column, "the column is missing"
+    places = schema.get_all_field_indices(column)
+    if len(places) == 1:
+        yield from _type_mismatches(column, expected, schema.field(places[0]).type)
     else:
-        yield from _type_mismatches(column, _COLUMN_TYPES[column], schema.field(column).type)
+        yield column, "the column is there more than once" if places else "the column is missing"
 
 
 def _type_mismatches(
     field: str, expected: pa.DataType, actual: pa.DataType
 ) -> Iterator[tuple[str, str]]:
     types = pa.types
+    if types.is_dictionary(actual):
+        actual = actual.value_type
     if types.is_null(actual):  # a column of nulls or empty lists; its rows are judged one by one
         return
     if types.is_struct(expected) and types.is_struct(actual):
-        if field.endswith(".Options"):  # any letters will do, each row is judged for itself
-            return
-        for child in expected:
-            if actual.get_field_index(child.name) >= 0:
-                child_type = actual.field(child.name).type
-                yield from _type_mismatches(f"{field}.{child.name}", child.type, child_type)
-            elif child.name not in _OPTIONAL_FIELDS:
-                yield f"{field}.{child.name}", "the field is missing"
-    elif types.is_list(expected) and (types.is_list(actual) or types.is_large_list(actual)):
+        yield from _field_mismatches(field, expected, actual)
+    elif types.is_list(expected) and any(is_list(actual) for is_list in _LISTS):
         yield from _type_mismatches(f"{field}[]", expected.value_type, actual.value_type)
-    else:
-        texts = types.is_string(expected) and (
-            types.is_string(actual) or types.is_large_string(actual) or types.is_string_view(actual)
-        )
-        binaries = types.is_binary(expected) and (
-            types.is_binary(actual) or types.is_large_binary(actual)
-        )
-        if not texts and not binaries:
-            kind = "struct" if types.is_struct(expected) else str(expected).split("<")[0]
-            yield field, f"the type is {str(actual).split('<')[0]}, not {kind}"
+    elif types.is_list(expected) and types.is_struct(actual):
+        lists = [child for child in actual if any(is_list(child.type) for is_list in _LISTS)]
+        yield from ((f"{field}.{c.name}", "is no list") for c in actual if c not in lists)
+        entry = pa.struct([(child.name, child.type.value_type) for child in lists])
+        yield from _type_mismatches(f"{field}[]", expected.value_type, entry)
+    elif not any(is_such(actual) for is_such in _SCALARS.get(expected, ())):
+        kind = "struct" if types.is_struct(expected) else str(expected).split("<")[0]
+        yield field, f"the type is {str(actual).split('<')[0]}, not {kind}"
+
+
+def _field_mismatches(
+    field: str, expected: pa.StructType, actual: pa.StructType
+) -> Iterator[tuple[str, str]]:
+    if field.endswith(".Options"):  # any letters will do, each row is judged for itself
+        expected = pa.struct([(child.name, pa.string()) for child in actual])
+    for child in expected:
+        name, places = f"{field}.{child.name}", actual.get_all_field_indices(child.name)
+        if len(places) == 1:
+            yield from _type_mismatches(name, child.type, actual.field(places[0]).type)
+        elif places:
+            yield name, "the field is there more than once"
+        elif child.name not in _OPTIONAL_FIELDS:
+            yield name, "the field is missing"

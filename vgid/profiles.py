@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vgid.layout import IMAGE_COLUMNS, Defect, Row
+from vgid.layout import IMAGE_COLUMNS, Defect, Row, records
 from vgid.prompts import BLANK, Form, Task
 
 _FORMS: dict[str, Form] = {"Image_Textual": "image", "Pure_Text": "text"}
@@ -108,8 +108,6 @@ def parse_person(config: str, row: Row) -> tuple[Person, list[Defect]]:
         question, problems = _question(question_id, person_id, task, form, entry)
         defects += [Defect(config, row.index, f"{field}.{at}", what) for at, what in problems]
         questions.append(question)
-    if _is_blank_text(row.values.get("answer")):
-        defects.append(Defect(config, row.index, "answer", "the answer is empty"))
     return Person(person_id, tuple(images.values()), tuple(questions)), defects
 
 
@@ -182,25 +180,30 @@ def parse_training_pairs(config: str, row: Row) -> tuple[tuple[TrainingPair, ...
     def defect(field: str, problem: str) -> Defect:
         return Defect(config, row.index, field, problem)
 
+    entries = row.values["metadata"]
     try:
-        entries = json.loads(row.values["metadata"] or "")
+        if not isinstance(entries, list):
+            entries = json.loads(entries or "")
     except (ValueError, RecursionError):
         return (), [*defects, defect("metadata", "the metadata is not valid JSON")]
+    if isinstance(entries, dict) and all(isinstance(v, list) for v in entries.values()):
+        entries = records(entries)
     if not isinstance(entries, list) or not entries:
         problem = "the metadata is not a list of questions and answers"
         return (), [*defects, defect("metadata", problem)]
     pairs = []
     for index, entry in enumerate(entries):
         values = entry if isinstance(entry, dict) else {}
-        for key in ("Question", "Answer"):
-            value = values.get(key)
-            if not isinstance(value, str) or not value.strip():
+        question, answer = (_text(values.get(key)) for key in ("Question", "Answer"))
+        for key, text in (("Question", question), ("Answer", answer)):
+            if not text.strip():
                 problem = f"the {key.lower()} is empty or no text"
                 defects.append(defect(f"metadata[{index}].{key}", problem))
-        question, answer = (str(values.get(key, "")) for key in ("Question", "Answer"))
         pairs.append(TrainingPair(f"{config}/{person_id}/{index}", person_id, question, answer))
     return tuple(pairs), defects
 
 
-def _is_blank_text(value: object) -> bool:
-    return isinstance(value, str) and not value.strip()
+def _text(value: object) -> str:
+    """A value of parsed JSON as text, whole numbers too as in any column; empty if it is none."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if whole or isinstance(value, str) else ""
