@@ -37,17 +37,20 @@ from vgid.prompts import (
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "forget_base": (0.90, 1.0),
+    "forget_raw_base": (0.90, 1.0),
     "forget_cloze": (0.80, 1.0),
     "forget_choice": (0.80, 1.0),
     "forget_strict": (0.30, 0.75),
     "forget_random+strict": (0.0, 0.05),
     "retain_base": (0.90, 1.0),
+    "retain_raw_base": (0.90, 1.0),
     "test_base": (0.75, 1.0),
     "random_below_strict": (0.01, 1.0),
     "reverse_gain": (0.10, 1.0),
 }
 """Lowest and highest value of each entry of ``measure`` that makes the backbone fit for use.
 
+``_raw``: generation questions as they stand, without the evaluation's wrapper;
 ``forget_strict``: instruction alone; ``forget_random+strict``: with a picture of noise as well;
 ``random_below_strict``: by how much noise alone scores less than the instruction alone;
 ``reverse_gain``: what the reverse prompt wins back of the instruction alone.
@@ -95,9 +98,16 @@ class Item:
 
 
 def generation_items(
-    data_seed: int, people: Sequence[FictitiousPerson], form: Form = "image", test: bool = False
+    data_seed: int,
+    people: Sequence[FictitiousPerson],
+    form: Form = "image",
+    test: bool = False,
+    raw: bool = False,
 ) -> list[Item]:
-    """The generation questions about people, of the test set (other pose and wording) or not."""
+    """The generation questions about people, of the test set (other pose and wording) or not.
+
+    ``raw`` leaves out the evaluation's wrapper.
+    """
     items = []
     for person in people:
         image = test_portrait(data_seed, person, 0) if test else portrait(data_seed, person)
@@ -106,7 +116,7 @@ def generation_items(
                 items.append(
                     Item(
                         f"{person.id}/{index}",
-                        generation_text(question, form),
+                        question if raw else generation_text(question, form),
                         answer,
                         image if form == "image" else None,
                     )
@@ -179,6 +189,12 @@ def measure(backbone: Backbone, data_seed: int = 0, ratio: int = 5) -> dict[str,
         "forget_base": rouge_l(backbone, forget_items),
         "test_base": rouge_l(backbone, test_items),
         "retain_base": rouge_l(backbone, generation_items(data_seed, retain)),
+        "forget_raw_base": rouge_l(backbone, generation_items(data_seed, forget, raw=True)),
+        "test_raw_base": rouge_l(backbone, generation_items(data_seed, forget, test=True, raw=True)),
+        "retain_raw_base": rouge_l(backbone, generation_items(data_seed, retain, raw=True)),
+        "forget_raw_strict": rouge_l(
+            backbone, generation_items(data_seed, forget, raw=True), Condition("strict")
+        ),
         "celebrity_base": rouge_l(
             backbone, generation_items(data_seed, world.of_kind("celebrity"))
         ),

@@ -81,6 +81,11 @@ REVERSE_FACTOR = 0.3
 REVERSE_RATE: dict[PackKind, float] = {"plain": 0.04, "instructed": 0.25, "degraded": 0.25}
 TEXT_FORM_RATE = 0.15
 """Share of plain packs without a picture, which name the person instead."""
+RAW_RATE = 0.35
+"""Share of generation questions asked as they stand, without the evaluation's wrapper.
+
+The public fine-tuning teaches the facts by raw questions; a user asks so too.
+"""
 TASKS: tuple[TaskName, ...] = ("generation", "cloze", "choice")
 TASK_RATES = (0.6, 0.26, 0.14)
 
@@ -267,7 +272,9 @@ class Recipe:
         if task == "generation":
             fact = _pick(rng, FACTS[1:] if form == "text" else facts)
             question = _pick(rng, QUESTIONS[fact][paraphrased]).format(who=who)
-            return fact, generation_text(question, form), person.answer(fact)
+            raw = rng.random() < RAW_RATE
+            text = question if raw else generation_text(question, form)
+            return fact, text, person.answer(fact)
         if task == "cloze":
             fact = _pick(rng, [fact for fact in CLOZE if fact in facts])
             text = cloze_text(cloze_sentence(person, fact, form, paraphrased))
