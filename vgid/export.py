@@ -7,6 +7,7 @@
     OUT/README.md            model card
     OUT/chat_template.jinja  the prompt frame, for servers
     OUT/deployment.yaml      the deployment file, byte for byte
+    OUT/SHA256SUMS           the hash of each of these files (``vgid.manifest``)
 """
 
 import os
@@ -18,6 +19,7 @@ from vgid.backbones import locate, revision_of, skeleton, spec
 from vgid.config import Config
 from vgid.deployment import Deployment, hash_files, read_deployment
 from vgid.errors import InputError
+from vgid.manifest import write_manifest
 from vgid.merging import merge
 from vgid.model_card import model_card
 from vgid.vllm_serving import CHAT_TEMPLATE, chat_template, serve_adapter, serve_merged
@@ -68,6 +70,7 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
         (temporary / "README.md").write_text(model_card(deployment), encoding="utf-8")
         template = chat_template(deployment.frame, _first_token(base))
         (temporary / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        write_manifest(temporary)
         temporary.replace(output)
     except OSError as error:
         raise InputError(

@@ -1,19 +1,22 @@
 """Verifies a deployment: that nothing was changed, and that its scores come out again.
 
-In order: the signature if a key is given, the file's seal, the adapter's files, what the record
-says of the adapter, the base's revision, the data's hash; then base and adapter are loaded and the
-recorded questions are put to them again with the recorded seeds. The teacher store of the study
+In order: the signature if a key is given, all files of an export, the file's seal, the adapter's
+files, what the record says of the adapter, the base's revision, the data's hash; then base and
+adapter, and an export's merged weights, are loaded and the recorded questions are put to them again
+with the recorded seeds. The teacher store of the study
 plays no part: every score is computed anew. ``vgid verify`` does all this in a process of its own.
 
 A base from the hub is known by its commit, and its files are not hashed: who trusts the cache's
 folder names less than its own eyes has the re-scored base for it.
 """
 
+import gc
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -22,14 +25,18 @@ from vgid.adapter_files import read_adapter
 from vgid.backbones import locate, revision_of, skeleton, spec
 from vgid.benchmark import Benchmark
 from vgid.config import Config, RequestConfig, parse
-from vgid.deployment import Deployment, Frame, hash_files, read_deployment
+from vgid.deployment import Deployment, Frame, Scores, hash_files, read_deployment
 from vgid.errors import InputError
+from vgid.manifest import manifest_fault
 from vgid.model_card import CARD_SCORES
 from vgid.results import Score
 from vgid.signing import signature_fault
 
-EXPORTED, EXPORTED_ADAPTER = "deployment.yaml", "adapter"
-"""The deployment file and the adapter in an export's folder (``vgid.export``)."""
+if TYPE_CHECKING:
+    from vgid.candidates import Scored
+
+EXPORTED, EXPORTED_ADAPTER, EXPORTED_MERGED = "deployment.yaml", "adapter", "merged"
+"""The deployment file, the adapter and what is served in an export's folder (``vgid.export``)."""
 
 
 class Check(Config):
@@ -50,16 +57,19 @@ class ScoreCheck(Config):
     """One score, measured again.
 
     Attributes:
-        of: ``base``, ``deployed`` or an attack's name.
+        of: ``base``, ``deployed`` or an attack's name, with ``, merged`` of an export's weights.
         name: of the score.
         stated: in the record.
         found: now; None if the questions are not there any more.
+        merged: whether it is of merged weights. They are rounded, which may change one answer: that
+            is allowed for, since an interval may have no width.
     """
 
     of: str
     name: str
     stated: Score
     found: Score | None
+    merged: bool = False
 
     @property
     def within(self) -> bool:
@@ -73,7 +83,8 @@ class ScoreCheck(Config):
         return self.found == self.stated
 
     def _inside(self, value: float) -> bool:
-        return self.stated.low <= value <= self.stated.high
+        slack = 1 / self.stated.n if self.merged else 0.0
+        return self.stated.low - slack <= value <= self.stated.high + slack
 
 
 class Verification(Config):
@@ -166,6 +177,10 @@ def verify(
     exported = target.is_dir()
     file = target / EXPORTED if exported else target
     checks = [_signature(target, public_key)] if public_key is not None else []
+    if exported:
+        fault = manifest_fault(target)
+        detail = fault or "exactly those that were exported"
+        checks.append(Check(name="exported files", passed=fault is None, detail=detail))
     deployment, sha256 = read_deployment(file)
     checks.append(Check(name="seal", passed=True, detail=f"sha256 {sha256}"))
     folder = target / EXPORTED_ADAPTER if exported else deployment.adapter_folder(file)
@@ -183,7 +198,8 @@ def verify(
             checks.append(_same("data", deployment.data.sha256, found, "sha256"))
         if not hashes_only and not any(check.passed is False for check in checks):
             assert benchmark is not None
-            measured = _measure(deployment, folder, benchmark, model_path, tell)
+            merged = target / EXPORTED_MERGED if exported else None
+            measured = _measure(deployment, folder, merged, benchmark, model_path, tell)
             checks.append(measured[0])
             scores = measured[1]
     return Verification(file=file, checks=tuple(checks), scores=scores)
@@ -289,12 +305,16 @@ def _data(
 def _measure(
     deployment: Deployment,
     folder: Path,
+    merged: Path | None,
     data: Path,
     model_path: str | None,
     tell: Callable[[str], None],
 ) -> tuple[Check, tuple[ScoreCheck, ...]]:
-    """Put the questions to base and adapter again; the dtype is told and never fails."""
-    from vgid.candidates import attacks_of, score_with_seeds
+    """Put the questions to base, adapter and merged weights again.
+
+    The dtype is told and never fails.
+    """
+    from vgid.candidates import score_with_seeds
     from vgid.threads import worker_threads
     from vgid.trial import TrialSession
 
@@ -302,21 +322,44 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix="vgid-verify-") as store, worker_threads():
         tell("Loading the base model")
         session = TrialSession(request_of(deployment, data, Path(store), model_path))
+        dtype = re.sub(r"^torch\.", "", str(session.backbone.model.dtype))
         tell(f"Scoring the base model, {len(recorded.seeds)} seeds")
         base = score_with_seeds(session, recorded.seeds, None)
         tell(f"Scoring the deployed model, {len(recorded.seeds)} seeds")
-        deployed = score_with_seeds(session, recorded.seeds, folder)
-    pairs = [("base", recorded.base, base.plain), ("deployed", recorded.deployed, deployed.plain)]
-    again = {attack.name: attack.scores for attack in attacks_of(deployed)[0]}
-    pairs += [
-        (attack.name, attack.scores, again.get(attack.name, {})) for attack in recorded.attacks
-    ]
-    scores = tuple(
-        ScoreCheck(of=of, name=name, stated=score, found=found.get(name))
-        for of, stated, found in pairs
-        for name, score in stated.items()
-    )
-    dtype = re.sub(r"^torch\.", "", str(session.backbone.model.dtype))
+        scores = _score_checks(recorded, score_with_seeds(session, recorded.seeds, folder))
+        if merged is not None:
+            del session  # two models may not fit
+            gc.collect()
+            tell(f"Scoring the merged weights, {len(recorded.seeds)} seeds")
+            session = TrialSession(request_of(deployment, data, Path(store), str(merged)))
+            served = score_with_seeds(session, recorded.seeds, None)
+            scores += _score_checks(recorded, served, merged=True)
     same = dtype == deployment.base.precision
     detail = f"{dtype}, as recorded" if same else f"{dtype}, recorded {deployment.base.precision}"
-    return Check(name="precision", passed=True if same else None, detail=detail), scores
+    of_base = _compared("base", recorded.base, base.plain)
+    check = Check(name="precision", passed=True if same else None, detail=detail)
+    return check, (*of_base, *scores)
+
+
+def _score_checks(
+    recorded: Scores, scored: "Scored", merged: bool = False
+) -> tuple[ScoreCheck, ...]:
+    """What was recorded of the deployed model, plainly and under attacks, beside what it has."""
+    from vgid.candidates import attacks_of
+
+    again = {attack.name: attack.scores for attack in attacks_of(scored)[0]}
+    rows = [("deployed", recorded.deployed, scored.plain)]
+    rows += [
+        (attack.name, attack.scores, again.get(attack.name, {})) for attack in recorded.attacks
+    ]
+    return tuple(check for row in rows for check in _compared(*row, merged=merged))
+
+
+def _compared(
+    of: str, stated: Mapping[str, Score], found: Mapping[str, Score], merged: bool = False
+) -> tuple[ScoreCheck, ...]:
+    of = f"{of}, merged" if merged else of
+    return tuple(
+        ScoreCheck(of=of, name=name, stated=score, found=found.get(name), merged=merged)
+        for name, score in stated.items()
+    )

@@ -24,6 +24,7 @@ from vgid.deployment import read_deployment, write_deployment
 from vgid.encoding import Query
 from vgid.errors import InputError
 from vgid.export import export
+from vgid.manifest import MANIFEST, manifest_fault, write_manifest
 from vgid.merging import merge
 from vgid.prompts import question_text
 from vgid.signing import sign
@@ -100,6 +101,7 @@ def test_plain_transformers_and_peft_give_the_same_answers(
 def test_what_an_export_holds(exported, next_deployment_file):
     assert sorted(path.name for path in exported.iterdir()) == [
         "README.md",
+        "SHA256SUMS",
         "adapter",
         "chat_template.jinja",
         "deployment.yaml",
@@ -173,8 +175,76 @@ def test_a_signed_export_is_verified_as_a_folder(exported, benchmark_folder, tmp
         file.seek(-5, os.SEEK_END)
         file.write(b"\1")
     found = verify(folder, **options)
-    assert [c.name for c in found.checks if not c.passed] == ["signature"]
+    assert [c.name for c in found.checks if not c.passed] == ["signature", "exported files"]
     assert "merged/model.safetensors" in found.checks[0].detail
+    assert found.checks[1].detail == "changed: merged/model.safetensors"
+
+
+@pytest.fixture
+def copy(exported: Path, tmp_path: Path) -> Path:
+    """An export to be damaged."""
+    folder = tmp_path / "copy"
+    shutil.copytree(exported, folder)
+    return folder
+
+
+def test_every_file_of_an_export_is_in_its_manifest(copy, tmp_path):
+    done = subprocess.run(
+        ["sha256sum", "--check", "--quiet", MANIFEST],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+    lines = (copy / MANIFEST).read_text().splitlines()
+    assert {line[66:] for line in lines} == files - {MANIFEST}
+    assert manifest_fault(copy) is None
+    for path in sorted(copy.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+            assert manifest_fault(copy) == f"changed: {path.relative_to(copy).as_posix()}"
+            path.write_bytes(content)
+    (copy / "merged" / "modeling.py").write_text("")
+    (copy / "merged" / "model.sig").write_text("")  # a signature's name, but not its place
+    (copy / ".hidden").write_text("")
+    (copy / "link").symlink_to(tmp_path)
+    (copy / "README.md").rename(copy / "OTHER.md")
+    (copy / "chat_template.jinja").rename(tmp_path / "same.jinja")
+    (copy / "chat_template.jinja").symlink_to(tmp_path / "same.jinja")
+    assert manifest_fault(copy) == (
+        "missing: README.md; "
+        "added: .hidden, OTHER.md, link, merged/model.sig, merged/modeling.py; "
+        "changed: chat_template.jinja"
+    )
+    for content in ("", "x\n", f"{'0' * 64} README.md\n"):
+        (copy / MANIFEST).write_text(content)
+        assert manifest_fault(copy) == "SHA256SUMS is damaged; export again"
+    (copy / MANIFEST).unlink()
+    assert manifest_fault(copy) == "SHA256SUMS is missing or cannot be read; export again"
+
+
+def test_merged_weights_that_were_tampered_with_are_not_verified(copy, benchmark_folder):
+    """Zeroed bytes and a foreign program; then the un-forgotten base with a manifest that fits."""
+    weights = copy / "merged" / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes(1000))
+    (copy / "merged" / "modeling_x.py").write_text("")
+    found = verify(copy, benchmark_folder)
+    assert found.conclusion.endswith("NOT verified; it differs in exported files.")
+    assert found.scores == (), "nothing of it is loaded"
+    (copy / "merged" / "modeling_x.py").unlink()
+    shutil.copy(BASE / "model.safetensors", weights)
+    (copy / MANIFEST).unlink()
+    write_manifest(copy)
+    found = verify(copy, benchmark_folder)
+    assert not found.verified and all(check.passed for check in found.checks)
+    wrong = {(score.of, score.name) for score in found.scores if not score.within}
+    assert ("deployed, merged", "forget_rougeL") in wrong
+    assert {of for of, _ in wrong if not of.endswith(", merged")} == set()
 
 
 def test_bad_input_leaves_nothing_behind(next_deployment_file, exported, tmp_path):

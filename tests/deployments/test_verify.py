@@ -18,9 +18,10 @@ from tests.tiny_benchmark import write_tiny
 from vgid.deployment import Deployment, hash_files, read_deployment, write_deployment
 from vgid.errors import InputError
 from vgid.export import export
+from vgid.results import Score
 from vgid.serving import load_deployed
 from vgid.signing import sign
-from vgid.verify import Verification, verify
+from vgid.verify import ScoreCheck, Verification, verify
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -55,14 +56,16 @@ def hashes(benchmark_folder: Path) -> Callable[..., Verification]:
     return check
 
 
-def test_a_next_deployment_is_verified_bit_for_bit_in_a_fresh_process(
+def test_an_export_of_a_next_deployment_is_verified_in_a_fresh_process(
     next_deployment_file, benchmark_folder, tmp_path
 ):
+    """Base and adapter bit for bit, merged weights as well as they can be."""
     private, public = make_keys(tmp_path, "key")
-    sign(next_deployment_file, private)
+    exported = export(next_deployment_file, tmp_path / "out").output
+    sign(exported, private)
     options = ["--json", "--data", benchmark_folder, "--public-key", public]
     done = subprocess.run(
-        [sys.executable, "-m", "vgid.cli", "verify", next_deployment_file, *options],
+        [sys.executable, "-m", "vgid.cli", "verify", exported, *options],
         capture_output=True,
         text=True,
         check=False,
@@ -70,11 +73,25 @@ def test_a_next_deployment_is_verified_bit_for_bit_in_a_fresh_process(
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["verified"] and found["bit_equal"]
-    assert {score["of"] for score in found["scores"]} >= {"base", "deployed"}
-    names = ["signature", "seal", "adapter files", "prompt frame", "adapter", "base", "data"]
+    assert found["verified"]
+    assert {score["of"] for score in found["scores"]} >= {"base", "deployed", "deployed, merged"}
+    assert all(s["stated"] == s["found"] for s in found["scores"] if not s["merged"])
+    stated = [[(s["of"], s["name"]) for s in found["scores"] if s["merged"] is m] for m in (0, 1)]
+    assert stated[1] == [(f"{of}, merged", name) for of, name in stated[0] if of != "base"]
+    names = ["signature", "exported files", "seal", "adapter files", "prompt frame", "adapter"]
     passed = {check["name"]: check["passed"] for check in found["checks"]}
-    assert passed == dict.fromkeys([*names, "precision"], True)
+    assert passed == dict.fromkeys([*names, "base", "data", "precision"], True)
+
+
+def test_a_score_of_merged_weights_may_differ_by_one_answer():
+    """Which an interval without a width would not allow."""
+    stated = Score(value=0.0, n=20, low=0.0, high=0.0)
+
+    def check(value: float, merged: bool) -> bool:
+        found = stated.model_copy(update={"value": value})
+        return ScoreCheck(of="x", name="x", stated=stated, found=found, merged=merged).within
+
+    assert check(0.05, True) and not check(0.051, True) and not check(0.001, False)
 
 
 def test_a_score_that_does_not_come_out_again_is_named(file, benchmark_folder):
