@@ -186,13 +186,15 @@ def split_questions(person: Person, part: QuestionPart, seed: int) -> tuple[Ques
 
     Args:
         person: whose questions.
-        part: ``search`` or ``held_out``; together they are all questions, each once.
+        part: ``search`` or ``held_out``, together all questions, each once; or ``all`` of them.
         seed: of the split.
 
     Returns:
         The part's questions in the person's order; per task and form the two parts differ by at
         most one question.
     """
+    if part == "all":
+        return person.questions
     groups: dict[str, list[Question]] = {}
     for question in person.questions:
         groups.setdefault(f"{question.task}/{question.form}", []).append(question)

@@ -33,6 +33,93 @@ ModelPathOption = Annotated[
 ]
 
 
+ModelArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Deployment file, export's folder or PEFT adapter; the base if left out.",
+    ),
+]
+ScoredBackbone = Annotated[str | None, typer.Option(help="Backbone, by default tiny-llava.")]
+ScoredData = Annotated[
+    Path | None,
+    typer.Option(help="Benchmark folder; by default the deployment's, or the embedded backbone's."),
+]
+ScoredRatio = Annotated[
+    int | None, typer.Option(help="Per cent of the people to forget: 5, the default, 10 or 15.")
+]
+RetainOption = Annotated[
+    int | None, typer.Option(help="People scored as retain set, by default 50.")
+]
+SplitSeed = Annotated[
+    int | None, typer.Option(help="Of the splits of people and questions, by default 0.")
+]
+SeedsOption = Annotated[int, typer.Option(help="Seeds of few-shot people and poses to score with.")]
+
+
+@app.command("evaluate")
+def evaluate_command(
+    context: typer.Context,
+    target: ModelArgument = None,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="own: as the backbone's studies score. benchmark: MLLMU-Bench's, with answers by "
+            "letter, few-shot turns and all questions."
+        ),
+    ] = "own",
+    part: Annotated[
+        str | None, typer.Option(help="Questions: held_out, the default of own, search or all.")
+    ] = None,
+    backbone: ScoredBackbone = None,
+    model_path: ModelPathOption = None,
+    data: ScoredData = None,
+    forget_ratio: ScoredRatio = None,
+    retain_people: RetainOption = None,
+    seed: SplitSeed = None,
+    seeds: SeedsOption = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a base, an adapter on it or a deployment: each score with n and 95 % interval.
+
+    A deployment is scored on the people and questions of its record.
+    """
+    _score(context, attacked=False)
+
+
+@app.command("attack")
+def attack_command(
+    context: typer.Context,
+    target: ModelArgument = None,
+    backbone: ScoredBackbone = None,
+    model_path: ModelPathOption = None,
+    data: ScoredData = None,
+    forget_ratio: ScoredRatio = None,
+    retain_people: RetainOption = None,
+    seed: SplitSeed = None,
+    seeds: SeedsOption = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Attack a base, an adapter or a deployment: reverse prompt, new portraits, other wording.
+
+    Asked are the held-out questions, with and without each attack that a deployment record names;
+    attacks of the literature that are not run are listed.
+    """
+    _score(context, attacked=True)
+
+
+def _score(context: typer.Context, attacked: bool) -> None:
+    from vgid.config import parse
+    from vgid.model_scores import ScoringConfig, score_model
+
+    flags = {name: value for name, value in context.params.items() if name != "as_json"}
+    found = score_model(parse(ScoringConfig, flags, context.command_path), attacked, _tell)
+    if context.params["as_json"]:
+        print(found.model_dump_json())
+    else:
+        found.print(Console())
+
+
 @app.command(
     "pick",
     add_help_option=False,  # --help is among the flags

@@ -3,6 +3,8 @@
 Plain data that travels as JSON between processes and into files.
 """
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +13,8 @@ from pydantic import Field
 from vgid.config import Config
 
 TrialStatus = Literal["completed", "pruned", "failed"]
-QuestionPart = Literal["search", "held_out"]
+QuestionPart = Literal["search", "held_out", "all"]
+"""Trials are chosen on ``search`` questions and reported on ``held_out`` ones; together ``all``."""
 
 
 class Score(Config):
@@ -21,6 +24,19 @@ class Score(Config):
     n: int
     low: float
     high: float
+
+
+def shots_left_out(scores: Mapping[str, Score]) -> str | None:
+    """A sentence where the context did not hold all few-shot turns; None where it did."""
+    shown: dict[str, float] = {}
+    for name, score in scores.items():
+        found = re.search(r"(cloze|classification)_shots(_text)?$", name)
+        if found is not None and score.value < 1:
+            shown[found[0]] = min(score.value, shown.get(found[0], 1.0))
+    if not shown:
+        return None
+    shares = ", ".join(f"{name} {share:.2f}" for name, share in sorted(shown.items()))
+    return f"The context does not hold all few-shot turns; shown was at least a share of: {shares}."
 
 
 class EpochReport(Config):

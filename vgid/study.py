@@ -21,7 +21,7 @@ from vgid.mailbox import Job, Outcome
 from vgid.outputs import describe, write_front, write_study, write_trials
 from vgid.plan import Plan, make_plan
 from vgid.plots import Front
-from vgid.results import EpochReport, QuestionPart, TrialResult
+from vgid.results import EpochReport, QuestionPart, TrialResult, shots_left_out
 from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe
 from vgid.summary import phases, store_use, study_summary
@@ -199,6 +199,9 @@ class Study:
                 self.board.base[part] = outcome.scores
                 self._seconds["load"] += outcome.load_s
                 if part == "search":
+                    cut = shots_left_out(outcome.scores)
+                    if cut is not None:
+                        self.console.say(cut)
                     self._seconds["start-up"] = time.monotonic() - self.started
                     self.console.stage("Running trials")
             self._update_standing()

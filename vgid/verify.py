@@ -190,7 +190,7 @@ def verify(
         checks.append(_adapter_settings(deployment, folder, base))
     checks.append(_same("base", deployment.base.revision, revision_of(base), "revision"))
     scores: tuple[ScoreCheck, ...] = ()
-    with _data(deployment, file, data, optional=hashes_only) as benchmark:
+    with recorded_benchmark(deployment, file, data, optional=hashes_only) as benchmark:
         if benchmark is None:
             checks.append(Check(name="data", passed=None, detail="name its folder with --data"))
         else:
@@ -277,10 +277,17 @@ def _same(name: str, recorded: str, found: str, kind: str) -> Check:
 
 
 @contextmanager
-def _data(
+def recorded_benchmark(
     deployment: Deployment, file: Path, data: Path | None, optional: bool
 ) -> Iterator[Path | None]:
-    """The benchmark: as named, as the study wrote it, or the embedded backbone's made anew."""
+    """The benchmark of a deployment: as named, as the study wrote it, or the embedded one anew.
+
+    Yields:
+        Its folder; None if it is not there and ``optional``.
+
+    Raises:
+        InputError: it is not there, and nothing says that it was the embedded backbone's own.
+    """
     own = file.absolute().parent.parent / "data"
     if data is not None or own.is_dir():
         yield data or own

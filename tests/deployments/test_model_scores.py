@@ -1,0 +1,131 @@
+"""Any model is scored and attacked, and a deployment gives the numbers of its record again."""
+
+import io
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from vgid import cli
+from vgid.config import parse
+from vgid.deployment import read_deployment
+from vgid.errors import InputError
+from vgid.layout import CONFIGS, shard_paths
+from vgid.model_scores import ScoringConfig, score_model
+from vgid.results import Score, shots_left_out
+
+
+@pytest.fixture(scope="module")
+def small(benchmark_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One person to forget, eight others."""
+    root = tmp_path_factory.mktemp("scored") / "data"
+    ids = {
+        config: pq.read_table(benchmark_folder / config, columns=["ID"])["ID"].to_pylist()
+        for config in ("forget_5", "retain_95")
+    }
+    kept = {*ids["forget_5"][:1], *ids["retain_95"][:8]}
+    for config in CONFIGS:
+        for path in shard_paths(benchmark_folder, config):
+            table = pq.read_table(path)
+            rows = [row for row in table.to_pylist() if row["ID"] in kept]
+            target = root / path.relative_to(benchmark_folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), target)
+    return root
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["vgid", *map(str, arguments)])
+    cli.main()
+
+
+def test_a_deployments_own_numbers_come_out_again(deployment_file, benchmark_folder, tmp_path):
+    deployment, _ = read_deployment(deployment_file)
+    shutil.copy(deployment_file, tmp_path / "deployment.yaml")  # as an export has them
+    shutil.copytree(deployment.adapter_folder(deployment_file), tmp_path / "adapter")
+    config = ScoringConfig(target=tmp_path, data=benchmark_folder, seeds=1)
+    found = score_model(config, attacked=True)
+    assert found.model == "deployment" and found.adapter_files == deployment.adapter.files
+    assert found.scores == deployment.scores.deployed
+    assert found.attacks == deployment.scores.attacks
+    assert found.not_run == deployment.scores.not_run
+    text = io.StringIO()
+    found.print(Console(file=text, width=160))
+    (row,) = (
+        line
+        for line in text.getvalue().splitlines()
+        if " reverse" in line and " forget_rougeL " in line
+    )
+    reverse = next(a for a in deployment.scores.attacks if "reverse" in a.name)
+    for score in (reverse.scores["forget_rougeL"], deployment.scores.deployed["forget_rougeL"]):
+        assert f" {score.value:.3f} " in row
+
+
+def test_the_benchmarks_protocol_asks_everything_by_letter(
+    small, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    flags = ["--data", small, "--retain-people", 2, "--protocol", "benchmark"]
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "evaluate", *flags, "--json")
+    assert ended.value.code == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["part"], found["option_scoring"]) == ("base", "all", "letter")
+    (row,) = pq.read_table(small / "forget_5").to_pylist()
+    forms = Counter(question["Type"] for question in row["Generation_Task"])
+    letters = row["Classification_Task"]["Image_Textual_Questions"]
+    scores = {name: Score(**score) for name, score in found["scores"].items()}
+    assert scores["forget_rougeL"].n == forms["Image_Textual"]
+    assert scores["forget_rougeL_text"].n == forms["Pure_Text"]
+    assert scores["forget_classification"].n == len(letters)
+    assert all(s.low <= s.value <= s.high for s in scores.values())
+    # Few-shot turns for a context of 512 tokens: not all cloze questions of two people.
+    assert 0 < scores["forget_cloze_shots"].value < 1
+    sentence = shots_left_out(scores)
+    assert sentence is not None and "cloze_shots 0." in sentence
+
+
+def test_an_adapter_is_scored_on_its_base(small, deployment_file, monkeypatch, capsys):
+    folder = deployment_file.parent / "tiny-llava" / "adapter"
+    config = ScoringConfig(target=folder, data=small, retain_people=2, seeds=1)
+    adapter = score_model(config, attacked=False)
+    base = score_model(config.model_copy(update={"target": None}), attacked=False)
+    assert (adapter.model, base.model) == ("adapter", "base")
+    assert (adapter.option_scoring, adapter.part) == ("likelihood", "held_out")
+    assert adapter.scores["forget_rougeL"].value < base.scores["forget_rougeL"].value - 0.1
+    assert adapter.scores["forget_rougeL"].n == base.scores["forget_rougeL"].n
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--protocol", "theirs"], "vgid evaluate: protocol: "),
+        (["--protocol", "benchmark", "--part", "search"], "asks all questions; leave it out."),
+        (["--backbone", "llava-1.5-7b"], "--data: name the benchmark folder."),
+        (["--forget-ratio", "7"], "vgid evaluate: forget_ratio: "),
+        (["{file}", "--seed", "1"], "--seed: is in the record of "),
+        (["{file}", "--forget-ratio", "5"], "--forget-ratio: is in the record of "),
+        (["{folder}"], "is no deployment file, no export's folder and no PEFT adapter"),
+    ],
+)
+def test_bad_input_is_one_sentence(deployment_file, tmp_path, monkeypatch, capsys, flags, message):
+    places = {"file": deployment_file, "folder": tmp_path}
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "evaluate", *(flag.format(**places) for flag in flags))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in error and error.count("\n") == 1
+
+
+def test_another_adapter_than_the_recorded_one_is_refused(deployment_file, tmp_path):
+    shutil.copytree(deployment_file.parent, tmp_path / "deployments")
+    file = tmp_path / "deployments" / deployment_file.name
+    weights = file.parent / "tiny-llava" / "adapter" / "adapter_config.json"
+    weights.write_text(weights.read_text() + "\n")
+    with pytest.raises(InputError, match=r"is not the adapter of .*; see `vgid verify"):
+        score_model(parse(ScoringConfig, {"target": file, "seeds": 1}, "test"), attacked=True)
