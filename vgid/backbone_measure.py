@@ -190,7 +190,9 @@ def measure(backbone: Backbone, data_seed: int = 0, ratio: int = 5) -> dict[str,
         "test_base": rouge_l(backbone, test_items),
         "retain_base": rouge_l(backbone, generation_items(data_seed, retain)),
         "forget_raw_base": rouge_l(backbone, generation_items(data_seed, forget, raw=True)),
-        "test_raw_base": rouge_l(backbone, generation_items(data_seed, forget, test=True, raw=True)),
+        "test_raw_base": rouge_l(
+            backbone, generation_items(data_seed, forget, test=True, raw=True)
+        ),
         "retain_raw_base": rouge_l(backbone, generation_items(data_seed, retain, raw=True)),
         "forget_raw_strict": rouge_l(
             backbone, generation_items(data_seed, forget, raw=True), Condition("strict")

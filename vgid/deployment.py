@@ -25,6 +25,7 @@ from pydantic import Field, field_validator
 from vgid.config import Config, ForgetRatio, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.outputs import write_atomically
+from vgid.placing import recover
 from vgid.results import QuestionPart, Score
 
 SCHEMA = Path(__file__).with_suffix(".schema.json")
@@ -250,6 +251,7 @@ def read_deployment(path: Path) -> tuple[Deployment, str]:
     Raises:
         InputError: it is not there, changed since it was written, or no deployment.
     """
+    recover(path.parent)
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -17,6 +17,7 @@ from vgid.config import Config
 from vgid.deployment import Attack, Deployment, Pseudonym, read_deployment
 from vgid.errors import InputError
 from vgid.model_card import CARD_SCORES
+from vgid.placing import READY, recover
 from vgid.results import Score
 
 
@@ -152,6 +153,8 @@ def _files(folders: Iterable[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: is no folder; name one that holds deployments.")
+        for ready in list(folder.rglob(READY)):
+            recover(ready.parent)
         files |= {path for path in folder.rglob("*.yaml") if path.parent.name == "deployments"}
         files |= set(folder.rglob("deployment.yaml"))
         if folder.name == "deployments":
