@@ -205,7 +205,8 @@ def choose_few_shot(
     """Draw the few-shot people of a task; the same people whatever the order of ``candidates``.
 
     The benchmark draws them unseeded from the evaluated split and leaves their questions out of
-    the score; here they come from people who are neither scored nor forgotten.
+    the score; here they come from people who are neither scored nor forgotten. They stand in the
+    order of their IDs, as the benchmark's file has them.
 
     Args:
         candidates: who may be drawn; those without an image question of the task are not.
@@ -231,7 +232,7 @@ def choose_few_shot(
             f"scored sets have {task} questions; lower retain_people."
         )
     order = sample_generator(seed, f"few-shot/{task}").permutation(len(able))
-    return tuple(able[i] for i in order[:count])
+    return tuple(able[i] for i in sorted(order[:count]))
 
 
 def few_shot_turns(
