@@ -177,13 +177,17 @@ def export_command(
 ) -> None:
     """Write adapter, merged weights, model card and the commands that serve them."""
     from vgid.export import export
+    from vgid.vllm_serving import COMPARISON_ONLY
 
     exported = export(file, output, model_path)
     if as_json:
         print(exported.model_dump_json())
     else:
         print(f"Wrote {exported.output}. To serve it with vLLM, in that folder:")
-        print("\n".join(["", *(f"{command}\n" for command in exported.serve)]))
+        print(f"\n{exported.serve}\n")
+        if exported.compare is not None:
+            print(f"{COMPARISON_ONLY}\n\n{exported.compare}\n")
+        print(f"Ask what is served: `vgid verify {output} --served http://127.0.0.1:8000`.")
         print(f"Sign it with `vgid sign {output} --private-key PEM`.")
 
 

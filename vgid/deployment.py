@@ -92,8 +92,8 @@ class Adapter(Config):
 class Frame(Config):
     """What surrounds the user text; ``{text}`` is its place (see ``backbones.PromptFrame``).
 
-    It is served as ``image`` and ``text`` have it; ``asked`` says where the scores were measured
-    in other turns, the benchmark's.
+    ``asked`` says where the scores were measured in other turns, the benchmark's; what is served
+    takes every question in the turn of generation questions.
     """
 
     image: str
@@ -202,6 +202,8 @@ class Deployment(Config):
         data: on which data.
         origin: where it comes from.
         parent: the deployment before it, for a sequential request.
+        served_as: what an export serves: base and adapter in one. A server that keeps them apart
+            answers as the base whenever it is asked by the base's name, or by none.
     """
 
     schema_version: Literal[1] = 1
@@ -217,6 +219,7 @@ class Deployment(Config):
     data: Data
     origin: Origin
     parent: Parent | None = None
+    served_as: Literal["merged"] = "merged"
 
     def adapter_folder(self, file: Path) -> Path:
         """The adapter's folder, given where the deployment file is."""

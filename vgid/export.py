@@ -22,7 +22,7 @@ from vgid.errors import InputError
 from vgid.manifest import write_manifest
 from vgid.merging import merge
 from vgid.model_card import model_card
-from vgid.vllm_serving import CHAT_TEMPLATE, chat_template, serve_adapter, serve_merged
+from vgid.vllm_serving import CHAT_TEMPLATE, chat_template_of, serve_adapter, serve_merged
 
 DEPLOYMENT, ADAPTER, MERGED = "deployment.yaml", "adapter", "merged"
 
@@ -32,11 +32,14 @@ class Exported(Config):
 
     Attributes:
         output: the folder.
-        serve: commands for vLLM, to be run in that folder.
+        serve: command that serves the merged model with vLLM, to be run in that folder.
+        compare: the same with the adapter, for comparison only; None where vLLM takes no adapter
+            of its rank.
     """
 
     output: Path
-    serve: tuple[str, ...]
+    serve: str
+    compare: str | None
 
 
 def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
@@ -68,7 +71,7 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
         merge(base, adapter, temporary / MERGED)
         shutil.copyfile(file, temporary / DEPLOYMENT)
         (temporary / "README.md").write_text(model_card(deployment), encoding="utf-8")
-        template = chat_template(deployment.frame, _first_token(base))
+        template = chat_template_of(deployment.frame, base)
         (temporary / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         write_manifest(temporary)
         temporary.replace(output)
@@ -79,8 +82,9 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    commands = (serve_merged(deployment), serve_adapter(deployment))
-    return Exported(output=output, serve=tuple(c for c in commands if c is not None))
+    return Exported(
+        output=output, serve=serve_merged(deployment), compare=serve_adapter(deployment)
+    )
 
 
 def find_base(deployment: Deployment, model_path: str | None = None) -> Path:
@@ -101,12 +105,3 @@ def find_base(deployment: Deployment, model_path: str | None = None) -> Path:
             "name that base with --model-path."
         )
     return folder
-
-
-def _first_token(base: Path) -> str:
-    """Text of the token that the tokenizer puts in front of every prompt; empty without one."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    first = tokenizer("")["input_ids"][:1]
-    return str(tokenizer.decode(first))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vgid.adapter_files import LoraWeights
+from vgid.backbones import skeleton
 from vgid.errors import InputError
 from vgid.weight_names import WeightNames
 
@@ -38,7 +39,7 @@ def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
         InputError: a module of the adapter is not in the base, or of another shape.
     """
     output.mkdir(parents=True)
-    names = WeightNames.of_folder(base)
+    names = WeightNames(skeleton(base))
     shards = _shards(base)
     places = _places(base, shards, adapter.modules, names)
     for shard in shards:

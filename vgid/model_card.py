@@ -9,8 +9,15 @@ from collections.abc import Iterable
 from vgid.backbones import spec
 from vgid.deployment import Deployment
 from vgid.outputs import FURTHER_METRICS, MAIN_METRICS
+from vgid.prompts import generation_text
 from vgid.results import Score
-from vgid.vllm_serving import max_lora_rank, serve_adapter, serve_merged, served_name
+from vgid.vllm_serving import (
+    COMPARISON_ONLY,
+    max_lora_rank,
+    serve_adapter,
+    serve_merged,
+    served_name,
+)
 
 CARD_SCORES = (
     *MAIN_METRICS,
@@ -80,6 +87,7 @@ def _body(deployment: Deployment) -> str:
             "projector",
             f"- method: {deployment.hyperparameters.method}, trial {deployment.origin.trial_id} of "
             f"study {deployment.origin.study_id}, picked by {deployment.origin.rule}",
+            "- to deploy: base and adapter in one, `merged/`; `adapter/` is there for comparison",
             *_lineage(deployment),
             "",
             "## Measured",
@@ -163,26 +171,40 @@ def _attacks(deployment: Deployment) -> Iterable[str]:
 
 
 def _serving(deployment: Deployment) -> list[str]:
+    from vgid.decoding import MAX_NEW_TOKENS
+
     lines = [
         "## Serve",
         "",
-        "From this folder, with vLLM; `chat_template.jinja` is the prompt frame that was measured. "
-        "Both listen on the loopback only. The merged model:",
+        "From this folder, with vLLM, on the loopback only:",
         "",
         "```",
         serve_merged(deployment),
         "```",
         "",
+        "The scores hold for questions in the evaluation's wording, one a conversation, without a "
+        "system message, with at most one image:",
+        "",
+        "```",
+        generation_text("QUESTION", "image"),
+        "```",
+        "",
+        '(without "accurately" where there is no image), in the turn that `chat_template.jinja` '
+        f"puts around it, decoded greedily to at most {MAX_NEW_TOKENS} tokens. The flags make that "
+        "what a request gets that sets nothing itself; one that samples is told more, and one in "
+        "other words may be. `vgid verify . --served URL` asks what is served the recorded "
+        "questions, under every name that it lists and under none.",
+        "",
     ]
     rank, limit = deployment.adapter.rank, max_lora_rank(deployment.adapter.rank)
     with_adapter = serve_adapter(deployment)
     if with_adapter is None:
-        return [*lines, f"vLLM serves no adapter of rank {rank}; serve the merged model."]
+        return [*lines, f"vLLM serves no adapter of rank {rank}."]
     padded = "" if limit == rank else f"; vLLM pads rank {rank} to it, the next that it knows"
     known = " (`BASE`: the base's folder)" if "serve BASE" in with_adapter else ""
     return [
         *lines,
-        f"The base with the adapter{known}, `--max-lora-rank` {limit}{padded}:",
+        f"{COMPARISON_ONLY} The adapter{known}, `--max-lora-rank` {limit}{padded}:",
         "",
         "```",
         with_adapter,

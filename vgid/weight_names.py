@@ -29,7 +29,7 @@ class WeightNames:
     """Both names of each weight of a model.
 
     Args:
-        model: Hugging Face model; of its weights only the names matter.
+        model: Hugging Face model; of its weights only the names matter (``backbones.skeleton``).
     """
 
     def __init__(self, model: Any) -> None:
@@ -40,16 +40,6 @@ class WeightNames:
         self._reading = get_model_conversion_mapping(model)
         known = get_model_conversion_mapping(model, add_legacy=False)
         self._writing = [conversion.reverse_transform() for conversion in reversed(known)]
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> "WeightNames":
-        """Those of the model in a Hugging Face folder, none of whose weights is read."""
-        import torch
-        from transformers import AutoConfig, AutoModelForImageTextToText
-
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            return cls(AutoModelForImageTextToText.from_config(config, trust_remote_code=False))
 
     def in_model(self, name: str) -> str:
         """A weight's name in the model, by that in a file of any release of transformers."""

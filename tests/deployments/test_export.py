@@ -12,13 +12,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from tests.deployments.test_signing import make_keys
 from tests.hub_index import INDEX
 from vgid import adapter
 from vgid.adapter_files import concatenate, copy_adapter, read_adapter
-from vgid.backbones import EMBEDDED, load
+from vgid.backbones import EMBEDDED, load, skeleton
 from vgid.benchmark import Benchmark, decode_image
+from vgid.cli_deployment import app
 from vgid.decoding import greedy_decode
 from vgid.deployment import read_deployment, write_deployment
 from vgid.encoding import Query
@@ -26,10 +28,10 @@ from vgid.errors import InputError
 from vgid.export import export
 from vgid.manifest import MANIFEST, manifest_fault, write_manifest
 from vgid.merging import merge
-from vgid.prompts import question_text
+from vgid.prompts import generation_text, question_text
 from vgid.signing import sign
 from vgid.verify import verify
-from vgid.vllm_serving import max_lora_rank, serve_adapter
+from vgid.vllm_serving import COMPARISON_ONLY, max_lora_rank, serve_adapter
 from vgid.weight_names import WeightNames
 
 BASE = EMBEDDED / "tiny-llava"
@@ -112,7 +114,7 @@ def test_what_an_export_holds(exported, next_deployment_file):
     for path in deployed.iterdir():
         assert (exported / "adapter" / path.name).read_bytes() == path.read_bytes()
     merged, base = (load_file(f / "model.safetensors") for f in (exported / "merged", BASE))
-    names = WeightNames.of_folder(BASE)
+    names = WeightNames(skeleton(BASE))
     changed = {name for name in base if not torch.equal(base[name], merged[names.on_hub(name)])}
     assert merged.keys() == INDEX["tiny-llava"] and len(changed) == 28
     assert all("language_model" in name and "_proj" in name for name in changed)
@@ -148,7 +150,17 @@ def test_the_card_says_what_was_measured_and_never_that_it_is_gone(exported, nex
 
 def test_vllm_commands(exported, next_deployment_file):
     card = (exported / "README.md").read_text()
-    assert "vllm serve ./merged" in card and card.count("--host 127.0.0.1") == 2
+    merged, adapter = card.index("vllm serve ./merged"), card.index("vllm serve BASE")
+    assert merged < card.index(COMPARISON_ONLY) < adapter
+    for flags in (
+        "--chat-template-content-format openai",
+        "--generation-config vllm",
+        """--override-generation-config '{"temperature": 0, "max_new_tokens": 50}'""",
+        """--limit-mm-per-prompt '{"image": 1}'""",
+        "--host 127.0.0.1",
+    ):
+        assert card.count(f"  {flags}") == 2
+    assert generation_text("QUESTION", "image") in card
     assert "--enable-lora \\\n  --lora-modules tiny-llava-0000=./adapter" in card
     assert "--max-lora-rank 16" in card  # 8 and 8 concatenated
     known = {1: 1, 8: 8, 9: 16, 16: 16, 24: 32, 128: 128, 257: 320, 321: 512, 512: 512, 513: None}
@@ -162,6 +174,21 @@ def test_vllm_commands(exported, next_deployment_file):
     assert "--max-lora-rank 32" in command
     adapter = adapter.model_copy(update={"rank": 1000})
     assert serve_adapter(deployment.model_copy(update={"adapter": adapter})) is None
+
+
+def test_the_command_prints_what_to_deploy_first(next_deployment_file, tmp_path):
+    shown = CliRunner().invoke(app, ["export", str(next_deployment_file), str(tmp_path / "a")])
+    assert shown.exit_code == 0
+    merged, adapter = (shown.output.index(f"vllm serve {m}") for m in ("./merged", "BASE"))
+    assert merged < shown.output.index(COMPARISON_ONLY) < adapter
+    plain = CliRunner().invoke(
+        app, ["export", str(next_deployment_file), str(tmp_path / "b"), "--json"]
+    )
+    told = json.loads(plain.output)
+    assert "serve ./merged" in told["serve"] and "--enable-lora" in told["compare"]
+    deployment, _ = read_deployment(tmp_path / "b" / "deployment.yaml")
+    assert deployment.served_as == "merged"
+    assert "served_as: merged" in (tmp_path / "b" / "deployment.yaml").read_text()
 
 
 def test_a_signed_export_is_verified_as_a_folder(exported, benchmark_folder, tmp_path):
