@@ -148,16 +148,34 @@ def verify_command(
     hashes_only: Annotated[
         bool, typer.Option("--hashes-only", help="Load no model and measure nothing again.")
     ] = False,
+    served: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask this OpenAI-compatible server instead, under every name that it lists.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every hash of a deployment, load it, and measure its scores again.
 
+    With --served the recorded questions go to a server instead, under every name that it lists and
+    under none; one that answers as the base, or else outside the recorded intervals, differs.
+
     Exit code 0: verified. 1: something differs, and is named. 2: FILE was changed since it was
     sealed, or something that the check needs is not there.
     """
+    from vgid.errors import InputError
     from vgid.verify import verify
 
-    found = verify(target, data, model_path, public_key, hashes_only, _tell)
+    if served is None:
+        found = verify(target, data, model_path, public_key, hashes_only, _tell)
+    elif hashes_only or model_path is not None:
+        raise InputError("--served: no weights are read; leave out --hashes-only and --model-path.")
+    else:
+        from vgid.served import verify_served
+
+        found = verify_served(target, served, data, public_key, _tell)
     if as_json:
         conclusions = {"verified": found.verified, "bit_equal": found.bit_equal}
         print(json.dumps(conclusions | found.model_dump(mode="json")))

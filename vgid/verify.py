@@ -176,7 +176,7 @@ def verify(
     """
     exported = target.is_dir()
     file = target / EXPORTED if exported else target
-    checks = [_signature(target, public_key)] if public_key is not None else []
+    checks = [signature_check(target, public_key)] if public_key is not None else []
     if exported:
         fault = manifest_fault(target)
         detail = fault or "exactly those that were exported"
@@ -188,14 +188,14 @@ def verify(
     base = locate(spec(deployment.backbone), model_path or deployment.base.model_path)
     if checks[-2].passed:
         checks.append(_adapter_settings(deployment, folder, base))
-    checks.append(_same("base", deployment.base.revision, revision_of(base), "revision"))
+    checks.append(same_check("base", deployment.base.revision, revision_of(base), "revision"))
     scores: tuple[ScoreCheck, ...] = ()
     with recorded_benchmark(deployment, file, data, optional=hashes_only) as benchmark:
         if benchmark is None:
             checks.append(Check(name="data", passed=None, detail="name its folder with --data"))
         else:
             found = Benchmark.open(benchmark).sha256
-            checks.append(_same("data", deployment.data.sha256, found, "sha256"))
+            checks.append(same_check("data", deployment.data.sha256, found, "sha256"))
         if not hashes_only and not any(check.passed is False for check in checks):
             assert benchmark is not None
             merged = target / EXPORTED_MERGED if exported else None
@@ -230,7 +230,8 @@ def request_of(
     return parse(RequestConfig, values, "deployment")
 
 
-def _signature(target: Path, public_key: Path) -> Check:
+def signature_check(target: Path, public_key: Path) -> Check:
+    """Whether the signature beside the target is of this key."""
     fault = signature_fault(target, public_key)
     return Check(name="signature", passed=fault is None, detail=fault or "of the given key")
 
@@ -270,7 +271,8 @@ def _frame(deployment: Deployment) -> Check:
     return Check(name="prompt frame", passed=same, detail=detail)
 
 
-def _same(name: str, recorded: str, found: str, kind: str) -> Check:
+def same_check(name: str, recorded: str, found: str, kind: str) -> Check:
+    """Whether a hash or revision is the recorded one."""
     if recorded == found:
         return Check(name=name, passed=True, detail=f"{kind} {found}")
     return Check(name=name, passed=False, detail=f"{kind} {found}, recorded was {recorded}")

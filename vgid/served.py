@@ -1,0 +1,267 @@
+"""Asks what is served: an endpoint's answers to the recorded questions, beside the record.
+
+A server may answer otherwise than the deployment that it was started from: as the base under
+another name, as the base for whoever names no model, with another prompt, or sampled. So the open
+questions of the record are put to every name that the endpoint lists and, without a name, to
+whatever answers then. Nothing about decoding is sent, since most clients send nothing.
+
+The test set is left out, for its portraits change with the seed, and so are tasks that the
+benchmark asks behind few-shot turns. No model is loaded here.
+"""
+
+import base64
+import json
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from vgid.benchmark import Benchmark, Person, Question, decode_image, split_questions
+from vgid.deployment import Deployment, Scores, read_deployment
+from vgid.errors import InputError
+from vgid.metrics import bootstrap_interval, rouge
+from vgid.mlflow_client import first_line
+from vgid.prompts import question_text
+from vgid.results import Score
+from vgid.splits import choose_people
+from vgid.verify import (
+    EXPORTED,
+    Check,
+    ScoreCheck,
+    Verification,
+    recorded_benchmark,
+    request_of,
+    same_check,
+    signature_check,
+)
+
+TIMEOUT_S = 600
+AT_ONCE = 8
+NO_NAME = "no name"
+
+SUPPRESSED = ("forget_rougeL", "earlier_rougeL")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as it is sent.
+
+    Attributes:
+        split: ``forget``, ``earlier`` or ``retain``.
+        question: the benchmark's.
+        content: parts of the user message.
+    """
+
+    split: str
+    question: Question
+    content: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server.
+
+    Attributes:
+        url: of its root or of its ``/v1``.
+    """
+
+    url: str
+
+    def names(self) -> list[str]:
+        """The models that it lists.
+
+        Raises:
+            InputError: it cannot be reached, or lists none.
+        """
+        try:
+            listed = self._send("models")
+            return [str(model["id"]) for model in listed["data"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._unusable(error) from None
+
+    def answer(self, name: str | None, content: Sequence[Mapping[str, Any]]) -> str | None:
+        """The answer to one message; None where the server refuses it.
+
+        Raises:
+            InputError: it cannot be reached, or answers in another form.
+        """
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": content}]}
+        if name is not None:
+            body["model"] = name
+        try:
+            return str(
+                self._send("chat/completions", body)["choices"][0]["message"]["content"] or ""
+            ).strip()
+        except urllib.error.HTTPError as error:
+            if error.code < 500:
+                return None
+            raise self._unusable(error) from None
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise self._unusable(error) from None
+
+    def _send(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        root = self.url.rstrip("/").removesuffix("/v1")
+        request = urllib.request.Request(
+            f"{root}/v1/{path}",
+            None if body is None else json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        # Questions are private: they go to this server and through no proxy.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=TIMEOUT_S) as response:
+            return json.load(response)
+
+    def _unusable(self, error: Exception) -> InputError:
+        told = f"HTTP {error.code}" if isinstance(error, urllib.error.HTTPError) else None
+        return InputError(
+            f"--served {self.url}: is no OpenAI-compatible endpoint that answers "
+            f"({told or first_line(error)}); name the server's root, as http://127.0.0.1:8000."
+        )
+
+
+def verify_served(
+    target: Path,
+    url: str,
+    data: Path | None = None,
+    public_key: Path | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Verification:
+    """Put the recorded questions to an endpoint.
+
+    Args:
+        target: deployment file or export folder.
+        url: of the endpoint.
+        data: as for ``verify``.
+        public_key: as for ``verify``.
+        tell: shows a line of progress.
+
+    Returns:
+        What was found. It is not verified where some name answers as the base, or scores outside
+        the recorded intervals, or where no name answers.
+
+    Raises:
+        InputError: the endpoint does not answer, the file is not the one that was sealed, or the
+            data is not there.
+    """
+    file = target / EXPORTED if target.is_dir() else target
+    checks = [signature_check(target, public_key)] if public_key is not None else []
+    deployment, sha256 = read_deployment(file)
+    checks.append(Check(name="seal", passed=True, detail=f"sha256 {sha256}"))
+    scores: tuple[ScoreCheck, ...] = ()
+    with recorded_benchmark(deployment, file, data, optional=False) as folder:
+        assert folder is not None
+        benchmark = Benchmark.open(folder)
+        checks.append(same_check("data", deployment.data.sha256, benchmark.sha256, "sha256"))
+        if all(check.passed for check in checks):
+            asked = open_questions(deployment, benchmark, folder)
+            found = _ask_all(Endpoint(url), deployment.scores, asked, tell)
+            checks += found[0]
+            scores = found[1]
+    return Verification(file=file, checks=tuple(checks), scores=scores)
+
+
+def open_questions(deployment: Deployment, benchmark: Benchmark, folder: Path) -> list[Asked]:
+    """The generation questions of a record, in the evaluation's wording and with its images.
+
+    Args:
+        deployment: the record.
+        benchmark: that it was measured on.
+        folder: of the benchmark.
+    """
+    with tempfile.TemporaryDirectory(prefix="vgid-served-") as store:
+        request = request_of(deployment, folder, Path(store))
+    people = choose_people(benchmark, request)
+    splits = {"forget": people.forget, "earlier": people.earlier, "retain": people.retain}
+    return [
+        Asked(split, question, _content(person, question))
+        for split, members in splits.items()
+        for person in members
+        for question in split_questions(person, deployment.scores.part, request.seed)
+        if question.task == "generation"
+    ]
+
+
+def _content(person: Person, question: Question) -> list[dict[str, Any]]:
+    text = question_text(question.task, question.form, question.text)
+    parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if question.form == "image":
+        png = BytesIO()
+        image = decode_image(person.images[0], f"image 0 of person {person.id}")
+        image.save(png, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+        parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
+    return parts
+
+
+def _ask_all(
+    endpoint: Endpoint, recorded: Scores, asked: Sequence[Asked], tell: Callable[[str], None]
+) -> tuple[list[Check], tuple[ScoreCheck, ...]]:
+    checks: list[Check] = []
+    scores: list[ScoreCheck] = []
+    for name in (*endpoint.names(), None):
+        shown = NO_NAME if name is None else name
+        tell(f"Asking {endpoint.url} under {shown}, {len(asked)} questions")
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            answers = list(threads.map(lambda a: endpoint.answer(name, a.content), asked))  # noqa: B023
+        found = _scored(asked, answers, recorded.seeds[0])
+        checks.append(_check(f"served under {shown}", recorded, found))
+        if found:
+            scores += [
+                ScoreCheck(of=shown, name=s, stated=stated, found=found.get(s), merged=True)
+                for s, stated in recorded.deployed.items()
+                if s in found
+            ]
+    if not scores:
+        checks.append(Check(name="served", passed=False, detail="every name refuses"))
+    return checks, tuple(scores)
+
+
+def _scored(asked: Sequence[Asked], answers: Sequence[str | None], seed: int) -> dict[str, Score]:
+    tally: dict[str, tuple[list[float], list[str]]] = {}
+    for one, answer in zip(asked, answers, strict=True):
+        if answer is None:
+            continue
+        suffix = "_text" if one.question.form == "text" else ""
+        values, groups = tally.setdefault(f"{one.split}_rougeL{suffix}", ([], []))
+        values.append(rouge(one.question.answer, answer)["rougeL"])
+        groups.append(one.question.person_id)
+    return {
+        name: bootstrap_interval(values, groups, seed=seed)
+        for name, (values, groups) in tally.items()
+    }
+
+
+def _check(name: str, recorded: Scores, found: Mapping[str, Score]) -> Check:
+    """Whether answers about suppressed people are nearer to the base's than to those recorded.
+
+    Only scores tell that set the two apart: those whose recorded intervals do not meet.
+    """
+    if not found:
+        return Check(name=name, passed=True, detail="refuses every question")
+    telling = [
+        (score, recorded.base[score], recorded.deployed[score])
+        for score in (s + form for s in SUPPRESSED for form in ("", "_text"))
+        if score in found
+        and score in recorded.base
+        and score in recorded.deployed
+        and recorded.deployed[score].high < recorded.base[score].low
+    ]
+    if not telling:
+        detail = "the record does not set base and deployed model apart"
+        return Check(name=name, passed=None, detail=detail)
+    as_base = [
+        (score, base, deployed)
+        for score, base, deployed in telling
+        if found[score].value > (base.value + deployed.value) / 2
+    ]
+    told = [
+        f"{score} {found[score].value:.3f} (recorded {deployed.value:.3f}, base {base.value:.3f})"
+        for score, base, deployed in as_base or telling
+    ]
+    verdict = "answers as the base" if as_base else "not as the base"
+    return Check(name=name, passed=not as_base, detail=f"{verdict}: {', '.join(told)}")
