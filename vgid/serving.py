@@ -58,6 +58,7 @@ class DeployedModel:
                 id=str(number),
                 text=generation_text(str(question), "image"),
                 image=decode_image(bytes(image), f"the image of row {number}"),
+                task="generation",
             )
             for number, (image, question) in enumerate(rows)
         ]

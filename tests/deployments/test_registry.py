@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -17,11 +18,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.deployments.made_up_deployment import BASE_FOLDER, deploy
-from vgid.backbones import spec
+from vgid.backbones import LLAVA_FRAME, load, spec
+from vgid.deployment import read_deployment
 from vgid.errors import InputError
 from vgid.mlflow_client import connect
 from vgid.prompts import generation_text
 from vgid.registry import register, rollback
+from vgid.serving import DeployedModel
 
 NAME = "vgid-tiny-llava"
 
@@ -119,6 +122,26 @@ def test_the_champion_answers_as_plain_transformers_and_peft_do(store, versions,
         expected.append(processor.tokenizer.decode(reply, skip_special_tokens=True).strip())
     assert answers == expected
     assert all(answers)
+
+
+def test_open_questions_are_asked_in_the_turn_that_was_measured(adapter, tmp_path):
+    asked = replace(LLAVA_FRAME, asked={"generation/image": "USER: <image>\nQ: {text}\nA:"})
+    backbone = load("tiny-llava", device="cpu")
+    backbone.spec = replace(backbone.spec, frame=asked)
+    deployment, _ = read_deployment(deploy(tmp_path, adapter))
+    image, png = Image.linear_gradient("L").resize((64, 64)).convert("RGB"), io.BytesIO()
+    image.save(png, "PNG")
+    question = "What is the name of the person?"
+    frame = pd.DataFrame({"image": [png.getvalue()], "question": [question]})
+    (answer,) = DeployedModel(deployment, backbone, None).predict(frame)
+    text = f"USER: <image>\nQ: {generation_text(question, 'image')}\nA:"
+    inputs = backbone.processor(images=image, text=text, return_tensors="pt")
+    tokens = backbone.model.generate(**inputs, max_new_tokens=50, do_sample=False)
+    reply = tokens[0, inputs["input_ids"].shape[1] :]
+    expected = backbone.processor.tokenizer.decode(reply, skip_special_tokens=True).strip()
+    assert answer == expected
+    backbone.spec = replace(backbone.spec, frame=LLAVA_FRAME)
+    assert DeployedModel(deployment, backbone, None).predict(frame) != [answer]
 
 
 def test_nothing_in_the_registry_is_pickle_or_code(store, versions, tmp_path):
