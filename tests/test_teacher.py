@@ -13,8 +13,8 @@ from vgid.content_store import ContentStore
 from vgid.encoding import Query, collate, encode, response_ids
 from vgid.packing import response_hidden
 from vgid.prompts import REFUSALS, UNLEARNING_INSTRUCTIONS, generation_text
-from vgid.splits import TrainingSample
 from vgid.teacher import Intervention, TeacherStore, intervene
+from vgid.training_samples import TrainingSample
 
 RANDOM_STRICT = Intervention("random", None, "strict", seed=3)
 

@@ -16,9 +16,10 @@ from vgid.errors import InputError
 from vgid.evaluation import evaluate
 from vgid.examination import prepare
 from vgid.results import EpochReport, TrialResult
-from vgid.splits import choose_people, training_samples
+from vgid.splits import choose_people
 from vgid.synthetic import write_benchmark
 from vgid.teacher import Intervention
+from vgid.training_samples import training_samples
 from vgid.trial import TrialSession, run_trial
 
 TRIAL = TrialConfig(epochs=2, lora_rank=2)

@@ -186,7 +186,10 @@ def attacks_of(scored: Scored) -> tuple[tuple[Attack, ...], tuple[str, ...]]:
     rows = {
         "reverse prompt (paper A.3.7)": _only(reverse, lambda name: name.startswith(forgotten)),
         "new portraits and wording (test set)": _only(
-            plain, lambda name: name.startswith("test_") and not name.endswith("_text")
+            plain, lambda name: name.startswith("test_") and not name.endswith(("_text", "_raw"))
+        ),
+        "questions as they stand, without answer instructions": _only(
+            plain, lambda name: name.startswith(forgotten) and name.endswith("_raw")
         ),
         "text-only questions": _only(
             plain, lambda name: name.startswith(forgotten) and name.endswith("_text")

@@ -273,6 +273,9 @@ def unlearn_command(
     seeds: Annotated[int, typer.Option(help="Seeds to score with.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the splits of people and questions.")] = 0,
     retain_people: Annotated[int, typer.Option(help="People scored as retain set.")] = 50,
+    train_pairs: Annotated[
+        str, typer.Option(help="unheld: without the questions that are scored as held-out; or all.")
+    ] = "unheld",
     as_json: JsonOption = False,
 ) -> None:
     """Answer one forget request with one trial, and write its deployment.
@@ -297,6 +300,7 @@ def unlearn_command(
         "seeds": seeds,
         "seed": seed,
         "retain_people": retain_people,
+        "train_pairs": train_pairs,
     }
     done = unlearn(parse(UnlearnConfig, settings, "vgid unlearn"), _tell)
     if done.warning is not None:

@@ -30,6 +30,11 @@ Method = Literal[
 """The methods of the paper's Table 3 (``vgid.methods``); ``icu_t`` and ``noise_t`` are VGID with
 only the instruction and only the perturbation."""
 ForgetRatio = Literal[5, 10, 15]
+TrainWording = Literal["both", "wrapped", "raw"]
+TrainPairs = Literal["unheld", "all"]
+"""Which pairs of ``ft_Data`` unlearning trains on: without those that are held-out questions, so
+that a held-out score tells of questions that training never saw; or all, as the public code does.
+"""
 Sampler = Literal["auto", "gp", "tpe", "random"]
 
 STORE_LIMIT_GB = 50.0
@@ -97,6 +102,10 @@ class RequestConfig(Config):
         description="size of the store at most, in 10^9 bytes; least recently used out",
     )
     seed: int = Field(0, ge=0, description="splits of people and questions, few-shot people")
+    train_pairs: TrainPairs = Field(
+        "unheld",
+        description="training pairs: without the questions that are scored as held-out, or all",
+    )
     retain_people: int = Field(
         50, ge=2, description="people scored as retain set, half of them seen in training"
     )
@@ -163,6 +172,11 @@ class TrialConfig(Config):
     )
     train_tasks: tuple[Task, ...] = Field(
         ("generation", "cloze"), min_length=1, description="task forms in the training batches"
+    )
+    train_wording: TrainWording = Field(
+        "both",
+        description="how generation questions are asked in training: in the evaluation's answer "
+        "instructions (wrapped), as they stand and users ask (raw), or each in both ways",
     )
     views: int = Field(
         1,
@@ -246,6 +260,7 @@ class StudyConfig(Config):
     workers_per_trial: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0, ge=0)
     retain_people: int = Field(50, ge=2)
+    train_pairs: TrainPairs = "unheld"
     store_limit_gb: float = Field(STORE_LIMIT_GB, gt=0)
     tracking_uri: str | None = None
     fresh_workers: bool = False

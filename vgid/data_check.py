@@ -27,7 +27,13 @@ from vgid.layout import (
     Row,
     read_rows,
 )
-from vgid.profiles import parse_id, parse_images, parse_person, parse_training_pairs
+from vgid.profiles import (
+    comparable,
+    parse_id,
+    parse_images,
+    parse_person,
+    parse_training_pairs,
+)
 from vgid.prompts import Form, Task
 
 
@@ -40,6 +46,7 @@ class ConfigCount:
         images: encoded images.
         questions: number by task and form.
         training_pairs: questions with answers in the training metadata.
+        in_training: generation questions that stand word for word in the person's training pairs.
     """
 
     people: int = 0
@@ -48,6 +55,7 @@ class ConfigCount:
         default_factory=lambda: {task: dict.fromkeys(get_args(Form), 0) for task in get_args(Task)}
     )
     training_pairs: int = 0
+    in_training: int = 0
 
 
 @dataclass
@@ -67,14 +75,15 @@ class Report:
     def print(self, console: Console) -> None:
         """Print a table of the counts, then one of the defects or a line that there are none."""
         counts = Table("config", title="Benchmark", box=SIMPLE)
-        for heading in ("people", "images", *get_args(Task), "pairs"):
+        for heading in ("people", "images", *get_args(Task), "trained on", "pairs"):
             counts.add_column(heading, justify="right")
         for name, count in self.configs.items():
             by_task = [f"{forms['image']}+{forms['text']}" for forms in count.questions.values()]
-            cells = [count.people, count.images, *by_task, count.training_pairs]
+            cells = [count.people, count.images, *by_task, count.in_training, count.training_pairs]
             counts.add_row(name, *map(str, cells))
         counts.caption = (
-            "questions in image form + in text form; pairs of training questions and answers"
+            "questions in image form + in text form; generation questions that stand word for word "
+            "in ft_Data; pairs of training questions and answers"
         )
         console.print(counts)
         if not self.defects:
@@ -113,6 +122,10 @@ def check_benchmark(root: Path, progress: bool = False) -> Report:
     for check in steps:
         check.run(image_problems)
     by_name = {check.config: check for check in checks}
+    trained_on = set(by_name["ft_Data"].asked)
+    for check in checks:
+        if check.config != "ft_Data":
+            check.count.in_training = sum(question in trained_on for question in check.asked)
     for ratio in FORGET_RATIOS:
         forget, retain = by_name[f"forget_{ratio}"], by_name[f"retain_{100 - ratio}"]
         forget.compare_with_retain(retain)
@@ -133,6 +146,7 @@ class _ConfigCheck:
         count: what it holds.
         rows: first row of each person ID.
         complete: every file could be read, so a person who is not in ``rows`` is truly missing.
+        asked: person and wording of each generation question, or of each training pair.
     """
 
     def __init__(self, root: Path, config: str) -> None:
@@ -141,6 +155,7 @@ class _ConfigCheck:
         self.count = ConfigCount()
         self.rows: dict[str, int] = {}
         self.complete = True
+        self.asked: list[tuple[str, str]] = []
         self.defects: list[Defect] = []
 
     def run(self, image_problems: dict[str, str | None]) -> None:
@@ -193,11 +208,14 @@ class _ConfigCheck:
         if self.config == "ft_Data":
             pairs, defects = parse_training_pairs(self.config, row)
             self.count.training_pairs += len(pairs)
+            self.asked += [(pair.person_id, comparable(pair.question)) for pair in pairs]
             self.defects += defects + parse_images(self.config, row)[1]
             return
         person, defects = parse_person(self.config, row)
         for question in person.questions:
             self.count.questions[question.task][question.form] += 1
+            if question.task == "generation":
+                self.asked.append((question.person_id, comparable(question.text)))
         self.defects += defects
 
     def _check_images(self, row: Row, image_problems: dict[str, str | None]) -> Iterator[Defect]:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from vgid.config import Config, ForgetRatio, TrialConfig, parse
+from vgid.config import Config, ForgetRatio, TrainPairs, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.outputs import write_atomically
 from vgid.placing import recover
@@ -142,12 +142,14 @@ class Data(Config):
         sha256: over its files.
         forget_ratio: per cent of the people.
         retain_people: people scored as retain set.
+        train_pairs: whether training saw the held-out questions, as it did before one could choose.
         split_seed: of the splits of people and questions.
     """
 
     sha256: Sha256
     forget_ratio: ForgetRatio
     retain_people: int
+    train_pairs: TrainPairs = "all"
     split_seed: int
 
 

@@ -4,9 +4,10 @@ The questions are those of an ``Examination`` (``vgid.examination``), scored as 
 (``vgid.metrics``).
 
 Score names are ``<split>_<metric>`` for questions with an image (the paper's), with ``_text``
-behind them for questions that name the person instead. Splits: ``forget``, ``test``, ``earlier``
-(whom an earlier request suppressed), ``retain`` (with ``retain_seen`` and ``retain_unseen``, by
-whether training saw the person) and ``celebrity``. Metrics:
+behind them for questions that name the person instead, and ``_raw`` for generation questions with
+an image once more as they stand, without the benchmark's answer instructions. Splits: ``forget``,
+``test``, ``earlier`` (whom an earlier request suppressed), ``retain`` (with ``retain_seen`` and
+``retain_unseen``, by whether training saw the person) and ``celebrity``. Metrics:
 
 - ``rouge1``, ``rouge2``, ``rougeL`` (F-measures), the same with ``_recall``, ``bleu``, ``refusal``
   and ``gibberish`` rates, of generation questions;
@@ -37,7 +38,7 @@ from vgid.metrics import (
     letter_choice,
     rouge,
 )
-from vgid.prompts import Task
+from vgid.prompts import Task, Wording
 from vgid.results import Score
 
 
@@ -46,6 +47,7 @@ class Response(NamedTuple):
 
     question_id: str
     split: str
+    wording: Wording
     question: str
     answer: str
     response: str
@@ -105,7 +107,9 @@ def evaluate(backbone: Backbone, examination: Examination, request: RequestConfi
     kept = None
     if request.log_responses:
         kept = tuple(
-            Response(i.question.id, i.split, i.question.text, i.question.answer, response)
+            Response(
+                i.question.id, i.split, i.wording, i.question.text, i.question.answer, response
+            )
             for i, response in zip(examination.items, responses, strict=True)
         )
     return Evaluation(scores, examination.option_scoring, examination.few_shot, kept)
@@ -153,9 +157,8 @@ def _marks(question: Question, response: str) -> Iterator[tuple[str, float]]:
 def _count(
     tally: dict[str, tuple[list[float], list[str]]], item: ExamItem, metric: str, value: float
 ) -> None:
-    suffix = "_text" if item.question.form == "text" else ""
     splits = [item.split] + (["retain"] if item.split.startswith("retain_") else [])
     for split in splits:
-        values, groups = tally.setdefault(f"{split}_{metric}{suffix}", ([], []))
+        values, groups = tally.setdefault(f"{split}_{metric}{item.suffix}", ([], []))
         values.append(value)
         groups.append(item.question.person_id)

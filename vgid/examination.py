@@ -3,8 +3,9 @@
 A worker prepares an ``Examination`` once and puts every trial's adapter through it
 (``vgid.evaluation``). The protocol is MLLMU-Bench's (``vgid.prompts``) with these differences, each
 told where it is made: few-shot people and test poses are seeded, nobody who is scored or forgotten
-serves as a few-shot example, and models too small to answer by letter may be scored by option
-likelihood.
+serves as a few-shot example, models too small to answer by letter may be scored by option
+likelihood, and generation questions on an image are asked a second time as they stand (``raw``),
+which is how the facts are taught and how users ask.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from vgid.interventions import sample_generator
 from vgid.prompts import (
     Form,
     Task,
+    Wording,
     option_likelihood_text,
     options_text,
     question_text,
@@ -48,6 +50,7 @@ class ExamItem:
         answer: the prompt in the turn that answers are taught in, and token ids of the true
             answer; only where memorisation is measured.
         shots: share of the few-shot turns that the context holds; None without any.
+        wording: of a generation question; raw ones are asked in the turn that answers are taught in.
     """
 
     split: str
@@ -56,6 +59,14 @@ class ExamItem:
     options: Mapping[str, list[int]] | None = field(default=None, repr=False)
     answer: tuple[Encoded, list[int]] | None = field(default=None, repr=False)
     shots: float | None = None
+    wording: Wording = "wrapped"
+
+    @property
+    def suffix(self) -> str:
+        """What stands behind the names of its scores: ``_text``, ``_raw`` or nothing."""
+        if self.question.form == "text":
+            return "_text"
+        return "_raw" if self.wording == "raw" else ""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,8 @@ class Examination:
     """All questions of an evaluation, prepared once.
 
     Attributes:
-        items: the questions, by split, then person, then as the benchmark orders them.
+        items: the questions, by split, then person, then as the benchmark orders them; raw
+            generation questions behind the person's others.
         option_scoring: how multiple-choice questions are scored.
         few_shot: IDs of the few-shot people by task.
         seed: of few-shot people, test poses and bootstrap.
@@ -133,14 +145,17 @@ def prepare(
             if split != "celebrity":
                 asked = split_questions(person, part, request.seed)
             images = _PoseImages(person, seed)
-            ranked = [q.task == "classification" and scoring == "likelihood" for q in asked]
+            worded: list[tuple[Question, Wording]] = [(q, "wrapped") for q in asked]
+            if split != "celebrity":
+                worded += [(q, "raw") for q in asked if _has_raw_form(q)]
+            ranked = [q.task == "classification" and scoring == "likelihood" for q, _ in worded]
             queries = []
-            for question, likelihood in zip(asked, ranked, strict=True):
+            for (question, wording), likelihood in zip(worded, ranked, strict=True):
                 if likelihood:
                     text = option_likelihood_text(question.text)
                 else:
                     text = question_text(
-                        question.task, question.form, question.text, question.options
+                        question.task, question.form, question.text, question.options, wording
                     )
                 queries.append(
                     Query(
@@ -148,15 +163,20 @@ def prepare(
                         text=with_reverse_prompt(text) if reverse else text,
                         image=images.of(question),
                         shots=turns.get((question.task, question.form), ()),
-                        task=question.task,
+                        task=question.task if wording == "wrapped" else None,
                     )
                 )
             seen = intervene(backbone, queries, intervention)
             items += [
-                _item(backbone, split, question, query, likelihood)
-                for question, query, likelihood in zip(asked, seen, ranked, strict=True)
+                _item(backbone, split, question, wording, query, likelihood)
+                for (question, wording), query, likelihood in zip(worded, seen, ranked, strict=True)
             ]
     return Examination(tuple(items), scoring, few_shot, seed)
+
+
+def _has_raw_form(question: Question) -> bool:
+    """Whether it is asked as it stands too: an open question on an image."""
+    return question.task == "generation" and question.form == "image"
 
 
 class _PoseImages:
@@ -180,7 +200,12 @@ class _PoseImages:
 
 
 def _item(
-    backbone: Backbone, split: str, question: Question, query: Query, likelihood: bool
+    backbone: Backbone,
+    split: str,
+    question: Question,
+    wording: Wording,
+    query: Query,
+    likelihood: bool,
 ) -> ExamItem:
     (encoded,) = encode(backbone, [query], room=MAX_NEW_TOKENS)
     options = None
@@ -190,13 +215,14 @@ def _item(
             letter: response_ids(backbone, option) for letter, option in question.options.items()
         }
     answer = None
-    if split in ("forget", "earlier") and question.task == "generation":
+    forgotten = split in ("forget", "earlier")
+    if forgotten and question.task == "generation" and wording == "wrapped":
         # The benchmark's turn may end in a space, which then is a token, and no answer's beginning.
         (taught,) = encode(backbone, [replace(query, task=None)])
         # Without the end-of-sequence token, which any model predicts behind a full stop.
         answer = taught, response_ids(backbone, question.answer)[:-1]
     shots = encoded.shots / len(query.shots) if query.shots else None
-    return ExamItem(split, question, encoded, options, answer, shots)
+    return ExamItem(split, question, encoded, options, answer, shots, wording)
 
 
 def choose_few_shot(

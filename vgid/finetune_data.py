@@ -13,6 +13,7 @@ from vgid.encoding import Encoded, Query, encode
 from vgid.errors import InputError
 from vgid.layout import Defect, read_rows
 from vgid.profiles import parse_id, parse_images
+from vgid.prompts import generation_text
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,14 @@ def encode_samples(backbone: Backbone, samples: Sequence[Sample]) -> list[Encode
         sample.person_id: decode_image(sample.image, f"the ft_Data image of {sample.person_id}")
         for sample in samples
     }
-    queries = [Query(sample.id, sample.question, images[sample.person_id]) for sample in samples]
+    queries = [
+        Query(
+            sample.id,
+            generation_text(sample.question, "image", "raw"),
+            images[sample.person_id],
+        )
+        for sample in samples
+    ]
     return encode(backbone, queries)
 
 

@@ -34,6 +34,7 @@ MUST_AGREE = (
     "forget_ratio",
     "seed",
     "retain_people",
+    "train_pairs",
     "workers_per_trial",
     "tracking_uri",
 )

@@ -53,7 +53,7 @@ def _front_matter(deployment: Deployment) -> str:
             metric_value=round(score.value, 4),
         )
         for name, score in _chosen(deployment.scores.deployed)
-        if name.rpartition("_")[2] in HUB_METRICS  # not those of questions in text only
+        if name.rpartition("_")[2] in HUB_METRICS  # not those of text-only and raw questions
     ]
     card = ModelCardData(
         base_model=_source(deployment),
@@ -112,7 +112,8 @@ def _body(deployment: Deployment) -> str:
             "- Suppressed does not mean gone: `forget_memorisation` is the share of a true "
             "answer's tokens that the model still predicts when forced along it.",
             "- Training was on questions with an image. Questions that name the person in text "
-            "only (`_text`) may be answered as before.",
+            "only (`_text`) may be answered as before. `_raw` are questions on an image as they "
+            "stand, the others have the benchmark's answer instructions behind them.",
             "- The adapter was measured with one prompt frame, greedy decoding and one question a "
             "prompt; other frames, sampling and longer conversations were not.",
             "- Merging rounds the weights to the base's dtype, so single answers may differ from "
@@ -138,8 +139,8 @@ def _source(deployment: Deployment) -> str:
 
 
 def _chosen(scores: dict[str, Score]) -> list[tuple[str, Score]]:
-    both = [name + form for name in CARD_SCORES for form in ("", "_text")]
-    names = [name for name in both if name in scores]
+    asked = [name + form for name in CARD_SCORES for form in ("", "_text", "_raw")]
+    names = dict.fromkeys(name for name in asked if name in scores)
     return [(name, scores[name]) for name in names]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vgid.outputs import OBJECTIVES, TrialRecord, describe, held_out_scores
 from vgid.plots import Front
-from vgid.results import Score
+from vgid.results import Score, Verbatim
 from vgid.run_view import chart_page, compare_page, run_page, table_page
 
 NOTE_PICTURE = "front-small.png"
@@ -88,13 +88,19 @@ def note_links(
     )
 
 
-def study_note(front: Front, phases: Mapping[str, float], links: NoteLinks) -> str:
+def study_note(
+    front: Front,
+    phases: Mapping[str, float],
+    links: NoteLinks,
+    verbatim: Verbatim | None = None,
+) -> str:
     """Write the note: the result in three sentences, the picture, the front as a table.
 
     Args:
         front: the study's trials and its base model's scores.
         phases: seconds by phase, in the order to show them.
         links: where its links lead.
+        verbatim: which scored questions training sees.
 
     Returns:
         Markdown.
@@ -119,8 +125,8 @@ def study_note(front: Front, phases: Mapping[str, float], links: NoteLinks) -> s
     parts.append(
         "Trials are scored on the search questions; the front is scored again on held-out "
         "questions, with 95 % bootstrap intervals. Reduction: base forget-set ROUGE-L minus the "
-        "trial's. Artifacts: `front.html` (hover and click), `insights.html`, `front.csv`, "
-        "`trials.csv`, `study.json`."
+        f"trial's.{_trained_on(verbatim or {})} Artifacts: `front.html` (hover and click), "
+        "`insights.html`, `front.csv`, `trials.csv`, `study.json`."
     )
     return "\n\n".join(parts) + "\n"
 
@@ -154,6 +160,7 @@ def _result(front: Front, links: NoteLinks) -> str:
         f"{label} is {further[name]:.3f}"
         for name, label in (
             ("test_rougeL", "ROUGE-L under new portraits and wording"),
+            ("forget_rougeL_raw", "ROUGE-L without answer instructions"),
             ("forget_cloze", "cloze accuracy"),
             ("forget_memorisation", "the share of true tokens still predicted when forced"),
         )
@@ -166,8 +173,31 @@ def _result(front: Front, links: NoteLinks) -> str:
         f"Trial {links.trial(pick.result.trial_id)} ({describe(pick.config)}) "
         f"removes {share} of the forget people's ROUGE-L ({forget:.3f} to "
         f"{forget - reduction:.3f}) {where}, and retain ROUGE-L goes from {kept:.3f} to "
-        f"{retain:.3f}. {rest}"
+        f"{retain:.3f}{_refused(further)}. {rest}"
     )
+
+
+def _refused(scores: Mapping[str, float]) -> str:
+    """How often retain people's questions are declined, with answer instructions and without."""
+    if "retain_refusal" not in scores or "retain_refusal_raw" not in scores:
+        return ""
+    return (
+        f" ({scores['retain_refusal']:.1%} of their questions refused, "
+        f"{scores['retain_refusal_raw']:.1%} without answer instructions)"
+    )
+
+
+def _trained_on(verbatim: Verbatim) -> str:
+    """A sentence on the scored questions that training sees word for word."""
+    parts = []
+    for part, splits in verbatim.items():
+        told = [
+            f"{split} {count['seen']} of {count['scored']}"
+            for split, count in splits.items()
+            if count["seen"] or not split.endswith("_text")
+        ]
+        parts.append(f"of the {part.replace('_', '-')} ones {', '.join(told)}")
+    return f" Generation questions trained on word for word: {'; '.join(parts)}." if parts else ""
 
 
 def _counts(front: Front) -> str:

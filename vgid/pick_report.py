@@ -29,6 +29,12 @@ KEY_SCORES = (
     "forget_refusal",
     "forget_rougeL_text",
     "test_rougeL_text",
+    "forget_rougeL_raw",
+    "test_rougeL_raw",
+    "retain_rougeL_raw",
+    "forget_refusal_raw",
+    "retain_refusal",
+    "retain_refusal_raw",
 )
 """Columns of ``candidates.csv``; the deployment file has every score of the choice."""
 

@@ -121,6 +121,7 @@ def make_plan(config: StudyConfig) -> Plan:
         "store_limit_gb": config.store_limit_gb,
         "seed": config.seed,
         "retain_people": config.retain_people,
+        "train_pairs": config.train_pairs,
         "log_responses": config.log_responses,
     }
     request = parse(RequestConfig, shared | ancestral, "study")

@@ -6,6 +6,7 @@ decides whether a defect stops the reading (``vgid.benchmark``) or is listed (``
 
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,11 @@ class TrainingPair:
     person_id: str
     question: str
     answer: str
+
+
+def comparable(text: str) -> str:
+    """A question as it is compared with others, word for word: without case and extra spaces."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def id_problem(value: object) -> str | None:

@@ -11,6 +11,11 @@ from typing import Literal
 PromptStyle = Literal["declarative", "polite", "strict"]
 Task = Literal["generation", "cloze", "classification"]
 Form = Literal["image", "text"]
+Wording = Literal["wrapped", "raw"]
+"""How an open question is asked: in the evaluation's answer instructions, or as it stands.
+
+The benchmark's own fine-tuning, and whoever uses a model, ask ``raw``; its evaluation ``wrapped``.
+"""
 
 UNLEARNING_INSTRUCTIONS: dict[PromptStyle, str] = {
     "declarative": (
@@ -54,8 +59,10 @@ BLANK = "__"
 """Marks the gap in a cloze question of the benchmark; shown to the model as ``[Blank]``."""
 
 
-def generation_text(question: str, form: Form) -> str:
+def generation_text(question: str, form: Form, wording: Wording = "wrapped") -> str:
     """Open-ended question as the benchmark asks it (the text form lacks "accurately")."""
+    if wording == "raw":
+        return question
     accurately = "accurately " if form == "image" else ""
     return (
         f"{question}\nAnswer the question based on your trained knowledge "
@@ -92,12 +99,16 @@ def option_likelihood_text(question: str) -> str:
 
 
 def question_text(
-    task: Task, form: Form, question: str, options: Mapping[str, str] | None = None
+    task: Task,
+    form: Form,
+    question: str,
+    options: Mapping[str, str] | None = None,
+    wording: Wording = "wrapped",
 ) -> str:
-    """The user text of a benchmark question in its task's format."""
+    """The user text of a benchmark question in its task's format; only generation has two."""
     match task:
         case "generation":
-            return generation_text(question, form)
+            return generation_text(question, form, wording)
         case "cloze":
             return cloze_text(question)
         case "classification":

@@ -118,6 +118,7 @@ def record(
             "sha256": setting.data_sha256,
             "forget_ratio": request.forget_ratio,
             "retain_people": request.retain_people,
+            "train_pairs": request.train_pairs,
             "split_seed": request.seed,
         },
         "origin": origin,

@@ -89,7 +89,7 @@ class SubjectReport(Config):
             rows += [(attack.name, attack.scores) for attack in found.attacks]
             for test, scores in rows:
                 for name, score in scores.items():
-                    if name.removesuffix("_text") not in CARD_SCORES:
+                    if name.removesuffix("_text").removesuffix("_raw") not in CARD_SCORES:
                         continue
                     before = found.base.get(name) if test == "plain" else None
                     table.add_row(

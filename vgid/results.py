@@ -15,6 +15,9 @@ from vgid.config import Config
 TrialStatus = Literal["completed", "pruned", "failed"]
 QuestionPart = Literal["search", "held_out", "all"]
 """Trials are chosen on ``search`` questions and reported on ``held_out`` ones; together ``all``."""
+Verbatim = dict[QuestionPart, dict[str, dict[str, int]]]
+"""Generation questions by part and split (``_text`` behind it where they have no image): how many
+are ``scored``, and how many of these training has ``seen`` word for word."""
 
 
 class Score(Config):

@@ -1,19 +1,27 @@
-"""Who is forgotten, who is trained on, and who is scored.
+"""Who is forgotten, who is trained on, and who is scored, on which questions.
 
 The forget people come from the benchmark's ``forget_*`` config. Of the retain people, a seeded
 ``retain_people`` are scored, half of them also seen by training; the training pool is everyone
 else. So retain scores tell what distillation kept (seen) from what merely survived it (unseen).
+
+Training questions are the pairs of ``ft_Data``, which may repeat the evaluation's questions word
+for word. Pairs that are search questions are trained on; pairs that are held-out questions only
+where the request says ``train_pairs: all``. ``count_verbatim`` tells how many are.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
 
-from vgid.benchmark import Benchmark, Person, decode_image, split_questions
-from vgid.config import RequestConfig
-from vgid.encoding import Query
+from vgid.benchmark import Benchmark, Person, split_questions
+from vgid.config import Method, RequestConfig, uses
 from vgid.errors import InputError
-from vgid.interventions import image_digest, sample_generator
-from vgid.prompts import Task, generation_text, option_likelihood_text, question_text
+from vgid.interventions import sample_generator
+from vgid.profiles import comparable
+from vgid.prompts import Task
+from vgid.results import Verbatim
+
+Said = tuple[str, str]
+"""A person's ID and what is asked about them, as ``comparable`` gives it."""
 
 
 @dataclass(frozen=True)
@@ -105,68 +113,50 @@ def _check_known(
         )
 
 
-@dataclass(frozen=True)
-class TrainingSample:
-    """One question of a training person, with the answer that the data gives."""
-
-    query: Query
-    answer: str
-    task: Task = "generation"
-
-    @cached_property
-    def portrait(self) -> str:
-        """Digest of the image, shared by all of a portrait's questions; empty without one."""
-        return "" if self.query.image is None else image_digest(self.query.image)
+def held_out_of_training(people: People, request: RequestConfig) -> frozenset[Said]:
+    """The questions that training leaves out: the held-out ones, unless the request has all."""
+    if request.train_pairs == "all":
+        return frozenset()
+    return frozenset(
+        (person.id, comparable(question.text))
+        for person in (*people.forget, *people.test, *people.retain)
+        for question in split_questions(person, "held_out", request.seed)
+    )
 
 
-def training_samples(
+def count_verbatim(
     benchmark: Benchmark,
-    people: tuple[Person, ...],
-    tasks: tuple[Task, ...],
-    likelihood_options: bool,
-    seed: int,
-) -> list[TrainingSample]:
-    """The training questions of ``people``, image form, in the prompt formats of the benchmark.
-
-    Generation questions are the fine-tuning metadata of ``ft_Data``. Cloze and classification
-    questions, which that metadata lacks, are the search part of the people's own; the held-out
-    part, which the front is reported on, is never trained on.
+    people: People,
+    request: RequestConfig,
+    method: Method,
+    tasks: Collection[Task],
+) -> Verbatim:
+    """How many of the scored generation questions training sees word for word, wrapped or raw.
 
     Args:
         benchmark: the data.
-        people: whose questions.
-        tasks: whose questions are wanted.
-        likelihood_options: classification asks for the option's text instead of its letter.
-        seed: of the split into search and held-out questions.
-
-    Raises:
-        InputError: a person has no fine-tuning metadata.
+        people: who is scored and trained on.
+        request: what is left out of training, and the split of the questions.
+        method: trains on the retain people too if it has a retain term.
+        tasks: that are trained on.
     """
+    left_out = held_out_of_training(people, request)
+    trained = people.forget + (people.retain_pool if uses(method, "beta") else ())
     pairs = benchmark.training_pairs() if "generation" in tasks else {}
-    samples = []
-    for person in people:
-        image = decode_image(person.images[0], f"the image of person {person.id}")
-        if "generation" in tasks:
-            if person.id not in pairs:
-                raise InputError(
-                    f"{benchmark.root}: ft_Data has no metadata of person {person.id}; "
-                    "add the row, or take the person out of the forget and retain configs."
-                )
-            for pair in pairs[person.id]:
-                text = generation_text(pair.question, "image")
-                samples.append(TrainingSample(Query(pair.id, text, image), pair.answer))
-        for question in split_questions(person, "search", seed):
-            if question.form != "image" or question.task == "generation":
-                continue
-            if question.task not in tasks:
-                continue
-            text, answer = (
-                question_text(question.task, question.form, question.text, question.options),
-                question.answer,
-            )
-            if question.task == "classification" and likelihood_options:
-                assert question.options is not None
-                text, answer = option_likelihood_text(question.text), question.options[answer]
-            query = Query(question.id, text, image)
-            samples.append(TrainingSample(query, answer, question.task))
-    return samples
+    seen = {
+        (person.id, comparable(pair.question))
+        for person in trained
+        for pair in pairs.get(person.id, ())
+    }.difference(left_out)
+    counts: Verbatim = {"search": {}, "held_out": {}}
+    splits = {"forget": people.forget, "test": people.test, "retain": people.retain}
+    for part, found in counts.items():
+        for split, members in splits.items():
+            for question in (q for p in members for q in split_questions(p, part, request.seed)):
+                if question.task != "generation":
+                    continue
+                name = split if question.form == "image" else f"{split}_text"
+                count = found.setdefault(name, {"scored": 0, "seen": 0})
+                count["scored"] += 1
+                count["seen"] += (question.person_id, comparable(question.text)) in seen
+    return counts

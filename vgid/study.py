@@ -21,7 +21,7 @@ from vgid.mailbox import Job, Outcome
 from vgid.outputs import describe, write_front, write_study, write_trials
 from vgid.plan import Plan, make_plan
 from vgid.plots import Front
-from vgid.results import EpochReport, QuestionPart, TrialResult, shots_left_out
+from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots_left_out
 from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe
 from vgid.summary import phases, store_use, study_summary
@@ -96,6 +96,7 @@ class Study:
         self._error: str | None = None
         self._interrupted = threading.Event()
         self._hashes: dict[str, str] = {}
+        self._verbatim: Verbatim = {}
         self._seconds = {"start-up": 0.0, "load": 0.0, "re-score": 0.0}
         self._slots_used: set[int] = set()
         self._tracker: Any = None
@@ -140,16 +141,23 @@ class Study:
     def _prepare_data(self) -> None:
         from vgid import backbones
         from vgid.benchmark import Benchmark
+        from vgid.splits import choose_people, count_verbatim
 
         if self.plan.own_data and not self.plan.request.data.exists():
             from vgid.synthetic import write_benchmark
 
             write_benchmark(self.plan.request.data)
         base = backbones.locate(backbones.spec(self.config.backbone), self.config.model_path)
-        self._hashes = {
-            "dataset": Benchmark.open(self.plan.request.data).sha256,
-            "base": backbones.revision_of(base),
-        }
+        benchmark = Benchmark.open(self.plan.request.data)
+        self._hashes = {"dataset": benchmark.sha256, "base": backbones.revision_of(base)}
+        default = TrialConfig.model_fields["train_tasks"].default
+        self._verbatim = count_verbatim(
+            benchmark,
+            choose_people(benchmark, self.plan.request),
+            self.plan.request,
+            self.config.method,
+            self.plan.space.fixed.get("train_tasks", default),
+        )
 
     def _open_tracker(self) -> None:
         from vgid.tracking import Tracker
@@ -366,6 +374,7 @@ class Study:
             self.plan,
             self.board,
             self._hashes,
+            self._verbatim,
             phases(self.ledger.ended, {**self._seconds, "log": self._scribe.seconds}),
             store_use(self.ledger.ended, output / "store"),
             interrupted=self._interrupted.is_set(),
@@ -389,6 +398,7 @@ class Study:
                 },
                 files,
                 "KILLED" if self._interrupted.is_set() else "FINISHED",
+                self._verbatim,
             )
         return summary
 

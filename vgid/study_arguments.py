@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from vgid.command_line import Parser, exit_code
-from vgid.config import ForgetRatio, Method, Sampler, StudyConfig, parse
+from vgid.config import ForgetRatio, Method, Sampler, StudyConfig, TrainPairs, parse
 
 OUTPUT = Path("runs")
 """Where a study goes if no output folder is named: ``runs/<backbone>-<number>``."""
@@ -73,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     add("--forget-ratio", type=int, choices=get_args(ForgetRatio), help="per cent of the people "
         "to forget")  # fmt: skip
     add("--retain-people", type=int, metavar="N", help="retain people that are scored")
+    add("--train-pairs", choices=get_args(TrainPairs), help="training questions: without those "
+        "that are scored as held-out, or all")  # fmt: skip
     add("--trials", type=int, metavar="N", help="trials of the whole study, over all resumes")
     add("--seed", type=int, metavar="S", help="seed of the search, of every trial and of the "
         "splits of people and questions")  # fmt: skip

@@ -94,6 +94,7 @@ class Source:
             "store_limit_gb": config.store_limit_gb,
             "seed": config.seed,
             "retain_people": config.retain_people,
+            "train_pairs": config.train_pairs,
         }
         return parse(RequestConfig, values, self.name)
 

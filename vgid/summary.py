@@ -11,6 +11,7 @@ from typing import Any
 from vgid.content_store import info
 from vgid.ledger import Header, Record, now
 from vgid.plan import Plan
+from vgid.results import Verbatim
 from vgid.scoreboard import Scoreboard
 
 LIBRARIES = ("vgid", "ray", "torch", "transformers", "peft", "optuna", "mlflow")
@@ -84,6 +85,7 @@ def study_summary(
     plan: Plan,
     board: Scoreboard,
     hashes: Mapping[str, str],
+    verbatim: Verbatim,
     phases: Phases,
     store: Mapping[str, Any],
     interrupted: bool,
@@ -97,6 +99,7 @@ def study_summary(
         plan: what it was to do.
         board: what came of it.
         hashes: SHA-256 of the dataset and of the base.
+        verbatim: which scored questions training sees (``splits.count_verbatim``).
         phases: see ``phases``.
         store: see ``store_use``.
         interrupted: whether a signal ended it.
@@ -113,6 +116,7 @@ def study_summary(
         "data_sha256": hashes.get("dataset"),
         "base_sha256": hashes.get("base"),
         "search_space_sha256": plan.space_sha256,
+        "trained_verbatim": verbatim,
         "base": dict(board.base),
         "reference_point": board.reference_point,
         "hypervolume": board.hypervolume,

@@ -25,7 +25,7 @@ from vgid.encoding import Query, at_model_resolution, encode, response_ids
 from vgid.interventions import NoiseType, image_digest, perturb, sample_generator
 from vgid.packing import response_hidden
 from vgid.prompts import REFUSALS, PromptStyle, with_instruction
-from vgid.splits import TrainingSample
+from vgid.training_samples import TrainingSample
 
 TargetSource = Literal["teacher", "reference", "refusal"]
 """Whose response tokens: the ``teacher``'s own greedy answer under the intervention, the

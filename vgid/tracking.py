@@ -23,7 +23,7 @@ from vgid.mlflow_client import Connection, connect, first_line, search_runs
 from vgid.note import NOTE_PICTURE, note_links, study_note
 from vgid.outputs import MAIN_METRICS, TrialRecord, as_text, held_out_scores, run_name
 from vgid.plots import Front, write_png
-from vgid.results import EpochReport, TrialResult, TrialStatus
+from vgid.results import EpochReport, TrialResult, TrialStatus, Verbatim
 from vgid.run_view import run_page, view_tag
 
 logger = logging.getLogger(__name__)
@@ -199,6 +199,7 @@ class Tracker:
         phases: Mapping[str, float],
         files: Sequence[Path],
         status: str = "FINISHED",
+        verbatim: Verbatim | None = None,
     ) -> None:
         """Record the study's outcome on the parent, and held-out scores on the front's trials.
 
@@ -208,6 +209,7 @@ class Tracker:
             phases: seconds by phase, in the order to show them.
             files: figures and tables, kept as artifacts under their own names.
             status: ``FINISHED``, or ``KILLED`` if the study was stopped.
+            verbatim: which scored questions training sees (``splits.count_verbatim``).
 
         Raises:
             InputError: the server does not answer; the output folder is complete all the same.
@@ -228,7 +230,7 @@ class Tracker:
         links = note_links(
             front, self.experiment_id, self.study_run_id, self._study_id, runs, files
         )
-        note = study_note(front, phases, links)
+        note = study_note(front, phases, links, verbatim)
         try:
             for record in front.records:
                 self._log_front(record, front, now)

@@ -30,11 +30,11 @@ from vgid.errors import InputError
 from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
 from vgid.methods import make_method
-from vgid.prompts import Task
 from vgid.released import distill_released
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
-from vgid.splits import TrainingSample, choose_people, training_samples
+from vgid.splits import choose_people, held_out_of_training
 from vgid.teacher import Intervention, TeacherStore
+from vgid.training_samples import TrainingSample, training_samples
 from vgid.views import portrait_view
 
 PLAIN = Intervention()
@@ -74,7 +74,7 @@ class TrialSession:
         self.store = TeacherStore(
             ContentStore(request.store, "teachers", limit), self.backbone, rank
         )
-        self._training: dict[tuple[tuple[Task, ...], bool], list[TrainingSample]] = {}
+        self._training: dict[tuple[Any, ...], list[TrainingSample]] = {}
         self._encoded: dict[tuple[str, int], Encoded] = {}
         self._examinations: dict[tuple[str, int, Intervention, bool], Examination] = {}
         self.phases = {"load": time.perf_counter() - started}
@@ -323,14 +323,15 @@ class TrialSession:
         )
 
     def _samples(self, trial: TrialConfig, forget: bool) -> list[TrainingSample]:
-        key = (trial.train_tasks, forget)
+        key = (trial.train_tasks, trial.train_wording, forget)
         if key not in self._training:
             self._training[key] = training_samples(
                 self.benchmark,
                 self.people.forget if forget else self.people.retain_pool,
-                trial.train_tasks,
+                trial,
                 self.backbone.spec.option_scoring == "likelihood",
                 self.request.seed,
+                held_out_of_training(self.people, self.request),
             )
         return self._training[key]
 

@@ -18,7 +18,14 @@ import yaml
 from pydantic import Field, field_validator
 
 from vgid.adapter_files import copy_adapter
-from vgid.config import Config, ForgetRatio, RequestConfig, TrialConfig, parse
+from vgid.config import (
+    Config,
+    ForgetRatio,
+    RequestConfig,
+    TrainPairs,
+    TrialConfig,
+    parse,
+)
 from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
@@ -48,6 +55,7 @@ class UnlearnConfig(Config):
     seeds: int = Field(3, ge=1, description="to score with")
     seed: int = Field(0, ge=0, description="splits of people and questions")
     retain_people: int = Field(50, ge=2)
+    train_pairs: TrainPairs = "unheld"
 
     @field_validator("data", "output", "from_deployment")
     @classmethod
@@ -165,6 +173,7 @@ def _request(config: UnlearnConfig, parent: Ancestor | None) -> RequestConfig:
         "forget_ids": config.forget_ids,
         "seed": config.seed,
         "retain_people": config.retain_people,
+        "train_pairs": config.train_pairs,
     }
     if parent is not None:
         values |= parent.request_fields(config.backbone, config.model_path)

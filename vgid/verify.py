@@ -225,6 +225,7 @@ def request_of(
         "forget_ids": deployment.subjects,
         "earlier_ids": () if deployment.parent is None else deployment.parent.subjects,
         "retain_people": deployment.data.retain_people,
+        "train_pairs": deployment.data.train_pairs,
         "seed": deployment.data.split_seed,
     }
     return parse(RequestConfig, values, "deployment")

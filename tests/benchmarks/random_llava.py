@@ -20,7 +20,7 @@ from vgid.embedded_model import IMAGE, build_tokenizer, corpus
 from vgid.encoding import Query
 from vgid.errors import InputError
 from vgid.prompts import generation_text
-from vgid.splits import TrainingSample
+from vgid.training_samples import TrainingSample
 
 PATCH_SIZE = 14
 PORTRAIT_SIZE = 336

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tests.benchmarks.one_at_a_time import processor_inputs
 from vgid.backbones import Backbone
-from vgid.splits import TrainingSample
+from vgid.training_samples import TrainingSample
 
 LORA_RANK = 16
 LORA_ALPHA = 16

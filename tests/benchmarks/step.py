@@ -40,9 +40,10 @@ from vgid.config import RequestConfig, ResponseSource, TrialConfig
 from vgid.content_store import ContentStore
 from vgid.distillation import DistillationSet, distill, epoch_batches, retain_batch
 from vgid.encoding import encode
-from vgid.splits import TrainingSample, choose_people, training_samples
+from vgid.splits import choose_people
 from vgid.synthetic import write_benchmark
 from vgid.teacher import Intervention, TeacherStore
+from vgid.training_samples import TrainingSample, training_samples
 from vgid.vision import Vision
 
 TARGET = 8.0
@@ -99,7 +100,7 @@ def tiny_workload() -> Workload:
         benchmark = Benchmark.open(request.data)
         people = choose_people(benchmark, request)
         forget, retain = (
-            training_samples(benchmark, members, trial.train_tasks, True, request.seed)
+            training_samples(benchmark, members, trial, True, request.seed)
             for members in (people.forget, people.retain_pool)
         )
     first = epoch_batches(_prompts(backbone, forget), trial, epoch=0)[0]

@@ -1,0 +1,117 @@
+"""The questions that unlearning trains on, in the prompt formats of the benchmark."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property
+
+from PIL import Image
+
+from vgid.benchmark import Benchmark, Person, decode_image, split_questions
+from vgid.config import TrainWording, TrialConfig
+from vgid.encoding import Query
+from vgid.errors import InputError
+from vgid.interventions import image_digest
+from vgid.profiles import TrainingPair, comparable
+from vgid.prompts import Task, Wording, generation_text, option_likelihood_text, question_text
+from vgid.splits import Said
+
+WORDINGS: dict[TrainWording, tuple[Wording, ...]] = {
+    "both": ("wrapped", "raw"),
+    "wrapped": ("wrapped",),
+    "raw": ("raw",),
+}
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """One question of a training person, with the answer that the data gives."""
+
+    query: Query
+    answer: str
+    task: Task = "generation"
+
+    @cached_property
+    def portrait(self) -> str:
+        """Digest of the image, shared by all of a portrait's questions; empty without one."""
+        return "" if self.query.image is None else image_digest(self.query.image)
+
+
+def training_samples(
+    benchmark: Benchmark,
+    people: tuple[Person, ...],
+    trial: TrialConfig,
+    likelihood_options: bool,
+    seed: int,
+    left_out: Collection[Said] = frozenset(),
+) -> list[TrainingSample]:
+    """The training questions of ``people``, image form, in the prompt formats of the benchmark.
+
+    Generation questions are the fine-tuning metadata of ``ft_Data``, in each of the trial's
+    wordings. Cloze and classification questions, which that metadata lacks, are the search part of
+    the people's own.
+
+    Args:
+        benchmark: the data.
+        people: whose questions.
+        trial: its tasks and wordings are wanted.
+        likelihood_options: classification asks for the option's text instead of its letter.
+        seed: of the split into search and held-out questions.
+        left_out: questions that are not trained on, see ``held_out_of_training``.
+
+    Raises:
+        InputError: a person has no fine-tuning metadata, or no question is left of anybody.
+    """
+    tasks = trial.train_tasks
+    pairs = benchmark.training_pairs() if "generation" in tasks else {}
+    samples = []
+    for person in people:
+        image = decode_image(person.images[0], f"the image of person {person.id}")
+        if "generation" in tasks:
+            if person.id not in pairs:
+                raise InputError(
+                    f"{benchmark.root}: ft_Data has no metadata of person {person.id}; "
+                    "add the row, or take the person out of the forget and retain configs."
+                )
+            samples += _worded(pairs[person.id], image, trial.train_wording, left_out)
+        for question in split_questions(person, "search", seed):
+            if question.form != "image" or question.task == "generation":
+                continue
+            if question.task not in tasks or (person.id, comparable(question.text)) in left_out:
+                continue
+            text, answer = (
+                question_text(question.task, question.form, question.text, question.options),
+                question.answer,
+            )
+            if question.task == "classification" and likelihood_options:
+                assert question.options is not None
+                text, answer = option_likelihood_text(question.text), question.options[answer]
+            query = Query(question.id, text, image)
+            samples.append(TrainingSample(query, answer, question.task))
+    if people and not samples:
+        raise InputError(
+            f"{benchmark.root}: every training question of the {len(people)} people is scored as "
+            "held-out; add others, or train on all with --train-pairs all."
+        )
+    return samples
+
+
+def _worded(
+    pairs: Collection[TrainingPair],
+    image: Image.Image,
+    wording: TrainWording,
+    left_out: Collection[Said],
+) -> list[TrainingSample]:
+    """A person's generation samples: all pairs in one wording, then in the other."""
+    return [
+        TrainingSample(
+            Query(
+                pair.id if each == "wrapped" else f"{pair.id}/{each}",
+                generation_text(pair.question, "image", each),
+                image,
+            ),
+            pair.answer,
+        )
+        for each in WORDINGS[wording]
+        for pair in pairs
+        if (pair.person_id, comparable(pair.question)) not in left_out
+    ]
