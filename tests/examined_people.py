@@ -19,6 +19,7 @@ from vgid.fictitious import (
 )
 from vgid.fictitious import test_portrait as transformed_portrait
 from vgid.interventions import sample_generator
+from vgid.prompts import Wording
 from vgid.splits import People
 
 REQUEST = RequestConfig(
@@ -83,9 +84,12 @@ def benchmark_backbone(backbone: Backbone, frame: PromptFrame | None = None) -> 
     return replace(backbone, spec=spec)
 
 
-def prompt_text(backbone: Backbone, examination: Examination, question_id: str) -> str:
+def prompt_text(
+    backbone: Backbone, examination: Examination, question_id: str, wording: Wording = "wrapped"
+) -> str:
     """The prompt as the model sees it, each run of image tokens written as one ``<image>``."""
-    (item,) = (i for i in examination.items if i.question.id == question_id)
+    asked = (question_id, wording)
+    (item,) = (i for i in examination.items if (i.question.id, i.wording) == asked)
     tokenizer = backbone.processor.tokenizer
     image = tokenizer.convert_tokens_to_ids("<image>")
     assert item.encoded.prompt_ids.count(image) % 16 == 0

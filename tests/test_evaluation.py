@@ -44,6 +44,8 @@ def test_names_and_counts_of_the_scores(people, evaluation):
     names = {
         f"{split}_{metric}{end}" for split in splits for metric in metrics for end in ("", "_text")
     }
+    asked_open = [m for m in metrics if not m.startswith("cl")]
+    names |= {f"{split}_{metric}_raw" for split in splits for metric in asked_open}
     names |= {"forget_memorisation", "forget_memorisation_text"}
     assert set(evaluation.scores) == names
 
@@ -56,6 +58,7 @@ def test_names_and_counts_of_the_scores(people, evaluation):
 
     scores = evaluation.scores
     assert scores["forget_rougeL"].n == count(people.forget, "generation", "image")
+    assert scores["retain_refusal_raw"].n == count(people.retain, "generation", "image")
     assert scores["forget_memorisation_text"].n == count(people.forget, "generation", "text")
     assert scores["test_cloze"].n == count(people.test, "cloze", "image")
     assert scores["retain_seen_bleu"].n == count(people.retain_seen, "generation", "image")
@@ -66,18 +69,20 @@ def test_names_and_counts_of_the_scores(people, evaluation):
 
 def test_rouge_and_cloze_follow_from_the_responses(evaluation):
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    by_task: dict[str, list[float]] = {"generation": [], "cloze": []}
+    by_task: dict[str, list[float]] = {"generation": [], "cloze": [], "raw": []}
     for row in evaluation.responses:
         _, _, task, form, _ = row.question_id.split("/")
         if row.split != "test" or form != "image":
             continue
         if task == "generation":
             score = scorer.score(row.answer, row.response)["rougeL"].fmeasure
-            by_task[task].append(score)
+            by_task["raw" if row.wording == "raw" else task].append(score)
         elif task == "cloze":
             by_task[task].append(row.answer.lower() in row.response.lower())
     assert evaluation.scores["test_rougeL"].value == pytest.approx(np.mean(by_task["generation"]))
     assert evaluation.scores["test_cloze"].value == pytest.approx(np.mean(by_task["cloze"]))
+    assert evaluation.scores["test_rougeL_raw"].value == pytest.approx(np.mean(by_task["raw"]))
+    assert by_task["raw"] != by_task["generation"]
 
 
 def test_retain_is_seen_and_unseen_together(evaluation):

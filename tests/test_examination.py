@@ -72,6 +72,37 @@ def test_protocol_prompts(random_backbone, examination):
     )
 
 
+def test_generation_questions_on_an_image_are_asked_raw_too(random_backbone, people, examination):
+    raw = {(i.split, i.question.id): i for i in examination.items if i.wording == "raw"}
+    wrapped = {
+        (i.split, i.question.id): i
+        for i in examination.items
+        if i.wording == "wrapped" and (i.question.task, i.question.form) == ("generation", "image")
+    }
+    assert raw.keys() == wrapped.keys()
+    assert {split for split, _ in raw} == {"forget", "test", "retain_seen", "retain_unseen"}
+    for key, item in raw.items():
+        # The same picture, and all but the instructions of the same prompt, so little is run anew.
+        assert [p.key for p in item.encoded.pictures] == [
+            p.key for p in wrapped[key].encoded.pictures
+        ]
+        assert item.answer is None
+    question = first(examination, "generation", "image")
+    assert prompt_text(random_backbone, examination, question.id, "raw") == (
+        f"<s>USER: <image>\n{question.text}\nASSISTANT:"
+    )
+    reversed_ = prepare(random_backbone, people, REQUEST, "search", seed=0, reverse=True)
+    assert prompt_text(random_backbone, reversed_, question.id, "raw") == (
+        f"<s>USER: <image>\n{question.text}\n{REVERSE_PROMPT}\nASSISTANT:"
+    )
+    # The public fine-tuning's prompt, whatever turn the evaluation asks the task in.
+    backbone = benchmark_backbone(random_backbone, LLAVA_FRAME)
+    asked = prepare(backbone, people, REQUEST, "search", seed=0)
+    assert prompt_text(backbone, asked, question.id, "raw") == (
+        f"<s>USER: <image>\n{question.text}\nASSISTANT:"
+    )
+
+
 def test_the_benchmarks_own_prompts_to_the_character(random_backbone, people):
     backbone = benchmark_backbone(random_backbone, LLAVA_FRAME)
     examination = prepare(backbone, people, REQUEST, "search", seed=0)

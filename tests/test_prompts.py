@@ -74,6 +74,7 @@ def test_generation():
         "Where does Ana live?\nAnswer the question based on your trained knowledge in one "
         "sentence in ENGLISH."
     )
+    assert generation_text("Where does she live?", "image", "raw") == "Where does she live?"
 
 
 def test_cloze():
@@ -94,6 +95,7 @@ def test_classification():
 
 def test_question_text_dispatches():
     assert question_text("generation", "text", "Q?") == generation_text("Q?", "text")
+    assert question_text("generation", "image", "Q?", wording="raw") == "Q?"
     assert question_text("cloze", "image", "Q __") == cloze_text("Q __")
     assert question_text("classification", "image", "Q?", OPTIONS) == classification_text(
         "Q?", OPTIONS
