@@ -47,9 +47,26 @@ def test_counts_of_a_sound_benchmark(tmp_path: Path):
             "classification": {"image": 6, "text": 3},
         },
         "training_pairs": 0,
+        "in_training": 3,
     }
     training = report["configs"]["ft_Data"]
     assert (training["people"], training["images"], training["training_pairs"]) == (3, 3, 3)
+
+
+def test_questions_that_stand_in_the_training_pairs_are_counted(tmp_path: Path):
+    def retype(rows):
+        rows[0]["metadata"] = json.dumps(
+            [
+                {"Question": "who  IS\tthis? ", "Answer": "Fay"},
+                {"Question": "What does Fay 007 do?", "Answer": "A nurse."},
+            ]
+        )
+        rows[1]["metadata"] = json.dumps([{"Question": "Another one?", "Answer": "A nurse."}])
+
+    configs = check_benchmark(write_tiny(tmp_path, {"ft_Data": retype})).configs
+    assert configs["forget_5"].in_training == 2
+    assert configs["retain_95"].in_training == 1  # 009's only; 008's is another question
+    assert configs["Retain_Set"].in_training == configs["ft_Data"].in_training == 0
 
 
 # One defect a row: where it is put, and where it must be found.

@@ -122,6 +122,7 @@ def test_an_unwritable_output_is_one_sentence(tmp_path):
         ({"seed": 1}, "seed 0"),
         ({"forget_ratio": 10}, "forget-ratio 5"),
         ({"retain_people": 4}, "retain-people"),
+        ({"train_pairs": "all"}, "train-pairs unheld"),
     ],
 )
 def test_resume_refuses_another_study(tmp_path, change, word):

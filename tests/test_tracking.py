@@ -2,6 +2,7 @@
 
 import sqlite3
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,10 @@ def store(tmp_path_factory):
 def output(store, tmp_path):
     """The output folder of a test's own study, which shares the store's database."""
     return tmp_path
+
+
+def flat(value):
+    return Score(value=value, n=10, low=value, high=value)
 
 
 def open_tracker(store, backbone):
@@ -353,6 +358,20 @@ def test_the_note_quotes_held_out_scores_of_the_gentlest_good_trial(tmp_path):
     assert "removes 95% of the forget people's ROUGE-L (0.950 to 0.050) on held-out" in note
     assert "![All trials, the front, the base model](picture.png)" in note
     assert "train 8.0 s" in note
+    raw = {"forget_rougeL_raw": 0.2, "retain_refusal": 0.01, "retain_refusal_raw": 0.21}
+    scored = [
+        replace(r, held_out=r.held_out and r.held_out | {k: flat(v) for k, v in raw.items()})
+        for r in records
+    ]
+    counts = {"scored": 30, "seen": 7}
+    verbatim = {"search": {"forget": counts}, "held_out": {"forget": counts, "retain_text": counts}}
+    note = study_note(Front("t", scored, BASE, BASE), {}, NoteLinks("p"), verbatim)
+    assert "ROUGE-L without answer instructions is 0.200" in note
+    assert "(1.0% of their questions refused, 21.0% without answer instructions)" in note
+    assert (
+        "trained on word for word: of the search ones forget 7 of 30; "
+        "of the held-out ones forget 7 of 30, retain_text 7 of 30." in note
+    )
     assert "on the search questions" in study_note(Front("t", records, BASE), {}, NoteLinks("p"))
     assert "2 trials, and no front yet" in study_note(
         Front("t", records[2:], BASE), {}, NoteLinks("p")

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -10,13 +11,14 @@ from safetensors.torch import load_file
 from tests.conftest import make_random_backbone
 from vgid.adapter import loaded
 from vgid.benchmark import Benchmark, split_questions
-from vgid.config import Method, RequestConfig, TrialConfig, uses
+from vgid.config import Method, RequestConfig, TrainWording, TrialConfig, uses
 from vgid.embedded_model import save
 from vgid.errors import InputError
 from vgid.evaluation import evaluate
 from vgid.examination import prepare
-from vgid.results import EpochReport, TrialResult
-from vgid.splits import choose_people
+from vgid.profiles import comparable
+from vgid.results import EpochReport, TrialResult, Verbatim
+from vgid.splits import People, choose_people, count_verbatim, held_out_of_training
 from vgid.synthetic import write_benchmark
 from vgid.teacher import Intervention
 from vgid.training_samples import training_samples
@@ -255,6 +257,62 @@ def test_released_variant_trains(session, tmp_path):
     assert released.metrics["forget_loss"] > 0
 
 
+def test_training_asks_each_pair_in_the_wordings_that_the_trial_names(session, request_config):
+    benchmark, people = session.benchmark, session.people
+    pairs = benchmark.training_pairs()[people.forget[0].id]
+    texts = {}
+    for wording in get_args(TrainWording):
+        trial = TrialConfig(train_tasks=("generation",), train_wording=wording)
+        samples = training_samples(benchmark, people.forget[:1], trial, True, 0)
+        assert len({s.query.id for s in samples}) == len(samples)
+        assert len({s.portrait for s in samples}) == 1
+        texts[wording] = [(s.query.text, s.answer) for s in samples]
+    assert texts["raw"] == [(pair.question, pair.answer) for pair in pairs]
+    assert all("in one sentence accurately in ENGLISH." in text for text, _ in texts["wrapped"])
+    assert texts["both"] == texts["wrapped"] + texts["raw"]
+
+
+def test_what_training_sees_word_for_word_is_counted(session, request_config):
+    tasks = ("generation",)
+
+    def counts(method: Method = "vgid", people: People = session.people, **update: str) -> Verbatim:
+        request = request_config.model_copy(update=update)
+        return count_verbatim(session.benchmark, people, request, method, tasks)
+
+    unheld = counts()
+    assert unheld["held_out"]["forget"] == {"scored": 30, "seen": 0}
+    assert unheld["search"]["forget"] == {"scored": 30, "seen": 30}
+    assert unheld["search"]["test"] == {"scored": 30, "seen": 0}
+    assert unheld["search"]["retain"] == {"scored": 24, "seen": 12}
+    assert unheld["search"]["forget_text"]["seen"] == 0
+    everything = counts(train_pairs="all")
+    assert everything["held_out"]["forget"] == {"scored": 30, "seen": 30}
+    assert everything["held_out"]["retain"] == {"scored": 24, "seen": 12}
+    assert counts("npo")["search"]["retain"] == {"scored": 24, "seen": 0}
+    # However a question is typed, it is the same one.
+    shouted = tuple(
+        replace(
+            p,
+            questions=tuple(replace(q, text=f" {q.text.upper()}  ") for q in p.questions),
+        )
+        for p in session.people.forget
+    )
+    people = replace(session.people, forget=shouted)
+    assert counts(people=people, train_pairs="all")["search"]["forget"]["seen"] == 30
+    assert counts(people=people)["held_out"]["forget"]["seen"] == 0
+
+
+def test_a_benchmark_without_a_question_left_to_train_on_is_an_input_error(session, request_config):
+    left_out = {
+        (pair.person_id, comparable(pair.question))
+        for pairs in session.benchmark.training_pairs().values()
+        for pair in pairs
+    }
+    trial = TrialConfig(train_tasks=("generation",))
+    with pytest.raises(InputError, match=r"the 5 people is scored as held-out.*--train-pairs all"):
+        training_samples(session.benchmark, session.people.forget, trial, True, 0, left_out)
+
+
 def test_scores_hold_no_text_and_responses_are_kept_on_request_only(
     request_config, result, adapters, tmp_path
 ):
@@ -281,15 +339,26 @@ def test_training_never_sees_unseen_or_held_out(session, request_config):
     assert not {p.id for p in people.few_shot} & {p.id for p in people.retain}
     assert {p.id for p in people.test} == {p.id for p in people.forget}
     every = TRIAL.model_copy(update={"train_tasks": ("generation", "cloze", "classification")})
-    samples = training_samples(
-        benchmark, people.forget, every.train_tasks, True, request_config.seed
-    )
-    trained = {s.query.id for s in samples}
-    for person in people.forget:
-        held_out = {q.id for q in split_questions(person, "held_out", request_config.seed)}
-        assert not trained & held_out
-    tasks = {i.split("/")[2] if i.startswith("forget") else "generation" for i in trained}
-    assert tasks == {"generation", "cloze", "classification"}
+    for members in (people.forget, people.retain_seen):
+        samples = training_samples(
+            benchmark,
+            members,
+            every,
+            True,
+            request_config.seed,
+            held_out_of_training(people, request_config),
+        )
+        trained = {(s.query.id.split("/")[1], s.query.text.split("\n")[0]) for s in samples}
+        for person in members:
+            held_out = split_questions(person, "held_out", request_config.seed)
+            assert not trained & {(person.id, q.text) for q in held_out}
+            open_ones = [
+                q
+                for q in split_questions(person, "search", request_config.seed)
+                if (q.task, q.form) == ("generation", "image")
+            ]
+            assert len(open_ones) == 6 and trained >= {(person.id, q.text) for q in open_ones}
+        assert {s.task for s in samples} == {"generation", "cloze", "classification"}
     assert people == choose_people(benchmark, request_config)
     other = choose_people(benchmark, request_config.model_copy(update={"seed": 1}))
     assert {p.id for p in other.retain} != {p.id for p in people.retain}

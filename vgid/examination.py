@@ -50,7 +50,7 @@ class ExamItem:
         answer: the prompt in the turn that answers are taught in, and token ids of the true
             answer; only where memorisation is measured.
         shots: share of the few-shot turns that the context holds; None without any.
-        wording: of a generation question; raw ones are asked in the turn that answers are taught in.
+        wording: of a generation question; raw ones are in the turn that answers are taught in.
     """
 
     split: str

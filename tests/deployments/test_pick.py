@@ -146,10 +146,15 @@ def test_attacks_are_those_that_were_run_and_those_that_were_not_are_named(recor
     assert list(attacks) == [
         "reverse prompt (paper A.3.7)",
         "new portraits and wording (test set)",
+        "questions as they stand, without answer instructions",
         "text-only questions",
         "answer forced (memorisation)",
     ]
-    assert "test_rougeL" in attacks["new portraits and wording (test set)"]
+    portraits = attacks["new portraits and wording (test set)"]
+    assert "test_rougeL" in portraits and not any(name.endswith("_raw") for name in portraits)
+    raw = attacks["questions as they stand, without answer instructions"]
+    assert {"forget_rougeL_raw", "test_rougeL_raw", "forget_refusal_raw"} <= raw
+    assert "retain_refusal_raw" in record.scores.deployed
     assert "forget_rougeL_text" in attacks["text-only questions"]
     assert "forget_memorisation" in attacks["answer forced (memorisation)"]
     assert record.scores.not_run == NOT_RUN
