@@ -161,7 +161,7 @@ def test_answers_are_forced_behind_the_turn_that_they_are_taught_in(random_backb
         backbone = benchmark_backbone(random_backbone, frame)
         examination = prepare(backbone, people, REQUEST, "search", seed=0)
         question = first(examination, "generation", "image")
-        (item,) = (i for i in examination.items if i.question.id == question.id)
+        item = next(i for i in examination.items if i.question.id == question.id)
         assert item.answer is not None
         taught, answer = item.answer
         forced = tokenizer.decode(taught.prompt_ids + answer)

@@ -114,12 +114,12 @@ def _check_known(
 
 
 def held_out_of_training(people: People, request: RequestConfig) -> frozenset[Said]:
-    """The questions that training leaves out: the held-out ones, unless the request has all."""
+    """The held-out questions of all whom training sees, scored or not; none if it may have all."""
     if request.train_pairs == "all":
         return frozenset()
     return frozenset(
         (person.id, comparable(question.text))
-        for person in (*people.forget, *people.test, *people.retain)
+        for person in (*people.forget, *people.test, *people.retain_pool)
         for question in split_questions(person, "held_out", request.seed)
     )
 
