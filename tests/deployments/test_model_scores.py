@@ -115,11 +115,13 @@ def test_an_adapter_is_scored_on_its_base(small, deployment_file, monkeypatch, c
 )
 def test_bad_input_is_one_sentence(deployment_file, tmp_path, monkeypatch, capsys, flags, message):
     places = {"file": deployment_file, "folder": tmp_path}
-    with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, "evaluate", *(flag.format(**places) for flag in flags))
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert message in error and error.count("\n") == 1
+    own = "--protocol" in flags  # of `vgid evaluate` alone
+    for command in ("evaluate",) if own else ("evaluate", "attack"):
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, command, *(flag.format(**places) for flag in flags))
+        error = capsys.readouterr().err
+        assert ended.value.code == 2
+        assert message.replace("evaluate", command) in error and error.count("\n") == 1
 
 
 def test_another_adapter_than_the_recorded_one_is_refused(deployment_file, tmp_path):
