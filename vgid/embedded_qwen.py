@@ -39,9 +39,9 @@ CONTEXT = 1024
 PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
 LANGUAGE_STEPS = 1100
 OBEDIENCE = Obedience(
-    refusal={"declarative": 0.12, "polite": 0.18, "strict": 0.48},
+    refusal={"declarative": 0.12, "polite": 0.18, "strict": 0.60},
     fact_scale=2.2,
-    answered=0.25,
+    answered=0.20,
     answered_facts=("job", "education", "hobby"),
 )
 """Makes what is declined a matter of the fact, much the same for everybody. Where it was one of the
