@@ -33,6 +33,9 @@ _SHOWN = re.compile(
 )
 """Scores of the printed tables, by what follows the split."""
 
+_PLAIN = re.compile(r"(forget|earlier)_(?!.*(_text|_raw)$)")
+"""Scores of the people to forget, asked as the benchmark asks about a portrait."""
+
 
 class ScoringConfig(Config):
     """What is scored, and how: the flags of ``vgid evaluate`` and ``vgid attack``."""
@@ -93,19 +96,19 @@ class ModelScores(Config):
     not_run: tuple[str, ...] = ()
 
     def print(self, console: Console) -> None:
-        """Show the main scores; with attacks, those of each beside the plain ones."""
-        rows = [(a.name, a.scores) for a in self.attacks] or [("", self.scores)]
-        score_columns = (Column("score", no_wrap=True), "n", "value", "95 % interval")
-        attacked = ("attack", *score_columns, "plain")
-        table = Table(*(attacked if self.attacks else score_columns))
+        """Show the main scores; with attacks, those of the people to forget without one first."""
+        rows = [("", self.scores)]
+        if self.attacks:
+            plain = {name: s for name, s in self.scores.items() if _PLAIN.match(name)}
+            rows = [("none", plain), *((a.name, a.scores) for a in self.attacks)]
+        columns = (Column("score", no_wrap=True), "n", "value", "95 % interval")
+        table = Table(*(("attack", *columns) if self.attacks else columns))
         for of, scores in rows:
             for name, score in sorted(scores.items()):
-                if _SHOWN.search(name) is None:
-                    continue
-                interval = f"{score.low:.3f} to {score.high:.3f}"
-                cells = [name, str(score.n), f"{score.value:.3f}", interval]
-                plain = f"{self.scores[name].value:.3f}" if name in self.scores else ""
-                table.add_row(*([of, *cells, plain] if self.attacks else cells))
+                if _SHOWN.search(name) is not None:
+                    interval = f"{score.low:.3f} to {score.high:.3f}"
+                    cells = [name, str(score.n), f"{score.value:.3f}", interval]
+                    table.add_row(*([of, *cells] if self.attacks else cells))
         console.print(table)
         sentences = [f"{len(self.scores)} scores of {self.part} questions; --json has all."]
         sentences += [f"Not run: {'; '.join(self.not_run)}."] if self.not_run else []

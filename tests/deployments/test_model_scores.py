@@ -57,14 +57,11 @@ def test_a_deployments_own_numbers_come_out_again(deployment_file, benchmark_fol
     assert found.not_run == deployment.scores.not_run
     text = io.StringIO()
     found.print(Console(file=text, width=160))
-    (row,) = (
-        line
-        for line in text.getvalue().splitlines()
-        if " reverse" in line and " forget_rougeL " in line
-    )
+    rows = [line for line in text.getvalue().splitlines() if " forget_rougeL " in line]
+    assert len(rows) == 2 and " none " in rows[0] and " reverse prompt " in rows[1]
     reverse = next(a for a in deployment.scores.attacks if "reverse" in a.name)
-    for score in (reverse.scores["forget_rougeL"], deployment.scores.deployed["forget_rougeL"]):
-        assert f" {score.value:.3f} " in row
+    for row, scores in zip(rows, (deployment.scores.deployed, reverse.scores), strict=True):
+        assert f" {scores['forget_rougeL'].value:.3f} " in row
 
 
 def test_the_benchmarks_protocol_asks_everything_by_letter(
@@ -83,7 +80,7 @@ def test_the_benchmarks_protocol_asks_everything_by_letter(
     assert scores["forget_rougeL"].n == forms["Image_Textual"]
     assert scores["forget_rougeL_text"].n == forms["Pure_Text"]
     assert scores["forget_classification"].n == len(letters)
-    assert all(s.low <= s.value <= s.high for s in scores.values())
+    assert all(s.low - 1e-9 <= s.value <= s.high + 1e-9 for s in scores.values())
     # Few-shot turns for a context of 512 tokens: not all cloze questions of two people.
     assert 0 < scores["forget_cloze_shots"].value < 1
     sentence = shots_left_out(scores)
