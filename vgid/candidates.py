@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vgid.deployment import NOT_RUN, Attack
+from vgid.deployment import NOT_RUN, REVERSED, Attack
 from vgid.errors import InputError
 from vgid.picking import Marks, Measure
 from vgid.results import QuestionPart, Score
@@ -167,6 +167,7 @@ def marks_of(trial_id: str, base: Scored, scored: Scored) -> Marks:
     cloze = scored.plain.get("forget_cloze")
     return Marks(
         trial_id=trial_id,
+        before=before.value,
         reduction=Measure(before.value - forget.value, before.value - forget.high),
         retain=Measure(retain.value, retain.low),
         retain_drop=Measure(kept.value - retain.value, kept.value - retain.low),
@@ -184,7 +185,7 @@ def attacks_of(scored: Scored) -> tuple[tuple[Attack, ...], tuple[str, ...]]:
     plain, reverse = scored.plain, scored.reverse
     forgotten = ("forget_", "test_", "earlier_")
     rows = {
-        "reverse prompt (paper A.3.7)": _only(reverse, lambda name: name.startswith(forgotten)),
+        REVERSED: _only(reverse, lambda name: name.startswith(forgotten)),
         "new portraits and wording (test set)": _only(
             plain, lambda name: name.startswith("test_") and not name.endswith(("_text", "_raw"))
         ),

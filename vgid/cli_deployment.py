@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vgid.suppression import MIN_FORGET
+
 app = typer.Typer()
 """Its commands stand beside those of ``vgid.cli``."""
 
@@ -270,6 +272,13 @@ def unlearn_command(
         list[str] | None,
         typer.Option(help="NAME=VALUE of a hyperparameter; others are the deployment's."),
     ] = None,
+    min_forget: Annotated[
+        float,
+        typer.Option(
+            help="Least share of the base's forget ROUGE-L that is gone, at the unfavourable end "
+            "of its interval; a trial below it is refused."
+        ),
+    ] = MIN_FORGET,
     seeds: Annotated[int, typer.Option(help="Seeds to score with.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the splits of people and questions.")] = 0,
     retain_people: Annotated[int, typer.Option(help="People scored as retain set.")] = 50,
@@ -297,6 +306,7 @@ def unlearn_command(
         "forget_ids": None if forget_ids is None else words(forget_ids),
         "request_id": tuple(request_id or ()),
         "setting": tuple(setting or ()),
+        "min_forget": min_forget,
         "seeds": seeds,
         "seed": seed,
         "retain_people": retain_people,
@@ -332,7 +342,7 @@ def report_command(
     subject: Annotated[str, typer.Option(help="Pseudonym of the subject: the benchmark's ID.")],
     as_json: JsonOption = False,
 ) -> None:
-    """List when a subject was suppressed, by which deployments, under which tests.
+    """List when a subject was to be suppressed, by which deployments, under which tests it is.
 
     Exit code 1: a deployment file was changed since it was sealed; it is named.
     """
@@ -343,8 +353,10 @@ def report_command(
         print(found.model_dump_json())
     else:
         found.print(Console())
+        held = sum(suppression.suppressed for suppression in found.suppressions)
         print(
-            f"{subject}: suppressed by {len(found.suppressions)} of {found.looked_at} deployments."
+            f"{subject}: of {found.looked_at} deployments {len(found.suppressions)} answer for it "
+            f"and {held} suppress it."
         )
     if found.damaged:
         raise typer.Exit(1)

@@ -27,8 +27,12 @@ from vgid.errors import InputError
 from vgid.outputs import write_atomically
 from vgid.placing import recover
 from vgid.results import QuestionPart, Score
+from vgid.suppression import verdict
 
 SCHEMA = Path(__file__).with_suffix(".schema.json")
+
+REVERSED = "reverse prompt (paper A.3.7)"
+"""Name of the attack that asks everything again under the reverse prompt."""
 
 NOT_RUN = (
     "relearning: fine-tuning the adapter's model on a few of the forgotten facts",
@@ -133,6 +137,13 @@ class Scores(Config):
     deployed: dict[str, Score]
     attacks: tuple[Attack, ...]
     not_run: tuple[str, ...] = NOT_RUN
+
+    def verdict(self, *splits: str) -> str:
+        """What may be said of the people of some splits, see ``vgid.suppression``."""
+        reverse = {
+            name: s for a in self.attacks if a.name == REVERSED for name, s in a.scores.items()
+        }
+        return verdict(self.base, self.deployed, reverse, splits)
 
 
 class Data(Config):

@@ -76,10 +76,11 @@ def _body(deployment: Deployment) -> str:
         [
             f"# {served_name(deployment)}",
             "",
-            f"A LoRA adapter for `{source}`{tuned} that keeps it from telling what it knows of "
-            f"{people} people: **suppressed under these tests**, which are listed below with their "
-            "numbers. The knowledge may still be in the weights, and a test that was not run may "
-            "bring it back. `deployment.yaml` names subjects (pseudonyms) and requests.",
+            f"A LoRA adapter for `{source}`{tuned} that was trained to keep it from telling what "
+            f"it knows of {people} people. {scores.verdict('forget', 'test')} The tests are listed "
+            "below with their numbers. The knowledge may still be in the weights, and a test that "
+            "was not run may bring it back. `deployment.yaml` names subjects (pseudonyms) and "
+            "requests.",
             "",
             f"- base: `{source}`, revision `{base.revision}`, measured in {base.precision}",
             f"- adapter: LoRA of rank {deployment.adapter.rank} and scale "
@@ -148,8 +149,9 @@ def _lineage(deployment: Deployment) -> list[str]:
     if deployment.parent is None:
         return []
     return [
-        f"- follows the deployment with sha256 `{deployment.parent.sha256}` and keeps its "
-        f"{len(deployment.parent.subjects)} people suppressed; this one adapter holds both"
+        f"- follows the deployment with sha256 `{deployment.parent.sha256}`; this one adapter "
+        f"holds both. Of its {len(deployment.parent.subjects)} people: "
+        f"{deployment.scores.verdict('earlier')}"
     ]
 
 

@@ -31,6 +31,7 @@ from vgid.picking import Bounds, Choice, Rule, choose
 from vgid.placing import FOLDER, staged
 from vgid.recording import Setting, record
 from vgid.study_source import Source, open_source
+from vgid.suppression import MIN_FORGET
 from vgid.threads import worker_threads
 
 
@@ -43,6 +44,7 @@ class PickConfig(Config):
         max_retain_drop: largest loss of retain ROUGE-L; None: the rule's own.
         max_reverse_rise: forget ROUGE-L that the reverse prompt may bring back; None: the rule's.
         max_cloze: largest cloze accuracy on the people to forget.
+        min_forget: least share of the base's forget ROUGE-L that is gone.
         seeds: of the few-shot choice, test poses and bootstrap to score with.
         request_id: ids of the forget requests that the deployment answers.
         tracking_uri: MLflow of ``mlflow:`` studies.
@@ -57,6 +59,7 @@ class PickConfig(Config):
     max_retain_drop: float | None = Field(None, ge=0, le=1)
     max_reverse_rise: float | None = Field(None, ge=0, le=1)
     max_cloze: float | None = Field(None, ge=0, le=1)
+    min_forget: float = Field(MIN_FORGET, ge=0, le=1)
     seeds: int = Field(MIN_SEEDS, ge=MIN_SEEDS)
     request_id: tuple[Pseudonym, ...] = ()
     tracking_uri: str | None = None
@@ -72,8 +75,8 @@ class PickConfig(Config):
 
     @property
     def bounds(self) -> Bounds:
-        """The bounds that were given."""
-        return Bounds(self.max_retain_drop, self.max_reverse_rise, self.max_cloze)
+        """The bounds that were given, and the floor."""
+        return Bounds(self.max_retain_drop, self.max_reverse_rise, self.max_cloze, self.min_forget)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from vgid.command_line import Parser, exit_code
 from vgid.config import parse
 from vgid.picking import RETAIN_DROP, REVERSE_RISE, Rule
+from vgid.suppression import MIN_FORGET
 
 if TYPE_CHECKING:
     from vgid.pick import Picked
@@ -64,6 +65,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         f"{REVERSE_RISE} if not given")  # fmt: skip
     add("--max-cloze", type=float, metavar="A", default=argparse.SUPPRESS, help="largest cloze "
         "accuracy on the people to forget; not bounded if not given")  # fmt: skip
+    add("--min-forget", type=float, metavar="S", default=MIN_FORGET, help="least share of the "
+        "base's forget ROUGE-L that is gone, at the unfavourable end of its interval; for every "
+        "rule")  # fmt: skip
     add("--seeds", type=int, default=3, metavar="N", help="seeds of few-shot people, test poses "
         "and bootstrap to score with")  # fmt: skip
     add("--request-id", action="append", metavar="ID", default=argparse.SUPPRESS, help="id of a "

@@ -14,6 +14,7 @@ from vgid.candidates import Candidates, Scored
 from vgid.outputs import as_text, describe
 from vgid.picking import Choice, Marks
 from vgid.results import Score
+from vgid.suppression import verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -108,9 +109,9 @@ class PickReport:
         )
         told.append(
             f"{chance}{'values' if chance else 'Values'} are means over {seeds} seeds of few-shot "
-            "people, test poses and bootstrap, intervals the envelope of theirs. Suppressed under "
-            "these tests is not erased."
+            "people, test poses and bootstrap, intervals the envelope of theirs."
         )
+        told.append(f"{verdict(base, chosen.plain, chosen.reverse)} Suppressed is not erased.")
         return told
 
 

@@ -122,8 +122,8 @@ def _make_entry(client: Any, name: str, backbone: str) -> None:
     from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
 
     about = (
-        f"Adapters on `{backbone}` that suppress people on request. `@{CHAMPION}` is the one to "
-        f"serve, `@{PREVIOUS}` the one before it (`vgid rollback`). Load it with "
+        f"Adapters on `{backbone}`, each for requests to suppress people. `@{CHAMPION}` is the one "
+        f"to serve, `@{PREVIOUS}` the one before it (`vgid rollback`). Load it with "
         "`mlflow.pyfunc.load_model`; the package `vgid` must be installed."
     )
     try:
@@ -255,7 +255,8 @@ def _description(deployment: Deployment) -> str:
         [
             f"Trial {deployment.origin.trial_id} of study {deployment.origin.study_id}, chosen by "
             f"{deployment.origin.rule}. Requests: {requests}. "
-            f"{len(deployment.subjects)} subjects, suppressed under the tests below, not erased.",
+            f"{len(deployment.subjects)} subjects. {scores.verdict('forget', 'test')} Suppressed "
+            "is not erased.",
             "",
             f"| {scores.part.replace('_', '-')} questions, 95 % interval | base | deployed |",
             "| --- | --- | --- |",

@@ -1,4 +1,4 @@
-"""For an auditor: when a subject was suppressed, by which deployment, under which tests.
+"""For an auditor: which deployments were to suppress a subject, and under which tests they do.
 
 Deployment files are found below the given folders: ``deployments/*.yaml`` of studies and
 ``deployment.yaml`` of exports. A copy of a file counts once. A file whose seal is broken is told
@@ -19,10 +19,11 @@ from vgid.errors import InputError
 from vgid.model_card import CARD_SCORES
 from vgid.placing import READY, recover
 from vgid.results import Score
+from vgid.suppression import is_suppressed
 
 
 class Suppression(Config):
-    """One deployment that suppresses the subject.
+    """One deployment that answers for the subject, whether or not it suppresses it.
 
     Attributes:
         file: the deployment file.
@@ -34,6 +35,8 @@ class Suppression(Config):
         chain: sha256 of its ancestors, the latest first; None at the end says that the last one's
             file was not found, so that what it follows is unknown.
         people: subjects of the split that is scored.
+        suppressed: whether their own questions on their portraits are suppressed.
+        verdict: under which tests they are and under which not, see ``vgid.suppression``.
         base: the base's scores of that split: forget and test people, or those of earlier requests.
         deployed: the deployment's.
         attacks: attacks that were run and tell of that split.
@@ -48,6 +51,8 @@ class Suppression(Config):
     requests: tuple[str, ...]
     chain: tuple[str | None, ...]
     people: int
+    suppressed: bool
+    verdict: str
     base: dict[str, Score]
     deployed: dict[str, Score]
     attacks: tuple[Attack, ...]
@@ -74,9 +79,11 @@ class SubjectReport(Config):
         for found in self.suppressions:
             asked = ", ".join(found.requests) or "no id given"
             how = "suppressed" if found.role == "own" else "kept suppressed"
+            how = how if found.suppressed else f"NOT {how}, though a request says so,"
             console.print(f"[bold]{found.created[:19]} UTC[/]  {how} on {found.backbone}")
             console.print(f"  request {asked}; one of {found.people} people", highlight=False)
             console.print(f"  {found.file}, sha256 {found.sha256}", highlight=False)
+            console.print(f"  {found.verdict}", highlight=False, markup=False)
             for ancestor in found.chain:
                 line = (
                     "and its file was not found here" if ancestor is None else f"follows {ancestor}"
@@ -171,11 +178,11 @@ def _suppression(
 ) -> Suppression:
     own = subject in deployment.subjects
     parent = deployment.parent
-    splits = ("forget_", "test_") if own else ("earlier_",)
+    splits = ("forget", "test") if own else ("earlier",)
     scores = deployment.scores
 
     def of_split(values: dict[str, Score]) -> dict[str, Score]:
-        return {name: score for name, score in values.items() if name.startswith(splits)}
+        return {name: score for name, score in values.items() if name.split("_")[0] in splits}
 
     attacks = [
         Attack(name=attack.name, scores=of_split(attack.scores))
@@ -192,6 +199,8 @@ def _suppression(
         requests=deployment.requests if own else (*earlier, *deployment.requests),
         chain=_chain(deployment, known),
         people=len(deployment.subjects) if own or parent is None else len(parent.subjects),
+        suppressed=is_suppressed(scores.base, scores.deployed, splits[0]),
+        verdict=scores.verdict(*splits),
         base=of_split(scores.base),
         deployed=of_split(scores.deployed),
         attacks=tuple(attacks),

@@ -30,6 +30,8 @@ from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
 from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace
+from vgid.picking import Bounds, Marks
+from vgid.suppression import MIN_FORGET, doubt
 
 TRIAL_ID = "0000"
 
@@ -51,6 +53,9 @@ class UnlearnConfig(Config):
     request_id: tuple[Pseudonym, ...] = ()
     setting: tuple[str, ...] = Field(
         (), description="NAME=VALUE of the trial's hyperparameters, over the parent's"
+    )
+    min_forget: float = Field(
+        MIN_FORGET, ge=0, le=1, description="least share of the base's forget ROUGE-L that is gone"
     )
     seeds: int = Field(3, ge=1, description="to score with")
     seed: int = Field(0, ge=0, description="splits of people and questions")
@@ -89,9 +94,9 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
 
     Raises:
         InputError: bad input, a parent that was changed since it was written, or a trial that
-            failed.
+            failed or forgot too little.
     """
-    from vgid.candidates import pick_seeds, score_with_seeds
+    from vgid.candidates import marks_of, pick_seeds, score_with_seeds
     from vgid.placing import FOLDER, staged
     from vgid.recording import Setting, record
     from vgid.threads import worker_threads
@@ -115,8 +120,12 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
         seeds = pick_seeds(config.seed, config.seeds)
         tell(f"Scoring the base model, {len(seeds)} seeds")
         base = score_with_seeds(session, seeds, None)
+        doubted = doubt(base.plain)
+        if doubted is not None:
+            tell(f"Warning: {doubted}")
         tell(f"Scoring the adapter, {len(seeds)} seeds")
         scored = score_with_seeds(session, seeds, shipped)
+        _refuse_little(marks_of(TRIAL_ID, base, scored), config.min_forget)
         setting = Setting.of(session)
         with staged(deployments, [request.backbone, file.name]) as staging:
             target = staging / request.backbone / "adapter"
@@ -135,6 +144,16 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
             sha256 = write_deployment(staging / file.name, deployment)
     warning = None if parent is None else parent.warning(deployment.scores.deployed)
     return Unlearned(file, sha256, deployment, warning)
+
+
+def _refuse_little(marks: Marks, min_forget: float) -> None:
+    """One trial is held to the floor that a pick holds each candidate to."""
+    broken = [check for check in Bounds(forget=min_forget).checks(marks) if check.excess > 0]
+    if broken:
+        raise InputError(
+            f"--min-forget: the trial has {broken[0]}, so no deployment is written; train it more "
+            "with --setting, ask for less, or run a study."
+        )
 
 
 def _origin(request: RequestConfig, parent: Ancestor | None) -> dict[str, Any]:

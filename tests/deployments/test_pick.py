@@ -168,7 +168,8 @@ def test_the_choice_forgets_most_of_all_candidates(record, picked, summary):
     assert [name for name, row in rows.items() if row["chosen"] == "true"] == [
         record.origin.trial_id
     ]
-    assert "constraint, retain drop ≤ 1, reverse rise ≤ 1" in record.origin.rule
+    bounds = "share forgotten ≥ 0.5, retain drop ≤ 1, reverse rise ≤ 1"
+    assert f"constraint, {bounds}" in record.origin.rule
     for name, row in rows.items():
         if name != "base":
             drop = float(rows["base"]["retain_rougeL"]) - float(row["retain_rougeL"])
@@ -181,7 +182,8 @@ def test_people_are_told_what_was_chosen_and_how_far_to_trust_it(picked, record,
     text = re.sub(r"\s+", " ", picked[1].stdout)
     assert f"trial {record.origin.trial_id}" in text
     assert "means over 3 seeds" in text
-    assert "Suppressed under these tests is not erased" in text
+    assert record.scores.verdict("forget", "test") in text
+    assert "Suppressed is not erased" in text
     for trial_id in summary["front"]:
         assert trial_id in text
     if len(summary["front"]) > 1:
@@ -232,7 +234,7 @@ def test_another_pick_replaces_the_first_and_a_failed_one_changes_nothing(
     assert contents(deployments) == before
     assert pick("--study", study_folder, "--output", output, "--rule", "knee", "--json") == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["deployments"][0]["rule"] == "knee"
+    assert said["deployments"][0]["rule"] == "knee, share forgotten ≥ 0.5"
     now, sha256 = read_deployment(deployments / "tiny-llava.yaml")
     assert now.requests == ()
     assert sha256 == said["deployments"][0]["sha256"]

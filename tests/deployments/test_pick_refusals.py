@@ -49,6 +49,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
         ((*study, "--seeds", "2"), "seeds"),
         ((*study, "--max-cloze", "1.5"), "max_cloze"),
         ((*study, "--max-retain-drop", "nan"), "max_retain_drop"),
+        ((*study, "--min-forget", "1.5"), "min_forget"),
+        ((*study, "--min-forget", "nan"), "min_forget"),
         ((*study, "--rule", "best"), "--rule"),
         ((*study, *study), "two studies are of tiny-llava"),
         ((*study, "--data", tmp_path / "nowhere"), "name it with --data"),
@@ -71,6 +73,17 @@ def test_when_no_trial_keeps_the_bounds_the_nearest_is_named(study_folder, tmp_p
     bounds = ("--max-retain-drop", "0", "--max-reverse-rise", "0", "--max-cloze", "0")
     sentence = refused(capsys, *flags, *bounds)
     assert re.search(r"the nearest, trial \d{4}, has .* \(\d\.\d{3} too much\)", sentence)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rule", ["max-forget", "knee", "constraint"])
+def test_a_front_that_forgets_less_than_the_floor_is_refused_by_every_rule(
+    study_folder, tmp_path, capsys, rule
+):
+    wide = ("--max-retain-drop", "1", "--max-reverse-rise", "1")
+    flags = ("--study", study_folder, "--output", tmp_path / "out", "--rule", rule, *wide)
+    sentence = refused(capsys, *flags, "--min-forget", "1")
+    assert re.search(r"share forgotten 0\.\d{3}, by its interval perhaps 0\.\d{3}", sentence)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,6 +1,7 @@
 """What an auditor is told of a subject, from records written by hand."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,11 @@ from vgid.report import report
 from vgid.results import Score
 
 KEPT = {"earlier_rougeL": Score(value=0.02, n=60, low=0.0, high=0.05)}
+KNEW = {
+    f"{split}_{metric}": Score(value=0.95, n=30, low=0.9, high=1.0)
+    for split in ("forget", "earlier")
+    for metric in ("rougeL", "cloze")
+}
 
 
 @pytest.fixture
@@ -24,7 +30,7 @@ def folders(tmp_path: Path, deployment: Deployment) -> dict[str, Path]:  # noqa:
     for number, subjects in enumerate([("0001", "0002"), ("0003",), ("0004",)]):
         attack = Attack(name="reverse prompt", scores=SCORE | KEPT)
         scores = deployment.scores.model_copy(
-            update={"deployed": SCORE | KEPT, "attacks": (attack,)}
+            update={"base": KNEW, "deployed": SCORE | KEPT, "attacks": (attack,)}
         )
         values = {
             "created": f"2030-01-0{number + 1}T00:00:00+00:00",
@@ -60,7 +66,33 @@ def test_a_subject_is_followed_along_the_chain(folders, tmp_path):
     assert first.deployed == SCORE and first.attacks[0].scores == SCORE
     assert second.deployed == KEPT and second.attacks[0].scores == KEPT
     assert "membership inference" in first.not_run
+    assert [s.suppressed for s in found.suppressions] == [True] * 3
+    assert "by the interval's upper end: earlier_rougeL." in second.verdict
     assert found.looked_at == 3 and found.damaged == ()
+
+
+@pytest.mark.parametrize(
+    ("base", "told"),
+    [
+        (KNEW, "Not suppressed under any test, for under none .* forget_rougeL .0.950 to 0.950"),
+        (SCORE, "The base may never have known the forget people: its ROUGE-L of 0.100"),
+    ],
+)
+def test_whom_nothing_was_taken_from_is_not_called_suppressed(
+    tmp_path,
+    deployment,  # noqa: F811
+    base,
+    told,
+):
+    left = Score(value=0.95, n=30, low=0.9, high=1.0) if base is KNEW else SCORE["forget_rougeL"]
+    update = {"base": base, "deployed": {"forget_rougeL": left}}
+    record = deployment.model_copy(update={"scores": deployment.scores.model_copy(update=update)})
+    write_deployment(tmp_path / "deployments" / "tiny-llava.yaml", record)
+    (found,) = report("0001", [tmp_path]).suppressions
+    assert not found.suppressed and re.search(told, found.verdict)
+    command = [sys.executable, "-m", "vgid.cli", "report", "--subject", "0001", str(tmp_path)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    assert "NOT suppressed" in shown and "1 answer for it and 0 suppress it" in shown
 
 
 def test_others_are_told_apart(folders, tmp_path):
