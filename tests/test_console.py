@@ -114,7 +114,13 @@ def test_the_summary_ends_with_how_to_open_the_ui():
             "retain_rougeL": Score(value=0.875, n=10, low=0.75, high=1.0),
         },
     )
-    base = {"forget_rougeL": Score(value=1.0, n=10, low=1.0, high=1.0)}
+    base = {
+        "search": {"forget_rougeL": Score(value=0.2, n=9, low=0.1, high=0.3)},
+        "held_out": {
+            "forget_rougeL": Score(value=1.0, n=10, low=1.0, high=1.0),
+            "retain_rougeL": Score(value=0.984, n=10, low=1.0, high=1.0),
+        },
+    }
     summary = {
         "counts": {"completed": 3, "pruned": 0, "failed": 1},
         "hypervolume": 0.5,
@@ -135,6 +141,8 @@ def test_the_summary_ends_with_how_to_open_the_ui():
     text = stream.getvalue()
     assert "3 completed, 1 failed, hypervolume 0.5000" in text
     assert "0.875 [0.750, 1.000]" in text  # held-out reduction, 1 - 0.125
+    assert re.search(r"base\W+of 0\.200\W+of 1\.000\W+0\.984", text)
+    assert "Warning: The base may never have known the forget people" in text
     assert re.search(r"overhead\W+1\.0\W+0\.25", text)
     assert "96.2% of 1,600 targets" in text
     assert "12.3 MB" in text

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import plotly.graph_objects as go
@@ -77,6 +78,14 @@ def test_everything_is_in_its_place(front):
     assert held_out["error_x"]["arrayminus"] == pytest.approx([0.10])
     assert held_out["error_y"]["arrayminus"] == pytest.approx([0.02])
     assert front.caption == "2 on the front, 1 not completed"
+
+
+def test_a_base_that_may_never_have_known_is_said_in_every_picture(front):
+    assert front.doubt is None and front.caption == "2 on the front, 1 not completed"
+    ignorant = replace(front, base=BASE | {"forget_rougeL": Score(value=0.2, n=9, low=0, high=1)})
+    assert "ROUGE-L of 0.200" in ignorant.doubt
+    assert ignorant.caption.endswith("; the base may never have known these people")
+    assert plotly_figure(ignorant)["layout"]["title"]["subtitle"]["text"] == ignorant.caption
 
 
 def test_hovering_shows_the_configuration(front):

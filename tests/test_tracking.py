@@ -378,6 +378,39 @@ def test_the_note_quotes_held_out_scores_of_the_gentlest_good_trial(tmp_path):
     )
 
 
+def trial_at(trial_id, reduction, retain, left):
+    """A trial of the front by its two objectives, with its held-out forget ROUGE-L."""
+    metrics = {"forget_rougeL_reduction": reduction, "retain_rougeL": retain}
+    result = TrialResult(trial_id=trial_id, status="completed", metrics=metrics)
+    reach = {"low": left - 0.01, "high": left + 0.01}
+    held_out = HELD_OUT | {"forget_rougeL": Score(value=left, n=50, **reach)}
+    return TrialRecord(TrialConfig(), result, True, held_out)
+
+
+def test_the_note_recommends_no_trial_that_forgets_nothing_before_one_that_does():
+    nothing, costly = trial_at("0001", 0.01, 0.97, 0.94), trial_at("0002", 0.90, 0.82, 0.05)
+    front = Front("t", [nothing, costly], BASE, BASE)
+    assert recommended(front).result.trial_id == "0002"
+    less = trial_at("0003", 0.85, 0.85, 0.06)
+    assert recommended(replace(front, records=[nothing, costly, less])).result.trial_id == "0003"
+    little = trial_at("0004", 0.40, 0.90, 0.55)
+    assert recommended(replace(front, records=[nothing, little])).result.trial_id == "0004"
+
+
+def test_the_note_says_suppressed_only_of_what_is():
+    def note(record, base=BASE):
+        return study_note(Front("t", [record], base, base), {}, NoteLinks("p"))
+
+    held, broken = note(trial_at("0001", 0.9, 0.96, 0.05)), note(trial_at("0001", 0.0, 0.97, 0.95))
+    assert "Suppressed under these tests" in held and "Warning" not in held
+    assert "Not suppressed under any test" in broken
+    assert "forget_rougeL (0.950 to 0.950 [0.940, 0.960])" in broken
+    little = {name: Score(value=0.2, n=60, low=0.1, high=0.3) for name in BASE}
+    doubted = note(trial_at("0001", 0.18, 0.19, 0.02), little)
+    assert doubted.startswith("**Warning.** The base may never have known")
+    assert "uppressed under" not in doubted
+
+
 def test_a_note_stays_within_mlflows_limit(tmp_path):
     record = make_records(tmp_path)[1]
     crowd = [

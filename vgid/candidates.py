@@ -15,6 +15,7 @@ from vgid.errors import InputError
 from vgid.picking import Marks, Measure
 from vgid.results import QuestionPart, Score
 from vgid.study_source import FrontTrial
+from vgid.suppression import doubt
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -126,6 +127,9 @@ def score_front(
     """
     tell(f"Scoring the base model on held-out questions, {len(seeds)} seeds")
     base = score_with_seeds(session, seeds, None)
+    unsure = doubt(base.plain)
+    if unsure is not None:
+        tell(f"Warning: {unsure}")
     scores = []
     for number, trial in enumerate(trials, start=1):
         tell(f"Scoring trial {trial.trial_id} ({number} of {len(trials)})")

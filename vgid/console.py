@@ -23,7 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vgid.outputs import TrialRecord, describe, held_out_scores
-from vgid.results import EpochReport, Score, TrialResult
+from vgid.results import EpochReport, QuestionPart, Score, TrialResult
+from vgid.suppression import doubt
 
 
 @contextmanager
@@ -211,7 +212,7 @@ def print_summary(
     stream: TextIO,
     summary: Mapping[str, Any],
     records: Sequence[TrialRecord],
-    base_held_out: Mapping[str, Score] | None,
+    base: Mapping[QuestionPart, Mapping[str, Score]],
     ui_command: str,
 ) -> None:
     """Print the front, the phases and the files; the last line says how to open the MLflow UI.
@@ -220,7 +221,7 @@ def print_summary(
         stream: the terminal or file to write to.
         summary: the content of ``study.json``.
         records: all trials.
-        base_held_out: scores of the base model on the held-out questions.
+        base: scores of the base model by part of the questions, as far as they are known.
         ui_command: the last line.
     """
     width = None if stream.isatty() else 140
@@ -231,7 +232,10 @@ def print_summary(
     console.print(f"\nTrials: {counts or 'none ended'}{volume}", markup=False)
     front = [record for record in records if record.on_front]
     if front:
-        console.print(front_table(front, base_held_out))
+        console.print(front_table(front, base))
+    unsure = doubt(base.get("search", {}))
+    if unsure is not None:
+        console.print(f"Warning: {unsure}", markup=False)
     if summary["phases"]:
         console.print(phase_table(summary["phases"]))
     store = summary["store"]
@@ -248,8 +252,14 @@ def print_summary(
     console.print(ui_command, markup=False, soft_wrap=True)
 
 
-def front_table(front: Sequence[TrialRecord], base_held_out: Mapping[str, Score] | None) -> Table:
-    """The front from least to most forgotten, with held-out scores where there are any."""
+def front_table(
+    front: Sequence[TrialRecord], base: Mapping[QuestionPart, Mapping[str, Score]]
+) -> Table:
+    """The front from least to most forgotten, with held-out scores where there are any.
+
+    The base's row has what a reduction is of, and what the other scores were before.
+    """
+    search, held_out_base = base.get("search", {}), base.get("held_out")
     table = Table(title="Pareto front", title_justify="left")
     table.add_column("trial")
     table.add_column("setting")
@@ -257,7 +267,7 @@ def front_table(front: Sequence[TrialRecord], base_held_out: Mapping[str, Score]
         table.add_column(title, justify="right")
     for record in sorted(front, key=lambda record: record.point or (0.0, 0.0)):
         metrics = record.result.metrics
-        held_out = held_out_scores(record, base_held_out) or {}
+        held_out = held_out_scores(record, held_out_base) or {}
         table.add_row(
             record.result.trial_id,
             describe(record.config),
@@ -270,6 +280,19 @@ def front_table(front: Sequence[TrialRecord], base_held_out: Mapping[str, Score]
                 for name in ("forget_rougeL_reduction", "retain_rougeL")
             ),
         )
+    table.add_section()
+    known = [
+        (prefix, scores.get(name))
+        for scores, prefix, name in (
+            (search, "of ", "forget_rougeL"),
+            (search, "", "retain_rougeL"),
+            (search, "", "test_rougeL"),
+            (held_out_base or {}, "of ", "forget_rougeL"),
+            (held_out_base or {}, "", "retain_rougeL"),
+        )
+    ]
+    cells = ("" if score is None else f"{prefix}{score.value:.3f}" for prefix, score in known)
+    table.add_row("base", "", *cells, style="dim")
     return table
 
 

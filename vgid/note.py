@@ -12,6 +12,7 @@ from vgid.outputs import OBJECTIVES, TrialRecord, describe, held_out_scores
 from vgid.plots import Front
 from vgid.results import Score, Verbatim
 from vgid.run_view import chart_page, compare_page, run_page, table_page
+from vgid.suppression import MIN_FORGET, share_gone, verdict
 
 NOTE_PICTURE = "front-small.png"
 """The note shows a picture at its own size, so it gets one that fits beside the run's details."""
@@ -134,12 +135,17 @@ def study_note(
 def recommended(front: Front) -> TrialRecord | None:
     """The front's trial that forgets most while retain ROUGE-L drops no more than in the paper.
 
-    Where none is that gentle, the one with the smallest drop. Chosen by search scores, so that
-    its held-out scores are not the best of many.
+    Where none is that gentle, the one with the smallest drop of those that forget enough to be
+    called so (``MIN_FORGET``); where none does, the one that forgets most. Chosen by search scores,
+    so that its held-out scores are not the best of many.
     """
-    kept = front.base_point[1] - PAPER_RETAIN_DROP
-    gentle = [r for r in front.front if r.point is not None and r.point[1] >= kept]
-    return gentle[-1] if gentle else next(iter(front.front), None)
+    known, kept = front.base["forget_rougeL"].value, front.base_point[1] - PAPER_RETAIN_DROP
+    points = [(record, *record.point) for record in front.front if record.point is not None]
+    able = [(r, y) for r, x, y in points if share_gone(known, known - x) >= MIN_FORGET]
+    gentle = [record for record, y in able if y >= kept]
+    if gentle:
+        return gentle[-1]
+    return able[0][0] if able else next(reversed(front.front), None)
 
 
 def _result(front: Front, links: NoteLinks) -> str:
@@ -152,6 +158,7 @@ def _result(front: Front, links: NoteLinks) -> str:
         base, where = front.base_held_out, "on held-out questions"
         further = {name: score.value for name, score in scores.items()}
     else:
+        scores = pick.result.scores
         (reduction, retain), base, where = pick.point, front.base, "on the search questions"
         further = pick.result.metrics
     forget, kept = base["forget_rougeL"].value, base["retain_rougeL"].value
@@ -166,9 +173,10 @@ def _result(front: Front, links: NoteLinks) -> str:
         )
         if name in further
     ]
-    rest = f"For the forget people {', '.join(left)}: they" if left else "They"
-    rest += " are suppressed under these tests, not erased."
-    return (
+    rest = f"For the forget people {', '.join(left)}. " if left else ""
+    rest += f"{verdict(base, scores)} Suppressed is not erased."
+    unsure = "" if front.doubt is None else f"**Warning.** {front.doubt}\n\n"
+    return unsure + (
         f"**Result.** Of {len(front.records)} trials, {_counts(front)}. "
         f"Trial {links.trial(pick.result.trial_id)} ({describe(pick.config)}) "
         f"removes {share} of the forget people's ROUGE-L ({forget:.3f} to "

@@ -16,6 +16,7 @@ from typing import Any
 from vgid.outputs import NOISE_LABELS, OBJECTIVES, TrialRecord, held_out_scores, write_atomically
 from vgid.results import Score
 from vgid.search_space import is_paper_default
+from vgid.suppression import doubt
 
 X_LABEL = "Reduction of forget-set ROUGE-L  (higher: more is forgotten)"
 Y_LABEL = "Retain-set ROUGE-L  (higher: more is kept)"
@@ -80,7 +81,13 @@ class Front:
         """How many trials are on the front, and how many have no place in the picture."""
         missing = len(self.records) - len(self.drawn)
         rest = f", {missing} not completed" if missing else ""
-        return f"{len(self.front)} on the front{rest}"
+        unsure = "" if self.doubt is None else "; the base may never have known these people"
+        return f"{len(self.front)} on the front{rest}{unsure}"
+
+    @property
+    def doubt(self) -> str | None:
+        """A sentence if the base may never have known its people."""
+        return doubt(self.base)
 
 
 def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:

@@ -25,6 +25,7 @@ from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots
 from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe
 from vgid.summary import phases, store_use, study_summary
+from vgid.suppression import doubt
 
 TABLES = ("study.json", "trials.csv", "front.csv")
 RAY_FILES = ".ray"
@@ -57,9 +58,7 @@ def run_study(config: StudyConfig, resume: bool = False, session: Any = None) ->
             with StudyConsole(terminal, standing) as console:
                 study = Study(plan, ledger, header, console, standing, started)
                 summary = study.run(session)
-            print_summary(
-                terminal, summary, study.board.trials(), study.board.base.get("held_out"), study.ui
-            )
+            print_summary(terminal, summary, study.board.trials(), study.board.base, study.ui)
     return summary
 
 
@@ -207,9 +206,9 @@ class Study:
                 self.board.base[part] = outcome.scores
                 self._seconds["load"] += outcome.load_s
                 if part == "search":
-                    cut = shots_left_out(outcome.scores)
-                    if cut is not None:
-                        self.console.say(cut)
+                    for line in (doubt(outcome.scores), shots_left_out(outcome.scores)):
+                        if line is not None:
+                            self.console.say(f"Warning: {line}")
                     self._seconds["start-up"] = time.monotonic() - self.started
                     self.console.stage("Running trials")
             self._update_standing()

@@ -161,7 +161,7 @@ def study(data, space, output, **options):
     )
 
 
-def test_failing_trials_cost_their_own_place_only(data, tmp_path):
+def test_failing_trials_cost_their_own_place_and_an_ignorant_base_is_told_of(data, tmp_path, capfd):
     space = tmp_path / "space.yaml"
     space.write_text(
         "backbone: tiny-llava\n"
@@ -192,6 +192,15 @@ def test_failing_trials_cost_their_own_place_only(data, tmp_path):
     }
     assert "not finite" in errors["0001"]
     assert errors["0002"].startswith("MemoryError at sessions.py")
+    shown = capfd.readouterr().out
+    warning = "Warning: The base may never have known the forget people: its ROUGE-L of 0.200"
+    assert shown.index(warning) < shown.index("Running trials") < shown.rindex(warning)
+    (note,) = [
+        run.data.tags["mlflow.note.content"]
+        for run in client.search_runs([experiment.experiment_id])
+        if run.data.tags["vgid.kind"] == "study"
+    ]
+    assert note.startswith("**Warning.** The base may never have known the forget people")
     everything = "".join(p.read_text(errors="ignore") for p in output.rglob("*.*") if p.is_file())
     assert "Fay Moss" not in everything
 
