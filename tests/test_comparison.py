@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +167,25 @@ def test_the_report_and_its_files(tmp_path):
     assert lead["method"] == "ga" and float(lead["low"]) > 0
     backbone, settings = read_settings(tmp_path / "settings.json")
     assert backbone == "tiny-llava" and set(settings) == {"vgid", "ga"}
+
+
+def test_the_report_tells_of_what_forgets_little_of_celebrities_and_of_an_ignorant_base(tmp_path):
+    found = [study("vgid", s, [(0.8, 0.9)]) for s in range(2)]
+    found += [study("rmu", s, [(x, 0.9)]) for s, x in enumerate((0.02, 0.9))]
+    config = CompareConfig(output=tmp_path, methods=("vgid", "rmu"), trials=1, seeds=2)
+    write_comparison(config, found)
+    text = (tmp_path / "comparison.md").read_text()
+    assert re.search(r"\| RMU \| 2 of 2 \| 1 \| 0.460 ", text) and "elebrit" not in text
+    assert re.search(r"\| VGID \| 2 of 2 \| 2 \|", text) and "never have known" not in text
+
+    for trial in (trial for one in found for trial in one.trials):
+        trial.held_out["celebrity_rougeL"] = 0.75
+    little = BaseScores(search=BASE | {"forget_rougeL": score(0.2)}, held_out=BASE)
+    found = [replace(one, base=little) if one.seed == 1 else one for one in found]
+    write_comparison(config, found)
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| celebrity ROUGE-L |" in text and "0.750" in text
+    assert text.count("The base may never have known") == text.count("Seed 1. The base may") == 1
 
 
 def small_space(folder: Path) -> Path:

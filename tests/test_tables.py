@@ -17,6 +17,7 @@ from vgid.results import Score
 from vgid.table_figures import trade_off
 from vgid.tables import (
     ALL_NINE,
+    CELEBRITIES,
     EXTRA,
     METHOD_LABELS,
     FilledTable,
@@ -128,6 +129,34 @@ def test_the_printed_table_sets_ours_beside_the_paper_s():
     text = grid.markdown()
     assert text.count("\n|") == 2 + len(grid.rows)
     assert "mean over 3 seeds" in text and "<table>" in grid.html()
+
+
+def test_celebrities_stand_beside_the_retain_people_where_the_data_has_them():
+    def with_celebrities(number):
+        table = filled(number)
+        more = {name: Score(value=0.25, n=40, low=0, high=1) for name in CELEBRITIES}
+        outcomes = {
+            key: tuple(o.model_copy(update={"scores": o.scores | more}) for o in of_row)
+            for key, of_row in table.outcomes.items()
+        }
+        return FilledTable(table.table, table.backbone, table.seeds, outcomes)
+
+    for number in (3, 4, 5, 8, 9):
+        header = as_grid(with_celebrities(number)).header
+        assert header[-4:] == (
+            "retain ROUGE-L ↑",
+            "celebrity cloze ↑",
+            "celebrity class ↑",
+            "celebrity ROUGE-L ↑",
+        )
+        assert as_grid(filled(number)).header == header[:-3]
+    assert as_grid(with_celebrities(6)).header == as_grid(filled(6)).header
+    grid = as_grid(with_celebrities(3))
+    assert (
+        grid.rows[0][-1] == "0.250 [0.250, 0.250] / –" and "celebrity ROUGE-L 40" in grid.notes[0]
+    )
+    rows = list(csv.DictReader(io.StringIO(as_csv([with_celebrities(3)]).decode())))
+    assert {row["score"] for row in rows} >= set(CELEBRITIES)
 
 
 def test_a_failed_training_is_said_and_not_averaged():

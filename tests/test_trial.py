@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -363,3 +364,37 @@ def test_training_never_sees_unseen_or_held_out(session, request_config):
     other = choose_people(benchmark, request_config.model_copy(update={"seed": 1}))
     assert {p.id for p in other.retain} != {p.id for p in people.retain}
     assert {p.id for p in other.forget} == {p.id for p in people.forget}
+
+
+def test_celebrities_are_scored_where_the_data_has_them(session, request_config, tmp_path):
+    """Plainly, on the held-out part: no trial is chosen by them, and no attack is on them."""
+    benchmark = Benchmark.open(request_config.data)
+    people = choose_people(benchmark, request_config)
+    ids = {person.id for person in people.celebrities}
+    assert len(ids) == request_config.retain_people
+    assert ids < set(benchmark.person_ids("Retain_Set"))
+    other = choose_people(benchmark, request_config.model_copy(update={"seed": 1}))
+    assert {person.id for person in other.celebrities} != ids
+    asked = sum(
+        (q.task, q.form) == ("cloze", "image") for p in people.celebrities for q in p.questions
+    )
+    scores = session.scores_under("held_out")
+    assert scores["celebrity_cloze"].n == asked  # all, and not the held-out half
+    assert {"celebrity_rougeL", "celebrity_classification"} <= scores.keys()
+    for without in (
+        session.scores_under("search"),
+        session.scores_under("held_out", reverse=True),
+    ):
+        assert not any("celebrity" in name for name in without)
+
+    for name in ("absent", "empty"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for config in request_config.data.iterdir():
+            if config.name != "Retain_Set":
+                (folder / config.name).symlink_to(config)
+        if name == "empty":
+            (shard,) = (request_config.data / "Retain_Set").iterdir()
+            (folder / "Retain_Set").mkdir()
+            pq.write_table(pq.read_table(shard).slice(0, 0), folder / "Retain_Set" / shard.name)
+        assert choose_people(Benchmark.open(folder), request_config).celebrities == ()

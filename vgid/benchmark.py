@@ -113,6 +113,10 @@ class Benchmark:
         """Real people (``Retain_Set``), for general utility."""
         return self._people("Retain_Set", only)
 
+    def holds(self, config: str) -> bool:
+        """Whether there is such a config."""
+        return bool(shard_paths(self.root, config))
+
     def person_ids(self, config: str) -> tuple[str, ...]:
         """The person IDs of a config in file order, read without images or questions."""
         return tuple(self._read(config, ("ID",), parse_id, None).values())

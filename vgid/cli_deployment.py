@@ -27,6 +27,8 @@ UNLEARN_SCORES = (
     "earlier_memorisation",
     "retain_rougeL",
     "retain_cloze",
+    "celebrity_rougeL",
+    "celebrity_cloze",
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]

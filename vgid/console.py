@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from vgid.outputs import TrialRecord, describe, held_out_scores
+from vgid.outputs import OBJECTIVES, TrialRecord, describe, held_out_scores
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 from vgid.suppression import doubt
 
@@ -260,10 +260,18 @@ def front_table(
     The base's row has what a reduction is of, and what the other scores were before.
     """
     search, held_out_base = base.get("search", {}), base.get("held_out")
+    shown = {"forget_rougeL_reduction": "red.", "retain_rougeL": "retain"}
+    if held_out_base is not None and "celebrity_rougeL" in held_out_base:
+        shown["celebrity_rougeL"] = "celebrities"
     table = Table(title="Pareto front", title_justify="left")
     table.add_column("trial")
     table.add_column("setting")
-    for title in ("forget red.", "retain", "test", "held-out red.", "held-out retain"):
+    for title in (
+        "forget red.",
+        "retain",
+        "test",
+        *(f"held-out {name}" for name in shown.values()),
+    ):
         table.add_column(title, justify="right")
     for record in sorted(front, key=lambda record: record.point or (0.0, 0.0)):
         metrics = record.result.metrics
@@ -273,27 +281,23 @@ def front_table(
             describe(record.config),
             *(
                 f"{metrics[name]:.3f}" if name in metrics else ""
-                for name in ("forget_rougeL_reduction", "retain_rougeL", "test_rougeL")
+                for name in (*OBJECTIVES, "test_rougeL")
             ),
-            *(
-                _interval(held_out.get(name))
-                for name in ("forget_rougeL_reduction", "retain_rougeL")
-            ),
+            *(_interval(held_out.get(name)) for name in shown),
         )
     table.add_section()
-    known = [
-        (prefix, scores.get(name))
-        for scores, prefix, name in (
-            (search, "of ", "forget_rougeL"),
-            (search, "", "retain_rougeL"),
-            (search, "", "test_rougeL"),
-            (held_out_base or {}, "of ", "forget_rougeL"),
-            (held_out_base or {}, "", "retain_rougeL"),
-        )
-    ]
-    cells = ("" if score is None else f"{prefix}{score.value:.3f}" for prefix, score in known)
+    cells = [_before(search, name) for name in (*OBJECTIVES, "test_rougeL")]
+    cells += [_before(held_out_base or {}, name) for name in shown]
     table.add_row("base", "", *cells, style="dim")
     return table
+
+
+def _before(base: Mapping[str, Score], name: str) -> str:
+    """The base's cell in a column of the front: what a reduction is of, or the score itself."""
+    score = base.get(name.removesuffix("_reduction"))
+    if score is None:
+        return ""
+    return f"{'of ' if name.endswith('_reduction') else ''}{score.value:.3f}"
 
 
 def phase_table(phases: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -41,7 +41,7 @@ from vgid.threads import worker_threads
 if TYPE_CHECKING:
     from vgid.trial import TrialSession
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cache key; raised when the same experiment would give other numbers."""
 
 HELD_OUT_SEED_OFFSET = 1

@@ -25,6 +25,7 @@ CARD_SCORES = (
     "forget_classification",
     "test_classification",
     "retain_classification",
+    "celebrity_classification",
     "earlier_rougeL",
     "earlier_cloze",
     "earlier_memorisation",
@@ -96,7 +97,7 @@ def _body(deployment: Deployment) -> str:
             f"On the {scores.part.replace('_', '-')} questions, means over the seeds "
             f"{', '.join(map(str, scores.seeds))}; [95 % interval], the envelope over the seeds; n "
             "is one seed's questions. Lower is better for the forget and test people, higher for "
-            "the retain people.",
+            "the retain people and celebrities.",
             "",
             *_table(scores.base, scores.deployed),
             "",

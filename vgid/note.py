@@ -219,7 +219,11 @@ def _table(front: Front, links: NoteLinks) -> str:
     titles = dict(zip(OBJECTIVES, ("reduction", "retain"), strict=True))
     rows = []
     if front.held_out():
-        titles |= {"test_rougeL": "test", "forget_cloze": "cloze"}
+        titles |= {
+            "celebrity_rougeL": "celebrities",
+            "test_rougeL": "test",
+            "forget_cloze": "cloze",
+        }
         for record in front.front:
             scores = held_out_scores(record, front.base_held_out) or {}
             rows.append({name: _interval(scores[name]) for name in titles if name in scores})

@@ -38,6 +38,8 @@ FURTHER_METRICS = (
     "retain_cloze",
     "retain_seen_rougeL",
     "retain_unseen_rougeL",
+    "celebrity_rougeL",
+    "celebrity_cloze",
 )
 """Metrics that stand before the many others, where a trial has them."""
 

@@ -23,6 +23,7 @@ from vgid.paper import MIXED_PEOPLE, closest_backbone, repeated_rows
 from vgid.paper_arguments import PaperConfig
 from vgid.settings import default_trials, prepare_data, read_settings
 from vgid.summary import provenance
+from vgid.suppression import doubt
 from vgid.table_figures import (
     FIRST_TOKEN_ARMS,
     first_token_experiment,
@@ -210,6 +211,10 @@ def _notes(
                 "its raw teachers (Tables 1 and 2) is built in by its training mix. It answers "
                 "multiple choice by option likelihood and without few-shot people."
             )
+        table = next((t for t in filled if t.backbone == name and "base" in t.outcomes), None)
+        unsure = None if table is None else doubt(table.outcomes["base"][0].scores)
+        if unsure is not None:
+            notes.append(f"{name}: {unsure}")
     single = sorted({t.table.number for t in filled if t.table.number not in COMPARISONS.values()})
     if single:
         notes.append(

@@ -44,7 +44,7 @@ class PickConfig(Config):
         max_retain_drop: largest loss of retain ROUGE-L; None: the rule's own.
         max_reverse_rise: forget ROUGE-L that the reverse prompt may bring back; None: the rule's.
         max_cloze: largest cloze accuracy on the people to forget.
-        min_forget: least share of the base's forget ROUGE-L that is gone.
+        min_forget: least share of the base's forget ROUGE-L that is gone; None: any.
         seeds: of the few-shot choice, test poses and bootstrap to score with.
         request_id: ids of the forget requests that the deployment answers.
         tracking_uri: MLflow of ``mlflow:`` studies.
@@ -59,7 +59,7 @@ class PickConfig(Config):
     max_retain_drop: float | None = Field(None, ge=0, le=1)
     max_reverse_rise: float | None = Field(None, ge=0, le=1)
     max_cloze: float | None = Field(None, ge=0, le=1)
-    min_forget: float = Field(MIN_FORGET, ge=0, le=1)
+    min_forget: float | None = Field(MIN_FORGET, ge=0, le=1)
     seeds: int = Field(MIN_SEEDS, ge=MIN_SEEDS)
     request_id: tuple[Pseudonym, ...] = ()
     tracking_uri: str | None = None

@@ -13,10 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from vgid.outputs import as_text, write_atomically
 from vgid.pick_pictures import STYLE
-from vgid.pick_report import PickReport, four_cells, html_table, paragraphs
+from vgid.pick_report import (
+    Column,
+    PickReport,
+    columns,
+    four_cells,
+    html_table,
+    paragraphs,
+    shown_score,
+)
 from vgid.plotly_page import write_page
 from vgid.plots import BASE, INK
-from vgid.results import Score
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,13 +33,6 @@ COMPARISON = ("comparison.html", "comparison.png", "comparison.csv")
 X_LABEL = "Share of the base's forget ROUGE-L that is gone"
 Y_LABEL = "Share of the base's retain ROUGE-L that is kept"
 COLOURS = ("#1f6f8b", "#d1495b", "#e9a23b", "#7b5ea7", "#3b8f5c")
-SCORES = (
-    ("plain", "forget_rougeL", "forget"),
-    ("reverse", "forget_rougeL", "reversed"),
-    ("plain", "test_rougeL", "test"),
-    ("plain", "forget_cloze", "cloze"),
-    ("plain", "retain_rougeL", "retain"),
-)
 
 
 def comparison_table(reports: Sequence[PickReport]) -> "Table":
@@ -40,10 +40,11 @@ def comparison_table(reports: Sequence[PickReport]) -> "Table":
     from rich.table import Table
 
     table = Table(title="Deployments, base to deployed, held-out", title_justify="left")
-    for number, cell in enumerate(_header()):
+    shown = columns(reports)
+    for number, cell in enumerate(_header(shown)):
         table.add_column(cell, justify="left" if number in (0, 1, 2) else "right")
     for report in reports:
-        table.add_row(*_row(report))
+        table.add_row(*_row(report, shown))
     return table
 
 
@@ -84,15 +85,15 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-def _header() -> list[str]:
-    return ["backbone", "trial", "setting", *(label for _, _, label in SCORES), "of front"]
+def _header(shown: Sequence[Column]) -> list[str]:
+    return ["backbone", "trial", "setting", *(label for _, _, label in shown), "of front"]
 
 
-def _row(report: PickReport) -> list[str]:
+def _row(report: PickReport, shown: Sequence[Column]) -> list[str]:
     base, chosen = report.candidates.base, report.chosen
     cells = []
-    for kind, name, _ in SCORES:
-        pair: list[Score | None] = [getattr(model, kind).get(name) for model in (base, chosen)]
+    for column in shown:
+        pair = [shown_score(model, column) for model in (base, chosen)]
         known = [f"{score.value:.3f}" for score in pair if score is not None]
         cells.append(" → ".join(known))
     count = str(len(report.choice.order))
@@ -100,9 +101,10 @@ def _row(report: PickReport) -> list[str]:
 
 
 def _html_summary(reports: Sequence[PickReport]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in _header())
+    shown = columns(reports)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in _header(shown))
     rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _row(report))}</tr>"
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _row(report, shown))}</tr>"
         for report in reports
     )
     return f"<table><tr>{head}</tr>{rows}</table>"
@@ -111,13 +113,14 @@ def _html_summary(reports: Sequence[PickReport]) -> str:
 def _csv(reports: Sequence[PickReport]) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    columns = [
+    shown = columns(reports)
+    titles = [
         f"{model}_{label}{part}"
-        for _, _, label in SCORES
+        for _, _, label in shown
         for model in ("base", "deployed")
         for part in ("", "_low", "_high", "_n")
     ]
-    writer.writerow(["backbone", "study_id", "trial_id", "rule", "setting", "candidates", *columns])
+    writer.writerow(["backbone", "study_id", "trial_id", "rule", "setting", "candidates", *titles])
     for report in reports:
         row: list[Any] = [
             report.backbone,
@@ -127,10 +130,9 @@ def _csv(reports: Sequence[PickReport]) -> bytes:
             report.setting,
             len(report.choice.order),
         ]
-        for kind, name, _ in SCORES:
+        for column in shown:
             for model in (report.candidates.base, report.chosen):
-                score: Score | None = getattr(model, kind).get(name)
-                row += four_cells(score)
+                row += four_cells(shown_score(model, column))
         writer.writerow([as_text(value) for value in row])
     return text.getvalue().encode()
 

@@ -5,7 +5,7 @@ The pictures are drawn by ``vgid.pick_pictures``. rich is imported when a table 
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ KEY_SCORES = (
     "forget_cloze",
     "test_cloze",
     "retain_cloze",
+    "celebrity_rougeL",
+    "celebrity_cloze",
     "forget_memorisation",
     "forget_refusal",
     "forget_rougeL_text",
@@ -38,6 +40,18 @@ KEY_SCORES = (
     "retain_refusal_raw",
 )
 """Columns of ``candidates.csv``; the deployment file has every score of the choice."""
+
+COLUMNS = (
+    ("plain", "forget_rougeL", "forget"),
+    ("reverse", "forget_rougeL", "reversed"),
+    ("plain", "test_rougeL", "test"),
+    ("plain", "forget_cloze", "cloze"),
+    ("plain", "retain_rougeL", "retain"),
+    ("plain", "celebrity_rougeL", "celebrities"),
+)
+"""What a table shows of a model: how it was asked, the score, and what the column is called."""
+
+Column = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -122,7 +136,8 @@ def report_table(report: PickReport) -> "Table":
     table = Table(title=f"Candidates on {report.backbone}, held-out", title_justify="left")
     table.add_column("trial")
     table.add_column("setting")
-    for title in ("forget", "reversed", "test", "cloze", "retain"):
+    shown = columns([report])
+    for *_, title in shown:
         table.add_column(title, justify="right")
     table.add_column("why")
     base = report.candidates.base
@@ -131,25 +146,33 @@ def report_table(report: PickReport) -> "Table":
         table.add_row(
             marks.trial_id,
             setting,
-            *_cells(scored),
+            *_cells(scored, shown),
             report.choice.why[marks.trial_id],
             style="bold" if chosen else None,
         )
     table.add_section()
-    table.add_row("base", "", *_cells(base), "", style="dim")
+    table.add_row("base", "", *_cells(base, shown), "", style="dim")
     return table
 
 
-def _cells(scored: Scored) -> list[str]:
-    plain = scored.plain
-    cells: list[Score | None] = [
-        plain["forget_rougeL"],
-        scored.reverse["forget_rougeL"],
-        plain.get("test_rougeL"),
-        plain.get("forget_cloze"),
-        plain["retain_rougeL"],
+def columns(reports: Sequence[PickReport]) -> list[Column]:
+    """Those of ``COLUMNS`` that a base has; data without celebrities lacks theirs."""
+    return [
+        (kind, name, title)
+        for kind, name, title in COLUMNS
+        if name != "celebrity_rougeL" or any(name in r.candidates.base.plain for r in reports)
     ]
-    return ["" if score is None else f"{score.value:.3f}" for score in cells]
+
+
+def shown_score(scored: Scored, column: Column) -> Score | None:
+    """What stands in a column, None if it was not asked."""
+    scores: Mapping[str, Score] = getattr(scored, column[0])
+    return scores.get(column[1])
+
+
+def _cells(scored: Scored, shown: Sequence[Column]) -> list[str]:
+    found = [shown_score(scored, column) for column in shown]
+    return ["" if score is None else f"{score.value:.3f}" for score in found]
 
 
 def candidates_csv(report: PickReport) -> bytes:
@@ -195,14 +218,15 @@ def four_cells(score: Score | None) -> list[Any]:
 
 def html_table(report: PickReport) -> str:
     """The same table as ``report_table`` for a page."""
-    head = ["trial", "setting", "forget", "reversed", "test", "cloze", "retain", "why"]
-    kinds = ["", "", *["number"] * 5, ""]
+    shown = columns([report])
+    head = ["trial", "setting", *(title for *_, title in shown), "why"]
+    kinds = ["", "", *["number"] * len(shown), ""]
     rows = [("tr", head, "th")]
     for marks, setting, scored in report.rows():
         mark = 'tr class="chosen"' if marks is report.choice.chosen else "tr"
         why = report.choice.why[marks.trial_id]
-        rows.append((mark, [marks.trial_id, setting, *_cells(scored), why], "td"))
-    rows.append(("tr", ["base", "", *_cells(report.candidates.base), ""], "td"))
+        rows.append((mark, [marks.trial_id, setting, *_cells(scored, shown), why], "td"))
+    rows.append(("tr", ["base", "", *_cells(report.candidates.base, shown), ""], "td"))
     lines = []
     for mark, cells, tag in rows:
         inner = "".join(

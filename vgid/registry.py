@@ -28,6 +28,7 @@ _REQUIREMENTS = ("mlflow", "torch", "transformers", "peft")
 _SHOWN = {
     "forget_rougeL": "forget ROUGE-L",
     "retain_rougeL": "retain ROUGE-L",
+    "celebrity_rougeL": "celebrity ROUGE-L",
     "test_rougeL": "test ROUGE-L",
     "forget_cloze": "forget cloze",
 }

@@ -36,6 +36,7 @@ class People:
         retain_pool: people of the retain loss, ``retain_seen`` included.
         few_shot: candidates for few-shot turns: the retain pool's people that are not scored.
         earlier: people that an earlier request suppressed, scored only.
+        celebrities: real people of the general utility, scored only; none where the data has none.
     """
 
     forget: tuple[Person, ...]
@@ -45,6 +46,7 @@ class People:
     retain_pool: tuple[Person, ...]
     few_shot: tuple[Person, ...]
     earlier: tuple[Person, ...] = ()
+    celebrities: tuple[Person, ...] = ()
 
     @property
     def retain(self) -> tuple[Person, ...]:
@@ -84,7 +86,17 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
         retain_pool=tuple(seen + others),
         few_shot=tuple(others),
         earlier=earlier,
+        celebrities=_celebrities(benchmark, request),
     )
+
+
+def _celebrities(benchmark: Benchmark, request: RequestConfig) -> tuple[Person, ...]:
+    """As many as there are scored retain people at most: the benchmark's 153 would take longest."""
+    ids = benchmark.person_ids("Retain_Set") if benchmark.holds("Retain_Set") else ()
+    if not ids:
+        return ()
+    order = sample_generator(request.seed, "celebrities").permutation(len(ids))
+    return benchmark.celebrities(only={ids[i] for i in order[: request.retain_people]})
 
 
 def _forget(benchmark: Benchmark, request: RequestConfig) -> tuple[Person, ...]:

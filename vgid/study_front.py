@@ -14,7 +14,13 @@ from vgid.outputs import OBJECTIVES
 from vgid.pareto import hypervolume
 from vgid.results import QuestionPart, Score
 
-PICK_SCORES = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_cloze")
+PICK_SCORES = (
+    "forget_rougeL",
+    "retain_rougeL",
+    "test_rougeL",
+    "forget_cloze",
+    "celebrity_rougeL",
+)
 
 
 class BaseScores(Config):

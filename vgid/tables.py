@@ -18,7 +18,7 @@ from vgid.paper import TABLE_7, closest_backbone, paper_row
 from vgid.prompts import PromptStyle
 
 METRIC_LABELS = {"cloze": "cloze", "classification": "class", "rougeL": "ROUGE-L", "bleu": "BLEU"}
-ARROWS = {"forget": "↓", "test": "↓", "retain": "↑"}
+ARROWS = {"forget": "↓", "test": "↓", "retain": "↑", "celebrity": "↑"}
 
 FORGET_AND_TEST = tuple(
     f"{split}_{metric}"
@@ -27,6 +27,8 @@ FORGET_AND_TEST = tuple(
 )
 ALL_NINE = (*FORGET_AND_TEST, "retain_cloze", "retain_classification", "retain_rougeL")
 TEXT_SCORES = ("forget_rougeL", "forget_bleu", "test_rougeL", "test_bleu")
+CELEBRITIES = ("celebrity_cloze", "celebrity_classification", "celebrity_rougeL")
+"""General utility, beside the retain people where the data has celebrities; the paper has none."""
 EXTRA = ("retain_bleu", "forget_memorisation")
 """Scores that a table does not show and its CSV has, for figure 5 and for suspicion."""
 
@@ -82,7 +84,7 @@ class Table:
         number: in the paper.
         title: what it compares.
         forget_ratio: per cent of the people.
-        metrics: its columns, scores of ``vgid.evaluation``.
+        metrics: the paper's columns, as scores of ``vgid.evaluation``.
         rows: from top to bottom.
     """
 
@@ -195,6 +197,12 @@ class FilledTable:
     seeds: tuple[int, ...]
     outcomes: Mapping[str, tuple[Outcome, ...]]
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Its columns: the paper's, and the celebrities' where it has the retain people."""
+        utility = CELEBRITIES if "retain_rougeL" in self.table.metrics else ()
+        return (*self.table.metrics, *(metric for metric in utility if self.questions(metric)))
+
     def values(self, key: str, metric: str) -> list[float | None]:
         """A score of a row, one value a seed; None where training failed or nothing was asked."""
         if key not in self.outcomes:
@@ -248,7 +256,7 @@ def as_csv(filled: Sequence[FilledTable]) -> bytes:
     )  # fmt: skip
     for table in filled:
         for row in table.table.rows:
-            for metric in (*table.table.metrics, *EXTRA):
+            for metric in (*table.metrics, *EXTRA):
                 mean = table.interval(row.key, metric)
                 by_seed = dict(zip(table.seeds, table.values(row.key, metric), strict=True))
                 cells = [
@@ -312,12 +320,12 @@ def as_grid(filled: FilledTable) -> Grid:
     """A table for print: in each cell mean [interval], and the paper's number behind a stroke."""
     table = filled.table
     blocks = len({row.setting for row in table.rows}) > 1
-    header = ["Row", *(_heading(metric) for metric in table.metrics)]
+    header = ["Row", *(_heading(metric) for metric in filled.metrics)]
     rows = []
     for row in table.rows:
         label = f"{row.label}, {row.setting}" if blocks else row.label
         cells = []
-        for metric in table.metrics:
+        for metric in filled.metrics:
             printed = filled.paper(row, metric)
             mean = filled.interval(row.key, metric)
             failed = sum(outcome.error is not None for outcome in filled.outcomes[row.key])
@@ -329,7 +337,7 @@ def as_grid(filled: FilledTable) -> Grid:
     n = len(filled.seeds)
     interval = "with its 95 % t interval" if n > 1 else "(one seed: no interval)"
     questions = ", ".join(
-        f"{_heading(metric)[:-2]} {filled.questions(metric)}" for metric in table.metrics
+        f"{_heading(metric)[:-2]} {filled.questions(metric)}" for metric in filled.metrics
     )
     notes = (
         f"Ours / the paper's {filled.paper_backbone}. Ours: mean over {n} seed{'s' * (n > 1)} "

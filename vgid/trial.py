@@ -265,8 +265,10 @@ class TrialSession:
                 self.request,
                 part,
                 seed,
-                intervention=intervention,
-                reverse=reverse,
+                # For general utility, of which trials are not chosen by; its own under no attack.
+                self.people.celebrities if part == "held_out" and not reverse else (),
+                intervention,
+                reverse,
             )
         # Perturbed images are as large as all others together, and seldom wanted twice.
         if intervention.noise_type is None:

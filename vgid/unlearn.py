@@ -54,8 +54,11 @@ class UnlearnConfig(Config):
     setting: tuple[str, ...] = Field(
         (), description="NAME=VALUE of the trial's hyperparameters, over the parent's"
     )
-    min_forget: float = Field(
-        MIN_FORGET, ge=0, le=1, description="least share of the base's forget ROUGE-L that is gone"
+    min_forget: float | None = Field(
+        MIN_FORGET,
+        ge=0,
+        le=1,
+        description="least share of the base's forget ROUGE-L that is gone; None: any",
     )
     seeds: int = Field(3, ge=1, description="to score with")
     seed: int = Field(0, ge=0, description="splits of people and questions")
@@ -146,7 +149,7 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     return Unlearned(file, sha256, deployment, warning)
 
 
-def _refuse_little(marks: Marks, min_forget: float) -> None:
+def _refuse_little(marks: Marks, min_forget: float | None) -> None:
     """One trial is held to the floor that a pick holds each candidate to."""
     broken = [check for check in Bounds(forget=min_forget).checks(marks) if check.excess > 0]
     if broken:

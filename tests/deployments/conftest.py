@@ -30,7 +30,7 @@ methods:
       alpha: {low: 0.5, high: 2.0, log: true}
       noise_type: {choices: [random, white]}
       prompt_style: strict
-      learning_rate: 2.0e-3
+      learning_rate: 4.0e-3
       epochs: 2
     first_points:
       - {alpha: 1.0, noise_type: random}
@@ -101,6 +101,7 @@ def deployment_file(tmp_path_factory, benchmark_folder) -> Path:
         output=tmp_path_factory.mktemp("deployments-first"),
         request_id=("R-1",),
         setting=("method=ga", "epochs=6", "learning_rate=2e-3"),
+        min_forget=None,
         retain_people=4,
         seeds=1,
     )
@@ -116,6 +117,7 @@ def next_deployment_file(tmp_path_factory, benchmark_folder, deployment_file) ->
         from_deployment=deployment_file,
         forget_ids=Benchmark.open(benchmark_folder).person_ids("forget_5")[2:3],
         request_id=("R-2",),
+        min_forget=None,
         retain_people=4,
         seeds=1,
     )

@@ -157,6 +157,10 @@ def test_attacks_are_those_that_were_run_and_those_that_were_not_are_named(recor
     assert "retain_refusal_raw" in record.scores.deployed
     assert "forget_rougeL_text" in attacks["text-only questions"]
     assert "forget_memorisation" in attacks["answer forced (memorisation)"]
+    # General utility, on held-out questions and under no attack.
+    for scores in (record.scores.base, record.scores.deployed):
+        assert scores["celebrity_rougeL"].n > 4 * record.data.retain_people
+    assert not any("celebrity" in name for names in attacks.values() for name in names)
     assert record.scores.not_run == NOT_RUN
 
 
@@ -199,7 +203,7 @@ def test_the_page_shows_every_candidates_setting_under_the_mouse(picked, summary
     hovers = " ".join(text for trace in traces for text in trace["hovertext"])
     for trial_id in summary["front"]:
         assert f"<b>trial {trial_id}</b>" in hovers
-    assert "lr 2e-3" in hovers
+    assert "lr 4e-3" in hovers
     assert "http://" not in page.split('<script id="library"')[0]
 
 

@@ -121,6 +121,10 @@ def test_bad_requests_leave_nothing_behind(deployment_file, benchmark_folder, tm
         unlearn(request(forget_ids=read_deployment(deployment_file)[0].subjects))
     with pytest.raises(InputError, match="would be replaced"):
         unlearn(request(output=deployment_file.parent.parent))
+    with pytest.raises(InputError, match=r"--min-forget: the trial has share forgotten -?0\.\d{3}"):
+        nothing = ("method=ga", "epochs=1", "learning_rate=1e-9")
+        ids = read_deployment(deployment_file)[0].subjects
+        unlearn(request(from_deployment=None, forget_ids=ids, seeds=1, setting=nothing))
     with pytest.raises(InputError, match=r"is no NAME=VALUE"):
         unlearn(request(setting=("epochs",)))
     with pytest.raises(InputError, match="--setting: epochs: input should be"):
