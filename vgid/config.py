@@ -107,7 +107,10 @@ class RequestConfig(Config):
         description="training pairs: without the questions that are scored as held-out, or all",
     )
     retain_people: int = Field(
-        50, ge=2, description="people scored as retain set, and celebrities at most"
+        50,
+        ge=2,
+        description="people scored as retain set, half of them seen in training; of the "
+        "celebrities, as many at most",
     )
     bootstrap_samples: int = Field(1000, ge=100, description="resamples behind each interval")
     eval_batch_size: int = Field(512, ge=1, description="questions decoded together at most")

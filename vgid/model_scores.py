@@ -23,6 +23,7 @@ from vgid.config import Config, ForgetRatio, RequestConfig, parse
 from vgid.deployment import Attack, Deployment, hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.results import QuestionPart, Score, shots_left_out
+from vgid.suppression import doubt
 from vgid.verify import EXPORTED, EXPORTED_ADAPTER, recorded_benchmark, request_of
 
 _REQUEST = ("backbone", "forget_ratio", "retain_people", "seed")
@@ -113,6 +114,7 @@ class ModelScores(Config):
         sentences = [f"{len(self.scores)} scores of {self.part} questions; --json has all."]
         sentences += [f"Not run: {'; '.join(self.not_run)}."] if self.not_run else []
         sentences += [shots_left_out(self.scores) or ""]
+        sentences += [(doubt(self.scores) if self.model == "base" else None) or ""]
         console.print("\n".join(filter(None, sentences)), markup=False, soft_wrap=True)
 
 

@@ -265,8 +265,8 @@ class TrialSession:
                 self.request,
                 part,
                 seed,
-                # For general utility, of which trials are not chosen by; its own under no attack.
-                self.people.celebrities if part == "held_out" and not reverse else (),
+                # General utility: nothing is chosen by it, and no attack is on it.
+                () if part == "search" or reverse else self.people.celebrities,
                 intervention,
                 reverse,
             )
