@@ -23,6 +23,7 @@ from vgid.layout import (
     FORGET_RATIOS,
     Defect,
     Row,
+    holds_people,
     read_rows,
     shard_paths,
 )
@@ -113,9 +114,9 @@ class Benchmark:
         """Real people (``Retain_Set``), for general utility."""
         return self._people("Retain_Set", only)
 
-    def holds(self, config: str) -> bool:
-        """Whether there is such a config."""
-        return bool(shard_paths(self.root, config))
+    def has_celebrities(self) -> bool:
+        """Whether there is a ``Retain_Set`` with somebody in it; a benchmark may lack one."""
+        return holds_people(self.root, "Retain_Set")
 
     def person_ids(self, config: str) -> tuple[str, ...]:
         """The person IDs of a config in file order, read without images or questions."""

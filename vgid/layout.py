@@ -138,6 +138,17 @@ def shard_paths(root: Path, config: str) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _SHARD_NAME.fullmatch(path.name))
 
 
+def holds_people(root: Path, config: str) -> bool:
+    """Whether there is a config with somebody in it, for one that a benchmark may lack.
+
+    A torn one counts: reading it names the defect.
+    """
+    try:
+        return any(pq.read_metadata(path).num_rows for path in shard_paths(root, config))
+    except (pa.ArrowException, OSError, ValueError):
+        return True
+
+
 def read_rows(root: Path, config: str, columns: Sequence[str]) -> Iterator[Row | Defect]:
     """Stream a config: its rows in order, and file-level defects where they are met.
 

@@ -165,7 +165,7 @@ def _check_data(request: RequestConfig) -> None:
     forget = benchmark.forget(request.forget_ratio)
     benchmark.retain(request.forget_ratio)
     benchmark.test(only={person.id for person in forget})
-    if benchmark.holds("Retain_Set"):
+    if benchmark.has_celebrities():
         benchmark.celebrities()
     benchmark.training_pairs()
     if request.earlier_ids:

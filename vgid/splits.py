@@ -92,9 +92,9 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
 
 def _celebrities(benchmark: Benchmark, request: RequestConfig) -> tuple[Person, ...]:
     """As many as there are scored retain people at most: the benchmark's 153 would take longest."""
-    ids = benchmark.person_ids("Retain_Set") if benchmark.holds("Retain_Set") else ()
-    if not ids:
+    if not benchmark.has_celebrities():
         return ()
+    ids = benchmark.person_ids("Retain_Set")
     order = sample_generator(request.seed, "celebrities").permutation(len(ids))
     return benchmark.celebrities(only={ids[i] for i in order[: request.retain_people]})
 
