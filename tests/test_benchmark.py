@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import TypeAdapter
 
 from tests.tiny_benchmark import (
     EVALUATION,
@@ -26,6 +27,7 @@ from tests.tiny_benchmark import (
 )
 from vgid import layout
 from vgid.benchmark import Benchmark, Person, Question, decode_image, split_questions
+from vgid.deployment import Pseudonym
 from vgid.errors import InputError
 from vgid.profiles import id_problem
 
@@ -179,7 +181,10 @@ def test_duplicate_person_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "person_id",
-    ["", " ", "../x", "a/b", "a\\b", ".hidden", "..", "~root", "a\nb", "a\x00b", "x" * 101, "x "],
+    [
+        *("", " ", "../x", "a/b", "a\\b", ".hidden", "..", "~root", "a\nb", "a\x00b", "x "),
+        *("x" * 65, "two words", "Ève", "x\n"),
+    ],
 )
 def test_dangerous_ids_are_refused(tmp_path: Path, person_id: str):
     write_tiny(tmp_path, {"forget_5": lambda rows: rows[0].update(ID=person_id)})
@@ -187,9 +192,15 @@ def test_dangerous_ids_are_refused(tmp_path: Path, person_id: str):
         Benchmark.open(tmp_path).forget(5)
 
 
-@pytest.mark.parametrize("person_id", ["0", "0007", "person-7", "Ève_2.b", "two words"])
-def test_ordinary_ids_are_accepted(person_id: str):
+@pytest.mark.parametrize("person_id", ["0", "0007", "person-7", "Eve_2.b", "x" * 64])
+def test_ordinary_ids_are_accepted_by_the_reader_and_by_a_record(person_id: str):
     assert id_problem(person_id) is None
+    assert TypeAdapter(Pseudonym).validate_python(person_id) == person_id
+
+
+@pytest.mark.parametrize("person_id", ["two words", "Ève_2.b"])
+def test_celebrities_have_names(person_id: str):
+    assert id_problem(person_id, celebrity=True) is None
 
 
 def test_open_refuses_what_is_no_benchmark(tmp_path: Path):

@@ -33,13 +33,13 @@ def test_make_then_check(tmp_path: Path):
 
 def test_check_of_a_defective_benchmark(tmp_path: Path):
     root = write_tiny(tmp_path, {"retain_95": lambda rows: rows[1].update(ID="a/b")})
-    (root / "Retain_Set" / SHARD).write_bytes(b"torn")
+    (root / "Test_Set" / SHARD).write_bytes(b"torn")
     machine = vgid("data", "check", root, "--json")
     assert machine.returncode == 2
     defects = json.loads(machine.stdout)["defects"]
     assert [(d["config"], d["row"], d["field"]) for d in defects] == [
         ("retain_95", 1, "ID"),
-        ("Retain_Set", None, SHARD),
+        ("Test_Set", None, SHARD),
     ]
     assert all(set(d) == {"config", "row", "field", "problem"} for d in defects)
     person = vgid("data", "check", root)

@@ -181,7 +181,7 @@ def test_a_context_too_short_takes_fewer_shots_and_the_scores_say_so(random_back
         text_config.max_position_embeddings = len(item.encoded.prompt_ids) + 49
         cut = prepare(backbone, people, REQUEST, "search", seed=0)
         text_config.max_position_embeddings = 20
-        with pytest.raises(InputError, match=r"tokens exceed the context of 20 of tiny-llava"):
+        with pytest.raises(InputError, match=r"exceed the context of 20 of tiny-llava"):
             prepare(backbone, people, REQUEST, "search", seed=0)
     finally:
         text_config.max_position_embeddings = context

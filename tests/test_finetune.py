@@ -284,7 +284,7 @@ def test_what_cannot_be_learnt_is_named(base, data, tmp_path):
         (lambda rows: rows[1]["image"].update(bytes=None), "row 1, image"),
         (lambda rows: rows[1].update(metadata="{"), "row 1, metadata"),
         (lambda rows: rows[2]["image"].update(bytes=b"no image"), "009"),
-        (lambda rows: rows.clear(), "nothing to learn"),
+        (lambda rows: rows.clear(), "holds no person"),
     ):
         with pytest.raises(InputError) as caught:
             finetune(config_of(base, damaged(edit), tmp_path / "out"))

@@ -193,8 +193,13 @@ def spec(name: str) -> BackboneSpec:
     return BACKBONES[name]
 
 
-def locate(row: BackboneSpec, model_path: str | None) -> Path:
+def locate(row: BackboneSpec, model_path: str | None, weights: bool = True) -> Path:
     """The local folder with the base: given, embedded, or from the Hugging Face cache or hub.
+
+    Args:
+        row: the backbone.
+        model_path: local folder or hub id in place of the row's own source.
+        weights: False asks for configuration and processor only.
 
     Raises:
         InputError: it is not there and cannot be fetched.
@@ -204,7 +209,8 @@ def locate(row: BackboneSpec, model_path: str | None) -> Path:
     elif row.embedded and model_path is None:
         folder = EMBEDDED / row.name
     else:
-        folder = _from_hub(model_path or str(row.hub_id), None if model_path else row.revision)
+        revision = None if model_path else row.revision
+        folder = _from_hub(model_path or str(row.hub_id), revision, weights)
     processor_files = ("processor_config.json", "preprocessor_config.json")
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     missing += (
@@ -214,7 +220,7 @@ def locate(row: BackboneSpec, model_path: str | None) -> Path:
         raise InputError(
             f"{folder}: {missing[0]} is missing; --model-path must name a Hugging Face folder."
         )
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder}: no *.safetensors file; convert the weights to safetensors, other formats "
             "are never read."
@@ -222,7 +228,7 @@ def locate(row: BackboneSpec, model_path: str | None) -> Path:
     return folder
 
 
-def _from_hub(hub_id: str, revision: str | None) -> Path:
+def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import logging
 
@@ -231,7 +237,7 @@ def _from_hub(hub_id: str, revision: str | None) -> Path:
         path = snapshot_download(
             hub_id,
             revision=revision,
-            allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt"],
+            allow_patterns=["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])],
         )
     except Exception as error:
         raise InputError(
@@ -313,6 +319,32 @@ def skeleton(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+
+
+def outline(name: str, model_path: str | None = None) -> Backbone:
+    """A backbone without weights: what frames, tokenises and measures prompts, and computes none.
+
+    Args:
+        name: a row's name.
+        model_path: as for ``load``.
+
+    Raises:
+        InputError: unknown name, or a configuration that cannot be found.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from vgid.qwen_processor import processor_class
+
+    row = spec(name)
+    folder = locate(row, model_path, weights=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    processor = processor_class(config.model_type).from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return Backbone(row, model, processor, "no weights")
 
 
 def revision_of(folder: Path) -> str:

@@ -7,7 +7,7 @@ or the synthetic benchmark wrote it.
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -156,23 +156,58 @@ class Benchmark:
             if person_id in parsed:
                 defects = [*defects, Defect(config, row.index, "ID", "the ID is a duplicate")]
             item, item_defects = parse(config, row)
-            for defect in defects or item_defects:
-                raise self._error(defect)
+            self.refuse(defects or item_defects)
             parsed[person_id] = item
         return parsed
 
     def _sound_rows(self, config: str, columns: tuple[str, ...]) -> Iterator[Row]:
         for row_or_defect in read_rows(self.root, config, columns):
             if isinstance(row_or_defect, Defect):
-                raise self._error(row_or_defect)
+                raise self.error(row_or_defect)
             yield row_or_defect
 
-    def _error(self, defect: Defect) -> InputError:
+    def people_defects(self, ratio: int) -> Iterator[Defect]:
+        """Who of a request is not where a study looks for them (``people_defects``)."""
+        configs = (f"forget_{ratio}", f"retain_{100 - ratio}", "ft_Data", "Test_Set")
+        places = {name: {p: row for row, p in enumerate(self.person_ids(name))} for name in configs}
+        return people_defects(places, ratio)
+
+    def refuse(self, defects: Iterable[Defect]) -> None:
+        """Raise at the first defect, if there is one.
+
+        Raises:
+            InputError: one sentence with config, row, field and remedy.
+        """
+        for defect in defects:
+            raise self.error(defect)
+
+    def error(self, defect: Defect) -> InputError:
+        """A defect as the sentence for users."""
         row = "" if defect.row is None else f"row {defect.row}, "
         return InputError(
             f"{self.root / defect.config}: {row}{defect.field}: {defect.problem}; "
             f"`vgid data check {self.root}` lists every defect to repair."
         )
+
+
+def people_defects(places: Mapping[str, Mapping[str, int]], ratio: int) -> Iterator[Defect]:
+    """Who is both to forget and to retain, or is missing in a config that another one presumes.
+
+    Args:
+        places: row of each person by config, of the configs that could be read whole.
+        ratio: per cent of the people.
+    """
+    forget, retain = f"forget_{ratio}", f"retain_{100 - ratio}"
+    for person_id, row in places.get(forget, {}).items():
+        if person_id in places.get(retain, {}):
+            twin = places[retain][person_id]
+            yield Defect(forget, row, "ID", f"overlap: row {twin} of {retain} is the same person")
+    presumed = {forget: ("Full_Set", "ft_Data", "Test_Set"), retain: ("ft_Data",)}
+    for config, others in presumed.items():
+        for other in others:
+            for person_id, row in places.get(config, {}).items():
+                if other in places and person_id not in places[other]:
+                    yield Defect(config, row, "ID", f"the person is missing in {other}")
 
 
 def _checked_ratio(ratio: int) -> int:

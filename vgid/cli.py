@@ -66,12 +66,26 @@ def data_make(
 @data_app.command("check")
 def data_check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Benchmark folder.")],
+    backbone: Annotated[
+        str, typer.Option(help="Backbone whose context and image token every text must suit.")
+    ] = "tiny-llava",
+    model_path: Annotated[
+        str | None, typer.Option(help="Folder or hub id of its configuration and processor.")
+    ] = None,
+    retain_people: Annotated[
+        int, typer.Option(min=2, help="People that a study is to score as retain set.")
+    ] = 50,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of that study.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Count people, images and questions by config, and name every defect (then exit code 2)."""
-    from vgid.data_check import check_benchmark
+    """Count people, images and questions by config, and name every defect (then exit code 2).
 
-    report = check_benchmark(folder, progress=not as_json)
+    A defect is what a study of one of the forget ratios, or `vgid finetune`, would be refused for.
+    """
+    from vgid.data_check import Run, check_benchmark
+
+    run = Run(backbone, model_path, retain_people, seed)
+    report = check_benchmark(folder, progress=not as_json, run=run)
     if as_json:
         print(json.dumps(report.as_json(), indent=2))
     else:

@@ -37,6 +37,9 @@ that a held-out score tells of questions that training never saw; or all, as the
 """
 Sampler = Literal["auto", "gp", "tpe", "random"]
 
+PSEUDONYM = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""Ids of people and requests, from the benchmark's rows to the record of a deployment."""
+
 STORE_LIMIT_GB = 50.0
 C = TypeVar("C", bound="Config")
 

@@ -5,7 +5,7 @@ Reports name configs, rows and fields, and never a value of the data but person 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from vgid.benchmark import decode_image
+from vgid.benchmark import Benchmark, decode_image, people_defects
+from vgid.config import RequestConfig, parse
 from vgid.errors import InputError
 from vgid.layout import (
     CONFIGS,
@@ -69,7 +70,10 @@ class Report:
         """Plain data: ``{"configs": {...}, "defects": [{config, row, field, problem}]}``."""
         return {
             "configs": {name: asdict(count) for name, count in self.configs.items()},
-            "defects": [asdict(defect) for defect in self.defects],
+            "defects": [
+                {name: getattr(defect, name) for name in ("config", "row", "field", "problem")}
+                for defect in self.defects
+            ],
         }
 
     def print(self, console: Console) -> None:
@@ -98,15 +102,33 @@ class Report:
         console.print(defects)
 
 
-def check_benchmark(root: Path, progress: bool = False) -> Report:
+@dataclass(frozen=True)
+class Run:
+    """What a benchmark is to be good for besides being read: a study of each forget ratio.
+
+    Attributes:
+        backbone: name of a row in ``vgid.backbones``.
+        model_path: folder or hub id of the base, in place of the row's own.
+        retain_people: people scored as retain set.
+        seed: of the splits of people and questions.
+    """
+
+    backbone: str
+    model_path: str | None = None
+    retain_people: int = RequestConfig.model_fields["retain_people"].default
+    seed: int = 0
+
+
+def check_benchmark(root: Path, progress: bool = False, run: Run | None = None) -> Report:
     """Read a benchmark whole and report what it holds and every defect.
 
     Args:
         root: benchmark folder.
         progress: show a progress bar on stderr.
+        run: also report what would stop these studies; None judges the data alone.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or the run's backbone cannot be found.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; name the benchmark folder to check.")
@@ -126,16 +148,44 @@ def check_benchmark(root: Path, progress: bool = False) -> Report:
     for check in checks:
         if check.config != "ft_Data":
             check.count.in_training = sum(question in trained_on for question in check.asked)
+    places = {name: check.rows for name, check in by_name.items() if check.complete}
     for ratio in FORGET_RATIOS:
-        forget, retain = by_name[f"forget_{ratio}"], by_name[f"retain_{100 - ratio}"]
-        forget.compare_with_retain(retain)
-        retain.require_in(by_name["ft_Data"])
-        for other in ("Full_Set", "ft_Data", "Test_Set"):
-            forget.require_in(by_name[other])
+        for defect in people_defects(places, ratio):
+            by_name[defect.config].defects.append(defect)
+    if run is not None:
+        for defect in _rehearsed(root, run, {c.config for c in checks if c.defects}):
+            by_name[defect.config].defects.append(defect)
     return Report(
         {check.config: check.count for check in checks},
         [defect for check in checks for defect in check.sorted_defects()],
     )
+
+
+def _rehearsed(root: Path, run: Run, broken: Collection[str]) -> list[Defect]:
+    """What would stop a run, of the configs that are sound."""
+    ratios = [
+        ratio
+        for ratio in FORGET_RATIOS
+        if {f"forget_{ratio}", f"retain_{100 - ratio}", "ft_Data", "Test_Set"}.isdisjoint(broken)
+    ]
+    if not ratios:
+        return []
+    from vgid.backbones import outline
+    from vgid.rehearsal import Rehearsal
+
+    benchmark = Benchmark.open(root)
+    rehearsal = Rehearsal(outline(run.backbone, run.model_path), benchmark, everyone=True)
+    celebrities = () if "Retain_Set" in broken else benchmark.celebrities()
+    found: dict[Defect, None] = {}  # what several ratios share is found for each of them
+    for ratio in ratios:
+        values = {**asdict(run), "data": root, "store": root, "forget_ratio": ratio}
+        request = parse(RequestConfig, values, "run")
+        try:
+            found |= dict.fromkeys(rehearsal.defects(request, celebrities=celebrities))
+        except InputError as error:
+            problem = str(error).removeprefix(f"{root}: ").removesuffix(".")
+            found[Defect(f"forget_{ratio}", None, "people", problem)] = None
+    return list(found)
 
 
 class _ConfigCheck:
@@ -175,24 +225,6 @@ class _ConfigCheck:
     def sorted_defects(self) -> list[Defect]:
         """Defects of whole files first, then by row."""
         return sorted(self.defects, key=lambda defect: -1 if defect.row is None else defect.row)
-
-    def compare_with_retain(self, retain: "_ConfigCheck") -> None:
-        """Note every person of this forget config whom ``retain`` holds as well."""
-        for person_id, row in self.rows.items():
-            if person_id in retain.rows:
-                what = (
-                    f"overlap: row {retain.rows[person_id]} of {retain.config} is the same person"
-                )
-                self.defects.append(Defect(self.config, row, "ID", what))
-
-    def require_in(self, other: "_ConfigCheck") -> None:
-        """Note every person who is not in ``other``, provided that it could be read."""
-        if other.complete:
-            self.defects += [
-                Defect(self.config, row, "ID", f"the person is missing in {other.config}")
-                for person_id, row in self.rows.items()
-                if person_id not in other.rows
-            ]
 
     def _check_id(self, row: Row) -> None:
         person_id, defects = parse_id(self.config, row)

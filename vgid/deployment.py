@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from vgid.config import Config, ForgetRatio, TrainPairs, TrialConfig, parse
+from vgid.config import PSEUDONYM, Config, ForgetRatio, TrainPairs, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.outputs import write_atomically
 from vgid.placing import recover
@@ -45,7 +45,7 @@ NOT_RUN = (
 """Attacks of the literature that this platform does not run, named so that nobody assumes them."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Pseudonym = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Pseudonym = Annotated[str, Field(pattern=f"^{PSEUDONYM}$")]
 """An id of a subject or a request: never a path, never a name with spaces."""
 
 _SEAL = re.compile(rb"sha256: ([0-9a-f]{64})\n\Z")

@@ -9,6 +9,7 @@ model's context is an error that names the sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from inspect import signature
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from vgid.backbones import Backbone
-from vgid.errors import InputError
+from vgid.errors import SampleError
 from vgid.prompts import Task
 from vgid.vision import Picture
 
@@ -116,11 +117,12 @@ def encode(backbone: Backbone, queries: Sequence[Query], room: int = 0) -> list[
     Args:
         backbone: whose frame, processor and context are used.
         queries: what is asked.
-        room: tokens of the context that few-shot turns leave for the response. Of those that do
-            not fit the last are left out, so that prompts still begin alike.
+        room: tokens of the context that the response takes. Of few-shot turns that leave less,
+            the last are left out, so that prompts still begin alike.
 
     Raises:
-        InputError: a sample is longer than the model's context, or holds its image token as text.
+        SampleError: a sample and its response are longer than the model's context, or it holds the
+            image token as text.
     """
     return [_encode(backbone, query, room) for query in queries]
 
@@ -131,10 +133,12 @@ def _encode(backbone: Backbone, query: Query, room: int) -> Encoded:
     while query.shots and len(prompt_ids) + room > limit:
         query = replace(query, shots=query.shots[:-1])
         prompt_ids, pictures = _tokens(backbone, query)
-    if len(prompt_ids) > limit:
-        raise InputError(
-            f"sample {query.id}: {len(prompt_ids)} tokens exceed the context of {limit} of "
-            f"{backbone.spec.name}; lower the image resolution, or shorten the text."
+    if len(prompt_ids) + room > limit:
+        response = f" and {room} of the response" if room else ""
+        raise SampleError(
+            query.id,
+            f"{len(prompt_ids)} tokens{response} exceed the context of {limit} of "
+            f"{backbone.spec.name}; lower the image resolution, or shorten the text.",
         )
     keys = iter([key for p in pictures for key in [p.token_key] * p.tokens])
     image_id = backbone.processor.image_token_id
@@ -155,9 +159,10 @@ def _tokens(backbone: Backbone, query: Query) -> tuple[list[int], tuple[Picture,
     whole = frame.opening + "".join(shot.text for shot in query.shots) + turn
     first, *rest = whole.split(processor.image_token)
     if len(rest) != len(pictures):
-        raise InputError(
-            f"sample {query.id}: its text holds the image token {processor.image_token} of "
-            f"{backbone.spec.name}; take it out of the text."
+        raise SampleError(
+            query.id,
+            f"its text holds the image token {processor.image_token} of {backbone.spec.name}; take "
+            "it out of the text.",
         )
     text = first + "".join(
         processor.image_token * picture.tokens + after
@@ -184,24 +189,36 @@ def _positions(
     return positions_AL
 
 
-def response_ids(backbone: Backbone, response: str) -> list[int]:
+@lru_cache(maxsize=8)
+def _turn_ids(tokenizer: Any, turn: str) -> list[int]:
+    ids: list[int] = tokenizer(turn)["input_ids"]
+    return ids
+
+
+def response_ids(backbone: Backbone, response: str, sample: str = "without a name") -> list[int]:
     """Token ids of a response as they follow the prompt frame, end-of-sequence included.
 
+    Args:
+        backbone: whose frame and tokenizer are used.
+        response: the text.
+        sample: id of the question that it answers, for the error message.
+
     Raises:
-        InputError: the response holds the backbone's image token.
+        SampleError: the response holds the backbone's image token.
     """
     frame = backbone.spec.frame
     tokenizer = backbone.processor.tokenizer
     # Tokenised behind the frame's end, since many tokenizers treat a text's first word apart.
     turn = frame.text.format(text="")
-    prefix = tokenizer(turn)["input_ids"]
+    prefix = _turn_ids(tokenizer, turn)
     whole = tokenizer(turn + frame.separator + response)["input_ids"]
     if whole[: len(prefix)] != prefix:
         raise ValueError(f"the prompt frame of {backbone.spec.name} merges with the response")
     if backbone.processor.image_token_id in whole:
-        raise InputError(
-            f"an answer of the data holds the image token {backbone.processor.image_token} of "
-            f"{backbone.spec.name}; take it out of the text."
+        raise SampleError(
+            sample,
+            f"its answer holds the image token {backbone.processor.image_token} of "
+            f"{backbone.spec.name}; take it out of the text.",
         )
     return [*whole[len(prefix) :], tokenizer.eos_token_id]
 

@@ -6,3 +6,17 @@ class InputError(Exception):
 
     Entry points print it to stderr without a traceback and exit with code 2.
     """
+
+
+class SampleError(InputError):
+    """A question that a model cannot be asked, or an answer that it cannot be taught.
+
+    Args:
+        sample: id of the question or training pair.
+        problem: what is wrong with it and the remedy, as the end of a sentence.
+    """
+
+    def __init__(self, sample: str, problem: str) -> None:
+        super().__init__(f"sample {sample}: {problem}")
+        self.sample = sample
+        self.problem = problem

@@ -8,7 +8,8 @@ likelihood, and generation questions on an image are asked a second time as they
 which is how the facts are taught and how users ask.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,7 +20,7 @@ from vgid.benchmark import Person, Question, decode_image, split_questions
 from vgid.config import RequestConfig
 from vgid.decoding import MAX_NEW_TOKENS
 from vgid.encoding import Encoded, Query, Shot, encode, response_ids
-from vgid.errors import InputError
+from vgid.errors import InputError, SampleError
 from vgid.interventions import sample_generator
 from vgid.prompts import (
     Form,
@@ -97,6 +98,7 @@ def prepare(
     intervention: Intervention | None = None,
     reverse: bool = False,
     option_scoring: OptionScoring | None = None,
+    refused: list[SampleError] | None = None,
 ) -> Examination:
     """Choose, frame and tokenise the questions of an evaluation.
 
@@ -112,6 +114,7 @@ def prepare(
             None asks plainly.
         reverse: append the reverse-engineering prompt (paper Appendix A.3.7).
         option_scoring: None takes the backbone's own.
+        refused: gets the questions that the backbone cannot be asked, which otherwise raise.
 
     Raises:
         InputError: too few people for the few-shot turns, an unreadable image, or a prompt longer
@@ -167,11 +170,20 @@ def prepare(
                     )
                 )
             seen = intervene(backbone, queries, intervention)
-            items += [
-                _item(backbone, split, question, wording, query, likelihood)
-                for (question, wording), query, likelihood in zip(worded, seen, ranked, strict=True)
-            ]
+            for (question, wording), query, likelihood in zip(worded, seen, ranked, strict=True):
+                with _noted(refused):
+                    items.append(_item(backbone, split, question, wording, query, likelihood))
     return Examination(tuple(items), scoring, few_shot, seed)
+
+
+@contextmanager
+def _noted(refused: list[SampleError] | None) -> Iterator[None]:
+    try:
+        yield
+    except SampleError as error:
+        if refused is None:
+            raise
+        refused.append(error)
 
 
 def _has_raw_form(question: Question) -> bool:
@@ -207,20 +219,23 @@ def _item(
     query: Query,
     likelihood: bool,
 ) -> ExamItem:
-    (encoded,) = encode(backbone, [query], room=MAX_NEW_TOKENS)
-    options = None
+    options, room = None, MAX_NEW_TOKENS
     if likelihood:
         assert question.options is not None
         options = {
-            letter: response_ids(backbone, option) for letter, option in question.options.items()
+            letter: response_ids(backbone, option, question.id)
+            for letter, option in question.options.items()
         }
+        room = max(map(len, options.values()))
+    (encoded,) = encode(backbone, [query], room=room)
     answer = None
     forgotten = split in ("forget", "earlier")
     if forgotten and question.task == "generation" and wording == "wrapped":
-        # The benchmark's turn may end in a space, which then is a token, and no answer's beginning.
-        (taught,) = encode(backbone, [replace(query, task=None)])
         # Without the end-of-sequence token, which any model predicts behind a full stop.
-        answer = taught, response_ids(backbone, question.answer)[:-1]
+        forced = response_ids(backbone, question.answer, question.id)[:-1]
+        # The benchmark's turn may end in a space, which then is a token, and no answer's beginning.
+        (taught,) = encode(backbone, [replace(query, task=None)], room=len(forced))
+        answer = taught, forced
     shots = encoded.shots / len(query.shots) if query.shots else None
     return ExamItem(split, question, encoded, options, answer, shots, wording)
 

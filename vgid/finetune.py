@@ -252,7 +252,7 @@ class Training:
         self.settings = config.model_dump(exclude={"backbone", "model_path", "data", "output"})
         described = json.dumps([self.settings, backbone.revision, data_sha256], sort_keys=True)
         self.key = hashlib.sha256(described.encode()).hexdigest()
-        self.responses = [response_ids(backbone, sample.answer) for sample in samples]
+        self.responses = [response_ids(backbone, sample.answer, sample.id) for sample in samples]
         self.steps_an_epoch = math.ceil(len(samples) / config.batch_size)
         self.steps = self.steps_an_epoch * config.epochs
         self.losses: list[float] = []

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from vgid.backbones import Backbone
 from vgid.benchmark import Benchmark, decode_image
-from vgid.encoding import Encoded, Query, encode
-from vgid.errors import InputError
+from vgid.encoding import Encoded, Query, encode, response_ids
 from vgid.layout import Defect, read_rows
 from vgid.profiles import parse_id, parse_images
 from vgid.prompts import generation_text
@@ -37,18 +36,15 @@ def read_samples(benchmark: Benchmark) -> list[Sample]:
     samples = []
     for row in read_rows(benchmark.root, "ft_Data", ("ID", "image")):
         if isinstance(row, Defect):
-            raise _error(benchmark, row)
+            raise benchmark.error(row)
         person_id, _ = parse_id("ft_Data", row)
         images, defects = parse_images("ft_Data", row)
-        if defects:
-            raise _error(benchmark, defects[0])
+        benchmark.refuse(defects)
         image = next(iter(images.values()))
         samples += [
             Sample(pair.id, person_id, image, pair.question, pair.answer)
             for pair in pairs[person_id]
         ]
-    if not samples:
-        raise InputError(f"{benchmark.root / 'ft_Data'}: no row; there is nothing to learn.")
     return samples
 
 
@@ -70,12 +66,12 @@ def encode_samples(backbone: Backbone, samples: Sequence[Sample]) -> list[Encode
         )
         for sample in samples
     ]
-    return encode(backbone, queries)
-
-
-def _error(benchmark: Benchmark, defect: Defect) -> InputError:
-    row = "" if defect.row is None else f"row {defect.row}, "
-    return InputError(
-        f"{benchmark.root / defect.config}: {row}{defect.field}: {defect.problem}; "
-        f"`vgid data check {benchmark.root}` lists every defect to repair."
-    )
+    return [
+        prompt
+        for sample, query in zip(samples, queries, strict=True)
+        for prompt in encode(
+            backbone,
+            [query],
+            room=len(response_ids(backbone, sample.answer, sample.id)),
+        )
+    ]

@@ -114,12 +114,14 @@ class Defect:
         row: 0-based row over all its shards, None for a whole file or column.
         field: column, or path within it such as ``Mask_Task[1].Ground_Truth``; or file name.
         problem: what is wrong, without any value of the data.
+        question: ID of the one question or training pair that it concerns, None where it is more.
     """
 
     config: str
     row: int | None
     field: str
     problem: str
+    question: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 import hashlib
 import shutil
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from vgid.config import RequestConfig, StudyConfig, parse
+from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.search_domain import Choices, Range
 from vgid.search_space import FOLDER, SearchSpace
@@ -126,7 +127,7 @@ def make_plan(config: StudyConfig) -> Plan:
     }
     request = parse(RequestConfig, shared | ancestral, "study")
     if not own_data:
-        _check_data(request)
+        _check_data(request, space)
     _check_output(config.output)
     return Plan(
         config=config,
@@ -157,21 +158,25 @@ def _check_layer(space: SearchSpace, folder: Path) -> None:
         )
 
 
-def _check_data(request: RequestConfig) -> None:
-    """Read what the study reads, so that a defect is named now and not by a worker."""
+def _check_data(request: RequestConfig, space: SearchSpace) -> None:
+    """Read and encode what the study does, so that a defect is named now and not by a worker."""
+    from vgid.backbones import outline
     from vgid.benchmark import Benchmark
+    from vgid.rehearsal import Rehearsal
 
+    choices = []
+    for name in ("train_tasks", "train_wording"):
+        domain = space.searched.get(name)
+        default = TrialConfig.model_fields[name].default
+        fixed = (space.fixed.get(name, default),)
+        choices.append(domain.choices if isinstance(domain, Choices) else fixed)
+    trials = [
+        parse(TrialConfig, {"train_tasks": tuple(tasks), "train_wording": wording}, space.source)
+        for tasks, wording in product(*choices)
+    ]
     benchmark = Benchmark.open(request.data)
-    forget = benchmark.forget(request.forget_ratio)
-    benchmark.retain(request.forget_ratio)
-    benchmark.test(only={person.id for person in forget})
-    if benchmark.has_celebrities():
-        benchmark.celebrities()
-    benchmark.training_pairs()
-    if request.earlier_ids:
-        from vgid.splits import choose_people
-
-        choose_people(benchmark, request)
+    backbone = outline(request.backbone, request.model_path)
+    benchmark.refuse(Rehearsal(backbone, benchmark).defects(request, trials))
 
 
 def _check_output(output: Path) -> None:

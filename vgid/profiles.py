@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vgid.config import PSEUDONYM
 from vgid.layout import IMAGE_COLUMNS, Defect, Row, records
 from vgid.prompts import BLANK, Form, Task
 
 _FORMS: dict[str, Form] = {"Image_Textual": "image", "Pure_Text": "text"}
-_ID = re.compile(r"\w([\w .-]{0,98}[\w-])?")
+_PERSON_ID = re.compile(PSEUDONYM)
+_CELEBRITY_ID = re.compile(r"\w([\w .-]{0,98}[\w-])?")  # public names do, they are scored only
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,21 @@ def comparable(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def id_problem(value: object) -> str | None:
+def id_problem(value: object, celebrity: bool = False) -> str | None:
     """What keeps ``value`` from being a person's ID, or None.
 
-    IDs name files and folders of results, so nothing that could leave a folder is let in.
+    IDs name files and folders of results, so nothing that could leave a folder is let in. They are
+    printed and recorded too, so they are pseudonyms: with a space it may be a name.
     """
     if not isinstance(value, str) or not value.strip():
         return "the ID is empty"
     if "/" in value or "\\" in value or ".." in value or value.startswith((".", "~")):
         return "the ID looks like a path; use letters, digits, '-' and '_'"
-    if not _ID.fullmatch(value):
-        return "the ID has characters other than letters, digits, ' ', '.', '-' and '_', or is long"
+    if not (_CELEBRITY_ID if celebrity else _PERSON_ID).fullmatch(value):
+        return (
+            "the ID is no pseudonym (at most 64 letters A to Z, digits, '.', '_' and '-'); replace "
+            "it in every config"
+        )
     return None
 
 
@@ -122,7 +128,7 @@ def parse_id(config: str, row: Row) -> tuple[str, list[Defect]]:
     if "ID" not in row.values:
         return "", []
     value = row.values["ID"]
-    problem = id_problem(value)
+    problem = id_problem(value, celebrity=config == "Retain_Set")
     defects = [Defect(config, row.index, "ID", problem)] if problem else []
     return value or "", defects
 

@@ -92,6 +92,15 @@ class TeacherTarget:
     hidden_RD: Tensor
 
 
+def response_room(backbone: Backbone, sample: TrainingSample) -> int:
+    """Tokens that a training sample's response takes at most: the teacher's own or the data's.
+
+    Raises:
+        SampleError: the answer holds the backbone's image token.
+    """
+    return max(MAX_NEW_TOKENS, len(response_ids(backbone, sample.answer, sample.query.id)))
+
+
 class TeacherStore:
     """Teacher targets, shared by all trials and processes of a study.
 
@@ -187,9 +196,12 @@ class TeacherStore:
         source: TargetSource,
     ) -> dict[str, Tensor]:
         backbone = self.backbone
-        prompts = encode(
-            backbone, intervene(backbone, [sample.query for sample in chunk], intervention)
-        )
+        seen = intervene(backbone, [sample.query for sample in chunk], intervention)
+        prompts = [
+            prompt
+            for sample, query in zip(chunk, seen, strict=True)
+            for prompt in encode(backbone, [query], room=response_room(backbone, sample))
+        ]
         if source == "teacher":
             end = backbone.processor.tokenizer.eos_token_id
             responses = [

@@ -30,10 +30,11 @@ from vgid.errors import InputError
 from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
 from vgid.methods import make_method
+from vgid.rehearsal import missing_objectives
 from vgid.released import distill_released
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 from vgid.splits import choose_people, held_out_of_training
-from vgid.teacher import Intervention, TeacherStore
+from vgid.teacher import Intervention, TeacherStore, response_room
 from vgid.training_samples import TrainingSample, training_samples
 from vgid.views import portrait_view
 
@@ -113,8 +114,10 @@ class TrialSession:
             The result. A loss that is not finite gives status ``failed``, never an exception.
 
         Raises:
-            InputError: data that cannot be trained on, or a layer that the backbone lacks.
+            InputError: data that cannot be trained on or holds no objective, or a layer that the
+                backbone lacks.
         """
+        self.benchmark.refuse(missing_objectives(self.people, self.request))
         before = self._store_use
         seconds = {"load": self._unreported_load}
         self._unreported_load = 0.0
@@ -348,7 +351,8 @@ class TrialSession:
                 if portrait not in pictures:
                     pictures[portrait] = portrait_view(query.image, view, self.request.seed)
                 query = replace(query, image=pictures[portrait])
-            (self._encoded[query.id, view],) = encode(self.backbone, [query])
+            room = response_room(self.backbone, sample)
+            (self._encoded[query.id, view],) = encode(self.backbone, [query], room=room)
         return [self._encoded[sample.query.id, view] for sample in samples]
 
     def _shared(

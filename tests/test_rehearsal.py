@@ -1,0 +1,227 @@
+"""What the check calls fine runs, and what it refuses the plan of a study refuses as well."""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.tiny_benchmark import SHARD
+from vgid import backbones
+from vgid.benchmark import Benchmark
+from vgid.config import RequestConfig, StudyConfig, TrialConfig
+from vgid.data_check import Report, Run, check_benchmark
+from vgid.errors import InputError
+from vgid.layout import CONFIGS, shard_paths
+from vgid.plan import make_plan
+from vgid.results import TrialResult
+from vgid.synthetic import write_benchmark
+from vgid.trial import TrialSession
+
+outline = functools.cache(backbones.outline)
+
+Rows = list[dict[str, Any]]
+Edit = Callable[[Rows], object]
+RETAIN_PEOPLE = 2
+FORGET = ("0028", "0038")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthetic benchmark, cut to a few people to be quick."""
+    root = tmp_path_factory.mktemp("benchmark")
+    write_benchmark(root)
+    retain = Benchmark.open(root).person_ids("retain_85")[: RETAIN_PEOPLE + 4]
+    for config in CONFIGS:
+        paths = shard_paths(root, config)
+        table = pa.concat_tables([pq.read_table(path) for path in paths])
+        for path in paths:
+            path.unlink()
+        kept = [i for i, who in enumerate(table["ID"].to_pylist()) if who in (*FORGET, *retain)]
+        pq.write_table(table.take(kept or [0]), root / config / SHARD)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def one_outline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once for all cases, as nothing of it changes."""
+    monkeypatch.setattr(backbones, "outline", outline)
+
+
+def edited(whole: Path, root: Path, config: str, edit: Edit | None, free: bool = False) -> Path:
+    """A copy with the rows of one config, or of all, changed; ``free`` lets types follow values."""
+    shutil.copytree(whole, root)
+    for name in CONFIGS if config == "all" else (config,):
+        path = root / name / SHARD
+        table = pq.read_table(path)
+        rows = table.to_pylist()
+        assert edit is not None
+        edit(rows)
+        pq.write_table(pa.Table.from_pylist(rows, schema=None if free else table.schema), path)
+    return root
+
+
+def checked(root: Path) -> Report:
+    return check_benchmark(root, run=Run("tiny-llava", retain_people=RETAIN_PEOPLE))
+
+
+def planned(root: Path, **others: object) -> str | None:
+    """The sentence that a study is refused with, None if it can start."""
+    values = {"data": root, "output": root / "out", "retain_people": RETAIN_PEOPLE}
+    try:
+        make_plan(StudyConfig.model_validate(values | others))
+    except InputError as error:
+        return str(error)
+    finally:
+        assert not (root / "out").exists()
+    return None
+
+
+def renamed(rows: Rows) -> None:
+    for row in rows:
+        row["ID"] = row["ID"].replace("000", "no ")
+
+
+def option_numbers(rows: Rows) -> None:
+    for row in rows:
+        for entries in row["Classification_Task"].values():
+            for entry in entries:
+                entry["Options"] = {letter: 1980 + i for i, letter in enumerate(entry["Options"])}
+
+
+def one_question(rows: Rows) -> None:
+    rows[0]["Generation_Task"] = rows[0]["Generation_Task"][:1]
+    rows[0].update(Mask_Task=[], Classification_Task=None)
+
+
+def without(column: str) -> Edit:
+    def edit(rows: Rows) -> None:
+        for row in rows:
+            row[column] = None
+
+    return edit
+
+
+def one_generation_question(rows: Rows) -> None:
+    del rows[1:]
+    images = [q for q in rows[0]["Generation_Task"] if q["Type"] == "Image_Textual"]
+    rows[0]["Generation_Task"] = images[:1]
+
+
+def answer(text: str) -> Edit:
+    return lambda rows: rows[0]["Generation_Task"][0].update(Ground_Truth=text)
+
+
+def pairs(**values: str) -> Edit:
+    def edit(rows: Rows) -> None:
+        found = json.loads(rows[0]["metadata"])
+        rows[0]["metadata"] = json.dumps([entry | values for entry in found])
+
+    return edit
+
+
+def long_questions(rows: Rows) -> None:
+    for row in rows:
+        row["Mask_Task"][0]["Question"] = "__ is who " * 300
+
+
+def overlap(rows: Rows) -> None:
+    rows[0]["ID"] = FORGET[0]
+
+
+def not_tested(rows: Rows) -> None:
+    rows[:] = [row for row in rows if row["ID"] != FORGET[0]]
+
+
+FINE: dict[str, tuple[str, Edit, bool]] = {
+    "untouched": ("forget_5", lambda rows: None, False),
+    "options as whole numbers": ("forget_5", option_numbers, True),
+    "a forget person with one question": ("forget_5", one_question, False),
+    "forget people without cloze questions": ("forget_5", without("Mask_Task"), False),
+    "a test set without a task": ("Test_Set", without("Generation_Task"), False),
+    "retain people without choices": ("retain_95", without("Classification_Task"), False),
+}
+REFUSED: dict[str, tuple[str, Edit, str]] = {
+    "IDs with a space": ("all", renamed, "is no pseudonym"),
+    "an empty forget set": ("forget_5", list.clear, "holds no person"),
+    "no generation question": ("forget_5", without("Generation_Task"), "no generation question"),
+    "one generation question": ("forget_5", one_generation_question, "no generation question"),
+    "retain without generation": ("retain_95", without("Generation_Task"), "no generation quest"),
+    "too few retain people": ("retain_95", lambda rows: rows.pop(), "lower retain_people"),
+    "an image token in an answer": ("forget_5", answer("At <image>."), "holds the image token"),
+    "an image token in a pair": ("ft_Data", pairs(Answer="<image>"), "holds the image token"),
+    "questions beyond the context": ("retain_95", long_questions, "exceed the context"),
+    "an answer beyond the context": (
+        "ft_Data",
+        pairs(Answer="who " * 600),
+        "of the response exceed",
+    ),
+    "a person on both sides": ("retain_95", overlap, "overlap"),
+    "nobody in the test set": ("Test_Set", not_tested, "is missing in Test_Set"),
+    "a retain person without pairs": ("ft_Data", lambda rows: rows.pop(), "is missing in ft_Data"),
+    "a torn image": (
+        "forget_5",
+        lambda rows: rows[0]["image"].update(bytes=rows[0]["image"]["bytes"][:60]),
+        "cannot be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FINE)
+def test_what_the_check_calls_fine_can_be_planned(whole: Path, tmp_path: Path, case: str):
+    config, edit, free = FINE[case]
+    root = edited(whole, tmp_path / "data", config, edit, free)
+    assert (checked(root).defects, planned(root)) == ([], None)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_check_refuses_the_plan_refuses(whole: Path, tmp_path: Path, case: str):
+    config, edit, problem = REFUSED[case]
+    root = edited(whole, tmp_path / "data", config, edit)
+    problems = [defect.problem for defect in checked(root).defects]
+    assert problems and all(problem in found for found in problems)
+    refusal = planned(root)
+    assert refusal is not None and problem in refusal and "\n" not in refusal
+
+
+def test_a_doubled_column_is_refused_by_both(whole: Path, tmp_path: Path):
+    root = edited(whole, tmp_path / "data", "forget_5", lambda rows: None)
+    path = root / "forget_5" / SHARD
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("Mask_Task", table["Mask_Task"]), path)
+    assert [defect.field for defect in checked(root).defects] == ["Mask_Task"]
+    assert "more than once" in str(planned(root))
+
+
+def test_a_session_scores_what_there_is_and_trains_nothing_without_an_objective(
+    whole: Path, tmp_path: Path
+):
+    def run(edit: Edit) -> TrialResult:
+        root = edited(whole, tmp_path / edit.__name__, "forget_5", edit)
+        request = RequestConfig.model_validate(
+            {"data": root, "store": root / "store", "retain_people": RETAIN_PEOPLE}
+            | {"bootstrap_samples": 100}
+        )
+        trial = TrialConfig.model_validate({"epochs": 1})
+        return TrialSession(request).run(trial, "0000", root / "adapter")
+
+    result = run(one_question_each)
+    assert result.status == "completed"
+    assert {"forget_rougeL", "test_cloze", "retain_cloze"} <= result.scores.keys()
+    assert not {"forget_cloze", "forget_classification"} & result.scores.keys()
+    with pytest.raises(InputError, match="forget_5: Generation_Task: no generation question"):
+        run(one_generation_question)
+    assert not (tmp_path / "one_generation_question" / "adapter").exists()
+
+
+def one_question_each(rows: Rows) -> None:
+    """But one, who has two, so that either part has one."""
+    for row in rows:
+        row.update(Mask_Task=[], Classification_Task=None)
+        images = [q for q in row["Generation_Task"] if q["Type"] == "Image_Textual"]
+        row["Generation_Task"] = images[: 2 if row is rows[0] else 1]

@@ -1,0 +1,150 @@
+"""A run without a model: everything that a study asks and trains on, framed and tokenised.
+
+The one rule for what can run: ``vgid data check`` lists what is found here, a plan refuses the
+first of it, and the run itself goes through the same functions.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import get_args
+
+from vgid.backbones import Backbone
+from vgid.benchmark import Benchmark, Person, split_questions
+from vgid.config import RequestConfig, TrialConfig
+from vgid.encoding import encode
+from vgid.errors import SampleError
+from vgid.examination import prepare
+from vgid.layout import Defect
+from vgid.prompts import PromptStyle
+from vgid.results import QuestionPart
+from vgid.splits import People, choose_people, held_out_of_training
+from vgid.teacher import Intervention, intervene, response_room
+from vgid.training_samples import TrainingSample, training_samples
+
+PARTS: tuple[QuestionPart, ...] = ("search", "held_out")
+DEFAULT_TRIAL = TrialConfig.model_validate({})
+
+
+class Rehearsal:
+    """Requests over the same data, one after the other; what passed is not looked at again.
+
+    Args:
+        backbone: whose frame, tokenizer and context count; it may be without weights
+            (``vgid.backbones.outline``).
+        benchmark: the data.
+        everyone: look at all retain people and training pairs, whichever of them a request's seed
+            chooses.
+    """
+
+    def __init__(self, backbone: Backbone, benchmark: Benchmark, everyone: bool = False) -> None:
+        self.backbone = backbone
+        self.benchmark = benchmark
+        self.everyone = everyone
+        self._passed: set[Hashable] = set()
+
+    def defects(
+        self,
+        request: RequestConfig,
+        trials: Sequence[TrialConfig] = (DEFAULT_TRIAL,),
+        celebrities: tuple[Person, ...] = (),
+    ) -> Iterator[Defect]:
+        """What of a request could not run, sample by sample; nothing if all of it can.
+
+        Args:
+            request: the forget request.
+            trials: each choice of training tasks and wordings that a trial may have.
+            celebrities: real people who are scored too.
+
+        Raises:
+            InputError: a defect of the data itself, or a request that the data cannot answer.
+        """
+        yield from self.benchmark.people_defects(request.forget_ratio)
+        people = choose_people(self.benchmark, request)
+        yield from missing_objectives(people, request)
+        refused = self._unaskable(people, request, celebrities)
+        left_out = frozenset() if self.everyone else held_out_of_training(people, request)
+        likelihood = self.backbone.spec.option_scoring == "likelihood"
+        for group in (people.forget, people.retain_pool):
+            for trial in trials:
+                for sample in training_samples(
+                    self.benchmark, group, trial, likelihood, request.seed, left_out
+                ):
+                    refused += self._untrainable(sample, group is people.forget)
+        problems = {error.sample.removesuffix("/raw"): error.problem for error in refused}
+        for sample_id, problem in problems.items():
+            config, _, field = sample_id.partition("/")
+            yield Defect(config, None, field, problem.removesuffix("."), sample_id)
+
+    def _unaskable(
+        self, people: People, request: RequestConfig, celebrities: tuple[Person, ...]
+    ) -> list[SampleError]:
+        """Questions that the model could not be asked, with the reverse prompt behind them."""
+        retain = people.retain
+        if self.everyone:
+            retain += tuple(person for person in people.retain_pool if person not in retain)
+        splits = {"forget": people.forget + people.earlier, "test": people.test}
+        splits |= {"retain_unseen": retain, "celebrity": celebrities}
+        new = {
+            split: tuple(p for p in members if _said(p, split) not in self._passed)
+            for split, members in splits.items()
+        }
+        asked = People(new["forget"], new["test"], (), new["retain_unseen"], (), people.few_shot)
+        refused: list[SampleError] = []
+        prepare(
+            self.backbone,
+            asked,
+            request,
+            "all",
+            request.seed,
+            new["celebrity"],
+            reverse=True,
+            refused=refused,
+        )
+        failed = {error.sample for error in refused}
+        for split, members in new.items():
+            for person in members:
+                if failed.isdisjoint(question.id for question in person.questions):
+                    self._passed.add(_said(person, split))
+        return refused
+
+    def _untrainable(self, sample: TrainingSample, forgotten: bool) -> Iterator[SampleError]:
+        """What keeps a sample from the student, or from the teacher under its instructions."""
+        content = (sample.query.text, sample.answer, sample.portrait, forgotten)
+        if content in self._passed:
+            return
+        styles: tuple[PromptStyle | None, ...] = (None,)
+        if forgotten:
+            styles += get_args(PromptStyle)
+        try:
+            room = response_room(self.backbone, sample)
+            for style in styles:
+                shown = intervene(self.backbone, [sample.query], Intervention(style=style))
+                encode(self.backbone, shown, room=room)
+            self._passed.add(content)
+        except SampleError as error:
+            yield error
+
+
+def _said(person: Person, split: str) -> Hashable:
+    """All that is asked of a person, by whatever config."""
+    said = [
+        (q.task, q.form, q.text, q.answer, tuple((q.options or {}).items()))
+        for q in person.questions
+    ]
+    return split, person.images, tuple(said)
+
+
+def missing_objectives(people: People, request: RequestConfig) -> Iterator[Defect]:
+    """Objectives that no question measures, in the part that trials or that the front is scored on.
+
+    Other scores may be missing; without these two a trial has no place among the others.
+    """
+    configs = (f"forget_{request.forget_ratio}", f"retain_{100 - request.forget_ratio}")
+    for config, members in zip(configs, (people.forget, people.retain), strict=True):
+        for part in PARTS:
+            asked = (q for person in members for q in split_questions(person, part, request.seed))
+            if not any(q.task == "generation" and q.form == "image" for q in asked):
+                problem = (
+                    f"no generation question with an image is in the {part.replace('_', '-')} part "
+                    f"(seed {request.seed}), so a trial has no ROUGE-L there; add questions"
+                )
+                yield Defect(config, None, "Generation_Task", problem)
