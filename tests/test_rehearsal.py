@@ -144,6 +144,7 @@ FINE: dict[str, tuple[str, Edit, bool]] = {
     "a forget person with one question": ("forget_5", one_question, False),
     "forget people without cloze questions": ("forget_5", without("Mask_Task"), False),
     "a test set without a task": ("Test_Set", without("Generation_Task"), False),
+    "no celebrities": ("Retain_Set", list.clear, False),
     "retain people without choices": ("retain_95", without("Classification_Task"), False),
 }
 REFUSED: dict[str, tuple[str, Edit, str]] = {

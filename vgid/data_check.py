@@ -5,7 +5,7 @@ Reports name configs, rows and fields, and never a value of the data but person 
 """
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +26,7 @@ from vgid.layout import (
     TRAINING_COLUMNS,
     Defect,
     Row,
+    holds_people,
     read_rows,
 )
 from vgid.profiles import (
@@ -161,12 +162,13 @@ def check_benchmark(root: Path, progress: bool = False, run: Run | None = None) 
     )
 
 
-def _rehearsed(root: Path, run: Run, broken: Collection[str]) -> list[Defect]:
+def _rehearsed(root: Path, run: Run, broken: set[str]) -> list[Defect]:
     """What would stop a run, of the configs that are sound."""
+    others = {"ft_Data", "Test_Set", "Retain_Set"}
     ratios = [
         ratio
         for ratio in FORGET_RATIOS
-        if {f"forget_{ratio}", f"retain_{100 - ratio}", "ft_Data", "Test_Set"}.isdisjoint(broken)
+        if broken.isdisjoint({f"forget_{ratio}", f"retain_{100 - ratio}", *others})
     ]
     if not ratios:
         return []
@@ -175,13 +177,12 @@ def _rehearsed(root: Path, run: Run, broken: Collection[str]) -> list[Defect]:
 
     benchmark = Benchmark.open(root)
     rehearsal = Rehearsal(outline(run.backbone, run.model_path), benchmark, everyone=True)
-    celebrities = () if "Retain_Set" in broken else benchmark.celebrities()
     found: dict[Defect, None] = {}  # what several ratios share is found for each of them
     for ratio in ratios:
         values = {**asdict(run), "data": root, "store": root, "forget_ratio": ratio}
         request = parse(RequestConfig, values, "run")
         try:
-            found |= dict.fromkeys(rehearsal.defects(request, celebrities=celebrities))
+            found |= dict.fromkeys(rehearsal.defects(request))
         except InputError as error:
             problem = str(error).removeprefix(f"{root}: ").removesuffix(".")
             found[Defect(f"forget_{ratio}", None, "people", problem)] = None
@@ -210,6 +211,8 @@ class _ConfigCheck:
 
     def run(self, image_problems: dict[str, str | None]) -> None:
         """Read the config; ``image_problems`` by digest spares decoding an image twice."""
+        if self.config == "Retain_Set" and not holds_people(self.root, self.config):
+            return  # a benchmark may lack celebrities
         columns = TRAINING_COLUMNS if self.config == "ft_Data" else EVALUATION_COLUMNS
         for item in read_rows(self.root, self.config, columns):
             if isinstance(item, Defect):

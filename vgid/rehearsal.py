@@ -31,8 +31,8 @@ class Rehearsal:
         backbone: whose frame, tokenizer and context count; it may be without weights
             (``vgid.backbones.outline``).
         benchmark: the data.
-        everyone: look at all retain people and training pairs, whichever of them a request's seed
-            chooses.
+        everyone: look at all retain people, celebrities and training pairs, whichever of them a
+            request's seed chooses.
     """
 
     def __init__(self, backbone: Backbone, benchmark: Benchmark, everyone: bool = False) -> None:
@@ -45,14 +45,12 @@ class Rehearsal:
         self,
         request: RequestConfig,
         trials: Sequence[TrialConfig] = (DEFAULT_TRIAL,),
-        celebrities: tuple[Person, ...] = (),
     ) -> Iterator[Defect]:
         """What of a request could not run, sample by sample; nothing if all of it can.
 
         Args:
             request: the forget request.
             trials: each choice of training tasks and wordings that a trial may have.
-            celebrities: real people who are scored too.
 
         Raises:
             InputError: a defect of the data itself, or a request that the data cannot answer.
@@ -60,7 +58,7 @@ class Rehearsal:
         yield from self.benchmark.people_defects(request.forget_ratio)
         people = choose_people(self.benchmark, request)
         yield from missing_objectives(people, request)
-        refused = self._unaskable(people, request, celebrities)
+        refused = self._unaskable(people, request)
         left_out = frozenset() if self.everyone else held_out_of_training(people, request)
         likelihood = self.backbone.spec.option_scoring == "likelihood"
         for group in (people.forget, people.retain_pool):
@@ -74,13 +72,13 @@ class Rehearsal:
             config, _, field = sample_id.partition("/")
             yield Defect(config, None, field, problem.removesuffix("."), sample_id)
 
-    def _unaskable(
-        self, people: People, request: RequestConfig, celebrities: tuple[Person, ...]
-    ) -> list[SampleError]:
+    def _unaskable(self, people: People, request: RequestConfig) -> list[SampleError]:
         """Questions that the model could not be asked, with the reverse prompt behind them."""
-        retain = people.retain
+        retain, celebrities = people.retain, people.celebrities
         if self.everyone:
             retain += tuple(person for person in people.retain_pool if person not in retain)
+            if self.benchmark.has_celebrities():
+                celebrities = self.benchmark.celebrities()
         splits = {"forget": people.forget + people.earlier, "test": people.test}
         splits |= {"retain_unseen": retain, "celebrity": celebrities}
         new = {
