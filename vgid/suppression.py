@@ -110,4 +110,4 @@ def _enough(base: Score, deployed: Score) -> bool:
 
 def _is_rouge_l(name: str, splits: Sequence[str]) -> bool:
     split, *rest = name.split("_")
-    return split in splits and rest[:1] == ["rougeL"] and "recall" not in rest
+    return split in splits and rest[:1] == ["rougeL"] and set(rest[1:]) <= {"text", "raw"}

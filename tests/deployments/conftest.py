@@ -30,11 +30,11 @@ methods:
       alpha: {low: 0.5, high: 2.0, log: true}
       noise_type: {choices: [random, white]}
       prompt_style: strict
-      learning_rate: 4.0e-3
+      learning_rate: {choices: [2.0e-4, 4.0e-3]}
       epochs: 2
     first_points:
-      - {alpha: 1.0, noise_type: random}
-      - {alpha: 0.5, noise_type: white}
+      - {alpha: 1.0, noise_type: random, learning_rate: 4.0e-3}
+      - {alpha: 0.5, noise_type: white, learning_rate: 2.0e-4}
 """
 
 

@@ -48,7 +48,7 @@ def test_it_runs_from_the_study_to_the_deployment(
     file = tmp_path / "out" / "deployments" / "tiny-llava.yaml"
     deployment, _ = read_deployment(file)
     assert deployment.requests == ("R-17", "R-18")
-    assert deployment.origin.rule.startswith("max-forget, retain drop")
+    assert deployment.origin.rule.startswith("max-forget, share forgotten ≥ 0.5, retain drop")
     (shown,) = outputs_of(cells[-1], "text/plain")
     assert yaml.safe_load(shown)["backbone"] == "tiny-llava"
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]

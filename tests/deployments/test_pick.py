@@ -174,6 +174,8 @@ def test_the_choice_forgets_most_of_all_candidates(record, picked, summary):
     ]
     bounds = "share forgotten ≥ 0.5, retain drop ≤ 1, reverse rise ≤ 1"
     assert f"constraint, {bounds}" in record.origin.rule
+    # The front's other end, which learned next to nothing, is no candidate.
+    assert {row["within_bounds"] for row in rows.values()} == {"", "true", "false"}
     for name, row in rows.items():
         if name != "base":
             drop = float(rows["base"]["retain_rougeL"]) - float(row["retain_rougeL"])
@@ -203,7 +205,7 @@ def test_the_page_shows_every_candidates_setting_under_the_mouse(picked, summary
     hovers = " ".join(text for trace in traces for text in trace["hovertext"])
     for trial_id in summary["front"]:
         assert f"<b>trial {trial_id}</b>" in hovers
-    assert "lr 4e-3" in hovers
+    assert "lr 4e-3" in hovers and "lr 2e-4" in hovers
     assert "http://" not in page.split('<script id="library"')[0]
 
 
