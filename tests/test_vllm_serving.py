@@ -42,12 +42,21 @@ IMAGE = {"type": "image"}
 def test_a_message_becomes_the_turn_of_an_open_question(name):
     frame, row = frame_of(name), spec(name).frame
     template = chat_template(frame, "<s>", TOKENS)
-    with_image = row.turn("image", "generation").replace("{text}", QUESTION)
-    without = row.turn("text", "generation").replace("{text}", QUESTION)
+    with_image = row.turn("image").replace("{text}", QUESTION)
+    without = row.turn("text").replace("{text}", QUESTION)
     for parts in ((IMAGE, QUESTION), (QUESTION, IMAGE), (QUESTION[:3], IMAGE, QUESTION[3:])):
         assert rendered(template, user(*parts)) == f"<s>{with_image}"
     plain = [{"role": "user", "content": QUESTION}]
     assert rendered(template, user(QUESTION)) == rendered(template, plain) == f"<s>{without}"
+
+
+def test_the_evaluations_wording_is_asked_in_the_benchmarks_turn():
+    template = chat_template(frame_of("llava-1.5-7b"), "", TOKENS)
+    image, text = (generation_text("Who is this?", form) for form in ("image", "text"))
+    assert rendered(template, user(IMAGE, image)) == f"USER: <image>\n{image}\nASSISTANT: "
+    assert rendered(template, user(text)) == f"USER: {text}\nASSISTANT:"
+    for other in ("Who is this?", f"{image} Go.", text):
+        assert rendered(template, user(IMAGE, other)) == f"USER: <image>\n{other}\nASSISTANT:"
 
 
 @pytest.mark.parametrize("name", BACKBONES)

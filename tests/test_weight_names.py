@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.hub_index import INDEX
 from vgid.adapter_files import LoraWeights
 from vgid.architectures import random_backbone
+from vgid.backbones import EMBEDDED as EMBEDDED_FOLDER
 from vgid.backbones import load
 from vgid.errors import InputError
 from vgid.merging import INDEX as INDEX_FILE
@@ -49,6 +50,11 @@ def test_names_of_a_real_backbone_are_those_of_the_hubs_index(name: str) -> None
             assert names.on_hub(other) == written, release
             assert names.in_model(other) == names.in_model(written), release
     assert names.on_hub("of.no.weight") == "of.no.weight"
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_the_shipped_weights_have_the_hubs_names(name: str) -> None:
+    assert load_file(EMBEDDED_FOLDER / name / "model.safetensors").keys() == INDEX[name]
 
 
 @pytest.mark.parametrize("name", EMBEDDED)

@@ -96,8 +96,7 @@ class Adapter(Config):
 class Frame(Config):
     """What surrounds the user text; ``{text}`` is its place (see ``backbones.PromptFrame``).
 
-    ``asked`` says where the scores were measured in other turns, the benchmark's; what is served
-    takes every question in the turn of generation questions.
+    ``asked`` says where the scores were measured in other turns, the benchmark's.
     """
 
     image: str

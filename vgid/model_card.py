@@ -186,8 +186,8 @@ def _serving(deployment: Deployment) -> list[str]:
         serve_merged(deployment),
         "```",
         "",
-        "The scores hold for questions in the evaluation's wording, one a conversation, without a "
-        "system message, with at most one image:",
+        "The scores hold for one question a conversation, without a system message, with at most "
+        "one image, in the evaluation's wording (`_raw`: for the question alone):",
         "",
         "```",
         generation_text("QUESTION", "image"),

@@ -26,7 +26,7 @@ from vgid.deployment import Deployment, Scores, read_deployment
 from vgid.errors import InputError
 from vgid.metrics import bootstrap_interval, rouge
 from vgid.mlflow_client import first_line
-from vgid.prompts import question_text
+from vgid.prompts import Wording, generation_text
 from vgid.results import Score
 from vgid.splits import choose_people
 from vgid.verify import (
@@ -45,6 +45,8 @@ AT_ONCE = 8
 NO_NAME = "no name"
 
 SUPPRESSED = ("forget_rougeL", "earlier_rougeL")
+KINDS = ("", "_text", "_raw")
+"""Of questions, as the ends of score names (``vgid.evaluation``)."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,12 @@ class Asked:
     """A question as it is sent.
 
     Attributes:
-        split: ``forget``, ``earlier`` or ``retain``.
+        score: that the answer counts for.
         question: the benchmark's.
         content: parts of the user message.
     """
 
-    split: str
+    score: str
     question: Question
     content: list[dict[str, Any]]
 
@@ -166,7 +168,7 @@ def verify_served(
 
 
 def open_questions(deployment: Deployment, benchmark: Benchmark, folder: Path) -> list[Asked]:
-    """The generation questions of a record, in the evaluation's wording and with its images.
+    """The generation questions of a record, worded as in the evaluation and with its images.
 
     Args:
         deployment: the record.
@@ -177,17 +179,24 @@ def open_questions(deployment: Deployment, benchmark: Benchmark, folder: Path) -
         request = request_of(deployment, folder, Path(store))
     people = choose_people(benchmark, request)
     splits = {"forget": people.forget, "earlier": people.earlier, "retain": people.retain}
-    return [
-        Asked(split, question, _content(person, question))
-        for split, members in splits.items()
-        for person in members
-        for question in split_questions(person, deployment.scores.part, request.seed)
-        if question.task == "generation"
-    ]
+    asked = []
+    for split, members in splits.items():
+        for person in members:
+            for question in split_questions(person, deployment.scores.part, request.seed):
+                if question.task != "generation":
+                    continue
+                score = f"{split}_rougeL"
+                if question.form == "text":
+                    asked.append(_asked(f"{score}_text", person, question, "wrapped"))
+                    continue
+                asked.append(_asked(score, person, question, "wrapped"))
+                if f"{score}_raw" in deployment.scores.deployed:
+                    asked.append(_asked(f"{score}_raw", person, question, "raw"))
+    return asked
 
 
-def _content(person: Person, question: Question) -> list[dict[str, Any]]:
-    text = question_text(question.task, question.form, question.text)
+def _asked(score: str, person: Person, question: Question, wording: Wording) -> Asked:
+    text = generation_text(question.text, question.form, wording)
     parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
     if question.form == "image":
         png = BytesIO()
@@ -195,7 +204,7 @@ def _content(person: Person, question: Question) -> list[dict[str, Any]]:
         image.save(png, "PNG")
         url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
         parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
-    return parts
+    return Asked(score, question, parts)
 
 
 def _ask_all(
@@ -226,8 +235,7 @@ def _scored(asked: Sequence[Asked], answers: Sequence[str | None], seed: int) ->
     for one, answer in zip(asked, answers, strict=True):
         if answer is None:
             continue
-        suffix = "_text" if one.question.form == "text" else ""
-        values, groups = tally.setdefault(f"{one.split}_rougeL{suffix}", ([], []))
+        values, groups = tally.setdefault(one.score, ([], []))
         values.append(rouge(one.question.answer, answer)["rougeL"])
         groups.append(one.question.person_id)
     return {
@@ -245,7 +253,7 @@ def _check(name: str, recorded: Scores, found: Mapping[str, Score]) -> Check:
         return Check(name=name, passed=True, detail="refuses every question")
     telling = [
         (score, recorded.base[score], recorded.deployed[score])
-        for score in (s + form for s in SUPPRESSED for form in ("", "_text"))
+        for score in (s + kind for s in SUPPRESSED for kind in KINDS)
         if score in found
         and score in recorded.base
         and score in recorded.deployed

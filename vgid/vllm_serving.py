@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vgid.deployment import Deployment, Frame
+from vgid.prompts import Form, generation_text
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be: ``MaxLoRARanks`` in vLLM's ``vllm/config/lora.py``."""
@@ -63,11 +64,13 @@ def served_name(deployment: Deployment) -> str:
 
 
 def chat_template(frame: Frame, bos: str, image_tokens: Sequence[str]) -> str:
-    """The turn that open questions were measured in, as a Jinja template.
+    """The turns that open questions were measured in, as a Jinja template.
 
-    It takes one user message with at most one image and nothing else, for nothing else was
-    measured. Base models' own templates may put another white space somewhere, and so ask another
-    question than the one that was trained and measured.
+    Where the benchmark asks in another turn than models are taught in, a question is asked in its
+    turn by the answer instructions that end it (``prompts.generation_text``). One user message with
+    at most one image is taken and nothing else, for nothing else was measured. Base models' own
+    templates may put another white space somewhere, and so ask another question than the one that
+    was trained and measured.
 
     The loops over ``messages`` and ``message.content`` are what vLLM looks for to hand a message on
     in its parts; otherwise it joins them to one text with line breaks of its own.
@@ -85,8 +88,14 @@ def chat_template(frame: Frame, bos: str, image_tokens: Sequence[str]) -> str:
     def refuse(sentence: str) -> str:
         return f"{{{{ raise_exception({json.dumps(sentence)}) }}}}"
 
-    image = frame.asked.get("generation/image", frame.image)
-    text = frame.asked.get("generation/text", frame.text)
+    def open_question(form: Form) -> str:
+        taught = frame.image if form == "image" else frame.text
+        measured = frame.asked.get(f"generation/{form}", taught)
+        if measured == taught:
+            return turn(taught)
+        ends = f"user.text.endswith({json.dumps(generation_text('', form))})"
+        return f"{{%- if {ends} -%}}{turn(measured)}{{%- else -%}}{turn(taught)}{{%- endif -%}}"
+
     one_turn = refuse("One user message and no system message, as in training and measurement.")
     return (
         "{%- set user = namespace(text='', images=0, turns=0) -%}\n"
@@ -109,7 +118,8 @@ def chat_template(frame: Frame, bos: str, image_tokens: Sequence[str]) -> str:
         f"{refuse('The text holds an image token; send the image as a part of its own.')}"
         "{%- endif -%}\n"
         "{%- endfor -%}\n"
-        f"{{%- if user.images -%}}{turn(image)}{{%- else -%}}{turn(text)}{{%- endif -%}}\n"
+        f"{{%- if user.images -%}}{open_question('image')}"
+        f"{{%- else -%}}{open_question('text')}{{%- endif -%}}\n"
     )
 
 

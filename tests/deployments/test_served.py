@@ -12,7 +12,7 @@ from vgid.benchmark import Benchmark
 from vgid.cli import app
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
-from vgid.served import open_questions, verify_served
+from vgid.served import KINDS, open_questions, verify_served
 from vgid.verify import Verification
 
 NAME = "tiny-llava-0000"
@@ -52,7 +52,7 @@ def test_the_merged_model_under_one_name_is_verified(asking, answers, deployment
     scores = {(s.of, s.name): s for s in found.scores}
     record = read_deployment(deployment_file)[0].scores
     for of in (NAME, "no name"):
-        for name in ("forget_rougeL", "forget_rougeL_text", "retain_rougeL", "retain_rougeL_text"):
+        for name in (s + kind for s in ("forget_rougeL", "retain_rougeL") for kind in KINDS):
             stated = record.deployed[name]
             again = scores[of, name].found
             assert scores[of, name].stated == stated and again is not None
