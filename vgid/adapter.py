@@ -25,8 +25,9 @@ from vgid.errors import InputError
 def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
     """Attach a fresh LoRA adapter (peft) to the backbone; yields the ``PeftModel``.
 
-    The adapter's initialisation depends on ``trial.seed`` only. On leaving, the base is as it was,
-    so the next trial in the same process starts as in a fresh one.
+    LoRA has scale 2, the public script's variant (``trial.released``) scale 1 and Gaussian initial
+    weights. They depend on ``trial.seed`` only. On leaving, the base is as it was, so the next
+    trial in the same process starts as in a fresh one.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -34,7 +35,8 @@ def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
     torch.manual_seed(trial.seed)
     config = LoraConfig(
         r=trial.lora_rank,
-        lora_alpha=2 * trial.lora_rank,
+        lora_alpha=trial.lora_rank if trial.released else 2 * trial.lora_rank,
+        init_lora_weights="gaussian" if trial.released else True,
         lora_dropout=trial.lora_dropout,
         target_modules=backbone.spec.lora_targets,
         task_type="CAUSAL_LM",

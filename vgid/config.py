@@ -61,6 +61,33 @@ USED_BY: dict[str, tuple[Method, ...]] = {
 """Which methods use a field of ``TrialConfig``; fields that are not named here belong to all."""
 
 
+RELEASED: dict[str, Any] = {
+    "learning_rate": 5e-4,
+    "epochs": 5,
+    "batch_size": 4,
+    "lora_rank": 16,
+    "lora_dropout": 0.05,
+}
+"""What ``released`` makes the defaults: the public script's (``vgid.released``)."""
+
+RELEASED_SAMPLES: dict[str, Any] = {"train_tasks": ("generation",), "train_wording": "raw"}
+"""What the public script trains on, and so every ``released`` trial."""
+
+NOT_RELEASED = (
+    "noise_type",
+    "sigma",
+    "prompt_style",
+    "response_source",
+    "views",
+    "retain_batch_size",
+    "max_grad_norm",
+    "warmup_fraction",
+    "questions_per_image",
+    "gradient_accumulation",
+)
+"""What the public script has no setting for; ``released`` trials ignore them."""
+
+
 def uses(method: Method, field: str) -> bool:
     """Whether ``method`` uses a field of ``TrialConfig``; one that it does not keeps its default.
 
@@ -207,19 +234,31 @@ class TrialConfig(Config):
     )
     gradient_checkpointing: bool = False
     gradient_accumulation: int = Field(
-        1, ge=1, description="parts that a batch is computed in, to save memory; same loss"
+        1,
+        ge=1,
+        description="parts that a batch is computed in, to save memory; the loss is the same "
+        "without lora_dropout, whose masks are drawn anew for each part",
     )
     released: bool = Field(
         False,
         description="the public script's variant: no instruction, noise in normalised space "
-        "redrawn each batch, KL over all positions, forget and retain in two optimizer steps",
+        "redrawn each batch, KL over all positions, forget and retain in two optimizer steps, raw "
+        "generation questions only, LoRA of scale 1, no gradient clipping, and the script's own "
+        "defaults where nothing else is given",
     )
     seed: int = Field(0, ge=0, description="adapter initialisation, batch order, noise")
 
     @property
     def used(self) -> dict[str, Any]:
         """The fields that the method uses, by name: what a trial is described by."""
-        return {k: getattr(self, k) for k in type(self).model_fields if uses(self.method, k)}
+        names = [k for k in type(self).model_fields if uses(self.method, k)]
+        return {k: getattr(self, k) for k in names if not (self.released and k in NOT_RELEASED)}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _released_defaults(cls, values: Any) -> Any:
+        released = isinstance(values, Mapping) and values.get("released") is True
+        return {**RELEASED, **values, **RELEASED_SAMPLES} if released else values
 
     @model_validator(mode="after")
     def _only_what_the_method_uses(self) -> Self:

@@ -38,6 +38,7 @@ FURTHER_METRICS = (
     "retain_cloze",
     "retain_seen_rougeL",
     "retain_unseen_rougeL",
+    "retain_seen_shown",
     "celebrity_rougeL",
     "celebrity_cloze",
 )
@@ -68,6 +69,8 @@ def describe(config: TrialConfig) -> str:
     """One readable line for a trial, the same in tables, figures and on the tracking server."""
     used = config.used
     parts = [] if config.method == "vgid" else [METHOD_LABELS[config.method]]
+    if config.released:
+        parts.append("public script")
     if "noise_type" in used:
         noise = NOISE_LABELS[config.noise_type].replace(" ", "-")
         parts.append(noise if config.sigma is None else f"{noise} σ{config.sigma:.2g}")

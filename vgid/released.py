@@ -1,12 +1,19 @@
 """The variant of VGID that its public script runs, for comparison with the paper's method.
 
-It differs from the paper (facts from the script): no unlearning instruction; noise drawn with
-``rand_like`` in normalised pixel space, anew for each batch; teacher-forced reference answers; KL
-over every position, prompt and padding included, divided by the batch size only; two optimizer
-steps a pair of batches, forget then retain, instead of one for the summed loss. Its defaults are
-alpha = beta = 1, learning rate 5e-4, 5 epochs, batches of 4, LoRA of rank 16 with dropout 0.05.
+It differs from the paper (facts from https://github.com/JackChen-seu/VGID, baselines/Vgid.py): no
+unlearning instruction; noise drawn with ``rand_like`` in normalised pixel space, anew for each
+batch; teacher-forced reference answers without an end-of-sequence token; KL over every position,
+prompt and padding included, divided by the batch size only; two optimizer steps a pair of batches,
+forget then retain, instead of one for the summed loss; no gradient clipping. It trains on the pairs
+of ``ft_Data`` by their raw questions. Both sets are shuffled anew each epoch, which ends with the
+smaller one: retain questions have no passes of their own. LoRA has scale 1 and Gaussian initial
+weights. Its defaults (``vgid.config.RELEASED``) are alpha = beta = 1, learning rate 5e-4, 5 epochs,
+batches of 4, LoRA of rank 16 with dropout 0.05.
 
-The one liberty taken: the teacher is the same weights with the adapter off, not a second copy.
+Liberties taken: the teacher is the same weights with the adapter off, not a second copy in half
+precision; LoRA is on the language model only, where the script's names of layers may meet those of
+a vision tower too; the retain set lacks those who are scored as unseen, and with ``train_pairs:
+unheld`` both sets lack the held-out questions.
 """
 
 import math
@@ -19,8 +26,9 @@ from torch import Tensor, nn
 
 from vgid.backbones import Backbone
 from vgid.config import TrialConfig
-from vgid.distillation import DistillationSet, LossNotFiniteError, epoch_batches, retain_batch
+from vgid.distillation import LossNotFiniteError
 from vgid.encoding import Batch, Encoded, collate
+from vgid.interventions import sample_generator
 from vgid.results import EpochReport
 
 
@@ -43,6 +51,38 @@ def with_normalised_noise(batch: Batch, generator: torch.Generator) -> dict[str,
     return inputs
 
 
+def epoch_pairs(
+    forget: int, retain: int, config: TrialConfig, epoch: int
+) -> list[tuple[list[int], list[int]]]:
+    """The forget and the retain batch of each step of an epoch, as two shuffled data loaders give.
+
+    Args:
+        forget: samples of the forget set.
+        retain: samples of the retain set.
+        config: its batch size is that of both, its seed that of the shuffling.
+        epoch: 0-based.
+    """
+    loaders = []
+    for name, count in (("forget", forget), ("retain", retain)):
+        order = sample_generator(config.seed, f"released {name} epoch {epoch}").permutation(count)
+        starts = range(0, count, config.batch_size)
+        loaders.append([order[i : i + config.batch_size].tolist() for i in starts])
+    return list(zip(*loaders, strict=False))
+
+
+def retain_drawn(forget: int, retain: int, config: TrialConfig) -> Iterator[int]:
+    """The retain samples of all steps, one after the other."""
+    for epoch in range(config.epochs):
+        for _, batch in epoch_pairs(forget, retain, config, epoch):
+            yield from batch
+
+
+def learning_rate(forget: int, retain: int, config: TrialConfig, epoch: int) -> float:
+    """The script's linear decay: over the batches of both sets, but one step of it an epoch."""
+    batches = sum(math.ceil(n / config.batch_size) for n in (forget, retain))
+    return config.learning_rate * (1 - epoch / (batches * config.epochs))
+
+
 def distill_released(
     backbone: Backbone,
     model: Any,
@@ -57,58 +97,54 @@ def distill_released(
         model: the ``PeftModel`` with a fresh adapter.
         forget: original prompts with the token ids of the reference answers.
         retain: the same for the retain set.
-        config: the trial; its noise type, sigma, prompt style and response source are not used.
+        config: the trial.
 
     Raises:
-        LossNotFiniteError: NaN or infinite loss.
+        LossNotFiniteError: NaN or infinite loss or gradient.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    # The script's AdamW is that of an older transformers, whose eps was this.
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        parameters, lr=config.learning_rate, eps=1e-6, weight_decay=config.weight_decay
     )
-    per_epoch = math.ceil(len(forget) / config.batch_size)
-    sets = [
-        DistillationSet([prompt for prompt, _ in data], [], ["generation"] * len(data))
-        for data in (forget, retain)
-    ]
+    steps = 0
     for epoch in range(config.epochs):
         model.train()
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
         noise = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
+        optimizer.param_groups[0]["lr"] = learning_rate(len(forget), len(retain), config, epoch)
         sums, norm = [0.0, 0.0], 0.0
-        batches = epoch_batches(sets[0], config, epoch)
-        for k, indices in enumerate(batches):
-            step = epoch * per_epoch + k
-            others = retain_batch(sets[1], config, step)
-            for which, (data, chosen, weight) in enumerate(
-                ((forget, indices, config.alpha), (retain, others, config.beta))
-            ):
-                pairs = [data[i] for i in chosen]
-                batch = collate(backbone, [p for p, _ in pairs], [r for _, r in pairs])
+        pairs = epoch_pairs(len(forget), len(retain), config, epoch)
+        for batches in pairs:
+            steps += 1
+            terms = zip((forget, retain), batches, (config.alpha, config.beta), strict=True)
+            for which, (data, chosen, weight) in enumerate(terms):
+                samples = [data[i] for i in chosen]
+                batch = collate(backbone, [p for p, _ in samples], [r for _, r in samples])
                 seen = with_normalised_noise(batch, noise) if which == 0 else batch.inputs
                 with torch.no_grad(), model.disable_adapter():
                     teacher_logits = backbone.model(**seen).logits
                 kl = full_position_kl(teacher_logits, backbone.model(**batch.inputs).logits)
                 optimizer.zero_grad(set_to_none=True)
                 (weight * kl).backward()
-                norm = float(nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+                norm = float(nn.utils.get_total_norm([p.grad for p in parameters]))
                 if not math.isfinite(norm) or not math.isfinite(kl.item()):
                     raise LossNotFiniteError(
-                        f"loss or gradient is not finite at step {step + 1} (epoch {epoch + 1})"
+                        f"loss or gradient is not finite at step {steps} (epoch {epoch + 1})"
                     )
                 optimizer.step()
                 sums[which] += kl.item()
         model.eval()
-        forget_loss, retain_loss = (s / len(batches) for s in sums)
+        forget_loss, retain_loss = (s / len(pairs) for s in sums)
         yield EpochReport(
             epoch=epoch + 1,
             epochs=config.epochs,
-            step=(epoch + 1) * per_epoch,
+            step=steps,
             metrics={
                 "forget_loss": forget_loss,
                 "retain_loss": retain_loss,
                 "loss": config.alpha * forget_loss + config.beta * retain_loss,
-                "learning_rate": config.learning_rate,
+                "learning_rate": optimizer.param_groups[0]["lr"],
                 "grad_norm": norm,
             },
         )
