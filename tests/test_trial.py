@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_random_backbone
+from vgid import distillation
 from vgid.adapter import loaded
 from vgid.benchmark import Benchmark, split_questions
 from vgid.config import Method, RequestConfig, TrainWording, TrialConfig, uses
@@ -18,6 +19,7 @@ from vgid.errors import InputError
 from vgid.evaluation import evaluate
 from vgid.examination import prepare
 from vgid.profiles import comparable
+from vgid.released import distill_released
 from vgid.results import EpochReport, TrialResult, Verbatim
 from vgid.splits import People, choose_people, count_verbatim, held_out_of_training
 from vgid.synthetic import write_benchmark
@@ -136,8 +138,9 @@ def test_without_evaluation_the_adapter_is_the_same_and_nothing_is_asked(
     assert trained.status == "completed" and trained.adapter == tmp_path / "0000"
     assert same_adapter(adapters / "0000", tmp_path / "0000")
     assert trained.scores == {} and trained.option_scoring is None
-    losses = {"forget_loss", "retain_loss", "loss", "learning_rate", "grad_norm"}
-    assert trained.metrics == {name: result.metrics[name] for name in losses}
+    of_training = {"forget_loss", "retain_loss", "loss", "learning_rate", "grad_norm"}
+    of_training.add("retain_seen_shown")
+    assert trained.metrics == {name: result.metrics[name] for name in of_training}
     assert not list((tmp_path / "store").glob("base-*.json"))
     wild = TRIAL.model_copy(update={"learning_rate": 1e20, "epochs": 30})
     failed = session.run(wild, "0003", tmp_path / "0003", evaluate=False)
@@ -252,10 +255,55 @@ def test_response_sources_differ(session, result, adapters, tmp_path, source):
     assert not same_adapter(adapters / "0000", tmp_path / "0004")
 
 
-def test_released_variant_trains(session, tmp_path):
-    released = session.run(TRIAL.model_copy(update={"released": True}), "0005", tmp_path / "0005")
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [({"retain_batch_size": 2}, 2), ({"retain_batch_size": 1}, 1), ({"method": "ga"}, 0)],
+)
+def test_the_people_scored_as_seen_are_shown_first_and_those_shown_are_counted(
+    session, tmp_path, monkeypatch, settings, count
+):
+    """A single step, and what it hands to the student."""
+    shown: set[str] = set()
+
+    def spy(backbone, data, indices, *arguments):
+        shown.update(data.prompts[i].id.split("/")[1] for i in indices)
+        return share(backbone, data, indices, *arguments)
+
+    share = distillation.share
+    monkeypatch.setattr(distillation, "share", spy)
+    trial = TRIAL.model_copy(update={"epochs": 1, "batch_size": 1000, **settings})
+    found = session.run(trial, "0010", tmp_path / "0010", evaluate=False)
+    seen = {person.id for person in session.people.retain_seen}
+    assert len(seen) == 2
+    assert found.metrics["retain_seen_shown"] == len(shown & seen) == count
+    assert not shown & {person.id for person in session.people.retain_unseen}
+
+
+def test_released_variant_trains_on_the_script_s_samples(session, tmp_path, monkeypatch):
+    handed: list = []
+
+    def spy(backbone, model, *arguments):
+        handed.extend(arguments)
+        return distill_released(backbone, model, *arguments)
+
+    monkeypatch.setattr("vgid.trial.distill_released", spy)
+    script = TrialConfig(released=True, epochs=1, lora_rank=2)
+    released = session.run(script, "0005", tmp_path / "0005", evaluate=False)
     assert released.status == "completed"
     assert released.metrics["forget_loss"] > 0
+    assert released.metrics["retain_seen_shown"] <= 2
+    config = json.loads((tmp_path / "0005" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 2)
+    forget, retain, _ = handed
+    tokenizer = session.backbone.processor.tokenizer
+    raw = {
+        f"{pair.question}\nASSISTANT: {pair.answer}"
+        for person in session.people.forget
+        for pair in session.benchmark.training_pairs()[person.id]
+    }
+    texts = [tokenizer.decode(e.prompt_ids + answer) for e, answer in forget]
+    assert texts and {text.split("<image>\n")[-1] for text in texts} <= raw
+    assert len(retain) > len(forget)
 
 
 def test_training_asks_each_pair_in_the_wordings_that_the_trial_names(session, request_config):

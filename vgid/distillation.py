@@ -6,11 +6,19 @@ questions, sums both losses (equation 5) and takes one optimizer step. The losse
 those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts. Questions
 of one portrait ride in one sequence (``vgid.packing``).
 
+An epoch is one pass over the forget questions; the retain questions have passes of their own,
+which go on from epoch to epoch. A pass holds every question once, its tasks in proportion.
+
 Everything random is a function of (seed, epoch), so a resumed trial goes on as if never stopped.
+
+Of Algorithm 1 this differs in one thing: the teacher's noise is drawn once for each portrait and
+study (``vgid.teacher``), which is what lets trials share its states, and not anew for each batch.
 """
 
+import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,12 +53,13 @@ class DistillationSet:
 
     Attributes:
         prompts: the ORIGINAL image and question of each sample.
-        targets: one list of targets for each response source in use; sample i learns from
-            ``targets[(i + epoch) % len(targets)][i]``, so a mixed source takes turns.
-        tasks: the task of each sample; batches hold the tasks in equal parts.
+        targets: one list of targets for each response source in use; with several, a sample
+            learns from each in turn, epoch after epoch.
+        tasks: the task of each sample; batches hold the tasks in proportion.
         paired: a sample learns from all its targets at once (preferences) instead.
         views: the prompts again, with other views of the portraits (``vgid.views``); optimizer
             steps take turns between ``prompts`` and these, the same for all samples of a step.
+        first: samples whose portraits come before all others in every pass.
     """
 
     prompts: Sequence[Encoded]
@@ -58,6 +67,7 @@ class DistillationSet:
     tasks: Sequence[Task]
     paired: bool = False
     views: Sequence[Sequence[Encoded]] = ()
+    first: Collection[int] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -71,13 +81,29 @@ class DistillationSet:
         """The prompts of all samples as optimizer step ``step`` shows them."""
         return (self.prompts, *self.views)[step % (1 + len(self.views))]
 
-    def order(self, config: TrialConfig, name: str) -> list[int]:
-        """The samples in a seeded order (``draw_order``)."""
-        return draw_order(self.tasks, self.portraits, config.questions_per_image, config.seed, name)
+    @cached_property
+    def turns(self) -> list[int]:
+        """Which of several targets each sample begins with: each as often in every task.
+
+        Shuffled, since the data's own order repeats, person by person: by it, a person's one cloze
+        question would stand at the same turn as everyone else's.
+        """
+        turns = [0] * len(self)
+        begun: Counter[Task] = Counter()
+        for i in sample_generator(0, "turns").permutation(len(self)).tolist():
+            turns[i] = begun[self.tasks[i]]
+            begun[self.tasks[i]] += 1
+        return turns
+
+    def batches(self, config: TrialConfig, batch_size: int, name: str) -> list[list[int]]:
+        """A pass over the samples (``draw_order``) in nearly equal batches."""
+        k, first = config.questions_per_image, {self.portraits[i] for i in self.first}
+        order = draw_order(self.tasks, self.portraits, k, config.seed, name, first)
+        return [p.tolist() for p in np.array_split(order, math.ceil(len(order) / batch_size))]
 
     def target(self, i: int, epoch: int) -> TeacherTarget:
         """The target of sample ``i`` in ``epoch``, where targets take turns."""
-        return self.targets[(i + epoch) % len(self.targets)][i]
+        return self.targets[(self.turns[i] + epoch) % len(self.targets)][i]
 
     def rounds(self, indices: Sequence[int], epoch: int) -> list[list[TeacherTarget]]:
         """What the samples learn from in ``epoch``: one list, or of paired targets each in turn."""
@@ -126,51 +152,65 @@ def draw_order(
     questions_per_image: int,
     seed: int,
     name: str,
+    first: Collection[Hashable] = (),
 ) -> list[int]:
-    """As many seeded draws as there are samples: portraits in turn, and their tasks in turn.
+    """Every sample once, in a seeded order: portraits in turn, and tasks in proportion.
 
-    Each portrait in a random order gives its next ``questions_per_image`` questions, round after
-    round. Its own questions alternate between the tasks, neighbours beginning with different ones,
-    so that any stretch of the order holds the tasks in nearly equal parts. A task's questions are
-    drawn without replacement until all were drawn, then anew: a rare task is seen more often than
-    a frequent one.
+    A portrait gives its next ``questions_per_image`` questions at each of its turns, which are
+    spread evenly over the order. Of the tasks that a portrait still has, the one comes next that is
+    furthest behind its share of all samples, so that any stretch of the order holds the tasks in
+    nearly that proportion.
+
+    Args:
+        tasks: of each sample.
+        portraits: what each sample shows.
+        questions_per_image: questions of a portrait that follow each other.
+        seed: of the order.
+        name: of the order, different for each pass.
+        first: portraits whose first turn comes before everyone else's.
     """
-    members: dict[Hashable, dict[Task, list[int]]] = {}
-    for i, (portrait, task) in enumerate(zip(portraits, tasks, strict=True)):
-        members.setdefault(portrait, {}).setdefault(task, []).append(i)
-    generator = sample_generator(seed, name)
-    streams = []
-    for place, p in enumerate(generator.permutation(len(members))):
-        groups = list(list(members.values())[p].values())
-        length = sum(map(len, groups))
-        rounds = math.ceil(length / len(groups))
-        columns = []
-        for group in np.roll(np.arange(len(groups)), place):
-            passes = [
-                generator.permutation(groups[group])
-                for _ in range(math.ceil(rounds / len(groups[group])))
-            ]
-            columns.append(np.concatenate(passes)[:rounds])
-        streams.append([int(i) for i in np.stack(columns, axis=1).ravel()[:length]])
-    k = questions_per_image
-    longest = max(map(len, streams))
-    return [i for start in range(0, longest, k) for s in streams for i in s[start : start + k]]
+    left: dict[Hashable, dict[Task, list[int]]] = {}
+    for i in sample_generator(seed, name).permutation(len(tasks)).tolist():
+        left.setdefault(portraits[i], {}).setdefault(tasks[i], []).append(i)
+    turns = []
+    for place, (portrait, groups) in enumerate(left.items()):
+        count = math.ceil(sum(map(len, groups.values())) / questions_per_image)
+        for turn in range(count):
+            opens = turn == 0 and portrait in first
+            turns.append((not opens, (turn + place / len(left)) / count, place, groups))
+    shares = {task: n / len(tasks) for task, n in Counter(tasks).items()}
+    drawn = dict.fromkeys(shares, 0)
+    order: list[int] = []
+    for *_, groups in sorted(turns, key=lambda turn: turn[:3]):
+        for _ in range(min(questions_per_image, sum(map(len, groups.values())))):
+            behind = {t: shares[t] * (len(order) + 1) - drawn[t] for t in groups if groups[t]}
+            task = max(behind, key=behind.__getitem__)
+            order.append(groups[task].pop())
+            drawn[task] += 1
+    return order
+
+
+def steps_per_epoch(data: DistillationSet, config: TrialConfig) -> int:
+    """Optimizer steps of a pass over the forget samples."""
+    return math.ceil(len(data) / config.batch_size)
 
 
 def epoch_batches(data: DistillationSet, config: TrialConfig, epoch: int) -> list[list[int]]:
-    """The forget samples of an epoch's steps: ceil(n / batch_size) nearly equal batches."""
-    order = data.order(config, f"forget epoch {epoch}")
-    steps = math.ceil(len(order) / config.batch_size)
-    return [part.tolist() for part in np.array_split(order, steps)]
+    """The forget samples of an epoch's steps, each sample once."""
+    return data.batches(config, config.batch_size, f"forget epoch {epoch}")
 
 
-def retain_batch(data: DistillationSet, config: TrialConfig, step: int) -> list[int]:
-    """The retain samples of optimizer step ``step`` (0-based), pass after pass."""
-    batch_size = min(config.retain_batch_size, len(data))
-    per_pass = len(data) // batch_size
-    order = data.order(config, f"retain pass {step // per_pass}")
-    start = (step % per_pass) * batch_size
-    return order[start : start + batch_size]
+def retain_batches(
+    data: DistillationSet, config: TrialConfig, start: int = 0
+) -> Iterator[list[int]]:
+    """The retain samples of the optimizer steps from ``start`` (0-based) on, pass after pass."""
+    per_pass = math.ceil(len(data) / config.retain_batch_size)
+    batches = (
+        batch
+        for number in itertools.count(start // per_pass)
+        for batch in data.batches(config, config.retain_batch_size, f"retain pass {number}")
+    )
+    return itertools.islice(batches, start % per_pass, None)
 
 
 def share(
@@ -259,7 +299,7 @@ def distill(
     optimizer = torch.optim.AdamW(
         parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
     )
-    per_epoch = math.ceil(len(forget) / config.batch_size)
+    per_epoch = steps_per_epoch(forget, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: learning_rate_factor(step, per_epoch * config.epochs, config.warmup_fraction),
@@ -272,6 +312,7 @@ def distill(
         # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
         student = nn.parallel.DistributedDataParallel(student, init_sync=False)
 
+    others = None if kept is None else retain_batches(kept, config, first * per_epoch)
     for epoch in range(first, config.epochs):
         model.train()
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
@@ -283,9 +324,9 @@ def distill(
             parts = config.gradient_accumulation
             forget_shares = share(backbone, forget, indices, epoch, rank, world_size, parts, step)
             retain_shares: Sequence[DistillationBatch | None] = [None] * parts
-            if kept is not None:
-                others = retain_batch(kept, config, step)
-                retain_shares = share(backbone, kept, others, epoch, rank, world_size, parts)
+            if kept is not None and others is not None:
+                drawn = next(others)
+                retain_shares = share(backbone, kept, drawn, epoch, rank, world_size, parts)
             optimizer.zero_grad(set_to_none=True)
             losses = torch.zeros(2, dtype=torch.float64)
             shares = zip(forget_shares, retain_shares, strict=True)

@@ -7,7 +7,9 @@ Score names are ``<split>_<metric>`` for questions with an image (the paper's), 
 behind them for questions that name the person instead, and ``_raw`` for generation questions with
 an image once more as they stand, without the benchmark's answer instructions. Splits: ``forget``,
 ``test``, ``earlier`` (whom an earlier request suppressed), ``retain`` (with ``retain_seen`` and
-``retain_unseen``, by whether training saw the person) and ``celebrity``. Metrics:
+``retain_unseen``, by whether the person is in the training pool) and ``celebrity``. Those in it
+are the first that a retain loss is shown: ``retain_seen_shown`` among a trial's metrics counts how
+many were, none by a method without a retain loss. Metrics:
 
 - ``rouge1``, ``rouge2``, ``rougeL`` (F-measures), the same with ``_recall``, ``bleu``, ``refusal``
   and ``gibberish`` rates, of generation questions;

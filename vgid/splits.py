@@ -2,7 +2,8 @@
 
 The forget people come from the benchmark's ``forget_*`` config. Of the retain people, a seeded
 ``retain_people`` are scored, half of them also seen by training; the training pool is everyone
-else. So retain scores tell what distillation kept (seen) from what merely survived it (unseen).
+else. So retain scores tell what distillation kept (seen) from what merely survived it (unseen). In
+a few steps training shows a part of a large pool only, so those to be seen come first in it.
 
 Training questions are the pairs of ``ft_Data``, which may repeat the evaluation's questions word
 for word. Pairs that are search questions are trained on; pairs that are held-out questions only
@@ -31,7 +32,7 @@ class People:
     Attributes:
         forget: to be forgotten, with the questions of their ``forget_*`` config.
         test: the same people with transformed portraits and paraphrased questions.
-        retain_seen: scored retain people that training sees.
+        retain_seen: scored retain people that training sees, before others of the pool.
         retain_unseen: scored retain people that training never sees.
         retain_pool: people of the retain loss, ``retain_seen`` included.
         few_shot: candidates for few-shot turns: the retain pool's people that are not scored.

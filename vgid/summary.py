@@ -106,6 +106,8 @@ def study_summary(
         wall_s: seconds of this run of the study.
         files: names of the files in the output folder.
     """
+    metrics = [trial.result.metrics for trial in board.trials()]
+    shown = [found["retain_seen_shown"] for found in metrics if "retain_seen_shown" in found]
     return {
         "study_id": header.study_id,
         "config": plan.config,
@@ -117,6 +119,11 @@ def study_summary(
         "base_sha256": hashes.get("base"),
         "search_space_sha256": plan.space_sha256,
         "trained_verbatim": verbatim,
+        "retain_seen": {
+            "people": plan.request.retain_people // 2,
+            "shown_least": min(shown, default=None),
+            "shown_most": max(shown, default=None),
+        },
         "base": dict(board.base),
         "reference_point": board.reference_point,
         "hypervolume": board.hypervolume,

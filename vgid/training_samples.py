@@ -29,6 +29,7 @@ class TrainingSample:
     query: Query
     answer: str
     task: Task = "generation"
+    person_id: str = ""
 
     @cached_property
     def portrait(self) -> str:
@@ -86,7 +87,7 @@ def training_samples(
                 assert question.options is not None
                 text, answer = option_likelihood_text(question.text), question.options[answer]
             query = Query(question.id, text, image)
-            samples.append(TrainingSample(query, answer, question.task))
+            samples.append(TrainingSample(query, answer, question.task, person.id))
     if people and not samples:
         raise InputError(
             f"{benchmark.root}: every training question of the {len(people)} people is scored as "
@@ -110,6 +111,7 @@ def _worded(
                 image,
             ),
             pair.answer,
+            person_id=pair.person_id,
         )
         for each in WORDINGS[wording]
         for pair in pairs

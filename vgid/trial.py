@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,20 @@ from vgid.backbones import load
 from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig, TrialConfig, uses
 from vgid.content_store import ContentStore, key_of
-from vgid.distillation import DistillationSet, LossNotFiniteError, distill
+from vgid.distillation import (
+    DistillationSet,
+    LossNotFiniteError,
+    distill,
+    retain_batches,
+    steps_per_epoch,
+)
 from vgid.encoding import Encoded, encode, response_ids
 from vgid.errors import InputError
 from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
 from vgid.methods import make_method
 from vgid.rehearsal import missing_objectives
-from vgid.released import distill_released
+from vgid.released import distill_released, retain_drawn
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 from vgid.splits import choose_people, held_out_of_training
 from vgid.teacher import Intervention, TeacherStore, response_room
@@ -124,7 +131,7 @@ class TrialSession:
         with _timed(seconds, "load"):
             base = self.base_scores("search") if evaluate else None
         with _timed(seconds, "teacher"):
-            epochs = self._prepare_training(trial, trial_id, checkpoint_dir)
+            epochs, retained = self._prepare_training(trial, trial_id, checkpoint_dir)
         last: EpochReport | None = None
         with adapter.attached(self.backbone, trial) as model:
             try:
@@ -149,10 +156,12 @@ class TrialSession:
             with _timed(seconds, "save"):
                 adapter.save(model, adapter_dir)
                 _save_responses(evaluation, adapter_dir)
+        shown = {sample.person_id for sample in retained}
+        seen = sum(person.id in shown for person in self.people.retain_seen)
         trained = TrialResult(
             trial_id=trial_id,
             status="completed",
-            metrics=last.metrics if last else {},
+            metrics={**(last.metrics if last else {}), "retain_seen_shown": seen},
             seconds=seconds,
             store=self._store_use_since(before),
             adapter=adapter_dir,
@@ -280,21 +289,31 @@ class TrialSession:
 
     def _prepare_training(
         self, trial: TrialConfig, trial_id: str, checkpoint: Path | None
-    ) -> Callable[[Any], Iterator[EpochReport]]:
-        """Everything that training needs before the adapter is attached."""
+    ) -> tuple[Callable[[Any], Iterator[EpochReport]], Iterator[TrainingSample]]:
+        """Everything that training needs before the adapter is attached.
+
+        Returns:
+            The training of a student, and the retain samples that its steps draw.
+        """
         forget = self._samples(trial, forget=True)
+        retain = self._samples(trial, forget=False) if uses(trial.method, "beta") else []
         if trial.released:
             if self.world_size > 1:
                 raise InputError("released: the public script's variant runs in one worker only.")
             answered = [
                 [
-                    (prompt, response_ids(self.backbone, sample.answer))
+                    # The script's answers do not end.
+                    (prompt, response_ids(self.backbone, sample.answer)[:-1])
                     for prompt, sample in zip(self._encode(samples), samples, strict=True)
                 ]
-                for samples in (forget, self._samples(trial, forget=False))
+                for samples in (forget, retain)
             ]
-            return lambda model: distill_released(
-                self.backbone, model, answered[0], answered[1], trial
+            drawn = retain_drawn(len(forget), len(retain), trial)
+            return (
+                lambda model: distill_released(
+                    self.backbone, model, answered[0], answered[1], trial
+                ),
+                (retain[i] for i in drawn),
             )
         method = make_method(trial, self.backbone)
         forget_targets = [
@@ -309,23 +328,33 @@ class TrialSession:
             [self._encode(forget, view) for view in range(1, trial.views)],
         )
         retain_set = None
-        if uses(trial.method, "beta"):
-            retain = self._samples(trial, forget=False)
-            retain_targets = [self.store.targets(retain, PLAIN, "reference")]
+        retained: Iterator[TrainingSample] = iter(())
+        if retain:
+            seen = {person.id for person in self.people.retain_seen}
             retain_set = DistillationSet(
-                self._encode(retain), retain_targets, [s.task for s in retain]
+                self._encode(retain),
+                [self.store.targets(retain, PLAIN, "reference")],
+                [s.task for s in retain],
+                first=[i for i, s in enumerate(retain) if s.person_id in seen],
             )
-        return lambda model: distill(
-            self.backbone,
-            model,
-            forget_set,
-            retain_set,
-            trial,
-            trial_id=trial_id,
-            rank=self.rank,
-            world_size=self.world_size,
-            checkpoint=checkpoint,
-        )
+            batches = retain_batches(retain_set, trial)
+            steps = trial.epochs * steps_per_epoch(forget_set, trial)
+            retained = (retain[i] for batch in islice(batches, steps) for i in batch)
+
+        def epochs(model: Any) -> Iterator[EpochReport]:
+            return distill(
+                self.backbone,
+                model,
+                forget_set,
+                retain_set,
+                trial,
+                trial_id=trial_id,
+                rank=self.rank,
+                world_size=self.world_size,
+                checkpoint=checkpoint,
+            )
+
+        return epochs, retained
 
     def _samples(self, trial: TrialConfig, forget: bool) -> list[TrainingSample]:
         key = (trial.train_tasks, trial.train_wording, forget)

@@ -38,7 +38,7 @@ from vgid.backbones import Backbone, load
 from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig, ResponseSource, TrialConfig
 from vgid.content_store import ContentStore
-from vgid.distillation import DistillationSet, distill, epoch_batches, retain_batch
+from vgid.distillation import DistillationSet, distill, epoch_batches, retain_batches
 from vgid.encoding import encode
 from vgid.splits import choose_people
 from vgid.synthetic import write_benchmark
@@ -104,7 +104,7 @@ def tiny_workload() -> Workload:
             for members in (people.forget, people.retain_pool)
         )
     first = epoch_batches(_prompts(backbone, forget), trial, epoch=0)[0]
-    beside = retain_batch(_prompts(backbone, retain), trial, step=0)
+    beside = next(retain_batches(_prompts(backbone, retain), trial))
     return Workload(backbone, [forget[i] for i in first], [retain[i] for i in beside])
 
 
