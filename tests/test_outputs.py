@@ -103,7 +103,7 @@ def test_rows_are_ordered_and_read_back_bit_for_bit(tmp_path, records):
     assert [row["status"] for row in rows] == ["completed", "completed", "failed"]
     assert [row["sigma"] for row in rows] == ["", "0.30000000000000004", ""]
     assert float(rows[1]["alpha"]) == THIRD
-    assert [float(row["learning_rate"]) for row in rows] == [1e-3] * 3
+    assert [float(row["learning_rate"]) for row in rows] == [5e-4, 1e-3, 1e-3]  # the script's first
     assert float(rows[1]["forget_rougeL"]) == THIRD / 10
     assert float(rows[1]["retain_rougeL"]) == math.pi / 4
     assert float(rows[1]["exact_memorisation"]) == 1e-17
@@ -111,7 +111,8 @@ def test_rows_are_ordered_and_read_back_bit_for_bit(tmp_path, records):
     assert rows[0]["adapter"] == str(Path("adapters", "0000"))
     assert rows[2]["forget_rougeL"] == rows[2]["adapter"] == ""
     assert [row["on_front"] for row in rows] == ["true", "false", "false"]
-    assert [row["train_tasks"] for row in rows] == ["generation+cloze"] * 3
+    assert [row["train_tasks"] for row in rows] == ["generation"] + ["generation+cloze"] * 2
+    assert [row["noise_type"] for row in rows] == ["", "gaussian", "white"]
     assert [row["released"] for row in rows] == ["true", "false", "false"]
 
     frame = pd.read_csv(
