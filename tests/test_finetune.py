@@ -256,6 +256,21 @@ def test_a_base_in_half_precision_learns_in_single_precision(base, data, tmp_pat
     assert training.losses[-1] < 0.9 * training.losses[0]
 
 
+def test_a_torn_checkpoint_is_begun_anew(base, data, tmp_path):
+    backbone = load(base[0], str(base[1]), "cpu")
+    config = config_of(base, data, tmp_path / "out", batch_size=6)
+    samples = read_samples(Benchmark.open(data))
+    checkpoint = tmp_path / "checkpoint"
+    with trainable(backbone, config):
+        once = Training(config, backbone, samples, "data", checkpoint)
+        once.train(progress=False)
+    (checkpoint / "progress.json").write_text('{"key": "')
+    with trainable(backbone, config):
+        again = Training(config, backbone, samples, "data", checkpoint)
+        again.train(progress=False)
+    assert again.losses == once.losses and len(once.losses) == config.epochs
+
+
 def test_a_loss_that_is_not_finite_leaves_nothing(base, data, tmp_path, monkeypatch):
     batches = Training.batches
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from vgid.backbones import load
 from vgid.config import TrialConfig
 from vgid.errors import InputError
 from vgid.experiments import Arm, Bench, Cache, Experiment, run_experiments
@@ -153,14 +154,31 @@ def test_first_tokens_show_the_interventions(bench):
         assert scores["safe_logit"].n == scores["sensitive_logit"].n == 20
 
 
-def test_a_damaged_outcome_is_named(outcomes, bench, tmp_path):
+def test_torn_outcomes_and_adapters_are_made_again(outcomes, bench, tmp_path):
     moved = bench.model_copy(update={"folder": tmp_path})
-    path = Cache(moved, ["tiny-llava"]).path(BASE)
+    cache = Cache(moved, ["tiny-llava"])
+    path = cache.path(BASE)
     path.parent.mkdir()
-    for text in ("{", "[]", json.dumps({"seconds": 1})):
+    for text in ("", "[]", json.dumps({"seconds": 1})):
         path.write_text(text)
-        with pytest.raises(InputError, match=path.name):
-            run_experiments([BASE], moved, 1, QUIET)
+        assert cache.get(BASE) is None
+    shutil.copytree(bench.folder / "store", tmp_path / "store")
+    shutil.copytree(bench.folder / "adapters", tmp_path / "adapters")
+    weights = cache.adapter(TRAINED) / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    found = run_experiments([BASE, TRAINED], moved, 1, QUIET)
+    assert {e: o.scores for e, o in found.items()} == {e: outcomes[e].scores for e in found}
+    assert weights.read_bytes() == whole
+    assert cache.get(BASE) == found[BASE]
+
+
+def test_the_key_names_all_of_the_backbone(bench, monkeypatch):
+    cache = Cache(bench, ["tiny-llava"])
+    assert cache.backbones == {"tiny-llava": load("tiny-llava").identity}
+    before = cache.path(BASE).name
+    monkeypatch.setattr("vgid.backbones._default_device", lambda: "cuda")
+    assert Cache(bench, ["tiny-llava"]).path(BASE).name != before, "a GPU computes in bf16"
 
 
 def test_bad_input_of_an_experiment_reaches_the_caller(bench, tmp_path):

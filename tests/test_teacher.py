@@ -1,10 +1,13 @@
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import make_random_backbone
 from tests.test_encoding import picture
@@ -95,6 +98,21 @@ def test_a_refusal_is_drawn_for_each_sample_and_stored_under_the_plain_prompt(
     torch.testing.assert_close(drawn[0].hidden_RD, expected, atol=1e-5, rtol=1e-5)
 
 
+def other_backbones() -> Iterator[Backbone]:
+    """Backbones that differ from ``random_backbone`` in one thing each."""
+    yield make_random_backbone(seed=1)
+    half = make_random_backbone()
+    half.model.bfloat16()
+    yield half
+    resampled = make_random_backbone()
+    resampled.processor.image_processor.resample = Image.Resampling.NEAREST
+    yield resampled
+    for change in ({"image": "{text} <image>\n"}, {"opening": "A chat."}, {"separator": ""}):
+        framed = make_random_backbone()
+        framed.spec = replace(framed.spec, frame=replace(framed.spec.frame, **change))
+        yield framed
+
+
 def test_key_depends_on_everything_the_target_depends_on(random_backbone, tmp_path):
     store = teachers(tmp_path, random_backbone)
     variants = [
@@ -116,9 +134,9 @@ def test_key_depends_on_everything_the_target_depends_on(random_backbone, tmp_pa
     for variant in variants:
         store.targets(*variant)
     assert (store.store.hits, store.store.misses) == (len(variants), len(variants))
-    other = make_random_backbone(seed=1)
-    teachers(tmp_path, other).targets(*variants[0])
-    assert len(files(tmp_path)) == len(variants) + 1
+    for n, other in enumerate(other_backbones(), 1):
+        teachers(tmp_path, other).targets(*variants[0])
+        assert len(files(tmp_path)) == len(variants) + n
 
 
 def _fill(root: Path, started: float) -> None:

@@ -1,7 +1,9 @@
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pyarrow.parquet as pq
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import make_random_backbone
 from vgid import distillation
+from vgid import trial as trial_module
 from vgid.adapter import loaded
 from vgid.benchmark import Benchmark, split_questions
 from vgid.config import Method, RequestConfig, TrainWording, TrialConfig, uses
@@ -20,7 +23,7 @@ from vgid.evaluation import evaluate
 from vgid.examination import prepare
 from vgid.profiles import comparable
 from vgid.released import distill_released
-from vgid.results import EpochReport, TrialResult, Verbatim
+from vgid.results import EpochReport, Score, TrialResult, Verbatim
 from vgid.splits import People, choose_people, count_verbatim, held_out_of_training
 from vgid.synthetic import write_benchmark
 from vgid.teacher import Intervention
@@ -244,6 +247,56 @@ def test_scores_under_are_computed_once_and_shared(session, request_config, resu
     assert {p: p.stat().st_mtime_ns for p in request_config.store.glob("adapter-*.json")} == stored
     with pytest.raises(InputError, match=r"adapter_config\.json: is missing; name a PEFT"):
         session.scores_under("search", adapter_dir=adapters / "none")
+
+
+@pytest.fixture
+def ask(session, monkeypatch) -> Callable[[], int]:
+    """Asks for scores that are made up in no time; tells how often they were made until now."""
+    made: list[float] = []
+
+    def evaluate(*_: object) -> object:
+        made.append(0.1 + 0.2)
+        return SimpleNamespace(scores={"x": Score(value=made[-1], n=1, low=0.0, high=1 / 3)})
+
+    def scores() -> int:
+        with monkeypatch.context() as patch:
+            patch.setattr(TrialSession, "_evaluate", evaluate)
+            found = session.scores_under("search", seed=18)
+        assert found == {"x": Score(value=0.1 + 0.2, n=1, low=0.0, high=1 / 3)}
+        return len(made)
+
+    for path in session.request.store.glob("base-*.json"):
+        if "0.30000000000000004" in path.read_text():
+            path.unlink()
+    return scores
+
+
+def test_kept_scores_that_were_torn_are_made_again(session, ask):
+    assert (ask(), ask()) == (1, 1)
+    (path,) = (p for p in session.request.store.glob("base-*.json") if len(p.read_bytes()) < 99)
+    content = path.read_bytes()
+    for number, torn in enumerate((b"", content[:-9], b"[]", b'{"x": 1}'), 2):
+        path.write_bytes(torn)
+        assert (ask(), ask()) == (number, number)
+        assert path.read_bytes() == content
+
+
+def test_kept_scores_are_of_one_precision_processor_frame_and_format(session, monkeypatch, ask):
+    assert (ask(), ask()) == (1, 1)
+    images, spec = session.backbone.processor.image_processor, session.backbone.spec
+    frame = replace(spec.frame, separator="")
+    changes: list[tuple[object, str, object]] = [
+        (session.backbone, "model", SimpleNamespace(dtype=torch.bfloat16)),
+        (images, "resample", 0),
+        (session.backbone, "spec", replace(spec, frame=frame)),
+        (session.backbone, "spec", replace(spec, option_scoring="letter")),
+        (trial_module, "SCORES_FORMAT", trial_module.SCORES_FORMAT + 1),
+    ]
+    for number, (target, name, value) in enumerate(changes, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, value)
+            assert (ask(), ask()) == (number, number)
+    assert ask() == len(changes) + 1
 
 
 @pytest.mark.parametrize("source", ["reference", "teacher"])

@@ -202,6 +202,24 @@ def test_another_dtype_shares_nothing(backbone, images, tmp_path):
     torch.testing.assert_close(rounded.float(), whole, atol=0.1, rtol=0.1)
 
 
+def test_another_image_processor_shares_nothing(backbone, images, tmp_path):
+    """Other settings, or the class of other pixels that torchvision brings with it."""
+    (first,) = look(fresh(backbone, tmp_path), images[1:2])
+    resampled, other = copy.deepcopy(backbone.processor), copy.deepcopy(backbone.processor)
+    resampled.image_processor.resample = Image.Resampling.NEAREST
+    images_of = type(other.image_processor)
+    other.image_processor.__class__ = type(f"{images_of.__name__}Fast", (images_of,), {})
+    seen = []
+    for processor in (resampled, other, backbone.processor):
+        vision = Vision(backbone.model, processor, "base")
+        vision.store = ContentStore(tmp_path, "vision")
+        with tower_calls(backbone) as calls:
+            seen += look(vision, images[1:2])
+        assert len(calls) == (processor is not backbone.processor)
+    assert (seen[0] - first).abs().max() > 1e-2 * first.abs().max()
+    assert torch.equal(seen[1], first) and torch.equal(seen[2], first)
+
+
 def test_a_cleared_store_is_filled_again(backbone, images, tmp_path):
     before = look(fresh(backbone, tmp_path), images[:2])
     assert clear(tmp_path).entries == 2

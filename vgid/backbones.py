@@ -7,7 +7,7 @@ tower, whose LoRA weights some servers drop without a word.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -181,6 +181,11 @@ class Backbone:
         """The torch device of the weights."""
         return self.model.device
 
+    @property
+    def identity(self) -> list[Any]:
+        """All of it that results depend on, as plain data: part of the name of what is kept."""
+        return _identity(self.spec, self.revision, self.model.dtype, self.processor)
+
 
 def spec(name: str) -> BackboneSpec:
     """The row of backbone ``name``.
@@ -259,21 +264,55 @@ def load(name: str, model_path: str | None = None, device: str | None = None) ->
     Raises:
         InputError: unknown name, or weights that cannot be found or are not all there.
     """
-    import torch
     from transformers.utils import logging
-
-    from vgid.qwen_processor import processor_class
 
     logging.disable_progress_bar()
     row = spec(name)
     folder = locate(row, model_path)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = _whole_model(folder, torch.float32 if device == "cpu" else torch.bfloat16)
-    processor = processor_class(model.config.model_type).from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
+    device = device or _default_device()
+    model = _whole_model(folder, _dtype(device))
     model.requires_grad_(False)
-    return Backbone(row, model.eval().to(device), processor, revision_of(folder))
+    return Backbone(row, model.eval().to(device), _processor(folder), revision_of(folder))
+
+
+def identity(name: str, model_path: str | None = None) -> list[Any]:
+    """What ``load`` would give as ``Backbone.identity`` here, found without the weights.
+
+    Raises:
+        InputError: unknown name, or weights that cannot be found.
+    """
+    row = spec(name)
+    folder = locate(row, model_path)
+    return _identity(row, revision_of(folder), _dtype(_default_device()), _processor(folder))
+
+
+def _identity(row: BackboneSpec, revision: str, dtype: Any, processor: Any) -> list[Any]:
+    from vgid.vision import image_processing
+
+    asked = [asdict(row.frame), dict(row.few_shot), row.option_scoring]
+    return [revision, str(dtype), image_processing(processor), asked]
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(device: str) -> Any:
+    import torch
+
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def _processor(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    from vgid.qwen_processor import processor_class
+
+    places = {"trust_remote_code": False, "local_files_only": True}
+    model_type = AutoConfig.from_pretrained(folder, **places).model_type
+    return processor_class(model_type).from_pretrained(folder, **places)
 
 
 def _whole_model(folder: Path, dtype: Any) -> Any:

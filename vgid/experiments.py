@@ -153,18 +153,12 @@ class Cache:
     """
 
     def __init__(self, bench: Bench, backbones: Sequence[str]) -> None:
-        from vgid.backbones import locate, revision_of, spec
+        from vgid.backbones import identity
         from vgid.benchmark import Benchmark
 
         self.bench = bench
-        data = Benchmark.open(bench.data).sha256
-        self.provenance = {
-            name: {
-                "data_sha256": data,
-                "base_revision": revision_of(locate(spec(name), bench.model_path)),
-            }
-            for name in sorted(set(backbones))
-        }
+        self.data_sha256 = Benchmark.open(bench.data).sha256
+        self.backbones = {name: identity(name, bench.model_path) for name in sorted(set(backbones))}
 
     def path(self, experiment: Experiment) -> Path:
         """Where the outcome is, or will be."""
@@ -176,18 +170,11 @@ class Cache:
         return self.bench.folder / "adapters" / self._key(experiment, trained)
 
     def get(self, experiment: Experiment) -> Outcome | None:
-        """The outcome, None if there is none yet.
-
-        Raises:
-            InputError: the file does not hold one.
-        """
-        path = self.path(experiment)
+        """The outcome, None if there is none yet, or its file was torn."""
         try:
-            return Outcome.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
+            return Outcome.model_validate_json(self.path(experiment).read_bytes())
+        except (FileNotFoundError, ValueError):
             return None
-        except (OSError, ValueError):
-            raise InputError(f"{path}: cannot be read; delete it to run it again.") from None
 
     def put(self, experiment: Experiment, outcome: Outcome) -> None:
         """Keep an outcome; it appears whole or not at all."""
@@ -197,7 +184,8 @@ class Cache:
         group = (experiment.backbone, experiment.forget_ratio, experiment.seed)
         whole = [
             FORMAT,
-            self.provenance[experiment.backbone],
+            self.data_sha256,
+            self.backbones[experiment.backbone],
             self.bench.request(*group).identity,
             experiment.model_copy(update={"arm": arm}).model_dump(mode="json"),
         ]
@@ -210,14 +198,14 @@ def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> O
     Args:
         session: of the experiment's backbone, ratio and seed.
         experiment: what to do.
-        adapter: where its adapter is kept; one that is there is not trained again.
+        adapter: where its adapter is kept; one that is there whole is not trained again.
     """
     from vgid.first_tokens import first_token_scores
     from vgid.teacher import Intervention
 
     started = time.perf_counter()
     arm, trial = experiment.arm, experiment.trial
-    if trial is not None and not adapter.exists():
+    if trial is not None and not _whole(adapter):
         adapter.parent.mkdir(parents=True, exist_ok=True)
         result = session.run(trial, adapter.name[:12], adapter, evaluate=False)
         if result.status != "completed":
@@ -240,6 +228,16 @@ def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> O
     )
 
 
+def _whole(adapter: Path) -> bool:
+    from vgid.adapter_files import read_adapter
+
+    try:
+        read_adapter(adapter)
+    except InputError:  # not there, or torn
+        return False
+    return True
+
+
 def run_experiments(
     experiments: Sequence[Experiment],
     bench: Bench,
@@ -260,7 +258,7 @@ def run_experiments(
     """
     wanted = list(dict.fromkeys(experiments))
     cache = Cache(bench, [experiment.backbone for experiment in wanted])
-    missing = [experiment for experiment in wanted if not cache.path(experiment).exists()]
+    missing = [experiment for experiment in wanted if cache.get(experiment) is None]
     with _progress(cache, wanted, console or Console(stderr=True)) as update:
         if processes == 1:
             with worker_threads():
@@ -296,7 +294,7 @@ def _run_group(
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     session: TrialSession | None = None
     for experiment in group:
-        if cache.path(experiment).exists():
+        if cache.get(experiment) is not None:
             continue
         if session is None:
             shared = experiment.backbone, experiment.forget_ratio, experiment.seed
@@ -371,7 +369,7 @@ def _progress(
     total = len(experiments)
 
     def count() -> int:
-        return sum(cache.path(experiment).exists() for experiment in experiments)
+        return sum(cache.get(experiment) is not None for experiment in experiments)
 
     at_start = count()
     if not console.is_terminal:

@@ -341,6 +341,9 @@ class Training:
             known = json.loads((self.checkpoint / _PROGRESS).read_text())
         except FileNotFoundError:
             return []
+        except ValueError:  # torn by a crash of the machine: nothing to go on from
+            shutil.rmtree(self.checkpoint)
+            return []
         if known["key"] != self.key:
             raise InputError(
                 f"{self.checkpoint}: the checkpoint was made with other settings, data or base; "

@@ -4,8 +4,8 @@ The retain teacher depends on no searched hyperparameter, and the forget teacher
 intervention and the response source. So the base model's last hidden states at the response
 positions are kept as safetensors, in chunks of portraits, and turned back into exact logits by
 the frozen ``lm_head``. A chunk's key is the hash of all that it depends on: base revision, dtype,
-prompt frame, every sample's text and image, intervention, noise seed, response source. Trials,
-workers and nodes share the store (``vgid.content_store``).
+image processor, prompt frame, every sample's text and image, intervention, noise seed, response
+source. Trials, workers and nodes share the store (``vgid.content_store``).
 
 Shape legend: R response tokens of a sample, D hidden width.
 """
@@ -172,13 +172,10 @@ class TeacherStore:
         intervention: Intervention,
         source: TargetSource,
     ) -> str:
-        frame = self.backbone.spec.frame
         return key_of(
             [
                 FORMAT,
-                self.backbone.revision,
-                str(self.backbone.model.dtype),
-                [frame.image, frame.text, frame.separator],
+                self.backbone.identity,
                 asdict(intervention),
                 source,
                 [

@@ -7,10 +7,9 @@ teacher store, the examination. Ray, Optuna and MLflow wrap it elsewhere and are
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import islice
@@ -19,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 from PIL import Image
+from pydantic import TypeAdapter
 
 from vgid import adapter
 from vgid.backbones import load
@@ -37,6 +37,7 @@ from vgid.errors import InputError
 from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
 from vgid.methods import make_method
+from vgid.outputs import write_atomically
 from vgid.rehearsal import missing_objectives
 from vgid.released import distill_released, retain_drawn
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
@@ -44,6 +45,11 @@ from vgid.splits import choose_people, held_out_of_training
 from vgid.teacher import Intervention, TeacherStore, response_room
 from vgid.training_samples import TrainingSample, training_samples
 from vgid.views import portrait_view
+
+SCORES_FORMAT = 1
+"""Part of the name of kept scores; raised when the same questions would give other scores."""
+
+SCORES = TypeAdapter(dict[str, Score])
 
 PLAIN = Intervention()
 """Questions as they are."""
@@ -394,17 +400,15 @@ class TrialSession:
             what: plain data that, with the request, names the scores.
             compute: called if they are not there yet.
         """
-        key = key_of([kind, *what, self.provenance, self.request.identity])
+        setting = [self.benchmark.sha256, self.backbone.identity, self.request.identity]
+        key = key_of([SCORES_FORMAT, kind, *what, *setting])
         path = self.request.store / f"{kind}-{key}.json"
         with FileLock(path.with_suffix(".lock")):
-            if path.exists():
-                stored: Mapping[str, Any] = json.loads(path.read_text())
-                return {name: Score(**score) for name, score in stored.items()}
+            # Torn by a crash of the machine: made again.
+            with suppress(FileNotFoundError, ValueError):
+                return SCORES.validate_json(path.read_bytes())
             scores = compute()
-            text = json.dumps({name: score.model_dump() for name, score in scores.items()})
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(text)
-            temporary.replace(path)
+            write_atomically(path, SCORES.dump_json(scores))
             return scores
 
 

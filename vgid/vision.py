@@ -9,6 +9,7 @@ One image a forward pass, so that its features do not depend on which others wer
 Shape legend: T image tokens, D hidden width of the language model.
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -56,6 +57,16 @@ class Picture:
     def token_key(self) -> int:
         """A negative number that stands for the image among token ids: equal images, equal ids."""
         return -1 - int(self.key[:15], 16)
+
+
+def image_processing(processor: Any) -> tuple[str, str]:
+    """How a processor makes pixels of an image, for keys: by which class, and its settings.
+
+    The class depends on what is installed: with torchvision it is another one, of other pixels.
+    """
+    images = processor.image_processor
+    settings = json.dumps(images.to_dict(), sort_keys=True, default=str)
+    return type(images).__qualname__, settings
 
 
 class Vision:
@@ -110,7 +121,8 @@ class Vision:
             if self.store is None:
                 features_TD = self._look(picture)
             else:
-                key = key_of([self.revision, str(self.model.dtype), picture.key])
+                pixels = [image_processing(self.processor), picture.key]
+                key = key_of([self.revision, str(self.model.dtype), pixels])
                 stored = self.store.get_or_compute(key, lambda: {"features": self._look(picture)})
                 features_TD = stored["features"]
             self._features.put(picture.key, features_TD, features_TD.nbytes)
