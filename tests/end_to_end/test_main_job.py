@@ -120,6 +120,8 @@ def test_the_output_folder_holds_what_the_contract_names(study):
     assert list(table.forget_rougeL_reduction) == list(reduction)
     assert list(table[table.on_front].index) == summary["front"]
     assert summary["hypervolume"] > 0
+    assert set(table.retain_seen_shown) == {2}
+    assert summary["retain_seen"] == {"people": 2, "shown_least": 2, "shown_most": 2}
     assert summary["phases"]["overhead"]["median_s"] >= 0
     store = summary["store"]
     later = [result["store"] for result in list(results(output).values())[1:]]
