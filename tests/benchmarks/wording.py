@@ -2,8 +2,9 @@
 
 One setting (``POINTS``, of the backbone's search space) is trained with generation questions as the
 evaluation asks them (wrapped), as they stand (raw) and in both ways, without the questions that are
-scored (unheld) and, in both ways, with them (all). Seeds choose the scored retain people, the
-halves of the questions, the noise and the adapter; scores are held out.
+scored (unheld) and, in both ways, with them (all). In both ways an epoch has more questions, so
+that wrapped is trained over as many steps too. Seeds choose the scored retain people, the halves of
+the questions, the noise and the adapter; scores are held out.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 from rich.console import Console
 from rich.progress import track
@@ -25,10 +26,15 @@ from vgid.trial import TrialSession
 POINTS = {"tiny-llava": 1, "tiny-qwen2.5-vl": 3}
 """Place of the setting among the first points: on both strict, and a beta that keeps."""
 
-RUNS: list[tuple[TrainWording, TrainPairs]] = [
-    *((wording, cast("TrainPairs", "unheld")) for wording in get_args(TrainWording)),
-    ("both", "all"),
-]
+RUNS: dict[str, tuple[TrainWording, TrainPairs, float]] = {
+    "wrapped": ("wrapped", "unheld", 1.0),
+    "wrapped, longer": ("wrapped", "unheld", 1.6),
+    "raw": ("raw", "unheld", 1.0),
+    "both": ("both", "unheld", 1.0),
+    "both, all": ("both", "all", 1.0),
+}
+"""Wording, pairs and epochs as a share of the setting's: with cloze and classification, both ways
+have 1.6 times the questions of one."""
 SCORES = (
     *(f"{split}_rougeL{end}" for split in ("forget", "test", "retain") for end in ("", "_raw")),
     *(f"{split}_refusal{end}" for split in ("forget", "retain") for end in ("", "_raw")),
@@ -56,12 +62,11 @@ def measure(backbone: str, seeds: int) -> Values:
                 for pairs in get_args(TrainPairs)
             }
             found = {"base": (sessions["unheld"].base_scores("held_out"), 0.0)}
-            for wording, pairs in RUNS:
-                trial = space.trial_config(point, seed).model_copy(
-                    update={"train_wording": wording}
-                )
-                name = f"{wording}, {pairs}"
-                adapter = root / f"{wording}-{pairs}-{seed}"
+            for name, (wording, pairs, share) in RUNS.items():
+                trial = space.trial_config(point, seed)
+                epochs = round(share * trial.epochs)
+                trial = trial.model_copy(update={"train_wording": wording, "epochs": epochs})
+                adapter = root / f"{name}-{seed}"
                 done = sessions[pairs].run(trial, "0000", adapter, evaluate=False)
                 found[name] = sessions[pairs].rescore(adapter), done.seconds["train"]
             for name, (scores, seconds) in found.items():
