@@ -230,6 +230,29 @@ def test_every_trial_has_the_studys_seed(ledger, space):
     searcher.close()
 
 
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_sigma_is_searched_and_not_drawn_at_random(space, sampler):
+    # Of 30 random trials those are best that have Gaussian noise with a sigma near 0.9.
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    random = optuna.create_study(
+        directions=["maximize"] * 2, sampler=make_sampler("random", 0, 1, 0)
+    )
+    for _ in range(30):
+        trial = random.ask()
+        point = space.suggest(trial)
+        far = abs(point.get("sigma", 1.9) - 0.9)
+        random.tell(trial, [1 - far - 0.01 * point["alpha"], 1 - far + 0.01 * point["alpha"]])
+    # Neither sampler draws sigma with the others once a trial lacks it: this is what they call.
+    asked, sigma = random.ask(), space.distributions()["sigma"]
+    proposed = [
+        make_sampler(sampler, 99, 0, number).sample_independent(
+            random, random.trials[asked.number], "sigma", sigma
+        )
+        for number in range(16)
+    ]
+    assert sum(abs(value - 0.9) for value in proposed) / 16 < 0.15  # by chance 0.31
+
+
 def test_the_automatic_sampler_is_a_gaussian_process_for_small_studies_only():
     assert type(make_sampler("auto", 24, 0, 0)).__name__ == "GPSampler"
     assert type(make_sampler("auto", 101, 0, 0)).__name__ == "TPESampler"

@@ -78,8 +78,8 @@ def parser() -> argparse.ArgumentParser:
     add("--trials", type=int, metavar="N", help="trials of the whole study, over all resumes")
     add("--seed", type=int, metavar="S", help="seed of the search, of every trial and of the "
         "splits of people and questions")  # fmt: skip
-    add("--sampler", choices=get_args(Sampler), help="how points are proposed; auto is a Gaussian "
-        "process up to 100 trials, TPE beyond")  # fmt: skip
+    add("--sampler", choices=get_args(Sampler), help="how points are proposed; gp is a Gaussian "
+        "process, with TPE for sigma; auto is gp up to 100 trials, tpe beyond")  # fmt: skip
     add("--time-budget", type=seconds, metavar="TIME", help="start no new trial after this long, "
         "such as 90s, 10m or 2h; without it, there is no limit")  # fmt: skip
     add("--max-concurrent", type=int, metavar="K", help="trials at a time; without it, as many as "
