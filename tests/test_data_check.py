@@ -47,6 +47,8 @@ def test_counts_of_a_sound_benchmark(tmp_path: Path):
             "classification": {"image": 6, "text": 3},
         },
         "training_pairs": 0,
+        "questions_left_out": 0,
+        "people_left_out": 0,
         "in_training": 3,
     }
     training = report["configs"]["ft_Data"]

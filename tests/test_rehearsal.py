@@ -18,8 +18,10 @@ from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.data_check import Report, Run, check_benchmark
 from vgid.errors import InputError
 from vgid.layout import CONFIGS, shard_paths
+from vgid.note import NoteLinks, study_note
 from vgid.plan import make_plan
-from vgid.results import TrialResult
+from vgid.plots import Front
+from vgid.results import Score, TrialResult
 from vgid.synthetic import write_benchmark
 from vgid.trial import TrialSession
 
@@ -51,6 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_outline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made once for all cases, as nothing of it changes."""
     monkeypatch.setattr(backbones, "outline", outline)
+    monkeypatch.setattr("vgid.rehearsal.outline", outline)
 
 
 def edited(whole: Path, root: Path, config: str, edit: Edit | None, free: bool = False) -> Path:
@@ -188,6 +191,53 @@ def test_what_the_check_refuses_the_plan_refuses(whole: Path, tmp_path: Path, ca
     assert problems and all(problem in found for found in problems)
     refusal = planned(root)
     assert refusal is not None and problem in refusal and "\n" not in refusal
+
+
+def broken(rows: Rows) -> None:
+    """A question without an answer, and one that leaves the response no room."""
+    rows[0]["Mask_Task"][0]["Ground_Truth"] = ""
+    rows[1]["Generation_Task"][0]["Question"] = "who " * 600
+
+
+def test_defective_questions_are_left_out_and_counted(whole: Path, tmp_path: Path):
+    root = edited(whole, tmp_path / "one", "forget_5", broken)
+    root = edited(root, tmp_path / "two", "ft_Data", lambda rows: rows[-1].update(metadata="{"))
+    root = edited(
+        root, tmp_path / "three", "retain_95", lambda rows: rows[0]["image"].update(bytes=b"torn")
+    )
+    expected = {
+        "ft_Data": {"questions": 0, "people": 1},
+        "forget_5": {"questions": 2, "people": 0},
+        "retain_95": {"questions": 0, "people": 1},
+    }
+    assert planned(root) is not None
+    assert "lower retain_people" in str(planned(root, skip_defects=True))
+    values = {"data": root, "output": root / "out", "retain_people": RETAIN_PEOPLE}
+    sound = edited(whole, tmp_path / "sound", "retain_95", lambda rows: None)
+    values |= {"data": edited(sound, tmp_path / "four", "forget_5", broken), "skip_defects": True}
+    plan = make_plan(StudyConfig.model_validate(values))
+    assert plan.left_out == {"forget_5": expected["forget_5"]}
+    assert "Left out as defective: 2 questions and 0 people of forget_5" in plan.lines()
+    known = Score(value=0.9, n=1, low=0.9, high=0.9)
+    base = {"forget_rougeL": known, "retain_rougeL": known}
+    note = study_note(Front("t", [], base), {}, NoteLinks("p"), {}, plan.left_out)
+    assert "**Left out as defective.** 2 questions and 0 people of forget_5." in note
+
+    session = TrialSession(plan.request)
+    asked = {q.id for person in session.people.forget for q in person.questions}
+    before = {q.id for p in Benchmark.open(whole).forget(5) for q in p.questions}
+    assert len(before - asked) == 2 and asked < before
+
+    report = check_benchmark(
+        root, run=Run("tiny-llava", retain_people=RETAIN_PEOPLE, skip_defects=True)
+    )
+    counts = {
+        name: {"questions": count.questions_left_out, "people": count.people_left_out}
+        for name, count in report.configs.items()
+        if count.questions_left_out or count.people_left_out
+    }
+    assert counts == expected | {"forget_5": {"questions": 1, "people": 0}}
+    assert all("lower retain_people" in defect.problem for defect in report.defects)
 
 
 def test_a_doubled_column_is_refused_by_both(whole: Path, tmp_path: Path):

@@ -8,10 +8,10 @@ import hashlib
 import io
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -35,7 +35,7 @@ from vgid.profiles import (
     parse_person,
     parse_training_pairs,
 )
-from vgid.results import QuestionPart
+from vgid.results import LeftOut, QuestionPart
 
 __all__ = [
     "Benchmark",
@@ -67,12 +67,20 @@ class Benchmark:
 
     Attributes:
         root: the folder that holds one folder a config.
+        skip_defects: leave broken questions out in place of raising, and people with them whose
+            portrait, ID or whole metadata is broken. Defects of files and columns still raise.
+        unfit: IDs of sound questions and training pairs that are left out too, since a backbone
+            cannot take them.
+        dropped: what reading left out so far by config: IDs of questions, rows of people.
     """
 
     root: Path
+    skip_defects: bool = False
+    unfit: frozenset[str] = frozenset()
+    dropped: dict[str, set[str | int]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, root: Path) -> Self:
+    def open(cls, root: Path, skip_defects: bool = False) -> Self:
         """Open a benchmark folder without reading any of its rows.
 
         Raises:
@@ -87,7 +95,19 @@ class Benchmark:
                 f"{root}: no MLLMU-Bench config (a folder such as forget_5 with "
                 "train-00000-of-00001.parquet) in this folder; name the folder that holds them."
             )
-        return cls(root)
+        return cls(root, skip_defects)
+
+    @property
+    def left_out(self) -> LeftOut:
+        """How much reading left out so far."""
+        return {
+            config: {
+                "questions": sum(isinstance(what, str) for what in self.dropped[config]),
+                "people": sum(isinstance(what, int) for what in self.dropped[config]),
+            }
+            for config in CONFIGS
+            if config in self.dropped
+        }
 
     def forget(self, ratio: int, only: Collection[str] | None = None) -> tuple[Person, ...]:
         """The people to forget.
@@ -156,9 +176,23 @@ class Benchmark:
             if person_id in parsed:
                 defects = [*defects, Defect(config, row.index, "ID", "the ID is a duplicate")]
             item, item_defects = parse(config, row)
-            self.refuse(defects or item_defects)
-            parsed[person_id] = item
+            if not self.skip_defects:
+                self.refuse(defects or item_defects)
+            gone = self._to_drop(row, item, [*defects, *item_defects])
+            if gone:
+                self.dropped.setdefault(config, set()).update(gone)
+            if row.index not in gone:
+                parsed[person_id] = _without(item, gone)
         return parsed
+
+    def _to_drop(self, row: Row, item: object, defects: Collection[Defect]) -> set[str | int]:
+        """What of a row is left out: its index for the whole of it, or IDs of questions."""
+        if not self.skip_defects:
+            return set()
+        broken = {defect.question for defect in defects}
+        if None in broken or not _decodable(item):
+            return {row.index}
+        return {entry.id for entry in _entries(item) if entry.id in broken | self.unfit}
 
     def _sound_rows(self, config: str, columns: tuple[str, ...]) -> Iterator[Row]:
         for row_or_defect in read_rows(self.root, config, columns):
@@ -188,6 +222,31 @@ class Benchmark:
             f"{self.root / defect.config}: {row}{defect.field}: {defect.problem}; "
             f"`vgid data check {self.root}` lists every defect to repair."
         )
+
+
+def _entries(item: object) -> tuple[Question | TrainingPair, ...]:
+    """The questions or training pairs of a parsed row; none where only its ID was read."""
+    if isinstance(item, Person):
+        return item.questions
+    return item if isinstance(item, tuple) else ()
+
+
+def _without(item: T, ids: Collection[str | int]) -> T:
+    """A parsed row without some of its questions or training pairs."""
+    kept: Any = tuple(entry for entry in _entries(item) if entry.id not in ids)
+    if isinstance(item, Person):
+        return replace(item, questions=kept)
+    return kept if isinstance(item, tuple) else item
+
+
+def _decodable(item: object) -> bool:
+    """Whether a parsed row's images can be shown."""
+    try:
+        for data in item.images if isinstance(item, Person) else ():
+            decode_image(data)
+    except InputError:
+        return False
+    return True
 
 
 def people_defects(places: Mapping[str, Mapping[str, int]], ratio: int) -> Iterator[Defect]:

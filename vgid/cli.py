@@ -76,6 +76,9 @@ def data_check(
         int, typer.Option(min=2, help="People that a study is to score as retain set.")
     ] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Seed of that study.")] = 0,
+    skip_defects: Annotated[
+        bool, typer.Option("--skip-defects", help="Count what that study would leave out.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Count people, images and questions by config, and name every defect (then exit code 2).
@@ -84,7 +87,7 @@ def data_check(
     """
     from vgid.data_check import Run, check_benchmark
 
-    run = Run(backbone, model_path, retain_people, seed)
+    run = Run(backbone, model_path, retain_people, seed, skip_defects)
     report = check_benchmark(folder, progress=not as_json, run=run)
     if as_json:
         print(json.dumps(report.as_json(), indent=2))

@@ -287,6 +287,9 @@ def unlearn_command(
     train_pairs: Annotated[
         str, typer.Option(help="unheld: without the questions that are scored as held-out; or all.")
     ] = "unheld",
+    skip_defects: Annotated[
+        bool, typer.Option("--skip-defects", help="Leave defective questions and people out.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer one forget request with one trial, and write its deployment.
@@ -313,6 +316,7 @@ def unlearn_command(
         "seed": seed,
         "retain_people": retain_people,
         "train_pairs": train_pairs,
+        "skip_defects": skip_defects,
     }
     done = unlearn(parse(UnlearnConfig, settings, "vgid unlearn"), _tell)
     if done.warning is not None:

@@ -144,6 +144,9 @@ class RequestConfig(Config):
     )
     bootstrap_samples: int = Field(1000, ge=100, description="resamples behind each interval")
     eval_batch_size: int = Field(512, ge=1, description="questions decoded together at most")
+    skip_defects: bool = Field(
+        False, description="leave out what is defective in the data in place of refusing it"
+    )
     log_responses: bool = Field(
         False, description="keep the questions and responses of the evaluation beside the scores"
     )
@@ -306,6 +309,7 @@ class StudyConfig(Config):
     gpus_per_worker: float = Field(0, ge=0)
     retain_people: int = Field(50, ge=2)
     train_pairs: TrainPairs = "unheld"
+    skip_defects: bool = False
     store_limit_gb: float = Field(STORE_LIMIT_GB, gt=0)
     tracking_uri: str | None = None
     fresh_workers: bool = False

@@ -5,7 +5,7 @@ Reports name configs, rows and fields, and never a value of the data but person 
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +37,7 @@ from vgid.profiles import (
     parse_training_pairs,
 )
 from vgid.prompts import Form, Task
+from vgid.results import describe_left_out
 
 
 @dataclass
@@ -49,6 +50,8 @@ class ConfigCount:
         questions: number by task and form.
         training_pairs: questions with answers in the training metadata.
         in_training: generation questions that stand word for word in the person's training pairs.
+        questions_left_out: questions or training pairs that a run with ``skip_defects`` leaves out.
+        people_left_out: people whom it leaves out.
     """
 
     people: int = 0
@@ -58,23 +61,38 @@ class ConfigCount:
     )
     training_pairs: int = 0
     in_training: int = 0
+    questions_left_out: int = 0
+    people_left_out: int = 0
 
 
 @dataclass
 class Report:
-    """Counts by config and every defect, in the order of ``CONFIGS`` and rows."""
+    """Counts by config and every defect, in the order of ``CONFIGS`` and rows.
+
+    Attributes:
+        configs: counts by config.
+        defects: what is to be repaired.
+        left_out: defects that need not be, since the run leaves out what has them.
+    """
 
     configs: dict[str, ConfigCount]
     defects: list[Defect]
+    left_out: list[Defect]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data: ``{"configs": {...}, "defects": [{config, row, field, problem}]}``."""
+        """Plain data: counts as ``configs``, and ``defects`` and ``left_out`` as lists.
+
+        An entry of a list is ``{config, row, field, problem}``.
+        """
         return {
             "configs": {name: asdict(count) for name, count in self.configs.items()},
-            "defects": [
-                {name: getattr(defect, name) for name in ("config", "row", "field", "problem")}
-                for defect in self.defects
-            ],
+            **{
+                name: [
+                    {key: getattr(defect, key) for key in ("config", "row", "field", "problem")}
+                    for defect in defects
+                ]
+                for name, defects in (("defects", self.defects), ("left_out", self.left_out))
+            },
         }
 
     def print(self, console: Console) -> None:
@@ -91,16 +109,24 @@ class Report:
             "in ft_Data; pairs of training questions and answers"
         )
         console.print(counts)
+        for name, found in (("Left out", self.left_out), ("Defects", self.defects)):
+            if not found:
+                continue
+            title = f"{name}: {len(found)}"
+            defects = Table("config", "row", "field", "problem", title=title, box=SIMPLE)
+            for defect in found:
+                row = "" if defect.row is None else str(defect.row)
+                defects.add_row(defect.config, row, escape(defect.field), escape(defect.problem))
+            console.print(defects)
         if not self.defects:
             console.print("No defects.")
-            return
-        defects = Table(
-            "config", "row", "field", "problem", title=f"Defects: {len(self.defects)}", box=SIMPLE
-        )
-        for defect in self.defects:
-            row = "" if defect.row is None else str(defect.row)
-            defects.add_row(defect.config, row, escape(defect.field), escape(defect.problem))
-        console.print(defects)
+        left_out = {
+            name: {"questions": count.questions_left_out, "people": count.people_left_out}
+            for name, count in self.configs.items()
+            if count.questions_left_out or count.people_left_out
+        }
+        if left_out:
+            console.print(f"Left out as defective: {describe_left_out(left_out)}.")
 
 
 @dataclass(frozen=True)
@@ -112,12 +138,14 @@ class Run:
         model_path: folder or hub id of the base, in place of the row's own.
         retain_people: people scored as retain set.
         seed: of the splits of people and questions.
+        skip_defects: whether it leaves out what is defective.
     """
 
     backbone: str
     model_path: str | None = None
     retain_people: int = RequestConfig.model_fields["retain_people"].default
     seed: int = 0
+    skip_defects: bool = False
 
 
 def check_benchmark(root: Path, progress: bool = False, run: Run | None = None) -> Report:
@@ -150,15 +178,23 @@ def check_benchmark(root: Path, progress: bool = False, run: Run | None = None) 
         if check.config != "ft_Data":
             check.count.in_training = sum(question in trained_on for question in check.asked)
     places = {name: check.rows for name, check in by_name.items() if check.complete}
+    if run is not None and run.skip_defects:
+        for check in checks:
+            check.leave_out(check.defects)
     for ratio in FORGET_RATIOS:
         for defect in people_defects(places, ratio):
             by_name[defect.config].defects.append(defect)
     if run is not None:
-        for defect in _rehearsed(root, run, {c.config for c in checks if c.defects}):
-            by_name[defect.config].defects.append(defect)
+        stopping = _rehearsed(root, run, {c.config for c in checks if c.defects})
+        for check in checks:
+            mine = [defect for defect in stopping if defect.config == check.config]
+            check.defects += mine
+            if run.skip_defects:
+                check.leave_out(mine)
     return Report(
         {check.config: check.count for check in checks},
-        [defect for check in checks for defect in check.sorted_defects()],
+        [defect for check in checks for defect in check.by_row(check.defects)],
+        [defect for check in checks for defect in check.by_row(check.left_out)],
     )
 
 
@@ -173,16 +209,19 @@ def _rehearsed(root: Path, run: Run, broken: set[str]) -> list[Defect]:
     if not ratios:
         return []
     from vgid.backbones import outline
-    from vgid.rehearsal import Rehearsal
+    from vgid.rehearsal import Rehearsal, without_unfit
 
-    benchmark = Benchmark.open(root)
-    rehearsal = Rehearsal(outline(run.backbone, run.model_path), benchmark, everyone=True)
+    benchmark = Benchmark.open(root, run.skip_defects)
+    backbone = outline(run.backbone, run.model_path)
+    rehearsal = Rehearsal(backbone, benchmark, everyone=True)
     found: dict[Defect, None] = {}  # what several ratios share is found for each of them
     for ratio in ratios:
         values = {**asdict(run), "data": root, "store": root, "forget_ratio": ratio}
         request = parse(RequestConfig, values, "run")
         try:
             found |= dict.fromkeys(rehearsal.defects(request))
+            if run.skip_defects:
+                without_unfit(backbone, benchmark, request)  # is enough left?
         except InputError as error:
             problem = str(error).removeprefix(f"{root}: ").removesuffix(".")
             found[Defect(f"forget_{ratio}", None, "people", problem)] = None
@@ -208,6 +247,17 @@ class _ConfigCheck:
         self.complete = True
         self.asked: list[tuple[str, str]] = []
         self.defects: list[Defect] = []
+        self.left_out: list[Defect] = []
+
+    def leave_out(self, defects: Sequence[Defect]) -> None:
+        """Count what of ``defects`` concerns single questions or rows, and list it no longer."""
+        skipped = [d for d in defects if d.question is not None or d.row is not None]
+        self.defects = [defect for defect in self.defects if defect not in skipped]
+        self.left_out += skipped
+        rows = {d.row for d in self.left_out if d.question is None}
+        questions = {d.question for d in self.left_out if d.row is None or d.row not in rows}
+        self.count.people_left_out = len(rows)
+        self.count.questions_left_out = len(questions)
 
     def run(self, image_problems: dict[str, str | None]) -> None:
         """Read the config; ``image_problems`` by digest spares decoding an image twice."""
@@ -225,9 +275,10 @@ class _ConfigCheck:
                 self._check_content(item)
                 self.defects += self._check_images(item, image_problems)
 
-    def sorted_defects(self) -> list[Defect]:
+    @staticmethod
+    def by_row(defects: Sequence[Defect]) -> list[Defect]:
         """Defects of whole files first, then by row."""
-        return sorted(self.defects, key=lambda defect: -1 if defect.row is None else defect.row)
+        return sorted(defects, key=lambda defect: -1 if defect.row is None else defect.row)
 
     def _check_id(self, row: Row) -> None:
         person_id, defects = parse_id(self.config, row)

@@ -153,6 +153,7 @@ class Data(Config):
         forget_ratio: per cent of the people.
         retain_people: people scored as retain set.
         train_pairs: whether training saw the held-out questions, as it did before one could choose.
+        skip_defects: whether what was defective in the data was left out.
         split_seed: of the splits of people and questions.
     """
 
@@ -160,6 +161,7 @@ class Data(Config):
     forget_ratio: ForgetRatio
     retain_people: int
     train_pairs: TrainPairs = "all"
+    skip_defects: bool = False
     split_seed: int
 
 

@@ -35,6 +35,7 @@ MUST_AGREE = (
     "seed",
     "retain_people",
     "train_pairs",
+    "skip_defects",
     "workers_per_trial",
     "tracking_uri",
 )

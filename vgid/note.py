@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vgid.outputs import OBJECTIVES, TrialRecord, describe, held_out_scores
 from vgid.plots import Front
-from vgid.results import Score, Verbatim
+from vgid.results import LeftOut, Score, Verbatim, describe_left_out
 from vgid.run_view import chart_page, compare_page, run_page, table_page
 from vgid.suppression import MIN_FORGET, share_gone, verdict
 
@@ -94,6 +94,7 @@ def study_note(
     phases: Mapping[str, float],
     links: NoteLinks,
     verbatim: Verbatim | None = None,
+    left_out: LeftOut | None = None,
 ) -> str:
     """Write the note: the result in three sentences, the picture, the front as a table.
 
@@ -102,6 +103,7 @@ def study_note(
         phases: seconds by phase, in the order to show them.
         links: where its links lead.
         verbatim: which scored questions training sees.
+        left_out: what of the data was left out as defective.
 
     Returns:
         Markdown.
@@ -123,6 +125,8 @@ def study_note(
     if phases:
         cells = " · ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())
         parts.append(f"**Time by phase.** {cells}")
+    if left_out:
+        parts.append(f"**Left out as defective.** {describe_left_out(left_out)}.")
     parts.append(
         "Trials are scored on the search questions; the front is scored again on held-out "
         "questions, with 95 % bootstrap intervals. Reduction: base forget-set ROUGE-L minus the "

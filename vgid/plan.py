@@ -5,12 +5,16 @@ import shutil
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
+from vgid.results import LeftOut, describe_left_out
 from vgid.search_domain import Choices, Range
 from vgid.search_space import FOLDER, SearchSpace
+
+if TYPE_CHECKING:
+    from vgid.benchmark import Benchmark
 
 CPUS_PER_WORKER = 1
 """One thread a worker everywhere: the same numbers on every machine, and faster than two threads
@@ -47,7 +51,8 @@ class Plan:
         space_sha256: of its file.
         request: what every trial of the study shares.
         shape: resources of a slot.
-        own_data: whether the benchmark is the embedded backbone's own and is to be written.
+        benchmark: the data without what is left out; None where it is the embedded backbone's own
+            and is to be written.
     """
 
     config: StudyConfig
@@ -55,7 +60,17 @@ class Plan:
     space_sha256: str
     request: RequestConfig
     shape: SlotShape
-    own_data: bool
+    benchmark: "Benchmark | None"
+
+    @property
+    def own_data(self) -> bool:
+        """Whether the benchmark is the embedded backbone's own and is to be written."""
+        return self.benchmark is None
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What of the data is left out as defective."""
+        return {} if self.benchmark is None else self.benchmark.left_out
 
     def lines(self) -> list[str]:
         """The plan for people, for ``--dry-run``."""
@@ -67,6 +82,7 @@ class Plan:
             f"Study of {config.trials} trials of {config.method} on {config.backbone}, "
             f"forgetting {config.forget_ratio} % of the people, seed {config.seed}",
             f"Data: {self.request.data}{' (will be written)' if self.own_data else ''}",
+            *([f"Left out as defective: {describe_left_out(self.left_out)}"] * bool(self.left_out)),
             f"Output: {config.output}",
             f"Search space: {self.space.source}",
             f"  searched: {searched}",
@@ -123,11 +139,11 @@ def make_plan(config: StudyConfig) -> Plan:
         "seed": config.seed,
         "retain_people": config.retain_people,
         "train_pairs": config.train_pairs,
+        "skip_defects": config.skip_defects,
         "log_responses": config.log_responses,
     }
     request = parse(RequestConfig, shared | ancestral, "study")
-    if not own_data:
-        _check_data(request, space)
+    benchmark = None if own_data else _checked_data(request, space)
     _check_output(config.output)
     return Plan(
         config=config,
@@ -135,7 +151,7 @@ def make_plan(config: StudyConfig) -> Plan:
         space_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         request=request,
         shape=SlotShape(config.workers_per_trial, config.gpus_per_worker),
-        own_data=own_data,
+        benchmark=benchmark,
     )
 
 
@@ -158,11 +174,9 @@ def _check_layer(space: SearchSpace, folder: Path) -> None:
         )
 
 
-def _check_data(request: RequestConfig, space: SearchSpace) -> None:
+def _checked_data(request: RequestConfig, space: SearchSpace) -> "Benchmark":
     """Read and encode what the study does, so that a defect is named now and not by a worker."""
-    from vgid.backbones import outline
-    from vgid.benchmark import Benchmark
-    from vgid.rehearsal import Rehearsal
+    from vgid.rehearsal import rehearsed
 
     choices = []
     for name in ("train_tasks", "train_wording"):
@@ -174,9 +188,7 @@ def _check_data(request: RequestConfig, space: SearchSpace) -> None:
         parse(TrialConfig, {"train_tasks": tuple(tasks), "train_wording": wording}, space.source)
         for tasks, wording in product(*choices)
     ]
-    benchmark = Benchmark.open(request.data)
-    backbone = outline(request.backbone, request.model_path)
-    benchmark.refuse(Rehearsal(backbone, benchmark).defects(request, trials))
+    return rehearsed(request, trials)
 
 
 def _check_output(output: Path) -> None:

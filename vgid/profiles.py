@@ -115,10 +115,13 @@ def parse_person(config: str, row: Row) -> tuple[Person, list[Defect]]:
     defects += image_defects
     questions: list[Question] = []
     for field, task, form, entry in _entries(row.values):
-        number = sum(question.task == task and question.form == form for question in questions)
-        question_id = f"{config}/{person_id}/{task}/{form}/{number}"
+        shown = form or "image"
+        number = sum(question.task == task and question.form == shown for question in questions)
+        question_id = f"{config}/{person_id}/{task}/{shown}/{number}"
         question, problems = _question(question_id, person_id, task, form, entry)
-        defects += [Defect(config, row.index, f"{field}.{at}", what) for at, what in problems]
+        defects += [
+            Defect(config, row.index, f"{field}.{at}", what, question_id) for at, what in problems
+        ]
         questions.append(question)
     return Person(person_id, tuple(images.values()), tuple(questions)), defects
 
@@ -189,8 +192,8 @@ def parse_training_pairs(config: str, row: Row) -> tuple[tuple[TrainingPair, ...
     if "metadata" not in row.values:
         return (), defects
 
-    def defect(field: str, problem: str) -> Defect:
-        return Defect(config, row.index, field, problem)
+    def defect(field: str, problem: str, pair_id: str | None = None) -> Defect:
+        return Defect(config, row.index, field, problem, pair_id)
 
     entries = row.values["metadata"]
     try:
@@ -206,12 +209,13 @@ def parse_training_pairs(config: str, row: Row) -> tuple[tuple[TrainingPair, ...
     pairs = []
     for index, entry in enumerate(entries):
         values = entry if isinstance(entry, dict) else {}
+        pair_id = f"{config}/{person_id}/{index}"
         question, answer = (_text(values.get(key)) for key in ("Question", "Answer"))
         for key, text in (("Question", question), ("Answer", answer)):
             if not text.strip():
                 problem = f"the {key.lower()} is empty or no text"
-                defects.append(defect(f"metadata[{index}].{key}", problem))
-        pairs.append(TrainingPair(f"{config}/{person_id}/{index}", person_id, question, answer))
+                defects.append(defect(f"metadata[{index}].{key}", problem, pair_id))
+        pairs.append(TrainingPair(pair_id, person_id, question, answer))
     return tuple(pairs), defects
 
 

@@ -115,6 +115,7 @@ def record(
             "forget_ratio": request.forget_ratio,
             "retain_people": request.retain_people,
             "train_pairs": request.train_pairs,
+            "skip_defects": request.skip_defects,
             "split_seed": request.seed,
         },
         "origin": origin,

@@ -5,16 +5,17 @@ first of it, and the run itself goes through the same functions.
 """
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import get_args
 
-from vgid.backbones import Backbone
+from vgid.backbones import Backbone, outline
 from vgid.benchmark import Benchmark, Person, split_questions
 from vgid.config import RequestConfig, TrialConfig
 from vgid.encoding import encode
 from vgid.errors import SampleError
 from vgid.examination import prepare
 from vgid.layout import Defect
-from vgid.prompts import PromptStyle
+from vgid.prompts import PromptStyle, Task
 from vgid.results import QuestionPart
 from vgid.splits import People, choose_people, held_out_of_training
 from vgid.teacher import Intervention, intervene, response_room
@@ -22,6 +23,7 @@ from vgid.training_samples import TrainingSample, training_samples
 
 PARTS: tuple[QuestionPart, ...] = ("search", "held_out")
 DEFAULT_TRIAL = TrialConfig.model_validate({})
+ALL_TRAINING = TrialConfig.model_validate({"train_tasks": get_args(Task), "train_wording": "both"})
 
 
 class Rehearsal:
@@ -129,6 +131,36 @@ def _said(person: Person, split: str) -> Hashable:
         for q in person.questions
     ]
     return split, person.images, tuple(said)
+
+
+def rehearsed(request: RequestConfig, trials: Sequence[TrialConfig]) -> Benchmark:
+    """The benchmark of a request that can be run, without what the request leaves out.
+
+    Raises:
+        InputError: the first thing that keeps it from being run.
+    """
+    benchmark = Benchmark.open(request.data, request.skip_defects)
+    backbone = outline(request.backbone, request.model_path)
+    if request.skip_defects:
+        benchmark = without_unfit(backbone, benchmark, request)
+    benchmark.refuse(Rehearsal(backbone, benchmark).defects(request, trials))
+    return benchmark
+
+
+def without_unfit(backbone: Backbone, benchmark: Benchmark, request: RequestConfig) -> Benchmark:
+    """A benchmark without the samples that a backbone cannot take, for ``skip_defects``.
+
+    Raises:
+        InputError: what is left cannot be run either.
+    """
+    while True:
+        # Again after each round: the fewer questions there are, the other way they are split.
+        found = list(Rehearsal(backbone, benchmark).defects(request, (ALL_TRAINING,)))
+        benchmark.refuse(defect for defect in found if defect.question is None)
+        unfit = {defect.question for defect in found if defect.question is not None}
+        if not unfit:
+            return benchmark
+        benchmark = replace(benchmark, unfit=benchmark.unfit | unfit)
 
 
 def missing_objectives(people: People, request: RequestConfig) -> Iterator[Defect]:

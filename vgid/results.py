@@ -15,6 +15,10 @@ from vgid.config import Config
 TrialStatus = Literal["completed", "pruned", "failed"]
 QuestionPart = Literal["search", "held_out", "all"]
 """Trials are chosen on ``search`` questions and reported on ``held_out`` ones; together ``all``."""
+
+LeftOut = dict[str, dict[str, int]]
+"""``questions`` and ``people`` that were left out as defective, by config of the benchmark."""
+
 Verbatim = dict[QuestionPart, dict[str, dict[str, int]]]
 """Generation questions by part and split (``_text`` behind it where they have no image): how many
 are ``scored``, and how many of these training has ``seen`` word for word."""
@@ -78,3 +82,11 @@ class TrialResult(Config):
     option_scoring: Literal["letter", "likelihood"] | None = None
     adapter: Path | None = None
     error: str | None = None
+
+
+def describe_left_out(left_out: LeftOut) -> str:
+    """What was left out as defective, in words: "2 questions and 0 people of forget_5"."""
+    return ", ".join(
+        f"{count['questions']} questions and {count['people']} people of {config}"
+        for config, count in left_out.items()
+    )

@@ -147,7 +147,7 @@ class Study:
 
             write_benchmark(self.plan.request.data)
         base = backbones.locate(backbones.spec(self.config.backbone), self.config.model_path)
-        benchmark = Benchmark.open(self.plan.request.data)
+        benchmark = self.plan.benchmark or Benchmark.open(self.plan.request.data)
         self._hashes = {"dataset": benchmark.sha256, "base": backbones.revision_of(base)}
         default = TrialConfig.model_fields["train_tasks"].default
         self._verbatim = count_verbatim(
@@ -398,6 +398,7 @@ class Study:
                 files,
                 "KILLED" if self._interrupted.is_set() else "FINISHED",
                 self._verbatim,
+                self.plan.left_out,
             )
         return summary
 

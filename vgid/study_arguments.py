@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     add("--retain-people", type=int, metavar="N", help="retain people that are scored")
     add("--train-pairs", choices=get_args(TrainPairs), help="training questions: without those "
         "that are scored as held-out, or all")  # fmt: skip
+    add("--skip-defects", action="store_true", help="leave defective questions out, and people "
+        "without a sound portrait; how many is said in study.json and the note")  # fmt: skip
     add("--trials", type=int, metavar="N", help="trials of the whole study, over all resumes")
     add("--seed", type=int, metavar="S", help="seed of the search, of every trial and of the "
         "splits of people and questions")  # fmt: skip

@@ -95,6 +95,7 @@ class Source:
             "seed": config.seed,
             "retain_people": config.retain_people,
             "train_pairs": config.train_pairs,
+            "skip_defects": config.skip_defects,
         }
         return parse(RequestConfig, values, self.name)
 

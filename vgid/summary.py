@@ -124,6 +124,7 @@ def study_summary(
             "shown_least": min(shown, default=None),
             "shown_most": max(shown, default=None),
         },
+        "left_out": plan.left_out,
         "base": dict(board.base),
         "reference_point": board.reference_point,
         "hypervolume": board.hypervolume,

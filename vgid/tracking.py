@@ -23,7 +23,7 @@ from vgid.mlflow_client import Connection, connect, first_line, search_runs
 from vgid.note import NOTE_PICTURE, note_links, study_note
 from vgid.outputs import MAIN_METRICS, TrialRecord, as_text, held_out_scores, run_name
 from vgid.plots import Front, write_png
-from vgid.results import EpochReport, TrialResult, TrialStatus, Verbatim
+from vgid.results import EpochReport, LeftOut, TrialResult, TrialStatus, Verbatim
 from vgid.run_view import run_page, view_tag
 
 logger = logging.getLogger(__name__)
@@ -200,6 +200,7 @@ class Tracker:
         files: Sequence[Path],
         status: str = "FINISHED",
         verbatim: Verbatim | None = None,
+        left_out: LeftOut | None = None,
     ) -> None:
         """Record the study's outcome on the parent, and held-out scores on the front's trials.
 
@@ -210,6 +211,7 @@ class Tracker:
             files: figures and tables, kept as artifacts under their own names.
             status: ``FINISHED``, or ``KILLED`` if the study was stopped.
             verbatim: which scored questions training sees (``splits.count_verbatim``).
+            left_out: what of the data was left out as defective.
 
         Raises:
             InputError: the server does not answer; the output folder is complete all the same.
@@ -230,7 +232,7 @@ class Tracker:
         links = note_links(
             front, self.experiment_id, self.study_run_id, self._study_id, runs, files
         )
-        note = study_note(front, phases, links, verbatim)
+        note = study_note(front, phases, links, verbatim, left_out)
         try:
             for record in front.records:
                 self._log_front(record, front, now)

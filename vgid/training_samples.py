@@ -68,12 +68,12 @@ def training_samples(
     for person in people:
         image = decode_image(person.images[0], f"the image of person {person.id}")
         if "generation" in tasks:
-            if person.id not in pairs:
+            if person.id not in pairs and not benchmark.skip_defects:
                 raise InputError(
                     f"{benchmark.root}: ft_Data has no metadata of person {person.id}; "
                     "add the row, or take the person out of the forget and retain configs."
                 )
-            samples += _worded(pairs[person.id], image, trial.train_wording, left_out)
+            samples += _worded(pairs.get(person.id, ()), image, trial.train_wording, left_out)
         for question in split_questions(person, "search", seed):
             if question.form != "image" or question.task == "generation":
                 continue

@@ -38,7 +38,7 @@ from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
 from vgid.methods import make_method
 from vgid.outputs import write_atomically
-from vgid.rehearsal import missing_objectives
+from vgid.rehearsal import missing_objectives, without_unfit
 from vgid.released import distill_released, retain_drawn
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 from vgid.splits import choose_people, held_out_of_training
@@ -78,9 +78,12 @@ class TrialSession:
         self.request = request
         self.rank = rank
         self.world_size = world_size
-        self.benchmark = Benchmark.open(request.data)
+        self.benchmark = Benchmark.open(request.data, request.skip_defects)
         self.people = choose_people(self.benchmark, request)
         self.backbone = load(request.backbone, request.model_path)
+        if request.skip_defects:
+            self.benchmark = without_unfit(self.backbone, self.benchmark, request)
+            self.people = choose_people(self.benchmark, request)
         if request.deployed_adapter is not None:
             adapter.merge(self.backbone, request.deployed_adapter)
         limit = int(request.store_limit_gb * 1e9)

@@ -64,6 +64,7 @@ class UnlearnConfig(Config):
     seed: int = Field(0, ge=0, description="splits of people and questions")
     retain_people: int = Field(50, ge=2)
     train_pairs: TrainPairs = "unheld"
+    skip_defects: bool = False
 
     @field_validator("data", "output", "from_deployment")
     @classmethod
@@ -102,12 +103,17 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     from vgid.candidates import marks_of, pick_seeds, score_with_seeds
     from vgid.placing import FOLDER, staged
     from vgid.recording import Setting, record
+    from vgid.rehearsal import rehearsed
+    from vgid.results import describe_left_out
     from vgid.threads import worker_threads
     from vgid.trial import TrialSession
 
     parent = None if config.from_deployment is None else read_ancestor(config.from_deployment)
     trial = _trial(config, parent)
     request = _request(config, parent)
+    left_out = rehearsed(request, [trial]).left_out
+    if left_out:
+        tell(f"Left out as defective: {describe_left_out(left_out)}")
     deployments = config.output / FOLDER
     file = deployments / f"{request.backbone}.yaml"
     if config.from_deployment is not None:
@@ -196,6 +202,7 @@ def _request(config: UnlearnConfig, parent: Ancestor | None) -> RequestConfig:
         "seed": config.seed,
         "retain_people": config.retain_people,
         "train_pairs": config.train_pairs,
+        "skip_defects": config.skip_defects,
     }
     if parent is not None:
         values |= parent.request_fields(config.backbone, config.model_path)

@@ -226,6 +226,7 @@ def request_of(
         "earlier_ids": () if deployment.parent is None else deployment.parent.subjects,
         "retain_people": deployment.data.retain_people,
         "train_pairs": deployment.data.train_pairs,
+        "skip_defects": deployment.data.skip_defects,
         "seed": deployment.data.split_seed,
     }
     return parse(RequestConfig, values, "deployment")
