@@ -28,10 +28,16 @@ def make_backbone(architecture: str) -> Backbone:
     return make_random_qwen(tied=architecture == "qwen")
 
 
-def shot(backbone: Backbone, text: str, answer: str, image: Image.Image | None) -> Shot:
+def turn_of(backbone: Backbone, text: str, image: Image.Image | None) -> str:
+    """One turn of a conversation, without what opens the conversation."""
     frame = backbone.spec.frame
-    turn = (frame.text if image is None else frame.image).format(text=text)
-    return Shot(f"{turn}{frame.separator}{answer}\n", image)
+    whole = frame.text if image is None else frame.image
+    return whole.removeprefix(frame.opening).format(text=text)
+
+
+def shot(backbone: Backbone, text: str, answer: str, image: Image.Image | None) -> Shot:
+    separator = backbone.spec.frame.separator
+    return Shot(f"{turn_of(backbone, text, image)}{separator}{answer}\n", image)
 
 
 def make_queries(backbone: Backbone) -> list[Query]:
@@ -78,11 +84,10 @@ def make_samples(backbone: Backbone) -> Samples:
 
 def processed(backbone: Backbone, query: Query) -> Processed:
     """What the processor makes of a whole prompt, text and images in one call."""
-    frame = backbone.spec.frame
-    turn = (frame.text if query.image is None else frame.image).format(text=query.text)
+    turn = turn_of(backbone, query.text, query.image)
     images = [s.image for s in query.shots if s.image is not None]
     images += [] if query.image is None else [query.image]
-    text = "".join(s.text for s in query.shots) + turn
+    text = backbone.spec.frame.opening + "".join(s.text for s in query.shots) + turn
     return dict(backbone.processor(text=[text], images=images or None, return_tensors="pt"))
 
 
