@@ -17,12 +17,14 @@ from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.data_check import Report, Run, check_benchmark
 from vgid.errors import InputError
+from vgid.first_tokens import first_token_scores
 from vgid.layout import CONFIGS, shard_paths
 from vgid.note import NoteLinks, study_note
 from vgid.plan import make_plan
 from vgid.plots import Front
 from vgid.results import Score, TrialResult
 from vgid.synthetic import write_benchmark
+from vgid.teacher import Intervention
 from vgid.trial import TrialSession
 
 outline = functools.cache(backbones.outline)
@@ -112,6 +114,7 @@ def without(column: str) -> Edit:
 
 def one_generation_question(rows: Rows) -> None:
     del rows[1:]
+    rows[0]["Mask_Task"] = []
     images = [q for q in rows[0]["Generation_Task"] if q["Type"] == "Image_Textual"]
     rows[0]["Generation_Task"] = images[:1]
 
@@ -259,7 +262,9 @@ def test_a_session_scores_what_there_is_and_trains_nothing_without_an_objective(
             | {"bootstrap_samples": 100}
         )
         trial = TrialConfig.model_validate({"epochs": 1})
-        return TrialSession(request).run(trial, "0000", root / "adapter")
+        session = TrialSession(request)
+        assert first_token_scores(session, Intervention()) == {}
+        return session.run(trial, "0000", root / "adapter")
 
     result = run(one_question_each)
     assert result.status == "completed"

@@ -40,10 +40,13 @@ def first_token_scores(session: "TrialSession", intervention: Intervention) -> d
     Returns:
         ``sensitive_logit``, ``safe_logit`` (mean over the safe tokens, both relative to the mean
         logit of the vocabulary, since softmax leaves a constant open), ``sensitive_probability``
-        and ``safe_probability`` (sum over the safe tokens), each a mean over the questions.
+        and ``safe_probability`` (sum over the safe tokens), each a mean over the questions; empty
+        where the forget people have no cloze question with an image.
     """
     request = session.request
     values = _first_token_values(session.backbone, session.people.forget, intervention)
+    if not values:
+        return {}
     groups = [person for person, _ in values]
     return {
         name: bootstrap_interval(

@@ -163,8 +163,9 @@ def _write(
     images = []
     for name in config.backbones:
         drawn = pictures(filled, name)
-        if 2 in config.tables:
-            drawn.insert(0, first_tokens(name, range(config.seeds), outcomes))
+        figure_2 = first_tokens(name, range(config.seeds), outcomes) if 2 in config.tables else None
+        if figure_2 is not None and any(p.x.n for panel in figure_2.panels for p in panel.points):
+            drawn.insert(0, figure_2)
         for picture in drawn:
             stem = f"figure_{picture.number}_{name}"
             files += write_picture(output, stem, picture)

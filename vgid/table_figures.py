@@ -124,7 +124,8 @@ def first_tokens(
         for name, arm in FIRST_TOKEN_ARMS.items():
             found = [outcomes[first_token_experiment(backbone, arm, seed)] for seed in seeds]
             for kind in ("sensitive", "safe"):
-                values = [outcome.scores[f"{kind}_{measure}"].value for outcome in found]
+                scores = [outcome.scores.get(f"{kind}_{measure}") for outcome in found]
+                values = [None if score is None else score.value for score in scores]
                 points.append(Point(kind, name, t_interval(values), t_interval(values)))
         panels.append(Panel(f"first response token: {measure}", "", y_label, tuple(points)))
     title = f"Figure 2: sensitive and safe tokens under the interventions ({backbone})"
