@@ -110,8 +110,8 @@ def test_the_summary_ends_with_how_to_open_the_ui():
         completed(),
         on_front=True,
         held_out={
-            "forget_rougeL": Score(value=0.125, n=10, low=0.0, high=0.25),
-            "retain_rougeL": Score(value=0.875, n=10, low=0.75, high=1.0),
+            "forget_rougeL_reduction": Score(value=0.875, n=10, low=0.75, high=1.0),
+            "retain_rougeL": Score(value=0.5, n=10, low=0.25, high=0.75),
         },
     )
     base = {
@@ -140,7 +140,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
     print_summary(stream, summary, [record], base, "mlflow ui --backend-store-uri sqlite:///x.db")
     text = stream.getvalue()
     assert "3 completed, 1 failed, hypervolume 0.5000" in text
-    assert "0.875 [0.750, 1.000]" in text  # held-out reduction, 1 - 0.125
+    assert "0.875 [0.750, 1.000]" in text  # held-out reduction
     assert re.search(r"base\W+of 0\.200\W+of 1\.000\W+0\.984", text)
     assert "Warning: The base may never have known the forget people" in text
     assert re.search(r"overhead\W+1\.0\W+0\.25", text)

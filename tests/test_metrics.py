@@ -6,16 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
+from scipy import stats
 
 from vgid.embedded_recipe import REFUSALS
 from vgid.fictitious import FACTS, make_world
 from vgid.metrics import (
     bleu,
+    bootstrap_difference,
     bootstrap_interval,
     cloze_correct,
     is_gibberish,
     is_refusal,
     letter_choice,
+    person_sums,
     rouge,
 )
 
@@ -223,3 +226,63 @@ def test_bootstrap_of_nothing_is_an_error():
         bootstrap_interval([])
     with pytest.raises(ValueError, match="groups"):
         bootstrap_interval([1.0, 0.0], ["a"])
+
+
+def answers(person_scores, rng, spread, questions=5):
+    """Noisy values of several questions a person, with the person's own mean."""
+    values = np.repeat(person_scores, questions) + rng.normal(
+        0, spread, person_scores.size * questions
+    )
+    return values, [
+        f"{person:03}" for person in range(person_scores.size) for _ in range(questions)
+    ]
+
+
+def test_a_paired_difference_agrees_with_the_interval_of_person_differences():
+    rng = np.random.default_rng(5)
+    hard = rng.normal(0.5, 0.3, 200)  # what both models share
+    first, groups = answers(hard, rng, 0.05)
+    second, _ = answers(hard - 0.2, rng, 0.05)
+    found = bootstrap_difference(person_sums(first, groups), person_sums(second, groups), 4000, 1)
+    gaps = (first - second).reshape(200, 5).mean(axis=1)
+    reference = stats.ttest_1samp(gaps, 0.0).confidence_interval(0.95)
+    assert found.value == pytest.approx(gaps.mean()) and found.n == 1000
+    width = reference.high - reference.low
+    assert (found.low, found.high) == pytest.approx((reference.low, reference.high), abs=width / 20)
+    alone = bootstrap_interval(second, groups, 4000, 1)  # a base taken as known mirrors this one
+    assert found.high - found.low < 0.3 * (alone.high - alone.low)
+
+
+def test_a_difference_from_a_model_that_answers_all_alike_is_as_unsure_as_the_other():
+    values, groups = [1.0, 0.8, 0.2, 0.9, 0.6, 0.4], ["b", "b", "a", "c", "d", "d"]
+    base, silent = person_sums(values, groups), person_sums([0.0] * 6, groups)
+    found = bootstrap_difference(base, silent, seed=3)
+    assert found == bootstrap_interval(values, groups, seed=3)
+    assert found.low < found.value < found.high
+
+
+def test_a_difference_covers_the_truth_where_a_known_base_does_not():
+    rng = np.random.default_rng(2)
+    paired = known = 0
+    for number in range(300):
+        hard = rng.normal(0.5, 0.1, 20)
+        base, groups = answers(hard, rng, 0.3)
+        own, _ = answers(0.5 * hard, rng, 0.02)
+        found = bootstrap_difference(
+            person_sums(base, groups), person_sums(own, groups), 200, number
+        )
+        alone = bootstrap_interval(own, groups, 200, number)
+        paired += found.low <= 0.25 <= found.high
+        known += base.mean() - alone.high <= 0.25 <= base.mean() - alone.low
+    assert paired >= 0.88 * 300  # percentile intervals of 20 people are a little narrow
+    assert known <= 0.65 * 300
+
+
+def test_person_sums_are_by_position_and_pair_only_with_the_same_questions():
+    sums = person_sums([1.0, 0.5, 0.25], ["b", "a", "b"])
+    assert sums == ((0.5, 1), (1.25, 2))
+    for other in ((), ((0.5, 1),), ((0.5, 1), (1.25, 3))):
+        with pytest.raises(ValueError, match="same questions"):
+            bootstrap_difference(sums, other)
+    with pytest.raises(ValueError, match="same questions"):
+        bootstrap_difference((), ())

@@ -54,6 +54,8 @@ def records(tmp_path):
     held_out = {
         "test_rougeL": Score(value=0.2, n=50, low=0.1, high=0.3),
         "forget_rougeL": Score(value=THIRD / 10, n=55, low=0.01, high=0.05),
+        "forget_rougeL_reduction": Score(value=0.95 - THIRD / 10, n=55, low=0.9, high=0.94),
+        "retain_rougeL_drop": Score(value=0.02, n=50, low=-0.01, high=0.05),
         "forget_cloze": Score(value=0.25, n=20, low=0.1, high=0.4),
     }
     return [
@@ -139,35 +141,30 @@ def test_no_trials_still_give_a_header(tmp_path):
 
 
 def test_front_adds_held_out_scores_with_intervals(tmp_path, records):
-    base = {"forget_rougeL": Score(value=0.95, n=55, low=0.9, high=1.0)}
     write_trials(tmp_path / "trials.csv", records)
-    write_front(tmp_path / "front.csv", records, base)
+    write_front(tmp_path / "front.csv", records)
     (row,) = read(tmp_path / "front.csv")
     assert row["trial_id"] == "0000"
     trials_header = list(read(tmp_path / "trials.csv")[0])
     assert list(row)[: len(trials_header)] == trials_header
     assert list(row)[len(trials_header) :] == [
         f"heldout_{name}{part}"
-        for name in ("forget_rougeL", "test_rougeL", "forget_rougeL_reduction", "forget_cloze")
+        for name in (
+            "forget_rougeL",
+            "test_rougeL",
+            "forget_rougeL_reduction",
+            "retain_rougeL_drop",
+            "forget_cloze",
+        )
         for part in ("", "_low", "_high", "_n")
     ]
     assert float(row["heldout_forget_rougeL"]) == THIRD / 10
     assert row["heldout_forget_rougeL_n"] == "55"
     assert float(row["heldout_forget_rougeL_reduction"]) == 0.95 - THIRD / 10
-    assert float(row["heldout_forget_rougeL_reduction_low"]) == 0.95 - 0.05
-    assert float(row["heldout_forget_rougeL_reduction_high"]) == 0.95 - 0.01
-
-
-def test_a_measured_reduction_is_not_replaced(tmp_path):
-    measured = Score(value=0.5, n=9, low=0.4, high=0.6)
-    held_out = {
-        "forget_rougeL": Score(value=0.1, n=9, low=0.0, high=0.2),
-        "forget_rougeL_reduction": measured,
-    }
-    row = record("0000", tmp_path, held_out=held_out)
-    base = {"forget_rougeL": Score(value=0.9, n=9, low=0.8, high=1.0)}
-    assert held_out_scores(row, base)["forget_rougeL_reduction"] == measured
-    assert held_out_scores(record("0001", tmp_path), base) is None
+    assert float(row["heldout_forget_rougeL_reduction_low"]) == 0.9
+    assert float(row["heldout_forget_rougeL_reduction_high"]) == 0.94
+    assert float(row["heldout_retain_rougeL_drop_low"]) == -0.01
+    assert held_out_scores(records[0]) is None
 
 
 def test_study_is_plain_json(tmp_path):

@@ -222,8 +222,8 @@ class Session:
         on_epoch(report(1))
         return TrialResult(trial_id=trial_id, status="failed", error="the loss is NaN")
 
-    def base_scores(self, part):
-        return {part: Score(value=1.0, n=1, low=1.0, high=1.0)}
+    def base_scores(self, part, seed):
+        return {f"{part}-{seed}": Score(value=1.0, n=1, low=1.0, high=1.0)}
 
     def rescore(self, adapter_dir, part, seed):
         return {f"{adapter_dir}-{part}-{seed}": Score(value=1.0, n=1, low=1.0, high=1.0)}
@@ -235,7 +235,7 @@ def test_each_kind_of_job_is_done_by_its_own_call():
     assert line.heard == [("0000", 1)]
     assert outcome.result.status == "failed"
     assert outcome.error == "the loss is NaN"
-    assert list(_do(Job(id="b", kind="base", part="search"), Session(), line).scores) == ["search"]
+    assert list(_do(Job(id="b", kind="base", seed=5), Session(), line).scores) == ["search-5"]
     again = Job(id="r", kind="rescore", adapter=Path("a"), part="held_out", seed=5)
     assert list(_do(again, Session(), line).scores) == ["a-held_out-5"]
 

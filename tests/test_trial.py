@@ -23,7 +23,7 @@ from vgid.evaluation import evaluate
 from vgid.examination import prepare
 from vgid.profiles import comparable
 from vgid.released import distill_released
-from vgid.results import EpochReport, Score, TrialResult, Verbatim
+from vgid.results import EpochReport, KeptScores, Score, TrialResult, Verbatim
 from vgid.splits import People, choose_people, count_verbatim, held_out_of_training
 from vgid.synthetic import write_benchmark
 from vgid.teacher import Intervention
@@ -165,11 +165,35 @@ def test_a_trial_continues_from_its_checkpoint(session, result, tmp_path):
 
 
 def test_rescoring_the_saved_adapter_gives_the_trial_s_scores(session, result, adapters):
-    scores = session.rescore(adapters / "0000", "search", session.request.seed)
-    assert scores == result.scores
+    seed = session.request.seed
+    scores = session.rescore(adapters / "0000", "search", seed)
+    assert {name: scores[name] for name in result.scores} == result.scores
+    assert scores.keys() - result.scores.keys() == {"forget_rougeL_reduction", "retain_rougeL_drop"}
     held_out = session.rescore(adapters / "0000")
     assert held_out.keys() == scores.keys()
     assert held_out != scores
+
+
+def test_drops_and_rises_pair_the_people_and_take_no_score_as_known(
+    session, request_config, adapters
+):
+    own, seed = adapters / "0000", request_config.seed
+    base, scores = session.base_scores("search"), session.rescore(own, "search", seed)
+    attacked = session.rescore_attacked(own, "search", seed)
+    for gap, first, second in (
+        (scores["forget_rougeL_reduction"], base["forget_rougeL"], scores["forget_rougeL"]),
+        (scores["retain_rougeL_drop"], base["retain_rougeL"], scores["retain_rougeL"]),
+        (attacked["forget_rougeL_rise"], attacked["forget_rougeL"], scores["forget_rougeL"]),
+    ):
+        assert gap.value == pytest.approx(first.value - second.value, abs=1e-12)
+        assert gap.n == first.n == second.n
+        assert gap.low <= gap.value <= gap.high
+        assert gap.high - gap.low != pytest.approx(second.high - second.low)  # not mirrored
+    kept = [json.loads(path.read_text()) for path in request_config.store.glob("adapter-*.json")]
+    assert kept and all(found["people"].keys() == found["scores"].keys() for found in kept)
+    people = session.people.forget + session.people.retain_pool
+    text = "".join(path.read_text() for path in request_config.store.glob("*.json"))
+    assert not [person.id for person in people if f'"{person.id}"' in text]
 
 
 def test_base_scores_are_computed_once_and_shared(session, request_config):
@@ -256,7 +280,8 @@ def ask(session, monkeypatch) -> Callable[[], int]:
 
     def evaluate(*_: object) -> object:
         made.append(0.1 + 0.2)
-        return SimpleNamespace(scores={"x": Score(value=made[-1], n=1, low=0.0, high=1 / 3)})
+        scores = {"x": Score(value=made[-1], n=1, low=0.0, high=1 / 3)}
+        return SimpleNamespace(kept=KeptScores(scores=scores, people={}))
 
     def scores() -> int:
         with monkeypatch.context() as patch:
@@ -273,7 +298,7 @@ def ask(session, monkeypatch) -> Callable[[], int]:
 
 def test_kept_scores_that_were_torn_are_made_again(session, ask):
     assert (ask(), ask()) == (1, 1)
-    (path,) = (p for p in session.request.store.glob("base-*.json") if len(p.read_bytes()) < 99)
+    (path,) = (p for p in session.request.store.glob("base-*.json") if len(p.read_bytes()) < 120)
     content = path.read_bytes()
     for number, torn in enumerate((b"", content[:-9], b"[]", b'{"x": 1}'), 2):
         path.write_bytes(torn)

@@ -96,16 +96,12 @@ def score_with_seeds(
     Raises:
         InputError: the adapter lacks a file, or there are too few few-shot people.
     """
-    plain, reverse = (
-        pooled(
-            [
-                session.scores_under(PART, seed, reverse=reverse, adapter_dir=adapter)
-                for seed in seeds
-            ]
-        )
-        for reverse in (False, True)
-    )
-    return Scored(plain, reverse)
+    if adapter is None:
+        plain = [session.base_scores(PART, seed) for seed in seeds]
+    else:
+        plain = [session.rescore(adapter, PART, seed) for seed in seeds]
+    reverse = [session.rescore_attacked(adapter, PART, seed) for seed in seeds]
+    return Scored(pooled(plain), pooled(reverse))
 
 
 def score_front(
@@ -158,24 +154,23 @@ def pooled(runs: Sequence[Mapping[str, Score]]) -> dict[str, Score]:
 def marks_of(trial_id: str, base: Scored, scored: Scored) -> Marks:
     """What the rules judge of a candidate.
 
-    The base's scores count as given, as in ``outputs.held_out_scores``. The unfavourable end of
-    the reverse rise takes both scores at their unfavourable ends, which is wider than 95 %.
+    Reduction, drop and rise are differences of the same people's answers, with paired intervals.
 
     Raises:
         InputError: the data has no held-out generation questions.
     """
-    forget = _score(scored.plain, "forget_rougeL")
+    reduction = _score(scored.plain, "forget_rougeL_reduction")
     retain = _score(scored.plain, "retain_rougeL")
-    attacked = _score(scored.reverse, "forget_rougeL")
-    before, kept = _score(base.plain, "forget_rougeL"), _score(base.plain, "retain_rougeL")
+    drop = _score(scored.plain, "retain_rougeL_drop")
+    rise = _score(scored.reverse, "forget_rougeL_rise")
     cloze = scored.plain.get("forget_cloze")
     return Marks(
         trial_id=trial_id,
-        before=before.value,
-        reduction=Measure(before.value - forget.value, before.value - forget.high),
+        before=_score(base.plain, "forget_rougeL").value,
+        reduction=Measure(reduction.value, reduction.low),
         retain=Measure(retain.value, retain.low),
-        retain_drop=Measure(kept.value - retain.value, kept.value - retain.low),
-        reverse_rise=Measure(attacked.value - forget.value, attacked.high - forget.low),
+        retain_drop=Measure(drop.value, drop.high),
+        reverse_rise=Measure(rise.value, rise.high),
         cloze=None if cloze is None else Measure(cloze.value, cloze.high),
     )
 

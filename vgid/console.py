@@ -275,7 +275,7 @@ def front_table(
         table.add_column(title, justify="right")
     for record in sorted(front, key=lambda record: record.point or (0.0, 0.0)):
         metrics = record.result.metrics
-        held_out = held_out_scores(record, held_out_base) or {}
+        held_out = held_out_scores(record) or {}
         table.add_row(
             record.result.trial_id,
             describe(record.config),

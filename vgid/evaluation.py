@@ -38,10 +38,11 @@ from vgid.metrics import (
     is_gibberish,
     is_refusal,
     letter_choice,
+    person_sums,
     rouge,
 )
 from vgid.prompts import Task, Wording
-from vgid.results import Score
+from vgid.results import KeptScores, Score
 
 
 class Response(NamedTuple):
@@ -60,16 +61,22 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        scores: by name (see the module docstring); a score without questions is left out.
+        kept: scores by name (see the module docstring), and the same by person; a score without
+            questions is left out.
         option_scoring: how multiple-choice questions were scored.
         few_shot: IDs of the people whose questions preceded the scored ones, by task.
         responses: every response, None unless asked for.
     """
 
-    scores: dict[str, Score]
+    kept: KeptScores
     option_scoring: OptionScoring
     few_shot: dict[Task, tuple[str, ...]]
     responses: tuple[Response, ...] | None = field(default=None, repr=False)
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """The scores by name."""
+        return self.kept.scores
 
 
 def evaluate(backbone: Backbone, examination: Examination, request: RequestConfig) -> Evaluation:
@@ -106,15 +113,17 @@ def evaluate(backbone: Backbone, examination: Examination, request: RequestConfi
         name: bootstrap_interval(values, groups, request.bootstrap_samples, examination.seed)
         for name, (values, groups) in tally.items()
     }
-    kept = None
+    people = {name: person_sums(values, groups) for name, (values, groups) in tally.items()}
+    said = None
     if request.log_responses:
-        kept = tuple(
+        said = tuple(
             Response(
                 i.question.id, i.split, i.wording, i.question.text, i.question.answer, response
             )
             for i, response in zip(examination.items, responses, strict=True)
         )
-    return Evaluation(scores, examination.option_scoring, examination.few_shot, kept)
+    kept = KeptScores(scores=scores, people=people)
+    return Evaluation(kept, examination.option_scoring, examination.few_shot, said)
 
 
 def _responses(backbone: Backbone, items: Sequence[ExamItem], batch_size: int) -> list[str]:

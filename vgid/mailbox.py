@@ -33,7 +33,7 @@ class Job(Config):
         adapter: folder that the adapter is written to (trial) or read from (rescore).
         checkpoints: folder of the trial's resumable state.
         part: which questions to score on, for base and rescore.
-        seed: of a re-scoring.
+        seed: of few-shot people, test poses and bootstrap, for base and rescore.
     """
 
     id: str

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vgid.results import Score
+from vgid.results import PersonSums, Score
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
 
@@ -222,8 +222,54 @@ def bootstrap_interval(
         member = np.arange(array.size)
     else:
         _, member = np.unique(np.asarray(groups), return_inverse=True)
-    totals, counts = np.bincount(member, weights=array), np.bincount(member)
+    low, high = _resampled(np.bincount(member, weights=array), np.bincount(member), samples, seed)
+    return Score(value=float(array.mean()), n=array.size, low=low, high=high)
+
+
+def person_sums(values: Sequence[float] | NDArray[np.float64], groups: Sequence[str]) -> PersonSums:
+    """Sum and number of each person's values, in the order of the people's IDs.
+
+    Args:
+        values: one number a question.
+        groups: the person of each question.
+    """
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    sums, counts = np.bincount(member, weights=np.asarray(values)), np.bincount(member)
+    return tuple(zip(sums.tolist(), counts.tolist(), strict=True))
+
+
+def bootstrap_difference(
+    first: PersonSums, second: PersonSums, samples: int = 1000, seed: int = 0
+) -> Score:
+    """Mean of ``first`` minus mean of ``second`` with its paired 95 % bootstrap interval.
+
+    Both are answers of the same people to the same questions, so people are drawn once for both
+    and their differences resampled: what one person is harder to answer for than another, which
+    both models share, cancels, and neither mean counts as known.
+
+    Args:
+        first: of one model.
+        second: of the other.
+        samples: resamples drawn.
+        seed: same seed, same interval, bit for bit.
+
+    Raises:
+        ValueError: no people, or other people or numbers of questions.
+    """
+    counts = np.array([n for _, n in first])
+    if counts.size == 0 or counts.tolist() != [n for _, n in second]:
+        raise ValueError("the scores are not of the same questions")
+    gaps = np.array([a - b for (a, _), (b, _) in zip(first, second, strict=True)])
+    low, high = _resampled(gaps, counts, samples, seed)
+    n = int(counts.sum())
+    return Score(value=float(gaps.sum() / n), n=n, low=low, high=high)
+
+
+def _resampled(
+    totals: NDArray[Any], counts: NDArray[Any], samples: int, seed: int
+) -> tuple[float, float]:
+    """Percentile interval of the mean per question, whole people resampled."""
     drawn = np.random.default_rng(seed).integers(0, totals.size, (samples, totals.size))
     means = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
-    return Score(value=float(array.mean()), n=array.size, low=float(low), high=float(high))
+    return float(low), float(high)

@@ -156,8 +156,8 @@ def _result(front: Front, links: NoteLinks) -> str:
     pick = recommended(front)
     if pick is None or pick.point is None:
         return f"**Result.** {len(front.records)} trials, and no front yet."
-    scores = held_out_scores(pick, front.base_held_out)
-    if scores is not None and front.base_held_out is not None:
+    scores = held_out_scores(pick)
+    if scores is not None and scores.keys() >= set(OBJECTIVES) and front.base_held_out is not None:
         reduction, retain = (scores[name].value for name in OBJECTIVES)
         base, where = front.base_held_out, "on held-out questions"
         further = {name: score.value for name, score in scores.items()}
@@ -229,7 +229,7 @@ def _table(front: Front, links: NoteLinks) -> str:
             "forget_cloze": "cloze",
         }
         for record in front.front:
-            scores = held_out_scores(record, front.base_held_out) or {}
+            scores = held_out_scores(record) or {}
             rows.append({name: _interval(scores[name]) for name in titles if name in scores})
         heading = "On held-out questions"
     else:

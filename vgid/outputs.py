@@ -25,6 +25,7 @@ OBJECTIVES = ("forget_rougeL_reduction", "retain_rougeL")
 HYPERPARAMETERS = ("alpha", "beta", "noise_type", "sigma", "prompt_style", "learning_rate")
 MAIN_METRICS = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_rougeL_reduction")
 FURTHER_METRICS = (
+    "retain_rougeL_drop",
     "forget_cloze",
     "forget_memorisation",
     "forget_refusal",
@@ -136,37 +137,10 @@ class TrialRecord:
         return metrics[OBJECTIVES[0]], metrics[OBJECTIVES[1]]
 
 
-def held_out_scores(
-    record: TrialRecord, base: Mapping[str, Score] | None
-) -> dict[str, Score] | None:
-    """A record's held-out scores, with the forget ROUGE-L reduction beside them.
-
-    The reduction is the base's score minus the trial's, the base's score taken as given, so its
-    interval is the trial's, mirrored.
-
-    Args:
-        record: a trial.
-        base: the base model's scores on the same held-out questions.
-
-    Returns:
-        Scores by name, the main ones first; None if the trial was not scored again.
-    """
-    if record.held_out is None:
-        return None
-    scores = dict(record.held_out)
-    forget = scores.get("forget_rougeL")
-    if base is not None and forget is not None and "forget_rougeL" in base:
-        start = base["forget_rougeL"].value
-        scores.setdefault(
-            "forget_rougeL_reduction",
-            Score(
-                value=start - forget.value,
-                n=forget.n,
-                low=start - forget.high,
-                high=start - forget.low,
-            ),
-        )
-    return {name: scores[name] for name in _main_first(scores)}
+def held_out_scores(record: TrialRecord) -> dict[str, Score] | None:
+    """A record's held-out scores, the main ones first; None if it was not scored again."""
+    scores = record.held_out
+    return None if scores is None else {name: scores[name] for name in _main_first(scores)}
 
 
 def write_trials(
@@ -187,11 +161,7 @@ def write_trials(
     _write_csv(path, _columns(metrics), [_row(record, metrics, path.parent) for record in rows])
 
 
-def write_front(
-    path: Path,
-    records: Iterable[TrialRecord],
-    base_held_out: Mapping[str, Score] | None = None,
-) -> None:
+def write_front(path: Path, records: Iterable[TrialRecord]) -> None:
     """Write ``front.csv``: the front's rows of ``trials.csv`` and their held-out scores.
 
     Each held-out score takes four columns: ``heldout_<name>``, the bounds of its 95 % interval
@@ -200,7 +170,6 @@ def write_front(
     Args:
         path: the file.
         records: the trials; those that are not on the front are left out.
-        base_held_out: the base model's held-out scores, from which the reduction is taken.
 
     Raises:
         InputError: the file cannot be written.
@@ -208,7 +177,7 @@ def write_front(
     everything = _ordered(records)
     rows = [record for record in everything if record.on_front]
     metrics = _metric_columns(everything, ())
-    scores = [held_out_scores(record, base_held_out) or {} for record in rows]
+    scores = [held_out_scores(record) or {} for record in rows]
     names = _main_first({name for held_out in scores for name in held_out})
     columns = _columns(metrics) + [
         f"heldout_{name}{part}" for name in names for part in ("", "_low", "_high", "_n")

@@ -71,7 +71,7 @@ class Front:
         """Front trials with their two objectives on the held-out questions."""
         found = []
         for record in self.front:
-            scores = held_out_scores(record, self.base_held_out) or {}
+            scores = held_out_scores(record) or {}
             if all(name in scores for name in OBJECTIVES):
                 found.append((record, scores[OBJECTIVES[0]], scores[OBJECTIVES[1]]))
         return found

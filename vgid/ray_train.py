@@ -54,7 +54,7 @@ class Session(Protocol):
         """Run and score one trial."""
         ...
 
-    def base_scores(self, part: QuestionPart) -> dict[str, Score]:
+    def base_scores(self, part: QuestionPart, seed: int) -> dict[str, Score]:
         """Scores of the base model."""
         ...
 
@@ -248,7 +248,7 @@ class _Line:
 
 def _do(job: Job, session: Session, line: _Line) -> Outcome:
     if job.kind == "base":
-        return Outcome(job_id=job.id, scores=session.base_scores(job.part))
+        return Outcome(job_id=job.id, scores=session.base_scores(job.part, job.seed))
     assert job.adapter is not None
     if job.kind == "rescore":
         return Outcome(job_id=job.id, scores=session.rescore(job.adapter, job.part, job.seed))

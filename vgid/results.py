@@ -46,6 +46,23 @@ def shots_left_out(scores: Mapping[str, Score]) -> str | None:
     return f"The context does not hold all few-shot turns; shown was at least a share of: {shares}."
 
 
+PersonSums = tuple[tuple[float, int], ...]
+"""A score's values by person: their sum and number, in the order of the people's IDs. All that a
+bootstrap over people needs, and nothing of who they are."""
+
+
+class KeptScores(Config):
+    """What a store keeps of an evaluation.
+
+    Attributes:
+        scores: by name.
+        people: the same by person; the same questions asked of two models give two that pair.
+    """
+
+    scores: dict[str, Score]
+    people: dict[str, PersonSums]
+
+
 class EpochReport(Config):
     """Where a trial stands after an epoch (1-based) of ``epochs``, at optimizer step ``step``."""
 

@@ -193,7 +193,8 @@ class Study:
 
         parts: tuple[QuestionPart, ...] = ("search", "held_out")
         for part in parts:
-            job = Job(id=f"base-{part}", kind="base", part=part)
+            seed = self.config.seed + (HELD_OUT_SEED_OFFSET if part == "held_out" else 0)
+            job = Job(id=f"base-{part}", kind="base", part=part, seed=seed)
             ray.get(self._mailbox.submit.remote(job))
 
         def wait() -> None:
@@ -355,7 +356,7 @@ class Study:
         records = self.board.trials()
         files = [output / name for name in TABLES]
         write_trials(output / "trials.csv", records)
-        write_front(output / "front.csv", records, self.board.base.get("held_out"))
+        write_front(output / "front.csv", records)
         front: Front | None = None
         if "search" in self.board.base:
             title = f"{self.config.backbone}, {len(records)} trials"

@@ -323,7 +323,7 @@ class Tracker:
         if run is None:
             return
         mark = "true" if record.on_front else "false"
-        scores = held_out_scores(record, front.base_held_out) or {}
+        scores = held_out_scores(record) or {}
         numbers: dict[str, float] = {}
         for name, score in scores.items():
             numbers[f"heldout_{name}"] = score.value

@@ -18,7 +18,6 @@ from typing import Any
 
 from filelock import FileLock
 from PIL import Image
-from pydantic import TypeAdapter
 
 from vgid import adapter
 from vgid.backbones import load
@@ -37,22 +36,28 @@ from vgid.errors import InputError
 from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
 from vgid.methods import make_method
+from vgid.metrics import bootstrap_difference
 from vgid.outputs import write_atomically
 from vgid.rehearsal import missing_objectives, without_unfit
 from vgid.released import distill_released, retain_drawn
-from vgid.results import EpochReport, QuestionPart, Score, TrialResult
+from vgid.results import EpochReport, KeptScores, QuestionPart, Score, TrialResult
 from vgid.splits import choose_people, held_out_of_training
 from vgid.teacher import Intervention, TeacherStore, response_room
 from vgid.training_samples import TrainingSample, training_samples
 from vgid.views import portrait_view
 
-SCORES_FORMAT = 1
+SCORES_FORMAT = 2
 """Part of the name of kept scores; raised when the same questions would give other scores."""
 
-SCORES = TypeAdapter(dict[str, Score])
 
 PLAIN = Intervention()
 """Questions as they are."""
+
+DIFFERENCES = {"forget_rougeL_reduction": "forget_rougeL", "retain_rougeL_drop": "retain_rougeL"}
+"""By how much an adapter is below the base, and in which score."""
+
+RISE = "forget_rougeL_rise"
+"""By how much the reverse prompt raises forget ROUGE-L."""
 
 OnEpoch = Callable[[EpochReport], bool]
 """Called after each epoch; False stops the trial early."""
@@ -189,21 +194,46 @@ class TrialSession:
             }
         )
 
-    def base_scores(self, part: QuestionPart) -> dict[str, Score]:
+    def base_scores(self, part: QuestionPart, seed: int | None = None) -> dict[str, Score]:
         """Scores of the base itself, computed once per store and shared by all processes."""
-        return self.scores_under(part)
+        return self.scores_under(part, seed)
 
     def rescore(
         self, adapter_dir: Path, part: QuestionPart = "held_out", seed: int | None = None
     ) -> dict[str, Score]:
-        """Scores of a saved adapter.
+        """Scores of a saved adapter, and ``DIFFERENCES`` from the base's on the same questions.
 
         Args:
             adapter_dir: PEFT adapter folder.
             part: which questions.
             seed: few-shot people, test poses and bootstrap; by default another than the trials'.
         """
-        return self.scores_under(part, seed, adapter_dir=adapter_dir)
+        base, own = self._kept(part, seed), self._kept(part, seed, adapter_dir=adapter_dir)
+        found = {
+            name: self._difference(score, base, own, part, seed)
+            for name, score in DIFFERENCES.items()
+            if score in own.scores
+        }
+        return {**own.scores, **found}
+
+    def rescore_attacked(
+        self, adapter_dir: Path | None, part: QuestionPart = "held_out", seed: int | None = None
+    ) -> dict[str, Score]:
+        """Scores under the reverse prompt, and ``RISE``: by how much it raises forget ROUGE-L.
+
+        Args:
+            adapter_dir: PEFT adapter folder, None for the base.
+            part: which questions.
+            seed: as for ``rescore``.
+        """
+        plain, attacked = (
+            self._kept(part, seed, reverse=reverse, adapter_dir=adapter_dir)
+            for reverse in (False, True)
+        )
+        found = dict(attacked.scores)
+        if "forget_rougeL" in found:
+            found[RISE] = self._difference("forget_rougeL", attacked, plain, part, seed)
+        return found
 
     def scores_under(
         self,
@@ -230,18 +260,44 @@ class TrialSession:
         Raises:
             InputError: the adapter folder lacks a file.
         """
+        return self._kept(part, seed, intervention, reverse, adapter_dir).scores
+
+    def _kept(
+        self,
+        part: QuestionPart,
+        seed: int | None = None,
+        intervention: Intervention | None = None,
+        reverse: bool = False,
+        adapter_dir: Path | None = None,
+    ) -> KeptScores:
         seed = self._seed(part) if seed is None else seed
         intervention = intervention or PLAIN
         adapter_sha256 = None if adapter_dir is None else adapter.sha256(adapter_dir)
         described = [part, seed, asdict(intervention), reverse, adapter_sha256]
 
-        def compute() -> dict[str, Score]:
+        def compute() -> KeptScores:
             if adapter_dir is None:
-                return self._evaluate(part, seed, intervention, reverse).scores
+                return self._evaluate(part, seed, intervention, reverse).kept
             with adapter.loaded(self.backbone, adapter_dir):
-                return self._evaluate(part, seed, intervention, reverse).scores
+                return self._evaluate(part, seed, intervention, reverse).kept
 
         return self._shared("base" if adapter_dir is None else "adapter", described, compute)
+
+    def _difference(
+        self,
+        score: str,
+        first: KeptScores,
+        second: KeptScores,
+        part: QuestionPart,
+        seed: int | None,
+    ) -> Score:
+        """A score of the first minus that of the second, people paired."""
+        return bootstrap_difference(
+            first.people[score],
+            second.people[score],
+            self.request.bootstrap_samples,
+            self._seed(part) if seed is None else seed,
+        )
 
     @property
     def _store_use(self) -> dict[str, int]:
@@ -394,8 +450,8 @@ class TrialSession:
         return [self._encoded[sample.query.id, view] for sample in samples]
 
     def _shared(
-        self, kind: str, what: Sequence[Any], compute: Callable[[], dict[str, Score]]
-    ) -> dict[str, Score]:
+        self, kind: str, what: Sequence[Any], compute: Callable[[], KeptScores]
+    ) -> KeptScores:
         """Scores from the store, or computed under a lock and put there.
 
         Args:
@@ -409,10 +465,10 @@ class TrialSession:
         with FileLock(path.with_suffix(".lock")):
             # Torn by a crash of the machine: made again.
             with suppress(FileNotFoundError, ValueError):
-                return SCORES.validate_json(path.read_bytes())
-            scores = compute()
-            write_atomically(path, SCORES.dump_json(scores))
-            return scores
+                return KeptScores.model_validate_json(path.read_bytes())
+            kept = compute()
+            write_atomically(path, kept.model_dump_json().encode())
+            return kept
 
 
 def run_trial(

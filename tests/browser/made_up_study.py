@@ -98,6 +98,9 @@ def draw_trials(folder: Path) -> list[TrialRecord]:
             held_out = {
                 "forget_rougeL": around(result.metrics["forget_rougeL"] + 0.02, 0.015, 30),
                 "retain_rougeL": around(result.metrics["retain_rougeL"] - 0.008, 0.006, 300),
+                "forget_rougeL_reduction": around(
+                    result.metrics["forget_rougeL_reduction"] - 0.02, 0.02, 30
+                ),
                 "forget_cloze": around(0.4, 0.3, 10),
             }
         records.append(TrialRecord(config, result, on_front, held_out))
@@ -116,7 +119,7 @@ def record_study(server: str, folder: Path) -> Recorded:
     title = f"tiny-llava, {TRIALS} trials"
     front = Front(title, records, BASE, BASE, tracker.pages, tracker.server)
     write_trials(folder / "trials.csv", records)
-    write_front(folder / "front.csv", records, BASE)
+    write_front(folder / "front.csv", records)
     write_study(folder / "study.json", {"seed": 0})
     tables = [folder / name for name in ("trials.csv", "front.csv", "study.json")]
     files = [*write_figures(folder, front), *tables]

@@ -22,11 +22,21 @@ def score(value, n=30, reach=0.05):
     return Score(value=value, n=n, low=max(0.0, value - reach), high=min(1.0, value + reach))
 
 
-def scored(forget, retain, reverse, cloze=None):
-    plain = {"forget_rougeL": score(forget), "retain_rougeL": score(retain, 300, 0.01)}
+def gap(value, n, reach):
+    return Score(value=value, n=n, low=value - reach, high=value + reach)
+
+
+def scored(forget, retain, reverse, cloze=None, base=(0.8, 1.0)):
+    plain = {
+        "forget_rougeL": score(forget),
+        "retain_rougeL": score(retain, 300, 0.01),
+        "forget_rougeL_reduction": gap(base[0] - forget, 30, 0.04),
+        "retain_rougeL_drop": gap(base[1] - retain, 300, 0.02),
+    }
     if cloze is not None:
         plain["forget_cloze"] = score(cloze, 10, 0.3)
-    return Scored(plain, {"forget_rougeL": score(reverse)})
+    rise = gap(reverse - forget, 30, 0.03)
+    return Scored(plain, {"forget_rougeL": score(reverse), "forget_rougeL_rise": rise})
 
 
 def report(backbone, base, *candidates):
@@ -48,7 +58,11 @@ def reports():
             scored(0.2, 0.98, 0.21, cloze=0.4),
             scored(0.1, 0.9, 0.1, cloze=0.3),
         ),
-        report("tiny-qwen2.5-vl", scored(0.5, 0.9, 0.5), scored(0.1, 0.88, 0.12)),
+        report(
+            "tiny-qwen2.5-vl",
+            scored(0.5, 0.9, 0.5),
+            scored(0.1, 0.88, 0.12, base=(0.5, 0.9)),
+        ),
     ]
 
 
@@ -101,8 +115,7 @@ def test_celebrities_have_their_column_where_a_base_was_asked_of_them(reports):
 def test_what_is_sure_and_what_is_not_is_said(reports):
     text = " ".join(reports[0].sentences)
     assert "0.800 to 0.200 [0.150, 0.250], n = 30" in text
-    # reverse 0.26 at most, plain 0.15 at least
-    assert "reverse rise up to 0.110 where 0.03 is allowed" in text
+    assert "reverse rise up to 0.040 where 0.03 is allowed" in text
     assert "retain drop up to" not in text
     assert "It is the best of 2" in text
     assert "best of" not in " ".join(reports[1].sentences)
@@ -110,10 +123,10 @@ def test_what_is_sure_and_what_is_not_is_said(reports):
 
 def test_marks_by_hand():
     marks = marks_of("0001", scored(0.8, 1.0, 0.9), scored(0.2, 0.95, 0.3))
-    assert marks.reduction == pytest.approx((0.6, 0.55))
+    assert marks.reduction == pytest.approx((0.6, 0.56))
     assert marks.retain == pytest.approx((0.95, 0.94))
-    assert marks.retain_drop == pytest.approx((0.05, 0.06))
-    assert marks.reverse_rise == pytest.approx((0.1, 0.2))
+    assert marks.retain_drop == pytest.approx((0.05, 0.07))
+    assert marks.reverse_rise == pytest.approx((0.1, 0.13))
     assert marks.cloze is None
 
 

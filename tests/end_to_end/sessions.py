@@ -44,8 +44,8 @@ class Mortal(Watched):
 class Fragile(TrialSession):
     """Runs out of memory in trial 0002, with a name in the message; its base knows little."""
 
-    def base_scores(self, part):
-        known = super().base_scores(part)
+    def base_scores(self, part, seed=None):
+        known = super().base_scores(part, seed)
         little = {"value": 0.2, "low": 0.1, "high": 0.3}
         return known | {"forget_rougeL": known["forget_rougeL"].model_copy(update=little)}
 

@@ -141,7 +141,14 @@ def test_the_front_is_scored_again_on_held_out_questions(study):
     summary = json.loads((output / "study.json").read_text())
     front = pd.read_csv(output / "front.csv", dtype={"trial_id": str})
     assert list(front.trial_id) == summary["front"]
-    for name in ("forget_rougeL", "retain_rougeL", "forget_rougeL_reduction"):
+    base = summary["base"]["held_out"]
+    for gap, name in (
+        ("forget_rougeL_reduction", "forget_rougeL"),
+        ("retain_rougeL_drop", "retain_rougeL"),
+    ):
+        of_base = base[name]["value"] - front[f"heldout_{name}"]
+        assert front[f"heldout_{gap}"].to_numpy() == pytest.approx(of_base.to_numpy())
+    for name in ("forget_rougeL", "retain_rougeL", "forget_rougeL_reduction", "retain_rougeL_drop"):
         assert (front[f"heldout_{name}_low"] <= front[f"heldout_{name}"]).all()
         assert (front[f"heldout_{name}"] <= front[f"heldout_{name}_high"]).all()
 
