@@ -175,7 +175,7 @@ def test_rescoring_the_saved_adapter_gives_the_trial_s_scores(session, result, a
 
 
 def test_drops_and_rises_pair_the_people_and_take_no_score_as_known(
-    session, request_config, adapters
+    session, request_config, result, adapters
 ):
     own, seed = adapters / "0000", request_config.seed
     base, scores = session.base_scores("search"), session.rescore(own, "search", seed)
