@@ -67,6 +67,7 @@ def shipped(request, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ex
         output=root,
         request_id=("R-1",),
         setting=("method=ga", "epochs=6", "learning_rate=2e-3"),
+        min_forget=None,  # a short trial; enough to tell it from the base
         retain_people=6,
         seeds=1,
     )
