@@ -62,7 +62,8 @@ def test_outcomes_are_those_of_a_trial_session(outcomes, bench, tmp_path):
     session = TrialSession(request.model_copy(update={"store": tmp_path / "store"}))
     session.run(TRIAL, "again", tmp_path / "again")
     assert outcomes[BASE].scores == session.scores_under("held_out", 1)
-    assert outcomes[TRAINED].scores == session.rescore(tmp_path / "again", "held_out", 1)
+    trained = session.scores_under("held_out", 1, adapter_dir=tmp_path / "again")
+    assert outcomes[TRAINED].scores == trained
     reverse = session.scores_under("held_out", 1, reverse=True, adapter_dir=tmp_path / "again")
     assert outcomes[REVERSED].scores == reverse
     assert outcomes[BASE].provenance == session.provenance

@@ -357,9 +357,13 @@ def _score_checks(
 ) -> tuple[ScoreCheck, ...]:
     """What was recorded of the deployed model, plainly and under attacks, beside what it has."""
     from vgid.candidates import attacks_of
+    from vgid.trial import DIFFERENCES
 
+    # Beside merged weights there is no base to take a difference from; both its scores are checked.
+    beyond = DIFFERENCES if merged else {}
+    deployed = {name: score for name, score in recorded.deployed.items() if name not in beyond}
     again = {attack.name: attack.scores for attack in attacks_of(scored)[0]}
-    rows = [("deployed", recorded.deployed, scored.plain)]
+    rows = [("deployed", deployed, scored.plain)]
     rows += [
         (attack.name, attack.scores, again.get(attack.name, {})) for attack in recorded.attacks
     ]

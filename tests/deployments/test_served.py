@@ -80,8 +80,9 @@ def test_text_questions_that_go_to_the_base_are_found(asking, answers, deploymen
     found = asking({NAME: mixed})
     assert not found.verified
     assert verdicts(found)["served under no name"] is True  # such requests are refused
-    outside = {score.name for score in found.scores if not score.within}
-    assert "forget_rougeL_text" in outside and "forget_rougeL" not in outside
+    (told,) = [c.detail for c in found.checks if c.name == f"served under {NAME}"]
+    assert told.startswith("answers as the base: forget_rougeL_text ")
+    assert "forget_rougeL " not in told
 
 
 def test_other_answers_than_recorded_are_found_though_not_the_bases(asking, answers):
