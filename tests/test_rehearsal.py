@@ -20,6 +20,8 @@ from vgid.errors import InputError
 from vgid.first_tokens import first_token_scores
 from vgid.layout import CONFIGS, shard_paths
 from vgid.note import NoteLinks, study_note
+from vgid.paper_arguments import PaperConfig
+from vgid.paper_study import run_paper_tables
 from vgid.plan import make_plan
 from vgid.plots import Front
 from vgid.results import Score, TrialResult
@@ -194,6 +196,15 @@ def test_what_the_check_refuses_the_plan_refuses(whole: Path, tmp_path: Path, ca
     assert problems and all(problem in found for found in problems)
     refusal = planned(root)
     assert refusal is not None and problem in refusal and "\n" not in refusal
+
+
+def test_the_paper_s_tables_refuse_it_before_the_first_experiment(whole: Path, tmp_path: Path):
+    config, edit, problem = REFUSED["an answer beyond the context"]
+    root, out = edited(whole, tmp_path / "data", config, edit), tmp_path / "out"
+    asked = {"data": root, "output": out, "tables": (3,), "seeds": 1}
+    with pytest.raises(InputError, match=problem):
+        run_paper_tables(PaperConfig.model_validate(asked | {"retain_people": RETAIN_PEOPLE}))
+    assert not list(out.rglob("*.json"))
 
 
 def broken(rows: Rows) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vgid import backbones
 from vgid.claims import ON_ALL, Judgement, claims_markdown, judge_all, on_all
-from vgid.config import Method, TrialConfig, parse
+from vgid.config import ForgetRatio, Method, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.experiments import Bench, Experiment, Outcome, run_experiments
 from vgid.intervals import count_seeds
@@ -84,6 +84,8 @@ def run_paper_tables(config: PaperConfig, console: Console | None = None) -> Pap
     shared = config.model_dump(include={"model_path", "retain_people", "bootstrap_samples"})
     bench = parse(Bench, {**shared, "folder": config.output / "cache", "data": data}, "tables")
     needed = _experiments(config, chosen)
+    if config.data is not None:
+        _rehearse(needed, bench)
     kept = {path.name for path in (bench.folder / "outcomes").glob("*.json")}
     outcomes = run_experiments(needed, bench, config.processes, console)
     now = {path.name for path in (bench.folder / "outcomes").glob("*.json")}
@@ -108,6 +110,25 @@ def run_paper_tables(config: PaperConfig, console: Console | None = None) -> Pap
     }
     write_study(config.output / "tables.json", summary)
     return PaperTables(tuple(filled), tuple(judgements), (*files, "tables.json"), ran)
+
+
+def _rehearse(needed: Sequence[Experiment], bench: Bench) -> None:
+    """Refuse the user's data before the first experiment, by the rule of a study's plan.
+
+    Raises:
+        InputError: what would stop one of them.
+    """
+    from vgid.rehearsal import rehearsed
+
+    trials: dict[tuple[str, ForgetRatio, int], list[TrialConfig]] = {}
+    for experiment in needed:
+        group = trials.setdefault(
+            (experiment.backbone, experiment.forget_ratio, experiment.seed), []
+        )
+        if experiment.trial is not None and experiment.trial not in group:
+            group.append(experiment.trial)
+    for request, trained in trials.items():
+        rehearsed(bench.request(*request), trained)
 
 
 def _trials(config: PaperConfig, backbone: str) -> dict[Method, TrialConfig]:
