@@ -141,6 +141,6 @@ def test_a_pick_is_the_champion_in_the_registry(site, picture, tmp_path):
         row.get_by_text(alias).wait_for()
     page.screenshot(path=picture("registry"))
     site.open("#/models/vgid-tiny-llava/versions/2")
-    page.get_by_text("suppressed under the tests below").wait_for()
+    page.get_by_text("Suppressed under these tests").wait_for()
     page.screenshot(path=picture("version"))
     assert rollback("tiny-llava", site.address) == (1, 2)

@@ -27,7 +27,8 @@ def deploy(folder: Path, adapter: Path, trial_id: str = "0003", revision: str = 
     kept.mkdir(parents=True)
     for file in adapter.iterdir():
         (kept / file.name).write_bytes(file.read_bytes())
-    score = Score(value=0.05, n=30, low=0.01, high=0.1)
+    known = Score(value=0.95, n=30, low=0.9, high=1.0)
+    left = Score(value=0.05, n=30, low=0.01, high=0.1)
     frame = spec("tiny-llava").frame
     deployment = Deployment(
         backbone="tiny-llava",
@@ -48,8 +49,8 @@ def deploy(folder: Path, adapter: Path, trial_id: str = "0003", revision: str = 
         scores=Scores(
             part="held_out",
             seeds=(1, 2, 3),
-            base={"forget_rougeL": score},
-            deployed={"forget_rougeL": score},
+            base={"forget_rougeL": known},
+            deployed={"forget_rougeL": left},
             attacks=(),
         ),
         data=Data(sha256="d" * 64, forget_ratio=5, retain_people=50, split_seed=0),
