@@ -144,22 +144,12 @@ def prepare(
     for split, members in splits.items():
         turns = {} if split == "celebrity" else shots
         for person in members:
-            asked = person.questions
-            if split != "celebrity":
-                asked = split_questions(person, part, request.seed)
             images = _PoseImages(person, seed)
-            worded: list[tuple[Question, Wording]] = [(q, "wrapped") for q in asked]
-            if split != "celebrity":
-                worded += [(q, "raw") for q in asked if _has_raw_form(q)]
+            worded = _worded(person, split, part, request.seed)
             ranked = [q.task == "classification" and scoring == "likelihood" for q, _ in worded]
             queries = []
             for (question, wording), likelihood in zip(worded, ranked, strict=True):
-                if likelihood:
-                    text = option_likelihood_text(question.text)
-                else:
-                    text = question_text(
-                        question.task, question.form, question.text, question.options, wording
-                    )
+                text = _user_text(question, wording, likelihood)
                 queries.append(
                     Query(
                         id=question.id,
@@ -186,9 +176,24 @@ def _noted(refused: list[SampleError] | None) -> Iterator[None]:
         refused.append(error)
 
 
-def _has_raw_form(question: Question) -> bool:
-    """Whether it is asked as it stands too: an open question on an image."""
-    return question.task == "generation" and question.form == "image"
+def _worded(
+    person: Person, split: str, part: QuestionPart, seed: int
+) -> list[tuple[Question, Wording]]:
+    """What a person is asked and how: open questions on an image as they stand too.
+
+    Celebrities are asked everything, and as the benchmark asks only.
+    """
+    if split == "celebrity":
+        return [(question, "wrapped") for question in person.questions]
+    asked = split_questions(person, part, seed)
+    raw = [q for q in asked if q.task == "generation" and q.form == "image"]
+    return [(q, "wrapped") for q in asked] + [(q, "raw") for q in raw]
+
+
+def _user_text(question: Question, wording: Wording, likelihood: bool) -> str:
+    if likelihood:
+        return option_likelihood_text(question.text)
+    return question_text(question.task, question.form, question.text, question.options, wording)
 
 
 class _PoseImages:
