@@ -54,6 +54,11 @@ class Outcome(Config):
         scores: of a base scoring or a re-scoring.
         error: one sentence, if it failed.
         fatal: the error is in what all jobs share (model, data), so no job can succeed.
+        lost: the error is the environment's, not the job's own, and the job may succeed when it is
+            tried again: its worker, slot, node or mailbox died, a disk is full, any ``OSError``,
+            ``MemoryError`` or error of Ray's. The trial's own are a loss that is not finite, an
+            accelerator's memory that is too small twice, and every other exception of its code. A
+            lost trial has no result: it has not ended.
         load_s: seconds that the worker spent on loading model and data for this job.
         slot: the slot that did it.
         served: how many jobs the slot had finished before.
@@ -66,6 +71,7 @@ class Outcome(Config):
     scores: dict[str, Score] = Field(default_factory=dict)
     error: str | None = None
     fatal: bool = False
+    lost: bool = False
     load_s: float = 0.0
     slot: int = -1
     served: int = 0
@@ -249,9 +255,9 @@ class Mailbox:
         ticket.messages.put_nowait(outcome)
 
 
-def failure(job: Job, error: str) -> Outcome:
-    """A failed outcome in the form that the job's kind calls for."""
+def failure(job: Job, error: str, lost: bool = False) -> Outcome:
+    """A failed or lost outcome in the form that the job's kind calls for."""
     result = None
-    if job.kind == "trial":
+    if job.kind == "trial" and not lost:
         result = TrialResult(trial_id=job.id, status="failed", error=error)
-    return Outcome(job_id=job.id, result=result, error=error)
+    return Outcome(job_id=job.id, result=result, error=error, lost=lost)
