@@ -265,7 +265,13 @@ class Ledger:
             name: the trial id.
             result: its result.
             **details: further fields of ``Record``.
+
+        Raises:
+            ValueError: the trial has ended before; what is recorded then is final.
+            InputError: the record cannot be written; the trial stays in flight.
         """
+        if self.records[name].result is not None:
+            raise ValueError(f"trial {name} has ended")
         update = {"result": result, "ended": now(), **details}
         record = self.records[name].model_copy(update=update)
         self._write(self.folder / f"{name}.json", record)

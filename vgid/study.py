@@ -6,9 +6,13 @@ tables and figures. All but the ledger, written as trials start and end, can be 
 """
 
 import shutil
+import sys
 import threading
 import time
+import traceback
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from vgid.config import StudyConfig, TrialConfig
@@ -16,7 +20,7 @@ from vgid.console import Standing, StudyConsole, libraries_silenced, print_summa
 from vgid.errors import InputError
 from vgid.figures import write_figures
 from vgid.interrupts import on_interrupt
-from vgid.ledger import Header, Ledger
+from vgid.ledger import Header, Ledger, Record
 from vgid.mailbox import Job, Outcome
 from vgid.outputs import describe, write_front, write_study, write_trials
 from vgid.plan import Plan, make_plan
@@ -278,8 +282,9 @@ class Study:
         self.console.epoch(trial_id, describe(config), None)
 
     def _on_epoch(self, trial_id: str, config: TrialConfig, report: EpochReport) -> None:
-        self.console.epoch(trial_id, describe(config), report)
-        self._scribe.write(self._tracker.log_trial_epoch, trial_id, config, report)
+        with self._kept_from_tune():
+            self.console.epoch(trial_id, describe(config), report)
+            self._scribe.write(self._tracker.log_trial_epoch, trial_id, config, report)
 
     def _on_end(
         self,
@@ -289,6 +294,8 @@ class Study:
         report: EpochReport | None,
     ) -> None:
         """Record how a trial ended, first of all in the ledger."""
+        if self.ledger.records[trial_id].result is not None:
+            return  # Tune stumbled over a trial that had ended
         if outcome is not None and outcome.result is None:  # interrupted, or nothing can run
             self._error = self._error or (outcome.error if outcome.fatal else None)
             return
@@ -303,14 +310,37 @@ class Study:
             result = TrialResult(
                 trial_id=trial_id, status="failed", error="its Ray Tune process died"
             )
-        record = self.ledger.end(trial_id, result, **details)
-        self._search.tell(record)
-        if result.seconds:
-            self.standing.trial_s.append(sum(result.seconds.values()))
-        self._update_standing()
-        self.console.ended(trial_id, result)
-        self._scribe.write(self._tracker.finish_trial, config, result)
+        with self._kept_from_tune():
+            record = self.ledger.end(trial_id, result, **details)
+            self._tell_of(record)
+
+    def _tell_of(self, record: Record) -> None:
+        """Tell everyone how a trial ended; one who fails keeps it from nobody else."""
+        result = record.result
+        assert result is not None
+        with self._kept_from_tune():
+            self._search.tell(record)
+        with self._kept_from_tune():
+            if result.seconds:
+                self.standing.trial_s.append(sum(result.seconds.values()))
+            self._update_standing()
+            self.console.ended(record.trial_id, result)
+        self._scribe.write(self._tracker.finish_trial, record.config, result)
         self._scribe.write(write_trials, self.config.output / "trials.csv", self.board.trials())
+
+    @contextmanager
+    def _kept_from_tune(self) -> Iterator[None]:
+        """Keep an error of the study's own from Ray Tune, which would fail the trial for it.
+
+        Bad input ends the study; anything else is logged by kind and place in ``study.log``.
+        """
+        try:
+            yield
+        except InputError as error:
+            self._error = self._error or str(error)
+        except Exception as error:
+            print(f"Ignored: {type(error).__name__}", file=sys.stderr)
+            traceback.print_tb(error.__traceback__)
 
     def _overhead(self, outcome: Outcome) -> float | None:
         """Seconds of the slot that went to neither training nor evaluation."""
