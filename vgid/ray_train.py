@@ -5,13 +5,14 @@ loading of the base model. So a slot, the resources of one trial, holds one run 
 workers keep a session (base model, encoded data) and take one job after the other from the
 mailbox. A worker that dies restarts inside the same run and goes on with the job that it held.
 
-Only the workers and the actor that holds the runs import torch.
+Only the workers import torch; with several a slot, Ray's side of them does too.
 """
 
 import contextlib
 import importlib
 import os
 import secrets
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -68,8 +69,11 @@ SessionFactory = Callable[[RequestConfig, int, int], Session]
 
 def trial_session(request: RequestConfig, rank: int, world_size: int) -> Session:
     """The real session; imported here, in the worker, because it brings torch along."""
+    import torch
+
     from vgid.trial import TrialSession
 
+    torch.set_num_threads(CPUS_PER_WORKER)
     return TrialSession(request, rank, world_size)
 
 
@@ -139,7 +143,7 @@ class _SlotHost:
     def __init__(self, shape: SlotShape, storage: Path, loop: dict[str, Any]) -> None:
         os.environ.update(TRAIN_SETTINGS)
         # Once and not in each thread: Ray's packages import each other in circles.
-        importlib.import_module("ray.train.torch")
+        self._trainer = _trainer(shape.workers)
         self._shape = shape
         self._storage = storage
         self._loop = loop
@@ -158,10 +162,9 @@ class _SlotHost:
 
     def _fit(self, slot: int, run: int) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
 
         environment = {"OMP_NUM_THREADS": str(CPUS_PER_WORKER), "OMP_WAIT_POLICY": "passive"}
-        TorchTrainer(
+        self._trainer(
             serve,
             train_loop_config={**self._loop, "slot": slot},
             scaling_config=ScalingConfig(
@@ -178,6 +181,13 @@ class _SlotHost:
         ).fit()
 
 
+def _trainer(workers: int) -> Any:
+    """Ray Train's trainer; one worker has no use for a process group, nor Ray for torch then."""
+    if workers > 1:
+        return importlib.import_module("ray.train.torch").TorchTrainer
+    return importlib.import_module("ray.train.v2.api.data_parallel_trainer").DataParallelTrainer
+
+
 def serve(config: dict[str, Any]) -> None:
     """The loop of one worker: take a job, do it, hand back its outcome, until sent home.
 
@@ -185,10 +195,8 @@ def serve(config: dict[str, Any]) -> None:
     ranks do the same. An exception fails the job, not the slot: the next job gets a new session.
     With several workers the others may hang in a collective then, so the whole group restarts.
     """
-    import torch
     from ray.train import get_context
 
-    torch.set_num_threads(CPUS_PER_WORKER)
     context = get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     line = _Line(config["mailbox"], config["slot"], rank, world_size)
@@ -207,8 +215,7 @@ def serve(config: dict[str, Any]) -> None:
             traceback.print_tb(error.__traceback__)
             outcome = failure(job, _where(error))
             session = None
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            _give_back_gpu_memory()
             if world_size > 1:
                 line.finish(outcome, any_rank=True)
                 raise
@@ -261,6 +268,12 @@ def _do(job: Job, session: Session, line: _Line) -> Outcome:
         checkpoint_dir=job.checkpoints,
     )
     return Outcome(job_id=job.id, result=result, error=result.error)
+
+
+def _give_back_gpu_memory() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _where(error: BaseException) -> str:
