@@ -13,6 +13,7 @@ from vgid.mailbox import MAX_ATTEMPTS, Job, Mailbox, Outcome
 from vgid.plan import SlotShape
 from vgid.ray_train import _do, _where
 from vgid.results import EpochReport, Score, TrialResult
+from vgid.slot_memory import RAY_BYTES, WORKER_BYTES
 
 
 def job(name="0000"):
@@ -252,8 +253,11 @@ def test_an_exception_is_named_by_kind_and_place_never_by_its_message():
 @pytest.mark.parametrize(
     ("shape", "resources"),
     [
-        (SlotShape(), {"CPU": 1.0}),
-        (SlotShape(workers=2, gpus_per_worker=0.5), {"CPU": 1.0, "GPU": 0.5}),
+        (SlotShape(), {"CPU": 1.0, "memory": float(RAY_BYTES + WORKER_BYTES)}),
+        (
+            SlotShape(workers=2, gpus_per_worker=0.5, worker_bytes=10**9),
+            {"CPU": 1.0, "GPU": 0.5, "memory": 1e9 + RAY_BYTES // 2},
+        ),
     ],
 )
 def test_resources_of_a_worker(shape, resources):

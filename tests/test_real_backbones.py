@@ -22,6 +22,7 @@ from vgid.config import RequestConfig, TrialConfig
 from vgid.encoding import Query, encode, response_ids
 from vgid.errors import InputError
 from vgid.layout import CONFIGS, shard_paths
+from vgid.slot_memory import WORKER_BYTES, worker_bytes
 from vgid.synthetic import write_benchmark
 from vgid.trial import TrialSession
 
@@ -37,6 +38,22 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def backbone(folder: Path) -> Backbone:
     return load(folder.name, str(folder), "cpu")
+
+
+def test_a_workers_memory_holds_weights_and_on_the_cpu_a_step(folder, backbone):
+    elements = sum(p.numel() for p in backbone.model.parameters())
+    few, many = (TrialConfig(batch_size=n, retain_batch_size=1) for n in (2, 4))
+    on_gpu = worker_bytes(folder.name, str(folder), folder, few, on_gpu=True)
+    assert on_gpu == WORKER_BYTES + 2 * elements
+    with adapter.attached(backbone, few) as model:
+        lora = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    steps = [
+        worker_bytes(folder.name, str(folder), folder, trial, on_gpu=False)
+        - (WORKER_BYTES + 4 * elements + 16 * lora)
+        for trial in (few, many)
+    ]
+    vocabulary = 8 * 256 * backbone.model.config.get_text_config().vocab_size
+    assert steps[1] - vocabulary == pytest.approx(2 * (steps[0] - vocabulary), rel=0.2)
 
 
 def shorten(row: dict[str, Any]) -> None:

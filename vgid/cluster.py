@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import ray
@@ -72,17 +72,32 @@ def connected() -> Iterator[bool]:
             os.environ.pop("RAY_ADDRESS", None)
 
 
-def capacity(shape: SlotShape) -> int:
-    """How many slots of this shape the nodes hold now; a slot may span nodes."""
+def capacity(shape: SlotShape, names: Iterable[str] | None = None) -> int:
+    """How many slots of this shape the nodes hold now; a slot may span nodes.
+
+    Memory is what was free on a node when Ray started there, by the limit of its container if it
+    has one.
+
+    Args:
+        shape: resources of a slot.
+        names: count these resources only, None counts all.
+    """
+    need = {name: shape.per_worker[name] for name in names or shape.per_worker}
     workers = 0
     for node in ray.nodes():
         if node["Alive"]:
             have = node["Resources"]
-            workers += int(min(have.get(name, 0) / need for name, need in shape.per_worker.items()))
+            workers += int(min(have.get(name, 0) / each for name, each in need.items()))
     return workers // shape.workers
 
 
-def slot_count(shape: SlotShape, wanted: int | None, trials: int, joined: bool) -> int:
+def scarcest(shape: SlotShape) -> str:
+    """The resource that fewer slots could be had of than of any other, in words."""
+    words = {"CPU": "cores", "GPU": "GPUs", "memory": "memory"}
+    return words[min(shape.per_worker, key=lambda name: capacity(shape, [name]))]
+
+
+def slot_count(shape: SlotShape, wanted: int | None, trials: int, joined: bool) -> tuple[int, str]:
     """How many slots a study gets: what it wants, what the cluster holds, one a trial at most.
 
     On a cluster that was joined, today's capacity does not limit what is wanted: nodes may come up
@@ -94,16 +109,26 @@ def slot_count(shape: SlotShape, wanted: int | None, trials: int, joined: bool) 
         trials: trials still to run.
         joined: whether the cluster was there before the study.
 
+    Returns:
+        The number, and what decided it, in words.
+
     Raises:
         InputError: not a single slot fits.
     """
     held = capacity(shape)
     if held == 0 and not (joined and wanted):
-        need = ", ".join(f"{value:g} {name}" for name, value in shape.per_worker.items())
+        short = scarcest(shape)
+        remedy = "free some memory, or " if short == "memory" else ""
         raise InputError(
-            f"ray: the cluster cannot hold a trial of {shape.workers} worker(s) with {need} each; "
-            "lower --workers-per-trial or --gpus-per-worker, or where nodes join on demand say "
-            "how many trials are to run at a time with --max-concurrent."
+            f"ray: the cluster has too little {short} for a trial of {shape.workers} worker(s) "
+            f"with {shape.need} each; {remedy}lower --workers-per-trial or --gpus-per-worker, or "
+            "where nodes join on demand say how many trials are to run at a time with "
+            "--max-concurrent."
         )
-    most = held if wanted is None else wanted if joined else min(wanted, held)
-    return max(1, min(most, trials))
+    limits = {"the number of trials": max(1, trials)}
+    if wanted is not None:
+        limits["--max-concurrent"] = wanted
+    if wanted is None or not joined:
+        limits[scarcest(shape)] = held
+    decider = min(limits, key=lambda name: limits[name])
+    return limits[decider], decider

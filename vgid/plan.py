@@ -7,11 +7,14 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.filesize import decimal
+
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.results import LeftOut, describe_left_out
 from vgid.search_domain import Choices, Range
 from vgid.search_space import FOLDER, SearchSpace
+from vgid.slot_memory import RAY_BYTES, WORKER_BYTES, worker_bytes
 
 if TYPE_CHECKING:
     from vgid.benchmark import Benchmark
@@ -29,16 +32,32 @@ MIN_FREE_BYTES = 500 * 2**20
 
 @dataclass(frozen=True)
 class SlotShape:
-    """The resources of one slot: ``workers`` processes with ``gpus_per_worker`` GPUs each."""
+    """The resources of one slot: ``workers`` processes with ``gpus_per_worker`` GPUs each.
+
+    Attributes:
+        workers: processes.
+        gpus_per_worker: may be a fraction.
+        worker_bytes: memory of a worker, see ``vgid.slot_memory``.
+    """
 
     workers: int = 1
     gpus_per_worker: float = 0.0
+    worker_bytes: int = WORKER_BYTES
 
     @property
     def per_worker(self) -> dict[str, float]:
-        """Ray resources of one worker."""
+        """Ray resources of one worker, with its share of the memory that Ray takes for the slot."""
         gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
-        return {"CPU": float(CPUS_PER_WORKER), **gpus}
+        memory = self.worker_bytes + RAY_BYTES // self.workers
+        return {"CPU": float(CPUS_PER_WORKER), **gpus, "memory": float(memory)}
+
+    @property
+    def need(self) -> str:
+        """What a worker needs, for people."""
+        return " and ".join(
+            f"{decimal(int(value))} memory" if name == "memory" else f"{value:g} {name}"
+            for name, value in self.per_worker.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,6 @@ class Plan:
         config = self.config
         at_a_time = config.max_concurrent or "as many as the cluster holds"
         searched = ", ".join(f"{name} ({domain})" for name, domain in self.space.searched.items())
-        need = " and ".join(f"{value:g} {name}" for name, value in self.shape.per_worker.items())
         lines = [
             f"Study of {config.trials} trials of {config.method} on {config.backbone}, "
             f"forgetting {config.forget_ratio} % of the people, seed {config.seed}",
@@ -87,7 +105,7 @@ class Plan:
             f"Search space: {self.space.source}",
             f"  searched: {searched}",
             f"  fixed: {', '.join(f'{k} {v}' for k, v in self.space.fixed.items()) or 'nothing'}",
-            f"Slots: {at_a_time}, each {self.shape.workers} worker(s) with {need}",
+            f"Slots: {at_a_time}, each {self.shape.workers} worker(s) with {self.shape.need}",
             f"First points ({len(self.space.first_points)}):",
         ]
         for point in self.space.first_points[: config.trials]:
@@ -150,9 +168,17 @@ def make_plan(config: StudyConfig) -> Plan:
         space=space,
         space_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         request=request,
-        shape=SlotShape(config.workers_per_trial, config.gpus_per_worker),
+        shape=_shape(config, space, folder),
         benchmark=benchmark,
     )
+
+
+def _shape(config: StudyConfig, space: SearchSpace, folder: Path) -> SlotShape:
+    """The resources of a slot, by the first of the trials."""
+    trial = space.trial_config(next(iter(space.first_points), {}), config.seed)
+    on_gpu = config.gpus_per_worker > 0
+    memory = worker_bytes(config.backbone, config.model_path, folder, trial, on_gpu)
+    return SlotShape(config.workers_per_trial, config.gpus_per_worker, memory)
 
 
 def _check_layer(space: SearchSpace, folder: Path) -> None:

@@ -175,10 +175,10 @@ class Study:
         from vgid.ray_train import Slots, start_mailbox, trial_session
 
         to_run = max(1, self.config.trials - len(self.ledger.ended))
-        count = slot_count(self.plan.shape, self.config.max_concurrent, to_run, joined)
+        count, decider = slot_count(self.plan.shape, self.config.max_concurrent, to_run, joined)
         self.standing.slots = count
         self._mailbox = start_mailbox()
-        self.console.stage(f"Starting {count} slot(s) and loading the base model")
+        self.console.stage(f"Starting {count} slot(s), by {decider}, and loading the base model")
         slots = Slots(
             self._mailbox,
             self.plan.request,

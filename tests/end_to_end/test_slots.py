@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import pytest
 import ray
 from ray import cloudpickle
@@ -14,8 +15,9 @@ from ray.cluster_utils import Cluster
 
 from tests.end_to_end import sessions
 from tests.end_to_end.conftest import free_port
-from vgid.cluster import QUIET
+from vgid.cluster import QUIET, slot_count
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
+from vgid.errors import InputError
 from vgid.plan import SlotShape
 from vgid.ray_train import Slots, start_mailbox
 from vgid.study import run_study
@@ -87,6 +89,15 @@ def in_a_fresh_process(request, config, adapter):
 
 def weights(adapter):
     return (Path(adapter) / "adapter_model.safetensors").read_bytes()
+
+
+def test_slots_are_counted_by_each_nodes_memory():
+    """What Ray calls memory, in bytes, and hands out with cores."""
+    assert slot_count(SlotShape(), None, 9, joined=True) == (2, "cores")
+    free = min(node["Resources"]["memory"] for node in ray.nodes())
+    assert 1e9 < free < psutil.virtual_memory().total
+    with pytest.raises(InputError, match="too little memory"):
+        slot_count(SlotShape(worker_bytes=psutil.virtual_memory().total), None, 9, joined=True)
 
 
 def test_a_slot_outlives_kills_repeats_itself_and_keeps_its_memory_flat(request_config, tmp_path):
