@@ -176,3 +176,15 @@ def test_a_result_is_never_taken_back(tmp_path):
         again.resume(StudyConfig(output=tmp_path / "s"), SHA)
         again.abandon()
         assert len(again.ended) == 1
+
+
+def test_a_study_of_more_than_10000_trials_is_read_in_the_order_of_its_trials(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        ledger.start("0000", TrialConfig())
+    plain = (tmp_path / "s" / "trials" / "0000.json").read_text()
+    for number in range(1, 10_002):
+        path = tmp_path / "s" / "trials" / f"{trial_id(number)}.json"
+        path.write_text(plain.replace('"0000"', f'"{trial_id(number)}"'))
+    with Ledger(tmp_path / "s") as again:
+        again.resume(StudyConfig(output=tmp_path / "s"), SHA)
+        assert list(again.records)[9998:] == ["9998", "9999", "10000", "10001"]

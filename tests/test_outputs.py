@@ -5,6 +5,8 @@ import errno
 import json
 import math
 import os
+import resource
+import signal
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +17,7 @@ from vgid.config import Method, TrialConfig
 from vgid.errors import InputError
 from vgid.outputs import (
     TrialRecord,
+    TrialsTable,
     describe,
     held_out_scores,
     write_atomically,
@@ -138,6 +141,50 @@ def test_no_trials_still_give_a_header(tmp_path):
     assert "forget_cloze" in frame.columns
     write_front(tmp_path / "front.csv", [])
     assert len(pd.read_csv(tmp_path / "front.csv")) == 0
+
+
+def test_a_trial_that_ends_adds_its_row_and_the_last_write_orders_them(tmp_path, monkeypatch):
+    path = tmp_path / "trials.csv"
+    ended = [record(f"{number:04d}", tmp_path) for number in (9999, 10000, 3)]
+    table = TrialsTable(path)
+    assert not table.holds(ended[0])  # nothing is there yet
+    table.write(ended[:1])
+    whole = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("vgid.outputs.write_atomically", None)  # nothing is written anew
+        for one in ended[1:]:
+            assert table.holds(one)
+            table.add(one)
+    assert path.read_bytes().startswith(whole)
+    assert [row["trial_id"] for row in read(path)] == ["9999", "10000", "0003"]
+
+    other = record("0004", tmp_path)
+    other.result.metrics["celebrity_rougeL"] = 0.5
+    assert not table.holds(other)
+    table.write([*ended, other])
+    assert [row["trial_id"] for row in read(path)] == ["0003", "0004", "9999", "10000"]
+    assert table.holds(other)
+    write_trials(tmp_path / "at_once.csv", [*ended, other])
+    assert path.read_bytes() == (tmp_path / "at_once.csv").read_bytes()
+
+
+def test_a_row_that_does_not_fit_on_the_disk_is_one_sentence_and_no_half_line(tmp_path):
+    path = tmp_path / "trials.csv"
+    table = TrialsTable(path)
+    table.write([record("0000", tmp_path)])
+    whole = path.read_bytes()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 9, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"trials.csv: cannot be written \(No space left"):
+            table.add(record("0001", tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == whole
+    table.add(record("0001", tmp_path))
+    assert [row["trial_id"] for row in read(path)] == ["0000", "0001"]
 
 
 def test_front_adds_held_out_scores_with_intervals(tmp_path, records):

@@ -8,6 +8,7 @@ import os
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vgid.outputs import OBJECTIVES, TrialRecord, describe, held_out_scores
-from vgid.results import EpochReport, QuestionPart, Score, TrialResult
+from vgid.results import EpochReport, QuestionPart, Score, TrialResult, trial_order
 from vgid.suppression import doubt
 
 
@@ -72,7 +73,7 @@ class Standing:
         counts: ended trials by status.
         front: size of the front.
         hypervolume: of the front, None until the base model is scored.
-        trial_s: seconds of each trial that ended in this run.
+        trial_s: seconds of the last trials that ended in this run.
         budget_s: time budget for new trials.
     """
 
@@ -81,7 +82,7 @@ class Standing:
     counts: dict[str, int] = field(default_factory=dict)
     front: int = 0
     hypervolume: float | None = None
-    trial_s: list[float] = field(default_factory=list)
+    trial_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
     budget_s: float | None = None
 
     @property
@@ -196,7 +197,9 @@ class StudyConsole:
             Text(f"{duration(self._elapsed())}"),
         )
         lines: list[RenderableType] = [head, Text(self._summary())]
-        for name, (label, report) in sorted(self._running.items()):
+        for name, (label, report) in sorted(
+            self._running.items(), key=lambda item: trial_order(item[0])
+        ):
             state = "waiting for its first epoch"
             if report is not None:
                 state = f"epoch {report.epoch}/{report.epochs}"

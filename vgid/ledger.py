@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 from vgid.config import Config, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.outputs import write_atomically
-from vgid.results import TrialResult
+from vgid.results import TrialResult, trial_order
 
 MUST_AGREE = (
     "backbone",
@@ -229,7 +229,8 @@ class Ledger:
             )
         for stray in self.folder.glob(".*"):  # half-written by a killed process
             stray.unlink()
-        records = [self._read(path, Record) for path in sorted(self.folder.glob("[0-9]*.json"))]
+        paths = sorted(self.folder.glob("[0-9]*.json"), key=lambda path: trial_order(path.stem))
+        records = [self._read(path, Record) for path in paths]
         for number, record in enumerate(records):
             if record.trial_id != trial_id(number):
                 raise InputError(

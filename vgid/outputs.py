@@ -1,11 +1,13 @@
 """The tables of a study: ``trials.csv``, ``front.csv`` and ``study.json``.
 
-Each file is written beside its place and moved there, so that a reader never sees half of one.
+Each file is written beside its place and moved there, so that a reader never sees half of one; to
+``trials.csv`` each ended trial adds its row while the study runs.
 Numbers are written with ``repr``: ``float`` (or ``pandas.read_csv(..., float_precision=
 "round_trip")``) reads the same bits back. Nothing here is a name, a question or an answer.
 """
 
 import csv
+import errno
 import io
 import json
 import os
@@ -17,7 +19,7 @@ from typing import Any
 
 from vgid.config import Method, TrialConfig
 from vgid.errors import InputError
-from vgid.results import Score, TrialResult
+from vgid.results import Score, TrialResult, trial_order
 
 OBJECTIVES = ("forget_rougeL_reduction", "retain_rougeL")
 """What a study maximises: the two axes of the paper's figure 4."""
@@ -161,6 +163,60 @@ def write_trials(
     _write_csv(path, _columns(metrics), [_row(record, metrics, path.parent) for record in rows])
 
 
+class TrialsTable:
+    """``trials.csv`` while a study runs: each trial that ends adds a row, whatever came before.
+
+    Rows stand in the order in which trials ended, each with ``on_front`` as it was then. The file
+    is written whole, as ``write_trials`` does, before its first row is added, so that a line which
+    a killed process left half-written is mended, when a trial has a metric without a column, and
+    at the end of the study.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._metrics: list[str] | None = None
+
+    def holds(self, record: TrialRecord) -> bool:
+        """Whether the file is there with all columns that the trial needs."""
+        return self._metrics is not None and set(_metric_columns([record], ())) <= set(
+            self._metrics
+        )
+
+    def write(self, records: Iterable[TrialRecord]) -> None:
+        """Write the file whole.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        rows = _ordered(records)
+        write_trials(self._path, rows)
+        self._metrics = _metric_columns(rows, ())
+
+    def add(self, record: TrialRecord) -> None:
+        """Add a row for a trial that the table ``holds``.
+
+        Raises:
+            InputError: the file cannot be written; it is left as it was.
+        """
+        assert self._metrics is not None
+        row = _row(record, self._metrics, self._path.parent)
+        line = _as_csv([_cells(row, _columns(self._metrics))])
+        try:
+            with self._path.open("ab", buffering=0) as stream:
+                before = stream.tell()
+                try:
+                    if stream.write(line) != len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    stream.truncate(before)
+                    raise
+        except OSError as error:
+            raise _unwritable(self._path, error) from None
+
+
 def write_front(path: Path, records: Iterable[TrialRecord]) -> None:
     """Write ``front.csv``: the front's rows of ``trials.csv`` and their held-out scores.
 
@@ -228,14 +284,18 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); free some space or name another "
-            "folder with --output."
-        ) from None
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path}: cannot be written ({error.strerror}); free some space or name another "
+        "folder with --output."
+    )
 
 
 def _ordered(records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    return sorted(records, key=lambda record: record.result.trial_id)
+    return sorted(records, key=lambda record: trial_order(record.result.trial_id))
 
 
 def _main_first(names: Iterable[str]) -> list[str]:
@@ -271,12 +331,17 @@ def _row(record: TrialRecord, metrics: Sequence[str], folder: Path) -> dict[str,
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    write_atomically(path, _as_csv([columns, *(_cells(row, columns) for row in rows)]))
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    return [as_text(row.get(name)) for name in columns]
+
+
+def _as_csv(lines: Iterable[Sequence[str]]) -> bytes:
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([as_text(row.get(name)) for name in columns])
-    write_atomically(path, text.getvalue().encode())
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue().encode()
 
 
 def _plain(value: Any) -> Any:

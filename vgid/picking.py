@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from vgid.errors import InputError
 from vgid.pareto import front_mask
+from vgid.results import trial_order
 from vgid.suppression import MIN_FORGET, share_gone
 
 Rule = Literal["knee", "max-forget", "constraint"]
@@ -219,14 +220,15 @@ def choose(candidates: Sequence[Marks], rule: Rule, bounds: Bounds) -> Choice:
             retain_drop=RETAIN_DROP if bounds.retain_drop is None else bounds.retain_drop,
             reverse_rise=REVERSE_RISE if bounds.reverse_rise is None else bounds.reverse_rise,
         )
-    listed = sorted(candidates, key=lambda marks: marks.trial_id)
+    listed = sorted(candidates, key=lambda marks: trial_order(marks.trial_id))
     if rule == "knee":
         heights = dict(zip(listed, chord_heights(listed).round(9).tolist(), strict=True))
     else:
         heights = dict.fromkeys(listed, 0.0)
 
-    def rank(marks: Marks) -> tuple[float, float, float, str]:
-        return -heights[marks], -marks.reduction.value, -marks.retain.value, marks.trial_id
+    def rank(marks: Marks) -> tuple[float, float, float, tuple[int, str]]:
+        order = trial_order(marks.trial_id)
+        return -heights[marks], -marks.reduction.value, -marks.retain.value, order
 
     within = sorted((m for m in listed if bounds.keeps(m)), key=rank)
     outside = sorted(

@@ -24,6 +24,11 @@ Verbatim = dict[QuestionPart, dict[str, dict[str, int]]]
 are ``scored``, and how many of these training has ``seen`` word for word."""
 
 
+def trial_order(trial_id: str) -> tuple[int, str]:
+    """A key that sorts trial ids as the numbers they are: ``10000`` comes after ``9999``."""
+    return len(trial_id), trial_id
+
+
 class Score(Config):
     """A mean over ``n`` questions with its bootstrap 95 % interval ``[low, high]``."""
 

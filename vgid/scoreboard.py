@@ -1,18 +1,19 @@
 """What the results of a study amount to at any moment: front, hypervolume, counts."""
 
-from vgid.ledger import Ledger
+from vgid.ledger import Ledger, Record
 from vgid.outputs import TrialRecord
-from vgid.pareto import front_mask, hypervolume
-from vgid.results import QuestionPart, Score
-
-NOWHERE = (float("nan"), float("nan"))
+from vgid.pareto import GrowingFront
+from vgid.results import QuestionPart, Score, trial_order
 
 
 class Scoreboard:
-    """Results as the ledger and the scorings give them; nothing is kept that could disagree.
+    """Results as the ledger and the scorings give them.
+
+    Each ended trial is taken in once, so that what a trial costs does not grow with the study;
+    the trials themselves are the ledger's.
 
     Args:
-        ledger: the study's record.
+        ledger: the study's record, opened.
 
     Attributes:
         base: scores of the base model by part of the questions, as far as they are known.
@@ -21,39 +22,40 @@ class Scoreboard:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        self._front = GrowingFront()
+        self._counts: dict[str, int] = {"completed": 0, "pruned": 0, "failed": 0}
+        self._volume: float | None = None
         self.base: dict[QuestionPart, dict[str, Score]] = {}
         self.held_out: dict[str, dict[str, Score]] = {}
+        for record in ledger.ended:
+            self.add(record)
+
+    def add(self, record: Record) -> TrialRecord:
+        """Take in a trial that has ended, once; returns it as it stands now."""
+        assert record.result is not None
+        trial = TrialRecord(record.config, record.result)
+        if trial.point is not None and self._front.add(record.trial_id, trial.point):
+            self._volume = None
+        self._counts[record.result.status] += 1
+        return self._trial(record)
 
     def trials(self) -> list[TrialRecord]:
         """All ended trials by id, with the front marked and held-out scores where known."""
-        plain = [
-            TrialRecord(record.config, record.result)
-            for record in self._ledger.ended
-            if record.result is not None
-        ]
-        if not plain:
-            return []
-        mask = front_mask([trial.point or NOWHERE for trial in plain])
-        return [
-            TrialRecord(
-                trial.config,
-                trial.result,
-                bool(on_front),
-                self.held_out.get(trial.result.trial_id),
-            )
-            for trial, on_front in zip(plain, mask, strict=True)
-        ]
+        return [self._trial(record) for record in self._ledger.ended]
 
     def front(self) -> list[TrialRecord]:
         """The trials that no other trial dominates, by id."""
-        return [trial for trial in self.trials() if trial.on_front]
+        names = sorted(self._front.names, key=trial_order)
+        return [self._trial(self._ledger.records[name]) for name in names]
+
+    @property
+    def front_size(self) -> int:
+        """How many trials no other trial dominates."""
+        return len(self._front)
 
     def counts(self) -> dict[str, int]:
         """Ended trials by status."""
-        found = {"completed": 0, "pruned": 0, "failed": 0}
-        for trial in self.trials():
-            found[trial.result.status] += 1
-        return found
+        return dict(self._counts)
 
     @property
     def reference_point(self) -> tuple[float, float] | None:
@@ -68,7 +70,13 @@ class Scoreboard:
     def hypervolume(self) -> float | None:
         """Of the front above the reference point; None until the base is scored."""
         reference = self.reference_point
-        if reference is None:
-            return None
-        points = [trial.point for trial in self.trials() if trial.point is not None]
-        return hypervolume(points, reference) if points else 0.0
+        if reference is not None and self._volume is None:
+            self._volume = self._front.hypervolume(reference)
+        return self._volume
+
+    def _trial(self, record: Record) -> TrialRecord:
+        assert record.result is not None
+        name = record.trial_id
+        return TrialRecord(
+            record.config, record.result, name in self._front, self.held_out.get(name)
+        )

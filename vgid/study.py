@@ -22,7 +22,7 @@ from vgid.figures import write_figures
 from vgid.interrupts import on_interrupt
 from vgid.ledger import Header, Ledger, Record
 from vgid.mailbox import Job, Outcome
-from vgid.outputs import describe, write_front, write_study, write_trials
+from vgid.outputs import TrialsTable, describe, write_front, write_study
 from vgid.plan import Plan, make_plan
 from vgid.plots import Front
 from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots_left_out
@@ -95,6 +95,7 @@ class Study:
         self.standing = standing
         self.started = started
         self.board = Scoreboard(ledger)
+        self._table = TrialsTable(plan.config.output / "trials.csv")
         self.ui = ""
         self._error: str | None = None
         self._interrupted = threading.Event()
@@ -222,7 +223,9 @@ class Study:
         return waiting.submit(wait)
 
     def _bring_tracker_in_line(self) -> None:
-        for record in self.ledger.ended:
+        records = self.board.trials()
+        self._scribe.write(self._table.write, records)
+        for record in records:
             self._scribe.write(self._tracker.finish_trial, record.config, record.result)
 
     # While the trials run
@@ -318,6 +321,7 @@ class Study:
         """Tell everyone how a trial ended; one who fails keeps it from nobody else."""
         result = record.result
         assert result is not None
+        trial = self.board.add(record)
         with self._kept_from_tune():
             self._search.tell(record)
         with self._kept_from_tune():
@@ -326,7 +330,10 @@ class Study:
             self._update_standing()
             self.console.ended(record.trial_id, result)
         self._scribe.write(self._tracker.finish_trial, record.config, result)
-        self._scribe.write(write_trials, self.config.output / "trials.csv", self.board.trials())
+        if self._table.holds(trial):
+            self._scribe.write(self._table.add, trial)
+        else:
+            self._scribe.write(self._table.write, self.board.trials())
 
     @contextmanager
     def _kept_from_tune(self) -> Iterator[None]:
@@ -385,7 +392,7 @@ class Study:
         output = self.config.output
         records = self.board.trials()
         files = [output / name for name in TABLES]
-        write_trials(output / "trials.csv", records)
+        self._table.write(records)
         write_front(output / "front.csv", records)
         front: Front | None = None
         if "search" in self.board.base:
@@ -435,7 +442,7 @@ class Study:
 
     def _update_standing(self) -> None:
         self.standing.counts = self.board.counts()
-        self.standing.front = len(self.board.front())
+        self.standing.front = self.board.front_size
         self.standing.hypervolume = self.board.hypervolume
 
     @property

@@ -12,7 +12,7 @@ from vgid.errors import InputError
 from vgid.ledger import Record
 from vgid.outputs import OBJECTIVES
 from vgid.pareto import hypervolume
-from vgid.results import QuestionPart, Score
+from vgid.results import QuestionPart, Score, trial_order
 
 PICK_SCORES = (
     "forget_rougeL",
@@ -108,7 +108,9 @@ def read_study(folder: Path, method: Method, seed: int) -> StudyFront:
             front = {row["trial_id"]: row for row in csv.DictReader(file)}
         records = [
             parse(Record, json.loads(path.read_text(encoding="utf-8")), str(path))
-            for path in sorted((folder / "trials").glob("[0-9]*.json"))
+            for path in sorted(
+                (folder / "trials").glob("[0-9]*.json"), key=lambda path: trial_order(path.stem)
+            )
         ]
     except (OSError, ValueError, KeyError) as error:
         reason = getattr(error, "strerror", None) or "it is damaged"

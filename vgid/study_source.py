@@ -21,6 +21,7 @@ from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.outputs import OBJECTIVES, TRIAL_FIELDS
 from vgid.plan import OWN_DATA
+from vgid.results import trial_order
 
 MLFLOW = "mlflow:"
 
@@ -240,7 +241,7 @@ def _front(text: str, where: str) -> list[tuple[str, TrialConfig, tuple[float, f
                 f"{where}: trial {trial_id} lacks {' or '.join(OBJECTIVES)}; restore the file."
             ) from None
         rows.append((trial_id, config, point))
-    return sorted(rows)
+    return sorted(rows, key=lambda row: trial_order(row[0]))
 
 
 def _check_adapters(source: Source) -> None:

@@ -1,0 +1,70 @@
+"""What a study amounts to while its trials end one by one, against all of them at once."""
+
+import random
+
+import pytest
+
+from vgid.config import StudyConfig, TrialConfig
+from vgid.ledger import Header, Ledger, trial_id
+from vgid.outputs import OBJECTIVES
+from vgid.pareto import front_mask, hypervolume
+from vgid.results import Score, TrialResult
+from vgid.scoreboard import Scoreboard
+
+NOWHERE = (float("nan"), float("nan"))
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with Ledger(tmp_path / "s") as made:
+        config = StudyConfig(output=tmp_path / "s")
+        made.begin(Header(study_id="s", config=config, search_space_sha256="", started=""))
+        yield made
+
+
+def end(ledger, number, rng):
+    """End a trial with coarse scores, so that ties are common; some fail."""
+    name = trial_id(number)
+    ledger.start(name, TrialConfig())
+    failed = rng.random() < 0.2
+    scores = {objective: rng.randint(0, 9) / 10 for objective in OBJECTIVES}
+    status = rng.choice(("failed", "pruned")) if failed else "completed"
+    return ledger.end(
+        name, TrialResult(trial_id=name, status=status, metrics={} if failed else scores)
+    )
+
+
+def test_board_agrees_at_any_moment_with_what_all_trials_say_and_with_a_resumed_one(ledger):
+    rng = random.Random(0)
+    board = Scoreboard(ledger)
+    assert (board.trials(), board.front(), board.hypervolume) == ([], [], None)
+    board.base["search"] = {"retain_rougeL": Score(value=0.9, n=1, low=0.9, high=0.9)}
+    order = rng.sample(range(9_990, 10_020), 30)  # trials end in any order
+    for number in order:
+        ended = board.add(end(ledger, number, rng))
+        trials = board.trials()
+        points = [trial.point or NOWHERE for trial in trials]
+        marks = front_mask(points).tolist()
+        assert [trial.on_front for trial in trials] == marks
+        named = {t.result.trial_id: t.on_front for t in trials}
+        assert ended.on_front == named[ended.result.trial_id]
+        ids = [name for name, on_front in named.items() if on_front]
+        assert [t.result.trial_id for t in board.front()] == sorted(ids, key=int)
+        assert board.front_size == sum(marks)
+        statuses = [trial.result.status for trial in trials]
+        assert board.counts() == {s: statuses.count(s) for s in ("completed", "pruned", "failed")}
+        assert board.hypervolume == hypervolume(points, (0.0, 0.45))
+    resumed = Scoreboard(ledger)
+    resumed.base = board.base
+    assert resumed.trials() == board.trials()
+    assert resumed.hypervolume == board.hypervolume
+
+
+def test_held_out_scores_stand_with_their_trial(ledger):
+    board = Scoreboard(ledger)
+    rng = random.Random(1)
+    for number in range(8):
+        board.add(end(ledger, number, rng))
+    name = board.front()[0].result.trial_id
+    board.held_out[name] = {"retain_rougeL": Score(value=0.8, n=1, low=0.8, high=0.8)}
+    assert {t.result.trial_id for t in board.trials() if t.held_out} == {name}
