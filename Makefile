@@ -31,7 +31,7 @@ browser: $(VENV)/.installed
 	@$(BIN)/python -m tests.browser.programs
 
 test: lint browser
-	$(BIN)/pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 # A vLLM for the CPU wants other versions than the project, so it has an environment of its own.
 $(VLLM)/.installed:

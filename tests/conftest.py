@@ -28,14 +28,6 @@ def make_random_backbone(seed: int = 0) -> Backbone:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests share a process: those of a file, and all of the deployments' study."""
-    shared = {item.path for item in items if "study_folder" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "study_folder" if item.path in shared else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="module")
 def random_backbone() -> Backbone:
     return make_random_backbone()
