@@ -177,9 +177,9 @@ def test_resumed_trial_equals_the_uninterrupted_one(random_backbone, forget, ret
         )
         head = [next(run), next(run)]
         run.close()
-    got, tail = train(random_backbone, forget, retain, config, trial_id="7", checkpoint=folder)
-    assert [r.epoch for r in tail] == [3, 4]
-    assert head + tail == reports
+    assert head == reports[:2]
+    got, again = train(random_backbone, forget, retain, config, trial_id="7", checkpoint=folder)
+    assert again == reports  # the first two too: their hearer may have been killed with the trial
     assert all(torch.equal(expected[n], got[n]) for n in expected)
 
 

@@ -153,14 +153,16 @@ def test_without_evaluation_the_adapter_is_the_same_and_nothing_is_asked(
     assert evaluated.scores == result.scores and evaluated.metrics == result.metrics
 
 
-def test_a_trial_continues_from_its_checkpoint(session, result, tmp_path):
+@pytest.mark.parametrize("trained", [1, 2])
+def test_a_trial_continues_from_its_checkpoint(session, result, tmp_path, trained):
+    """Also from that of its last epoch, which nobody has heard of: killed while it was scored."""
     checkpoint = tmp_path / "checkpoint"
-    session.run(TRIAL, "0000", tmp_path / "x", lambda report: False, checkpoint)
+    session.run(TRIAL, "0000", tmp_path / "x", lambda r: r.epoch < trained, checkpoint)
     seen: list[int] = []
     continued = session.run(
         TRIAL, "0000", tmp_path / "y", lambda r: bool(seen.append(r.epoch)) or True, checkpoint
     )
-    assert seen == [2]
+    assert seen == [1, 2]
     assert continued.metrics == result.metrics
 
 

@@ -1,17 +1,20 @@
-"""Checkpoint of a trial under way: adapter and optimizer state in one safetensors file.
+"""Checkpoint of a trial under way: adapter, optimizer state and reports in one safetensors file.
 
 It is written to a temporary name and renamed, so a crash leaves the last whole one. Random states
 are not in it: everything random in ``distillation`` is a function of (seed, epoch).
 """
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from vgid.results import EpochReport
 
 FILE_NAME = "state.safetensors"
 
@@ -22,8 +25,12 @@ def save_checkpoint(
     epochs_done: int,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    reports: Sequence[EpochReport] = (),
 ) -> None:
-    """Write the state after ``epochs_done`` epochs of trial ``trial_id`` to ``folder``."""
+    """Write the state after ``epochs_done`` epochs of trial ``trial_id`` to ``folder``.
+
+    The epochs' reports go with it: whoever was to hear of the last one may be killed before.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors[f"parameter/{name}"] = parameter.detach().cpu().contiguous()
@@ -31,7 +38,12 @@ def save_checkpoint(
             tensors[f"{key}/{name}"] = value.detach().cpu().contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{FILE_NAME}.{os.getpid()}.tmp"
-    save_file(tensors, temporary, {"trial_id": trial_id, "epochs_done": str(epochs_done)})
+    metadata = {
+        "trial_id": trial_id,
+        "epochs_done": str(epochs_done),
+        "reports": json.dumps([report.model_dump() for report in reports]),
+    }
+    save_file(tensors, temporary, metadata)
     temporary.replace(folder / FILE_NAME)
 
 
@@ -79,3 +91,10 @@ def load_checkpoint(
         group["lr"] = base * factor(steps)
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
     return epochs_done
+
+
+def checkpoint_reports(folder: Path) -> list[EpochReport]:
+    """The reports that were saved with a checkpoint, which ``load_checkpoint`` has accepted."""
+    with safe_open(folder / FILE_NAME, "pt") as file:
+        kept = json.loads(file.metadata().get("reports", "[]"))
+    return [EpochReport.model_validate(report) for report in kept]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from vgid.backbones import Backbone
-from vgid.checkpoint import load_checkpoint, save_checkpoint
+from vgid.checkpoint import checkpoint_reports, load_checkpoint, save_checkpoint
 from vgid.config import TrialConfig, uses
 from vgid.encoding import Encoded
 from vgid.interventions import sample_generator
@@ -274,6 +274,8 @@ def distill(
 ) -> Iterator[EpochReport]:
     """Train the attached adapter in place; yields a report after each epoch.
 
+    Epochs that a checkpoint has are reported again, since nobody may have heard of them.
+
     Args:
         backbone: the frozen base that ``model`` wraps.
         model: the ``PeftModel`` with a fresh adapter.
@@ -304,14 +306,16 @@ def distill(
         optimizer,
         lambda step: learning_rate_factor(step, per_epoch * config.epochs, config.warmup_fraction),
     )
-    first = 0
+    first, reports = 0, []
     if checkpoint is not None:
         first = load_checkpoint(checkpoint, trial_id, parameters, optimizer, schedule)
+        reports = checkpoint_reports(checkpoint) if first else []
     student: nn.Module = Student(model, backbone, method)
     if world_size > 1:
         # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
         student = nn.parallel.DistributedDataParallel(student, init_sync=False)
 
+    yield from list(reports)
     others = None if kept is None else retain_batches(kept, config, first * per_epoch)
     for epoch in range(first, config.epochs):
         model.train()
@@ -349,9 +353,7 @@ def distill(
             sums += losses
         model.eval()
         forgotten, retained = _sum_over_ranks(sums, world_size) / len(batches)
-        if checkpoint is not None and rank == 0:
-            save_checkpoint(checkpoint, trial_id, epoch + 1, parameters, optimizer)
-        yield EpochReport(
+        report = EpochReport(
             epoch=epoch + 1,
             epochs=config.epochs,
             step=(epoch + 1) * per_epoch,
@@ -363,6 +365,10 @@ def distill(
                 "grad_norm": norm,
             },
         )
+        reports.append(report)
+        if checkpoint is not None and rank == 0:
+            save_checkpoint(checkpoint, trial_id, epoch + 1, parameters, optimizer, reports)
+        yield report
 
 
 def backward_term(
