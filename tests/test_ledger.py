@@ -1,5 +1,6 @@
 """The ledger: what a killed study leaves behind, who may hold the folder, what may be resumed."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.ledger import Header, Ledger, now, trial_id
-from vgid.results import TrialResult
+from vgid.results import EpochReport, TrialResult
 
 SHA = "0" * 64
 
@@ -42,6 +43,39 @@ def test_trials_come_back_with_their_bits_after_a_resume(tmp_path):
         (in_flight,) = again.in_flight
         assert in_flight.trial_id == "0001"
         assert in_flight.config.sigma == 0.1
+
+
+def test_epochs_are_kept_as_they_are_heard(tmp_path):
+    reports = [EpochReport(epoch=e, epochs=3, step=4 * e, metrics={"loss": 1 / e}) for e in (1, 2)]
+    with begun(tmp_path / "s") as ledger:
+        ledger.start("0000", TrialConfig())
+        first = ledger.epoch("0000", reports[0])
+    with Ledger(tmp_path / "s") as again:  # killed; the trial starts over
+        again.resume(StudyConfig(output=tmp_path / "s"), SHA)
+        assert again.records["0000"] == first
+        for report in reports:
+            again.epoch("0000", report)
+        assert again.records["0000"].epochs[:1] == first.epochs
+        assert [heard.report for heard in again.records["0000"].epochs] == reports
+        again.end("0000", completed("0000"))
+        late = reports[1].model_copy(update={"step": 12})
+        assert again.epoch("0000", late).epochs == again.records["0000"].epochs
+    with Ledger(tmp_path / "s") as last:
+        last.resume(StudyConfig(output=tmp_path / "s"), SHA)
+        assert [heard.report for heard in last.records["0000"].epochs] == reports
+        assert last.records["0000"].result == completed("0000")
+
+
+def test_a_record_of_before_epochs_were_kept_is_read(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        ledger.start("0000", TrialConfig())
+    path = tmp_path / "s" / "trials" / "0000.json"
+    old = json.loads(path.read_text())
+    del old["epochs"]
+    path.write_text(json.dumps(old))
+    with Ledger(tmp_path / "s") as again:
+        again.resume(StudyConfig(output=tmp_path / "s"), SHA)
+        assert again.records["0000"].epochs == ()
 
 
 def test_an_in_flight_trial_keeps_its_record_when_it_starts_again(tmp_path):

@@ -23,8 +23,8 @@ class Told:
             raise self.error
         self.trials.append(record.trial_id)
 
-    def finish_trial(self, config, result):
-        self.trials.append(result.trial_id)
+    def log_trial(self, record):
+        self.trials.append(record.trial_id)
 
 
 @pytest.fixture

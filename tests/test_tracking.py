@@ -2,7 +2,9 @@
 
 import sqlite3
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.figures import FIGURES, write_figures
+from vgid.ledger import Ledger, Record, now
 from vgid.note import NOTE_PICTURE, NoteLinks, note_links, recommended, study_note
 from vgid.outputs import TrialRecord, write_front, write_study, write_trials
 from vgid.plots import Front
@@ -18,6 +21,7 @@ from vgid.results import EpochReport, Score, TrialResult
 from vgid.run_view import UI
 from vgid.tracking import Tracker
 
+SHA = "0" * 64
 HASHES = {"dataset": "d" * 64, "base": "b" * 64}
 BASE = {
     "forget_rougeL": Score(value=0.95, n=60, low=0.9, high=1.0),
@@ -100,13 +104,24 @@ def make_records(output):
     return records
 
 
-def run_study(tracker, output, study_id, records):
+@contextmanager
+def ledger_of(output):
+    """The ledger of a study, begun or gone on with."""
     config = StudyConfig(output=output, data=output / "data", trials=4)
-    tracker.start_study(study_id, config, HASHES)
-    for record in records:
-        for report in EPOCHS:
-            tracker.log_trial_epoch(record.result.trial_id, record.config, report)
-        assert tracker.finish_trial(record.config, record.result)
+    with Ledger(output / "study") as ledger:
+        ledger.open(config, SHA, resume=(ledger.folder / "study.json").exists())
+        yield ledger
+
+
+def run_study(tracker, output, study_id, records):
+    with ledger_of(output) as ledger:
+        tracker.start_study(study_id, ledger.header.config, HASHES)
+        for record in records:
+            name = record.result.trial_id
+            tracker.log_trial(ledger.start(name, record.config))
+            for report in EPOCHS:
+                tracker.log_trial(ledger.epoch(name, report))
+            assert tracker.log_trial(end(ledger, record.result))
     front = Front("tiny-llava", records, BASE, BASE, tracker.pages, tracker.server)
     write_trials(output / "trials.csv", records)
     write_front(output / "front.csv", records)
@@ -116,6 +131,18 @@ def run_study(tracker, output, study_id, records):
     tracker.finish_study(
         front, {"hypervolume": 0.41}, {"train": 8.0}, [output / name for name in names]
     )
+
+
+def end(ledger, result):
+    """The record of a trial that has ended, now or before."""
+    record = ledger.records[result.trial_id]
+    return record if record.result is not None else ledger.end(result.trial_id, result)
+
+
+def ended(record):
+    """The record of a trial that ended at once, without a ledger."""
+    name, config = record.result.trial_id, record.config
+    return Record(trial_id=name, config=config, started=now(), ended=now(), result=record.result)
 
 
 def children_of(mlflow, tracker):
@@ -227,29 +254,80 @@ def test_a_resumed_study_doubles_nothing(store, output):
     assert mlflow.get_run(first.study_run_id).info.status == "FINISHED"
 
 
+def curve(mlflow, tracker, ledger):
+    """Steps, values and times of a lone trial's loss, on MLflow and in the ledger."""
+    (run,) = children_of(mlflow, tracker).values()
+    there = mlflow.get_metric_history(run.info.run_id, "loss")
+    (record,) = ledger.records.values()
+    known = [(e.report.step, e.report.metrics["loss"], to_ms(e.at)) for e in record.epochs]
+    return [(m.step, m.value, m.timestamp) for m in there], known
+
+
+def to_ms(iso):
+    return round(datetime.fromisoformat(iso).timestamp() * 1000)
+
+
 @pytest.mark.parametrize("flush_s", [0.0, 60.0])
-def test_a_trial_cut_short_goes_on_in_its_run(store, output, monkeypatch, flush_s):
-    """Also where its run was made and the study was killed before anything else was sent."""
+@pytest.mark.parametrize("heard", [0, 1, 2], ids=lambda n: f"{n} epochs")
+@pytest.mark.parametrize("cut", ["in flight", "recorded"])
+def test_a_trial_cut_short_has_its_whole_curve(store, output, monkeypatch, flush_s, heard, cut):
+    """Killed in flight, or after the ledger had the result and MLflow had not."""
     monkeypatch.setattr("vgid.tracking.FLUSH_SECONDS", flush_s)
     record = make_records(output)[0]
-    config = StudyConfig(output=output)
-    name, study = f"cut-short-{flush_s}", f"study-three-{flush_s}"
-    first = open_tracker(store, name)
-    first.start_study(study, config, HASHES)
-    first.log_trial_epoch("0000", record.config, EPOCHS[0])
+    name = f"cut short {flush_s} {heard} {cut}"
+    with ledger_of(output) as ledger:
+        first = open_tracker(store, name)
+        first.start_study(name, ledger.header.config, HASHES)
+        first.log_trial(ledger.start("0000", record.config))
+        for report in EPOCHS[:heard]:
+            first.log_trial(ledger.epoch("0000", report))
+        if cut == "recorded":
+            for report in EPOCHS[heard:]:
+                ledger.epoch("0000", report)
+            ledger.end("0000", record.result)
 
-    second = open_tracker(store, name)
-    second.start_study(study, config, HASHES)
-    for report in EPOCHS:  # the trial starts over
-        second.log_trial_epoch("0000", record.config, report)
-    assert second.finish_trial(record.config, record.result)
+    with ledger_of(output) as ledger:
+        second = open_tracker(store, name)
+        second.start_study(name, ledger.header.config, HASHES)
+        second.log_trial(ledger.records["0000"])
+        for report in EPOCHS:  # a trial in flight starts over
+            second.log_trial(ledger.epoch("0000", report))
+        assert second.log_trial(end(ledger, record.result))
+        there, known = curve(client(store), second, ledger)
 
+    assert there == known
+    assert [(step, value) for step, value, _ in there] == [(6, 1.0), (12, 0.5)]
     mlflow = client(store)
     (run,) = children_of(mlflow, second).values()
-    assert history(mlflow, run.info.run_id, "loss") == [(6, 1.0), (12, 0.5)]
     assert float(run.data.params["alpha"]) == record.config.alpha
     assert run.info.status == "FINISHED"
     assert mlflow.get_run(second.study_run_id).info.status == "RUNNING"
+
+
+def test_what_is_sent_twice_is_there_once(store, output):
+    """The server did what it was asked to, and its answer was lost."""
+    record = make_records(output)[0]
+    with ledger_of(output) as ledger:
+        tracker = open_tracker(store, "twice")
+        tracker.start_study("twice", ledger.header.config, HASHES)
+        tracker.log_trial(ledger.start("0000", record.config))
+        for report in EPOCHS:
+            ledger.epoch("0000", report)
+        log_batch = tracker._client.log_batch
+
+        def no_answer(*arguments, **options):
+            log_batch(*arguments, **options)
+            tracker._client.log_batch = log_batch
+            raise OSError("timed out")
+
+        tracker._client.log_batch = no_answer
+        assert not tracker.log_trial(ledger.end("0000", record.result))
+        tracker._silent_until = 0.0
+        assert tracker.log_trial(ledger.records["0000"])
+        there, known = curve(client(store), tracker, ledger)
+    assert there == known
+    (run,) = children_of(client(store), tracker).values()
+    assert len(history(client(store), run.info.run_id, "retain_rougeL")) == 1
 
 
 def test_a_study_cut_short_before_its_parameters_gets_them(store, output, monkeypatch):
@@ -277,7 +355,7 @@ def test_more_metrics_than_one_request_holds_are_all_recorded(store, output):
     tracker = open_tracker(store, "many")
     tracker.start_study("study-many", StudyConfig(output=output), HASHES)
     result = record.result.model_copy(update={"metrics": many})
-    assert tracker.finish_trial(record.config, result)
+    assert tracker.log_trial(ended(replace(record, result=result)))
     (run,) = children_of(client(store), tracker).values()
     assert {name: run.data.metrics[name] for name in many} == many
 
@@ -297,12 +375,12 @@ def test_trials_that_could_not_be_sent_are_sent_at_the_end(store, output, caplog
     records = make_records(output)
     tracker = open_tracker(store, "outage")
     tracker.start_study("study-five", StudyConfig(output=output), HASHES)
-    assert tracker.finish_trial(records[0].config, records[0].result)
+    assert tracker.log_trial(ended(records[0]))
     database = sqlite3.connect(store / "mlflow.db")
     database.execute("ALTER TABLE runs RENAME TO runs_away")
     with caplog.at_level("WARNING", logger="vgid.tracking"):
-        assert not tracker.finish_trial(records[1].config, records[1].result)
-        assert not tracker.finish_trial(records[2].config, records[2].result)
+        assert not tracker.log_trial(ended(records[1]))
+        assert not tracker.log_trial(ended(records[2]))
     front = Front("tiny-llava", records, BASE)
     with pytest.raises(InputError, match="run the same command with --resume"):
         tracker.finish_study(front, {}, {}, [])

@@ -4,7 +4,7 @@
 
     OUTPUT/.lock               held by the process that runs the study; the kernel frees it
     OUTPUT/trials/study.json   what the study is, written before its first trial
-    OUTPUT/trials/0007.json    one trial: its config before it starts, its result when it ends
+    OUTPUT/trials/0007.json    one trial: its config before it starts, its epochs, its result
 
 Everything else that tells of trials (``trials.csv``, Optuna's journal, MLflow) is brought in line
 with this record when a study is resumed, so a killed study neither loses nor doubles a trial.
@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError
 from vgid.config import Config, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.outputs import write_atomically
-from vgid.results import TrialResult, trial_order
+from vgid.results import EpochReport, TrialResult, trial_order
 
 MUST_AGREE = (
     "backbone",
@@ -60,6 +60,13 @@ class Header(Config):
     started: str
 
 
+class Heard(Config):
+    """An epoch's report, and when the driver heard it: UTC, ISO 8601."""
+
+    report: EpochReport
+    at: str
+
+
 class Record(Config):
     """One trial.
 
@@ -67,6 +74,7 @@ class Record(Config):
         trial_id: four digits, the trial's number in Optuna.
         config: what is run.
         started: UTC, ISO 8601.
+        epochs: what it reported so far, by optimizer step.
         ended: UTC, ISO 8601; None while in flight.
         result: None while in flight.
         slot: where it ran.
@@ -77,6 +85,7 @@ class Record(Config):
     trial_id: str = Field(pattern=r"^\d{4,}$")
     config: TrialConfig
     started: str
+    epochs: tuple[Heard, ...] = ()
     ended: str | None = None
     result: TrialResult | None = None
     slot: int | None = None
@@ -258,6 +267,17 @@ class Ledger:
             self._write(self.folder / f"{name}.json", record)
             self.records[name] = record
         return self.records[name]
+
+    def epoch(self, name: str, report: EpochReport) -> Record:
+        """Record an epoch of a trial in flight; steps that are recorded are left alone."""
+        record = self.records[name]
+        reached = record.epochs[-1].report.step if record.epochs else -1
+        if record.result is None and report.step > reached:
+            epochs = (*record.epochs, Heard(report=report, at=now()))
+            record = record.model_copy(update={"epochs": epochs})
+            self._write(self.folder / f"{name}.json", record)
+            self.records[name] = record
+        return record
 
     def end(self, name: str, result: TrialResult, **details: Any) -> Record:
         """Record how a trial ended, and drop its checkpoints.

@@ -223,10 +223,9 @@ class Study:
         return waiting.submit(wait)
 
     def _bring_tracker_in_line(self) -> None:
-        records = self.board.trials()
-        self._scribe.write(self._table.write, records)
-        for record in records:
-            self._scribe.write(self._tracker.finish_trial, record.config, record.result)
+        self._scribe.write(self._table.write, self.board.trials())
+        for record in self.ledger.records.values():
+            self._scribe.write(self._tracker.log_trial, record)
 
     # While the trials run
 
@@ -287,7 +286,7 @@ class Study:
     def _on_epoch(self, trial_id: str, config: TrialConfig, report: EpochReport) -> None:
         with self._kept_from_tune():
             self.console.epoch(trial_id, describe(config), report)
-            self._scribe.write(self._tracker.log_trial_epoch, trial_id, config, report)
+            self._scribe.write(self._tracker.log_trial, self.ledger.epoch(trial_id, report))
 
     def _on_end(
         self,
@@ -329,7 +328,7 @@ class Study:
                 self.standing.trial_s.append(sum(result.seconds.values()))
             self._update_standing()
             self.console.ended(record.trial_id, result)
-        self._scribe.write(self._tracker.finish_trial, record.config, result)
+        self._scribe.write(self._tracker.log_trial, record)
         if self._table.holds(trial):
             self._scribe.write(self._table.add, trial)
         else:

@@ -14,16 +14,18 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from vgid.config import StudyConfig, TrialConfig
+from vgid.config import StudyConfig
 from vgid.errors import InputError
+from vgid.ledger import Record
 from vgid.mlflow_client import Connection, connect, first_line, search_runs
 from vgid.note import NOTE_PICTURE, note_links, study_note
 from vgid.outputs import MAIN_METRICS, TrialRecord, as_text, held_out_scores, run_name
 from vgid.plots import Front, write_png
-from vgid.results import EpochReport, LeftOut, TrialResult, TrialStatus, Verbatim
+from vgid.results import LeftOut, TrialResult, TrialStatus, Verbatim
 from vgid.run_view import run_page, view_tag
 
 logger = logging.getLogger(__name__)
@@ -46,19 +48,21 @@ RETRY_SECONDS = 60.0
 
 @dataclass
 class _Run:
-    """What the tracker knows of a trial's run, and what it has yet to send (params, waiting).
+    """What the tracker knows of a trial's run on the server.
 
-    ``params`` is None until the trial's config is named: a run that is taken over may lack them.
+    Attributes:
+        last_step: of the epochs that are there; None for a run taken over, until it is asked for.
+        named: whether its parameters are there; a run taken over may lack them.
+        sent: when it was last written to.
     """
 
     run_id: str
     tags: dict[str, str]
     metrics: dict[str, float] = field(default_factory=dict)
-    last_step: int = -1
+    last_step: int | None = None
+    named: bool = False
     ended: bool = False
-    params: list[Any] | None = None
-    waiting: list[Any] = field(default_factory=list)
-    flushed: float = field(default_factory=time.time)
+    sent: float = 0.0
 
 
 class Tracker:
@@ -75,7 +79,7 @@ class Tracker:
         self._study_id = ""
         self._hashes: dict[str, str] = {}
         self._runs: dict[str, _Run] = {}
-        self._unsent: dict[str, tuple[TrialConfig, TrialResult]] = {}
+        self._behind: dict[str, Record] = {}
         self._silent_until = 0.0
         self.uri = connection.uri
         self.experiment_id = connection.experiment_id
@@ -156,41 +160,20 @@ class Tracker:
             ) from None
         return self.study_run_id
 
-    def log_trial_epoch(self, trial_id: str, config: TrialConfig, report: EpochReport) -> None:
-        """Record an epoch at its optimizer step; steps that are recorded are left alone."""
-        run = self._trial_run(trial_id, config, time.time())
-        if run is None or run.ended or report.step <= run.last_step:
-            return
-        from mlflow.entities import Metric
+    def log_trial(self, record: Record) -> bool:
+        """Record how far a trial has come: parameters, epochs and, once it has ended, its outcome.
 
-        now = time.time()
-        run.last_step = report.step
-        run.metrics.update(report.metrics)  # so that the result does not repeat the last epoch
-        run.waiting += [
-            Metric(name, value, int(now * 1000), report.step)
-            for name, value in report.metrics.items()
-        ]
-        if now - run.flushed >= FLUSH_SECONDS:
-            self._flush(run)
-
-    def finish_trial(self, config: TrialConfig, result: TrialResult) -> bool:
-        """Record a trial's outcome: parameters, scores, phases, adapter, terminal status.
-
-        Safe to repeat: a run that has ended is left alone. If the server does not answer, the
-        trial is kept and sent again by ``finish_study``.
+        Safe to repeat: what is recorded is left alone. Epochs wait up to ``FLUSH_SECONDS``. What
+        the server does not take is kept, and sent in order by the next call that reaches it.
 
         Returns:
-            Whether the trial is recorded.
+            Whether the trial is recorded up to now.
         """
-        started = time.time() - sum(result.seconds.values())
-        run = self._trial_run(result.trial_id, config, started)
-        if run is not None and run.ended:
-            return True
-        if run is None or not self._try(lambda: self._send_result(run, result)):
-            self._unsent[result.trial_id] = (config, result)
+        run = self._runs.get(record.trial_id)
+        if run is not None and record.result is None and time.time() - run.sent < FLUSH_SECONDS:
             return False
-        self._unsent.pop(result.trial_id, None)
-        return True
+        self._behind[record.trial_id] = record
+        return self._catch_up()
 
     def finish_study(
         self,
@@ -220,8 +203,7 @@ class Tracker:
         from mlflow.exceptions import MlflowException
 
         self._silent_until = 0.0
-        for config, result in list(self._unsent.values()):
-            self.finish_trial(config, result)
+        self._catch_up()
         now = int(time.time() * 1000)
         numbers = {
             **metrics,
@@ -251,34 +233,86 @@ class Tracker:
         except (MlflowException, OSError) as error:
             reason = first_line(error)
         else:
-            if not self._unsent:
+            if not self._behind:
                 return
-            reason = f"{len(self._unsent)} trials are missing"
+            reason = f"{len(self._behind)} trials are missing"
         raise InputError(
             f"--tracking-uri {self.uri}: the outcome could not be recorded ({reason}); the output "
             "folder is complete, so run the same command with --resume once the server answers."
         )
 
-    def _trial_run(self, trial_id: str, config: TrialConfig, started: float) -> _Run | None:
-        run = self._runs.get(trial_id)
-        if run is None:
-            self._try(lambda: self._create_trial_run(trial_id, config, started))
-            run = self._runs.get(trial_id)
-        if run is not None and run.params is None:
-            run.params = _params(config.used)
-        return run
+    def _catch_up(self) -> bool:
+        """Send what the server has not taken yet; whether nothing is left."""
+        for name, record in list(self._behind.items()):
+            if not self._try(self._send, record):
+                return False
+            del self._behind[name]
+        return True
 
-    def _create_trial_run(self, trial_id: str, config: TrialConfig, started: float) -> None:
+    def _send(self, record: Record) -> None:
+        """Bring a trial's run up to its record.
+
+        Times are the record's, so that what is sent again, because its answer was lost, is to
+        MLflow the same metric and not another one.
+        """
+        from mlflow.entities import Metric, RunTag
+
+        run = self._runs.get(record.trial_id) or self._create_trial_run(record)
+        if run.ended:
+            return
+        if run.last_step is None:
+            run.last_step = self._last_step(run, record)
+        metrics = [
+            Metric(name, value, _milliseconds(epoch.at), epoch.report.step)
+            for epoch in record.epochs
+            if epoch.report.step > run.last_step
+            for name, value in epoch.report.metrics.items()
+        ]
+        known = run.metrics | {metric.key: metric.value for metric in metrics}
+        last_step = max([run.last_step, *(epoch.report.step for epoch in record.epochs)])
+        tags: list[Any] = []
+        result, ended = record.result, _milliseconds(record.ended or record.started)
+        if result is not None:
+            # After a kill between two calls, what is there already is not sent again.
+            missing = {k: v for k, v in _outcome(result).items() if known.get(k) != v}
+            known |= missing
+            metrics += [Metric(k, v, ended, max(last_step, 0)) for k, v in missing.items()]
+            tags.append(RunTag("vgid.status", result.status))
+            if result.error is not None:
+                tags.append(RunTag("vgid.error", result.error))
+        params = [] if run.named else _params(record.config.used)
+        self._log(run.run_id, params=params, metrics=metrics, tags=tags)
+        run.named, run.metrics, run.last_step, run.sent = True, known, last_step, time.time()
+        if result is not None:
+            if result.adapter is not None and result.adapter.is_dir():
+                self._client.log_artifacts(run.run_id, str(result.adapter), "adapter")
+            self._client.set_terminated(run.run_id, STATUS[result.status], ended)
+            run.ended = True
+
+    def _last_step(self, run: _Run, record: Record) -> int:
+        """How far the epochs of a run that was taken over are recorded.
+
+        Told by the last metric of an epoch, since a large batch is sent in parts, in order.
+        """
+        last = list(record.epochs[-1].report.metrics)[-1:] if record.epochs else []
+        if not run.metrics.keys() & last:
+            return -1
+        history = self._client.get_metric_history(run.run_id, last[0])
+        return max(int(metric.step) for metric in history)
+
+    def _create_trial_run(self, record: Record) -> _Run:
         tags = {
             "mlflow.parentRunId": self.study_run_id,
             "vgid.kind": "trial",
             "vgid.study_id": self._study_id,
-            "vgid.trial_id": trial_id,
+            "vgid.trial_id": record.trial_id,
             **self._hash_tags(),
         }
-        name = run_name(config, trial_id)
-        created = self._client.create_run(self.experiment_id, int(started * 1000), tags, name)
-        self._runs[trial_id] = _Run(created.info.run_id, tags)
+        name = run_name(record.config, record.trial_id)
+        started = _milliseconds(record.started)
+        created = self._client.create_run(self.experiment_id, started, tags, name)
+        run = self._runs[record.trial_id] = _Run(created.info.run_id, tags)
+        return run
 
     def _adopt_trials(self) -> None:
         """Learn the runs of an interrupted study, and how far each had come."""
@@ -287,34 +321,7 @@ class Tracker:
             trial_id = child.data.tags.get("vgid.trial_id", "")
             run = _Run(child.info.run_id, dict(child.data.tags), dict(child.data.metrics))
             run.ended = child.info.status in STATUS.values()
-            if not run.ended and "loss" in run.metrics:
-                history = self._client.get_metric_history(run.run_id, "loss")
-                run.last_step = max(metric.step for metric in history)
             self._runs[trial_id] = run
-
-    def _send_result(self, run: _Run, result: TrialResult) -> None:
-        from mlflow.entities import Metric, RunTag
-
-        now = int(time.time() * 1000)
-        values = {
-            **result.metrics,
-            **{f"seconds/{phase}": seconds for phase, seconds in result.seconds.items()},
-            **{f"store/{name}": float(count) for name, count in result.store.items()},
-        }
-        step = max(run.last_step, 0)
-        # After a kill between two calls, what is there already is not sent again.
-        missing = [(name, v) for name, v in values.items() if run.metrics.get(name) != v]
-        tags = [RunTag("vgid.status", result.status)]
-        if result.error is not None:
-            tags.append(RunTag("vgid.error", result.error))
-        metrics = run.waiting + [Metric(name, value, now, step) for name, value in missing]
-        self._log(run.run_id, params=run.params, metrics=metrics, tags=tags)
-        run.params, run.waiting = [], []
-        run.metrics.update(missing)
-        if result.adapter is not None and result.adapter.is_dir():
-            self._client.log_artifacts(run.run_id, str(result.adapter), "adapter")
-        self._client.set_terminated(run.run_id, STATUS[result.status], now)
-        run.ended = True
 
     def _log_front(self, record: TrialRecord, front: Front, now: int) -> None:
         from mlflow.entities import Metric, RunTag
@@ -353,11 +360,6 @@ class Tracker:
             write_png(path, front, whole_only=True)
             self._client.log_artifact(self.study_run_id, str(path))
 
-    def _flush(self, run: _Run) -> None:
-        run.flushed = time.time()
-        if self._try(lambda: self._log(run.run_id, params=run.params, metrics=run.waiting)):
-            run.params, run.waiting = [], []
-
     def _log(
         self,
         run_id: str,
@@ -370,14 +372,14 @@ class Tracker:
         if rest:
             self._log(run_id, rest)
 
-    def _try(self, send: Callable[[], None]) -> bool:
+    def _try(self, send: Callable[[Record], None], record: Record) -> bool:
         """Send; a server that does not answer costs a warning and a wait, never the study."""
         from mlflow.exceptions import MlflowException
 
         if time.time() < self._silent_until:
             return False
         try:
-            send()
+            send(record)
         except (MlflowException, OSError) as error:
             self._silent_until = time.time() + RETRY_SECONDS
             logger.warning("MLflow at %s does not record (%s).", self.uri, first_line(error))
@@ -395,3 +397,16 @@ def _params(values: Mapping[str, Any]) -> list[Any]:
     from mlflow.entities import Param
 
     return [Param(name, as_text(value)) for name, value in values.items() if value is not None]
+
+
+def _outcome(result: TrialResult) -> dict[str, float]:
+    """A result's numbers by the names that they have on MLflow."""
+    return {
+        **result.metrics,
+        **{f"seconds/{phase}": seconds for phase, seconds in result.seconds.items()},
+        **{f"store/{name}": float(count) for name, count in result.store.items()},
+    }
+
+
+def _milliseconds(iso: str) -> int:
+    return round(datetime.fromisoformat(iso).timestamp() * 1000)

@@ -43,6 +43,7 @@ def run_once(root: Path, started: float, settings: dict[str, Any]) -> list[dict[
     import torch
 
     from vgid.config import RequestConfig, StudyConfig, TrialConfig
+    from vgid.ledger import Heard, Record, now, trial_id
     from vgid.results import EpochReport
     from vgid.tracking import Tracker
     from vgid.trial import TrialSession
@@ -64,18 +65,20 @@ def run_once(root: Path, started: float, settings: dict[str, Any]) -> list[dict[
     trial = TrialConfig(**settings.get("trial", {}))
     found = []
     for number in range(2):
-        reports: list[EpochReport] = []
+        reports: list[Heard] = []
 
-        def keep(epoch: EpochReport, reports: list[EpochReport] = reports) -> bool:
-            reports.append(epoch)
+        def keep(epoch: EpochReport, reports: list[Heard] = reports) -> bool:
+            reports.append(Heard(report=epoch, at=now()))
             return True
 
-        name = f"trial-{number}"
+        name, began = trial_id(number), now()
         result = session.run(trial, name, output / "adapters" / name, keep)
         logging = time.perf_counter()
-        for epoch in reports:
-            tracker.log_trial_epoch(name, trial, epoch)
-        tracker.finish_trial(trial, result)
+        record = Record(trial_id=name, config=trial, started=began)
+        for count in range(len(reports)):
+            tracker.log_trial(record.model_copy(update={"epochs": tuple(reports[: count + 1])}))
+        end = {"epochs": tuple(reports), "ended": now(), "result": result}
+        tracker.log_trial(record.model_copy(update=end))
         log = time.perf_counter() - logging
         seconds = {**result.seconds, "log": log, "start-up": 0.0 if number else start_up}
         found.append({**seconds, "open_tracking": 0.0 if number else opened})

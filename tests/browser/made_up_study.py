@@ -2,17 +2,20 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.figures import write_figures
+from vgid.ledger import Heard, Record
 from vgid.outputs import TrialRecord, write_front, write_study, write_trials
 from vgid.pareto import front_mask
 from vgid.plots import Front
-from vgid.results import Score, TrialResult
+from vgid.results import EpochReport, Score, TrialResult
 from vgid.tracking import Tracker
 
 TRIALS = 18
@@ -107,6 +110,20 @@ def draw_trials(folder: Path) -> list[TrialRecord]:
     return records
 
 
+def as_ended(trial: TrialRecord, reports: Sequence[EpochReport] = ()) -> Record:
+    """The ledger's record of a trial that has ended just now."""
+    ended = datetime.now(UTC)
+    result = trial.result
+    return Record(
+        trial_id=result.trial_id,
+        config=trial.config,
+        started=(ended - timedelta(seconds=sum(result.seconds.values()))).isoformat(),
+        epochs=tuple(Heard(report=report, at=ended.isoformat()) for report in reports),
+        ended=ended.isoformat(),
+        result=result,
+    )
+
+
 def record_study(server: str, folder: Path) -> Recorded:
     """Record the study on a server, as ``vgid.study`` does."""
     study_id = "tiny-llava-2026-11-25T090000-0"
@@ -115,7 +132,7 @@ def record_study(server: str, folder: Path) -> Recorded:
     hashes = {"dataset": "d" * 64, "base": "b" * 64}
     tracker.start_study(study_id, StudyConfig(output=folder, trials=TRIALS), hashes)
     for record in records:
-        assert tracker.finish_trial(record.config, record.result)
+        assert tracker.log_trial(as_ended(record))
     title = f"tiny-llava, {TRIALS} trials"
     front = Front(title, records, BASE, BASE, tracker.pages, tracker.server)
     write_trials(folder / "trials.csv", records)

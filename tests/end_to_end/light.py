@@ -73,15 +73,16 @@ class LightSession:
         on_epoch: Callable[[EpochReport], bool] | None = None,
         checkpoint_dir: Path | None = None,
     ) -> TrialResult:
-        """Go through the epochs from where the checkpoint stands."""
+        """Go through the epochs from where the checkpoint stands, and report all."""
         assert on_epoch is not None
         assert checkpoint_dir is not None
         done = checkpoint_dir / "epoch"
         first = int(done.read_text()) if done.exists() else 0
-        for number in range(first + 1, trial.epochs + 1):
-            self.epoch(trial_id, number)
-            if self.rank == 0:
-                _write(done, str(number).encode())
+        for number in range(1, trial.epochs + 1):
+            if number > first:
+                self.epoch(trial_id, number)
+                if self.rank == 0:
+                    _write(done, str(number).encode())
             report = EpochReport(
                 epoch=number, epochs=trial.epochs, step=number, metrics={"loss": 1.0 / number}
             )
@@ -320,6 +321,11 @@ def assert_consistent(output: Path, trials: int) -> None:
     (experiment,) = [e for e in client.search_experiments() if e.name == "tiny-llava"]
     runs = client.search_runs([experiment.experiment_id])
     assert not [run.info.run_id for run in runs if run.info.status == "RUNNING"]
+    for run in runs:
+        if run.data.tags.get("vgid.status") == "completed":
+            epochs = range(1, int(run.data.params["epochs"]) + 1)
+            losses = client.get_metric_history(run.info.run_id, "loss")
+            assert [(m.step, m.value) for m in losses] == [(n, 1.0 / n) for n in epochs]
     told = [run.data.tags.get("vgid.trial_id", "") for run in runs]
     assert sorted(told) == ["", *names]  # the study's own run has no trial
     for name in table[table.status == "completed"].index:

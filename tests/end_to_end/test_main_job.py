@@ -61,6 +61,10 @@ def results(output):
     return {r["trial_id"]: r["result"] for r in records if r["result"] is not None}
 
 
+def record_of(output, name):
+    return output / "trials" / f"{name}.json"
+
+
 def ended(output):
     return list(results(output))
 
@@ -92,7 +96,7 @@ def study(data, space, tmp_path_factory):
     family = psutil.Process(driver.pid).children(recursive=True)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    before = {name: (output / "trials" / f"{name}.json").read_bytes() for name in ended(output)}
+    before = {name: record_of(output, name).read_bytes() for name in ended(output)}
     assert 2 <= len(before) < TRIALS
     done = main_job(*flags, "--resume")
     assert done.returncode == 0, done.stderr + (output / "study.log").read_text()[-3000:]
@@ -156,7 +160,7 @@ def test_the_front_is_scored_again_on_held_out_questions(study):
 def test_a_killed_study_keeps_what_it_had_and_doubles_nothing(study):
     output, _, before = study
     for name, content in before.items():
-        assert (output / "trials" / f"{name}.json").read_bytes() == content
+        assert record_of(output, name).read_bytes() == content
     trials = optuna.load_study(study_name=None, storage=open_journal(output)).trials
     table = read_trials(output)
     assert [f"{t.number:04d}" for t in trials] == list(table.index)
@@ -193,8 +197,11 @@ def test_mlflow_holds_the_same_study(study):
         assert run.info.status == "FINISHED"
         assert float(run.data.params["alpha"]) == row.alpha
         assert run.data.metrics["retain_rougeL"] == row.retain_rougeL
-        steps = client.get_metric_history(run.info.run_id, "loss")
-        assert len({metric.step for metric in steps}) == len(steps) >= 1
+        losses = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")]
+        epochs = [e["report"] for e in json.loads(record_of(output, name).read_text())["epochs"]]
+        assert losses == [(e["step"], e["metrics"]["loss"]) for e in epochs]
+        assert [e["epoch"] for e in epochs] == [1, 2]
+        assert losses[-1][1] == row.loss
         adapters = {file.path for file in client.list_artifacts(run.info.run_id, "adapter")}
         assert "adapter/adapter_model.safetensors" in adapters
 
