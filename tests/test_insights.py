@@ -18,7 +18,7 @@ from vgid.insights import (
     write_insights_html,
     write_insights_png,
 )
-from vgid.outputs import OBJECTIVES, TrialRecord
+from vgid.outputs import OBJECTIVES, TrialRecord, run_name
 from vgid.plots import Front
 from vgid.results import Score, TrialResult
 
@@ -37,7 +37,7 @@ def made(count):
             alpha=alpha,
             beta=beta,
             noise_type=noise,
-            sigma=0.5 + number / 100 if noise == "gaussian" else None,
+            sigma=0.5 + number / count if noise == "gaussian" else None,
             prompt_style=STYLES[number % 3],
         )
         metrics = {OBJECTIVES[0]: math.log(alpha), OBJECTIVES[1]: 0.5 + math.log(beta)}
@@ -89,14 +89,55 @@ def test_every_axis_spans_what_was_tried():
     assert by_label["forget reduction"].heights[-1] == 1.0
 
 
+def one_by_one(trace):
+    """The lines of a trace, each as its text and its points."""
+    lines, points, said = [], [], None
+    for x, y, text in zip(trace["x"], trace["y"], trace["hovertext"], strict=True):
+        if x is None:
+            assert y is None
+            lines.append((said, points))
+            points = []
+        else:
+            said = text
+            points.append((x, y))
+    assert not points
+    return lines
+
+
+def expected_lines(records):
+    """Every trial's line, the front last, without the axes on which it has no place."""
+    columns = axes(records) if records else []
+    lines = []
+    for number, record in sorted(enumerate(records), key=lambda pair: pair[1].on_front):
+        heights = enumerate(column.heights[number] for column in columns)
+        points = [(place, height) for place, height in heights if height is not None]
+        lines.append((run_name(record.config, record.result.trial_id), points))
+    return lines
+
+
+def test_fanova_looks_at_a_bounded_number_of_trials_and_says_so(monkeypatch):
+    monkeypatch.setattr("vgid.insights.MAX_TRIALS", 24)
+    many = made(240)
+    shares = importances(many)
+    assert shares == importances(many[::10])
+    assert shares[OBJECTIVES[0]]["alpha"] > 0.8
+    title = insights_figure(Front("t", many, BASE), shares)["layout"]["xaxis"]["title"]["text"]
+    assert "over 24 of the trials" in title
+    few = insights_figure(Front("t", made(24), BASE), shares)["layout"]["xaxis"]["title"]["text"]
+    assert "over the trials" in few
+
+
 @pytest.mark.parametrize("count", [0, 3, 12])
 def test_page_and_picture_are_drawn(tmp_path, count):
     front = Front("tiny <llava>", made(count), BASE)
-    figure = insights_figure(front)
+    shares = importances(front.drawn)
+    figure = insights_figure(front, shares)
     go.Figure(copy.deepcopy(figure))  # plotly's own validation of every attribute
     lines = [trace for trace in figure["data"] if trace["type"] == "scatter"]
     bars = [trace["name"] for trace in figure["data"] if trace["type"] == "bar"]
-    assert len(lines) == count
+    assert len(lines) == min(count, 2)  # one trace a kind, however many trials
+    drawn = [line for trace in lines for line in one_by_one(trace)]
+    assert drawn == expected_lines(front.drawn)
     assert bars == (["forget reduction", "retain ROUGE-L"] if count >= MIN_TRIALS else [])
     if count:
         assert lines[-1]["hovertext"][0].startswith(f"{count - 1:04d} · ")
@@ -104,9 +145,9 @@ def test_page_and_picture_are_drawn(tmp_path, count):
         (write_insights_html, "insights.html"),
         (write_insights_png, "insights.png"),
     ):
-        write(tmp_path / name, front)
+        write(tmp_path / name, front, shares)
         first = (tmp_path / name).read_bytes()
-        write(tmp_path / name, front)
+        write(tmp_path / name, front, shares)
         assert (tmp_path / name).read_bytes() == first
     assert Image.open(tmp_path / "insights.png").width == 720
     page = (tmp_path / "insights.html").read_text()

@@ -3,16 +3,10 @@
 from pathlib import Path
 
 from vgid.front_page import write_html
-from vgid.insights import write_insights_html, write_insights_png
+from vgid.insights import importances, write_insights_html, write_insights_png
 from vgid.plots import Front, write_png
 
-_WRITERS = {
-    "front.html": write_html,
-    "front.png": write_png,
-    "insights.html": write_insights_html,
-    "insights.png": write_insights_png,
-}
-FIGURES = tuple(_WRITERS)
+FIGURES = ("front.html", "front.png", "insights.html", "insights.png")
 
 
 def write_figures(folder: Path, front: Front) -> list[Path]:
@@ -28,6 +22,10 @@ def write_figures(folder: Path, front: Front) -> list[Path]:
     Raises:
         InputError: a file cannot be written.
     """
-    for name, write in _WRITERS.items():
-        write(folder / name, front)
-    return [folder / name for name in FIGURES]
+    files = [folder / name for name in FIGURES]
+    write_html(files[0], front)
+    write_png(files[1], front)
+    shares = importances(front.drawn)
+    write_insights_html(files[2], front, shares)
+    write_insights_png(files[3], front, shares)
+    return files

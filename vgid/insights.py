@@ -20,6 +20,12 @@ from vgid.plots import BASE, FRONT, HELD_OUT, INK, TRIAL, Front
 MIN_TRIALS = 8
 """Completed trials below which shares of variance are noise and are not shown."""
 
+MAX_TRIALS = 256
+"""fANOVA's time grows with the square of its trials; of more, so many are taken, evenly by id."""
+
+Shares = dict[str, dict[str, float]]
+"""Share of variance by hyperparameter, by objective."""
+
 OBJECTIVE_LABELS = {OBJECTIVES[0]: "forget reduction", OBJECTIVES[1]: "retain ROUGE-L"}
 OBJECTIVE_COLOURS = {OBJECTIVES[0]: FRONT, OBJECTIVES[1]: HELD_OUT}
 LOGARITHMIC = ("alpha", "beta", "learning_rate")
@@ -54,17 +60,19 @@ def varied(records: Sequence[TrialRecord]) -> list[str]:
     ]
 
 
-def importances(records: Sequence[TrialRecord]) -> dict[str, dict[str, float]]:
+def importances(records: Sequence[TrialRecord]) -> Shares:
     """Share of each objective's variance that each hyperparameter explains.
 
     A hyperparameter that only some trials have (sigma) is left out, as Optuna's evaluator asks.
 
     Args:
-        records: completed trials.
+        records: completed trials; of more than ``MAX_TRIALS``, so many are looked at.
 
     Returns:
-        Share by hyperparameter, by objective; empty with fewer than ``MIN_TRIALS`` trials.
+        The shares; empty with fewer than ``MIN_TRIALS`` trials.
     """
+    taken = min(len(records), MAX_TRIALS)
+    records = [records[number * len(records) // taken] for number in range(taken)]
     names = [
         name
         for name in varied(records)
@@ -109,12 +117,13 @@ def axes(records: Sequence[TrialRecord]) -> list[Axis]:
     ]
 
 
-def write_insights_html(path: Path, front: Front) -> None:
+def write_insights_html(path: Path, front: Front, shares: Shares) -> None:
     """Write ``insights.html``, self-contained.
 
     Args:
         path: the file.
         front: the study's trials.
+        shares: their ``importances``.
 
     Raises:
         InputError: the file cannot be written.
@@ -123,19 +132,20 @@ def write_insights_html(path: Path, front: Front) -> None:
     write_page(
         path,
         f"{front.title}: what made the difference",
-        insights_figure(front),
+        insights_figure(front, shares),
         style="#insights { flex: 1; min-height: 640px; }",
         body='<div id="insights"></div>',
         script=script,
     )
 
 
-def write_insights_png(path: Path, front: Front) -> None:
+def write_insights_png(path: Path, front: Front, shares: Shares) -> None:
     """Write ``insights.png``, the same as a picture.
 
     Args:
         path: the file.
         front: the study's trials.
+        shares: their ``importances``.
 
     Raises:
         InputError: the file cannot be written.
@@ -143,22 +153,21 @@ def write_insights_png(path: Path, front: Front) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records, shares = front.drawn, importances(front.drawn)
+    records = front.drawn
     figure = Figure(figsize=(7.2, 6.2 if shares else 3.6), dpi=100, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(2 if shares else 1, 1, squeeze=False)[:, 0]
     if shares:
-        _draw_importances(panels[0], shares)
-    _draw_parallel(panels[-1], front, axes(records) if records else [])
+        _draw_importances(panels[0], shares, _shares_title(records))
+    _draw_parallel(panels[-1], records, axes(records) if records else [])
     image = io.BytesIO()
     canvas.print_png(image, metadata={"Software": None})
     write_atomically(path, image.getvalue())
 
 
-def insights_figure(front: Front) -> dict[str, Any]:
+def insights_figure(front: Front, shares: Shares) -> dict[str, Any]:
     """The interactive picture as plotly's JSON: ``data`` and ``layout``."""
     records = front.drawn
-    shares = importances(records)
     columns = axes(records) if records else []
     traces: list[dict[str, Any]] = [
         {
@@ -174,27 +183,10 @@ def insights_figure(front: Front) -> dict[str, Any]:
         }
         for objective, by_name in shares.items()
     ]
-    for number, record in enumerate(records):
-        heights = [column.heights[number] for column in columns]
-        colour = FRONT if record.on_front else TRIAL
-        text = run_name(record.config, record.result.trial_id)
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "x": list(range(len(columns))),
-                "y": heights,
-                "line": {"color": colour, "width": 2 if record.on_front else 1},
-                "marker": {"size": 5},
-                "opacity": 1.0 if record.on_front else 0.4,
-                "hovertext": [text] * len(columns),
-                "hoverinfo": "text",
-                "showlegend": False,
-                "connectgaps": True,
-                "xaxis": "x2",
-                "yaxis": "y2",
-            }
-        )
+    for on_front in (False, True):
+        lines = [n for n, record in enumerate(records) if record.on_front == on_front]
+        if lines:
+            traces.append(_lines(records, lines, columns, on_front))
     split = 0.52 if shares else 1.0
     layout = {
         "title": {"text": "What made the difference", "x": 0.02, "xanchor": "left"},
@@ -205,7 +197,7 @@ def insights_figure(front: Front) -> dict[str, Any]:
             "anchor": "y",
             "tickformat": ".0%",
             "rangemode": "tozero",
-            "title": {"text": "share of the objective's variance over the trials (fANOVA)"},
+            "title": {"text": _shares_title(records)},
             "visible": bool(shares),
         },
         "yaxis": {"domain": [0.68, 1], "anchor": "x", "visible": bool(shares)},
@@ -250,6 +242,43 @@ def insights_figure(front: Front) -> dict[str, Any]:
     return {"data": traces, "layout": layout}
 
 
+def _lines(
+    records: Sequence[TrialRecord], lines: Sequence[int], columns: Sequence[Axis], on_front: bool
+) -> dict[str, Any]:
+    """All lines of one kind as one trace, each ended by a gap: thousands would choke a browser."""
+    points: list[tuple[int | None, float | None, str]] = []
+    for number in lines:
+        text = run_name(records[number].config, records[number].result.trial_id)
+        points += [(place, height, text) for place, height in _line(columns, number)]
+        points.append((None, None, ""))
+    x, y, texts = zip(*points, strict=True)
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": list(x),
+        "y": list(y),
+        "line": {"color": FRONT if on_front else TRIAL, "width": 2 if on_front else 1},
+        "marker": {"size": 5},
+        "opacity": 1.0 if on_front else 0.4,
+        "hovertext": list(texts),
+        "hoverinfo": "text",
+        "showlegend": False,
+        "xaxis": "x2",
+        "yaxis": "y2",
+    }
+
+
+def _line(columns: Sequence[Axis], number: int) -> list[tuple[int, float]]:
+    """A trial's places on the axes; an axis on which it has none is passed by."""
+    heights = [column.heights[number] for column in columns]
+    return [(place, height) for place, height in enumerate(heights) if height is not None]
+
+
+def _shares_title(records: Sequence[TrialRecord]) -> str:
+    some = f"{MAX_TRIALS} of " if len(records) > MAX_TRIALS else ""
+    return f"share of each objective's variance over {some}the trials (fANOVA)"
+
+
 def _distribution(name: str, records: Sequence[TrialRecord]) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -288,7 +317,7 @@ def _marks(column: Axis) -> list[tuple[float, str]]:
     return list(column.ticks) or [(0.0, column.low), (1.0, column.high)]
 
 
-def _draw_importances(panel: Any, shares: dict[str, dict[str, float]]) -> None:
+def _draw_importances(panel: Any, shares: Shares, title: str) -> None:
     names = list(next(iter(shares.values())))[::-1]
     for index, (objective, by_name) in enumerate(shares.items()):
         places = [place + 0.19 - 0.38 * index for place in range(len(names))]
@@ -304,7 +333,7 @@ def _draw_importances(panel: Any, shares: dict[str, dict[str, float]]) -> None:
     panel.tick_params(axis="x", labelsize=9, colors=INK)
     panel.spines[["top", "right"]].set_visible(False)
     panel.set_title(
-        "Share of each objective's variance over the trials (fANOVA)",
+        title[0].upper() + title[1:],
         fontsize=10.5,
         color=INK,
         loc="left",
@@ -312,19 +341,17 @@ def _draw_importances(panel: Any, shares: dict[str, dict[str, float]]) -> None:
     panel.legend(frameon=False, fontsize=8.5)
 
 
-def _draw_parallel(panel: Any, front: Front, columns: Sequence[Axis]) -> None:
+def _draw_parallel(panel: Any, records: Sequence[TrialRecord], columns: Sequence[Axis]) -> None:
+    from matplotlib.collections import LineCollection
+
     places = range(len(columns))
-    for number, record in enumerate(front.drawn):
-        line = [
-            (place, column.heights[number])
-            for place, column in zip(places, columns, strict=True)
-            if column.heights[number] is not None
-        ]
-        mark = {"color": FRONT, "linewidth": 1.6, "zorder": 3} if record.on_front else {}
-        rest = {"color": TRIAL, "linewidth": 0.8, "alpha": 0.4, **mark}
-        if record.on_front:
-            rest["alpha"] = 0.95
-        panel.plot(*zip(*line, strict=True), **rest)
+    styles: dict[bool, dict[str, Any]] = {
+        False: {"colors": TRIAL, "linewidths": 0.8, "alpha": 0.4, "zorder": 2},
+        True: {"colors": FRONT, "linewidths": 1.6, "alpha": 0.95, "zorder": 3},
+    }
+    for on_front, style in styles.items():
+        lines = [_line(columns, n) for n, r in enumerate(records) if r.on_front == on_front]
+        panel.add_collection(LineCollection(lines, joinstyle="round", **style))
     for place, column in zip(places, columns, strict=True):
         panel.axvline(place, color="#cfd6dd", linewidth=0.8, zorder=1)
         for height, text in _marks(column):
