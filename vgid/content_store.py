@@ -30,7 +30,7 @@ from rich.filesize import decimal
 from safetensors import SafetensorError
 
 from vgid.config import Config
-from vgid.errors import InputError
+from vgid.errors import DiskError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ class ContentStore:
         bytes_written: size of the files of the entries that were computed.
 
     Raises:
-        InputError: the folder cannot be made.
+        DiskError: the folder cannot be made.
     """
 
     def __init__(self, root: Path, kind: str, limit_bytes: int | None = None) -> None:
@@ -112,7 +112,7 @@ class ContentStore:
             The tensors, contiguous and on the CPU.
 
         Raises:
-            InputError: the disk is full or the folder cannot be written; nothing is left behind.
+            DiskError: the disk is full or the folder cannot be written; nothing is left behind.
             ValueError: ``key`` is not one of ``key_of``.
         """
         from safetensors.torch import save
@@ -308,8 +308,8 @@ def _alone(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _unwritable(folder: Path, error: OSError) -> InputError:
-    return InputError(
+def _unwritable(folder: Path, error: OSError) -> DiskError:
+    return DiskError(
         f"{folder}: the store cannot be written ({error.strerror}); free some space, lower the "
         "store's bound or choose another folder."
     )

@@ -8,6 +8,14 @@ class InputError(Exception):
     """
 
 
+class DiskError(InputError):
+    """A file that cannot be written: the disk is full or refuses. No fault of what is written."""
+
+
+class SettingError(InputError):
+    """A setting that one trial has and this study cannot run; other trials can."""
+
+
 class SampleError(InputError):
     """A question that a model cannot be asked, or an answer that it cannot be taught.
 

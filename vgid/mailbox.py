@@ -34,6 +34,7 @@ class Job(Config):
         checkpoints: folder of the trial's resumable state.
         part: which questions to score on, for base and rescore.
         seed: of few-shot people, test poses and bootstrap, for base and rescore.
+        attempt: which one of this run of the study it is.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Job(Config):
     checkpoints: Path | None = None
     part: QuestionPart = "search"
     seed: int = 0
+    attempt: int = 1
 
 
 class Outcome(Config):
@@ -54,11 +56,8 @@ class Outcome(Config):
         scores: of a base scoring or a re-scoring.
         error: one sentence, if it failed.
         fatal: the error is in what all jobs share (model, data), so no job can succeed.
-        lost: the error is the environment's, not the job's own, and the job may succeed when it is
-            tried again: its worker, slot, node or mailbox died, a disk is full, any ``OSError``,
-            ``MemoryError`` or error of Ray's. The trial's own are a loss that is not finite, an
-            accelerator's memory that is too small twice, and every other exception of its code. A
-            lost trial has no result: it has not ended.
+        lost: the error is the environment's, not the job's own (``vgid.blame``), and the job may
+            succeed when it is tried again. A lost trial has no result: it has not ended.
         load_s: seconds that the worker spent on loading model and data for this job.
         slot: the slot that did it.
         served: how many jobs the slot had finished before.

@@ -21,7 +21,7 @@ from torch import Tensor
 from vgid import config
 from vgid.backbones import Backbone
 from vgid.config import ResponseSource, TrialConfig, uses
-from vgid.errors import InputError
+from vgid.errors import SettingError
 from vgid.interventions import sample_generator
 from vgid.objectives import dpo, npo, rmu_forget, rmu_retain
 from vgid.student import View
@@ -168,7 +168,7 @@ class RepresentationMisalignment(UnlearningMethod):
     drawn once a trial. Layers above the steered one are neither run nor trained.
 
     Raises:
-        InputError: the language model has fewer layers.
+        SettingError: the language model has fewer layers.
     """
 
     def __init__(self, trial: TrialConfig, backbone: Backbone) -> None:
@@ -177,7 +177,7 @@ class RepresentationMisalignment(UnlearningMethod):
         depth = text.num_hidden_layers
         self.layer = trial.rmu_layer or max(1, depth // 3)
         if self.layer > depth:
-            raise InputError(
+            raise SettingError(
                 f"rmu_layer: {backbone.spec.name} has {depth} layers, got {self.layer}; lower it."
             )
         self.layers = self.layer
@@ -222,6 +222,6 @@ def make_method(trial: TrialConfig, backbone: Backbone) -> UnlearningMethod:
     """The method of a trial.
 
     Raises:
-        InputError: the trial asks for a layer that the backbone lacks.
+        SettingError: the trial asks for a layer that the backbone lacks.
     """
     return METHODS[trial.method](trial, backbone)

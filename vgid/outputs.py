@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vgid.config import Method, TrialConfig
-from vgid.errors import InputError
+from vgid.errors import DiskError
 from vgid.results import Score, TrialResult, trial_order
 
 OBJECTIVES = ("forget_rougeL_reduction", "retain_rougeL")
@@ -156,7 +156,7 @@ def write_trials(
         further_metrics: metrics that get a column even if no trial has them yet.
 
     Raises:
-        InputError: the file cannot be written.
+        DiskError: the file cannot be written.
     """
     rows = _ordered(records)
     metrics = _metric_columns(rows, further_metrics)
@@ -189,7 +189,7 @@ class TrialsTable:
         """Write the file whole.
 
         Raises:
-            InputError: the file cannot be written.
+            DiskError: the file cannot be written.
         """
         rows = _ordered(records)
         write_trials(self._path, rows)
@@ -199,7 +199,7 @@ class TrialsTable:
         """Add a row for a trial that the table ``holds``.
 
         Raises:
-            InputError: the file cannot be written; it is left as it was.
+            DiskError: the file cannot be written; it is left as it was.
         """
         assert self._metrics is not None
         row = _row(record, self._metrics, self._path.parent)
@@ -228,7 +228,7 @@ def write_front(path: Path, records: Iterable[TrialRecord]) -> None:
         records: the trials; those that are not on the front are left out.
 
     Raises:
-        InputError: the file cannot be written.
+        DiskError: the file cannot be written.
     """
     everything = _ordered(records)
     rows = [record for record in everything if record.on_front]
@@ -258,7 +258,7 @@ def write_study(path: Path, summary: Mapping[str, Any]) -> None:
         summary: plain data; paths are written as text.
 
     Raises:
-        InputError: the file cannot be written.
+        DiskError: the file cannot be written.
         ValueError: a number is NaN or infinite, which JSON does not have.
     """
     text = json.dumps(summary, indent=2, allow_nan=False, default=_plain, ensure_ascii=False)
@@ -269,7 +269,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Replace a file in one step: write beside it, sync, rename.
 
     Raises:
-        InputError: no space, or the folder cannot be written.
+        DiskError: no space, or the folder cannot be written.
     """
     temporary: str | None = None
     try:
@@ -287,8 +287,8 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise _unwritable(path, error) from None
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(
+def _unwritable(path: Path, error: OSError) -> DiskError:
+    return DiskError(
         f"{path}: cannot be written ({error.strerror}); free some space or name another "
         "folder with --output."
     )

@@ -21,9 +21,10 @@ from typing import Any, Protocol
 
 import ray
 
+from vgid.blame import BROKEN_ACCELERATOR, blame, is_a, where
 from vgid.config import RequestConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.mailbox import Job, Mailbox, Outcome, failure
+from vgid.mailbox import Job, Mailbox, Outcome
 from vgid.plan import CPUS_PER_WORKER, SlotShape
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 
@@ -157,7 +158,7 @@ class _SlotHost:
                 self._fit(slot, run)
                 run += 1
         except Exception as error:
-            sentence = f"Ray Train could not keep slot {slot} running ({_where(error)})."
+            sentence = f"Ray Train could not keep slot {slot} running ({where(error)})."
             ray.get(mailbox.fail.remote(sentence))
 
     def _fit(self, slot: int, run: int) -> None:
@@ -194,6 +195,7 @@ def serve(config: dict[str, Any]) -> None:
     Rank 0 talks to the mailbox; with several workers it shares what it was told, so that all
     ranks do the same. An exception fails the job, not the slot: the next job gets a new session.
     With several workers the others may hang in a collective then, so the whole group restarts.
+    Whose fault it is says ``vgid.blame``.
     """
     from ray.train import get_context
 
@@ -209,16 +211,15 @@ def serve(config: dict[str, Any]) -> None:
                 session = config["session"](config["request"], rank, world_size)
                 load_s = time.monotonic() - started
             outcome = _do(job, session, line)
-        except InputError as error:
-            outcome = Outcome(job_id=job.id, error=str(error), fatal=True)
         except Exception as error:
-            traceback.print_tb(error.__traceback__)
-            outcome = failure(job, _where(error))
-            session = None
-            _give_back_gpu_memory()
-            if world_size > 1:
-                line.finish(outcome, any_rank=True)
-                raise
+            outcome = blame(job, error, session is not None, _written_to(job, config["request"]))
+            if outcome.lost or not isinstance(error, InputError):
+                traceback.print_tb(error.__traceback__)
+                session = None
+                _give_back_gpu_memory()
+                if world_size > 1 or is_a(error, BROKEN_ACCELERATOR):
+                    line.finish(outcome, any_rank=True)
+                    raise
         line.finish(outcome.model_copy(update={"load_s": load_s}))
         if config["fresh"] and job.kind == "trial":
             return
@@ -276,8 +277,7 @@ def _give_back_gpu_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _where(error: BaseException) -> str:
-    """Name an exception by its kind and place; its message may quote a question or an answer."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{place}"
+def _written_to(job: Job, request: RequestConfig) -> list[Path]:
+    """Folders that a job writes to."""
+    output = [] if job.adapter is None else [job.adapter.parent.parent]
+    return [*output, request.store]

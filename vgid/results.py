@@ -12,7 +12,10 @@ from pydantic import Field
 
 from vgid.config import Config
 
-TrialStatus = Literal["completed", "pruned", "failed"]
+TrialStatus = Literal["completed", "pruned", "failed", "lost"]
+"""``pruned`` was stopped early on request. ``failed`` is by the trial's own fault. ``lost`` is by the
+environment's (``vgid.blame``) and stands in a study's tables only: the trial has not ended."""
+
 QuestionPart = Literal["search", "held_out", "all"]
 """Trials are chosen on ``search`` questions and reported on ``held_out`` ones; together ``all``."""
 
@@ -82,7 +85,7 @@ class TrialResult(Config):
 
     Attributes:
         trial_id: the trial's name within its study.
-        status: ``completed``, ``pruned`` (stopped early on request) or ``failed``.
+        status: how it ended.
         scores: every score of the evaluation, empty unless completed and evaluated.
         metrics: the same as plain numbers, with ``forget_rougeL_reduction`` and training losses.
         seconds: wall time by phase: load, teacher, train, evaluate, save.
@@ -91,7 +94,7 @@ class TrialResult(Config):
         few_shot: IDs of the few-shot people by task.
         option_scoring: how multiple-choice questions were scored.
         adapter: PEFT adapter folder, None unless completed.
-        error: one sentence, None unless failed.
+        error: one sentence, None unless failed or lost.
     """
 
     trial_id: str

@@ -3,7 +3,7 @@
 from vgid.ledger import Ledger, Record
 from vgid.outputs import TrialRecord
 from vgid.pareto import GrowingFront
-from vgid.results import QuestionPart, Score, trial_order
+from vgid.results import QuestionPart, Score, TrialResult, trial_order
 
 
 class Scoreboard:
@@ -18,6 +18,7 @@ class Scoreboard:
     Attributes:
         base: scores of the base model by part of the questions, as far as they are known.
         held_out: held-out scores of trials on the front, by trial id.
+        lost: why trials are lost that have not ended, by trial id; known when the study stops.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -27,6 +28,7 @@ class Scoreboard:
         self._volume: float | None = None
         self.base: dict[QuestionPart, dict[str, Score]] = {}
         self.held_out: dict[str, dict[str, Score]] = {}
+        self.lost: dict[str, str] = {}
         for record in ledger.ended:
             self.add(record)
 
@@ -40,8 +42,21 @@ class Scoreboard:
         return self._trial(record)
 
     def trials(self) -> list[TrialRecord]:
-        """All ended trials by id, with the front marked and held-out scores where known."""
-        return [self._trial(record) for record in self._ledger.ended]
+        """Ended and lost trials by id, with the front marked and held-out scores where known."""
+        ended = [self._trial(record) for record in self._ledger.ended]
+        lost = self.lost_trials()
+        return sorted([*ended, *lost], key=_by_id) if lost else ended
+
+    def lost_trials(self) -> list[TrialRecord]:
+        """Trials that were lost and have not ended, by id."""
+        return [
+            TrialRecord(
+                record.config,
+                TrialResult(trial_id=record.trial_id, status="lost", error=cause),
+            )
+            for name, cause in self.lost.items()
+            if (record := self._ledger.records[name]).result is None
+        ]
 
     def front(self) -> list[TrialRecord]:
         """The trials that no other trial dominates, by id."""
@@ -54,8 +69,8 @@ class Scoreboard:
         return len(self._front)
 
     def counts(self) -> dict[str, int]:
-        """Ended trials by status."""
-        return dict(self._counts)
+        """Ended and lost trials by status."""
+        return {**self._counts, "lost": len(self.lost_trials())}
 
     @property
     def reference_point(self) -> tuple[float, float] | None:
@@ -80,3 +95,7 @@ class Scoreboard:
         return TrialRecord(
             record.config, record.result, name in self._front, self.held_out.get(name)
         )
+
+
+def _by_id(trial: TrialRecord) -> tuple[int, str]:
+    return trial_order(trial.result.trial_id)

@@ -18,6 +18,7 @@ from ray.tune.search import Searcher
 
 from vgid.config import Sampler, TrialConfig
 from vgid.ledger import Ledger, Record, trial_id
+from vgid.losses import Losses
 from vgid.mailbox import Job
 from vgid.outputs import OBJECTIVES
 from vgid.ray_tune import JOB
@@ -160,6 +161,7 @@ class ParetoSearch(Searcher):
         sampler: how points are proposed.
         seed: of the study, and of every trial: configurations are compared on the same draws.
         concurrent: how many trials may run at a time.
+        losses: what was lost in this run; counts the attempts of each trial.
         out_of_time: no new trial once this is true.
         on_start: told of each trial that is handed out.
     """
@@ -173,6 +175,7 @@ class ParetoSearch(Searcher):
         sampler: Sampler,
         seed: int,
         concurrent: int,
+        losses: Losses | None = None,
         out_of_time: Callable[[], bool] = lambda: False,
         on_start: Callable[[str, TrialConfig], None] = lambda name, config: None,
     ) -> None:
@@ -184,6 +187,9 @@ class ParetoSearch(Searcher):
         self._kind: Sampler = sampler
         self._seed = seed
         self._concurrent = concurrent
+        self._losses = losses or Losses()
+        self._lost: list[str] = []
+        self._new_first = False
         self._out_of_time = out_of_time
         self._on_start = on_start
         self._storage, self._study = reconcile(ledger, space, study_name, trials)
@@ -200,10 +206,11 @@ class ParetoSearch(Searcher):
         return self._study
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial: one that a killed study left in flight, or a new proposal.
+        """The next trial: one that a killed study left in flight, a lost one, or a new proposal.
 
         Returns:
-            A Tune config with the job; None while enough trials run; ``Searcher.FINISHED``.
+            A Tune config with the job; None while enough trials run, or those that do may yet be
+            lost and come back; ``Searcher.FINISHED``.
         """
         if len(self._running) >= self._concurrent:
             return None
@@ -212,11 +219,15 @@ class ParetoSearch(Searcher):
         if self._again:
             name = self._again.pop(0)
             config = self._ledger.records[name].config
+        elif self._lost and not (self._new_first and self._next is not None):
+            name = self._lost.pop(0)
+            config = self._ledger.records[name].config
         elif self._next is not None:
             name, config = self._next.result()
             self._next = None
+            self._new_first = False
         else:
-            return Searcher.FINISHED
+            return None if self._running else Searcher.FINISHED
         self._running[trial_id] = name
         self._ledger.start(name, config)
         self._on_start(name, config)
@@ -228,6 +239,7 @@ class ParetoSearch(Searcher):
             trial=config,
             adapter=self._ledger.adapter(name),
             checkpoints=self._ledger.checkpoints(name),
+            attempt=self._losses.begin(name),
         )
         return {JOB: job.model_dump_json()}
 
@@ -236,6 +248,15 @@ class ParetoSearch(Searcher):
     ) -> None:
         """Free the trial's place; ``tell`` gives Optuna its result."""
         self._running.pop(trial_id, None)
+
+    def try_again(self, name: str) -> None:
+        """Put a lost trial in flight again, under its id; Optuna does not hear of it.
+
+        If there is a new trial that one goes first: should it be lost too, it is known sooner that
+        the fault is in no trial.
+        """
+        self._lost.append(name)
+        self._new_first = True
 
     def tell(self, record: Record) -> None:
         """Tell Optuna how a trial ended, from its record in the ledger."""

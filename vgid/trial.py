@@ -32,7 +32,7 @@ from vgid.distillation import (
     steps_per_epoch,
 )
 from vgid.encoding import Encoded, encode, response_ids
-from vgid.errors import InputError
+from vgid.errors import SettingError
 from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
 from vgid.methods import make_method
@@ -364,7 +364,7 @@ class TrialSession:
         retain = self._samples(trial, forget=False) if uses(trial.method, "beta") else []
         if trial.released:
             if self.world_size > 1:
-                raise InputError("released: the public script's variant runs in one worker only.")
+                raise SettingError("released: the public script's variant runs in one worker only.")
             answered = [
                 [
                     # The script's answers do not end.

@@ -1,0 +1,100 @@
+"""Whose fault it is that a job ended with an exception: its own, the environment's, or the input's.
+
+The environment's is what would not have happened to the same job elsewhere or later: a worker,
+slot, node or mailbox that died, a full disk, any error of the operating system, of Ray or between
+the workers of a trial, memory that is not there. An accelerator's memory may be short because of
+a neighbour; if it is short again at the job's next attempt, it is the job that is too large. All
+else that a trial's own code raises is the trial's.
+"""
+
+import errno
+import os
+import re
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from vgid.errors import DiskError, InputError, SettingError
+from vgid.mailbox import Job, Outcome, failure
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+NO_MEMORY_LEFT = "torch.OutOfMemoryError"
+"""Of an accelerator. By name, as torch need not be there."""
+
+BROKEN_ACCELERATOR = "torch.AcceleratorError"
+"""After it, the accelerator does nothing any more for this process."""
+
+BETWEEN_WORKERS = "torch.distributed.DistError"
+
+TOLD_BY_MESSAGE = re.compile(r"\(os error \d+\)|DefaultCPUAllocator|gloo/")
+"""Errors of the system, of memory and between workers that come as another kind of exception."""
+
+
+def blame(job: Job, error: Exception, has_session: bool, folders: Sequence[Path] = ()) -> Outcome:
+    """The outcome of a job that ended with an exception.
+
+    Args:
+        job: the job.
+        error: what it raised.
+        has_session: whether model and data had been loaded by then.
+        folders: where the job writes, to name the one that is full.
+    """
+    if _is_environments(error) or (is_a(error, NO_MEMORY_LEFT) and job.attempt == 1):
+        return failure(job, _cause(error, folders), lost=True)
+    if isinstance(error, InputError):
+        own = has_session and (job.kind == "rescore" or isinstance(error, SettingError))
+        if own:
+            return failure(job, str(error))
+        return Outcome(job_id=job.id, error=str(error), fatal=True)
+    return failure(job, where(error))
+
+
+def is_a(error: BaseException, name: str) -> bool:
+    """Whether an exception is of the class of that full name, or of one derived from it."""
+    return any(f"{kind.__module__}.{kind.__qualname__}" == name for kind in type(error).__mro__)
+
+
+def where(error: BaseException) -> str:
+    """Name an exception by its kind and place; its message may quote a question or an answer."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
+
+
+def disk_sentence(error: OSError, folders: Sequence[Path]) -> str:
+    """Says which of the folders is full, if one is, else what the system refused."""
+    if error.errno in FULL:
+        return _full(folders)
+    return f"{where(error)} ({os.strerror(error.errno)})" if error.errno else where(error)
+
+
+def _is_environments(error: Exception) -> bool:
+    if isinstance(error, (OSError, MemoryError, ray.exceptions.RayError, DiskError)):
+        return True
+    if is_a(error, BETWEEN_WORKERS) or is_a(error, BROKEN_ACCELERATOR):
+        return True
+    return not isinstance(error, InputError) and bool(TOLD_BY_MESSAGE.search(str(error)))
+
+
+def _cause(error: Exception, folders: Sequence[Path]) -> str:
+    if isinstance(error, DiskError):
+        return str(error)
+    if isinstance(error, OSError):
+        return disk_sentence(error, folders)
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    if code is not None and int(code[1]) in FULL:
+        return _full(folders)
+    return where(error)
+
+
+def _full(folders: Sequence[Path]) -> str:
+    """The disk that is full: that with the least left of those that a job writes to."""
+    there = [folder for folder in (*folders, Path(tempfile.gettempdir())) if folder.is_dir()]
+    folder = min(there, key=lambda folder: shutil.disk_usage(folder).free)
+    return f"{folder}: its disk is full; free some space."

@@ -1,0 +1,62 @@
+"""Trials that the environment lost: how often each is tried again, and when that is no use.
+
+A lost trial has not ended: its record stays in flight, its checkpoint stays, and Optuna is told
+nothing. Whose fault an error is says ``vgid.blame``.
+"""
+
+from collections import Counter
+
+RETRIES = 3
+"""How often a lost job is put in flight again in one run of the study."""
+
+IN_A_ROW = 3
+"""So many different trials lost one after the other, of one cause, and the study stops."""
+
+
+class Losses:
+    """What one run of a study has lost.
+
+    Attributes:
+        causes: why, by the id of each trial that was lost and has not ended since.
+    """
+
+    def __init__(self) -> None:
+        self.causes: dict[str, str] = {}
+        self._attempts: Counter[str] = Counter()
+        self._cause = ""
+        self._row: set[str] = set()
+        self._steps = 0
+        self._begun: dict[str, int] = {}
+
+    def begin(self, trial_id: str) -> int:
+        """A trial is put in flight; returns which attempt of this run it is, from 1."""
+        self._begun[trial_id] = self._steps
+        self._attempts[trial_id] += 1
+        return self._attempts[trial_id]
+
+    def lose(self, trial_id: str, cause: str) -> bool:
+        """A trial was lost for ``cause``; returns whether it is to be tried again."""
+        self.causes[trial_id] = cause
+        if cause != self._cause:
+            self._new_row()
+            self._cause = cause
+        self._row.add(trial_id)
+        # Trials that ran side by side when one thing died are one step, not several.
+        self._steps = max(self._steps, self._begun.pop(trial_id, self._steps) + 1)
+        return self._attempts[trial_id] <= RETRIES
+
+    def end(self, trial_id: str) -> None:
+        """A trial ended, so the environment is well."""
+        self.causes.pop(trial_id, None)
+        self._new_row()
+
+    @property
+    def hopeless(self) -> str | None:
+        """The cause that lost ``IN_A_ROW`` trials one after the other; None while there is none."""
+        enough = min(self._steps, len(self._row)) >= IN_A_ROW
+        return self._cause if enough else None
+
+    def _new_row(self) -> None:
+        self._row.clear()
+        self._steps = 0
+        self._begun = dict.fromkeys(self._begun, 0)
