@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import shutil
-import sys
 import tempfile
 import traceback
 from collections.abc import Sequence

@@ -37,20 +37,26 @@ def exit_code(run: Callable[[], Mapping[str, Any]], interrupted: str) -> int:
     """Run a command and say how it ended.
 
     Args:
-        run: does the work; its summary says under ``interrupted`` whether a signal ended it.
+        run: does the work; its summary says under ``interrupted`` whether a signal ended it, and
+            under ``error``, in one sentence, what it could not do.
         interrupted: what to tell the user then.
 
     Returns:
-        0 when done, 2 after bad input (one sentence on stderr), 130 when interrupted.
+        0 when done, 1 when something could not be, 2 after bad input (each one sentence on
+        stderr), 130 when interrupted.
     """
     try:
-        stopped = run().get("interrupted", False)
-    except InputError as error:
-        print(error, file=sys.stderr)
+        summary = run()
+        stopped, error = summary.get("interrupted", False), summary.get("error")
+    except InputError as bad:
+        print(bad, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        stopped = True
+        stopped, error = True, None
     if stopped:
         print(interrupted, file=sys.stderr)
         return 130
+    if error is not None:
+        print(error, file=sys.stderr)
+        return 1
     return 0

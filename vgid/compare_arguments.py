@@ -88,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0 when done, 2 after bad input (one sentence on stderr), 130 when interrupted.
+        0 when done, 1 when a study could not be (one sentence on stderr), 2 after bad input, 130
+        when interrupted.
     """
 
     def run() -> Mapping[str, Any]:
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from vgid.comparison import run_comparison
 
         summary = run_comparison(config)
-        if not summary["interrupted"]:
+        if not summary["interrupted"] and not summary.get("error"):
             print(summary["verdict"])
             print(f"Files in {config.output}: {', '.join(summary['files'])}")
         return summary

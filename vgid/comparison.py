@@ -29,7 +29,8 @@ def run_comparison(config: CompareConfig) -> dict[str, Any]:
     """Run, or go on with, every study, then compare and write.
 
     Returns:
-        The content of ``comparison.json``; ``interrupted`` tells whether a signal ended it.
+        The content of ``comparison.json``; ``interrupted`` tells whether a signal ended it,
+        ``error`` why one of its studies has not all that it should have.
 
     Raises:
         InputError: bad input; nothing was started if it is in what can be checked before.
@@ -45,8 +46,9 @@ def run_comparison(config: CompareConfig) -> dict[str, Any]:
     for study in studies.values():
         if study.seed == 0 and not _done(study.output):
             make_plan(study)
-    if not _run_studies(list(studies.values())):
-        return {"interrupted": True}
+    broken_off = _run_studies(list(studies.values()))
+    if broken_off is not None:
+        return broken_off
     found = [read_study(study.output, *key) for key, study in studies.items()]
     _check_same_questions(found)
     return write_comparison(config, found)
@@ -63,11 +65,15 @@ def _study(config: CompareConfig, method: Method, seed: int, data: Path) -> Stud
     return parse(StudyConfig, {**shared, **own}, "comparison")
 
 
-def _run_studies(studies: Sequence[StudyConfig]) -> bool:
-    """Run the studies that are not done, on one Ray cluster; False if a signal ended one."""
+def _run_studies(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:
+    """Run the studies that are not done, on one Ray cluster.
+
+    Returns:
+        ``interrupted`` and ``error`` of a study that has not all that it should have.
+    """
     missing = [study for study in studies if not _done(study.output)]
     if not missing:
-        return True
+        return None
     from vgid.cluster import connected
     from vgid.study import run_study
 
@@ -75,9 +81,10 @@ def _run_studies(studies: Sequence[StudyConfig]) -> bool:
         for number, study in enumerate(missing, start=1):
             print(f"Study {number} of {len(missing)}: {study.method}, seed {study.seed}")
             resume = (study.output / "trials" / "study.json").exists()
-            if run_study(study, resume=resume)["interrupted"]:
-                return False
-    return True
+            summary = run_study(study, resume=resume)
+            if summary["interrupted"] or summary["error"]:
+                return {name: summary[name] for name in ("interrupted", "error")}
+    return None
 
 
 def _done(folder: Path) -> bool:
@@ -85,7 +92,7 @@ def _done(folder: Path) -> bool:
         summary = json.loads((folder / "study.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return not summary["interrupted"]
+    return not summary["interrupted"] and summary.get("error") is None
 
 
 def _check_same_questions(found: Sequence[StudyFront]) -> None:

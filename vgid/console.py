@@ -87,8 +87,8 @@ class Standing:
 
     @property
     def ended(self) -> int:
-        """Trials that have ended, however."""
-        return sum(self.counts.values())
+        """Trials that have ended, however; a lost one has not."""
+        return sum(count for status, count in self.counts.items() if status != "lost")
 
     def left_s(self, elapsed_s: float) -> float | None:
         """Seconds that the remaining trials will take, None while there is nothing to go by."""
@@ -177,7 +177,7 @@ class StudyConsole:
             counts.append(f"{len(self._running)} running")
         counts += [
             f"{standing.counts[status]} {status}"
-            for status in ("failed", "pruned")
+            for status in ("failed", "pruned", "lost")
             if standing.counts.get(status)
         ]
         counts.append(f"front {standing.front}")

@@ -78,6 +78,7 @@ class Record(Config):
         ended: UTC, ISO 8601; None while in flight.
         result: None while in flight.
         slot: where it ran.
+        failures: why earlier runs of it failed that were retried.
         overhead_s: seconds of the slot that went to neither training nor evaluation, counted from
             the end of the slot's job before; None for the slot's first.
     """
@@ -90,6 +91,7 @@ class Record(Config):
     result: TrialResult | None = None
     slot: int | None = None
     overhead_s: float | None = None
+    failures: tuple[str, ...] = ()
 
 
 def trial_id(number: int) -> str:
@@ -299,6 +301,16 @@ class Ledger:
         self.records[name] = record
         shutil.rmtree(self.checkpoints(name), ignore_errors=True)
         return record
+
+    def retry_failed(self) -> None:
+        """Put the trials that failed in flight again, under their ids; why they did is kept."""
+        for name, record in self.records.items():
+            if record.result is not None and record.result.status == "failed":
+                failures = (*record.failures, record.result.error or "")
+                update = {"result": None, "ended": None, "slot": None, "overhead_s": None}
+                again = record.model_copy(update={**update, "failures": failures})
+                self._write(self.folder / f"{name}.json", again)
+                self.records[name] = again
 
     def checkpoints(self, name: str) -> Path:
         """Folder of a trial's resumable state."""

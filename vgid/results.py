@@ -13,8 +13,8 @@ from pydantic import Field
 from vgid.config import Config
 
 TrialStatus = Literal["completed", "pruned", "failed", "lost"]
-"""``pruned`` was stopped early on request. ``failed`` is by the trial's own fault. ``lost`` is by the
-environment's (``vgid.blame``) and stands in a study's tables only: the trial has not ended."""
+"""``pruned``: stopped early on request. ``failed``: by the trial's own fault. ``lost``: by the
+environment's (``vgid.blame``); in a study's tables only, as a lost trial has not ended."""
 
 QuestionPart = Literal["search", "held_out", "all"]
 """Trials are chosen on ``search`` questions and reported on ``held_out`` ones; together ``all``."""

@@ -255,7 +255,8 @@ class ParetoSearch(Searcher):
         If there is a new trial that one goes first: should it be lost too, it is known sooner that
         the fault is in no trial.
         """
-        self._lost.append(name)
+        if name not in self._lost:
+            self._lost.append(name)
         self._new_first = True
 
     def tell(self, record: Record) -> None:

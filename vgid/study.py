@@ -12,15 +12,17 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from vgid.blame import disk_sentence
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole, libraries_silenced, print_summary
-from vgid.errors import InputError
+from vgid.errors import DiskError, InputError
 from vgid.figures import write_figures
 from vgid.interrupts import on_interrupt
 from vgid.ledger import Header, Ledger, Record
+from vgid.losses import RETRIES, Losses
 from vgid.mailbox import Job, Outcome
 from vgid.outputs import TrialsTable, describe, write_front, write_study
 from vgid.plan import Plan, make_plan
@@ -28,7 +30,7 @@ from vgid.plots import Front
 from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots_left_out
 from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe
-from vgid.summary import phases, store_use, study_summary
+from vgid.summary import phases, shortfall, store_use, study_summary
 from vgid.suppression import doubt
 
 TABLES = ("study.json", "trials.csv", "front.csv")
@@ -39,16 +41,20 @@ HELD_OUT_SEED_OFFSET = 1_000_003
 """Re-scoring draws few-shot people and test poses with other seeds than the trials did."""
 
 
-def run_study(config: StudyConfig, resume: bool = False, session: Any = None) -> dict[str, Any]:
+def run_study(
+    config: StudyConfig, resume: bool = False, session: Any = None, retry_failed: bool = False
+) -> dict[str, Any]:
     """Run a study, or go on with one.
 
     Args:
         config: the study.
         resume: continue the study that the output folder holds.
         session: makes the sessions of the workers, ``vgid.ray_train.trial_session`` if None.
+        retry_failed: run the failed trials of a resumed study again, under their ids.
 
     Returns:
-        The content of ``study.json``; ``interrupted`` tells whether a signal ended it.
+        The content of ``study.json``; ``interrupted`` tells whether a signal ended it, ``error``
+        why it has not all that it should have.
 
     Raises:
         InputError: bad input; nothing was started if it is in what can be checked before.
@@ -57,6 +63,8 @@ def run_study(config: StudyConfig, resume: bool = False, session: Any = None) ->
     plan = make_plan(config)
     with Ledger(config.output) as ledger:
         header = ledger.open(plan.config, plan.space_sha256, resume)
+        if retry_failed:
+            ledger.retry_failed()
         with libraries_silenced(config.output / "study.log") as terminal:
             standing = Standing(config.trials, budget_s=config.time_budget_s)
             with StudyConsole(terminal, standing) as console:
@@ -97,6 +105,9 @@ class Study:
         self.board = Scoreboard(ledger)
         self._table = TrialsTable(plan.config.output / "trials.csv")
         self.ui = ""
+        self._losses = Losses()
+        self._stopped: str | None = None
+        self._unscored: dict[str, str] = {}
         self._error: str | None = None
         self._interrupted = threading.Event()
         self._hashes: dict[str, str] = {}
@@ -130,9 +141,10 @@ class Study:
                 self._bring_tracker_in_line()
                 self._run_trials()
                 base.result()
+                self._record_losses()
                 if self._failure is not None:
                     raise InputError(self._failure)
-                if not self._interrupted.is_set():
+                if not self._interrupted.is_set() and self._stopped is None:
                     self._score_front_again()
             finally:
                 self._scribe.close()
@@ -197,16 +209,19 @@ class Study:
         import ray
 
         parts: tuple[QuestionPart, ...] = ("search", "held_out")
+        jobs: dict[QuestionPart, Job] = {}
         for part in parts:
             seed = self.config.seed + (HELD_OUT_SEED_OFFSET if part == "held_out" else 0)
-            job = Job(id=f"base-{part}", kind="base", part=part, seed=seed)
-            ray.get(self._mailbox.submit.remote(job))
+            jobs[part] = Job(id=f"base-{part}", kind="base", part=part, seed=seed)
+            ray.get(self._mailbox.submit.remote(jobs[part]))
 
         def wait() -> None:
             for part in parts:
-                outcome = ray.get(self._mailbox.next_message.remote(f"base-{part}"))
+                outcome = self._outcome_of(jobs[part])
                 if outcome.error is not None:
-                    if not self._interrupted.is_set():
+                    if outcome.lost:
+                        self._stop(outcome.error)
+                    elif not self._is_over:
                         self._error = self._error or outcome.error
                     return
                 self.board.base[part] = outcome.scores
@@ -221,6 +236,17 @@ class Study:
 
         waiting = ThreadPoolExecutor(1, thread_name_prefix="base")
         return waiting.submit(wait)
+
+    def _outcome_of(self, job: Job) -> Outcome:
+        """The outcome of a scoring; one that was lost is asked for again, so many times."""
+        import ray
+
+        while True:
+            outcome: Outcome = ray.get(self._mailbox.next_message.remote(job.id))
+            if not outcome.lost or job.attempt > RETRIES or self._is_over:
+                return outcome
+            job = job.model_copy(update={"attempt": job.attempt + 1})
+            ray.get(self._mailbox.submit.remote(job))
 
     def _bring_tracker_in_line(self) -> None:
         self._scribe.write(self._table.write, self.board.trials())
@@ -248,6 +274,7 @@ class Study:
             config.sampler,
             config.seed,
             self.standing.slots,
+            self._losses,
             out_of_time=lambda: deadline is not None and time.monotonic() > deadline,
             on_start=self._on_start,
         )
@@ -256,10 +283,13 @@ class Study:
             # No CPU: the slots need them all. On the head, where the driver and mailbox are.
             resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
             trainable = tune.with_parameters(SlotTrial, mailbox=self._mailbox)
-            tune.Tuner(
+            tuner = tune.Tuner(
                 tune.with_resources(trainable, resources),
                 tune_config=tune.TuneConfig(
-                    search_alg=self._search, num_samples=config.trials, reuse_actors=True
+                    # The search says when it is over; a lost trial is one more to Tune.
+                    search_alg=self._search,
+                    num_samples=-1,
+                    reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(
                     name=f"tune-{os.getpid()}",
@@ -268,16 +298,23 @@ class Study:
                     callbacks=[Recorder(self._on_epoch, self._on_end)],
                     stop=StopWhen(self._must_stop),
                 ),
-            ).fit()
+            )
+            try:
+                tuner.fit()
+            except DiskError as error:
+                self._stop(str(error))
+            except OSError as error:
+                self._stop(disk_sentence(error, [config.output]))
         self._search.close()
 
     def _must_stop(self) -> bool:
         """Whether a signal or an error ends the search; wakes everyone who waits for a trial."""
-        if not self._interrupted.is_set() and self._failure is None:
+        if not self._is_over:
             return False
         import ray
 
-        ray.get(self._mailbox.cancel_all.remote())
+        with suppress(ray.exceptions.RayError):  # without a mailbox nobody waits for it
+            ray.get(self._mailbox.cancel_all.remote())
         return True
 
     def _on_start(self, trial_id: str, config: TrialConfig) -> None:
@@ -298,6 +335,11 @@ class Study:
         """Record how a trial ended, first of all in the ledger."""
         if self.ledger.records[trial_id].result is not None:
             return  # Tune stumbled over a trial that had ended
+        if outcome is None and report is None:
+            outcome = Outcome(job_id=trial_id, error="its Ray Tune process died", lost=True)
+        if outcome is not None and outcome.lost:
+            self._lose(trial_id, outcome.error or "for an unknown cause")
+            return
         if outcome is not None and outcome.result is None:  # interrupted, or nothing can run
             self._error = self._error or (outcome.error if outcome.fatal else None)
             return
@@ -306,21 +348,33 @@ class Study:
             result = outcome.result
             details = {"slot": outcome.slot, "overhead_s": self._overhead(outcome)}
             self._seconds["load"] += outcome.load_s
-        elif report is not None:
-            result = TrialResult(trial_id=trial_id, status="pruned", metrics=report.metrics)
         else:
-            result = TrialResult(
-                trial_id=trial_id, status="failed", error="its Ray Tune process died"
-            )
+            assert report is not None
+            result = TrialResult(trial_id=trial_id, status="pruned", metrics=report.metrics)
         with self._kept_from_tune():
             record = self.ledger.end(trial_id, result, **details)
             self._tell_of(record)
+
+    def _lose(self, trial_id: str, cause: str) -> None:
+        """The environment lost a trial: it stays in flight, and is tried again so many times."""
+        error = cause
+        if self._losses.lose(trial_id, cause):
+            self._search.try_again(trial_id)
+            error = f"{cause.rstrip('.')}; it is tried again"
+        self.console.ended(trial_id, TrialResult(trial_id=trial_id, status="lost", error=error))
+        if self._losses.hopeless is not None:
+            self._stop(self._losses.hopeless)
+
+    def _stop(self, cause: str) -> None:
+        """End the study for what is no trial's fault; a resume goes on from there."""
+        self._stopped = self._stopped or cause
 
     def _tell_of(self, record: Record) -> None:
         """Tell everyone how a trial ended; one who fails keeps it from nobody else."""
         result = record.result
         assert result is not None
         trial = self.board.add(record)
+        self._losses.end(record.trial_id)
         with self._kept_from_tune():
             self._search.tell(record)
         with self._kept_from_tune():
@@ -338,10 +392,13 @@ class Study:
     def _kept_from_tune(self) -> Iterator[None]:
         """Keep an error of the study's own from Ray Tune, which would fail the trial for it.
 
-        Bad input ends the study; anything else is logged by kind and place in ``study.log``.
+        Bad input or a full disk ends the study; anything else is logged by kind and place in
+        ``study.log``.
         """
         try:
             yield
+        except DiskError as error:
+            self._stop(str(error))
         except InputError as error:
             self._error = self._error or str(error)
         except Exception as error:
@@ -359,6 +416,12 @@ class Study:
 
     # After the trials
 
+    def _record_losses(self) -> None:
+        """What is still lost now stands in the tables as such; the ledger has it in flight."""
+        self.board.lost = self._losses.causes
+        for trial in self.board.lost_trials():
+            self._scribe.write(self._tracker.finish_trial, trial.config, trial.result)
+
     def _score_front_again(self) -> None:
         import ray
 
@@ -368,18 +431,20 @@ class Study:
             self.console.stage(
                 f"Scoring the {len(front)} trials of the front on held-out questions"
             )
+        jobs = {}
         for trial_id in front:
-            job = Job(
+            jobs[trial_id] = Job(
                 id=f"rescore-{trial_id}",
                 kind="rescore",
                 adapter=self.ledger.adapter(trial_id),
                 part="held_out",
                 seed=self.config.seed + HELD_OUT_SEED_OFFSET,
             )
-            ray.get(self._mailbox.submit.remote(job))
-        for trial_id in front:
-            outcome = ray.get(self._mailbox.next_message.remote(f"rescore-{trial_id}"))
+            ray.get(self._mailbox.submit.remote(jobs[trial_id]))
+        for trial_id, job in jobs.items():
+            outcome = self._outcome_of(job)
             if outcome.error is not None:
+                self._unscored[trial_id] = outcome.error
                 self.console.say(f"trial {trial_id} could not be scored again: {outcome.error}")
                 continue
             self.board.held_out[trial_id] = outcome.scores
@@ -414,6 +479,7 @@ class Study:
             phases(self.ledger.ended, {**self._seconds, "log": self._scribe.seconds}),
             store_use(self.ledger.ended, output / "store"),
             interrupted=self._interrupted.is_set(),
+            error=shortfall(records, self._stopped, self._unscored),
             wall_s=time.monotonic() - self.started,
             files=[path.name for path in files],
         )
@@ -443,6 +509,11 @@ class Study:
         self.standing.counts = self.board.counts()
         self.standing.front = self.board.front_size
         self.standing.hypervolume = self.board.hypervolume
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether a signal, an error or the environment ends the study before its time."""
+        return self._interrupted.is_set() or self._failure is not None or self._stopped is not None
 
     @property
     def _failure(self) -> str | None:

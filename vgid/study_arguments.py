@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from vgid.command_line import Parser, exit_code
 from vgid.config import ForgetRatio, Method, Sampler, StudyConfig, TrainPairs, parse
+from vgid.errors import InputError
 
 OUTPUT = Path("runs")
 """Where a study goes if no output folder is named: ``runs/<backbone>-<number>``."""
@@ -19,12 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0 when the study is done, 2 after bad input (one sentence on stderr), 130 when a signal
-        ended it.
+        0 when the study is done, 1 when it stopped for no trial's fault or no trial completed, 2
+        after bad input (each one sentence on stderr), 130 when a signal ended it.
     """
 
     def run() -> Mapping[str, Any]:
         options = parser().parse_args(arguments)
+        if options.retry_failed and not options.resume:
+            raise InputError("--retry-failed: there is nothing to retry; add --resume.")
         config = study_config(options)
         if options.dry_run:
             from vgid.plan import make_plan
@@ -33,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return {}
         from vgid.study import run_study
 
-        return run_study(config, resume=options.resume)
+        return run_study(config, resume=options.resume, retry_failed=options.retry_failed)
 
     return exit_code(run, "The study was interrupted; go on with --resume.")
 
@@ -98,6 +101,8 @@ def parser() -> argparse.ArgumentParser:
         "adapters; they hold personal data")  # fmt: skip
     add("--resume", action="store_true", default=False, help="go on with the study that the output "
         "folder holds")  # fmt: skip
+    add("--retry-failed", action="store_true", default=False, help="with --resume, run trials that "
+        "failed again, under their ids")  # fmt: skip
     add("--dry-run", action="store_true", default=False, help="check everything, print the plan "
         "and stop")  # fmt: skip
     return made
@@ -109,7 +114,9 @@ def study_config(options: argparse.Namespace) -> StudyConfig:
     Raises:
         InputError: a value out of range, or a flag without the other that it needs.
     """
-    values = {k: v for k, v in vars(options).items() if k not in ("resume", "dry_run")}
+    values = {
+        k: v for k, v in vars(options).items() if k not in ("resume", "retry_failed", "dry_run")
+    }
     values.setdefault("output", _numbered(values["backbone"], options.resume))
     if "time_budget" in values:
         values["time_budget_s"] = values.pop("time_budget")

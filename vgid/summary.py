@@ -3,6 +3,7 @@
 import platform
 import statistics
 import subprocess
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 from vgid.content_store import info
 from vgid.ledger import Header, Record, now
+from vgid.outputs import TrialRecord
 from vgid.plan import Plan
-from vgid.results import Verbatim
+from vgid.results import TrialStatus, Verbatim
 from vgid.scoreboard import Scoreboard
 
 LIBRARIES = ("vgid", "ray", "torch", "transformers", "peft", "optuna", "mlflow")
@@ -89,6 +91,7 @@ def study_summary(
     phases: Phases,
     store: Mapping[str, Any],
     interrupted: bool,
+    error: str | None,
     wall_s: float,
     files: Sequence[str],
 ) -> dict[str, Any]:
@@ -103,6 +106,7 @@ def study_summary(
         phases: see ``phases``.
         store: see ``store_use``.
         interrupted: whether a signal ended it.
+        error: see ``shortfall``.
         wall_s: seconds of this run of the study.
         files: names of the files in the output folder.
     """
@@ -114,6 +118,7 @@ def study_summary(
         "seed": plan.config.seed,
         "output": plan.config.output,
         "interrupted": interrupted,
+        "error": error,
         **provenance(),
         "data_sha256": hashes.get("dataset"),
         "base_sha256": hashes.get("base"),
@@ -137,6 +142,46 @@ def study_summary(
         "store": store,
         "files": files,
     }
+
+
+def shortfall(
+    trials: Sequence[TrialRecord], stopped: str | None, unscored: Mapping[str, str]
+) -> str | None:
+    """Why a study has not all that it should have, in one sentence; None if it has.
+
+    Args:
+        trials: ended and lost trials.
+        stopped: what of the environment ended it, if something did.
+        unscored: why trials of the front have no held-out scores, by trial id.
+    """
+    status = Counter(trial.result.status for trial in trials)
+    if stopped is not None:
+        return f"The study stopped: {_clause(stopped)}; go on with --resume."
+    if status["lost"]:
+        cause = _commonest(trials, "lost")
+        return f"Lost, {status['lost']} of {len(trials)} trials: {cause}; go on with --resume."
+    if status["failed"] and not status["completed"]:
+        cause = _commonest(trials, "failed")
+        return (
+            f"No trial completed, {status['failed']} of {len(trials)} failed: {cause}; run them "
+            "again with --resume --retry-failed once it is mended."
+        )
+    if unscored:
+        name, cause = next(iter(unscored.items()))
+        return (
+            f"No held-out scores for {len(unscored)} trials of the front, such as {name}: "
+            f"{_clause(cause)}."
+        )
+    return None
+
+
+def _commonest(trials: Sequence[TrialRecord], status: TrialStatus) -> str:
+    errors = Counter(trial.result.error for trial in trials if trial.result.status == status)
+    return _clause(errors.most_common(1)[0][0] or "unknown")
+
+
+def _clause(sentence: str) -> str:
+    return sentence.rstrip(".")
 
 
 def provenance() -> dict[str, Any]:

@@ -30,7 +30,12 @@ from vgid.run_view import run_page, view_tag
 
 logger = logging.getLogger(__name__)
 
-STATUS: dict[TrialStatus, str] = {"completed": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}
+STATUS: dict[TrialStatus, str] = {
+    "completed": "FINISHED",
+    "failed": "FAILED",
+    "pruned": "KILLED",
+    "lost": "KILLED",
+}
 """MLflow's terminal status for each of ours."""
 
 FLUSH_SECONDS = 5.0
