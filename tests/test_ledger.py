@@ -192,6 +192,25 @@ def test_resume_names_a_damaged_or_missing_record(tmp_path):
         ledger.resume(StudyConfig(output=tmp_path / "s"), SHA)
 
 
+def test_retried_failures_are_in_flight_and_keep_why_they_failed(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        for name in ("0000", "0001"):
+            ledger.start(name, TrialConfig())
+        ledger.end("0000", completed("0000"))
+        failed = TrialResult(trial_id="0001", status="failed", error="the loss is NaN")
+        ledger.end("0001", failed, slot=3, overhead_s=0.5)
+    with Ledger(tmp_path / "s") as again:
+        again.resume(StudyConfig(output=tmp_path / "s"), SHA)
+        again.retry_failed()
+        again.retry_failed()  # nothing has failed any more
+        assert [record.trial_id for record in again.ended] == ["0000"]
+    with Ledger(tmp_path / "s") as third:
+        third.resume(StudyConfig(output=tmp_path / "s"), SHA)
+        (record,) = third.in_flight
+        assert (record.failures, record.ended, record.slot) == (("the loss is NaN",), None, None)
+        assert third.end("0001", completed("0001")).failures == ("the loss is NaN",)
+
+
 def test_a_study_without_a_result_can_be_taken_back_whole(tmp_path):
     with begun(tmp_path / "s") as ledger:
         ledger.start("0000", TrialConfig())

@@ -118,6 +118,8 @@ def test_no_more_than_the_slots_and_the_same_job_never_twice(ledger, space):
     end(ledger, searcher, "a", "0000", forget_rougeL_reduction=0.5, retain_rougeL=0.5)
     assert json.loads(searcher.suggest("c")[JOB])["id"] == "0002"
     end(ledger, searcher, "b", "0001", forget_rougeL_reduction=0.5, retain_rougeL=0.5)
+    assert searcher.suggest("d") is None  # the last one may yet be lost, and come back
+    end(ledger, searcher, "c", "0002", forget_rougeL_reduction=0.5, retain_rougeL=0.5)
     assert searcher.suggest("d") == Searcher.FINISHED
     searcher.close()
 
@@ -201,6 +203,51 @@ def test_trials_in_flight_run_again_under_their_ids_before_anything_new(ledger, 
     end(ledger, again, "c", "0000", forget_rougeL_reduction=0.5, retain_rougeL=0.5)
     assert json.loads(again.suggest("e")[JOB])["id"] == "0002"
     again.close()
+
+
+def test_a_lost_trial_comes_back_with_its_id_and_config_and_optuna_hears_nothing(ledger, space):
+    def asked(tune_id):
+        return Job.model_validate_json(searcher.suggest(tune_id)[JOB])
+
+    scores = {"forget_rougeL_reduction": 0.5, "retain_rougeL": 0.5}
+    searcher = search(ledger, space, trials=2)
+    first = asked("a")
+    searcher.on_trial_complete("a", error=True)
+    searcher.try_again("0000")
+    searcher.try_again("0000")  # told of twice, it comes back once
+    assert asked("b").id == "0001"  # another trial tells whether the fault is in the first
+    assert [t.state for t in stored(ledger)] == [TrialState.RUNNING] * 2
+    end(ledger, searcher, "b", "0001", **scores)
+    again = asked("c")
+    assert again == first.model_copy(update={"attempt": 2})
+    searcher.on_trial_complete("c")
+    searcher.try_again("0000")
+    assert asked("d").attempt == 3
+    end(ledger, searcher, "d", "0000", **scores)
+    assert searcher.suggest("e") == Searcher.FINISHED
+    searcher.close()
+    assert [t.state for t in stored(ledger)] == [TrialState.COMPLETE] * 2
+
+
+def test_failed_trials_that_are_retried_run_again_under_their_ids(ledger, space):
+    scores = {"forget_rougeL_reduction": 0.5, "retain_rougeL": 0.5}
+    searcher = search(ledger, space, trials=3)
+    jobs = {}
+    for name, status in (("0000", "completed"), ("0001", "failed"), ("0002", "failed")):
+        jobs[name] = searcher.suggest(name)
+        result = TrialResult(trial_id=name, status=status, metrics=scores, error="NaN")
+        searcher.on_trial_complete(name)
+        searcher.tell(ledger.end(name, result))
+    searcher.close()
+    ledger.retry_failed()
+    again = search(ledger, space, trials=3)
+    assert [t.state.name for t in stored(ledger)] == ["COMPLETE", "RUNNING", "RUNNING"]
+    for name in ("0001", "0002"):
+        assert again.suggest(name) == jobs[name]
+        end(ledger, again, name, name, **scores)
+    assert again.suggest("x") == Searcher.FINISHED
+    again.close()
+    assert [t.state for t in stored(ledger)] == [TrialState.COMPLETE] * 3
 
 
 def test_the_journal_is_rebuilt_when_it_is_lost_or_behind(ledger, space):

@@ -2,13 +2,18 @@
 
 import pytest
 
+from vgid.command_line import exit_code
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole
 from vgid.ledger import Ledger
+from vgid.losses import IN_A_ROW, RETRIES
 from vgid.mailbox import Outcome
+from vgid.outputs import TrialRecord
 from vgid.plan import make_plan
 from vgid.results import TrialResult
 from vgid.study import Study
+from vgid.study_arguments import main
+from vgid.summary import shortfall
 
 
 class Told:
@@ -17,6 +22,10 @@ class Told:
     def __init__(self, error=None):
         self.error = error
         self.trials = []
+        self.again = []
+
+    def try_again(self, name):
+        self.again.append(name)
 
     def tell(self, record):
         if self.error is not None:
@@ -68,7 +77,7 @@ def test_a_trial_whose_end_cannot_be_written_stays_in_flight_and_ends_the_study(
     (place / "in-the-way").mkdir(parents=True)  # a folder cannot be replaced by a file
     study._on_end("0000", TrialConfig(), completed(), None)
     assert [record.trial_id for record in study.ledger.in_flight] == ["0000"]
-    assert "cannot be written" in study._failure
+    assert "cannot be written" in study._stopped
     assert study._search.trials == []
 
 
@@ -79,3 +88,83 @@ def test_only_the_first_end_of_a_trial_counts(study):
         study.ledger.end("0000", TrialResult(trial_id="0000", status="failed"))
     assert (study.ledger.folder / "0000.json").read_bytes() == before
     assert study.ledger.records["0000"].result == completed().result
+
+
+def lost(name, cause="its disk is full"):
+    return Outcome(job_id=name, error=cause, lost=True)
+
+
+def test_a_lost_trial_stays_in_flight_with_its_checkpoint_and_is_tried_again(study):
+    checkpoint = study.ledger.checkpoints("0000") / "epoch"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    for attempt in range(RETRIES + 1):
+        study._losses.begin("0000")
+        # The trainable's own death is no fault of the trial's either.
+        study._on_end("0000", TrialConfig(), lost("0000") if attempt else None, None)
+    assert study._search.again == ["0000"] * RETRIES
+    assert [record.trial_id for record in study.ledger.in_flight] == ["0000"]
+    assert checkpoint.exists()
+    assert study._search.trials == []
+    assert study._stopped is None
+    assert "lost: its disk is full" in (study.config.output.parent / "console").read_text()
+
+
+def test_trials_lost_in_a_row_stop_the_study_and_stand_in_its_table_until_they_end(study):
+    names = [f"{number:04d}" for number in range(IN_A_ROW)]
+    for name in names:
+        study.ledger.start(name, TrialConfig())
+        study._losses.begin(name)
+        assert not study._is_over
+        study._on_end(name, TrialConfig(), lost(name), None)
+    assert study._is_over
+    study._record_losses()
+    records = study.board.trials()
+    assert study.board.counts() == {"completed": 0, "pruned": 0, "failed": 0, "lost": IN_A_ROW}
+    assert study.board.front() == []
+    said = "The study stopped: its disk is full; go on with --resume."
+    assert shortfall(records, study._stopped, {}) == said
+    study._on_end("0000", TrialConfig(), completed(), None)
+    study._scribe.close()
+    assert study._tracker.trials == [*names, "0000"]
+    assert [trial.result.status for trial in study.board.trials()] == ["completed", "lost", "lost"]
+
+
+def records(*statuses):
+    return [
+        TrialRecord(
+            TrialConfig(),
+            TrialResult(trial_id=f"{n:04d}", status=status, error=None if error == "" else error),
+        )
+        for n, (status, _, error) in enumerate(status.partition(":") for status in statuses)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "said"),
+    [
+        ((), None),
+        (("completed", "failed:NaN", "pruned"), None),
+        (("failed:NaN", "failed:odd", "failed:NaN"), "No trial completed, 3 of 3 failed: NaN; "),
+        (("completed", "lost:its disk is full."), "Lost, 1 of 2 trials: its disk is full; "),
+    ],
+)
+def test_a_study_says_what_it_has_not_and_exits_with_1(statuses, said, capsys):
+    error = shortfall(records(*statuses), None, {})
+    assert (error or "").startswith(said or "")
+    assert (error is None) == (said is None)
+    code = exit_code(lambda: {"interrupted": False, "error": error}, "interrupted")
+    assert code == (0 if said is None else 1)
+    assert capsys.readouterr().err == ("" if error is None else f"{error}\n")
+
+
+def test_a_front_without_held_out_scores_is_told_of(capsys):
+    error = shortfall(records("completed"), None, {"0000": "its adapter is gone."})
+    assert error.endswith("such as 0000: its adapter is gone.")
+    interrupted = exit_code(lambda: {"interrupted": True, "error": error}, "go on")
+    assert (interrupted, capsys.readouterr().err) == (130, "go on\n")
+
+
+def test_a_retry_without_a_study_to_resume_is_refused(capsys):
+    assert main(["--retry-failed"]) == 2
+    assert "--resume" in capsys.readouterr().err

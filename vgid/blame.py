@@ -16,20 +16,20 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-import ray
-
 from vgid.errors import DiskError, InputError, SettingError
 from vgid.mailbox import Job, Outcome, failure
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
+# Classes of Ray and torch go by their names: neither need be there.
+
 NO_MEMORY_LEFT = "torch.OutOfMemoryError"
-"""Of an accelerator. By name, as torch need not be there."""
+"""Of an accelerator."""
 
 BROKEN_ACCELERATOR = "torch.AcceleratorError"
 """After it, the accelerator does nothing any more for this process."""
 
-BETWEEN_WORKERS = "torch.distributed.DistError"
+ENVIRONMENTS = ("ray.exceptions.RayError", "torch.distributed.DistError", BROKEN_ACCELERATOR)
 
 TOLD_BY_MESSAGE = re.compile(r"\(os error \d+\)|DefaultCPUAllocator|gloo/")
 """Errors of the system, of memory and between workers that come as another kind of exception."""
@@ -74,9 +74,9 @@ def disk_sentence(error: OSError, folders: Sequence[Path]) -> str:
 
 
 def _is_environments(error: Exception) -> bool:
-    if isinstance(error, (OSError, MemoryError, ray.exceptions.RayError, DiskError)):
+    if isinstance(error, (OSError, MemoryError, DiskError)):
         return True
-    if is_a(error, BETWEEN_WORKERS) or is_a(error, BROKEN_ACCELERATOR):
+    if any(is_a(error, name) for name in ENVIRONMENTS):
         return True
     return not isinstance(error, InputError) and bool(TOLD_BY_MESSAGE.search(str(error)))
 
