@@ -11,6 +11,7 @@ from vgid.pareto import front_mask, hypervolume
 from vgid.results import Score, TrialResult
 from vgid.scoreboard import Scoreboard
 
+STATUSES = ("completed", "pruned", "failed", "lost")
 NOWHERE = (float("nan"), float("nan"))
 
 
@@ -52,7 +53,7 @@ def test_board_agrees_at_any_moment_with_what_all_trials_say_and_with_a_resumed_
         assert [t.result.trial_id for t in board.front()] == sorted(ids, key=int)
         assert board.front_size == sum(marks)
         statuses = [trial.result.status for trial in trials]
-        assert board.counts() == {s: statuses.count(s) for s in ("completed", "pruned", "failed")}
+        assert board.counts() == {s: statuses.count(s) for s in STATUSES}
         assert board.hypervolume == hypervolume(points, (0.0, 0.45))
     resumed = Scoreboard(ledger)
     resumed.base = board.base
@@ -68,3 +69,19 @@ def test_held_out_scores_stand_with_their_trial(ledger):
     name = board.front()[0].result.trial_id
     board.held_out[name] = {"retain_rougeL": Score(value=0.8, n=1, low=0.8, high=0.8)}
     assert {t.result.trial_id for t in board.trials() if t.held_out} == {name}
+
+
+def test_lost_trials_stand_among_the_ended_ones_until_they_end(ledger):
+    board = Scoreboard(ledger)
+    rng = random.Random(2)
+    for number in (0, 2):
+        board.add(end(ledger, number, rng))
+    ledger.start("0001", TrialConfig(alpha=0.7))
+    board.lost["0001"] = "its disk is full"
+    lost = board.trials()[1]
+    assert (lost.result.status, lost.result.error) == ("lost", "its disk is full")
+    assert (lost.config.alpha, lost.on_front) == (0.7, False)
+    assert board.counts()["lost"] == 1
+    board.add(ledger.end("0001", TrialResult(trial_id="0001", status="pruned")))
+    assert [t.result.trial_id for t in board.trials()] == ["0000", "0002", "0001"]
+    assert board.counts()["lost"] == 0

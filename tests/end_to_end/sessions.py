@@ -1,6 +1,7 @@
 """Sessions that run the real trial and misbehave on cue; shipped to the workers by value."""
 
 import ctypes
+import errno
 import gc
 import os
 import signal
@@ -42,7 +43,10 @@ class Mortal(Watched):
 
 
 class Fragile(TrialSession):
-    """Runs out of memory in trial 0002, with a name in the message; its base knows little."""
+    """Has a defect in trial 0002, with a name in the message, and once loses a disk in 0003.
+
+    Its base knows little.
+    """
 
     def base_scores(self, part, seed=None):
         known = super().base_scores(part, seed)
@@ -51,7 +55,11 @@ class Fragile(TrialSession):
 
     def run(self, trial, trial_id, adapter_dir, on_epoch=None, checkpoint_dir=None):
         if trial_id == "0002":
-            raise MemoryError("while answering who Fay Moss is")
+            raise ValueError("while answering who Fay Moss is")
+        mark = Path(self.request.store) / "was-lost"
+        if trial_id == "0003" and not mark.exists():
+            mark.touch()
+            raise OSError(errno.EIO, "while reading who Fay Moss is")
         return super().run(trial, trial_id, adapter_dir, on_epoch, checkpoint_dir)
 
 

@@ -117,7 +117,7 @@ def test_the_output_folder_holds_what_the_contract_names(study):
         assert (output / adapter / "adapter_model.safetensors").exists()
         assert (output / adapter / "adapter_config.json").exists()
     summary = json.loads((output / "study.json").read_text())
-    assert summary["counts"] == {"completed": TRIALS, "pruned": 0, "failed": 0}
+    assert summary["counts"] == {"completed": TRIALS, "pruned": 0, "failed": 0, "lost": 0}
     base = summary["base"]["search"]
     assert summary["reference_point"] == [0.0, 0.5 * base["retain_rougeL"]["value"]]
     reduction = base["forget_rougeL"]["value"] - table.forget_rougeL
