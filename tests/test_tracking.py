@@ -371,6 +371,28 @@ def test_a_trial_that_left_the_front_loses_its_mark(store, output):
     assert children["0001"].data.tags["vgid.on_front"] == "true"
 
 
+@pytest.mark.parametrize(("status", "shown"), [("failed", "FAILED"), ("lost", "KILLED")])
+def test_a_trial_in_flight_again_goes_on_in_its_run(store, output, status, shown):
+    record = make_records(output)[0]
+    tried = replace(
+        record, result=TrialResult(trial_id="0000", status=status, error="its disk is full")
+    )
+
+    def kept(record):
+        tracker = open_tracker(store, "again")
+        tracker.start_study(f"study-{status}", StudyConfig(output=output), HASHES)
+        assert tracker.log_trial(record)
+        (run,) = children_of(client(store), tracker).values()
+        return run.info.run_id, run.info.status, run.data.tags.get("vgid.error")
+
+    run_id, *ending = kept(ended(tried))
+    assert ending == [shown, "its disk is full"]
+    in_flight = ended(tried).model_copy(update={"result": None, "ended": None})
+    assert kept(in_flight) == (run_id, "RUNNING", None)
+    assert kept(ended(record)) == (run_id, "FINISHED", None)
+    assert kept(ended(record)) == (run_id, "FINISHED", None)
+
+
 def test_trials_that_could_not_be_sent_are_sent_at_the_end(store, output, caplog):
     records = make_records(output)
     tracker = open_tracker(store, "outage")

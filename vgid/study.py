@@ -21,7 +21,7 @@ from vgid.console import Standing, StudyConsole, libraries_silenced, print_summa
 from vgid.errors import DiskError, InputError
 from vgid.figures import write_figures
 from vgid.interrupts import on_interrupt
-from vgid.ledger import Header, Ledger, Record
+from vgid.ledger import Header, Ledger, Record, now
 from vgid.losses import RETRIES, Losses
 from vgid.mailbox import Job, Outcome
 from vgid.outputs import TrialsTable, describe, write_front, write_study
@@ -420,7 +420,9 @@ class Study:
         """What is still lost now stands in the tables as such; the ledger has it in flight."""
         self.board.lost = self._losses.causes
         for trial in self.board.lost_trials():
-            self._scribe.write(self._tracker.finish_trial, trial.config, trial.result)
+            record = self.ledger.records[trial.result.trial_id]
+            lost = record.model_copy(update={"result": trial.result, "ended": now()})
+            self._scribe.write(self._tracker.log_trial, lost)
 
     def _score_front_again(self) -> None:
         import ray

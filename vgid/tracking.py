@@ -38,6 +38,9 @@ STATUS: dict[TrialStatus, str] = {
 }
 """MLflow's terminal status for each of ours."""
 
+ENDING_TAGS = {"vgid.status", "vgid.error"}
+"""Tags that say how a trial ended."""
+
 FLUSH_SECONDS = 5.0
 """Epoch metrics wait at most this long for company: a commit costs more than a short epoch."""
 
@@ -263,8 +266,10 @@ class Tracker:
         from mlflow.entities import Metric, RunTag
 
         run = self._runs.get(record.trial_id) or self._create_trial_run(record)
-        if run.ended:
+        if run.ended and record.result is not None:
             return
+        if run.ended:
+            self._reopen(run)
         if run.last_step is None:
             run.last_step = self._last_step(run, record)
         metrics = [
@@ -293,6 +298,14 @@ class Tracker:
                 self._client.log_artifacts(run.run_id, str(result.adapter), "adapter")
             self._client.set_terminated(run.run_id, STATUS[result.status], ended)
             run.ended = True
+
+    def _reopen(self, run: _Run) -> None:
+        """Go on with a run that was lost or failed before, and whose trial is in flight again."""
+        for tag in ENDING_TAGS & run.tags.keys():
+            self._client.delete_tag(run.run_id, tag)
+            del run.tags[tag]
+        self._client.update_run(run.run_id, status="RUNNING")
+        run.ended = False
 
     def _last_step(self, run: _Run, record: Record) -> int:
         """How far the epochs of a run that was taken over are recorded.
