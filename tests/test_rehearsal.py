@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.test_data_check import huge_png
 from tests.tiny_benchmark import SHARD
 from vgid import backbones
 from vgid.benchmark import Benchmark
@@ -177,6 +178,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         "forget_5",
         lambda rows: rows[0]["image"].update(bytes=rows[0]["image"]["bytes"][:60]),
         "cannot be read",
+    ),
+    "a decompression bomb": (
+        "retain_95",
+        lambda rows: rows[0]["image"].update(bytes=huge_png()),
+        "more than 50,000,000 pixels",
     ),
 }
 

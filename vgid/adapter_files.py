@@ -165,7 +165,7 @@ def read_adapter(folder: Path) -> LoraWeights:
         there = sorted(path.name for path in folder.iterdir())
         config = json.loads((folder / CONFIG).read_text())
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise InputError(
             f"{folder}: {CONFIG} or {WEIGHTS} cannot be read ({type(error).__name__}); name a PEFT "
             "adapter folder with safetensors weights."

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from vgid.results import EpochReport
 
 FILE_NAME = "state.safetensors"
+_REPORTS = TypeAdapter(list[EpochReport])
 
 
 def save_checkpoint(
@@ -62,18 +64,21 @@ def load_checkpoint(
     """
     try:
         with safe_open(folder / FILE_NAME, "pt") as file:
-            metadata = file.metadata()
-            if metadata["trial_id"] != trial_id:
+            metadata = file.metadata() or {}
+            epochs_done = metadata.get("epochs_done", "")
+            if metadata.get("trial_id") != trial_id or not epochs_done.isdecimal():
                 return 0
+            _reports(metadata)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (FileNotFoundError, SafetensorError):
+    except (FileNotFoundError, SafetensorError, ValueError, RecursionError):
         return 0
-    kinds = ("parameter", "step", "exp_avg", "exp_avg_sq")
-    if tensors.keys() != {f"{kind}/{name}" for name in parameters for kind in kinds} or any(
-        tensors[f"parameter/{name}"].shape != x.shape for name, x in parameters.items()
-    ):
+    shapes = {
+        f"{kind}/{name}": torch.Size() if kind == "step" else parameter.shape
+        for name, parameter in parameters.items()
+        for kind in ("parameter", "step", "exp_avg", "exp_avg_sq")
+    }
+    if {key: tensor.shape for key, tensor in tensors.items()} != shapes:
         return 0
-    epochs_done = int(metadata["epochs_done"])
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
@@ -90,11 +95,14 @@ def load_checkpoint(
     ):
         group["lr"] = base * factor(steps)
     schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
-    return epochs_done
+    return int(epochs_done)
 
 
 def checkpoint_reports(folder: Path) -> list[EpochReport]:
     """The reports that were saved with a checkpoint, which ``load_checkpoint`` has accepted."""
     with safe_open(folder / FILE_NAME, "pt") as file:
-        kept = json.loads(file.metadata().get("reports", "[]"))
-    return [EpochReport.model_validate(report) for report in kept]
+        return _reports(file.metadata())
+
+
+def _reports(metadata: Mapping[str, str]) -> list[EpochReport]:
+    return _REPORTS.validate_json(metadata.get("reports", "[]"))

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 
 from vgid.config import Config
 from vgid.errors import DiskError, InputError
+from vgid.links import refuse_links
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +77,7 @@ class ContentStore:
 
     Raises:
         DiskError: the folder cannot be made.
+        InputError: a link leads out of the store.
     """
 
     def __init__(self, root: Path, kind: str, limit_bytes: int | None = None) -> None:
@@ -84,6 +86,7 @@ class ContentStore:
         self.limit_bytes = limit_bytes
         self.hits = self.misses = self.bytes_written = 0
         self._swept = False
+        refuse_links(root, itself=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -18,10 +18,11 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from vgid.config import Config, StudyConfig, TrialConfig
 from vgid.errors import InputError
+from vgid.links import refuse_links
 from vgid.outputs import write_atomically
 from vgid.results import EpochReport, TrialResult, trial_order
 
@@ -93,6 +94,12 @@ class Record(Config):
     overhead_s: float | None = None
     failures: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _result_is_its_own(self) -> Self:
+        if self.result is not None and self.result.trial_id != self.trial_id:
+            raise ValueError("the result is another trial's")
+        return self
+
 
 def trial_id(number: int) -> str:
     """The id of a trial by its number: ``0007``."""
@@ -163,8 +170,9 @@ class Ledger:
         """Begin a study under a new id, or go on with the one that is there.
 
         Raises:
-            InputError: as ``begin`` and ``resume`` do.
+            InputError: as ``begin`` and ``resume`` do, or a link leads out of the folder.
         """
+        refuse_links(self.output)
         if resume:
             return self.resume(config, search_space_sha256)
         stamp = now()
@@ -241,7 +249,7 @@ class Ledger:
         for stray in self.folder.glob(".*"):  # half-written by a killed process
             stray.unlink()
         paths = sorted(self.folder.glob("[0-9]*.json"), key=lambda path: trial_order(path.stem))
-        records = [self._read(path, Record) for path in paths]
+        records = [self._record(path) for path in paths]
         for number, record in enumerate(records):
             if record.trial_id != trial_id(number):
                 raise InputError(
@@ -319,6 +327,14 @@ class Ledger:
     def adapter(self, name: str) -> Path:
         """Folder of a trial's adapter."""
         return self.output / "adapters" / name
+
+    def _record(self, path: Path) -> Record:
+        """A trial's record, its adapter in this folder: no path in a file decides what is read."""
+        record = self._read(path, Record)
+        if record.result is None or record.result.adapter is None:
+            return record
+        adapter = {"adapter": self.adapter(record.trial_id)}
+        return record.model_copy(update={"result": record.result.model_copy(update=adapter)})
 
     def _write(self, path: Path, model: Config) -> None:
         write_atomically(path, model.model_dump_json(indent=1).encode())

@@ -26,6 +26,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vgid.errors import InputError
+from vgid.links import refuse_links
 
 FOLDER = "deployments"
 """Where deployments are in an output folder."""
@@ -47,8 +48,10 @@ def staged(deployments: Path, names: Sequence[str]) -> Iterator[Path]:
         names: files and folders that the block makes and that replace those of the same name.
 
     Raises:
-        InputError: another process writes there, or the folder cannot be written.
+        InputError: another process writes there, the folder cannot be written, or a link leads out
+            of it.
     """
+    refuse_links(deployments, itself=True)
     made = not deployments.exists()
     staging = deployments / f".{os.getpid()}.new"
     try:
@@ -94,8 +97,13 @@ def recover(deployments: Path) -> None:
     """Bring into place what a killed process had ready; does nothing where there is no such thing.
 
     Where that cannot be, it is left to the next one: a reader says best what it misses.
+
+    Raises:
+        InputError: a link leads out of what is ready.
     """
-    if (deployments / READY).is_dir():
+    ready = deployments / READY
+    if ready.is_dir():
+        refuse_links(ready, itself=True)
         with contextlib.suppress(OSError), FileLock(deployments / ".lock", timeout=WAIT_S):
             _finish(deployments)
 

@@ -71,7 +71,7 @@ def read_settings(path: Path) -> tuple[str, dict[Method, TrialConfig]]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "it is not JSON"
         raise InputError(f"{path}: cannot be read ({reason}); check --settings.") from None
     if not isinstance(content, dict):

@@ -19,6 +19,7 @@ from typing import Any
 from vgid.adapter_files import FILES
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
+from vgid.links import refuse_links
 from vgid.outputs import OBJECTIVES, TRIAL_FIELDS
 from vgid.plan import OWN_DATA
 from vgid.results import trial_order
@@ -120,6 +121,7 @@ def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
             f"{folder}: holds no study.json; name the output folder of a study that has ended, or "
             "mlflow:RUN."
         )
+    refuse_links(folder)
     summary = _read(folder / "study.json", name)
     rows = _front(_text(folder / "front.csv", name), f"{folder / 'front.csv'}")
     trials = [
@@ -255,7 +257,7 @@ def _check_adapters(source: Source) -> None:
 def _read(path: Path, where: str) -> dict[str, Any]:
     try:
         content = json.loads(_text(path, where))
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise InputError(f"{where}: study.json is damaged; restore it.")

@@ -186,7 +186,13 @@ def _trial(config: UnlearnConfig, parent: Ancestor | None) -> TrialConfig:
             raise InputError(
                 f"--setting: {setting!r} is no NAME=VALUE, such as learning_rate=1e-3."
             )
-        loaded = yaml.safe_load(value)
+        try:
+            loaded = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError):
+            raise InputError(
+                f"--setting: the value of {name} is not plain YAML; write a number, a word or a "
+                "list such as [generation, cloze]."
+            ) from None
         values[name] = tuple(loaded) if isinstance(loaded, list) else loaded
     return parse(TrialConfig, values, "--setting")
 

@@ -1,5 +1,6 @@
 """Picks that are refused: bad flags, damaged studies, bounds that no trial keeps."""
 
+import pickle
 import re
 import shutil
 
@@ -107,6 +108,17 @@ def in_adapters(change):
     return do
 
 
+def pickle_weights(adapter):
+    path = adapter / "adapter_model.safetensors"
+    path.write_bytes(pickle.dumps(dict(load_file(path))))
+
+
+def lead_out(adapter):
+    moved = adapter.parent.parent.parent / f"moved-{adapter.name}"
+    adapter.rename(moved)
+    adapter.symlink_to(moved)
+
+
 def add_vision(adapter):
     path = adapter / "adapter_model.safetensors"
     tensors = load_file(path)
@@ -135,6 +147,8 @@ def add_vision(adapter):
         (in_adapters(shutil.rmtree), "is missing"),
         (in_adapters(lambda a: (a / "adapter_model.safetensors").unlink()), "safetensors"),
         (in_adapters(lambda a: (a / "adapter_model.bin").write_bytes(b"pickle")), "bin"),
+        (in_adapters(pickle_weights), "safetensors"),
+        (in_adapters(lead_out), "is a symbolic link out of the folder"),
         (in_adapters(add_vision), "vision_tower"),
         (
             in_adapters(
