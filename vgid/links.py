@@ -11,7 +11,7 @@ from vgid.errors import InputError
 
 
 def refuse_links(folder: Path, itself: bool = False) -> None:
-    """Nothing below a folder leads out of it; a folder that is not there has nothing below.
+    """Nothing below a folder leads out of it; what is no folder has nothing below.
 
     Args:
         folder: the folder; it is not followed into other folders by links.
@@ -35,7 +35,7 @@ def refuse_links(folder: Path, itself: bool = False) -> None:
                             raise _leads_out(path)
                     elif entry.is_dir(follow_symlinks=False):
                         waiting.append(path)
-        except FileNotFoundError:  # there is none, or another process has removed it meanwhile
+        except (FileNotFoundError, NotADirectoryError):  # it may have been removed meanwhile
             continue
         except OSError as error:
             raise InputError(
