@@ -15,8 +15,8 @@ from PIL import Image
 
 from vgid.attainment import attainment_surface, median_level
 from vgid.compare_arguments import CompareConfig, main
-from vgid.comparison import chosen_settings, standings, verdict, write_comparison
-from vgid.config import TrialConfig
+from vgid.comparison import _done, chosen_settings, standings, verdict, write_comparison
+from vgid.config import StudyConfig, TrialConfig
 from vgid.results import Score
 from vgid.settings import read_settings
 from vgid.study_front import BaseScores, StudyFront, Trial
@@ -246,3 +246,12 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, more, sentence):
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_study_that_is_done_is_used_where_it_was_asked_for_like_this_one(tmp_path):
+    asked = StudyConfig(output=tmp_path, data=tmp_path / "data", trials=2)
+    ran = {**asked.model_dump(mode="json"), "data": "/moved/from", "max_concurrent": 7}
+    (tmp_path / "study.json").write_text(json.dumps({"interrupted": False, "config": ran}))
+    assert _done(asked)
+    for other in ({"trials": 3}, {"forget_ratio": 10}, {"sampler": "tpe"}, {"method": "ga"}):
+        assert not _done(asked.model_copy(update=other)), other

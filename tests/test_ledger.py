@@ -2,16 +2,27 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.ledger import Header, Ledger, now, trial_id
+from vgid.ledger import (
+    CONTENT,
+    MAY_CHANGE,
+    MUST_AGREE,
+    Header,
+    Ledger,
+    changes,
+    now,
+    trial_id,
+)
 from vgid.results import EpochReport, TrialResult
 
 SHA = "0" * 64
@@ -133,15 +144,58 @@ def test_a_study_that_never_began_leaves_nothing(tmp_path, made_before):
     assert not made_before or not list(output.iterdir())
 
 
-def test_begin_refuses_a_folder_with_a_study_or_anything_else(tmp_path):
-    begun(tmp_path / "s").close()
-    with pytest.raises(InputError, match="--resume"):
-        begun(tmp_path / "s")
+def test_begin_refuses_a_folder_with_work_or_anything_else(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        ledger.start("0000", TrialConfig())
+        ledger.end("0000", completed("0000"))
+    with begun(tmp_path / "c") as ledger:
+        ledger.start("0000", TrialConfig())
+        ledger.checkpoints("0000").mkdir(parents=True)
+    for name in ("s", "c"):
+        with pytest.raises(InputError, match="--resume"):
+            begun(tmp_path / name)
     (tmp_path / "t").mkdir()
     (tmp_path / "t" / "thesis.tex").write_text("")
-    with pytest.raises(InputError, match="not empty"):
-        begun(tmp_path / "t")
-    assert (tmp_path / "t" / "thesis.tex").exists()
+    (tmp_path / "u" / "trials").mkdir(parents=True)
+    (tmp_path / "u" / "trials" / "0000.json").write_text("{}")
+    for name in ("t/thesis.tex", "u/trials/0000.json"):
+        with pytest.raises(InputError, match=r"not empty|damaged"):
+            begun(tmp_path / name.split("/")[0])
+        assert (tmp_path / name).exists()
+
+
+def test_a_study_that_failed_before_any_trial_keeps_all_and_starts_again(tmp_path):
+    output = tmp_path / "s"
+    with pytest.raises(InputError, match="out of memory"), begun(output, seed=1) as ledger:
+        ledger.start("0000", TrialConfig(alpha=2.0))
+        (output / "store").mkdir()
+        (output / "store" / "hours.safetensors").write_bytes(b"x")
+        (output / "study.log").write_text("what happened")
+        raise InputError("out of memory")
+    with Ledger(output) as again:  # with the same command and --resume
+        again.resume(StudyConfig(output=output, seed=1), SHA)
+        assert [record.config.alpha for record in again.in_flight] == [2.0]
+    with begun(output, seed=2) as anew:  # without --resume, and with any other
+        assert not anew.records
+        anew.start("0000", TrialConfig())
+    assert (output / "study.log").read_text() == "what happened"
+    assert (output / "store" / "hours.safetensors").exists()
+    assert [path.name for path in sorted((output / "trials").iterdir())] == [
+        "0000.json",
+        "study.json",
+    ]
+
+
+def test_a_kill_before_the_header_leaves_a_folder_that_can_be_started(tmp_path):
+    output = tmp_path / "s"
+    (output / "trials").mkdir(parents=True)
+    (output / ".lock").touch()
+    (output / "trials" / ".study.json.abc").write_text('{"study')
+    with Ledger(output) as ledger, pytest.raises(InputError, match="leave out --resume"):
+        ledger.resume(StudyConfig(output=output), SHA)
+    with begun(output) as ledger:
+        assert ledger.header is not None
+    assert [path.name for path in (output / "trials").iterdir()] == ["study.json"]
 
 
 def test_an_unwritable_output_is_one_sentence(tmp_path):
@@ -165,11 +219,84 @@ def test_resume_refuses_another_study(tmp_path, change, word):
         ledger.resume(StudyConfig(output=tmp_path / "s", **change), SHA)
 
 
-def test_resume_may_change_how_much_and_how_fast(tmp_path):
+def test_every_argument_is_refused_or_taken_by_name(tmp_path):
+    assert not set(MUST_AGREE) & set(MAY_CHANGE)
+    assert {*MUST_AGREE, *MAY_CHANGE} == set(StudyConfig.model_fields)
+    asked = {
+        "trials": 9,
+        "sampler": "tpe",
+        "time_budget_s": 60.0,
+        "max_concurrent": 1,
+        "gpus_per_worker": 0.5,
+        "store_limit_gb": 1.0,
+        "fresh_workers": True,
+        "log_responses": True,
+        "output": tmp_path / "s",
+        "search_space": tmp_path / "moved.yaml",
+        "from_deployment": tmp_path / "moved" / "deployment.yaml",
+    }
+    assert asked.keys() == set(MAY_CHANGE)
     begun(tmp_path / "s", trials=4).close()
     with Ledger(tmp_path / "s") as ledger:
-        config = StudyConfig(output=tmp_path / "s", trials=9, time_budget_s=60, max_concurrent=1)
-        assert ledger.resume(config, SHA).study_id == "s"
+        config = StudyConfig(**asked)
+        header = ledger.resume(config, SHA)
+        assert header.study_id == "s"
+    said = changes(header.config.model_copy(update={"output": tmp_path / "before"}), config)
+    assert len(said) == len(MAY_CHANGE)
+    assert "trials 9 (started with 4)" in said
+    assert "time-budget 60.0 (started with None)" in said
+
+
+CONTENTS = {name: f"{name} of {'x' * 20}" for name in CONTENT}
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_study_goes_on_over_the_content_that_it_was_started_with(tmp_path, name):
+    output = tmp_path / "s"
+    config = StudyConfig(output=output)
+    ledger = Ledger(output)
+    ledger.open(config, SHA, resume=False)
+    content = {**CONTENTS, "vgid_version": version("vgid")}
+    assert ledger.settle(**content) == []
+    ledger.start("0000", TrialConfig())
+    ledger.end("0000", completed("0000"))
+    ledger.close()
+    record = (output / "trials" / "study.json").read_bytes()
+    with Ledger(output) as again:
+        again.open(config, SHA, resume=True)
+        assert again.settle(**content) == []
+        what, remedy = CONTENT[name]
+        with pytest.raises(InputError, match=f"started with {what} .* {re.escape(remedy)}"):
+            again.settle(**{**content, name: "other"})
+    assert (output / "trials" / "study.json").read_bytes() == record
+
+
+def test_another_version_of_the_package_is_refused(tmp_path):
+    config = StudyConfig(output=tmp_path / "s")
+    with Ledger(tmp_path / "s") as ledger:
+        header = ledger.open(config, SHA, resume=False)
+        ledger.begin(header.model_copy(update={"vgid_version": "0.0.1"}))
+    with Ledger(tmp_path / "s") as ledger, pytest.raises(InputError, match=r"vgid 0\.0\.1"):
+        ledger.resume(config, SHA)
+
+
+def test_a_study_of_before_these_records_takes_what_it_finds_and_says_so(tmp_path):
+    with begun(tmp_path / "s") as ledger:
+        ledger.start("0000", TrialConfig())
+        ledger.end("0000", completed("0000"))
+    path = tmp_path / "s" / "trials" / "study.json"
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps({key: old[key] for key in old if key not in CONTENT}))
+    config = StudyConfig(output=tmp_path / "s")
+    found = {"data_sha256": "a" * 64, "base_revision": "b" * 64}
+    with Ledger(tmp_path / "s") as ledger:
+        ledger.resume(config, SHA)
+        assert ledger.settle(**found) == ["data", "weights of the base"]
+        assert ledger.settle(**found) == []
+    with Ledger(tmp_path / "s") as ledger:
+        ledger.resume(config, SHA)
+        with pytest.raises(InputError, match="started with data aaaaaaaaaaaa and cannot go on"):
+            ledger.settle(data_sha256="c" * 64)
 
 
 def test_resume_refuses_a_changed_search_space_and_an_empty_folder(tmp_path):
@@ -209,26 +336,6 @@ def test_retried_failures_are_in_flight_and_keep_why_they_failed(tmp_path):
         (record,) = third.in_flight
         assert (record.failures, record.ended, record.slot) == (("the loss is NaN",), None, None)
         assert third.end("0001", completed("0001")).failures == ("the loss is NaN",)
-
-
-def test_a_study_without_a_result_can_be_taken_back_whole(tmp_path):
-    with begun(tmp_path / "s") as ledger:
-        ledger.start("0000", TrialConfig())
-        (tmp_path / "s" / "data").mkdir()
-        (tmp_path / "s" / "mlflow.db").write_bytes(b"x")
-        ledger.abandon()
-    assert not (tmp_path / "s").exists()
-
-
-def test_a_result_is_never_taken_back(tmp_path):
-    with begun(tmp_path / "s") as ledger:
-        ledger.start("0000", TrialConfig())
-        ledger.end("0000", completed("0000"))
-        ledger.abandon()
-    with Ledger(tmp_path / "s") as again:
-        again.resume(StudyConfig(output=tmp_path / "s"), SHA)
-        again.abandon()
-        assert len(again.ended) == 1
 
 
 def test_a_study_of_more_than_10000_trials_is_read_in_the_order_of_its_trials(tmp_path):

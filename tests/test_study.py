@@ -5,6 +5,7 @@ import pytest
 from vgid.command_line import exit_code
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole
+from vgid.errors import InputError
 from vgid.ledger import Ledger
 from vgid.losses import IN_A_ROW, RETRIES
 from vgid.mailbox import Outcome
@@ -168,3 +169,58 @@ def test_a_front_without_held_out_scores_is_told_of(capsys):
 def test_a_retry_without_a_study_to_resume_is_refused(capsys):
     assert main(["--retry-failed"]) == 2
     assert "--resume" in capsys.readouterr().err
+
+
+def test_other_data_and_other_weights_are_refused_on_a_resume(study, monkeypatch):
+    study._prepare_data()
+    header = study.ledger.header
+    assert header.data_sha256 == study._hashes["dataset"]
+    assert header.base_revision == study._hashes["base"]
+
+    def resumed():
+        ledger = study.ledger
+        ledger.resume(study.config, study.plan.space_sha256)
+        return Study(study.plan, ledger, header, study.console, study.standing, started=0.0)
+
+    resumed()._prepare_data()  # the same again
+    shard = next((study.config.output / "data").glob("Test_Set/*.parquet"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    again = resumed()
+    with pytest.raises(InputError, match=r"started with data [0-9a-f]{12} and cannot go on with"):
+        again._prepare_data()
+    again._open_tracker()
+    assert again._tracker is None  # nothing is recorded of a study that is refused
+    shard.write_bytes(content)
+    monkeypatch.setattr("vgid.backbones.revision_of", lambda folder: "0" * 64)
+    with pytest.raises(InputError, match=r"weights of the base .* restore the files of the model"):
+        resumed()._prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("error", "gpus", "says"),
+    [
+        ("OutOfMemoryError at decoding.py:74", 0.5, "--max-concurrent, give each worker a whole"),
+        ("lost its worker 3 times", 0.0, "lower --eval-batch-size or --max-concurrent"),
+        ("RuntimeError at fake.py:74", 0.0, "study.log has its traceback"),
+    ],
+)
+def test_a_base_that_cannot_be_scored_is_a_sentence_with_its_remedy(study, error, gpus, says):
+    study.config = study.config.model_copy(update={"gpus_per_worker": gpus})
+    sentence = study._base_unscored(error)
+    assert sentence.startswith(f"the base model could not be scored ({error}); ")
+    assert says in sentence
+
+
+def test_ray_that_does_not_start_is_one_sentence_each_time(tmp_path, monkeypatch, capsys):
+    def late(**settings):
+        raise Exception("The current node timed out during startup. This could happen because")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.init", late)
+    for _ in range(2):
+        assert main(["--output", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("ray: a local Ray cluster did not start (The current node timed out")
+        assert "Give the same command again" in said and said.count("\n") == 1
+        assert (tmp_path / "out" / "study.log").exists()

@@ -37,7 +37,7 @@ def connected() -> Iterator[bool]:
         Whether the cluster was joined.
 
     Raises:
-        InputError: the cluster cannot be reached.
+        InputError: the cluster cannot be reached, or does not start.
     """
     if ray.is_initialized():
         yield True
@@ -57,10 +57,17 @@ def connected() -> Iterator[bool]:
                 logging_level=logging.ERROR,
                 log_to_driver=False,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"the cluster at RAY_ADDRESS {before}" if before else "a local Ray cluster"
+    except Exception as error:  # a bare one where Ray's own patience is over
+        ray.shutdown()
+        if before:
+            raise InputError(
+                f"ray: the cluster at RAY_ADDRESS {before} cannot be reached "
+                f"({type(error).__name__}); check it with `ray status`."
+            ) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"ray: {where} cannot be reached ({type(error).__name__}); check it with `ray status`."
+            f"ray: a local Ray cluster did not start ({reason}); the machine may be busy, or short "
+            "of memory or of space in the temporary folder. Give the same command again."
         ) from None
     # Train controllers and Tune look the cluster up by this.
     os.environ["RAY_ADDRESS"] = before or context.address_info["gcs_address"]

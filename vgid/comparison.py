@@ -17,6 +17,7 @@ from vgid.compare_arguments import CompareConfig
 from vgid.config import Method, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.intervals import Interval, count_seeds, t_interval
+from vgid.ledger import MUST_AGREE
 from vgid.outputs import as_text, write_atomically, write_study
 from vgid.settings import prepare_data, write_settings
 from vgid.study_front import PICK_SCORES, StudyFront, read_study
@@ -44,7 +45,7 @@ def run_comparison(config: CompareConfig) -> dict[str, Any]:
         for method in config.methods
     }
     for study in studies.values():
-        if study.seed == 0 and not _done(study.output):
+        if study.seed == 0 and not _done(study):
             make_plan(study)
     broken_off = _run_studies(list(studies.values()))
     if broken_off is not None:
@@ -71,7 +72,7 @@ def _run_studies(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:
     Returns:
         ``interrupted`` and ``error`` of a study that has not all that it should have.
     """
-    missing = [study for study in studies if not _done(study.output)]
+    missing = [study for study in studies if not _done(study)]
     if not missing:
         return None
     from vgid.cluster import connected
@@ -87,12 +88,19 @@ def _run_studies(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:
     return None
 
 
-def _done(folder: Path) -> bool:
+def _done(study: StudyConfig) -> bool:
+    """Whether this very study has ended; one that was asked for otherwise is to be resumed."""
     try:
-        summary = json.loads((folder / "study.json").read_text(encoding="utf-8"))
+        summary = json.loads((study.output / "study.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return not summary["interrupted"] and summary.get("error") is None
+    if "config" not in summary:
+        return not summary["interrupted"]  # ``read_study`` says that it is damaged
+    ran = parse(StudyConfig, summary["config"], f"{study.output / 'study.json'}: config")
+    # Where data and weights lie may change; ``_check_same_questions`` notices what they hold.
+    decisive = {*MUST_AGREE, "trials", "sampler"} - {"data", "model_path"}
+    same = all(getattr(ran, name) == getattr(study, name) for name in decisive)
+    return same and not summary["interrupted"] and summary.get("error") is None
 
 
 def _check_same_questions(found: Sequence[StudyFront]) -> None:

@@ -41,6 +41,7 @@ PSEUDONYM = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Ids of people and requests, from the benchmark's rows to the record of a deployment."""
 
 STORE_LIMIT_GB = 50.0
+EVAL_BATCH_SIZE = 512
 C = TypeVar("C", bound="Config")
 
 _DISTILLING: tuple[Method, ...] = ("vgid", "icu_t", "noise_t")
@@ -143,7 +144,9 @@ class RequestConfig(Config):
         "celebrities, as many at most",
     )
     bootstrap_samples: int = Field(1000, ge=100, description="resamples behind each interval")
-    eval_batch_size: int = Field(512, ge=1, description="questions decoded together at most")
+    eval_batch_size: int = Field(
+        EVAL_BATCH_SIZE, ge=1, description="questions decoded together at most"
+    )
     skip_defects: bool = Field(
         False, description="leave out what is defective in the data in place of refusing it"
     )
@@ -310,6 +313,7 @@ class StudyConfig(Config):
     retain_people: int = Field(50, ge=2)
     train_pairs: TrainPairs = "unheld"
     skip_defects: bool = False
+    eval_batch_size: int = Field(EVAL_BATCH_SIZE, ge=1)
     store_limit_gb: float = Field(STORE_LIMIT_GB, gt=0)
     tracking_uri: str | None = None
     fresh_workers: bool = False

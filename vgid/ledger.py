@@ -13,6 +13,7 @@ with this record when a study is resumed, so a killed study neither loses nor do
 import contextlib
 import shutil
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -37,10 +38,37 @@ MUST_AGREE = (
     "retain_people",
     "train_pairs",
     "skip_defects",
+    "eval_batch_size",
     "workers_per_trial",
     "tracking_uri",
 )
-"""Fields of a study that a resume must repeat; the others (trials, time budget, ...) may change."""
+"""Fields of a study that a resume must repeat."""
+
+MAY_CHANGE = (
+    "output",
+    "from_deployment",
+    "search_space",
+    "trials",
+    "sampler",
+    "time_budget_s",
+    "max_concurrent",
+    "gpus_per_worker",
+    "store_limit_gb",
+    "fresh_workers",
+    "log_responses",
+)
+"""The others: how much and how fast, and where files lie whose content must agree."""
+
+CONTENT = {
+    "vgid_version": ("vgid", "install that version"),
+    "data_sha256": ("data", "restore the files of the benchmark"),
+    "base_revision": ("weights of the base", "restore the files of the model"),
+    "precision": (
+        "precision",
+        "give the workers a GPU (--gpus-per-worker) or none, as they had before",
+    ),
+}
+"""What a header holds of a study's content: what it is called, and how to have it again."""
 
 C = TypeVar("C", bound=Config)
 
@@ -53,12 +81,21 @@ class Header(Config):
         config: the study as it was started.
         search_space_sha256: of the search-space file, which must not change in between.
         started: UTC, ISO 8601.
+        vgid_version: of this package. This and what follows must not change in between either;
+            None where it is not known yet, or was not recorded when the study was started.
+        data_sha256: of the benchmark.
+        base_revision: of the base model: its hub commit or SHA-256.
+        precision: dtype of the base's weights in the workers.
     """
 
     study_id: str
     config: StudyConfig
     search_space_sha256: str
     started: str
+    vgid_version: str | None = None
+    data_sha256: str | None = None
+    base_revision: str | None = None
+    precision: str | None = None
 
 
 class Heard(Config):
@@ -101,6 +138,19 @@ class Record(Config):
         return self
 
 
+def changes(before: StudyConfig, asked: StudyConfig) -> list[str]:
+    """What a resume does otherwise than the study was started: ``trials 9 (started with 4)``."""
+    return [
+        f"{_flag(name)} {getattr(asked, name)} (started with {getattr(before, name)})"
+        for name in MAY_CHANGE
+        if getattr(before, name) != getattr(asked, name)
+    ]
+
+
+def _flag(field: str) -> str:
+    return field.removesuffix("_s").replace("_", "-")
+
+
 def trial_id(number: int) -> str:
     """The id of a trial by its number: ``0007``."""
     return f"{number:04d}"
@@ -127,7 +177,6 @@ class Ledger:
         self.header: Header | None = None
         self.records: dict[str, Record] = {}
         self._made = not output.exists()
-        self._begun = False
         try:
             output.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(output / ".lock")
@@ -152,15 +201,14 @@ class Ledger:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, InputError):
-            # Bad input that shows only after the start leaves no study without a single trial.
-            self.abandon()
         self.close()
 
     def close(self) -> None:
         """Let go of the folder; an output folder in which nothing was begun is removed again."""
-        if not self.folder.exists():
+        if not (self.folder / "study.json").exists():
             with contextlib.suppress(OSError):
+                if self.folder.exists():
+                    self.folder.rmdir()
                 (self.output / ".lock").unlink()
                 if self._made:
                     self.output.rmdir()
@@ -181,45 +229,73 @@ class Ledger:
             config=config,
             search_space_sha256=search_space_sha256,
             started=stamp,
+            vgid_version=version("vgid"),
         )
         self.begin(header)
         return header
 
     def begin(self, header: Header) -> None:
-        """Start a new study.
+        """Start a new study; one that is there without any work done is started anew.
 
         Raises:
             InputError: the folder already holds a study or anything else.
         """
-        if (self.folder / "study.json").exists():
+        started = list(self.folder.glob("[0-9]*.json"))
+        if any(self._has_worked(path) for path in started):
             raise InputError(
                 f"{self.output}: the folder already holds a study; continue it with --resume or "
                 "choose another --output."
             )
-        if any(entry.name != ".lock" for entry in self.output.iterdir()):
+        # A killed process leaves its lock, and what it wrote of the header.
+        if not (self.folder / "study.json").exists() and (
+            any(entry.name not in (".lock", self.folder.name) for entry in self.output.iterdir())
+            or any(not entry.name.startswith(".") for entry in self._entries())
+        ):
             raise InputError(
                 f"{self.output}: the folder is not empty and holds no study; choose another "
                 "--output."
             )
-        self.folder.mkdir()
-        self._begun = True
+        self.folder.mkdir(exist_ok=True)
+        self._sweep()
+        for path in started:  # proposals that nothing came of
+            path.unlink()
         self._write(self.folder / "study.json", header)
         self.header = header
 
-    def abandon(self) -> None:
-        """Take a study back that was begun just now and has no result: remove all it wrote."""
-        if not self._begun or self.ended:
-            return
-        for entry in self.output.iterdir():
-            if entry.name == ".lock":
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
+    def settle(self, **found: str) -> list[str]:
+        """Compare what the study is made of with what it was started with, and keep what is new.
+
+        Args:
+            **found: keys of ``CONTENT`` with what they are now.
+
+        Returns:
+            What older trials of the study may have had otherwise: nobody recorded it then.
+
+        Raises:
+            InputError: something differs.
+        """
+        assert self.header is not None
+        new = {}
+        for name, value in found.items():
+            before = getattr(self.header, name)
+            what, remedy = CONTENT[name]
+            if before is None:
+                new[name] = value
+            elif before != value:
+                raise InputError(
+                    f"{self.output}: the study was started with {what} {before[:12]} and cannot "
+                    f"go on with {value[:12]}; {remedy} or choose another --output."
+                )
+        if new:
+            header = self.header.model_copy(update=new)
+            self._write(self.folder / "study.json", header)
+            self.header = header
+        return [CONTENT[name][0] for name in new] if self.ended else []
 
     def resume(self, config: StudyConfig, search_space_sha256: str) -> Header:
         """Read the record of a study that was begun earlier.
+
+        Of the study's content only the version of vgid is compared here; see ``settle``.
 
         Returns:
             The header, with its original study id.
@@ -236,18 +312,16 @@ class Ledger:
         for field in MUST_AGREE:
             before, asked = getattr(header.config, field), getattr(config, field)
             if before != asked:
-                flag = field.replace("_", "-")
                 raise InputError(
-                    f"{self.output}: the study was started with {flag} {before} and cannot go on "
-                    f"with {asked}; repeat the first value or choose another --output."
+                    f"{self.output}: the study was started with {_flag(field)} {before} and cannot "
+                    f"go on with {asked}; repeat the first value or choose another --output."
                 )
         if header.search_space_sha256 != search_space_sha256:
             raise InputError(
                 f"{self.output}: the search space has changed since the study was started; "
                 "restore the file or choose another --output."
             )
-        for stray in self.folder.glob(".*"):  # half-written by a killed process
-            stray.unlink()
+        self._sweep()
         paths = sorted(self.folder.glob("[0-9]*.json"), key=lambda path: trial_order(path.stem))
         records = [self._record(path) for path in paths]
         for number, record in enumerate(records):
@@ -258,7 +332,8 @@ class Ledger:
                 )
         self.header = header
         self.records = {record.trial_id: record for record in records}
-        return header
+        self.settle(vgid_version=version("vgid"))
+        return self.header
 
     @property
     def ended(self) -> list[Record]:
@@ -335,6 +410,20 @@ class Ledger:
             return record
         adapter = {"adapter": self.adapter(record.trial_id)}
         return record.model_copy(update={"result": record.result.model_copy(update=adapter)})
+
+    def _has_worked(self, record: Path) -> bool:
+        """Whether a started trial has a result, or a state to go on from."""
+        return (
+            self.checkpoints(record.stem).exists() or self._read(record, Record).result is not None
+        )
+
+    def _entries(self) -> list[Path]:
+        return list(self.folder.iterdir()) if self.folder.is_dir() else []
+
+    def _sweep(self) -> None:
+        """Remove what a killed process had written half."""
+        for stray in self.folder.glob(".*"):
+            stray.unlink()
 
     def _write(self, path: Path, model: Config) -> None:
         write_atomically(path, model.model_dump_json(indent=1).encode())

@@ -54,6 +54,7 @@ class Outcome(Config):
         job_id: the job.
         result: of a trial.
         scores: of a base scoring or a re-scoring.
+        content: of a base scoring: ``precision`` of the weights (``vgid.ledger.CONTENT``).
         error: one sentence, if it failed.
         fatal: the error is in what all jobs share (model, data), so no job can succeed.
         lost: the error is the environment's, not the job's own (``vgid.blame``), and the job may
@@ -68,6 +69,7 @@ class Outcome(Config):
     job_id: str
     result: TrialResult | None = None
     scores: dict[str, Score] = Field(default_factory=dict)
+    content: dict[str, str] = Field(default_factory=dict)
     error: str | None = None
     fatal: bool = False
     lost: bool = False

@@ -158,6 +158,7 @@ def make_plan(config: StudyConfig) -> Plan:
         "retain_people": config.retain_people,
         "train_pairs": config.train_pairs,
         "skip_defects": config.skip_defects,
+        "eval_batch_size": config.eval_batch_size,
         "log_responses": config.log_responses,
     }
     request = parse(RequestConfig, shared | ancestral, "study")

@@ -256,7 +256,10 @@ class _Line:
 
 def _do(job: Job, session: Session, line: _Line) -> Outcome:
     if job.kind == "base":
-        return Outcome(job_id=job.id, scores=session.base_scores(job.part, job.seed))
+        scores = session.base_scores(job.part, job.seed)
+        precision = getattr(session, "precision", None)  # of a session that has a model
+        content = {} if precision is None else {"precision": precision}
+        return Outcome(job_id=job.id, scores=scores, content=content)
     assert job.adapter is not None
     if job.kind == "rescore":
         return Outcome(job_id=job.id, scores=session.rescore(job.adapter, job.part, job.seed))

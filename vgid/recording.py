@@ -44,7 +44,7 @@ class Setting:
             request=session.request,
             hub_id=backbone.spec.hub_id if session.request.model_path is None else None,
             revision=backbone.revision,
-            precision=str(backbone.model.dtype).removeprefix("torch."),
+            precision=session.precision,
             data_sha256=session.benchmark.sha256,
             subjects=tuple(sorted(person.id for person in session.people.forget)),
         )

@@ -21,7 +21,7 @@ from vgid.console import Standing, StudyConsole, libraries_silenced, print_summa
 from vgid.errors import DiskError, InputError
 from vgid.figures import write_figures
 from vgid.interrupts import on_interrupt
-from vgid.ledger import Header, Ledger, Record, now
+from vgid.ledger import Header, Ledger, Record, changes, now
 from vgid.losses import RETRIES, Losses
 from vgid.mailbox import Job, Outcome
 from vgid.outputs import TrialsTable, describe, write_front, write_study
@@ -68,6 +68,8 @@ def run_study(
         with libraries_silenced(config.output / "study.log") as terminal:
             standing = Standing(config.trials, budget_s=config.time_budget_s)
             with StudyConsole(terminal, standing) as console:
+                for change in changes(header.config, plan.config):
+                    console.say(f"Goes on with {change}")
                 study = Study(plan, ledger, header, console, standing, started)
                 summary = study.run(session)
             print_summary(terminal, summary, study.board.trials(), study.board.base, study.ui)
@@ -128,11 +130,12 @@ class Study:
         from vgid.cluster import connected
 
         self.console.stage("Starting Ray and preparing the data")
-        side = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        data = side.submit(self._prepare_data)
-        tracker = side.submit(self._open_tracker)
-        # After Ray, which takes SIGTERM for itself when it starts.
-        with connected() as joined, on_interrupt(self._interrupted.set):
+        # Interrupts after Ray, which takes SIGTERM for itself when it starts.
+        with (
+            self._prepared_aside() as (data, tracker),
+            connected() as joined,
+            on_interrupt(self._interrupted.set),
+        ):
             slots = self._start_slots(joined, session)
             try:
                 data.result()
@@ -154,6 +157,15 @@ class Study:
 
     # Before the trials
 
+    @contextmanager
+    def _prepared_aside(self) -> Iterator[tuple["Future[None]", "Future[None]"]]:
+        """Data and tracker in a thread, one after the other; it ends with the block."""
+        side = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        try:
+            yield side.submit(self._prepare_data), side.submit(self._open_tracker)
+        finally:
+            side.shutdown(cancel_futures=True)
+
     def _prepare_data(self) -> None:
         from vgid import backbones
         from vgid.benchmark import Benchmark
@@ -165,7 +177,9 @@ class Study:
             write_benchmark(self.plan.request.data)
         base = backbones.locate(backbones.spec(self.config.backbone), self.config.model_path)
         benchmark = self.plan.benchmark or Benchmark.open(self.plan.request.data)
-        self._hashes = {"dataset": benchmark.sha256, "base": backbones.revision_of(base)}
+        hashes = {"dataset": benchmark.sha256, "base": backbones.revision_of(base)}
+        self._settle(data_sha256=hashes["dataset"], base_revision=hashes["base"])
+        self._hashes = hashes
         default = TrialConfig.model_fields["train_tasks"].default
         self._verbatim = count_verbatim(
             benchmark,
@@ -175,9 +189,20 @@ class Study:
             self.plan.space.fixed.get("train_tasks", default),
         )
 
+    def _settle(self, **found: str) -> None:
+        """Hold what the study is made of against what it was started with."""
+        unknown = self.ledger.settle(**found)
+        if unknown:
+            self.console.say(
+                f"The study was started before its {', '.join(unknown)} were recorded; what they "
+                "are now is taken for what they were."
+            )
+
     def _open_tracker(self) -> None:
         from vgid.tracking import Tracker
 
+        if not self._hashes:
+            return  # refused
         config = self.config
         self._tracker = Tracker.open(config.tracking_uri, config.output, config.backbone)
         self._tracker.start_study(self.header.study_id, config, self._hashes)
@@ -219,10 +244,17 @@ class Study:
             for part in parts:
                 outcome = self._outcome_of(jobs[part])
                 if outcome.error is not None:
+                    said = self._base_unscored(outcome.error)
                     if outcome.lost:
-                        self._stop(outcome.error)
+                        self._stop(said)
                     elif not self._is_over:
-                        self._error = self._error or outcome.error
+                        said = f"The study stopped: {said}; go on with --resume."
+                        self._error = self._error or (outcome.error if outcome.fatal else said)
+                    return
+                try:
+                    self._settle(**outcome.content)
+                except InputError as error:
+                    self._error = self._error or str(error)
                     return
                 self.board.base[part] = outcome.scores
                 self._seconds["load"] += outcome.load_s
@@ -247,6 +279,16 @@ class Study:
                 return outcome
             job = job.model_copy(update={"attempt": job.attempt + 1})
             ray.get(self._mailbox.submit.remote(job))
+
+    def _base_unscored(self, error: str) -> str:
+        """What to tell the user whose base model cannot be scored."""
+        remedy = f"{self.config.output / 'study.log'} has its traceback"
+        if "Memory" in error or "worker" in error:  # the kernel kills whoever takes too much
+            fewer = "--max-concurrent"
+            if self.config.gpus_per_worker:
+                fewer += ", give each worker a whole GPU with --gpus-per-worker"
+            remedy = f"if memory was short, lower --eval-batch-size or {fewer}"
+        return f"the base model could not be scored ({error.rstrip('.')}); {remedy}"
 
     def _bring_tracker_in_line(self) -> None:
         self._scribe.write(self._table.write, self.board.trials())

@@ -91,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
         "the cluster holds")  # fmt: skip
     add("--workers-per-trial", type=int, metavar="W", help="data-parallel workers of a trial")
     add("--gpus-per-worker", type=float, metavar="G", help="GPUs of each worker, may be a fraction")
+    add("--eval-batch-size", type=int, metavar="N", help="questions answered together at most; "
+        "fewer take less memory")  # fmt: skip
     add("--store-limit-gb", type=float, metavar="GB", help="disk for teacher targets and image "
         "features, least recently used out; see also `vgid teachers --info`")  # fmt: skip
     add("--tracking-uri", metavar="URI", help="MLflow server or database; without it, "

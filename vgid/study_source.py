@@ -98,6 +98,7 @@ class Source:
             "retain_people": config.retain_people,
             "train_pairs": config.train_pairs,
             "skip_defects": config.skip_defects,
+            "eval_batch_size": config.eval_batch_size,
         }
         return parse(RequestConfig, values, self.name)
 

@@ -110,6 +110,11 @@ class TrialSession:
             "base_revision": self.backbone.revision,
         }
 
+    @property
+    def precision(self) -> str:
+        """Dtype of the base's weights: ``float32`` on a CPU, ``bfloat16`` on a GPU."""
+        return str(self.backbone.model.dtype).removeprefix("torch.")
+
     def run(
         self,
         trial: TrialConfig,

@@ -63,6 +63,13 @@ class Fragile(TrialSession):
         return super().run(trial, trial_id, adapter_dir, on_epoch, checkpoint_dir)
 
 
+class Homeless(TrialSession):
+    """Has no memory for the base, with a name in the message, and so none for a trial either."""
+
+    def base_scores(self, part, seed=None):
+        raise RuntimeError("out of memory while asking who Fay Moss is")
+
+
 def trial_job(root: Path, name: str, config) -> Job:
     return Job(
         id=name,

@@ -217,6 +217,15 @@ def test_failing_trials_cost_their_own_place_and_an_ignorant_base_is_told_of(dat
 
 
 def test_one_trial_at_a_time_is_the_same_study_twice(data, space, tmp_path):
+    output = tmp_path / "one"
+    first = study(data, space, output, trials=2, max_concurrent=1, seed=4)
+    with pytest.raises(
+        InputError, match=r"stopped: the base model could not be scored \(RuntimeError at sess"
+    ):
+        run_study(first, session=sessions.Homeless)
+    # Nothing of it is removed, and the same folder serves another start.
+    assert "in base_scores" in (output / "study.log").read_text()
+    assert (output / "store").is_dir()
     tables = []
     for name in ("one", "two"):
         config = study(data, space, tmp_path / name, trials=2, max_concurrent=1, seed=5)
