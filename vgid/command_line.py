@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from vgid.errors import InputError
+from vgid.errors import DiskError, InputError
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,7 +50,7 @@ def exit_code(run: Callable[[], Mapping[str, Any]], interrupted: str) -> int:
         stopped, error = summary.get("interrupted", False), summary.get("error")
     except InputError as bad:
         print(bad, file=sys.stderr)
-        return 2
+        return 1 if isinstance(bad, DiskError) else 2
     except KeyboardInterrupt:
         stopped, error = True, None
     if stopped:

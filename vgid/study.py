@@ -30,7 +30,7 @@ from vgid.plots import Front
 from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots_left_out
 from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe
-from vgid.summary import phases, shortfall, store_use, study_summary
+from vgid.summary import phases, said_of_a_stop, shortfall, store_use, study_summary
 from vgid.suppression import doubt
 
 TABLES = ("study.json", "trials.csv", "front.csv")
@@ -153,7 +153,10 @@ class Study:
                 self._scribe.close()
                 slots.close(timeout_s=0.0 if self._interrupted.is_set() else 10.0)
         shutil.rmtree(self.config.output / RAY_FILES, ignore_errors=True)
-        return self._write_outcome()
+        try:
+            return self._write_outcome()
+        except DiskError as error:
+            raise DiskError(said_of_a_stop(self._stopped or str(error))) from None
 
     # Before the trials
 

@@ -156,7 +156,7 @@ def shortfall(
     """
     status = Counter(trial.result.status for trial in trials)
     if stopped is not None:
-        return f"The study stopped: {_clause(stopped)}; go on with --resume."
+        return said_of_a_stop(stopped)
     if status["lost"]:
         cause = _commonest(trials, "lost")
         return f"Lost, {status['lost']} of {len(trials)} trials: {cause}; go on with --resume."
@@ -173,6 +173,11 @@ def shortfall(
             f"{_clause(cause)}."
         )
     return None
+
+
+def said_of_a_stop(cause: str) -> str:
+    """The sentence for a study that the environment ended."""
+    return f"The study stopped: {_clause(cause)}; go on with --resume."
 
 
 def _commonest(trials: Sequence[TrialRecord], status: TrialStatus) -> str:

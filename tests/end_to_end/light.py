@@ -355,7 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cloudpickle.register_pickle_by_value(loaded)
     session = getattr(loaded, name)
     return exit_code(
-        lambda: run_study(study_config(options), resume=options.resume, session=session),
+        lambda: run_study(
+            study_config(options), options.resume, session, retry_failed=options.retry_failed
+        ),
         "The study was interrupted; go on with --resume.",
     )
 
