@@ -4,6 +4,7 @@ import json
 import subprocess
 from contextlib import contextmanager, suppress
 
+import pandas as pd
 import pytest
 
 from tests.end_to_end.light import LightStudy
@@ -39,17 +40,30 @@ def fill(ballast):
 def test_a_full_disk_fails_no_trial_and_a_missing_adapter_costs_its_own_scores(tmp_path):
     output = tmp_path / "study"
     with small_disk(output, 600):
-        study = LightStudy(tmp_path, TRIALS, LIGHT_EPOCH_S="0.3")
-        with study:
+        with LightStudy(tmp_path, TRIALS, LIGHT_EPOCH_S="0.3") as study:
             study.wait_for(study.ended)
             ballast = output / ".ballast"
             fill(ballast)
+            assert study.finish() == 1
+            *_, said = study.shown().splitlines()
+            assert said.startswith("The study stopped: ")
+            assert said.endswith("go on with --resume.")
+            assert str(output) in said
+            ballast.unlink()
+            results = [json.loads(path.read_text())["result"] for path in output.glob("trials/0*")]
+            assert {result["status"] for result in results if result} == {"completed"}
+            assert len(results) < TRIALS
+            gone = output / "adapters" / "0000"  # of the front, as the study's seed has it
+            gone.rename(output / "moved")
+            study.start("--resume")
             code = study.finish()
             print(code, study.shown(), study.log())
             assert code == 1
-            ballast.unlink()
-            study.start("--resume")
-            assert study.finish() == 0
+        *_, said = study.shown().splitlines()
+        assert "No held-out scores for 1 trials of the front, such as 0000: " in said
+        (output / "moved").rename(gone)
         study.assert_consistent()
-        summary = json.loads((output / "study.json").read_text())
-        assert summary["counts"]["completed"] == TRIALS
+        front = pd.read_csv(output / "front.csv", dtype={"trial_id": str}).set_index("trial_id")
+        print(front)
+        assert list(front.index[front.heldout_retain_rougeL.isna()]) == ["0000"]
+        assert len(front) > 1
