@@ -41,3 +41,39 @@ def test_a_layer_that_the_backbone_lacks_is_refused(tmp_path, layer):
     ):
         make_plan(config)
     assert not config.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "more", "sentence"),
+    [
+        ({"released": True, "views": 2}, {}, "views: the public script's variant has the original"),
+        (
+            {"released": True, "views": {"low": 2, "high": 4}, "alpha": {"low": 1, "high": 2}},
+            {},
+            "views: the public script's variant has the original",
+        ),
+        ({"released": True}, {"workers_per_trial": 2}, "released: .* leave out --workers-per"),
+        (
+            {"released": {"choices": [True]}},
+            {"workers_per_trial": 2},
+            "released: .* leave out --workers-per-trial",
+        ),
+    ],
+)
+def test_a_space_without_a_single_valid_trial_is_refused(tmp_path, parameters, more, sentence):
+    path = tmp_path / "space.yaml"
+    section = {"parameters": parameters, "first_points": []}
+    path.write_text(yaml.safe_dump({"backbone": "tiny-llava", "methods": {"vgid": section}}))
+    config = StudyConfig(search_space=path, output=tmp_path / "out", **more)
+    with pytest.raises(InputError, match=rf"space.yaml: methods.vgid: {sentence}"):
+        make_plan(config)
+    assert not config.output.exists()
+
+
+def test_a_space_with_some_valid_trials_is_taken(tmp_path):
+    path = tmp_path / "space.yaml"
+    parameters = {"released": {"choices": [True, False]}, "views": 2}
+    section = {"parameters": parameters, "first_points": []}
+    path.write_text(yaml.safe_dump({"backbone": "tiny-llava", "methods": {"vgid": section}}))
+    config = StudyConfig(search_space=path, output=tmp_path / "out", workers_per_trial=2)
+    assert make_plan(config).space.searched

@@ -9,6 +9,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from vgid.config import StudyConfig, TrialConfig
+from vgid.errors import InputError
 from vgid.ledger import Header, Ledger, now
 from vgid.mailbox import Job
 from vgid.ray_tune import JOB
@@ -191,6 +192,73 @@ def test_a_resumed_search_proposes_what_an_uninterrupted_one_would(tmp_path, spa
     parts = study("parts", [12, 14])
     assert len(parts) == 14
     assert parts == whole
+
+
+CLASHING = """
+backbone: tiny-llava
+methods:
+  vgid:
+    parameters:
+      alpha: {low: 0.3, high: 3.0, log: true}
+      released: {choices: [false, true]}
+      views: {choices: [1, 2]}
+    first_points:
+      - {alpha: 1.0, released: true, views: 1}
+"""
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_proposal_that_is_no_trial_costs_none_and_shifts_no_id(tmp_path, sampler, monkeypatch):
+    path = tmp_path / "space.yaml"
+    path.write_text(CLASHING)
+    clashing = SearchSpace.load(path)
+    refused = []
+    tell = optuna.Study.tell
+
+    def told(study, trial, values=None, state=None, **more):
+        refused.extend([trial] * (state == TrialState.FAIL))
+        return tell(study, trial, values, state, **more)
+
+    monkeypatch.setattr(optuna.Study, "tell", told)
+
+    def study(name, stops):
+        configs = []
+        for trials in stops:
+            with Ledger(tmp_path / name) as ledger:
+                config = StudyConfig(output=tmp_path / name)
+                if not configs:
+                    header = Header(
+                        study_id="s", config=config, search_space_sha256="", started=now()
+                    )
+                    ledger.begin(header)
+                else:
+                    ledger.resume(config, "")
+                searcher = search(ledger, clashing, trials=12, sampler=sampler)
+                configs += run(ledger, searcher, trials=trials)
+                searcher.close()
+                found = stored(ledger)
+                assert [trial.state for trial in found] == [TrialState.COMPLETE] * len(configs)
+                assert [trial.params["alpha"] for trial in found] == [c.alpha for c in configs]
+        return configs
+
+    whole = study("whole", [12])
+    assert len(whole) == 12
+    assert refused
+    assert {(c.released, c.views) for c in whole} == {(False, 1), (False, 2), (True, 1)}
+    assert study("parts", [5, 7]) == whole  # a resume proposes what a whole study does
+
+
+def test_proposals_that_are_refused_for_ever_end_the_study(ledger, space, monkeypatch):
+    def refuse(space, params, seed):
+        raise InputError("space.yaml: views: leave it 1.")
+
+    monkeypatch.setattr("vgid.search.MAX_REFUSED", 5)
+    monkeypatch.setattr(SearchSpace, "trial_config", refuse)
+    searcher = search(ledger, space)
+    with pytest.raises(InputError, match=r"leave it 1\. 5 proposals in a row were refused"):
+        searcher.suggest("a")
+    searcher._thread.shutdown()
+    assert not ledger.records
 
 
 def test_trials_in_flight_run_again_under_their_ids_before_anything_new(ledger, space):

@@ -285,7 +285,7 @@ def read_deployment(path: Path) -> tuple[Deployment, str]:
         raise InputError(f"{path}: was changed since it was written; pick the deployment again.")
     try:
         raw = yaml.safe_load(body)
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raw = None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: is no YAML mapping; name a deployment file.")

@@ -141,6 +141,8 @@ def make_plan(config: StudyConfig) -> Plan:
     space = SearchSpace.load(path, config.backbone, config.method)
     if config.method == "rmu":
         _check_layer(space, folder)
+    if config.workers_per_trial > 1:
+        _check_workers(space)
     own_data = config.data is None
     if own_data and not row.embedded:
         raise InputError(
@@ -198,6 +200,16 @@ def _check_layer(space: SearchSpace, folder: Path) -> None:
         raise InputError(
             f"{space.source}: rmu_layer: {space.backbone} has {depth} layers, got {deepest:g}; "
             "lower it."
+        )
+
+
+def _check_workers(space: SearchSpace) -> None:
+    """Not every trial is one that runs in one worker only; what is refused later is one trial."""
+    domain = space.searched.get("released")
+    if space.fixed.get("released") or (isinstance(domain, Choices) and False not in domain):
+        raise InputError(
+            f"{space.source}: released: the public script's variant runs in one worker only; leave "
+            "out --workers-per-trial."
         )
 
 

@@ -8,7 +8,7 @@ when. The journal stays in the output folder and opens with Optuna's own tools.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ray.tune.search import Searcher
 
 from vgid.config import Sampler, TrialConfig
+from vgid.errors import InputError
 from vgid.ledger import Ledger, Record, trial_id
 from vgid.losses import Losses
 from vgid.mailbox import Job
@@ -36,6 +37,9 @@ GP_UP_TO = 100
 On formulas shaped like tiny-llava's trials (``python -m tests.benchmarks.samplers``, 20 seeds of 32
 trials) the hypervolume missing to the best front is 2.31e-3 [2.15, 2.47] with the first and 2.46e-3
 [2.23, 2.70] with the second, at 0.19 and 0.003 CPU s a proposal: they are not told apart."""
+
+MAX_REFUSED = 200
+"""So many proposals in a row that are no valid trials end the study."""
 
 
 def make_sampler(
@@ -194,6 +198,7 @@ class ParetoSearch(Searcher):
         self._on_start = on_start
         self._storage, self._study = reconcile(ledger, space, study_name, trials)
         self._again = [record.trial_id for record in ledger.in_flight]
+        self._numbers: dict[str, int] = {}  # in Optuna, where refused proposals have some as well
         self._running: dict[str, str] = {}
         self._next: Future[tuple[str, TrialConfig]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="proposal")
@@ -266,7 +271,7 @@ class ParetoSearch(Searcher):
         assert record.result is not None
         if self._next is not None:
             self._next.exception()  # waits: the proposal in the making must not see this result
-        number = int(record.trial_id)
+        number = self._numbers.get(record.trial_id, int(record.trial_id))
         storage = self._storage
         study = storage.get_study_id_from_name(self._study_name)
         trial = storage.get_trial_id_from_study_id_trial_number(study, number)
@@ -281,9 +286,10 @@ class ParetoSearch(Searcher):
             self._study.tell(number, list(values))
 
     def close(self) -> None:
-        """End the search; a proposal that was made ahead and never started leaves no trace."""
+        """End the search; a proposal that was refused or never started leaves no trace."""
         self._thread.shutdown(wait=True)
-        if self._next is not None:
+        shifted = any(int(name) != number for name, number in self._numbers.items())
+        if self._next is not None or shifted:
             self._storage, self._study = reconcile(self._ledger, self._space, self._study_name, 0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -304,17 +310,28 @@ class ParetoSearch(Searcher):
             self._next = self._thread.submit(self._propose)
 
     def _propose(self) -> tuple[str, TrialConfig]:
-        number = len(self._study.get_trials(deepcopy=False, states=_asked()))
-        self._study.sampler = make_sampler(self._kind, self._trials, self._seed, number)
-        trial = self._study.ask()
-        config = self._space.trial_config(self._space.suggest(trial), self._seed)
-        return trial_id(trial.number), config
+        """The next trial; a point that is no valid trial fails for Optuna and costs no trial.
 
+        A sampler does not learn from failures and might insist, so the next try is at random.
+        """
+        from optuna.trial import TrialState
 
-def _asked() -> "Sequence[optuna.trial.TrialState]":
-    from optuna.trial import TrialState
-
-    return [state for state in TrialState if state != TrialState.WAITING]
+        number = len(self._ledger.records)
+        for attempt in range(MAX_REFUSED):
+            kind: Sampler = "random" if attempt else self._kind
+            self._study.sampler = make_sampler(kind, self._trials, self._seed + attempt, number)
+            trial = self._study.ask()
+            try:
+                config = self._space.trial_config(self._space.suggest(trial), self._seed)
+            except InputError as error:
+                refused = error
+                self._study.tell(trial, state=TrialState.FAIL)
+            else:
+                self._numbers[trial_id(number)] = trial.number
+                return trial_id(number), config
+        raise InputError(
+            f"{refused} {MAX_REFUSED} proposals in a row were refused; search less of it."
+        )
 
 
 def _point(space: SearchSpace, config: TrialConfig) -> tuple[dict[str, Any], dict[str, Any]]:

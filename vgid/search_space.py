@@ -18,6 +18,7 @@ A backbone has one file, and in it each method its section. A parameter is any f
 ``sigma`` is asked for only where the noise type is Gaussian (define-by-run).
 """
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,6 +54,9 @@ PAPER_BASELINE: dict[str, Any] = {
     "batch_size": 4,
 }
 """The paper's setting of the other methods (Table 7)."""
+
+PROPOSALS_TRIED = 1000
+"""So many points at the ends of the ranges must all be refused before a space is."""
 
 _FORMER = ("method", "parameters", "first_points")
 
@@ -145,6 +149,7 @@ class SearchSpace:
                 fixed[name] = valid_value(name, value, where[name], method)
         space = cls(source, content.backbone, method, searched, fixed)
         space._check_sigma()
+        space._check_some_proposal()
         return space._with_first_points(section.first_points)
 
     @property
@@ -253,6 +258,24 @@ class SearchSpace:
                 "add for example 'sigma: {low: 0.2, high: 1.0}'."
             )
 
+    def _check_some_proposal(self) -> None:
+        """Refuse a space in which fields exclude each other whatever is proposed."""
+        draw = random.Random(0)
+        ends = {
+            name: domain.choices if isinstance(domain, Choices) else (domain.low, domain.high)
+            for name, domain in self.searched.items()
+        }
+        refused: InputError | None = None
+        for _ in range(PROPOSALS_TRIED):
+            try:
+                self.trial_config({name: draw.choice(some) for name, some in ends.items()}, seed=0)
+            except InputError as error:
+                refused = refused or error
+            else:
+                return
+        assert refused is not None
+        raise refused
+
     def _with_first_points(self, points: list[dict[str, Any]] | None) -> Self:
         if points is None:
             points = [] if self.default_point is None else [paper_default(self.method)]
@@ -294,7 +317,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise InputError(f"{path}: cannot be read ({reason}); check the file.") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-99-99
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark is not None else ""
         raise InputError(

@@ -188,7 +188,7 @@ def _trial(config: UnlearnConfig, parent: Ancestor | None) -> TrialConfig:
             )
         try:
             loaded = yaml.safe_load(value)
-        except (yaml.YAMLError, RecursionError):
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2020-99-99, no date
             raise InputError(
                 f"--setting: the value of {name} is not plain YAML; write a number, a word or a "
                 "list such as [generation, cloze]."
