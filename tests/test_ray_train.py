@@ -318,7 +318,7 @@ def test_what_waits_without_a_slot_can_be_sent_back():
             await mailbox.submit(waiting)
         await mailbox.drop_waiting("out of time")
         outcome = await mailbox.next_message("0001")
-        assert (outcome.error, outcome.result, outcome.fatal) == ("out of time", None, False)
+        assert (outcome.error, outcome.lost, outcome.fatal) == ("out of time", True, False)
         assert (await mailbox.traffic()).waiting == ("base-search",)  # a slot works: its turn comes
         await mailbox.finish(0, done("0000"))
         await mailbox.free(0)

@@ -246,16 +246,16 @@ class Mailbox:
                 ticket.tell(Outcome(job_id=job_id, error="interrupted"))
 
     async def drop_waiting(self, error: str) -> None:
-        """End what no slot has taken: trials, and where no slot holds anything all jobs."""
+        """Lose what no slot has taken: trials, and where no slot holds anything all jobs."""
         busy = any(slot.holds is not None for slot in self._slots.values())
         for ticket in [t for t in self._waiting if not busy or t.job.kind == "trial"]:
             self._waiting.remove(ticket)
-            self._end(ticket, Outcome(job_id=ticket.job.id, error=error))
+            self._end(ticket, failure(ticket.job, error, lost=True))
 
     async def traffic(self) -> Traffic:
         """Where the jobs are."""
-        idle = []
-        down = []
+        idle: list[int] = []
+        down: list[int] = []
         for number, slot in self._slots.items():
             if slot.holds is None and not slot.given_up:
                 (idle if slot.worker else down).append(number)
