@@ -104,7 +104,7 @@ class Traffic(Config):
     given_up: tuple[int, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Ticket:
     """A job on its way: what was reported, and what was decided about the last report.
 

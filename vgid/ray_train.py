@@ -10,7 +10,6 @@ Only the workers import torch; with several a slot, Ray's side of them does too.
 
 import contextlib
 import importlib
-import os
 import secrets
 import sys
 import time
@@ -128,7 +127,11 @@ class Slots:
         self._mailbox = mailbox
         self._count = count
         loop = {"mailbox": mailbox, "request": request, "session": session, "fresh": fresh}
-        actor = ray.remote(max_concurrency=count + 1, **_immortal())
+        # Its children inherit this. Without the address those of Ray's that look after a controller
+        # ask the newest cluster of the machine, take the controller for dead and end its workers.
+        address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        environment = {"env_vars": TRAIN_SETTINGS | address}
+        actor = ray.remote(max_concurrency=count + 1, runtime_env=environment, **_immortal())
         self._host = actor(_SlotHost).remote(shape, storage, loop)
         self._held: list[Any] = []
 
@@ -149,7 +152,6 @@ class _SlotHost:
     """Holds the Train runs, a thread each. When it dies they die too, and it starts them again."""
 
     def __init__(self, shape: SlotShape, storage: Path, loop: dict[str, Any]) -> None:
-        os.environ.update(TRAIN_SETTINGS)
         # Once and not in each thread: Ray's packages import each other in circles.
         self._trainer = _trainer(shape.workers)
         self._shape = shape
