@@ -6,6 +6,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +22,6 @@ from vgid.cluster import QUIET, slot_count
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.mailbox import Job, Outcome
-from vgid.errors import InputError
 from vgid.plan import SlotShape
 from vgid.ray_train import Slots, start_mailbox
 from vgid.study import run_study
@@ -210,18 +210,19 @@ def test_the_mailbox_answers_while_thousands_of_trials_wait(request_config):
     mailbox = start_mailbox()
     count = 5000
     trial = TrialConfig()
-    for n in range(count):
-        mailbox.submit.remote(Job(id=f"{n:04d}", kind="trial", trial=trial))
-    asked = [mailbox.next_message.remote(f"{n:04d}") for n in range(count)]
+    jobs = [Job(id=f"{n:04d}", kind="trial", trial=trial) for n in range(count)]
+    ray.get([mailbox.submit.remote(job) for job in jobs], timeout=120)
+    asked = {job.id: mailbox.next_message.remote(job.id) for job in jobs}
     taken = ray.get(mailbox.take.remote(0, "worker"), timeout=60)
     done = Outcome(job_id=taken.id, error="done")
     ray.get(mailbox.finish.remote(0, done), timeout=10)
-    assert ray.get(asked[0], timeout=10).error == "done"
-    ray.get(mailbox.cancel.remote("4999"), timeout=10)
-    assert ray.get(asked[4999], timeout=10).error == "stopped before it started"
+    assert ray.get(asked[taken.id], timeout=10).error == "done"
+    other = next(name for name in asked if name != taken.id)
+    ray.get(mailbox.cancel.remote(other), timeout=10)
+    assert ray.get(asked[other], timeout=10).error == "stopped before it started"
     assert len(ray.get(mailbox.traffic.remote(), timeout=10).waiting) == count - 2
     ray.get(mailbox.cancel_all.remote(), timeout=10)
-    assert len(ray.get(asked, timeout=60)) == count
+    assert len(ray.get(list(asked.values()), timeout=60)) == count
     ray.kill(mailbox)
 
 
@@ -299,8 +300,9 @@ class Endless(light.LightSession):
     """Its trials end on every node but the one that is named."""
 
     def epoch(self, trial_id, number):
-        mark = Path(self.request.store) / "doomed"
-        while mark.exists() and mark.read_text() == ray.get_runtime_context().get_node_id():
+        folder = Path(self.request.store)
+        while (folder / "doomed").read_text() == ray.get_runtime_context().get_node_id():
+            (folder / "begun").write_text(trial_id)
             time.sleep(0.1)
 
 
@@ -312,14 +314,21 @@ def test_what_a_lost_node_held_is_done_by_another(two_nodes, request_config, tmp
     mailbox = start_mailbox()
     slots = Slots(mailbox, request_config, SlotShape(), 2, tmp_path / "ray", session=Endless)
     slots.start()
-    jobs = [sessions.trial_job(tmp_path, name, TrialConfig(epochs=1)) for name in ("0000", "0001")]
-    for job in jobs:
-        ray.get(mailbox.submit.remote(job))
-    first, _ = ray.wait([ended(mailbox, job) for job in jobs], timeout=120)
-    assert first
-    ((slot, name),) = ray.get(mailbox.traffic.remote()).held.items()
+    one = TrialConfig(epochs=1)
+    jobs = {name: sessions.trial_job(tmp_path, name, one) for name in ("0000", "0001")}
+    for job in jobs.values():
+        mailbox.submit.remote(job)
+    deadline = time.monotonic() + 120
+    while not (request_config.store / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    begun = (request_config.store / "begun").read_text()
+    (slot,) = [n for n, name in ray.get(mailbox.traffic.remote()).held.items() if name == begun]
     two_nodes.remove_node(node, allow_graceful=False)
-    outcome = ray.get(ended(mailbox, next(job for job in jobs if job.id == name)), timeout=120)
-    assert outcome.result.status == "completed"
-    assert outcome.slot != slot
+    while not isinstance(
+        message := ray.get(mailbox.next_message.remote(begun), timeout=120), Outcome
+    ):
+        pass
     slots.close(timeout_s=0.0)
+    assert message.result.status == "completed"
+    assert message.slot != slot
