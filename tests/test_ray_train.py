@@ -202,11 +202,17 @@ def test_the_question_of_a_dead_listener_swallows_nothing():
     run(scenario)
 
 
-def test_an_outcome_that_only_the_dead_have_heard_is_told_again():
+def test_what_only_the_dead_have_heard_is_told_again():
     async def scenario(mailbox):
-        await mailbox.submit(job(), "first")
-        asking = asyncio.ensure_future(mailbox.next_message("0000", "first"))
+        await mailbox.submit(job(), "zeroth")
+        asking = asyncio.ensure_future(mailbox.next_message("0000", "zeroth"))
         await mailbox.take(0, "w")
+        reporting = asyncio.ensure_future(mailbox.report(0, "0000", report(1)))
+        assert (await asking).epoch == 1
+        await mailbox.submit(job(), "first")
+        assert (await mailbox.next_message("0000", "first")).epoch == 1
+        asking = asyncio.ensure_future(mailbox.next_message("0000", "first"))
+        assert await reporting is True
         await mailbox.finish(0, done())
         assert (await asking).result.status == "completed"
         await mailbox.submit(job(), "second")

@@ -109,14 +109,14 @@ class _Ticket:
     """A job on its way: what was reported, and what was decided about the last report.
 
     ``caller`` is who wants to hear of it, ``asking`` its question for the next message; ``heard``
-    is the outcome once it was handed out.
+    is the last message it was given, until it asks for another.
     """
 
     job: Job
     caller: str
     messages: "deque[EpochReport | Outcome]" = field(default_factory=deque)
     asking: "asyncio.Future[EpochReport | Outcome | None] | None" = None
-    heard: Outcome | None = None
+    heard: EpochReport | Outcome | None = None
     decision: "asyncio.Future[bool] | None" = None
     last_epoch: int = 0
     attempts: int = 0
@@ -175,14 +175,16 @@ class Mailbox:
     async def submit(self, job: Job, caller: str = "") -> None:
         """Queue a job; jobs are served in the order of submission.
 
-        A job that is on its way already goes on, and so does one that has ended unheard: from
-        now on ``caller`` hears of it, and the one before, which must be dead, no longer.
+        A job that is on its way already goes on: from now on ``caller`` hears of it, and the one
+        before, which must be dead, no longer. What that one heard last may have died with it, and
+        is told again; so is an outcome, unless the job was lost and is to run anew.
         """
         ticket = self._tickets.get(job.id)
         if ticket is not None and ticket.caller != caller and not ticket.cancelled:
             ticket.caller = caller
-            if ticket.heard is not None and not ticket.heard.lost:
-                ticket.messages.append(ticket.heard)
+            heard = ticket.heard
+            if heard is not None and not (isinstance(heard, Outcome) and heard.lost):
+                ticket.messages.appendleft(heard)
             if not ticket.ended or ticket.messages:
                 return
         ticket = self._tickets[job.id] = _Ticket(job, caller)
@@ -209,15 +211,17 @@ class Mailbox:
         ticket.decide(True)
         if ticket.asking is not None and not ticket.asking.done():
             ticket.asking.set_result(None)
+        ticket.heard = None
         message: EpochReport | Outcome | None
         if ticket.messages:
             message = ticket.messages.popleft()
         else:
             ticket.asking = asyncio.get_running_loop().create_future()
             message = await ticket.asking
-        if isinstance(message, Outcome):
-            ticket.heard = message
-        return forgotten if message is None else message
+        if message is None:
+            return forgotten
+        ticket.heard = message
+        return message
 
     async def cancel(self, job_id: str, caller: str | None = None) -> None:
         """Stop a job: at once if it waits or stands at the end of an epoch, else at the next.
