@@ -348,3 +348,14 @@ def test_a_study_of_more_than_10000_trials_is_read_in_the_order_of_its_trials(tm
     with Ledger(tmp_path / "s") as again:
         again.resume(StudyConfig(output=tmp_path / "s"), SHA)
         assert list(again.records)[9998:] == ["9998", "9999", "10000", "10001"]
+
+
+def test_studies_that_start_in_the_same_second_have_ids_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("vgid.ledger.now", lambda: "2026-11-28T20:00:00.000+00:00")
+    ids = set()
+    for number in range(8):
+        config = StudyConfig(output=tmp_path / str(number))
+        with Ledger(config.output) as ledger:
+            ids.add(ledger.open(config, SHA, resume=False).study_id)
+    assert len(ids) == 8
+    assert {name.rsplit("-", 1)[0] for name in ids} == {"tiny-llava-2026-11-28T200000-0"}

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from vgid.credentials import without_credentials
 from vgid.errors import DiskError, InputError
 
 
@@ -25,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: always.
         """
-        raise InputError(f"command line: {message}; see --help.")
+        raise InputError(f"command line: {without_credentials(message)}; see --help.")
 
 
 def words(text: str) -> tuple[str, ...]:

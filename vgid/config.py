@@ -8,8 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
+from vgid.credentials import without_credentials
 from vgid.errors import InputError
 from vgid.interventions import MAX_SIGMA, NoiseType
 from vgid.prompts import PromptStyle, Task
@@ -315,7 +324,9 @@ class StudyConfig(Config):
     skip_defects: bool = False
     eval_batch_size: int = Field(EVAL_BATCH_SIZE, ge=1)
     store_limit_gb: float = Field(STORE_LIMIT_GB, gt=0)
-    tracking_uri: str | None = None
+    tracking_uri: str | None = Field(
+        None, repr=False, description="with credentials in memory only, never where it is written"
+    )
     fresh_workers: bool = False
     log_responses: bool = False
 
@@ -323,6 +334,10 @@ class StudyConfig(Config):
     @classmethod
     def _absolute(cls, path: Path | None) -> Path | None:
         return None if path is None else path.expanduser().absolute()
+
+    @field_serializer("tracking_uri")
+    def _without_credentials(self, uri: str | None) -> str | None:
+        return None if uri is None else without_credentials(uri)
 
 
 def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:

@@ -11,6 +11,7 @@ with this record when a study is resumed, so a killed study neither loses nor do
 """
 
 import contextlib
+import secrets
 import shutil
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -225,7 +226,9 @@ class Ledger:
             return self.resume(config, search_space_sha256)
         stamp = now()
         header = Header(
-            study_id=f"{config.backbone}-{stamp[:19].replace(':', '')}-{config.seed}",
+            # Two studies may start in the same second, on one server.
+            study_id=f"{config.backbone}-{stamp[:19].replace(':', '')}-{config.seed}"
+            f"-{secrets.token_hex(3)}",
             config=config,
             search_space_sha256=search_space_sha256,
             started=stamp,
@@ -309,8 +312,9 @@ class Ledger:
                 f"{self.output}: the folder holds no study to resume; leave out --resume."
             )
         header = self._read(path, Header)
+        kept, wanted = header.config.model_dump(), config.model_dump()  # without credentials
         for field in MUST_AGREE:
-            before, asked = getattr(header.config, field), getattr(config, field)
+            before, asked = kept[field], wanted[field]
             if before != asked:
                 raise InputError(
                     f"{self.output}: the study was started with {_flag(field)} {before} and cannot "

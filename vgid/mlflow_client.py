@@ -2,16 +2,20 @@
 
 import logging
 import os
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from vgid.credentials import without_credentials
 from vgid.errors import InputError
+
+PROBE_SECONDS = 2.0
+"""How long a server may take to say that it is there; its requests may take longer."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,10 @@ class Connection:
     client: Any
     uri: str
     experiment_id: str
+
+    def answers(self) -> bool:
+        """Whether a server gives a sign of life; a database is taken to."""
+        return not is_http(self.uri) or _no_answer(self.uri, PROBE_SECONDS) is None
 
 
 def open_client(uri: str) -> tuple[Any, str]:
@@ -44,7 +52,8 @@ def open_client(uri: str) -> tuple[Any, str]:
     file = _database_file(uri)
     if file is not None and not file.is_file():
         raise InputError(
-            f"--tracking-uri {uri}: no database is there; name the one that a study wrote."
+            f"--tracking-uri {without_credentials(uri)}: no database is there; name the one that "
+            "a study wrote."
         )
     with _usable(uri) as shown:
         return _client(uri), shown
@@ -82,7 +91,7 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
         tags = {"mlflow.experimentKind": "custom_model_development"}
         # A server knows its place for artifacts; otherwise MLflow takes the working folder.
         file = _database_file(uri)
-        folder = None if _is_http(uri) else (file.parent if file else output) / "mlartifacts"
+        folder = None if is_http(uri) else (file.parent if file else output) / "mlartifacts"
         experiment_id = client.create_experiment(
             backbone, folder.as_uri() if folder else None, tags
         )
@@ -98,9 +107,9 @@ def _usable(uri: str) -> Iterator[str]:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    shown = re.sub(r"//[^/@]*@", "//", uri)  # no user, no password
-    if _is_http(uri):
-        _check_answers(uri, shown)
+    shown = without_credentials(uri)
+    if is_http(uri):
+        _check_answers(shown)
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -134,40 +143,16 @@ def search_runs(client: Any, experiment_id: str, query: str) -> list[Any]:
             return found
 
 
-def _is_http(uri: str) -> bool:
+def is_http(uri: str) -> bool:
+    """Whether a server is behind an address, and not a database."""
     return uri.startswith(("http://", "https://"))
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough to stand inside a sentence."""
+    """What an error says, short enough to stand inside a sentence, without credentials."""
     cause = getattr(error, "reason", None) or error  # urllib wraps the operating system's error
-    reason = str(getattr(cause, "strerror", None) or cause).strip()
+    reason = without_credentials(str(getattr(cause, "strerror", None) or cause)).strip()
     return reason.splitlines()[0][:200].rstrip(".") if reason else type(error).__name__
-
-
-def _shown(uri: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", uri)  # no user, no password
-
-
-def _import_quietly(uri: str) -> None:
-    """Import MLflow set up for batch work, once an HTTP server has shown that it is there.
-
-    Raises:
-        InputError: nobody answers.
-    """
-    # Set before MLflow is imported: no usage reports, no links on the terminal, and a dead server
-    # is noticed soon.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    if uri.startswith(("http://", "https://")):
-        _check_answers(uri, _shown(uri))
-    import mlflow.tracking  # noqa: F401
-
-    # After the import, which sets its own levels: no word about every table that is made.
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _database_file(uri: str) -> Path | None:
@@ -175,19 +160,26 @@ def _database_file(uri: str) -> Path | None:
     return Path(file).absolute() if uri.startswith("sqlite:///") else None
 
 
-def _check_answers(uri: str, shown: str) -> None:
+def _check_answers(shown: str) -> None:
     """Ask an HTTP server for a sign of life: MLflow itself would try for minutes.
 
     Raises:
         InputError: nobody answers.
     """
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
-            return
-    except urllib.error.HTTPError:
-        return  # somebody answers; whether we may write shows at the first request
-    except (OSError, ValueError) as error:
+    reason = _no_answer(shown, 10)
+    if reason is not None:
         raise InputError(
-            f"--tracking-uri {shown}: no MLflow server answers ({first_line(error)}); start it or "
+            f"--tracking-uri {shown}: no MLflow server answers ({reason}); start it or "
             "leave the option out to record into the output folder."
-        ) from None
+        )
+
+
+def _no_answer(shown: str, timeout_s: float) -> str | None:
+    """Why a server gives no sign of life; None if it does. Asked without credentials."""
+    try:
+        with urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=timeout_s):
+            return None
+    except urllib.error.HTTPError:
+        return None  # somebody answers; whether we may write shows at the first request
+    except (OSError, ValueError, HTTPException) as error:
+        return first_line(error)
