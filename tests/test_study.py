@@ -1,7 +1,5 @@
 """What a study makes of its trials' ends, without a cluster: the driver's own part."""
 
-from unittest.mock import Mock
-
 import pytest
 
 from vgid.command_line import exit_code
@@ -50,7 +48,6 @@ def study(tmp_path):
             console = StudyConsole(stream, standing)
             made = Study(plan, ledger, header, console, standing, started=0.0)
             made._search, made._tracker = Told(), Told()
-            made._mailbox = Mock()
             ledger.start("0000", TrialConfig())
             yield made
             made._scribe.close()
@@ -67,6 +64,7 @@ def test_a_callback_that_fails_touches_no_trial_and_keeps_nobody_else_from_it(st
     study._on_end("0000", TrialConfig(), completed(), None)
     study._on_end("0000", TrialConfig(), None, None)  # what Tune makes of an error of its own
     study._scribe.close()
+    study._courier.close()
     assert study.ledger.records["0000"].result == completed().result
     assert study._tracker.trials == ["0000"]
     assert (study.config.output / "trials.csv").exists()
@@ -107,7 +105,6 @@ def test_a_lost_trial_stays_in_flight_with_its_checkpoint_and_is_tried_again(stu
         # The trainable's own death is no fault of the trial's either.
         study._on_end("0000", TrialConfig(), lost("0000") if attempt else None, None)
     assert study._search.again == ["0000"] * RETRIES
-    study._mailbox.cancel.remote.assert_called_once_with("0000")  # no slot is at it for nobody
     assert [record.trial_id for record in study.ledger.in_flight] == ["0000"]
     assert checkpoint.exists()
     assert study._search.trials == []
@@ -131,6 +128,7 @@ def test_trials_lost_in_a_row_stop_the_study_and_stand_in_its_table_until_they_e
     assert shortfall(records, study._stopped, {}) == said
     study._on_end("0000", TrialConfig(), completed(), None)
     study._scribe.close()
+    study._courier.close()
     assert study._tracker.trials == [*names, "0000"]
     assert [trial.result.status for trial in study.board.trials()] == ["completed", "lost", "lost"]
 

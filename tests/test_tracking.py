@@ -1,8 +1,11 @@
 """A study on MLflow, read back with MLflow's own client from a real SQLite store."""
 
+import os
+import signal
 import sqlite3
 import threading
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +13,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
+from tests.browser.servers import mlflow_process
+from tests.end_to_end.conftest import free_port
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.figures import FIGURES, write_figures
@@ -330,6 +335,138 @@ def test_what_is_sent_twice_is_there_once(store, output):
     assert len(history(client(store), run.info.run_id, "retain_rougeL")) == 1
 
 
+def statuses(mlflow, tracker):
+    children = children_of(mlflow, tracker)
+    parent = mlflow.get_run(tracker.study_run_id).info.status
+    return parent, {name: run.info.status for name, run in sorted(children.items())}
+
+
+@pytest.mark.parametrize("status", ["KILLED", "FAILED"])
+def test_a_study_that_ends_early_leaves_nothing_running_and_goes_on(store, output, status):
+    records = make_records(output)
+    with ledger_of(output) as ledger:
+        for number in range(4):
+            ledger.start(f"{number:04d}", records[number].config)
+        first = open_tracker(store, "early")
+        first.start_study(f"early {status}", ledger.header.config, HASHES)
+        for record in ledger.records.values():
+            first.log_trial(record)
+        assert first.log_trial(end(ledger, records[0].result))
+        assert first.log_trial(end(ledger, records[3].result))
+        first.close(status)
+        early = statuses(client(store), first)
+
+        second = open_tracker(store, "early")
+        second.start_study(f"early {status}", ledger.header.config, HASHES)
+        for record in ledger.records.values():
+            assert second.log_trial(record)
+        again = statuses(client(store), second)
+        for record in records[1:3]:
+            assert second.log_trial(end(ledger, record.result))
+    second.finish_study(Front("t", records, BASE), {}, {}, [])
+    second.close("FAILED")  # as every path does; it has ended
+
+    ended = {"0000": "FINISHED", "0003": "KILLED"}
+    assert early == (status, ended | {"0001": "KILLED", "0002": "KILLED"})
+    assert again == ("RUNNING", ended | {"0001": "RUNNING", "0002": "RUNNING"})
+    assert statuses(client(store), second) == (
+        "FINISHED",
+        ended | {"0001": "FINISHED", "0002": "FAILED"},
+    )
+
+
+def test_artifacts_that_cannot_be_kept_are_told_before_the_first_trial(store, output):
+    """Where they go to S3, the client's own library is missing."""
+    client(store).create_experiment("bucket", "s3://nobody:secret@bucket/artifacts")
+    tracker = open_tracker(store, "bucket")
+    with pytest.raises(InputError, match=r"artifacts cannot be kept at s3://bucket/.*boto") as told:
+        tracker.start_study("bucket", StudyConfig(output=output), HASHES)
+    assert "secret" not in str(told.value)
+    tracker.close("FAILED")
+    assert statuses(client(store), tracker) == ("FAILED", {})
+
+
+def test_whatever_a_store_raises_is_told_at_the_end(store, output, monkeypatch):
+    """One trial's adapter finds no place: all else is recorded, and a resume sends it."""
+    records = make_records(output)
+    tracker = open_tracker(store, "refused")
+    tracker.start_study("refused", StudyConfig(output=output), HASHES)
+    monkeypatch.setattr("vgid.tracking.RETRY_SECONDS", 0.0)
+    log_artifacts = tracker._client.log_artifacts
+
+    def refuse(run_id, folder, *more):
+        if folder.endswith("0000"):
+            raise ImportError("No module named 'boto3'")
+        log_artifacts(run_id, folder, *more)
+
+    tracker._client.log_artifacts = refuse
+    assert [tracker.log_trial(ended(record)) for record in records] == [False, True, True, True]
+    with pytest.raises(InputError, match=r"'boto3'; 1 trials are missing.*--resume"):
+        tracker.finish_study(Front("t", records, BASE), {"hypervolume": 0.5}, {}, [])
+    kept = {"0001": "FINISHED", "0002": "FAILED", "0003": "KILLED"}
+    assert statuses(client(store), tracker) == ("FINISHED", {"0000": "KILLED"} | kept)
+    assert client(store).get_run(tracker.study_run_id).data.metrics["hypervolume"] == 0.5
+
+    again = open_tracker(store, "refused")
+    again.start_study("refused", StudyConfig(output=output), HASHES)
+    assert all(again.log_trial(ended(record)) for record in records)
+    again.finish_study(Front("t", records, BASE), {}, {}, [])
+    assert statuses(client(store), again) == ("FINISHED", {"0000": "FINISHED"} | kept)
+    run = children_of(client(store), again)["0000"]
+    assert artifacts(client(store), run.info.run_id, "adapter")
+
+
+def test_a_server_that_is_away_costs_a_delay_only(output, monkeypatch):
+    """Stopped, it does later what was asked of it meanwhile; killed, it forgets."""
+    for name, value in (("TIMEOUT", "1"), ("MAX_RETRIES", "1"), ("BACKOFF_FACTOR", "0")):
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    monkeypatch.setattr("vgid.mlflow_client.PROBE_SECONDS", 1.0)
+    monkeypatch.setattr("vgid.tracking.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("vgid.tracking.FLUSH_SECONDS", 0.0)
+    records = make_records(output)
+    uri, port, told = f"sqlite:///{output / 'mlflow.db'}", free_port(), []
+    with ExitStack() as stack, ledger_of(output) as ledger:
+        server = stack.enter_context(mlflow_process(uri, output, port))
+        tracker = Tracker.open(f"http://127.0.0.1:{port}", output, "tiny-llava")
+        tracker.start_study("away", ledger.header.config, HASHES)
+        assert tracker.log_trial(ledger.start("0000", records[0].config))
+
+        os.killpg(server.pid, signal.SIGSTOP)
+        assert not tracker.log_trial(ledger.start("0001", records[1].config))
+        assert not tracker.log_trial(ledger.epoch("0000", EPOCHS[0]))
+        os.killpg(server.pid, signal.SIGCONT)
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        assert tracker.log_trial(ledger.epoch("0001", EPOCHS[0]))
+
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        for name, record in zip(("0000", "0001"), records, strict=False):
+            assert not tracker.log_trial(ledger.epoch(name, EPOCHS[1]))
+            assert not tracker.log_trial(ledger.end(name, record.result))
+        monkeypatch.setattr("vgid.tracking.RETRY_SECONDS", 0.2)
+        with ThreadPoolExecutor(1) as side:
+            back = side.submit(stack.enter_context, mlflow_process(uri, output, port))
+            front = Front("t", records[:2], BASE)
+            tracker.finish_study(front, {}, {}, [], tell=told.append)
+            back.result()
+        known = {
+            name: [(e.report.step, e.report.metrics["loss"], to_ms(e.at)) for e in record.epochs]
+            for name, record in ledger.records.items()
+        }
+    assert len(told) == 1 and "does not answer" in told[0]
+    mlflow = MlflowClient(uri)
+    children = mlflow.search_runs(
+        [tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.study_run_id}'"
+    )
+    assert sorted(run.data.tags["vgid.trial_id"] for run in children) == ["0000", "0001"]
+    assert statuses(mlflow, tracker) == ("FINISHED", {"0000": "FINISHED", "0001": "FINISHED"})
+    for run in children:
+        losses = mlflow.get_metric_history(run.info.run_id, "loss")
+        there = [(m.step, m.value, m.timestamp) for m in losses]
+        assert there == known[run.data.tags["vgid.trial_id"]]
+        assert len(history(mlflow, run.info.run_id, "retain_rougeL")) == 1
+
+
 def test_a_study_cut_short_before_its_parameters_gets_them(store, output, monkeypatch):
     config = StudyConfig(output=output, seed=3)
 
@@ -408,7 +545,7 @@ def test_trials_that_could_not_be_sent_are_sent_at_the_end(store, output, caplog
         tracker.finish_study(front, {}, {}, [])
     database.execute("ALTER TABLE runs_away RENAME TO runs")
     database.close()
-    assert caplog.text.count("does not record") == 2  # once per attempt, not once per trial
+    assert caplog.text.count("does not record") == 1  # the server is not asked again at once
 
     tracker.finish_study(front, {}, {}, [])
     assert sorted(children_of(client(store), tracker)) == ["0000", "0001", "0002"]

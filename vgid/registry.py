@@ -107,11 +107,11 @@ def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
 @contextmanager
 def _refusals_in_one_sentence(uri: str, what: str) -> Iterator[None]:
     """What MLflow raises becomes an ``InputError`` that says what could not be done."""
-    from mlflow.exceptions import MlflowException
-
     try:
         yield
-    except (MlflowException, OSError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a store's client raises its own kinds, or is not installed
         raise InputError(
             f"--tracking-uri {uri}: {what} ({first_line(error)}); check the server and repeat "
             "the command."

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from vgid.blame import disk_sentence
@@ -32,17 +33,10 @@ from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe
 from vgid.summary import phases, said_of_a_stop, shortfall, store_use, study_summary
 from vgid.suppression import doubt
-from vgid.watchdog import Watchdog
 
 TABLES = ("study.json", "trials.csv", "front.csv")
 RAY_FILES = ".ray"
 """What Ray Train and Tune want to keep in the output folder while they run."""
-
-CANCEL_S = 5.0
-"""How long the end of a study waits for a mailbox that may just be starting again."""
-
-HEAR_S = 0.5
-"""How soon a wait for a scoring notices that the study is over."""
 
 HELD_OUT_SEED_OFFSET = 1_000_003
 """Re-scoring draws few-shot people and test poses with other seeds than the trials did."""
@@ -78,7 +72,10 @@ def run_study(
                 for change in changes(header.config, plan.config):
                     console.say(f"Goes on with {change}")
                 study = Study(plan, ledger, header, console, standing, started)
-                summary = study.run(session)
+                try:
+                    summary = study.run(session)
+                finally:
+                    study.close()
             print_summary(terminal, summary, study.board.trials(), study.board.base, study.ui)
     return summary
 
@@ -126,7 +123,8 @@ class Study:
         self._tracker: Any = None
         self._mailbox: Any = None
         self._search: Any = None
-        self._scribe = Scribe()
+        self._scribe = Scribe("tables")
+        self._courier = Scribe("mlflow")
 
     def run(self, session: Any = None) -> dict[str, Any]:
         """Run the trials that are still to run, then score and write everything.
@@ -144,7 +142,6 @@ class Study:
             on_interrupt(self._interrupted.set),
         ):
             slots = self._start_slots(joined, session)
-            watchdog = self._start_watchdog()
             try:
                 data.result()
                 base = self._request_base_scores()
@@ -157,18 +154,20 @@ class Study:
                     raise InputError(self._failure)
                 if not self._interrupted.is_set() and self._stopped is None:
                     self._score_front_again()
-            except BaseException:
-                self._interrupted.set()  # ends the waits for scorings
-                raise
             finally:
-                watchdog.close()
                 self._scribe.close()
+                self._courier.close(3.0 if self._interrupted.is_set() else None)
                 slots.close(timeout_s=0.0 if self._interrupted.is_set() else 10.0)
         shutil.rmtree(self.config.output / RAY_FILES, ignore_errors=True)
         try:
             return self._write_outcome()
         except DiskError as error:
             raise DiskError(said_of_a_stop(self._stopped or str(error))) from None
+
+    def close(self) -> None:
+        """Leave nothing on MLflow as running, however the study ended."""
+        if self._tracker is not None and not self._courier.busy:
+            self._tracker.close("KILLED" if self._interrupted.is_set() else "FAILED")
 
     # Before the trials
 
@@ -244,16 +243,6 @@ class Study:
         slots.start()
         return slots
 
-    def _start_watchdog(self) -> Watchdog:
-        from vgid.cluster import capacity
-
-        return Watchdog(
-            self._mailbox,
-            self.console.say,
-            lambda: capacity(self.plan.shape),
-            self._out_of_time,
-        )
-
     def _request_base_scores(self) -> "Future[None]":
         """Have the base model scored; the trials queue up behind."""
         import ray
@@ -295,19 +284,12 @@ class Study:
         return waiting.submit(wait)
 
     def _outcome_of(self, job: Job) -> Outcome:
-        """The outcome of a scoring; one that was lost is asked for again, so many times.
-
-        Ends soon after the study does, whatever the slots are about.
-        """
+        """The outcome of a scoring; one that was lost is asked for again, so many times."""
         import ray
 
         while True:
-            asked = self._mailbox.next_message.remote(job.id)
-            while not ray.wait([asked], timeout=HEAR_S)[0]:
-                if self._is_over:
-                    return Outcome(job_id=job.id, error="interrupted")
-            outcome: Outcome = ray.get(asked)
-            if not outcome.lost or job.attempt > RETRIES or self._is_over or self._out_of_time():
+            outcome: Outcome = ray.get(self._mailbox.next_message.remote(job.id))
+            if not outcome.lost or job.attempt > RETRIES or self._is_over:
                 return outcome
             job = job.model_copy(update={"attempt": job.attempt + 1})
             ray.get(self._mailbox.submit.remote(job))
@@ -325,7 +307,7 @@ class Study:
     def _bring_tracker_in_line(self) -> None:
         self._scribe.write(self._table.write, self.board.trials())
         for record in self.ledger.records.values():
-            self._scribe.write(self._tracker.log_trial, record)
+            self._courier.write(self._tracker.log_trial, record)
 
     # While the trials run
 
@@ -339,6 +321,7 @@ class Study:
 
         config = self.config
         self._update_standing()
+        deadline = None if config.time_budget_s is None else self.started + config.time_budget_s
         self._search = ParetoSearch(
             self.ledger,
             self.plan.space,
@@ -348,14 +331,13 @@ class Study:
             config.seed,
             self.standing.slots,
             self._losses,
-            out_of_time=self._out_of_time,
+            out_of_time=lambda: deadline is not None and time.monotonic() > deadline,
             on_start=self._on_start,
         )
         if len(self.ledger.ended) < config.trials:
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.standing.slots)
             # No CPU: the slots need them all. On the head, where the driver and mailbox are.
-            # The smallest share there is: 10,000 trials may be in flight.
-            resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.0001}])
+            resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
             trainable = tune.with_parameters(SlotTrial, mailbox=self._mailbox)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, resources),
@@ -388,21 +370,17 @@ class Study:
         import ray
 
         with suppress(ray.exceptions.RayError):  # without a mailbox nobody waits for it
-            ray.get(self._mailbox.cancel_all.remote(), timeout=CANCEL_S)
+            ray.get(self._mailbox.cancel_all.remote())
         return True
-
-    def _out_of_time(self) -> bool:
-        """Whether the time budget is over."""
-        budget = self.config.time_budget_s
-        return budget is not None and time.monotonic() - self.started > budget
 
     def _on_start(self, trial_id: str, config: TrialConfig) -> None:
         self.console.epoch(trial_id, describe(config), None)
+        self._courier.write(self._tracker.log_trial, self.ledger.records[trial_id])
 
     def _on_epoch(self, trial_id: str, config: TrialConfig, report: EpochReport) -> None:
         with self._kept_from_tune():
             self.console.epoch(trial_id, describe(config), report)
-            self._scribe.write(self._tracker.log_trial, self.ledger.epoch(trial_id, report))
+            self._courier.write(self._tracker.log_trial, self.ledger.epoch(trial_id, report))
 
     def _on_end(
         self,
@@ -440,8 +418,6 @@ class Study:
         if self._losses.lose(trial_id, cause):
             self._search.try_again(trial_id)
             error = f"{cause.rstrip('.')}; it is tried again"
-        else:
-            self._mailbox.cancel.remote(trial_id)  # a slot may still be at it, for nobody
         self.console.ended(trial_id, TrialResult(trial_id=trial_id, status="lost", error=error))
         if self._losses.hopeless is not None:
             self._stop(self._losses.hopeless)
@@ -463,7 +439,7 @@ class Study:
                 self.standing.trial_s.append(sum(result.seconds.values()))
             self._update_standing()
             self.console.ended(record.trial_id, result)
-        self._scribe.write(self._tracker.log_trial, record)
+        self._courier.write(self._tracker.log_trial, record)
         if self._table.holds(trial):
             self._scribe.write(self._table.add, trial)
         else:
@@ -503,7 +479,7 @@ class Study:
         for trial in self.board.lost_trials():
             record = self.ledger.records[trial.result.trial_id]
             lost = record.model_copy(update={"result": trial.result, "ended": now()})
-            self._scribe.write(self._tracker.log_trial, lost)
+            self._courier.write(self._tracker.log_trial, lost)
 
     def _score_front_again(self) -> None:
         import ray
@@ -526,8 +502,6 @@ class Study:
             ray.get(self._mailbox.submit.remote(jobs[trial_id]))
         for trial_id, job in jobs.items():
             outcome = self._outcome_of(job)
-            if self._is_over:
-                break
             if outcome.error is not None:
                 self._unscored[trial_id] = outcome.error
                 self.console.say(f"trial {trial_id} could not be scored again: {outcome.error}")
@@ -555,13 +529,14 @@ class Study:
                 self._tracker.server,
             )
             files += write_figures(output, front)
+        logged = self._scribe.seconds + self._courier.seconds
         summary = study_summary(
             self.header,
             self.plan,
             self.board,
             self._hashes,
             self._verbatim,
-            phases(self.ledger.ended, {**self._seconds, "log": self._scribe.seconds}),
+            phases(self.ledger.ended, {**self._seconds, "log": logged}),
             store_use(self.ledger.ended, output / "store"),
             interrupted=self._interrupted.is_set(),
             error=shortfall(records, self._stopped, self._unscored),
@@ -570,25 +545,44 @@ class Study:
         )
         write_study(output / "study.json", summary)
         if front is not None:
-            numbers = {"hypervolume": summary["hypervolume"], "wall_s": summary["wall_s"]}
-            if summary["store"].get("hit_rate_after_first_trial") is not None:
-                numbers["store_hit_rate"] = summary["store"]["hit_rate_after_first_trial"]
-                numbers["store_bytes"] = summary["store"]["bytes"]
-            numbers |= {f"trials_{status}": n for status, n in summary["counts"].items()}
-            self._tracker.finish_study(
-                front,
-                numbers,
-                {
-                    name: row["total_s"]
-                    for name, row in summary["phases"].items()
-                    if "total_s" in row
-                },
-                files,
-                "KILLED" if self._interrupted.is_set() else "FINISHED",
-                self._verbatim,
-                self.plan.left_out,
-            )
+            try:
+                self._record_outcome(front, summary, files)
+            except InputError as error:
+                if self._interrupted.is_set():  # the last line will be of that
+                    self.console.say(f"Warning: {error}")
+                summary["error"] = summary["error"] or str(error)
         return summary
+
+    def _record_outcome(self, front: Front, summary: dict[str, Any], files: list[Path]) -> None:
+        """Tell MLflow what came of the study; a study that was interrupted waits for no server.
+
+        Raises:
+            InputError: not everything could be recorded.
+        """
+        for scribe in (self._scribe, self._courier):
+            if scribe.fault is not None:
+                self.console.say(f"Warning: not all was written while trials ran ({scribe.fault}).")
+        numbers = {"hypervolume": summary["hypervolume"], "wall_s": summary["wall_s"]}
+        if summary["store"].get("hit_rate_after_first_trial") is not None:
+            numbers["store_hit_rate"] = summary["store"]["hit_rate_after_first_trial"]
+            numbers["store_bytes"] = summary["store"]["bytes"]
+        numbers |= {f"trials_{status}": n for status, n in summary["counts"].items()}
+        phases = summary["phases"].items()
+        if self._courier.busy:
+            raise InputError(
+                f"--tracking-uri {self._tracker.uri}: the server does not answer; the output "
+                "folder is complete, and --resume tells the server the rest."
+            )
+        self._tracker.finish_study(
+            front,
+            numbers,
+            {name: row["total_s"] for name, row in phases if "total_s" in row},
+            files,
+            "KILLED" if self._interrupted.is_set() else "FINISHED",
+            self._verbatim,
+            self.plan.left_out,
+            self.console.say,
+        )
 
     def _update_standing(self) -> None:
         self.standing.counts = self.board.counts()

@@ -185,14 +185,12 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
 
 def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str) -> None:
     """Fetch one file into ``folder``, under its own name."""
-    from mlflow.exceptions import MlflowException
-
     from vgid.mlflow_client import first_line
 
     try:
         local = Path(client.download_artifacts(run_id, artifact, str(folder)))
         local.rename(folder / local.name)
-    except (MlflowException, OSError) as error:
+    except Exception as error:  # a store's client raises its own kinds, or is not installed
         raise InputError(
             f"{where}: artifact {artifact} of run {run_id} cannot be fetched "
             f"({first_line(error)}); restore it, or name the study's folder."

@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 from vgid.config import StudyConfig
+from vgid.credentials import without_credentials
 from vgid.errors import InputError
 from vgid.ledger import Record
-from vgid.mlflow_client import Connection, connect, first_line, search_runs
+from vgid.mlflow_client import Connection, connect, first_line, is_http, search_runs
 from vgid.note import NOTE_PICTURE, note_links, study_note
 from vgid.outputs import MAIN_METRICS, TrialRecord, as_text, held_out_scores, run_name
 from vgid.plots import Front, write_png
@@ -50,8 +52,17 @@ LOCAL_UI = "http://127.0.0.1:5000/"
 MAX_METRICS = 800
 """In one request; MLflow takes 1,000 items, parameters and tags among them."""
 
-RETRY_SECONDS = 60.0
+RETRY_SECONDS = 10.0
 """After a failed request, how long the study goes on without asking the server again."""
+
+MAX_REFUSALS = 3
+"""So many trials that a server does not take are enough for once."""
+
+PATIENCE_SECONDS = 180.0
+"""How long the end of a study waits for a server that does not answer."""
+
+STUDY_FILE = "study.json"
+"""The artifact that tells what the study is; its outcome replaces it."""
 
 
 @dataclass
@@ -61,6 +72,8 @@ class _Run:
     Attributes:
         last_step: of the epochs that are there; None for a run taken over, until it is asked for.
         named: whether its parameters are there; a run taken over may lack them.
+        running: whether MLflow has it as running.
+        outcome: status of the trial that is recorded whole, None before.
         sent: when it was last written to.
     """
 
@@ -69,7 +82,8 @@ class _Run:
     metrics: dict[str, float] = field(default_factory=dict)
     last_step: int | None = None
     named: bool = False
-    ended: bool = False
+    running: bool = True
+    outcome: str | None = None
     sent: float = 0.0
 
 
@@ -83,12 +97,15 @@ class Tracker:
     """
 
     def __init__(self, connection: Connection) -> None:
+        self._connection = connection
         self._client = connection.client
         self._study_id = ""
         self._hashes: dict[str, str] = {}
         self._runs: dict[str, _Run] = {}
         self._behind: dict[str, Record] = {}
         self._silent_until = 0.0
+        self._refusal: str | None = None
+        self._closed = False
         self.uri = connection.uri
         self.experiment_id = connection.experiment_id
         self.study_run_id = ""
@@ -110,7 +127,7 @@ class Tracker:
     @property
     def server(self) -> str:
         """Address of the UI, ending in ``/``: the server's, or where ``mlflow ui`` listens."""
-        return f"{self.uri.rstrip('/')}/" if self.uri.startswith("http") else LOCAL_UI
+        return f"{self.uri.rstrip('/')}/" if is_http(self.uri) else LOCAL_UI
 
     @property
     def pages(self) -> dict[str, str]:
@@ -121,7 +138,7 @@ class Tracker:
     def ui_command(self) -> str:
         """The line that says how to see the study."""
         page = run_page(self.experiment_id, self.study_run_id)
-        if self.uri.startswith("http"):
+        if is_http(self.uri):
             return f"{self.server}{page}"
         mlflow = Path(sys.executable).parent / "mlflow"
         command = shlex.join([str(mlflow), "ui", "--backend-store-uri", self.uri])
@@ -139,29 +156,20 @@ class Tracker:
             The parent's run id.
 
         Raises:
-            InputError: the server refuses.
+            InputError: the server refuses, or artifacts cannot be kept.
         """
-        from mlflow.exceptions import MlflowException
-
         self._study_id, self._hashes = study_id, dict(hashes)
-        tags = {"vgid.kind": "study", "vgid.study_id": study_id, **self._hash_tags()}
         try:
-            found = self._search(
-                f"tags.`vgid.study_id` = '{study_id}' and tags.`vgid.kind` = 'study'"
-            )
-            if found:
-                run = found[0]
-                self._client.update_run(run.info.run_id, status="RUNNING")
-            else:
-                name = f"study {study_id}"
-                run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
-            self.study_run_id = run.info.run_id
+            run = self._study_run()
             self._adopt_trials()
+            self._leave_artifact(run, config)
             if not run.data.params:  # they go last: a run that has them has the data set too
                 self._log_dataset(self.study_run_id, config)
                 values = config.model_dump(exclude={"tracking_uri"})
                 self._log(self.study_run_id, params=_params(values))
-        except MlflowException as error:
+        except InputError:
+            raise
+        except Exception as error:  # a store's client raises its own kinds, or is not installed
             raise InputError(
                 f"--tracking-uri {self.uri}: the study cannot be recorded ({first_line(error)}); "
                 "check the server or leave the option out."
@@ -172,7 +180,7 @@ class Tracker:
         """Record how far a trial has come: parameters, epochs and, once it has ended, its outcome.
 
         Safe to repeat: what is recorded is left alone. Epochs wait up to ``FLUSH_SECONDS``. What
-        the server does not take is kept, and sent in order by the next call that reaches it.
+        the server does not take is kept, and sent in order by a later call that reaches it.
 
         Returns:
             Whether the trial is recorded up to now.
@@ -181,7 +189,10 @@ class Tracker:
         if run is not None and record.result is None and time.time() - run.sent < FLUSH_SECONDS:
             return False
         self._behind[record.trial_id] = record
-        return self._catch_up()
+        if time.time() >= self._silent_until and not self._catch_up():
+            self._silent_until = time.time() + RETRY_SECONDS
+            logger.warning("MLflow at %s does not record (%s).", self.uri, self._refusal)
+        return record.trial_id not in self._behind
 
     def finish_study(
         self,
@@ -192,8 +203,11 @@ class Tracker:
         status: str = "FINISHED",
         verbatim: Verbatim | None = None,
         left_out: LeftOut | None = None,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Record the study's outcome on the parent, and held-out scores on the front's trials.
+
+        A server that does not answer is waited for, unless the study was stopped.
 
         Args:
             front: all trials, the front and the base model's scores.
@@ -203,16 +217,95 @@ class Tracker:
             status: ``FINISHED``, or ``KILLED`` if the study was stopped.
             verbatim: which scored questions training sees (``splits.count_verbatim``).
             left_out: what of the data was left out as defective.
+            tell: told what is waited for.
 
         Raises:
-            InputError: the server does not answer; the output folder is complete all the same.
+            InputError: not everything could be recorded; the output folder is complete all the
+                same.
         """
-        from mlflow.entities import Metric, RunTag
-        from mlflow.exceptions import MlflowException
-
-        self._silent_until = 0.0
-        self._catch_up()
         now = int(time.time() * 1000)
+        deadline = time.monotonic() + (PATIENCE_SECONDS if status == "FINISHED" else 0.0)
+
+        def send() -> None:
+            self._send_outcome(front, metrics, phases, files, verbatim, left_out, now)
+            self._end_runs(status)
+
+        waited = False
+        while True:
+            there = self._connection.answers()
+            if there:
+                whole = self._catch_up()  # if not, the study's own outcome goes all the same
+                if self._try(send) and whole:
+                    return
+            if (there and self._connection.answers()) or time.monotonic() > deadline:
+                break
+            if not waited:
+                tell(f"Waiting for MLflow at {self.uri}, which does not answer.")
+                waited = True
+            time.sleep(min(RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
+        missing = f"; {len(self._behind)} trials are missing" if self._behind else ""
+        raise InputError(
+            f"--tracking-uri {self.uri}: the outcome could not be recorded "
+            f"({self._refusal or 'the server does not answer'}{missing}); the output folder is "
+            "complete, so run the same command with --resume once that is mended."
+        )
+
+    def close(self, status: str) -> None:
+        """Leave no run as running, if the server can be told; after ``finish_study`` all are told.
+
+        Args:
+            status: of the study: ``FAILED``, or ``KILLED`` if it was stopped.
+        """
+        if self._closed or not self.study_run_id or not self._connection.answers():
+            return
+        self._catch_up()
+        self._try(lambda: self._end_runs(status))
+
+    def _study_run(self) -> Any:
+        """The parent run, found or made."""
+        tags = {"vgid.kind": "study", "vgid.study_id": self._study_id, **self._hash_tags()}
+        found = self._search(
+            f"tags.`vgid.study_id` = '{self._study_id}' and tags.`vgid.kind` = 'study'"
+        )
+        if found:
+            run = found[0]
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            name = f"study {self._study_id}"
+            run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
+        self.study_run_id = run.info.run_id
+        return run
+
+    def _leave_artifact(self, run: Any, config: StudyConfig) -> None:
+        """Keep a first artifact: most of what can be wrong with their place shows only then.
+
+        Raises:
+            InputError: it cannot be kept.
+        """
+        try:
+            there = {file.path for file in self._client.list_artifacts(run.info.run_id)}
+            if STUDY_FILE not in there:
+                content = {"study_id": self._study_id, "config": config.model_dump(mode="json")}
+                self._client.log_dict(run.info.run_id, content, STUDY_FILE)
+        except Exception as error:  # a store's client raises its own kinds, or is not installed
+            raise InputError(
+                f"--tracking-uri {self.uri}: artifacts cannot be kept at "
+                f"{without_credentials(run.info.artifact_uri)} ({first_line(error)}); install or "
+                "permit what that place needs, or leave the option out."
+            ) from None
+
+    def _send_outcome(
+        self,
+        front: Front,
+        metrics: Mapping[str, float],
+        phases: Mapping[str, float],
+        files: Sequence[Path],
+        verbatim: Verbatim | None,
+        left_out: LeftOut | None,
+        now: int,
+    ) -> None:
+        from mlflow.entities import Metric, RunTag
+
         numbers = {
             **metrics,
             **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},
@@ -223,39 +316,52 @@ class Tracker:
             front, self.experiment_id, self.study_run_id, self._study_id, runs, files
         )
         note = study_note(front, phases, links, verbatim, left_out)
-        try:
-            for record in front.records:
-                self._log_front(record, front, now)
-            for file in files:
-                self._client.log_artifact(self.study_run_id, str(file))
-            self._log_note_picture(front)
-            self._client.set_experiment_tag(
-                self.experiment_id, *view_tag(self._study_id, f"Study {self._study_id}", now)
-            )
-            self._log(
-                self.study_run_id,
-                metrics=[Metric(name, value, now, 0) for name, value in numbers.items()],
-                tags=[RunTag("mlflow.note.content", note)],
-            )
-            self._client.set_terminated(self.study_run_id, status)
-        except (MlflowException, OSError) as error:
-            reason = first_line(error)
-        else:
-            if not self._behind:
-                return
-            reason = f"{len(self._behind)} trials are missing"
-        raise InputError(
-            f"--tracking-uri {self.uri}: the outcome could not be recorded ({reason}); the output "
-            "folder is complete, so run the same command with --resume once the server answers."
+        for record in front.records:
+            self._log_front(record, front, now)
+        for file in files:
+            self._client.log_artifact(self.study_run_id, str(file))
+        self._log_note_picture(front)
+        self._client.set_experiment_tag(
+            self.experiment_id, *view_tag(self._study_id, f"Study {self._study_id}", now)
+        )
+        self._log(
+            self.study_run_id,
+            metrics=[Metric(name, value, now, 0) for name, value in numbers.items()],
+            tags=[RunTag("mlflow.note.content", note)],
         )
 
+    def _end_runs(self, status: str) -> None:
+        """End the study's run, and those of trials that have not ended."""
+        if is_http(self.uri):  # a request whose answer was lost may have made a run twice
+            mine = {run.run_id for run in self._runs.values()}
+            for child in self._children():
+                if child.info.run_id not in mine:
+                    self._client.delete_run(child.info.run_id)
+        for run in self._runs.values():
+            if run.running:
+                self._client.set_terminated(run.run_id, "KILLED")
+                run.running = False
+        self._client.set_terminated(self.study_run_id, status)
+        self._closed = True
+
     def _catch_up(self) -> bool:
-        """Send what the server has not taken yet; whether nothing is left."""
+        """Send what has not been taken yet; whether nothing is left.
+
+        What is refused goes behind the others, so that it keeps none of them from being sent.
+        """
+        refused = 0
+        if self._refusal is not None and not self._connection.answers():
+            return False
         for name, record in list(self._behind.items()):
-            if not self._try(self._send, record):
-                return False
             del self._behind[name]
-        return True
+            if not self._try(partial(self._send, record)):
+                self._behind[name] = record
+                refused += 1
+                if refused == MAX_REFUSALS or not self._connection.answers():
+                    return False
+        if not refused:
+            self._refusal = None
+        return not refused
 
     def _send(self, record: Record) -> None:
         """Bring a trial's run up to its record.
@@ -266,9 +372,9 @@ class Tracker:
         from mlflow.entities import Metric, RunTag
 
         run = self._runs.get(record.trial_id) or self._create_trial_run(record)
-        if run.ended and record.result is not None:
+        if record.result is not None and record.result.status == run.outcome:
             return
-        if run.ended:
+        if not run.running:
             self._reopen(run)
         if run.last_step is None:
             run.last_step = self._last_step(run, record)
@@ -292,20 +398,21 @@ class Tracker:
                 tags.append(RunTag("vgid.error", result.error))
         params = [] if run.named else _params(record.config.used)
         self._log(run.run_id, params=params, metrics=metrics, tags=tags)
+        run.tags |= {tag.key: tag.value for tag in tags}
         run.named, run.metrics, run.last_step, run.sent = True, known, last_step, time.time()
         if result is not None:
             if result.adapter is not None and result.adapter.is_dir():
                 self._client.log_artifacts(run.run_id, str(result.adapter), "adapter")
             self._client.set_terminated(run.run_id, STATUS[result.status], ended)
-            run.ended = True
+            run.running, run.outcome = False, result.status
 
     def _reopen(self, run: _Run) -> None:
-        """Go on with a run that was lost or failed before, and whose trial is in flight again."""
+        """Go on with a run that was stopped, and whose trial is in flight again."""
         for tag in ENDING_TAGS & run.tags.keys():
             self._client.delete_tag(run.run_id, tag)
             del run.tags[tag]
         self._client.update_run(run.run_id, status="RUNNING")
-        run.ended = False
+        run.running, run.outcome = True, None
 
     def _last_step(self, run: _Run, record: Record) -> int:
         """How far the epochs of a run that was taken over are recorded.
@@ -332,13 +439,24 @@ class Tracker:
         run = self._runs[record.trial_id] = _Run(created.info.run_id, tags)
         return run
 
+    def _children(self) -> list[Any]:
+        return self._search(f"tags.`mlflow.parentRunId` = '{self.study_run_id}'")
+
     def _adopt_trials(self) -> None:
-        """Learn the runs of an interrupted study, and how far each had come."""
-        children = self._search(f"tags.`mlflow.parentRunId` = '{self.study_run_id}'")
-        for child in children:
-            trial_id = child.data.tags.get("vgid.trial_id", "")
-            run = _Run(child.info.run_id, dict(child.data.tags), dict(child.data.metrics))
-            run.ended = child.info.status in STATUS.values()
+        """Learn the runs of an interrupted study, and how far each had come.
+
+        Of two runs of a trial, one was asked for by a request whose answer was lost.
+        """
+        for child in sorted(self._children(), key=lambda child: len(child.data.metrics)):
+            tags = dict(child.data.tags)
+            trial_id, told = tags.get("vgid.trial_id", ""), tags.get("vgid.status")
+            run = _Run(child.info.run_id, tags, dict(child.data.metrics))
+            run.running = child.info.status == "RUNNING"
+            # A run that was stopped says nothing of its trial, or was not recorded whole.
+            known = told is not None and STATUS.get(told) == child.info.status
+            run.outcome = told if known else None
+            if trial_id in self._runs:
+                self._client.delete_run(self._runs[trial_id].run_id)
             self._runs[trial_id] = run
 
     def _log_front(self, record: TrialRecord, front: Front, now: int) -> None:
@@ -390,17 +508,12 @@ class Tracker:
         if rest:
             self._log(run_id, rest)
 
-    def _try(self, send: Callable[[Record], None], record: Record) -> bool:
-        """Send; a server that does not answer costs a warning and a wait, never the study."""
-        from mlflow.exceptions import MlflowException
-
-        if time.time() < self._silent_until:
-            return False
+    def _try(self, send: Callable[[], None]) -> bool:
+        """Send; a server that does not take it costs a wait, never the study."""
         try:
-            send(record)
-        except (MlflowException, OSError) as error:
-            self._silent_until = time.time() + RETRY_SECONDS
-            logger.warning("MLflow at %s does not record (%s).", self.uri, first_line(error))
+            send()
+        except Exception as error:  # a store's client raises its own kinds, or is not installed
+            self._refusal = first_line(error)
             return False
         return True
 

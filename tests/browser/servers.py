@@ -41,10 +41,17 @@ def running(command: list[str], log: Path, **options: Any) -> Iterator[subproces
 @contextmanager
 def mlflow_server(store: str, folder: Path) -> Iterator[str]:
     """An MLflow server over ``store``; yields its address once it answers."""
-    address = f"http://127.0.0.1:{free_port()}"
+    port = free_port()
+    with mlflow_process(store, folder, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def mlflow_process(store: str, folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """An MLflow server on a port of the loopback, in a process group, once it answers."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
-    command += ["--host", "127.0.0.1", "--port", address.rsplit(":", 1)[1]]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
     environment = {
         **os.environ,
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -52,8 +59,8 @@ def mlflow_server(store: str, folder: Path) -> Iterator[str]:
     }
     log = folder / "server.log"
     with running(command, log, cwd=folder, env=environment) as process:
-        _wait_for(lambda: _answers(f"{address}/health"), process, log)
-        yield address
+        _wait_for(lambda: _answers(f"http://127.0.0.1:{port}/health"), process, log)
+        yield process
 
 
 @contextmanager

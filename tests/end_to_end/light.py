@@ -40,7 +40,7 @@ KINDS = {
     "controller": "ray::TrainController",
     "slot host": "ray::_SlotHost",
     "mailbox": "ray::Mailbox",
-    "trainable": "ray::ResourceTrainable",  # while it waits for its trial
+    "trainable": "ray::SlotTrial",
     "raylet": "raylet",
     "gcs": "gcs_server",
 }

@@ -259,6 +259,14 @@ def test_an_interrupted_study_ends_in_order(data, space, tmp_path):
     assert summary["interrupted"]
     assert list(read_trials(output).index) == ended(output)
     assert (output / "front.png").exists()
+    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "tiny-llava"]
+    runs = client.search_runs([experiment.experiment_id])
+    assert len(runs) > 1 + len(ended(output))  # the trials that were in flight have one too
+    status = {run.data.tags.get("vgid.trial_id", ""): run.info.status for run in runs}
+    assert status.pop("") == "KILLED"
+    assert {name for name, shown in status.items() if shown == "FINISHED"} == set(ended(output))
+    assert "RUNNING" not in status.values()
 
 
 def submit(dashboard, secured, flags):
