@@ -5,11 +5,21 @@ What needs real processes (kills, restarts, several workers) is in ``end_to_end`
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from vgid import mailbox as mailbox_module
 from vgid.config import TrialConfig
-from vgid.mailbox import MAX_ATTEMPTS, Job, Mailbox, Outcome
+from vgid.mailbox import (
+    MAX_ATTEMPTS,
+    MAX_RESTARTS,
+    RESTART_WINDOW_S,
+    Job,
+    Mailbox,
+    Outcome,
+    failure,
+)
 from vgid.plan import SlotShape
 from vgid.ray_train import _do
 from vgid.results import EpochReport, Score, TrialResult
@@ -67,7 +77,7 @@ def test_a_trial_gets_its_epochs_and_then_its_outcome_with_the_slots_timing():
         await mailbox.finish(0, done("base"))
         await mailbox.submit(job())
         await mailbox.take(0, "w")
-        reporting = asyncio.ensure_future(mailbox.report("0000", report(1)))
+        reporting = asyncio.ensure_future(mailbox.report(0, "0000", report(1)))
         assert (await mailbox.next_message("0000")).epoch == 1
         assert not reporting.done()  # the decision is the question for the next report
         asking = asyncio.ensure_future(mailbox.next_message("0000"))
@@ -85,7 +95,7 @@ def test_the_last_epoch_does_not_wait_for_anyone():
     async def scenario(mailbox):
         await mailbox.submit(job())
         await mailbox.take(0, "w")
-        assert await mailbox.report("0000", report(3)) is True
+        assert await mailbox.report(0, "0000", report(3)) is True
 
     run(scenario)
 
@@ -95,7 +105,7 @@ def test_a_stopped_trial_frees_its_slot_at_once():
         await mailbox.submit(job("0000"))
         await mailbox.submit(job("0001"))
         await mailbox.take(0, "w")
-        reporting = asyncio.ensure_future(mailbox.report("0000", report(1)))
+        reporting = asyncio.ensure_future(mailbox.report(0, "0000", report(1)))
         await mailbox.next_message("0000")
         await mailbox.cancel("0000")
         assert await reporting is False
@@ -103,7 +113,7 @@ def test_a_stopped_trial_frees_its_slot_at_once():
         assert (await mailbox.take(0, "w")).id == "0001"
         # Stopped between two epochs: at the end of the one that runs.
         await mailbox.cancel("0001")
-        assert await mailbox.report("0001", report(1)) is False
+        assert await mailbox.report(0, "0001", report(1)) is False
 
     run(scenario)
 
@@ -123,13 +133,13 @@ def test_a_new_worker_is_handed_the_job_that_the_dead_one_held():
         await mailbox.submit(job("0000"))
         await mailbox.submit(job("0001"))
         await mailbox.take(0, "first")
-        reporting = asyncio.ensure_future(mailbox.report("0000", report(1)))
+        reporting = asyncio.ensure_future(mailbox.report(0, "0000", report(1)))
         assert (await mailbox.next_message("0000")).epoch == 1
         assert (await mailbox.take(0, "second")).id == "0000"
         assert await reporting is True  # nobody hears it; it must not wait for ever
         # The epoch that was reported before the kill is not reported twice.
-        assert await mailbox.report("0000", report(1)) is True
-        reporting = asyncio.ensure_future(mailbox.report("0000", report(2)))
+        assert await mailbox.report(0, "0000", report(1)) is True
+        reporting = asyncio.ensure_future(mailbox.report(0, "0000", report(2)))
         assert (await mailbox.next_message("0000")).epoch == 2
         await mailbox.cancel("0000")
         assert await reporting is False
@@ -150,7 +160,7 @@ def test_the_poll_of_a_dead_worker_swallows_no_job():
     run(scenario)
 
 
-def test_a_job_that_kills_every_worker_fails_and_the_slot_goes_on():
+def test_a_job_that_kills_every_worker_is_given_up_and_the_slot_goes_on():
     async def scenario(mailbox):
         await mailbox.submit(job("0000"))
         await mailbox.submit(job("0001"))
@@ -158,8 +168,168 @@ def test_a_job_that_kills_every_worker_fails_and_the_slot_goes_on():
             assert (await mailbox.take(0, f"w{attempt}")).id == "0000"
         assert (await mailbox.take(0, "last")).id == "0001"
         outcome = await mailbox.next_message("0000")
-        assert outcome.result.status == "failed"
-        assert f"{MAX_ATTEMPTS} times" in outcome.result.error
+        assert (outcome.lost, outcome.result) == (True, None)
+        assert f"{MAX_ATTEMPTS} times" in outcome.error
+        # However often it comes back, it counts once against the slot.
+        for again in range(3):
+            await mailbox.submit(job("0000"))
+            for attempt in range(MAX_ATTEMPTS):
+                await mailbox.free(0)
+                await mailbox.take(0, f"w{again}-{attempt}")
+        assert await mailbox.wants(0)
+
+    run(scenario)
+
+
+def test_the_question_of_a_dead_listener_swallows_nothing():
+    async def scenario(mailbox):
+        await mailbox.submit(job(), "first")
+        await mailbox.take(0, "w")
+        dead, waiting = await waits(mailbox.next_message("0000", "first"))
+        assert waiting
+        await mailbox.submit(job(), "second")  # on its way: it goes on
+        asking, waiting = await waits(mailbox.next_message("0000", "second"))
+        assert waiting
+        assert (await dead).lost
+        reporting = asyncio.ensure_future(mailbox.report(0, "0000", report(1)))
+        assert (await asking).epoch == 1
+        await mailbox.cancel("0000", "first")  # a late word of the first is not heeded
+        asking = asyncio.ensure_future(mailbox.next_message("0000", "second"))
+        assert await reporting is True
+        await mailbox.finish(0, done())
+        assert (await asking).result.status == "completed"
+
+    run(scenario)
+
+
+def test_what_only_the_dead_have_heard_is_told_again():
+    async def scenario(mailbox):
+        await mailbox.submit(job(), "zeroth")
+        asking = asyncio.ensure_future(mailbox.next_message("0000", "zeroth"))
+        await mailbox.take(0, "w")
+        reporting = asyncio.ensure_future(mailbox.report(0, "0000", report(1)))
+        assert (await asking).epoch == 1
+        await mailbox.submit(job(), "first")
+        assert (await mailbox.next_message("0000", "first")).epoch == 1
+        asking = asyncio.ensure_future(mailbox.next_message("0000", "first"))
+        assert await reporting is True
+        await mailbox.finish(0, done())
+        assert (await asking).result.status == "completed"
+        await mailbox.submit(job(), "second")
+        assert (await mailbox.next_message("0000", "second")).result.status == "completed"
+        # Once it is done with, the same job would run anew.
+        await mailbox.cancel("0000", "second")
+        await mailbox.submit(job(), "third")
+        assert (await mailbox.take(0, "w")).id == "0000"
+
+    run(scenario)
+
+
+def test_a_lost_job_runs_anew_when_it_is_submitted_again():
+    async def scenario(mailbox):
+        await mailbox.submit(job(), "first")
+        await mailbox.take(0, "w")
+        await mailbox.finish(0, Outcome(job_id="0000", error="no space", lost=True))
+        assert (await mailbox.next_message("0000", "first")).lost
+        await mailbox.submit(job(), "second")
+        assert (await mailbox.take(0, "w")).id == "0000"
+
+    run(scenario)
+
+
+def test_what_a_slot_held_goes_to_another_when_its_workers_are_gone():
+    async def scenario(mailbox):
+        for slot in (0, 1):
+            await mailbox.free(slot)
+        await mailbox.submit(job("0000"))
+        await mailbox.take(0, "w0")
+        poll, waiting = await waits(mailbox.take(1, "w1"))
+        assert waiting
+        reporting = asyncio.ensure_future(mailbox.report(0, "0000", report(1)))
+        assert (await mailbox.next_message("0000")).epoch == 1
+        await mailbox.free(0)
+        assert await reporting is True
+        assert (await poll).id == "0000"
+        # What is left of the first slot's worker neither goes on nor ends the job.
+        assert await mailbox.report(0, "0000", report(2)) is False
+        await mailbox.finish(0, failure(job("0000"), "killed"))
+        assert (await mailbox.traffic()).held == {1: "0000"}
+        await mailbox.finish(1, done("0000"))
+        assert (await mailbox.next_message("0000")).slot == 1
+
+    run(scenario)
+
+
+def test_a_slot_that_restarts_too_often_is_given_up_and_without_any_the_study_ends(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(mailbox_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def scenario(mailbox):
+        for slot in (0, 1):
+            await mailbox.free(slot)
+        for number in range(50):
+            await mailbox.submit(job(f"{number:04d}"))
+        for _ in range(3):  # spread over time, or after jobs that have ended, it may go on for ever
+            clock.now += RESTART_WINDOW_S
+            for number in range(MAX_RESTARTS):
+                await lose_another(mailbox, number)
+        for _ in range(MAX_RESTARTS):
+            taken = await mailbox.take(0, "w")
+            await mailbox.finish(0, done(taken.id))
+            await mailbox.free(0)
+        assert await mailbox.wants(0)
+        await lose_another(mailbox, MAX_RESTARTS)
+        assert not await mailbox.wants(0)
+        assert await mailbox.take(0, "w") is None
+        assert (await mailbox.traffic()).given_up == (0,)
+        assert await mailbox.wants(1)
+        assert await mailbox.error() is None
+        await mailbox.free(1)
+        for _ in range(MAX_RESTARTS + 1):  # not even a worker comes up
+            clock.now += 1
+            await mailbox.free(1, "ImportError at y.py:2")
+        assert "every slot" in await mailbox.error()
+        assert "ImportError at y.py:2" in await mailbox.error()
+        assert (await mailbox.next_message("0049")).fatal
+
+    async def lose_another(mailbox, number):
+        """Slot 0 loses its worker in a job that slot 1 then does."""
+        lost = await mailbox.take(0, f"killed-{number}")
+        await mailbox.free(0)
+        assert (await mailbox.take(1, "w1")).id == lost.id
+        await mailbox.finish(1, done(lost.id))
+
+    run(scenario)
+
+
+def test_a_mailbox_that_was_started_again_knows_nothing_and_holds_nobody():
+    async def scenario(mailbox):
+        assert (await mailbox.next_message("0000", "trial")).lost
+        assert await mailbox.report(0, "0000", report(1)) is False
+        await mailbox.finish(0, done())
+        poll, waiting = await waits(mailbox.take(0, "w"))
+        assert waiting
+        await mailbox.submit(job(), "trial")
+        assert (await poll).id == "0000"
+
+    run(scenario)
+
+
+def test_what_waits_without_a_slot_can_be_sent_back():
+    async def scenario(mailbox):
+        base = Job(id="base-search", kind="base")
+        await mailbox.submit(job("0000"))
+        await mailbox.take(0, "w")
+        for waiting in (job("0001"), base):
+            await mailbox.submit(waiting)
+        await mailbox.drop_waiting("out of time")
+        outcome = await mailbox.next_message("0001")
+        assert (outcome.error, outcome.lost, outcome.fatal) == ("out of time", True, False)
+        assert (await mailbox.traffic()).waiting == ("base-search",)  # a slot works: its turn comes
+        await mailbox.finish(0, done("0000"))
+        await mailbox.free(0)
+        await mailbox.drop_waiting("out of time")
+        assert (await mailbox.next_message("base-search")).error == "out of time"
 
     run(scenario)
 
@@ -199,7 +369,7 @@ def test_an_interruption_wakes_everyone_who_waits_for_a_trial():
         await mailbox.cancel_all()
         outcome = await asking
         assert outcome.result is None
-        assert await mailbox.report("0000", report(1)) is False
+        assert await mailbox.report(0, "0000", report(1)) is False
 
     run(scenario)
 

@@ -1,5 +1,7 @@
 """What a study makes of its trials' ends, without a cluster: the driver's own part."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from vgid.command_line import exit_code
@@ -48,6 +50,7 @@ def study(tmp_path):
             console = StudyConsole(stream, standing)
             made = Study(plan, ledger, header, console, standing, started=0.0)
             made._search, made._tracker = Told(), Told()
+            made._mailbox = Mock()
             ledger.start("0000", TrialConfig())
             yield made
             made._scribe.close()
@@ -105,6 +108,7 @@ def test_a_lost_trial_stays_in_flight_with_its_checkpoint_and_is_tried_again(stu
         # The trainable's own death is no fault of the trial's either.
         study._on_end("0000", TrialConfig(), lost("0000") if attempt else None, None)
     assert study._search.again == ["0000"] * RETRIES
+    study._mailbox.cancel.remote.assert_called_once_with("0000")  # no slot is at it for nobody
     assert [record.trial_id for record in study.ledger.in_flight] == ["0000"]
     assert checkpoint.exists()
     assert study._search.trials == []

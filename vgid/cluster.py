@@ -16,6 +16,7 @@ QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has it all
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial lacks the metrics
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the study has its own
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # what a trial that hears nothing any more may cost
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the ledger is the record, not Tune's snapshots
     "TUNE_WARN_THRESHOLD_S": "10",
     "OMP_WAIT_POLICY": "passive",

@@ -2,8 +2,9 @@
 
 One asyncio actor for all slots. Both sides long-poll it, so nothing sleeps in a loop: a worker
 waits in ``take`` until there is a job, a trial waits in ``next_message`` until there is a report.
-It remembers which job a slot holds, so that a worker that was killed in mid-trial is handed the
-same job when it comes back.
+It remembers which job a slot holds: when the slot's workers die, the next free slot is handed it.
+Every wait ends with whoever it is for: a new worker of a slot ends the poll of the one before, a
+new listener to a job takes the place of the one before.
 """
 
 import asyncio
@@ -19,7 +20,11 @@ from vgid.config import Config, TrialConfig
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 
 MAX_ATTEMPTS = 3
-"""How often a job may lose its worker before it counts as failed: it may be what kills it."""
+"""How often a job may lose its worker before it is given up: it may be what kills it."""
+
+MAX_RESTARTS = 5
+RESTART_WINDOW_S = 600.0
+"""A slot that is started again more often than that within that many seconds is given up."""
 
 
 class Job(Config):
@@ -79,12 +84,39 @@ class Outcome(Config):
     cycle_s: float | None = None
 
 
-@dataclass
+class Traffic(Config):
+    """Where a study's jobs are.
+
+    Attributes:
+        moves: how often a job was taken, reported or ended; what stands still does not count.
+        waiting: ids of jobs that wait for a slot, the next one first.
+        held: the job that each busy slot holds.
+        idle: slots whose worker waits for a job.
+        down: slots that are starting, or starting again.
+        given_up: slots that lost their workers too often.
+    """
+
+    moves: int = 0
+    waiting: tuple[str, ...] = ()
+    held: dict[int, str] = Field(default_factory=dict)
+    idle: tuple[int, ...] = ()
+    down: tuple[int, ...] = ()
+    given_up: tuple[int, ...] = ()
+
+
+@dataclass(eq=False)
 class _Ticket:
-    """A job on its way: what was reported, and what was decided about the last report."""
+    """A job on its way: what was reported, and what was decided about the last report.
+
+    ``caller`` is who wants to hear of it, ``asking`` its question for the next message; ``heard``
+    is the last message it was given, until it asks for another.
+    """
 
     job: Job
-    messages: "asyncio.Queue[EpochReport | Outcome]" = field(default_factory=asyncio.Queue)
+    caller: str
+    messages: "deque[EpochReport | Outcome]" = field(default_factory=deque)
+    asking: "asyncio.Future[EpochReport | Outcome | None] | None" = None
+    heard: EpochReport | Outcome | None = None
     decision: "asyncio.Future[bool] | None" = None
     last_epoch: int = 0
     attempts: int = 0
@@ -96,125 +128,149 @@ class _Ticket:
             self.decision.set_result(go_on)
         self.decision = None
 
+    def tell(self, message: EpochReport | Outcome) -> None:
+        if self.asking is not None and not self.asking.done():
+            self.asking.set_result(message)
+        else:
+            self.messages.append(message)
+
 
 @dataclass
 class _Slot:
-    """What the mailbox knows of one slot; ``worker`` names the process that serves it now."""
+    """What the mailbox knows of one slot.
+
+    ``worker`` names the process that serves it now, empty while there is none; ``useful`` tells
+    whether a job has ended in it since its last restart, ``restarts`` when those were that count,
+    by the job that was lost: a job that kills every worker is not the slot's fault.
+    """
 
     worker: str = ""
-    holds: str | None = None
+    holds: _Ticket | None = None
     served: int = 0
     last_end: float | None = None
+    useful: bool = False
+    restarts: dict[str, float] = field(default_factory=dict)
+    given_up: bool = False
 
 
 class Mailbox:
-    """Hands jobs to slots and messages back. An asyncio actor; its methods run interleaved."""
+    """Hands jobs to slots and messages back. An asyncio actor; its methods run interleaved.
+
+    Nothing in it must outlive it: when its process has died and Ray has started it again, it
+    knows no job, answers questions for one with a lost outcome, and sends workers on to the next.
+    """
 
     def __init__(self) -> None:
         self._tickets: dict[str, _Ticket] = {}
-        self._waiting: deque[str] = deque()
+        self._waiting: deque[_Ticket] = deque()
         self._slots: dict[int, _Slot] = {}
         self._changed = asyncio.Condition()
         self._closed = False
+        self._stopped = False
         self._error: str | None = None
+        self._moves = 0
 
-    async def submit(self, job: Job) -> None:
-        """Queue a job; jobs are served in the order of submission."""
-        ticket = self._tickets[job.id] = _Ticket(job)
+    # The side of the driver and of Tune's trials
+
+    async def submit(self, job: Job, caller: str = "") -> None:
+        """Queue a job; jobs are served in the order of submission.
+
+        A job that is on its way already goes on: from now on ``caller`` hears of it, and the one
+        before, which must be dead, no longer. What that one heard last may have died with it, and
+        is told again; so is an outcome, unless the job was lost and is to run anew.
+        """
+        ticket = self._tickets.get(job.id)
+        if ticket is not None and ticket.caller != caller and not ticket.cancelled:
+            ticket.caller = caller
+            heard = ticket.heard
+            if heard is not None and not (isinstance(heard, Outcome) and heard.lost):
+                ticket.messages.appendleft(heard)
+            if not ticket.ended or ticket.messages:
+                return
+        ticket = self._tickets[job.id] = _Ticket(job, caller)
         if self._error is not None:
             self._end(ticket, Outcome(job_id=job.id, error=self._error, fatal=True))
-            return
-        self._waiting.append(job.id)
-        async with self._changed:
-            self._changed.notify_all()
+        elif self._stopped:
+            self._end(ticket, Outcome(job_id=job.id, error="interrupted"))
+        else:
+            self._waiting.append(ticket)
+            await self._wake()
 
-    async def next_message(self, job_id: str) -> EpochReport | Outcome:
+    async def next_message(self, job_id: str, caller: str = "") -> EpochReport | Outcome:
         """The job's next report, or its outcome as the last one; waits for it.
 
-        Asking for the next report is the decision to go on after the one before.
+        Asking for the next report is the decision to go on after the one before. Of several
+        questions for one job the newest gets the answer: those before came from the dead.
         """
-        ticket = self._tickets[job_id]
+        if self._stopped:
+            return Outcome(job_id=job_id, error="interrupted")
+        forgotten = Outcome(job_id=job_id, error="the study's mailbox lost it", lost=True)
+        ticket = self._tickets.get(job_id)
+        if ticket is None or ticket.caller != caller:
+            return forgotten
         ticket.decide(True)
-        message = await ticket.messages.get()
-        if isinstance(message, Outcome):
-            self._tickets.pop(job_id, None)
+        if ticket.asking is not None and not ticket.asking.done():
+            ticket.asking.set_result(None)
+        ticket.heard = None
+        message: EpochReport | Outcome | None
+        if ticket.messages:
+            message = ticket.messages.popleft()
+        else:
+            ticket.asking = asyncio.get_running_loop().create_future()
+            message = await ticket.asking
+        if message is None:
+            return forgotten
+        ticket.heard = message
         return message
 
-    async def cancel(self, job_id: str) -> None:
-        """Stop a job: at once if it waits or stands at the end of an epoch, else at the next."""
+    async def cancel(self, job_id: str, caller: str | None = None) -> None:
+        """Stop a job: at once if it waits or stands at the end of an epoch, else at the next.
+
+        One that has ended is forgotten. A ``caller`` that no longer hears of the job stops nothing.
+        """
         ticket = self._tickets.get(job_id)
-        if ticket is None or ticket.ended:
+        if ticket is None or caller not in (None, ticket.caller):
+            return
+        if ticket.ended:
+            del self._tickets[job_id]
             return
         ticket.cancelled = True
         ticket.decide(False)
-        if job_id in self._waiting:
-            self._waiting.remove(job_id)
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
             self._end(ticket, Outcome(job_id=job_id, error="stopped before it started"))
 
     async def cancel_all(self) -> None:
         """Stop every job and wake everyone who waits for one: the study is interrupted."""
+        self._stopped = True
         for job_id, ticket in list(self._tickets.items()):
-            await self.cancel(job_id)
             if not ticket.ended:
-                ticket.messages.put_nowait(Outcome(job_id=job_id, error="interrupted"))
+                await self.cancel(job_id)
+            if not ticket.ended:
+                ticket.tell(Outcome(job_id=job_id, error="interrupted"))
 
-    async def take(self, slot: int, worker: str) -> Job | None:
-        """The next job for a slot; waits for one. None when the study is over.
+    async def drop_waiting(self, error: str) -> None:
+        """Lose what no slot has taken: trials, and where no slot holds anything all jobs."""
+        busy = any(slot.holds is not None for slot in self._slots.values())
+        for ticket in [t for t in self._waiting if not busy or t.job.kind == "trial"]:
+            self._waiting.remove(ticket)
+            self._end(ticket, failure(ticket.job, error, lost=True))
 
-        A new ``worker`` in the slot means that the one before is gone: it is handed the job that
-        the slot still holds, unless that job has lost too many workers already.
-        """
-        state = self._slots.setdefault(slot, _Slot())
-        state.worker = worker
-        async with self._changed:
-            self._changed.notify_all()  # a poll that the dead worker left behind ends now
-            held = self._tickets.get(state.holds) if state.holds is not None else None
-            if held is not None and not held.ended:
-                if not held.cancelled and held.attempts < MAX_ATTEMPTS:
-                    held.attempts += 1
-                    held.decide(True)
-                    return held.job
-                error = "stopped" if held.cancelled else f"lost its worker {MAX_ATTEMPTS} times"
-                self._end(held, failure(held.job, error), state, slot)
-            state.holds = None
-            await self._changed.wait_for(
-                lambda: self._closed or bool(self._waiting) or state.worker != worker
-            )
-            if self._closed or state.worker != worker:
-                return None
-            state.holds = self._waiting.popleft()
-        ticket = self._tickets[state.holds]
-        ticket.attempts += 1
-        return ticket.job
-
-    async def report(self, job_id: str, report: EpochReport) -> bool:
-        """An epoch is over; waits for the decision and returns whether to go on.
-
-        After the last epoch nothing is left to decide, so the evaluation starts at once. An epoch
-        that was reported before its worker died is not reported again.
-        """
-        ticket = self._tickets.get(job_id)
-        if ticket is None or ticket.ended or ticket.cancelled:
-            return False
-        if report.epoch <= ticket.last_epoch:
-            return True
-        ticket.last_epoch = report.epoch
-        decision = ticket.decision = asyncio.get_running_loop().create_future()
-        ticket.messages.put_nowait(report)
-        if report.epoch >= report.epochs:
-            return True
-        return await decision
-
-    async def finish(self, slot: int, outcome: Outcome) -> None:
-        """A job is done; only the first outcome of a job counts."""
-        state = self._slots.setdefault(slot, _Slot())
-        ticket = self._tickets.get(outcome.job_id)
-        if outcome.fatal and outcome.error is not None:
-            await self.fail(outcome.error)
-        if ticket is not None and not ticket.ended:
-            self._end(ticket, outcome, state, slot)
-        if state.holds == outcome.job_id:
-            state.holds = None
+    async def traffic(self) -> Traffic:
+        """Where the jobs are."""
+        idle: list[int] = []
+        down: list[int] = []
+        for number, slot in self._slots.items():
+            if slot.holds is None and not slot.given_up:
+                (idle if slot.worker else down).append(number)
+        return Traffic(
+            moves=self._moves,
+            waiting=tuple(ticket.job.id for ticket in self._waiting),
+            held={n: slot.holds.job.id for n, slot in self._slots.items() if slot.holds},
+            idle=tuple(idle),
+            down=tuple(down),
+            given_up=tuple(n for n, slot in self._slots.items() if slot.given_up),
+        )
 
     async def fail(self, error: str) -> None:
         """Nothing can run any more: end every job with ``error``, and those still to come."""
@@ -228,13 +284,111 @@ class Mailbox:
         """The sentence that ended the study, if one did."""
         return self._error
 
-    async def closed(self) -> bool:
-        """Whether the study is over."""
-        return self._closed or self._error is not None
-
     async def close(self) -> None:
         """Send the workers home."""
         self._closed = True
+        await self._wake()
+
+    # The side of the slots
+
+    async def take(self, slot: int, worker: str) -> Job | None:
+        """The next job for a slot; waits for one. None when the slot is to end.
+
+        A new ``worker`` in the slot means that the one before is gone.
+        """
+        state = self._slots.setdefault(slot, _Slot())
+        if state.holds is not None or state.worker not in ("", worker):
+            await self.free(slot)
+        state.worker = worker
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: bool(self._waiting) or not self._wants(state) or state.worker != worker
+            )
+            if not self._wants(state) or state.worker != worker:
+                return None
+            ticket = state.holds = self._waiting.popleft()
+        ticket.attempts += 1
+        self._moves += 1
+        return ticket.job
+
+    async def free(self, slot: int, cause: str = "killed") -> None:
+        """The workers of a slot are gone; what it held goes to whichever slot is next.
+
+        Called once before a slot first starts, and whenever it is about to start again. More than
+        ``MAX_RESTARTS`` in ``RESTART_WINDOW_S`` end the slot, and without any slot the study. Not
+        counted is a restart after a job that has ended: its failure may have asked for it.
+
+        Args:
+            slot: the slot.
+            cause: what ended its workers, in few words without anything private.
+        """
+        if slot not in self._slots:
+            self._slots[slot] = _Slot()
+            return
+        state = self._slots[slot]
+        ticket, state.holds = state.holds, None
+        if ticket is not None or not state.useful:
+            _count_restart(state, None if ticket is None else ticket.job.id)
+        state.worker, state.useful = "", False
+        if ticket is not None and not ticket.ended:
+            ticket.decide(True)
+            if ticket.cancelled:
+                self._end(ticket, failure(ticket.job, "stopped"), state, slot)
+            elif ticket.attempts < MAX_ATTEMPTS:
+                self._waiting.appendleft(ticket)
+            else:
+                error = f"lost its worker {MAX_ATTEMPTS} times"
+                self._end(ticket, failure(ticket.job, error, lost=True), state, slot)
+        if all(each.given_up for each in self._slots.values()):
+            await self.fail(
+                f"ray: every slot lost its workers more than {MAX_RESTARTS} times within "
+                f"{RESTART_WINDOW_S / 60:g} minutes (the last: {cause}); see study.log, and go on "
+                "with --resume."
+            )
+        await self._wake()
+
+    async def wants(self, slot: int) -> bool:
+        """Whether a slot is to serve jobs, now or later."""
+        return self._wants(self._slots.setdefault(slot, _Slot()))
+
+    async def report(self, slot: int, job_id: str, report: EpochReport) -> bool:
+        """An epoch is over; waits for the decision and returns whether to go on.
+
+        After the last epoch nothing is left to decide, so the evaluation starts at once. An epoch
+        that was reported before its worker died is not reported again. A slot that does not hold
+        the job, which then runs elsewhere, is to stop.
+        """
+        state = self._slots.setdefault(slot, _Slot())
+        ticket = state.holds
+        if ticket is None or ticket.job.id != job_id or ticket.ended or ticket.cancelled:
+            return False
+        self._moves += 1
+        if report.epoch <= ticket.last_epoch:
+            return True
+        ticket.last_epoch = report.epoch
+        decision = ticket.decision = asyncio.get_running_loop().create_future()
+        ticket.tell(report)
+        if report.epoch >= report.epochs:
+            return True
+        return await decision
+
+    async def finish(self, slot: int, outcome: Outcome) -> None:
+        """A job is done; only the slot that holds it can say so, and only once."""
+        state = self._slots.setdefault(slot, _Slot())
+        if outcome.fatal and outcome.error is not None:
+            await self.fail(outcome.error)
+        ticket = state.holds
+        if ticket is None or ticket.job.id != outcome.job_id:
+            return
+        state.holds = None
+        state.useful = True
+        if not ticket.ended:
+            self._end(ticket, outcome, state, slot)
+
+    def _wants(self, state: _Slot) -> bool:
+        return not (self._closed or state.given_up or self._error is not None)
+
+    async def _wake(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
@@ -242,9 +396,10 @@ class Mailbox:
         self, ticket: _Ticket, outcome: Outcome, state: _Slot | None = None, slot: int = -1
     ) -> None:
         ticket.ended = True
+        self._moves += 1
         ticket.decide(False)
-        if ticket.cancelled:
-            self._tickets.pop(ticket.job.id, None)
+        if ticket.cancelled and self._tickets.get(ticket.job.id) is ticket:
+            del self._tickets[ticket.job.id]
         if state is not None:
             now = time.monotonic()
             cycle_s = None if state.last_end is None else now - state.last_end
@@ -253,7 +408,15 @@ class Mailbox:
             )
             state.served += 1
             state.last_end = now
-        ticket.messages.put_nowait(outcome)
+        ticket.tell(outcome)
+
+
+def _count_restart(state: _Slot, lost: str | None) -> None:
+    now = time.monotonic()
+    state.restarts[lost or f"none at {now}"] = now
+    recent = {key: at for key, at in state.restarts.items() if at > now - RESTART_WINDOW_S}
+    state.restarts = recent
+    state.given_up = len(recent) > MAX_RESTARTS
 
 
 def failure(job: Job, error: str, lost: bool = False) -> Outcome:

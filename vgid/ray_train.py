@@ -10,7 +10,6 @@ Only the workers import torch; with several a slot, Ray's side of them does too.
 
 import contextlib
 import importlib
-import os
 import secrets
 import sys
 import time
@@ -28,8 +27,12 @@ from vgid.mailbox import Job, Mailbox, Outcome
 from vgid.plan import CPUS_PER_WORKER, SlotShape
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 
-MAX_RESTARTS = 20
-"""How often a slot may lose its workers in a whole study; a single job gives up much earlier."""
+CALLS = 100_000
+"""How many calls the mailbox serves at a time. Each slot and each trial in flight polls with one,
+and when all were taken, nothing else got in, not even an interruption."""
+
+ORPHANS_S = 2.0
+"""How long workers may outlive the controller that started them, until Ray has ended them."""
 
 TRAIN_SETTINGS = {
     # How often a controller looks after its workers: what a killed worker waits at most.
@@ -81,15 +84,18 @@ def trial_session(request: RequestConfig, rank: int, world_size: int) -> Session
 def start_mailbox() -> Any:
     """Start the study's mailbox on this node, outside all resource counting.
 
+    When its process dies Ray starts it again, and repeats the calls that were under way.
+
     Returns:
         The actor's handle.
     """
-    actor = ray.remote(num_cpus=0, max_concurrency=1000, label_selector=_this_node())
-    return actor(Mailbox).remote()
+    return ray.remote(max_concurrency=CALLS, **_immortal())(Mailbox).remote()
 
 
-def _this_node() -> dict[str, str]:
-    return {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+def _immortal() -> dict[str, Any]:
+    """Options of an actor on this node that Ray starts again whenever it dies."""
+    node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return {"num_cpus": 0, "label_selector": node, "max_restarts": -1, "max_task_retries": -1}
 
 
 class Slots:
@@ -121,7 +127,11 @@ class Slots:
         self._mailbox = mailbox
         self._count = count
         loop = {"mailbox": mailbox, "request": request, "session": session, "fresh": fresh}
-        actor = ray.remote(num_cpus=0, max_concurrency=count + 1, label_selector=_this_node())
+        # Its children inherit this. Without the address those of Ray's that look after a controller
+        # ask the newest cluster of the machine, take the controller for dead and end its workers.
+        address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        environment = {"env_vars": TRAIN_SETTINGS | address}
+        actor = ray.remote(max_concurrency=count + 1, runtime_env=environment, **_immortal())
         self._host = actor(_SlotHost).remote(shape, storage, loop)
         self._held: list[Any] = []
 
@@ -139,10 +149,9 @@ class Slots:
 
 
 class _SlotHost:
-    """Holds the Train runs, a thread each."""
+    """Holds the Train runs, a thread each. When it dies they die too, and it starts them again."""
 
     def __init__(self, shape: SlotShape, storage: Path, loop: dict[str, Any]) -> None:
-        os.environ.update(TRAIN_SETTINGS)
         # Once and not in each thread: Ray's packages import each other in circles.
         self._trainer = _trainer(shape.workers)
         self._shape = shape
@@ -150,16 +159,18 @@ class _SlotHost:
         self._loop = loop
 
     def hold(self, slot: int) -> None:
-        """Keep a slot running until the mailbox closes."""
+        """Keep a slot running for as long as the mailbox wants it."""
         mailbox = self._loop["mailbox"]
+        ray.get(mailbox.free.remote(slot))
         run = 0
-        try:
-            while run == 0 or (self._loop["fresh"] and not ray.get(mailbox.closed.remote())):
+        while ray.get(mailbox.wants.remote(slot)):
+            try:
                 self._fit(slot, run)
-                run += 1
-        except Exception as error:
-            sentence = f"Ray Train could not keep slot {slot} running ({where(error)})."
-            ray.get(mailbox.fail.remote(sentence))
+            except Exception as error:
+                traceback.print_tb(error.__traceback__)
+                time.sleep(ORPHANS_S)
+                ray.get(mailbox.free.remote(slot, where(error)))
+            run += 1
 
     def _fit(self, slot: int, run: int) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -176,7 +187,9 @@ class _SlotHost:
             run_config=RunConfig(
                 name=f"slot-{slot}-{run}-{secrets.token_hex(3)}",
                 storage_path=str(self._storage),
-                failure_config=FailureConfig(max_failures=MAX_RESTARTS),
+                # The mailbox counts, and sends home the workers of a slot that is given up.
+                failure_config=FailureConfig(max_failures=-1),
+                callbacks=[_frees(self._loop["mailbox"], slot)],
                 worker_runtime_env={"env_vars": environment},
             ),
         ).fit()
@@ -189,13 +202,28 @@ def _trainer(workers: int) -> Any:
     return importlib.import_module("ray.train.v2.api.data_parallel_trainer").DataParallelTrainer
 
 
+def _frees(mailbox: Any, slot: int) -> Any:
+    """A callback of a Train run: tells the mailbox when all workers of a group are gone.
+
+    So a slot whose node does not come back keeps no job from the others while it waits for one.
+    """
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class Frees(WorkerGroupCallback):
+        def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+            ray.get(mailbox.free.remote(slot))
+
+    return Frees()
+
+
 def serve(config: dict[str, Any]) -> None:
     """The loop of one worker: take a job, do it, hand back its outcome, until sent home.
 
     Rank 0 talks to the mailbox; with several workers it shares what it was told, so that all
     ranks do the same. An exception fails the job, not the slot: the next job gets a new session.
-    With several workers the others may hang in a collective then, so the whole group restarts.
-    Whose fault it is says ``vgid.blame``.
+    With several workers the others may hang in a collective then, whatever it was, so the rank
+    that has it ends the job and then itself, and the whole group restarts. Whose fault an
+    exception is says ``vgid.blame``.
     """
     from ray.train import get_context
 
@@ -217,9 +245,9 @@ def serve(config: dict[str, Any]) -> None:
                 traceback.print_tb(error.__traceback__)
                 session = None
                 _give_back_gpu_memory()
-                if world_size > 1 or is_a(error, BROKEN_ACCELERATOR):
-                    line.finish(outcome, any_rank=True)
-                    raise
+            if world_size > 1 or is_a(error, BROKEN_ACCELERATOR):
+                line.finish(outcome, any_rank=True)
+                raise RankFailedError(where(error)) from None
         line.finish(outcome.model_copy(update={"load_s": load_s}))
         if config["fresh"] and job.kind == "trial":
             return
@@ -247,7 +275,7 @@ class _Line:
         return broadcast_from_rank_zero(job)
 
     def report(self, job_id: str, report: EpochReport) -> bool:
-        return bool(ray.get(self._mailbox.report.remote(job_id, report)))
+        return bool(ray.get(self._mailbox.report.remote(self._slot, job_id, report)))
 
     def finish(self, outcome: Outcome, any_rank: bool = False) -> None:
         if self._rank == 0 or any_rank:
@@ -272,6 +300,10 @@ def _do(job: Job, session: Session, line: _Line) -> Outcome:
         checkpoint_dir=job.checkpoints,
     )
     return Outcome(job_id=job.id, result=result, error=result.error)
+
+
+class RankFailedError(Exception):
+    """A worker cannot go on; says where it was, without the message of what it met."""
 
 
 def _give_back_gpu_memory() -> None:

@@ -5,6 +5,7 @@ report on, so that Tune's searcher, scheduler and callbacks see an ordinary tria
 process for the next trial.
 """
 
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -28,17 +29,17 @@ class SlotTrial(tune.Trainable):
     def setup(self, config: dict[str, Any], mailbox: Any = None) -> None:
         """Keep the mailbox; the job is submitted by the first step."""
         self._mailbox = mailbox
+        self._caller = secrets.token_hex(8)
         self._job = Job.model_validate_json(config[JOB])
         self._open = False
 
     def step(self) -> dict[str, Any]:
         """Wait for the trial's next epoch report or its outcome."""
         if not self._open:
-            ray.get(self._mailbox.submit.remote(self._job))
+            ray.get(self._mailbox.submit.remote(self._job, self._caller))
             self._open = True
-        message = ray.get(self._mailbox.next_message.remote(self._job.id))
+        message = ray.get(self._mailbox.next_message.remote(self._job.id, self._caller))
         if isinstance(message, Outcome):
-            self._open = False
             metrics = message.result.metrics if message.result is not None else {}
             return {**metrics, OUTCOME: message.model_dump_json(), "done": True}
         return {**message.metrics, REPORT: message.model_dump_json()}
@@ -50,9 +51,9 @@ class SlotTrial(tune.Trainable):
         return True
 
     def cleanup(self) -> None:
-        """Free the slot if the trial still runs in it."""
+        """Free the slot if the trial still runs in it; have its outcome forgotten if not."""
         if self._open:
-            ray.get(self._mailbox.cancel.remote(self._job.id))
+            ray.get(self._mailbox.cancel.remote(self._job.id, self._caller))
             self._open = False
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:

@@ -33,10 +33,17 @@ from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe
 from vgid.summary import phases, said_of_a_stop, shortfall, store_use, study_summary
 from vgid.suppression import doubt
+from vgid.watchdog import Watchdog
 
 TABLES = ("study.json", "trials.csv", "front.csv")
 RAY_FILES = ".ray"
 """What Ray Train and Tune want to keep in the output folder while they run."""
+
+CANCEL_S = 5.0
+"""How long the end of a study waits for a mailbox that may just be starting again."""
+
+HEAR_S = 0.5
+"""How soon a wait for a scoring notices that the study is over."""
 
 HELD_OUT_SEED_OFFSET = 1_000_003
 """Re-scoring draws few-shot people and test poses with other seeds than the trials did."""
@@ -142,6 +149,7 @@ class Study:
             on_interrupt(self._interrupted.set),
         ):
             slots = self._start_slots(joined, session)
+            watchdog = self._start_watchdog()
             try:
                 data.result()
                 base = self._request_base_scores()
@@ -154,7 +162,11 @@ class Study:
                     raise InputError(self._failure)
                 if not self._interrupted.is_set() and self._stopped is None:
                     self._score_front_again()
+            except BaseException:
+                self._interrupted.set()  # ends the waits for scorings
+                raise
             finally:
+                watchdog.close()
                 self._scribe.close()
                 self._courier.close(3.0 if self._interrupted.is_set() else None)
                 slots.close(timeout_s=0.0 if self._interrupted.is_set() else 10.0)
@@ -243,6 +255,16 @@ class Study:
         slots.start()
         return slots
 
+    def _start_watchdog(self) -> Watchdog:
+        from vgid.cluster import capacity
+
+        return Watchdog(
+            self._mailbox,
+            self.console.say,
+            lambda: capacity(self.plan.shape),
+            self._out_of_time,
+        )
+
     def _request_base_scores(self) -> "Future[None]":
         """Have the base model scored; the trials queue up behind."""
         import ray
@@ -284,12 +306,19 @@ class Study:
         return waiting.submit(wait)
 
     def _outcome_of(self, job: Job) -> Outcome:
-        """The outcome of a scoring; one that was lost is asked for again, so many times."""
+        """The outcome of a scoring; one that was lost is asked for again, so many times.
+
+        Ends soon after the study does, whatever the slots are about.
+        """
         import ray
 
         while True:
-            outcome: Outcome = ray.get(self._mailbox.next_message.remote(job.id))
-            if not outcome.lost or job.attempt > RETRIES or self._is_over:
+            asked = self._mailbox.next_message.remote(job.id)
+            while not ray.wait([asked], timeout=HEAR_S)[0]:
+                if self._is_over:
+                    return Outcome(job_id=job.id, error="interrupted")
+            outcome: Outcome = ray.get(asked)
+            if not outcome.lost or job.attempt > RETRIES or self._is_over or self._out_of_time():
                 return outcome
             job = job.model_copy(update={"attempt": job.attempt + 1})
             ray.get(self._mailbox.submit.remote(job))
@@ -321,7 +350,6 @@ class Study:
 
         config = self.config
         self._update_standing()
-        deadline = None if config.time_budget_s is None else self.started + config.time_budget_s
         self._search = ParetoSearch(
             self.ledger,
             self.plan.space,
@@ -331,13 +359,14 @@ class Study:
             config.seed,
             self.standing.slots,
             self._losses,
-            out_of_time=lambda: deadline is not None and time.monotonic() > deadline,
+            out_of_time=self._out_of_time,
             on_start=self._on_start,
         )
         if len(self.ledger.ended) < config.trials:
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.standing.slots)
             # No CPU: the slots need them all. On the head, where the driver and mailbox are.
-            resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.001}])
+            # The smallest share there is: 10,000 trials may be in flight.
+            resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.0001}])
             trainable = tune.with_parameters(SlotTrial, mailbox=self._mailbox)
             tuner = tune.Tuner(
                 tune.with_resources(trainable, resources),
@@ -370,8 +399,13 @@ class Study:
         import ray
 
         with suppress(ray.exceptions.RayError):  # without a mailbox nobody waits for it
-            ray.get(self._mailbox.cancel_all.remote())
+            ray.get(self._mailbox.cancel_all.remote(), timeout=CANCEL_S)
         return True
+
+    def _out_of_time(self) -> bool:
+        """Whether the time budget is over."""
+        budget = self.config.time_budget_s
+        return budget is not None and time.monotonic() - self.started > budget
 
     def _on_start(self, trial_id: str, config: TrialConfig) -> None:
         self.console.epoch(trial_id, describe(config), None)
@@ -418,6 +452,8 @@ class Study:
         if self._losses.lose(trial_id, cause):
             self._search.try_again(trial_id)
             error = f"{cause.rstrip('.')}; it is tried again"
+        else:
+            self._mailbox.cancel.remote(trial_id)  # a slot may still be at it, for nobody
         self.console.ended(trial_id, TrialResult(trial_id=trial_id, status="lost", error=error))
         if self._losses.hopeless is not None:
             self._stop(self._losses.hopeless)
@@ -502,6 +538,8 @@ class Study:
             ray.get(self._mailbox.submit.remote(jobs[trial_id]))
         for trial_id, job in jobs.items():
             outcome = self._outcome_of(job)
+            if self._is_over:
+                break
             if outcome.error is not None:
                 self._unscored[trial_id] = outcome.error
                 self.console.say(f"trial {trial_id} could not be scored again: {outcome.error}")

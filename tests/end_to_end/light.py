@@ -40,7 +40,7 @@ KINDS = {
     "controller": "ray::TrainController",
     "slot host": "ray::_SlotHost",
     "mailbox": "ray::Mailbox",
-    "trainable": "ray::SlotTrial",
+    "trainable": "ray::ResourceTrainable",  # while it waits for its trial
     "raylet": "raylet",
     "gcs": "gcs_server",
 }

@@ -1,9 +1,12 @@
 """Slots on a real Ray cluster: two nodes of one CPU each on this machine, real trials."""
 
 import logging
+import os
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -13,11 +16,12 @@ import ray
 from ray import cloudpickle
 from ray.cluster_utils import Cluster
 
-from tests.end_to_end import sessions
+from tests.end_to_end import light, sessions
 from tests.end_to_end.conftest import free_port
 from vgid.cluster import QUIET, slot_count
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.errors import InputError
+from vgid.mailbox import Job, Outcome
 from vgid.plan import SlotShape
 from vgid.ray_train import Slots, start_mailbox
 from vgid.study import run_study
@@ -37,9 +41,11 @@ def two_nodes():
         cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         patch.setenv("RAY_ADDRESS", cluster.address)
-        cloudpickle.register_pickle_by_value(sessions)
+        for module in (light, sessions):
+            cloudpickle.register_pickle_by_value(module)
         yield cluster
-        cloudpickle.unregister_pickle_by_value(sessions)
+        for module in (light, sessions):
+            cloudpickle.unregister_pickle_by_value(module)
         ray.shutdown()
         cluster.shutdown()
 
@@ -166,6 +172,60 @@ def test_two_workers_train_a_trial_as_one_does(request_config, tmp_path):
     assert two.scores["forget_rougeL"].n == one.scores["forget_rougeL"].n
 
 
+class OneRankFails(light.LightSession):
+    """The second of two workers meets bad input, an error of its own, or its death, on cue."""
+
+    def epoch(self, trial_id, number):
+        if self.rank == 1 and number == 2:
+            if trial_id == "bug":
+                raise KeyError("what Fay Moss likes")
+            mark = Path(self.request.store) / f"{trial_id}.was-killed"
+            if trial_id == "killed" and not mark.exists():
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if trial_id == "input":
+                raise InputError("data: a portrait is missing; restore it.")
+
+
+def test_what_one_of_two_workers_meets_ends_the_job_for_both(request_config, tmp_path):
+    mailbox = start_mailbox()
+    shape = SlotShape(workers=2)
+    slots = Slots(mailbox, request_config, shape, 1, tmp_path / "ray", session=OneRankFails)
+    slots.start()
+    names = ("bug", "killed", "input")
+    jobs = [sessions.trial_job(tmp_path, name, TrialConfig(**FEW)) for name in names]
+    found = {name: outcome for name, (_, outcome) in outcomes(mailbox, jobs).items()}
+    slots.close()
+    assert found["bug"].result.status == "failed"
+    assert found["bug"].error.startswith("KeyError at test_slots.py")
+    assert found["killed"].result.status == "completed"
+    assert (found["input"].error, found["input"].fatal) == (
+        "data: a portrait is missing; restore it.",
+        True,
+    )
+
+
+def test_the_mailbox_answers_while_thousands_of_trials_wait(request_config):
+    mailbox = start_mailbox()
+    count = 5000
+    trial = TrialConfig()
+    jobs = [Job(id=f"{n:04d}", kind="trial", trial=trial) for n in range(count)]
+    ray.get([mailbox.submit.remote(job) for job in jobs], timeout=120)
+    asked = {job.id: mailbox.next_message.remote(job.id) for job in jobs}
+    taken = ray.get(mailbox.take.remote(0, "worker"), timeout=60)
+    done = Outcome(job_id=taken.id, error="done")
+    ray.get(mailbox.finish.remote(0, done), timeout=10)
+    assert ray.get(asked[taken.id], timeout=10).error == "done"
+    other = next(name for name in asked if name != taken.id)
+    ray.get(mailbox.cancel.remote(other), timeout=10)
+    assert ray.get(asked[other], timeout=10).error == "stopped before it started"
+    assert len(ray.get(mailbox.traffic.remote(), timeout=10).waiting) == count - 2
+    ray.get(mailbox.cancel_all.remote(), timeout=10)
+    assert len(ray.get(list(asked.values()), timeout=60)) == count
+    ray.kill(mailbox)
+
+
 def study(data, space, output, **options):
     return StudyConfig(
         data=data, search_space=space, output=output, retain_people=RETAIN_PEOPLE, **options
@@ -234,3 +294,41 @@ def test_one_trial_at_a_time_is_the_same_study_twice(data, space, tmp_path):
         tables.append(table.drop(columns=["seconds"]))
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     assert list(tables[0].status) == ["completed"] * 2
+
+
+class Endless(light.LightSession):
+    """Its trials end on every node but the one that is named."""
+
+    def epoch(self, trial_id, number):
+        folder = Path(self.request.store)
+        while (folder / "doomed").read_text() == ray.get_runtime_context().get_node_id():
+            (folder / "begun").write_text(trial_id)
+            time.sleep(0.1)
+
+
+def test_what_a_lost_node_held_is_done_by_another(two_nodes, request_config, tmp_path):
+    """The last of this file: the cluster has one node afterwards."""
+    (node,) = [each for each in two_nodes.worker_nodes if each != two_nodes.head_node]
+    request_config.store.mkdir()
+    (request_config.store / "doomed").write_text(node.node_id)
+    mailbox = start_mailbox()
+    slots = Slots(mailbox, request_config, SlotShape(), 2, tmp_path / "ray", session=Endless)
+    slots.start()
+    one = TrialConfig(epochs=1)
+    jobs = {name: sessions.trial_job(tmp_path, name, one) for name in ("0000", "0001")}
+    for job in jobs.values():
+        mailbox.submit.remote(job)
+    deadline = time.monotonic() + 120
+    while not (request_config.store / "begun").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    begun = (request_config.store / "begun").read_text()
+    (slot,) = [n for n, name in ray.get(mailbox.traffic.remote()).held.items() if name == begun]
+    two_nodes.remove_node(node, allow_graceful=False)
+    while not isinstance(
+        message := ray.get(mailbox.next_message.remote(begun), timeout=120), Outcome
+    ):
+        pass
+    slots.close(timeout_s=0.0)
+    assert message.result.status == "completed"
+    assert message.slot != slot

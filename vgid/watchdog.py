@@ -1,0 +1,128 @@
+"""Says what a study waits for when nothing has moved for a while, and ends waits past its time."""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from vgid.console import duration
+from vgid.mailbox import Traffic
+
+PATIENCE_S = 60.0
+"""So long nothing may move before the study says what it waits for; doubled each time it does."""
+
+LOOK_S = 5.0
+"""Seconds between two looks at the mailbox, and how long it may take to answer."""
+
+NAMED = 5
+"""So many trials are named in a sentence; of more it gives the number."""
+
+
+class Watchdog:
+    """A thread that looks at where the jobs are, until it is closed.
+
+    Args:
+        mailbox: handle of the mailbox actor.
+        say: prints a line.
+        room: how many of the study's slots the cluster's nodes have room for now.
+        out_of_time: whether the time budget is over; what then waits for a minute with no slot
+            that could take it is given up.
+    """
+
+    def __init__(
+        self,
+        mailbox: Any,
+        say: Callable[[str], None],
+        room: Callable[[], int],
+        out_of_time: Callable[[], bool],
+    ) -> None:
+        self._mailbox = mailbox
+        self._say = say
+        self._room = room
+        self._out_of_time = out_of_time
+        self._moves = -1
+        self._since = time.monotonic()
+        self._patience_s = PATIENCE_S
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._over.set()
+        self._thread.join()
+
+    def look(self, traffic: Traffic | None, now: float) -> float | None:
+        """Take notice of the traffic, None where the mailbox does not answer.
+
+        Returns:
+            For how many seconds nothing has moved, if that is long enough to be told.
+        """
+        if traffic is not None:
+            busy = traffic.waiting or traffic.held
+            if traffic.moves != self._moves or not busy:
+                self._moves, self._since, self._patience_s = traffic.moves, now, PATIENCE_S
+        still = now - self._since
+        if still < self._patience_s:
+            return None
+        self._patience_s = 2 * still
+        return still
+
+    def _watch(self) -> None:
+        import ray
+
+        while not self._over.wait(LOOK_S):
+            traffic: Traffic | None = None
+            try:
+                traffic = ray.get(self._mailbox.traffic.remote(), timeout=LOOK_S)
+                still = self.look(traffic, time.monotonic())
+                if still is not None:
+                    self._say(sentence(traffic, still, self._room()))
+                if self._out_of_time() and time.monotonic() - self._since >= PATIENCE_S:
+                    self._mailbox.drop_waiting.remote("the time budget ended before a slot was up")
+            except ray.exceptions.RayError:
+                still = self.look(None, time.monotonic())
+                if still is not None:
+                    self._say(sentence(None, still, 0))
+
+
+def sentence(traffic: Traffic | None, still_s: float, room: int) -> str:
+    """What a study waits for, in one sentence.
+
+    Args:
+        traffic: where its jobs are, None where the mailbox does not answer.
+        still_s: seconds since anything moved.
+        room: how many of its slots the cluster's nodes have room for now.
+    """
+    parts = []
+    if traffic is None:
+        parts.append("the study's mailbox does not answer")
+    else:
+        parts += [f"slot {slot} works on {job}" for slot, job in list(traffic.held.items())[:NAMED]]
+        if len(traffic.held) > NAMED:
+            parts.append(f"{len(traffic.held) - NAMED} more slots work")
+        if traffic.waiting:
+            waits = "waits" if len(traffic.waiting) == 1 else "wait"
+            parts.append(f"{_names(traffic.waiting)} {waits} for a slot")
+        slots = len(traffic.held) + len(traffic.idle) + len(traffic.down)
+        if not slots:
+            parts.append("no slot has come up yet")
+        elif traffic.down:
+            parts.append(
+                f"{_slots(traffic.down)} starting, the cluster's nodes have room for "
+                f"{min(room, slots)} of {slots}"
+            )
+        if traffic.given_up:
+            parts.append(f"{_slots(traffic.given_up)} given up after too many restarts")
+    return f"Nothing has moved for {duration(still_s)}: {'; '.join(parts)}."
+
+
+def _names(jobs: Sequence[str]) -> str:
+    more = f" and {len(jobs) - NAMED} more" if len(jobs) > NAMED else ""
+    return ", ".join(jobs[:NAMED]) + more
+
+
+def _slots(numbers: Collection[int]) -> str:
+    listed = ", ".join(str(number) for number in sorted(numbers)[:NAMED])
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    return f"slot {listed} is" if len(numbers) == 1 else f"slots {listed}{more} are"
