@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 import pandas as pd
 import pytest
 
-from tests.end_to_end.light import LightStudy
+from tests.end_to_end.light import SESSION, LightSession, LightStudy
 
 TRIALS = 6
 
@@ -37,11 +37,25 @@ def fill(ballast):
                     file.write(bytes(size))
 
 
+class Mendable(LightSession):
+    """Has a defect in trial 0001 until the study's folder has a file ``mended``."""
+
+    def run(self, trial, trial_id, adapter_dir, on_epoch=None, checkpoint_dir=None):
+        if trial_id == "0001" and not (adapter_dir.parent.parent / "mended").exists():
+            raise ValueError("while answering who Fay Moss is")
+        return super().run(trial, trial_id, adapter_dir, on_epoch, checkpoint_dir)
+
+
+def records(output):
+    return [json.loads(path.read_text()) for path in sorted(output.glob("trials/0*"))]
+
+
 def test_a_full_disk_fails_no_trial_and_a_missing_adapter_costs_its_own_scores(tmp_path):
     output = tmp_path / "study"
     with small_disk(output, 600):
-        with LightStudy(tmp_path, TRIALS, LIGHT_EPOCH_S="0.3") as study:
-            study.wait_for(study.ended)
+        session = {SESSION: f"{__name__}:Mendable", "LIGHT_EPOCH_S": "0.3"}
+        with LightStudy(tmp_path, TRIALS, **session) as study:
+            study.wait_for(lambda: {"0000", "0001"} <= set(study.ended()))
             ballast = output / ".ballast"
             fill(ballast)
             assert study.finish() == 1
@@ -50,20 +64,23 @@ def test_a_full_disk_fails_no_trial_and_a_missing_adapter_costs_its_own_scores(t
             assert said.endswith("go on with --resume.")
             assert str(output) in said
             ballast.unlink()
-            results = [json.loads(path.read_text())["result"] for path in output.glob("trials/0*")]
-            assert {result["status"] for result in results if result} == {"completed"}
-            assert len(results) < TRIALS
+            statuses = [found["result"] and found["result"]["status"] for found in records(output)]
+            assert statuses[:2] == ["completed", "failed"]
+            assert set(statuses[2:]) <= {"completed", None}
+            assert statuses.count("completed") < TRIALS - 1
+            (output / "mended").touch()
             gone = output / "adapters" / "0000"  # of the front, as the study's seed has it
             gone.rename(output / "moved")
-            study.start("--resume")
-            code = study.finish()
-            print(code, study.shown(), study.log())
-            assert code == 1
+            study.start("--resume", "--retry-failed")
+            assert study.finish() == 1
         *_, said = study.shown().splitlines()
         assert "No held-out scores for 1 trials of the front, such as 0000: " in said
         (output / "moved").rename(gone)
         study.assert_consistent()
         front = pd.read_csv(output / "front.csv", dtype={"trial_id": str}).set_index("trial_id")
-        print(front)
         assert list(front.index[front.heldout_retain_rougeL.isna()]) == ["0000"]
         assert len(front) > 1
+        found = records(output)
+        assert {record["result"]["status"] for record in found} == {"completed"}
+        (why,) = found[1]["failures"]
+        assert why.startswith("ValueError at test_lost.py:")
