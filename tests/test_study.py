@@ -230,3 +230,12 @@ def test_ray_that_does_not_start_is_one_sentence_each_time(tmp_path, monkeypatch
         assert said.startswith("ray: a local Ray cluster did not start (The current node timed out")
         assert "Give the same command again" in said and said.count("\n") == 1
         assert (tmp_path / "out" / "study.log").exists()
+
+
+def test_a_table_that_cannot_be_written_stops_the_study_and_is_no_bad_input(study):
+    (study.config.output / "trials.csv" / "in-the-way").mkdir(parents=True)
+    study._on_end("0000", TrialConfig(), completed(), None)
+    study._scribe.close()
+    assert study.ledger.records["0000"].result == completed().result
+    assert "trials.csv: cannot be written" in study._stopped
+    assert study._failure is None

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -334,7 +334,7 @@ class Study:
         return f"the base model could not be scored ({error.rstrip('.')}); {remedy}"
 
     def _bring_tracker_in_line(self) -> None:
-        self._scribe.write(self._table.write, self.board.trials())
+        self._scribe.write(self._tabulate, self._table.write, self.board.trials())
         for record in self.ledger.records.values():
             self._courier.write(self._tracker.log_trial, record)
 
@@ -477,9 +477,16 @@ class Study:
             self.console.ended(record.trial_id, result)
         self._courier.write(self._tracker.log_trial, record)
         if self._table.holds(trial):
-            self._scribe.write(self._table.add, trial)
+            self._scribe.write(self._tabulate, self._table.add, trial)
         else:
-            self._scribe.write(self._table.write, self.board.trials())
+            self._scribe.write(self._tabulate, self._table.write, self.board.trials())
+
+    def _tabulate(self, write: Callable[[Any], None], what: Any) -> None:
+        """Write to ``trials.csv``; a full disk stops the study and is no bad input."""
+        try:
+            write(what)
+        except DiskError as error:
+            self._stop(str(error))
 
     @contextmanager
     def _kept_from_tune(self) -> Iterator[None]:
