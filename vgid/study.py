@@ -623,7 +623,7 @@ class Study:
             numbers,
             {name: row["total_s"] for name, row in phases if "total_s" in row},
             files,
-            "KILLED" if self._interrupted.is_set() else "FINISHED",
+            "KILLED" if self._is_over else "FINISHED",
             self._verbatim,
             self.plan.left_out,
             self.console.say,
