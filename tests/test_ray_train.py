@@ -290,7 +290,8 @@ def test_a_slot_that_restarts_too_often_is_given_up_and_without_any_the_study_en
             await mailbox.free(1, "ImportError at y.py:2")
         assert "every slot" in await mailbox.error()
         assert "ImportError at y.py:2" in await mailbox.error()
-        assert (await mailbox.next_message("0049")).fatal
+        outcome = await mailbox.next_message("0049")
+        assert (outcome.fatal, outcome.lost, outcome.result) == (True, True, None)
 
     async def lose_another(mailbox, number):
         """Slot 0 loses its worker in a job that slot 1 then does."""

@@ -239,3 +239,11 @@ def test_a_table_that_cannot_be_written_stops_the_study_and_is_no_bad_input(stud
     assert study.ledger.records["0000"].result == completed().result
     assert "trials.csv: cannot be written" in study._stopped
     assert study._failure is None
+
+
+def test_a_study_without_a_slot_stops_and_has_no_bad_input(study):
+    gone = Outcome(job_id="0000", error="every slot is gone.", fatal=True, lost=True)
+    study._on_end("0000", TrialConfig(), gone, None)
+    assert (study._stopped, study._failure) == ("every slot is gone.", None)
+    assert study._search.again == []
+    assert [record.trial_id for record in study.ledger.in_flight] == ["0000"]

@@ -168,6 +168,7 @@ class Mailbox:
         self._closed = False
         self._stopped = False
         self._error: str | None = None
+        self._lost = False
         self._moves = 0
 
     # The side of the driver and of Tune's trials
@@ -189,7 +190,7 @@ class Mailbox:
                 return
         ticket = self._tickets[job.id] = _Ticket(job, caller)
         if self._error is not None:
-            self._end(ticket, Outcome(job_id=job.id, error=self._error, fatal=True))
+            self._end(ticket, self._last_word(job.id))
         elif self._stopped:
             self._end(ticket, Outcome(job_id=job.id, error="interrupted"))
         else:
@@ -272,13 +273,13 @@ class Mailbox:
             given_up=tuple(n for n, slot in self._slots.items() if slot.given_up),
         )
 
-    async def fail(self, error: str) -> None:
+    async def fail(self, error: str, lost: bool = False) -> None:
         """Nothing can run any more: end every job with ``error``, and those still to come."""
-        self._error = error
+        self._error, self._lost = error, lost
         self._waiting.clear()
         for ticket in list(self._tickets.values()):
             if not ticket.ended:
-                self._end(ticket, Outcome(job_id=ticket.job.id, error=error, fatal=True))
+                self._end(ticket, self._last_word(ticket.job.id))
 
     async def error(self) -> str | None:
         """The sentence that ended the study, if one did."""
@@ -342,8 +343,8 @@ class Mailbox:
         if all(each.given_up for each in self._slots.values()):
             await self.fail(
                 f"ray: every slot lost its workers more than {MAX_RESTARTS} times within "
-                f"{RESTART_WINDOW_S / 60:g} minutes (the last: {cause}); see study.log, and go on "
-                "with --resume."
+                f"{RESTART_WINDOW_S / 60:g} minutes (the last: {cause}); see study.log.",
+                lost=True,
             )
         await self._wake()
 
@@ -391,6 +392,9 @@ class Mailbox:
     async def _wake(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+    def _last_word(self, job_id: str) -> Outcome:
+        return Outcome(job_id=job_id, error=self._error, fatal=True, lost=self._lost)
 
     def _end(
         self, ticket: _Ticket, outcome: Outcome, state: _Slot | None = None, slot: int = -1

@@ -282,7 +282,7 @@ class Study:
                 if outcome.error is not None:
                     said = self._base_unscored(outcome.error)
                     if outcome.lost:
-                        self._stop(said)
+                        self._stop(outcome.error if outcome.fatal else said)
                     elif not self._is_over:
                         said = f"The study stopped: {said}; go on with --resume."
                         self._error = self._error or (outcome.error if outcome.fatal else said)
@@ -318,7 +318,8 @@ class Study:
                 if self._is_over:
                     return Outcome(job_id=job.id, error="interrupted")
             outcome: Outcome = ray.get(asked)
-            if not outcome.lost or job.attempt > RETRIES or self._is_over or self._out_of_time():
+            again = outcome.lost and not outcome.fatal and job.attempt <= RETRIES
+            if not again or self._is_over or self._out_of_time():
                 return outcome
             job = job.model_copy(update={"attempt": job.attempt + 1})
             ray.get(self._mailbox.submit.remote(job))
@@ -429,7 +430,11 @@ class Study:
         if outcome is None and report is None:
             outcome = Outcome(job_id=trial_id, error="its Ray Tune process died", lost=True)
         if outcome is not None and outcome.lost:
-            self._lose(trial_id, outcome.error or "for an unknown cause")
+            cause = outcome.error or "for an unknown cause"
+            if outcome.fatal:
+                self._stop(cause)
+            else:
+                self._lose(trial_id, cause)
             return
         if outcome is not None and outcome.result is None:  # interrupted, or nothing can run
             self._error = self._error or (outcome.error if outcome.fatal else None)
