@@ -44,6 +44,11 @@ def blame(job: Job, error: Exception, has_session: bool, folders: Sequence[Path]
         has_session: whether model and data had been loaded by then.
         folders: where the job writes, to name the one that is full.
     """
+    trace = "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__}\n"])
+    return _outcome(job, error, has_session, folders).model_copy(update={"trace": trace})
+
+
+def _outcome(job: Job, error: Exception, has_session: bool, folders: Sequence[Path]) -> Outcome:
     if _is_environments(error) or (is_a(error, NO_MEMORY_LEFT) and job.attempt == 1):
         return failure(job, _cause(error, folders), lost=True)
     if isinstance(error, InputError):

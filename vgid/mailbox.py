@@ -64,6 +64,7 @@ class Outcome(Config):
         fatal: the error is in what all jobs share (model, data), so no job can succeed.
         lost: the error is the environment's, not the job's own (``vgid.blame``), and the job may
             succeed when it is tried again. A lost trial has no result: it has not ended.
+        trace: where its exception came from, without the message, for ``study.log``.
         load_s: seconds that the worker spent on loading model and data for this job.
         slot: the slot that did it.
         served: how many jobs the slot had finished before.
@@ -78,6 +79,7 @@ class Outcome(Config):
     error: str | None = None
     fatal: bool = False
     lost: bool = False
+    trace: str | None = None
     load_s: float = 0.0
     slot: int = -1
     served: int = 0

@@ -280,6 +280,7 @@ class Study:
             for part in parts:
                 outcome = self._outcome_of(jobs[part])
                 if outcome.error is not None:
+                    _log_trace(outcome)
                     said = self._base_unscored(outcome.error)
                     if outcome.lost:
                         self._stop(outcome.error if outcome.fatal else said)
@@ -429,6 +430,8 @@ class Study:
             return  # Tune stumbled over a trial that had ended
         if outcome is None and report is None:
             outcome = Outcome(job_id=trial_id, error="its Ray Tune process died", lost=True)
+        if outcome is not None:
+            _log_trace(outcome)
         if outcome is not None and outcome.lost:
             cause = outcome.error or "for an unknown cause"
             if outcome.fatal:
@@ -648,3 +651,9 @@ class Study:
     def _failure(self) -> str | None:
         """What no trial of the study can get past, in one sentence."""
         return self._error or self._scribe.error
+
+
+def _log_trace(outcome: Outcome) -> None:
+    """Write where an error came from to ``study.log``."""
+    if outcome.trace is not None:
+        print(f"{outcome.job_id} (most recent call last):\n{outcome.trace}", file=sys.stderr)

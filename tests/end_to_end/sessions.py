@@ -67,7 +67,8 @@ class Homeless(TrialSession):
     """Has no memory for the base, with a name in the message, and so none for a trial either."""
 
     def base_scores(self, part, seed=None):
-        raise RuntimeError("out of memory while asking who Fay Moss is")
+        message = "out of memory while asking who Fay Moss is"
+        raise RuntimeError(message)
 
 
 def trial_job(root: Path, name: str, config) -> Job:
