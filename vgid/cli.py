@@ -17,6 +17,7 @@ from rich.table import Table
 
 from vgid.cli_deployment import app as deployment_app
 from vgid.errors import InputError
+from vgid.paths import new_folder
 
 if TYPE_CHECKING:
     from vgid.content_store import StoreInfo
@@ -32,6 +33,9 @@ data_app = typer.Typer(help="Make, fetch or check a benchmark.", no_args_is_help
 app.add_typer(data_app, name="data")
 app.add_typer(deployment_app)
 
+NewFolder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="New or empty folder.", callback=new_folder)
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 
 
@@ -46,7 +50,7 @@ def main() -> None:
 
 @data_app.command("make")
 def data_make(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
+    folder: NewFolder,
     seed: Annotated[int, typer.Option(min=0, help="Seed of people, portraits and splits.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -99,7 +103,7 @@ def data_check(
 
 @data_app.command("fetch")
 def data_fetch(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder.")],
+    folder: NewFolder,
     revision: Annotated[
         str | None,
         typer.Option(help="Commit, branch or tag; by default the commit that is pinned."),

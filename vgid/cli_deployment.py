@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vgid.paths import new_folder
 from vgid.suppression import MIN_FORGET
 
 app = typer.Typer()
@@ -193,7 +194,9 @@ def verify_command(
 @app.command("export")
 def export_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Deployment file.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="New or empty folder.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="New or empty folder.", callback=new_folder)
+    ],
     model_path: ModelPathOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from vgid.command_line import Parser, exit_code, words
 from vgid.config import Config, ForgetRatio, Method, Sampler, parse
+from vgid.paths import StudyFolder, UsablePath
 
 
 class CompareConfig(Config):
@@ -36,22 +37,17 @@ class CompareConfig(Config):
     methods: tuple[Method, ...] = Field(get_args(Method), min_length=1)
     trials: int = Field(24, ge=1)
     seeds: int = Field(3, ge=1)
-    output: Path
+    output: StudyFolder
     retain_drop: float = Field(0.02, ge=0)
     sampler: Sampler = "auto"
-    data: Path | None = None
+    data: UsablePath | None = None
     model_path: str | None = None
-    search_space: Path | None = None
+    search_space: UsablePath | None = None
     forget_ratio: ForgetRatio = 5
     retain_people: int = Field(50, ge=2)
     max_concurrent: int | None = Field(None, ge=1)
     workers_per_trial: int = Field(1, ge=1)
     gpus_per_worker: float = Field(0, ge=0)
-
-    @field_validator("output", "data", "search_space")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        return None if path is None else path.expanduser().absolute()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -14,13 +14,13 @@ from pydantic import (
     Field,
     ValidationError,
     field_serializer,
-    field_validator,
     model_validator,
 )
 
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
 from vgid.interventions import MAX_SIGMA, NoiseType
+from vgid.paths import StudyFolder, UsablePath
 from vgid.prompts import PromptStyle, Task
 
 ResponseSource = Literal["teacher", "reference", "mixed"]
@@ -303,13 +303,13 @@ class StudyConfig(Config):
 
     backbone: str = "tiny-llava"
     model_path: str | None = None
-    data: Path | None = Field(None, description="None: the embedded backbone's own benchmark")
-    output: Path
-    from_deployment: Path | None = Field(
+    data: UsablePath | None = Field(None, description="None: the embedded backbone's own benchmark")
+    output: StudyFolder
+    from_deployment: UsablePath | None = Field(
         None, description="deployment file that the request starts from"
     )
     from_deployment_sha256: str | None = Field(None, description="of that file, as the plan saw it")
-    search_space: Path | None = Field(None, description="None: search_spaces/<backbone>.yaml")
+    search_space: UsablePath | None = Field(None, description="None: search_spaces/<backbone>.yaml")
     method: Method = "vgid"
     forget_ratio: ForgetRatio = 5
     trials: int = Field(60, ge=1)
@@ -329,11 +329,6 @@ class StudyConfig(Config):
     )
     fresh_workers: bool = False
     log_responses: bool = False
-
-    @field_validator("output", "data", "search_space", "from_deployment")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        return None if path is None else path.expanduser().absolute()
 
     @field_serializer("tracking_uri")
     def _without_credentials(self, uri: str | None) -> str | None:

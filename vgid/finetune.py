@@ -30,7 +30,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from vgid.encoding import Encoded, response_ids
 from vgid.errors import InputError
 from vgid.finetune_data import Sample, encode_samples, read_samples
 from vgid.packing import hidden_states, pack
+from vgid.paths import UsablePath, WrittenFolder
 from vgid.summary import provenance
 from vgid.weight_names import save_weights
 
@@ -63,8 +64,8 @@ class FinetuneConfig(Config):
     model_path: str | None = Field(
         None, description="local folder or hub id of the base, in place of the row's own"
     )
-    data: Path = Field(description="benchmark folder in the MLLMU-Bench layout")
-    output: Path = Field(description="new folder for the model")
+    data: UsablePath = Field(description="benchmark folder in the MLLMU-Bench layout")
+    output: WrittenFolder = Field(description="new folder for the model")
     full: bool = Field(False, description="train the whole language model instead of LoRA")
     lora_rank: int | None = Field(
         None, ge=1, le=1024, description="16 by default, merged into the weights in the end"
@@ -81,11 +82,6 @@ class FinetuneConfig(Config):
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="of all steps")
     gradient_checkpointing: bool = False
     seed: int = Field(0, ge=0, description="adapter initialisation, order of the questions")
-
-    @field_validator("data", "output")
-    @classmethod
-    def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
 
     @model_validator(mode="after")
     def _full_has_no_adapter(self) -> Self:

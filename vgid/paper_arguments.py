@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 
 from vgid.command_line import Parser, exit_code, words
 from vgid.config import Config, Method, parse
+from vgid.paths import UsablePath, WrittenFolder
 
 ALL_TABLES = tuple(range(1, 10))
 
@@ -34,10 +35,10 @@ class PaperConfig(Config):
     backbones: tuple[str, ...] = Field(("tiny-llava",), min_length=1)
     tables: tuple[int, ...] = Field(ALL_TABLES, min_length=1)
     seeds: int = Field(5, ge=1)
-    output: Path
+    output: WrittenFolder
     methods: tuple[Method, ...] | None = None
-    settings: tuple[Path, ...] = ()
-    data: Path | None = None
+    settings: tuple[UsablePath, ...] = ()
+    data: UsablePath | None = None
     model_path: str | None = None
     retain_people: int = Field(50, ge=2)
     bootstrap_samples: int = Field(1000, ge=100)
@@ -50,11 +51,6 @@ class PaperConfig(Config):
         if unknown:
             raise ValueError(f"the paper has no Table {unknown[0]}; choose from 1 to 9")
         return tuple(sorted(set(tables)))
-
-    @field_validator("output", "data")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        return None if path is None else path.expanduser().absolute()
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 
 from vgid.candidates import MIN_SEEDS, Candidates, pick_seeds, score_front
 from vgid.config import Config, RequestConfig
 from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
 from vgid.lineage import Ancestor, ancestor_of
+from vgid.paths import UsablePath, WrittenFolder
 from vgid.pick_comparison import COMPARISON, write_comparison
 from vgid.pick_pictures import write_report
 from vgid.pick_report import PickReport
@@ -63,15 +64,10 @@ class PickConfig(Config):
     seeds: int = Field(MIN_SEEDS, ge=MIN_SEEDS)
     request_id: tuple[Pseudonym, ...] = ()
     tracking_uri: str | None = None
-    output: Path | None = None
-    data: Path | None = None
+    output: WrittenFolder | None = None
+    data: UsablePath | None = None
     model_path: str | None = None
     champion: bool = True
-
-    @field_validator("output", "data")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        return None if path is None else path.expanduser().absolute()
 
     @property
     def bounds(self) -> Bounds:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from vgid.adapter_files import copy_adapter
 from vgid.config import (
@@ -30,6 +30,7 @@ from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
 from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace
+from vgid.paths import UsablePath, WrittenFolder
 from vgid.picking import Bounds, Marks
 from vgid.suppression import MIN_FORGET, doubt
 
@@ -43,9 +44,9 @@ class UnlearnConfig(Config):
         None, description="name of a row in vgid.backbones; the parent's if there is one"
     )
     model_path: str | None = Field(None, description="folder or hub id of the base")
-    data: Path = Field(description="benchmark folder")
-    output: Path = Field(description="folder that gets `deployments`")
-    from_deployment: Path | None = Field(None, description="deployment file to start from")
+    data: UsablePath = Field(description="benchmark folder")
+    output: WrittenFolder = Field(description="folder that gets `deployments`")
+    from_deployment: UsablePath | None = Field(None, description="deployment file to start from")
     forget_ratio: ForgetRatio = Field(5, description="per cent of the people to forget")
     forget_ids: tuple[Pseudonym, ...] | None = Field(
         None, min_length=1, description="people to forget among those; None: all of them"
@@ -65,11 +66,6 @@ class UnlearnConfig(Config):
     retain_people: int = Field(50, ge=2)
     train_pairs: TrainPairs = "unheld"
     skip_defects: bool = False
-
-    @field_validator("data", "output", "from_deployment")
-    @classmethod
-    def _absolute(cls, path: Path | None) -> Path | None:
-        return None if path is None else path.expanduser().absolute()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,60 @@
+"""Paths that go astray, at every command line that writes a folder: one sentence, nothing made."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from vgid import cli, compare_arguments, paper_arguments, pick_arguments, study_arguments
+from vgid.config import StudyConfig
+
+ADDRESSES = ("s3://bucket/study", "gs://bucket/study", "http://host/study", "file:///tmp/study")
+
+
+def vgid(arguments):
+    """The ``vgid`` command, as from a shell."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["vgid", *arguments])
+        cli.main()
+    return stopped.value.code
+
+
+COMMANDS = {
+    "study": lambda path: study_arguments.main(["--output", path]),
+    "comparison": lambda path: compare_arguments.main(["--output", path]),
+    "tables": lambda path: paper_arguments.main(["--output", path]),
+    "pick": lambda path: pick_arguments.main(["--study", "s", "--output", path]),
+    "unlearn": lambda path: vgid(["unlearn", "--data", "d", "--output", path]),
+    "export": lambda path: vgid(["export", "deployment.yaml", path]),
+    "data make": lambda path: vgid(["data", "make", path]),
+    "data fetch": lambda path: vgid(["data", "fetch", path]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("path", [*ADDRESSES, "~nobody-here/study", "x" * 300])
+def test_no_command_writes_where_no_folder_can_be(tmp_path, monkeypatch, capsys, command, path):
+    monkeypatch.chdir(tmp_path)
+    assert COMMANDS[command](path) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert ("is an address; mount it" in said) == (path in ADDRESSES)
+    assert ("cannot be used" in said) == (path not in ADDRESSES)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["study", "comparison"])
+@pytest.mark.parametrize("character", ["?", "#", "%"])
+def test_a_study_lies_where_ray_and_mlflow_find_it(tmp_path, capsys, command, character):
+    assert COMMANDS[command](str(tmp_path / f"what{character}20")) == 2
+    said = capsys.readouterr().err
+    assert f"what{character}20 has a '{character}'" in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = StudyConfig(output=Path("a: b & c"), data=Path("~/data"))
+    assert config.output == tmp_path / "a: b & c"
+    assert config.data == Path("/home/someone/data")

@@ -1,0 +1,73 @@
+"""Paths that users name: absolute, on a disk, and such that all libraries take them as they are."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from vgid.errors import InputError
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_IN_ADDRESSES = "?#%"
+
+
+def usable(path: Path) -> Path:
+    """The absolute path.
+
+    Raises:
+        ValueError: the system cannot even look for it.
+    """
+    try:
+        path = path.expanduser().absolute()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of nobody
+        reason = getattr(error, "strerror", None) or "there is no such home"
+        raise ValueError(f"{str(path)[:80]} cannot be used ({reason}); name another") from None
+    return path
+
+
+def on_a_disk(path: Path) -> Path:
+    """The path of a folder that is written to.
+
+    Raises:
+        ValueError: it is an address such as ``s3://bucket/folder``, which would become a folder
+            ``s3:`` in the working folder.
+    """
+    if _ADDRESS.match(str(path)):
+        raise ValueError(
+            f"{path} is an address; mount it and name its folder, or name one on a disk"
+        )
+    return path
+
+
+def named_plainly(path: Path) -> Path:
+    """The path of a study's folder, which Ray and MLflow take for a part of an address.
+
+    Raises:
+        ValueError: it has a character that means something else in an address.
+    """
+    found = [character for character in _IN_ADDRESSES if character in str(path)]
+    if found:
+        raise ValueError(
+            f"{path} has a {found[0]!r}, after which Ray and MLflow would look elsewhere; choose "
+            "another name"
+        )
+    return path
+
+
+def new_folder(path: Path) -> Path:
+    """``WrittenFolder`` for an argument of a command.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return usable(on_a_disk(path))
+    except ValueError as error:
+        raise InputError(f"command line: {error}.") from None
+
+
+UsablePath = Annotated[Path, AfterValidator(usable)]
+WrittenFolder = Annotated[Path, AfterValidator(on_a_disk), AfterValidator(usable)]
+StudyFolder = Annotated[WrittenFolder, AfterValidator(named_plainly)]
