@@ -132,12 +132,13 @@ class Slots:
         address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         environment = {"env_vars": TRAIN_SETTINGS | address}
         actor = ray.remote(max_concurrency=count + 1, runtime_env=environment, **_immortal())
-        self._host = actor(_SlotHost).remote(shape, storage, loop)
+        self._host = actor(_SlotHost).remote(shape)
+        self._run = (storage, loop)
         self._held: list[Any] = []
 
     def start(self) -> None:
         """Start all slots; returns at once, jobs are served as the slots come up."""
-        self._held = [self._host.hold.remote(slot) for slot in range(self._count)]
+        self._held = [self._host.hold.remote(slot, *self._run) for slot in range(self._count)]
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Send the workers home, wait for their Train runs to end, and end those that do not."""
@@ -151,34 +152,56 @@ class Slots:
 class _SlotHost:
     """Holds the Train runs, a thread each. When it dies they die too, and it starts them again."""
 
-    def __init__(self, shape: SlotShape, storage: Path, loop: dict[str, Any]) -> None:
+    def __init__(self, shape: SlotShape) -> None:
         # Once and not in each thread: Ray's packages import each other in circles.
         self._trainer = _trainer(shape.workers)
         self._shape = shape
-        self._storage = storage
-        self._loop = loop
+        self._placed: dict[int, str] = {}
+        self._host = ray.get_runtime_context().current_actor
+        self._remove_orphans()
 
-    def hold(self, slot: int) -> None:
+    def hold(self, slot: int, storage: Path, loop: dict[str, Any]) -> None:
         """Keep a slot running for as long as the mailbox wants it."""
-        mailbox = self._loop["mailbox"]
+        mailbox = loop["mailbox"]
         ray.get(mailbox.free.remote(slot))
         run = 0
         while ray.get(mailbox.wants.remote(slot)):
             try:
-                self._fit(slot, run)
+                self._fit(slot, run, storage, loop)
             except Exception as error:
                 traceback.print_tb(error.__traceback__)
                 time.sleep(ORPHANS_S)
+                self._placed.pop(slot, None)
+                self._remove_orphans()
                 ray.get(mailbox.free.remote(slot, where(error)))
             run += 1
 
-    def _fit(self, slot: int, run: int) -> None:
+    def placed(self, slot: int, placement_group: str) -> None:
+        """A slot's workers are up, in the placement group of that id."""
+        self._placed[slot] = placement_group
+
+    def _remove_orphans(self) -> None:
+        """Give back what controllers had reserved that are dead.
+
+        Ray does so when the whole job ends. Its Train does so for groups whose workers came up. A
+        group that is starting meanwhile may be hit; Ray Train starts it again.
+        """
+        from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+        job = ray.get_runtime_context().get_job_id()
+        bundles = [self._shape.per_worker] * self._shape.workers
+        for name, row in ray.util.placement_group_table().items():
+            mine = name.endswith(job) and list(row["bundles"].values()) == bundles
+            if mine and row["state"] != "REMOVED" and name not in self._placed.values():
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
+
+    def _fit(self, slot: int, run: int, storage: Path, loop: dict[str, Any]) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
 
         environment = {"OMP_NUM_THREADS": str(CPUS_PER_WORKER), "OMP_WAIT_POLICY": "passive"}
         self._trainer(
             serve,
-            train_loop_config={**self._loop, "slot": slot},
+            train_loop_config={**loop, "slot": slot},
             scaling_config=ScalingConfig(
                 num_workers=self._shape.workers,
                 use_gpu=self._shape.gpus_per_worker > 0,
@@ -186,10 +209,10 @@ class _SlotHost:
             ),
             run_config=RunConfig(
                 name=f"slot-{slot}-{run}-{secrets.token_hex(3)}",
-                storage_path=str(self._storage),
+                storage_path=str(storage),
                 # The mailbox counts, and sends home the workers of a slot that is given up.
                 failure_config=FailureConfig(max_failures=-1),
-                callbacks=[_frees(self._loop["mailbox"], slot)],
+                callbacks=[_tells(self._host, loop["mailbox"], slot)],
                 worker_runtime_env={"env_vars": environment},
             ),
         ).fit()
@@ -202,18 +225,22 @@ def _trainer(workers: int) -> Any:
     return importlib.import_module("ray.train.v2.api.data_parallel_trainer").DataParallelTrainer
 
 
-def _frees(mailbox: Any, slot: int) -> Any:
-    """A callback of a Train run: tells the mailbox when all workers of a group are gone.
+def _tells(host: Any, mailbox: Any, slot: int) -> Any:
+    """A callback of a Train run, in its controller: tells when a group of workers comes and goes.
 
     So a slot whose node does not come back keeps no job from the others while it waits for one.
     """
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-    class Frees(WorkerGroupCallback):
+    class Tells(WorkerGroupCallback):
+        def after_worker_group_start(self, worker_group: Any) -> None:
+            group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+            ray.get(host.placed.remote(slot, group.id.hex()))
+
         def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
             ray.get(mailbox.free.remote(slot))
 
-    return Frees()
+    return Tells()
 
 
 def serve(config: dict[str, Any]) -> None:

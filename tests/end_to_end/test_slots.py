@@ -27,6 +27,7 @@ from vgid.ray_train import Slots, start_mailbox
 from vgid.study import run_study
 
 RETAIN_PEOPLE = 4
+TIMEOUT_S = 300
 FEW = {"epochs": 3, "learning_rate": 2e-3}
 
 
@@ -321,7 +322,7 @@ def test_what_a_lost_node_held_is_done_by_another(two_nodes, request_config, tmp
     jobs = {name: sessions.trial_job(tmp_path, name, one) for name in ("0000", "0001")}
     for job in jobs.values():
         mailbox.submit.remote(job)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT_S
     while not (request_config.store / "begun").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -329,7 +330,7 @@ def test_what_a_lost_node_held_is_done_by_another(two_nodes, request_config, tmp
     (slot,) = [n for n, name in ray.get(mailbox.traffic.remote()).held.items() if name == begun]
     two_nodes.remove_node(node, allow_graceful=False)
     while not isinstance(
-        message := ray.get(mailbox.next_message.remote(begun), timeout=120), Outcome
+        message := ray.get(mailbox.next_message.remote(begun), timeout=TIMEOUT_S), Outcome
     ):
         pass
     slots.close(timeout_s=0.0)
