@@ -17,6 +17,7 @@ from rich.table import Table
 
 from vgid.cli_deployment import app as deployment_app
 from vgid.errors import InputError
+from vgid.interrupts import terminated_like_interrupted
 from vgid.paths import new_folder
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object,
 
 
 def main() -> None:
-    """Run the command line; bad input prints one sentence and exits with code 2."""
+    """Run the command line; bad input prints one sentence and exits with code 2, a signal 130."""
     try:
-        app()
+        with terminated_like_interrupted():
+            app()
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

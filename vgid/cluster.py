@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import ray
 
 from vgid.errors import InputError
+from vgid.interrupts import sigterm_kept
 from vgid.plan import SlotShape
 
 QUIET = {
@@ -47,17 +48,18 @@ def connected() -> Iterator[bool]:
     for name, value in (QUIET if before else QUIET | ALONE).items():
         os.environ.setdefault(name, value)
     try:
-        if before:
-            context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
-        else:
-            context = ray.init(
-                address="local",
-                include_dashboard=True,  # without it, Train's controllers were taken for dead
-                dashboard_host="127.0.0.1",
-                object_store_memory=OBJECT_STORE_BYTES,
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-            )
+        with sigterm_kept():  # Ray takes it for itself when it starts
+            if before:
+                context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
+            else:
+                context = ray.init(
+                    address="local",
+                    include_dashboard=True,  # without it, Train's controllers were taken for dead
+                    dashboard_host="127.0.0.1",
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                )
     except Exception as error:  # a bare one where Ray's own patience is over
         ray.shutdown()
         if before:

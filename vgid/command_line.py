@@ -7,6 +7,7 @@ from typing import Any
 
 from vgid.credentials import without_credentials
 from vgid.errors import DiskError, InputError
+from vgid.interrupts import terminated_like_interrupted
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +48,8 @@ def exit_code(run: Callable[[], Mapping[str, Any]], interrupted: str) -> int:
         stderr), 130 when interrupted.
     """
     try:
-        summary = run()
+        with terminated_like_interrupted():
+            summary = run()
         stopped, error = summary.get("interrupted", False), summary.get("error")
     except InputError as bad:
         print(bad, file=sys.stderr)

@@ -1,31 +1,133 @@
-"""Signals that end a study in order."""
+"""Signals that end a command in order."""
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+GRACE_S = 3.0
+"""How long after a signal a study may go on with what it would like to have: figures, MLflow."""
+
+POLL_S = 0.1
+"""How often a wait looks whether a signal has come."""
+
+T = TypeVar("T")
+
+
+class StudyInterruptedError(Exception):
+    """A signal came while the study waited for something that it now goes without."""
+
+
+class Interrupt:
+    """A signal that ends a study in order; use as a context manager.
+
+    The first SIGINT or SIGTERM is only noted, and heard where the study waits or looks; a second
+    one does what it did before.
+    """
+
+    def __init__(self) -> None:
+        self._at: float | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if _has_signals():
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def came(self) -> bool:
+        """Whether a signal has come."""
+        return self._at is not None
+
+    def check(self) -> None:
+        """Hear a signal that has come.
+
+        Raises:
+            StudyInterruptedError: one has.
+        """
+        if self.came:
+            raise StudyInterruptedError
+
+    def result(self, future: "Future[T]") -> T:
+        """Wait for what a thread makes, or for a signal.
+
+        Raises:
+            StudyInterruptedError: a signal came first; the thread is left to itself.
+        """
+        while not _done(future):
+            self.check()
+        return future.result()
+
+    def allows(self, future: "Future[Any]") -> bool:
+        """Wait for a thread's work, but not long once a signal has come; whether it is done.
+
+        What the work raises is raised.
+        """
+        while not _done(future):
+            if self._at is not None and time.monotonic() > self._at + GRACE_S:
+                return False
+        future.result()
+        return True
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._at = time.monotonic()
+        for known, handler in self._before.items():
+            signal.signal(known, handler)
 
 
 @contextmanager
-def on_interrupt(interrupt: Callable[[], None]) -> Iterator[None]:
-    """Call ``interrupt`` on SIGINT or SIGTERM; a second signal does what it did before.
+def terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM raises ``KeyboardInterrupt``, as SIGINT does, instead of ending the process at once.
 
-    Python lets only its main thread have signals; in any other, nothing changes.
+    So a command that is asked to end leaves its ``with`` blocks, whoever asks.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if not _has_signals():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def handle(number: int, frame: Any) -> None:
-        signal.signal(number, before[signal.Signals(number)])
-        interrupt()
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
 
-    for number in before:
-        signal.signal(number, handle)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def sigterm_kept() -> Iterator[None]:
+    """What SIGTERM does is the same after the block, whatever a library makes of it inside."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if _has_signals():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _has_signals() -> bool:
+    """Python lets only its main thread have signals; in any other, nothing changes."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def _done(future: "Future[Any]") -> bool:
+    try:
+        future.exception(POLL_S)
+    except TimeoutError:
+        return future.done()
+    return True

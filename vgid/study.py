@@ -7,25 +7,25 @@ tables and figures. All but the ledger, written as trials start and end, can be 
 
 import shutil
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vgid.background import Background
 from vgid.blame import disk_sentence
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole, libraries_silenced, print_summary
 from vgid.errors import DiskError, InputError
-from vgid.figures import write_figures
-from vgid.interrupts import on_interrupt
+from vgid.figures import FIGURES, write_figures
+from vgid.interrupts import POLL_S, Interrupt, StudyInterruptedError
 from vgid.ledger import Header, Ledger, Record, changes, now
 from vgid.losses import RETRIES, Losses
 from vgid.mailbox import Job, Outcome
-from vgid.outputs import TrialsTable, describe, write_front, write_study
+from vgid.outputs import TrialRecord, TrialsTable, describe, write_front, write_study
 from vgid.plan import Plan, make_plan
 from vgid.plots import Front
 from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots_left_out
@@ -42,8 +42,6 @@ RAY_FILES = ".ray"
 CANCEL_S = 5.0
 """How long the end of a study waits for a mailbox that may just be starting again."""
 
-HEAR_S = 0.5
-"""How soon a wait for a scoring notices that the study is over."""
 
 HELD_OUT_SEED_OFFSET = 1_000_003
 """Re-scoring draws few-shot people and test poses with other seeds than the trials did."""
@@ -122,7 +120,9 @@ class Study:
         self._stopped: str | None = None
         self._unscored: dict[str, str] = {}
         self._error: str | None = None
-        self._interrupted = threading.Event()
+        self._interrupt = Interrupt()
+        self._cut_short = False
+        self._left = False
         self._hashes: dict[str, str] = {}
         self._verbatim: Verbatim = {}
         self._seconds = {"start-up": 0.0, "load": 0.0, "re-score": 0.0}
@@ -142,55 +142,67 @@ class Study:
         from vgid.cluster import connected
 
         self.console.stage("Starting Ray and preparing the data")
-        # Interrupts after Ray, which takes SIGTERM for itself when it starts.
         with (
+            self._interrupt,
             self._prepared_aside() as (data, tracker),
             connected() as joined,
-            on_interrupt(self._interrupted.set),
         ):
-            slots = self._start_slots(joined, session)
-            watchdog = self._start_watchdog()
+            self._run_on_cluster(joined, session, data, tracker)
             try:
-                data.result()
-                base = self._request_base_scores()
-                tracker.result()
-                self._bring_tracker_in_line()
-                self._run_trials()
-                base.result()
-                self._record_losses()
-                if self._failure is not None:
-                    raise InputError(self._failure)
-                if not self._interrupted.is_set() and self._stopped is None:
-                    self._score_front_again()
-            except BaseException:
-                self._interrupted.set()  # ends the waits for scorings
-                raise
-            finally:
-                watchdog.close()
-                self._scribe.close()
-                self._courier.close(3.0 if self._interrupted.is_set() else None)
-                slots.close(timeout_s=0.0 if self._interrupted.is_set() else 10.0)
+                summary = self._write_outcome()
+            except DiskError as error:
+                raise DiskError(said_of_a_stop(self._stopped or str(error))) from None
         shutil.rmtree(self.config.output / RAY_FILES, ignore_errors=True)
+        return summary
+
+    def _run_on_cluster(
+        self, joined: bool, session: Any, data: "Future[None]", tracker: "Future[None]"
+    ) -> None:
+        """All that needs slots; what a signal cuts short is left out."""
+        slots = self._start_slots(joined, session)
+        watchdog = self._start_watchdog()
         try:
-            return self._write_outcome()
-        except DiskError as error:
-            raise DiskError(said_of_a_stop(self._stopped or str(error))) from None
+            self._interrupt.result(data)
+            base = self._request_base_scores()
+            self._interrupt.result(tracker)
+            self._bring_tracker_in_line()
+            self._run_trials()
+            self._interrupt.check()
+            self._interrupt.result(base)
+            self._record_losses()
+            if self._failure is not None:
+                raise InputError(self._failure)
+            if self._stopped is None:
+                self._score_front_again()
+        except StudyInterruptedError:
+            self._cut_short = True
+        except BaseException:
+            self._left = True  # ends the waits for scorings
+            raise
+        finally:
+            watchdog.close()
+            self._scribe.close()
+            self._finishes(Background("closing").submit(self._courier.close))
+            self._courier.close(0.0)  # what a signal left no time for is left out
+            slots.close(timeout_s=0.0 if self._interrupt.came else 10.0)
 
     def close(self) -> None:
         """Leave nothing on MLflow as running, however the study ended."""
         if self._tracker is not None and not self._courier.busy:
-            self._tracker.close("KILLED" if self._interrupted.is_set() else "FAILED")
+            self._tracker.close("KILLED" if self._interrupt.came else "FAILED")
 
     # Before the trials
 
     @contextmanager
     def _prepared_aside(self) -> Iterator[tuple["Future[None]", "Future[None]"]]:
         """Data and tracker in a thread, one after the other; it ends with the block."""
-        side = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        side = Background("prepare")
+        data, tracker = side.submit(self._prepare_data), side.submit(self._open_tracker)
         try:
-            yield side.submit(self._prepare_data), side.submit(self._open_tracker)
+            yield data, tracker
         finally:
-            side.shutdown(cancel_futures=True)
+            tracker.cancel()
+            self._interrupt.allows(side.submit(lambda: None))
 
     def _prepare_data(self) -> None:
         from vgid import backbones
@@ -230,9 +242,9 @@ class Study:
         if not self._hashes:
             return  # refused
         config = self.config
-        self._tracker = Tracker.open(config.tracking_uri, config.output, config.backbone)
-        self._tracker.start_study(self.header.study_id, config, self._hashes)
-        self.ui = self._tracker.ui_command
+        tracker = Tracker.open(config.tracking_uri, config.output, config.backbone)
+        tracker.start_study(self.header.study_id, config, self._hashes)
+        self.ui, self._tracker = tracker.ui_command, tracker
 
     def _start_slots(self, joined: bool, session: Any) -> Any:
         from vgid.cluster import slot_count
@@ -303,8 +315,7 @@ class Study:
                     self.console.stage("Running trials")
             self._update_standing()
 
-        waiting = ThreadPoolExecutor(1, thread_name_prefix="base")
-        return waiting.submit(wait)
+        return Background("base").submit(wait)
 
     def _outcome_of(self, job: Job) -> Outcome:
         """The outcome of a scoring; one that was lost is asked for again, so many times.
@@ -315,7 +326,7 @@ class Study:
 
         while True:
             asked = self._mailbox.next_message.remote(job.id)
-            while not ray.wait([asked], timeout=HEAR_S)[0]:
+            while not ray.wait([asked], timeout=POLL_S)[0]:
                 if self._is_over:
                     return Outcome(job_id=job.id, error="interrupted")
             outcome: Outcome = ray.get(asked)
@@ -342,17 +353,11 @@ class Study:
 
     # While the trials run
 
-    def _run_trials(self) -> None:
-        import os
-
-        from ray import tune
-
-        from vgid.ray_tune import Recorder, SlotTrial, StopWhen
+    def _open_search(self) -> Any:
         from vgid.search import ParetoSearch
 
         config = self.config
-        self._update_standing()
-        self._search = ParetoSearch(
+        return ParetoSearch(
             self.ledger,
             self.plan.space,
             self.header.study_id,
@@ -364,6 +369,18 @@ class Study:
             out_of_time=self._out_of_time,
             on_start=self._on_start,
         )
+
+    def _run_trials(self) -> None:
+        import os
+
+        from ray import tune
+
+        from vgid.ray_tune import Recorder, SlotTrial, StopWhen
+
+        config = self.config
+        self._update_standing()
+        side = Background("search")
+        self._search = self._interrupt.result(side.submit(self._open_search))
         if len(self.ledger.ended) < config.trials:
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.standing.slots)
             # No CPU: the slots need them all. On the head, where the driver and mailbox are.
@@ -392,7 +409,7 @@ class Study:
                 self._stop(str(error))
             except OSError as error:
                 self._stop(disk_sentence(error, [config.output]))
-        self._search.close()
+        self._finishes(side.submit(self._search.close))
 
     def _must_stop(self) -> bool:
         """Whether a signal or an error ends the search; wakes everyone who waits for a trial."""
@@ -553,7 +570,8 @@ class Study:
             ray.get(self._mailbox.submit.remote(jobs[trial_id]))
         for trial_id, job in jobs.items():
             outcome = self._outcome_of(job)
-            if self._is_over:
+            if outcome.error is not None and self._is_over:
+                self._interrupt.check()
                 break
             if outcome.error is not None:
                 self._unscored[trial_id] = outcome.error
@@ -563,25 +581,12 @@ class Study:
         self._seconds["re-score"] = time.monotonic() - began
 
     def _write_outcome(self) -> dict[str, Any]:
-        """Tables, figures, MLflow's parent run."""
+        """Tables, figures, MLflow's parent run; what a signal leaves no time for is missing."""
         self.console.stage("Writing tables and figures")
         output = self.config.output
         records = self.board.trials()
-        files = [output / name for name in TABLES]
         self._table.write(records)
         write_front(output / "front.csv", records)
-        front: Front | None = None
-        if "search" in self.board.base:
-            title = f"{self.config.backbone}, {len(records)} trials"
-            front = Front(
-                title,
-                records,
-                self.board.base["search"],
-                self.board.base.get("held_out"),
-                self._tracker.pages,
-                self._tracker.server,
-            )
-            files += write_figures(output, front)
         logged = self._scribe.seconds + self._courier.seconds
         summary = study_summary(
             self.header,
@@ -591,20 +596,60 @@ class Study:
             self._verbatim,
             phases(self.ledger.ended, {**self._seconds, "log": logged}),
             store_use(self.ledger.ended, output / "store"),
-            interrupted=self._interrupted.is_set(),
+            interrupted=self._cut_short,
             error=shortfall(records, self._stopped, self._unscored),
             wall_s=time.monotonic() - self.started,
-            files=[path.name for path in files],
+            files=TABLES,
         )
         write_study(output / "study.json", summary)
-        if front is not None:
+        if "search" in self.board.base:
+            summary = self._show_outcome(records, summary)
+        if self._cut_short and not summary["interrupted"]:
+            summary = self._write_again(summary)
+        return summary
+
+    def _show_outcome(
+        self, records: Sequence[TrialRecord], summary: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Figures, and what MLflow is told; the content of ``study.json`` then."""
+        tracker, side = self._tracker, Background("outcome")
+        front = Front(
+            f"{self.config.backbone}, {len(records)} trials",
+            records,
+            self.board.base["search"],
+            self.board.base.get("held_out"),
+            *(() if tracker is None else (tracker.pages, tracker.server)),
+        )
+        if not self._finishes(side.submit(write_figures, self.config.output, front)):
+            return summary
+        summary = self._write_again(summary, FIGURES)
+        if tracker is not None:
+            files = [self.config.output / name for name in summary["files"]]
             try:
-                self._record_outcome(front, summary, files)
+                self._finishes(side.submit(self._record_outcome, front, summary, files))
             except InputError as error:
-                if self._interrupted.is_set():  # the last line will be of that
+                if self._interrupt.came:  # the last line will be of that
                     self.console.say(f"Warning: {error}")
                 summary["error"] = summary["error"] or str(error)
         return summary
+
+    def _write_again(self, summary: Mapping[str, Any], files: Sequence[str] = ()) -> dict[str, Any]:
+        """Write ``study.json`` as things stand now, with further files; its content."""
+        now_known = {
+            **summary,
+            "interrupted": self._cut_short,
+            "ended": now(),
+            "wall_s": time.monotonic() - self.started,
+            "files": [*summary["files"], *files],
+        }
+        write_study(self.config.output / "study.json", now_known)
+        return now_known
+
+    def _finishes(self, work: "Future[Any]") -> bool:
+        """Whether some work is done, as far as a signal leaves it the time."""
+        done = self._interrupt.allows(work)
+        self._cut_short |= not done
+        return done
 
     def _record_outcome(self, front: Front, summary: dict[str, Any], files: list[Path]) -> None:
         """Tell MLflow what came of the study; a study that was interrupted waits for no server.
@@ -631,7 +676,7 @@ class Study:
             numbers,
             {name: row["total_s"] for name, row in phases if "total_s" in row},
             files,
-            "KILLED" if self._is_over else "FINISHED",
+            "KILLED" if summary["interrupted"] or self._stopped is not None else "FINISHED",
             self._verbatim,
             self.plan.left_out,
             self.console.say,
@@ -645,7 +690,8 @@ class Study:
     @property
     def _is_over(self) -> bool:
         """Whether a signal, an error or the environment ends the study before its time."""
-        return self._interrupted.is_set() or self._failure is not None or self._stopped is not None
+        ended = self._failure is not None or self._stopped is not None
+        return ended or self._left or self._interrupt.came
 
     @property
     def _failure(self) -> str | None:
