@@ -1,5 +1,12 @@
 """What a study makes of its trials' ends, without a cluster: the driver's own part."""
 
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -8,13 +15,15 @@ from vgid.command_line import exit_code
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole
 from vgid.errors import InputError
+from vgid.figures import FIGURES
+from vgid.interrupts import StudyInterruptedError
 from vgid.ledger import Ledger
 from vgid.losses import IN_A_ROW, RETRIES
 from vgid.mailbox import Outcome
 from vgid.outputs import TrialRecord
 from vgid.plan import make_plan
-from vgid.results import TrialResult
-from vgid.study import Study
+from vgid.results import Score, TrialResult
+from vgid.study import TABLES, Study
 from vgid.study_arguments import main
 from vgid.summary import shortfall
 
@@ -26,6 +35,7 @@ class Told:
         self.error = error
         self.trials = []
         self.again = []
+        self.finished = []
 
     def try_again(self, name):
         self.again.append(name)
@@ -37,6 +47,11 @@ class Told:
 
     def log_trial(self, record):
         self.trials.append(record.trial_id)
+
+    pages, server = {}, ""
+
+    def finish_study(self, front, numbers, phases, files, status, *more):
+        self.finished.append((status, [file.name for file in files]))
 
 
 @pytest.fixture
@@ -247,3 +262,91 @@ def test_a_study_without_a_slot_stops_and_has_no_bad_input(study):
     assert (study._stopped, study._failure) == ("every slot is gone.", None)
     assert study._search.again == []
     assert [record.trial_id for record in study.ledger.in_flight] == ["0000"]
+
+
+@pytest.fixture
+def scored(study, monkeypatch):
+    """The same study at its end: its trial completed, its base scored; figures cost nothing."""
+    study._on_end("0000", TrialConfig(), completed(), None)
+    study._scribe.close()
+    study._courier.close()
+    names = ("forget_rougeL", "retain_rougeL")
+    study.board.base["search"] = {n: Score(value=0.9, n=1, low=0.9, high=0.9) for n in names}
+
+    def draw(folder, front):
+        time.sleep(0.3)
+        return [folder / name for name in FIGURES]
+
+    monkeypatch.setattr("vgid.study.write_figures", draw)
+    monkeypatch.setattr("vgid.interrupts.GRACE_S", 1.0)
+    return study
+
+
+def on_disk(study):
+    return json.loads((study.config.output / "study.json").read_text())
+
+
+def test_a_signal_while_the_outcome_is_written_does_not_make_a_whole_study_interrupted(scored):
+    with scored._interrupt:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        summary = scored._write_outcome()
+        assert scored._interrupt.came
+    assert not summary["interrupted"]
+    assert summary["files"] == [*TABLES, *FIGURES]
+    assert scored._tracker.finished == [("FINISHED", [*TABLES, *FIGURES])]
+    assert on_disk(scored)["interrupted"] is False
+    assert exit_code(lambda: summary, "") == 0
+
+
+@pytest.mark.parametrize("hanging", ["figures", "mlflow"])
+def test_what_a_signal_leaves_no_time_for_is_missing_and_said(scored, monkeypatch, hanging):
+    over = threading.Event()
+
+    def hang(*arguments):
+        over.wait(60)
+
+    if hanging == "figures":
+        monkeypatch.setattr("vgid.study.write_figures", hang)
+    else:
+        scored._tracker.finish_study = hang
+    began = time.monotonic()
+    with scored._interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        summary = scored._write_outcome()
+    assert time.monotonic() - began < 30
+    over.set()
+    assert summary["interrupted"]
+    found = on_disk(scored)
+    assert found["interrupted"] is True
+    assert found["files"] == [*TABLES, *(FIGURES if hanging == "mlflow" else ())]
+    assert (scored.config.output / "front.csv").read_text().count("\n") == 2
+    assert exit_code(lambda: summary, "") == 130
+
+
+def test_study_json_and_tables_are_there_before_anything_is_analysed(scored, monkeypatch):
+    seen = []
+
+    def look(folder, front):
+        seen.extend(sorted(path.name for path in folder.iterdir() if path.is_file()))
+        raise InputError("no space")
+
+    monkeypatch.setattr("vgid.study.write_figures", look)
+    with pytest.raises(InputError):
+        scored._write_outcome()
+    assert set(TABLES) <= set(seen)
+
+
+def test_the_front_is_not_scored_on_after_a_signal(scored, monkeypatch):
+    """The mailbox's answer never comes; Ray's own waiting is stood in for."""
+
+    class Mailbox:
+        submit = next_message = SimpleNamespace(remote=lambda *_: None)
+
+    fake = SimpleNamespace(get=lambda ref: None, wait=lambda refs, timeout: ([], refs))
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    scored._mailbox = Mailbox
+    with scored._interrupt:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        with pytest.raises(StudyInterruptedError):
+            scored._score_front_again()
+    assert scored.board.held_out == {}

@@ -110,7 +110,8 @@ class LightSession:
         return {name: _score(value) for name, value in BASE.items()}
 
     def rescore(self, adapter_dir: Path, part: QuestionPart, seed: int) -> dict[str, Score]:
-        """The scores that the adapter holds."""
+        """The scores that the adapter holds, after ``LIGHT_RESCORE_S`` seconds."""
+        time.sleep(float(os.environ.get("LIGHT_RESCORE_S", "0")))
         (values,) = load_file(adapter_dir / "adapter_model.safetensors").values()
         names = json.loads((adapter_dir / "adapter_config.json").read_text())["names"]
         return {name: _score(float(value)) for name, value in zip(names, values, strict=True)}

@@ -258,7 +258,8 @@ def test_an_interrupted_study_ends_in_order(data, space, tmp_path):
     summary = json.loads((output / "study.json").read_text())
     assert summary["interrupted"]
     assert list(read_trials(output).index) == ended(output)
-    assert (output / "front.png").exists()
+    assert {"trials.csv", "front.csv"} <= set(summary["files"])
+    assert all((output / name).exists() for name in summary["files"])
     client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tiny-llava"]
     runs = client.search_runs([experiment.experiment_id])

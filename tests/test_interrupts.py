@@ -1,0 +1,112 @@
+"""Signals: noted first and obeyed at the second, heard by every wait, and one way out for all."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from vgid import cli, interrupts
+from vgid.background import Background
+from vgid.command_line import exit_code
+from vgid.interrupts import Interrupt, StudyInterruptedError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def send(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def hanging():
+    """Work that does not end before the test does."""
+    over = threading.Event()
+    yield Background("hanging").submit(over.wait, 60)
+    over.set()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_is_noted_and_the_second_does_what_it_did_before(number):
+    heard = []
+    before = signal.signal(number, lambda *_: heard.append(number))
+    try:
+        with Interrupt() as interrupt:
+            interrupt.check()
+            send(number)
+            assert interrupt.came
+            with pytest.raises(StudyInterruptedError):
+                interrupt.check()
+            assert heard == []
+            send(number)
+            assert heard == [number]
+        send(number)
+        assert heard == [number] * 2
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_wait_ends_with_the_work_or_with_a_signal(hanging):
+    with Interrupt() as interrupt:
+        assert interrupt.result(Background("quick").submit(max, 1, 2)) == 2
+        with pytest.raises(ZeroDivisionError):
+            interrupt.result(Background("broken").submit(lambda: 1 / 0))
+        began = time.monotonic()
+        threading.Timer(0.3, send).start()
+        with pytest.raises(StudyInterruptedError):
+            interrupt.result(hanging)
+        assert time.monotonic() - began < 3
+
+
+def test_what_is_under_way_gets_some_seconds_after_a_signal(hanging, monkeypatch):
+    monkeypatch.setattr(interrupts, "GRACE_S", 0.5)
+    with Interrupt() as interrupt:
+        assert interrupt.allows(Background("slow").submit(time.sleep, 0.3))
+        threading.Timer(0.2, send).start()
+        assert interrupt.allows(Background("slow").submit(time.sleep, 0.4))
+        assert not interrupt.allows(hanging)
+        with pytest.raises(ZeroDivisionError):
+            interrupt.allows(Background("broken").submit(lambda: 1 / 0))
+
+
+def test_a_thread_works_in_order_and_lets_the_process_end():
+    code = (
+        "import time; from vgid.background import Background\n"
+        "side = Background('side'); side.submit(print, 'first')\n"
+        "side.submit(lambda: print('second', flush=True)).result()\n"
+        "waiting = side.submit(time.sleep, 60); late = side.submit(print, 'never')\n"
+        "late.cancel()"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=50)
+    assert done.stdout.split() == ["first", "second"]
+    side = Background("side")
+    cancelled = side.submit(time.sleep, 0.2), side.submit(pytest.fail, "it was cancelled")
+    assert cancelled[1].cancel()
+    assert side.submit(lambda: 7).result(10) == 7
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_commands_leave_their_blocks_and_exit_with_130(number, monkeypatch, tmp_path, capsys):
+    left = []
+
+    def work(*arguments, **options):
+        try:
+            send(number)
+            time.sleep(10)
+        finally:
+            left.append(number)
+
+    before = [signal.getsignal(one) for one in SIGNALS]
+    assert exit_code(work, "Interrupted; go on.") == 130
+    assert capsys.readouterr().err == "Interrupted; go on.\n"
+    monkeypatch.setattr("vgid.synthetic.write_benchmark", work)
+    monkeypatch.setattr(sys, "argv", ["vgid", "data", "make", str(tmp_path / "data")])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 130
+    assert left == [number] * 2
+    assert [signal.getsignal(one) for one in SIGNALS] == before
