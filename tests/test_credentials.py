@@ -56,9 +56,16 @@ def guarded():
     server.server_close()
 
 
-def test_a_server_hears_the_password_and_its_refusal_does_not_tell_it(guarded, tmp_path, caplog):
+@pytest.mark.parametrize("place", ["the address", "the environment"])
+def test_a_server_hears_the_password_and_its_refusal_does_not_tell_it(
+    guarded, tmp_path, caplog, monkeypatch, place
+):
     port, asked = guarded
-    uri = f"http://user:pa55word@127.0.0.1:{port}"
+    user = "user:pa55word@" if place == "the address" else ""
+    if not user:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "user")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pa55word")
+    uri = f"http://{user}127.0.0.1:{port}"
     with pytest.raises(InputError, match="401") as refused:
         connect(uri, tmp_path, "tiny-llava")
     said = "Basic " + base64.b64encode(b"user:pa55word").decode()

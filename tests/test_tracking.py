@@ -382,7 +382,6 @@ def test_artifacts_that_cannot_be_kept_are_told_before_the_first_trial(store, ou
     with pytest.raises(InputError, match=r"artifacts cannot be kept at s3://bucket/.*boto") as told:
         tracker.start_study("bucket", StudyConfig(output=output), HASHES)
     assert "secret" not in str(told.value)
-    tracker.close("FAILED")
     assert statuses(client(store), tracker) == ("FAILED", {})
 
 
@@ -443,10 +442,13 @@ def test_a_server_that_is_away_costs_a_delay_only(output, monkeypatch):
         for name, record in zip(("0000", "0001"), records, strict=False):
             assert not tracker.log_trial(ledger.epoch(name, EPOCHS[1]))
             assert not tracker.log_trial(ledger.end(name, record.result))
+        front = Front("t", records[:2], BASE)
+        with pytest.raises(InputError, match=r"2 trials are missing.*--resume"):
+            tracker.finish_study(front, {}, {}, [], "KILLED")
+        tracker.close("KILLED")
         monkeypatch.setattr("vgid.tracking.RETRY_SECONDS", 0.2)
         with ThreadPoolExecutor(1) as side:
             back = side.submit(stack.enter_context, mlflow_process(uri, output, port))
-            front = Front("t", records[:2], BASE)
             tracker.finish_study(front, {}, {}, [], tell=told.append)
             back.result()
         known = {

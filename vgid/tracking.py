@@ -168,8 +168,10 @@ class Tracker:
                 values = config.model_dump(exclude={"tracking_uri"})
                 self._log(self.study_run_id, params=_params(values))
         except InputError:
+            self.close("FAILED")
             raise
         except Exception as error:  # a store's client raises its own kinds, or is not installed
+            self.close("FAILED")
             raise InputError(
                 f"--tracking-uri {self.uri}: the study cannot be recorded ({first_line(error)}); "
                 "check the server or leave the option out."
