@@ -58,3 +58,25 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
     config = StudyConfig(output=Path("a: b & c"), data=Path("~/data"))
     assert config.output == tmp_path / "a: b & c"
     assert config.data == Path("/home/someone/data")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda path: vgid(["pick", "--study", path]),
+        lambda path: vgid(["verify", path]),
+        lambda path: vgid(["teachers", "--info", path]),
+        lambda path: vgid(["report", path, "--subject", "A1"]),
+        lambda path: study_arguments.main(["--model-path", path, "--dry-run"]),
+    ],
+)
+def test_what_cannot_be_looked_for_is_one_sentence(command, capsys):
+    assert command("x" * 300) == 2
+    said = capsys.readouterr().err
+    assert "File name too long; name another path" in said and said.count("\n") == 1
+
+
+def test_a_study_is_not_put_below_a_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert study_arguments.main(["--output", str(tmp_path / "file" / "study"), "--dry-run"]) == 2
+    assert "file: is a file; name a folder with --output." in capsys.readouterr().err

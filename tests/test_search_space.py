@@ -199,6 +199,8 @@ def test_numbers_without_a_decimal_point_are_numbers(tmp_path):
         ({"alpha": {"low": 0.5, "high": 2, "log": True, "step": 0.5}}, ["alpha", "exclude"]),
         ({"alpha": {"low": 0.5, "high": 2, "step": 0.4}}, ["alpha", "do not reach"]),
         ({"alpha": {"low": 0.5, "high": 2, "step": 0}}, ["alpha", "step", "greater than 0"]),
+        ({"alpha": {"low": 0.5, "high": 2, "step": 1e-300}}, ["alpha", "step", "leave it out"]),
+        ({"alpha": {3: 0.5}}, ["alpha", "low"]),
         ({"alpha": {"low": 0.5}}, ["alpha", "high", "required"]),
         ({"alpha": {"low": 0.5, "hgih": 2}}, ["alpha", "high"]),
         ({"alpha": {"low": 0.5, "high": 2, "q": 2}}, ["alpha", "q", "unknown key"]),

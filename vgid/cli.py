@@ -18,7 +18,7 @@ from rich.table import Table
 from vgid.cli_deployment import app as deployment_app
 from vgid.errors import InputError
 from vgid.interrupts import terminated_like_interrupted
-from vgid.paths import new_folder
+from vgid.paths import new_folder, refusals_told
 
 if TYPE_CHECKING:
     from vgid.content_store import StoreInfo
@@ -43,7 +43,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object,
 def main() -> None:
     """Run the command line; bad input prints one sentence and exits with code 2, a signal 130."""
     try:
-        with terminated_like_interrupted():
+        with terminated_like_interrupted(), refusals_told():
             app()
     except InputError as error:
         print(error, file=sys.stderr)

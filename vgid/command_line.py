@@ -8,6 +8,7 @@ from typing import Any
 from vgid.credentials import without_credentials
 from vgid.errors import DiskError, InputError
 from vgid.interrupts import terminated_like_interrupted
+from vgid.paths import refusals_told
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,7 +49,7 @@ def exit_code(run: Callable[[], Mapping[str, Any]], interrupted: str) -> int:
         stderr), 130 when interrupted.
     """
     try:
-        with terminated_like_interrupted():
+        with terminated_like_interrupted(), refusals_told():
             summary = run()
         stopped, error = summary.get("interrupted", False), summary.get("error")
     except InputError as bad:

@@ -347,7 +347,7 @@ def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:
         InputError: one sentence with the source, the field and what is wrong with it.
     """
     try:
-        return model(**values)
+        return model.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

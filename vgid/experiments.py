@@ -173,7 +173,7 @@ class Cache:
         """The outcome, None if there is none yet, or its file was torn."""
         try:
             return Outcome.model_validate_json(self.path(experiment).read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
 
     def put(self, experiment: Experiment, outcome: Outcome) -> None:

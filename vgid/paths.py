@@ -1,6 +1,9 @@
 """Paths that users name: absolute, on a disk, and such that all libraries take them as they are."""
 
+import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +13,7 @@ from vgid.errors import InputError
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _IN_ADDRESSES = "?#%"
+_REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
 
 
 def usable(path: Path) -> Path:
@@ -66,6 +70,23 @@ def new_folder(path: Path) -> Path:
         return usable(on_a_disk(path))
     except ValueError as error:
         raise InputError(f"command line: {error}.") from None
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """Make a sentence of the error where the system refuses a path that a command was given.
+
+    Raises:
+        InputError: in its place.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.errno not in _REFUSED:
+            raise
+        raise InputError(
+            f"{error.filename}: {error.strerror}; name another path, or make this one accessible."
+        ) from None
 
 
 UsablePath = Annotated[Path, AfterValidator(usable)]

@@ -231,9 +231,9 @@ def _checked_data(request: RequestConfig, space: SearchSpace) -> "Benchmark":
 
 
 def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file; name a folder with --output.")
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing}: is a file; name a folder with --output.")
     free = shutil.disk_usage(existing).free
     if free < MIN_FREE_BYTES:
         raise InputError(

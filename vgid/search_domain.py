@@ -17,6 +17,9 @@ _SET_ELSEWHERE = {
     "seed": "the study derives it from its own seed",
 }
 
+MOST_STEPS = 1e9
+"""Optuna counts the steps of a range in decimals of 28 digits."""
+
 
 class Range(Config):
     """Numbers from ``low`` to ``high``, both included; integers for an integer field.
@@ -120,6 +123,8 @@ def domain_of(name: str, raw: Mapping[str, Any], place: str, method: Method) -> 
         )
     if domain.log and domain.step is not None:
         raise InputError(f"{where}: 'log' and 'step' exclude each other; leave one out.")
+    if domain.step is not None and (domain.high - domain.low) / domain.step > MOST_STEPS:
+        raise InputError(f"{where}: step: {domain.step:g} is next to none; leave it out.")
     if domain.step is not None and domain.high not in domain:
         raise InputError(
             f"{where}: steps of {domain.step:g} from {domain.low:g} do not reach "

@@ -468,8 +468,8 @@ class TrialSession:
         key = key_of([SCORES_FORMAT, kind, *what, *setting])
         path = self.request.store / f"{kind}-{key}.json"
         with FileLock(path.with_suffix(".lock")):
-            # Torn by a crash of the machine: made again.
-            with suppress(FileNotFoundError, ValueError):
+            # None yet, or torn by a crash of the machine: made again.
+            with suppress(OSError, ValueError):
                 return KeptScores.model_validate_json(path.read_bytes())
             kept = compute()
             write_atomically(path, kept.model_dump_json().encode())
