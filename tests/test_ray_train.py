@@ -408,6 +408,9 @@ def test_each_kind_of_job_is_done_by_its_own_call():
     assert outcome.result.status == "failed"
     assert outcome.error == "the loss is NaN"
     assert list(_do(Job(id="b", kind="base", seed=5), Session(), line).scores) == ["search-5"]
+    real = Session()
+    real.precision = "float32"
+    assert _do(Job(id="b", kind="base"), real, line).content == {"precision": "float32"}
     again = Job(id="r", kind="rescore", adapter=Path("a"), part="held_out", seed=5)
     assert list(_do(again, Session(), line).scores) == ["a-held_out-5"]
 

@@ -233,6 +233,29 @@ def test_a_base_that_cannot_be_scored_is_a_sentence_with_its_remedy(study, error
     assert says in sentence
 
 
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (
+            {"content": {"precision": "bfloat16"}},
+            "the study was started with precision float32 and cannot go on with bfloat16; give the",
+        ),
+        (
+            {"error": "RuntimeError at fake.py:74", "trace": "the way there"},
+            "The study stopped: the base model could not be scored (RuntimeError at fake.py:74); ",
+        ),
+    ],
+)
+def test_a_base_that_a_study_cannot_go_on_from_ends_it(study, monkeypatch, capsys, outcome, said):
+    study.ledger.settle(precision="float32")
+    monkeypatch.setattr("ray.get", lambda asked: None)
+    monkeypatch.setattr(study, "_outcome_of", lambda job: Outcome(job_id=job.id, **outcome))
+    study._request_base_scores().result()
+    assert said in study._failure
+    assert not study.board.base
+    assert ("the way there" in capsys.readouterr().err) == ("trace" in outcome)
+
+
 def test_ray_that_does_not_start_is_one_sentence_each_time(tmp_path, monkeypatch, capsys):
     def late(**settings):
         raise Exception("The current node timed out during startup. This could happen because")

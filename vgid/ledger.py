@@ -39,7 +39,6 @@ MUST_AGREE = (
     "retain_people",
     "train_pairs",
     "skip_defects",
-    "eval_batch_size",
     "workers_per_trial",
     "tracking_uri",
 )
@@ -54,6 +53,7 @@ MAY_CHANGE = (
     "time_budget_s",
     "max_concurrent",
     "gpus_per_worker",
+    "eval_batch_size",
     "store_limit_gb",
     "fresh_workers",
     "log_responses",

@@ -300,10 +300,9 @@ class Study:
                         said = f"The study stopped: {said}; go on with --resume."
                         self._error = self._error or (outcome.error if outcome.fatal else said)
                     return
-                try:
+                with self._kept_from_tune():
                     self._settle(**outcome.content)
-                except InputError as error:
-                    self._error = self._error or str(error)
+                if self._failure is not None:
                     return
                 self.board.base[part] = outcome.scores
                 self._seconds["load"] += outcome.load_s

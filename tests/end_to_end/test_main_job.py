@@ -137,6 +137,11 @@ def test_the_output_folder_holds_what_the_contract_names(study):
         path.stat().st_size for path in (output / "store").glob("*/*.safetensors")
     )
     assert summary["versions"]["ray"]
+    header = json.loads((output / "trials" / "study.json").read_text())
+    assert header["data_sha256"] == summary["data_sha256"]
+    assert header["base_revision"] == summary["base_sha256"]
+    assert header["precision"] == "float32"
+    assert header["vgid_version"] == summary["versions"]["vgid"]
     assert not list((output / "checkpoints").iterdir())
 
 
