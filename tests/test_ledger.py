@@ -151,7 +151,11 @@ def test_begin_refuses_a_folder_with_work_or_anything_else(tmp_path):
     with begun(tmp_path / "c") as ledger:
         ledger.start("0000", TrialConfig())
         ledger.checkpoints("0000").mkdir(parents=True)
-    for name in ("s", "c"):
+    with begun(tmp_path / "f") as ledger:
+        ledger.start("0000", TrialConfig())
+        ledger.end("0000", TrialResult(trial_id="0000", status="failed", error="NaN"))
+        ledger.retry_failed()
+    for name in ("s", "c", "f"):
         with pytest.raises(InputError, match="--resume"):
             begun(tmp_path / name)
     (tmp_path / "t").mkdir()

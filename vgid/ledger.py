@@ -415,11 +415,12 @@ class Ledger:
         adapter = {"adapter": self.adapter(record.trial_id)}
         return record.model_copy(update={"result": record.result.model_copy(update=adapter)})
 
-    def _has_worked(self, record: Path) -> bool:
-        """Whether a started trial has a result, or a state to go on from."""
-        return (
-            self.checkpoints(record.stem).exists() or self._read(record, Record).result is not None
-        )
+    def _has_worked(self, path: Path) -> bool:
+        """Whether anything came of a started trial: a result, a state to go on from, a failure."""
+        if self.checkpoints(path.stem).exists():
+            return True
+        record = self._read(path, Record)
+        return record.result is not None or bool(record.epochs or record.failures)
 
     def _entries(self) -> list[Path]:
         return list(self.folder.iterdir()) if self.folder.is_dir() else []
