@@ -10,7 +10,9 @@ and ``study.json`` at the end, and reading everything again for a resume.
 
 import argparse
 import random
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,11 +123,20 @@ class Driver:
             self.study._on_epoch(job.id, job.trial, report)
             self.study._on_end(job.id, job.trial, made_up(job, rng), report)
             self.search.on_trial_complete("tune")
-        self.study._scribe.close()
+        for scribe in (self.study._scribe, self.study._courier):
+            written = threading.Event()
+            scribe.write(written.set)
+            written.wait()
         return time.process_time() - began - (self.proposal_s - proposed)
+
+    def end(self) -> None:
+        """No further trial: what waits to be written is written."""
+        self.study._scribe.close()
+        self.study._courier.close()
 
     def close(self) -> None:
         """Let go of the folder."""
+        self.end()
         self.search.close()
         self.ledger.close()
         self._stream.close()
@@ -157,7 +168,9 @@ def measure(trials: int, mlflow: int, folder: Path) -> dict[str, Any]:
             "CPU s a proposal": round(driver.proposal_s / mark, 4),
             "peak MiB": round(peak_mib()),
         }
+        print(f"up to {mark:,}: {found[f'up to {mark:,}']}", file=sys.stderr, flush=True)
         before = mark
+    driver.end()
     outcome_s, _ = timed(driver.study._write_outcome)
     driver.close()
     again_s, again = timed(lambda: Driver(config, 0, resume=True))
