@@ -14,6 +14,7 @@ from ray import tune
 
 from vgid.config import TrialConfig
 from vgid.mailbox import Job, Outcome
+from vgid.outputs import OBJECTIVES
 from vgid.results import EpochReport
 
 JOB = "job"
@@ -21,6 +22,19 @@ JOB = "job"
 
 REPORT, OUTCOME = "report", "outcome"
 """Keys of a Tune result: an EpochReport or the final Outcome, as JSON."""
+
+
+def told(message: EpochReport | Outcome) -> dict[str, Any]:
+    """What Ray Tune is told of a message: the objectives, and the message as one text.
+
+    In the driver Tune keeps statistics of every number that a trial ever reported: of all of a
+    trial's scores, 0.4 MB a trial.
+    """
+    if isinstance(message, EpochReport):
+        return {REPORT: message.model_dump_json()}
+    metrics = {} if message.result is None else message.result.metrics
+    shown = {name: metrics[name] for name in OBJECTIVES if name in metrics}
+    return {**shown, OUTCOME: message.model_dump_json(), "done": True}
 
 
 class SlotTrial(tune.Trainable):
@@ -39,10 +53,7 @@ class SlotTrial(tune.Trainable):
             ray.get(self._mailbox.submit.remote(self._job, self._caller))
             self._open = True
         message = ray.get(self._mailbox.next_message.remote(self._job.id, self._caller))
-        if isinstance(message, Outcome):
-            metrics = message.result.metrics if message.result is not None else {}
-            return {**metrics, OUTCOME: message.model_dump_json(), "done": True}
-        return {**message.metrics, REPORT: message.model_dump_json()}
+        return told(message)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial in this process; a trial that Tune stopped frees its slot."""
@@ -98,10 +109,11 @@ class Recorder(_Live, tune.Callback):
             self._on_epoch(job.id, _config(job), report)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Pass the outcome of a trial on."""
+        """Pass the outcome of a trial on; Tune, which keeps every trial, need not keep it."""
         job = _job(trial)
         last = trial.last_result or {}
-        outcome = Outcome.model_validate_json(last[OUTCOME]) if OUTCOME in last else None
+        text = last.pop(OUTCOME, None)
+        outcome = None if text is None else Outcome.model_validate_json(text)
         report = EpochReport.model_validate_json(last[REPORT]) if REPORT in last else None
         self._on_end(job.id, _config(job), outcome, report)
 

@@ -1,0 +1,43 @@
+"""What Ray Tune hears and keeps of a trial, without a cluster."""
+
+from ray.tune.experiment import Trial
+
+from vgid.config import TrialConfig
+from vgid.mailbox import Job, Outcome
+from vgid.outputs import OBJECTIVES
+from vgid.ray_tune import JOB, Recorder, told
+from vgid.results import EpochReport, TrialResult
+
+
+def tune_trial():
+    job = Job(id="0007", kind="trial", trial=TrialConfig(alpha=2.0))
+    return Trial("light", config={JOB: job.model_dump_json()}, stub=True)
+
+
+def test_the_outcome_arrives_whole_and_tune_keeps_next_to_nothing_of_it():
+    names = (*OBJECTIVES, *(f"score_{number}" for number in range(160)))
+    result = TrialResult(trial_id="0007", status="completed", metrics=dict.fromkeys(names, 0.5))
+    outcome = Outcome(job_id="0007", result=result, slot=1)
+    heard = []
+    trial = tune_trial()
+    trial.update_last_result({**told(outcome), "training_iteration": 3})
+    recorder = Recorder(lambda *_: None, lambda *arguments: heard.append(arguments))
+    recorder.on_trial_complete(0, [trial], trial)
+    assert heard == [("0007", TrialConfig(alpha=2.0), outcome, None)]
+    assert len(trial.metric_analysis) < 10
+    assert len(str(trial.last_result)) < 1000
+    assert {name: trial.last_result[name] for name in OBJECTIVES} == dict.fromkeys(OBJECTIVES, 0.5)
+
+
+def test_a_trial_that_the_scheduler_stopped_has_its_last_report():
+    report = EpochReport(epoch=2, epochs=3, step=8, metrics={"loss": 0.1})
+    heard, epochs = [], []
+    trial = tune_trial()
+    recorder = Recorder(
+        lambda *arguments: epochs.append(arguments), lambda *arguments: heard.append(arguments)
+    )
+    recorder.on_trial_result(1, [trial], trial, told(report))
+    trial.update_last_result({**told(report), "training_iteration": 2})
+    recorder.on_trial_complete(0, [trial], trial)
+    assert epochs == [("0007", TrialConfig(alpha=2.0), report)]
+    assert heard == [("0007", TrialConfig(alpha=2.0), None, report)]
