@@ -29,9 +29,13 @@ def end(ledger, number, rng):
     ledger.start(name, TrialConfig())
     failed = rng.random() < 0.2
     scores = {objective: rng.randint(0, 9) / 10 for objective in OBJECTIVES}
+    scores_of = {n: Score(value=v, n=9, low=v, high=v) for n, v in scores.items()}
     status = rng.choice(("failed", "pruned")) if failed else "completed"
     return ledger.end(
-        name, TrialResult(trial_id=name, status=status, metrics={} if failed else scores)
+        name,
+        TrialResult(trial_id=name, status=status)
+        if failed
+        else TrialResult(trial_id=name, status=status, metrics=scores, scores=scores_of),
     )
 
 
@@ -85,3 +89,20 @@ def test_lost_trials_stand_among_the_ended_ones_until_they_end(ledger):
     board.add(ledger.end("0001", TrialResult(trial_id="0001", status="pruned")))
     assert [t.result.trial_id for t in board.trials()] == ["0000", "0002", "0001"]
     assert board.counts()["lost"] == 0
+
+
+def test_scores_with_their_intervals_stay_on_disk_but_for_the_front(ledger, tmp_path):
+    rng = random.Random(2)
+    board = Scoreboard(ledger)
+    for number in range(12):
+        board.add(end(ledger, number, rng))
+    ledger.close()
+    with Ledger(tmp_path / "s") as again:
+        again.resume(StudyConfig(output=tmp_path / "s"), "")
+        for held, shown in ((ledger, board), (again, Scoreboard(again))):
+            assert not any(record.result.scores for record in held.ended)
+            for trial in shown.with_scores(shown.trials()):
+                scores = trial.result.scores
+                assert {n: s.value for n, s in scores.items()} == (
+                    trial.result.metrics if trial.on_front else {}
+                )

@@ -327,7 +327,7 @@ class Ledger:
             )
         self._sweep()
         paths = sorted(self.folder.glob("[0-9]*.json"), key=lambda path: trial_order(path.stem))
-        records = [self._record(path) for path in paths]
+        records = [_without_scores(self._record(path)) for path in paths]
         for number, record in enumerate(records):
             if record.trial_id != trial_id(number):
                 raise InputError(
@@ -338,6 +338,14 @@ class Ledger:
         self.records = {record.trial_id: record for record in records}
         self.settle(vgid_version=version("vgid"))
         return self.header
+
+    def whole(self, name: str) -> Record:
+        """A trial's record with its scores, which ``records`` has not.
+
+        Raises:
+            InputError: the record is damaged.
+        """
+        return self._record(self.folder / f"{name}.json")
 
     @property
     def ended(self) -> list[Record]:
@@ -385,7 +393,7 @@ class Ledger:
         update = {"result": result, "ended": now(), **details}
         record = self.records[name].model_copy(update=update)
         self._write(self.folder / f"{name}.json", record)
-        self.records[name] = record
+        self.records[name] = _without_scores(record)
         shutil.rmtree(self.checkpoints(name), ignore_errors=True)
         return record
 
@@ -440,3 +448,10 @@ class Ledger:
             raise InputError(
                 f"{path}: the record is damaged; restore it or choose another --output."
             ) from None
+
+
+def _without_scores(record: Record) -> Record:
+    """What is kept in memory: the intervals of 10,000 trials' scores would take a gigabyte."""
+    if record.result is None or not record.result.scores:
+        return record
+    return record.model_copy(update={"result": record.result.model_copy(update={"scores": {}})})

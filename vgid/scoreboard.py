@@ -1,5 +1,8 @@
 """What the results of a study amount to at any moment: front, hypervolume, counts."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from vgid.ledger import Ledger, Record
 from vgid.outputs import TrialRecord
 from vgid.pareto import GrowingFront
@@ -62,6 +65,14 @@ class Scoreboard:
         """The trials that no other trial dominates, by id."""
         names = sorted(self._front.names, key=trial_order)
         return [self._trial(self._ledger.records[name]) for name in names]
+
+    def with_scores(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """The same trials, those on the front with their scores, which the ledger has on disk."""
+        found = []
+        for trial in trials:
+            whole = self._ledger.whole(trial.result.trial_id).result if trial.on_front else None
+            found.append(trial if whole is None else replace(trial, result=whole))
+        return found
 
     @property
     def front_size(self) -> int:

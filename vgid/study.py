@@ -614,7 +614,7 @@ class Study:
         tracker, side = self._tracker, Background("outcome")
         front = Front(
             f"{self.config.backbone}, {len(records)} trials",
-            records,
+            self.board.with_scores(records),
             self.board.base["search"],
             self.board.base.get("held_out"),
             *(() if tracker is None else (tracker.pages, tracker.server)),
