@@ -255,3 +255,11 @@ def test_a_study_that_is_done_is_used_where_it_was_asked_for_like_this_one(tmp_p
     assert _done(asked)
     for other in ({"trials": 3}, {"forget_ratio": 10}, {"sampler": "tpe"}, {"method": "ga"}):
         assert not _done(asked.model_copy(update=other)), other
+
+
+@pytest.mark.parametrize("error", [None, "The study stopped: its disk is full."])
+def test_a_study_that_lacks_something_is_run_again(tmp_path, error):
+    study = StudyConfig(output=tmp_path)
+    summary = {"config": study.model_dump(mode="json"), "interrupted": False, "error": error}
+    (tmp_path / "study.json").write_text(json.dumps(summary))
+    assert _done(study) == (error is None)
