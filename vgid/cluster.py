@@ -1,11 +1,14 @@
-"""The Ray cluster of a study: joined if there is one, otherwise started on this machine."""
+"""The Ray cluster of a study: joined if there is one, otherwise started on this machine.
 
+Ray is imported late: where it listens is settled when it is imported.
+"""
+
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-
-import ray
+from pathlib import Path
 
 from vgid.errors import InputError
 from vgid.interrupts import sigterm_kept
@@ -22,8 +25,17 @@ QUIET = {
     "TUNE_WARN_THRESHOLD_S": "10",
     "OMP_WAIT_POLICY": "passive",
 }
-ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""Further settings of a cluster of one node: nobody takes that node away and leaves the others."""
+ALONE = {
+    # Nobody takes this node away and leaves the others.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Every process listens on loopback only. What Ray does by itself on Windows and macOS, where it
+    # makes no clusters; elsewhere it would be on all interfaces, if only for those with the token.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+"""Further settings of a cluster of one node."""
+
+TOKEN = Path("~/.ray/auth_token")
+"""The token that Ray makes where there is none, and writes for everyone on the machine to read."""
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Messages between actors are small; Ray would otherwise reserve a third of the memory."""
@@ -33,7 +45,8 @@ OBJECT_STORE_BYTES = 256 * 2**20
 def connected() -> Iterator[bool]:
     """Join the cluster that ``RAY_ADDRESS`` names (``ray job submit`` sets it), or start one.
 
-    A cluster that is started here lives as long as the block, with its dashboard on loopback.
+    A cluster that is started here lives as long as the block, asks for Ray's token, and listens on
+    loopback only, unless Ray was imported before in this process.
 
     Yields:
         Whether the cluster was joined.
@@ -41,12 +54,14 @@ def connected() -> Iterator[bool]:
     Raises:
         InputError: the cluster cannot be reached, or does not start.
     """
-    if ray.is_initialized():
-        yield True
-        return
     before = os.environ.get("RAY_ADDRESS")
     for name, value in (QUIET if before else QUIET | ALONE).items():
         os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield True
+        return
     try:
         with sigterm_kept():  # Ray takes it for itself when it starts
             if before:
@@ -72,6 +87,9 @@ def connected() -> Iterator[bool]:
             f"ray: a local Ray cluster did not start ({reason}); the machine may be busy, or short "
             "of memory or of space in the temporary folder. Give the same command again."
         ) from None
+    if not before:
+        with contextlib.suppress(OSError):  # another is in use, or none
+            TOKEN.expanduser().chmod(0o600)
     # Train controllers and Tune look the cluster up by this.
     os.environ["RAY_ADDRESS"] = before or context.address_info["gcs_address"]
     try:
@@ -92,6 +110,8 @@ def capacity(shape: SlotShape, names: Iterable[str] | None = None) -> int:
         shape: resources of a slot.
         names: count these resources only, None counts all.
     """
+    import ray
+
     need = {name: shape.per_worker[name] for name in names or shape.per_worker}
     workers = 0
     for node in ray.nodes():
