@@ -48,10 +48,13 @@ def mlflow_server(store: str, folder: Path) -> Iterator[str]:
 
 @contextmanager
 def mlflow_process(store: str, folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """An MLflow server on a port of the loopback, in a process group, once it answers."""
+    """An MLflow server in a process group, once it answers.
+
+    Where it listens and whom it answers is left to MLflow, as by the command that a study prints.
+    """
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
     command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--port", str(port)]
     environment = {
         **os.environ,
         "MLFLOW_DISABLE_TELEMETRY": "true",

@@ -1,5 +1,10 @@
 """What a person sees of a study in MLflow's own pages, in a real browser on real servers."""
 
+import json
+import urllib.error
+import urllib.request
+
+import psutil
 import pytest
 
 from tests.deployments.made_up_deployment import deploy
@@ -144,3 +149,39 @@ def test_a_pick_is_the_champion_in_the_registry(site, picture, tmp_path):
     page.get_by_text("Suppressed under these tests").wait_for()
     page.screenshot(path=picture("version"))
     assert rollback("tiny-llava", site.address) == (1, 2)
+
+
+def status_of(address, path, body=None, **header):
+    """What a server answers to a request with headers of one's own."""
+    header["Content-Type"] = "application/json"
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/{path}", data, header)) as a:
+            return a.status
+    except urllib.error.HTTPError as refused:
+        return refused.code
+
+
+@pytest.mark.parametrize("name", ["sqlite", "postgresql"])
+def test_mlflow_listens_on_loopback_and_answers_to_no_foreign_name(servers, name):
+    """A page elsewhere whose name is made to lead here must not read or write what is here."""
+    address, recorded = servers[name]
+    port = int(address.rsplit(":", 1)[1])
+    connections = psutil.net_connections("tcp")
+    listening = [c.laddr for c in connections if c.status == psutil.CONN_LISTEN]
+    assert {where.ip for where in listening if where.port == port} == {"127.0.0.1"}
+    run = f"run_id={recorded.study}"
+    asked = {
+        "api/2.0/mlflow/experiments/search": {"max_results": 1},
+        "ajax-api/2.0/mlflow/runs/search": {"experiment_ids": [recorded.experiment]},
+        f"api/2.0/mlflow/runs/get?{run}": None,
+        f"get-artifact?{run}&path=study.json": None,
+        "graphql": {"query": "{ __typename }"},
+        "": None,
+    }
+    for path, body in asked.items():
+        assert status_of(address, path, body) == 200, path
+        assert status_of(address, path, body, Host="foreign.example") == 403, path
+        assert status_of(address, path, body, Host=f"foreign.example:{port}") == 403, path
+        if body is not None and "mlflow" in path:
+            assert status_of(address, path, body, Origin="http://foreign.example") == 403, path
