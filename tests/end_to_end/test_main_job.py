@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import optuna
@@ -17,6 +20,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.end_to_end.conftest import free_port
+from tests.end_to_end.privacy import leaks, private_texts
 from vgid.search import open_journal
 
 ROOT = Path(__file__).parent.parent.parent
@@ -37,11 +41,11 @@ def arguments(data, space, output, trials=TRIALS, *more):
     ]
 
 
-def main_job(*flags):
+def main_job(*flags, **more):
     return subprocess.run(
         [sys.executable, SCRIPT, *flags],
         cwd=ROOT,
-        env=environment(),
+        env=environment(**more),
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -77,14 +81,23 @@ def read_trials(output):
 
 
 @pytest.fixture(scope="module")
-def study(data, space, tmp_path_factory):
+def ray_files():
+    """Where Ray keeps the logs of ``study``; short, since a socket's path has 107 bytes."""
+    with tempfile.TemporaryDirectory(
+        prefix="vgid", dir="/tmp", ignore_cleanup_errors=True
+    ) as short:
+        yield Path(short)
+
+
+@pytest.fixture(scope="module")
+def study(data, space, ray_files, tmp_path_factory):
     """A study whose driver was killed after two trials, and that was then resumed."""
     output = tmp_path_factory.mktemp("main") / "study"
     flags = arguments(data, space, output)
     driver = subprocess.Popen(
         [sys.executable, SCRIPT, *flags],
         cwd=ROOT,
-        env=environment(),
+        env=environment(RAY_TMPDIR=str(ray_files)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -98,7 +111,7 @@ def study(data, space, tmp_path_factory):
     driver.wait()
     before = {name: record_of(output, name).read_bytes() for name in ended(output)}
     assert 2 <= len(before) < TRIALS
-    done = main_job(*flags, "--resume")
+    done = main_job(*flags, "--resume", RAY_TMPDIR=str(ray_files))
     assert done.returncode == 0, done.stderr + (output / "study.log").read_text()[-3000:]
     # Ray's two small agents try to tell the dead cluster for a minute before they give up.
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -223,6 +236,22 @@ def test_the_last_line_says_how_to_open_mlflow_and_libraries_are_quiet(study):
         assert part in text
 
 
+def test_nothing_that_is_kept_or_shown_tells_of_the_people_to_forget(
+    study, ray_files, data, tmp_path
+):
+    output, stdout, _ = study
+    texts = private_texts(data)
+    kept = sorted(texts)[::20]
+    (tmp_path / "shown").write_text(stdout)
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "kept").write_text("\n".join(kept))
+    assert len(leaks(texts, tmp_path / "found")) >= len(kept) > 5  # it would be noticed
+    (tmp_path / "found" / "kept").unlink()
+    logs = {re.split(r"[-.]", path.name)[0] for path in ray_files.rglob("*.*")}
+    assert {"worker", "python", "raylet", "dashboard"} <= logs
+    assert leaks(texts, output, ray_files, tmp_path) == []
+
+
 def test_without_resume_a_finished_study_is_left_alone(study, data, space):
     output, _, _ = study
     before = (output / "trials.csv").read_bytes()
@@ -255,6 +284,16 @@ def test_an_interrupted_study_ends_in_order(data, space, tmp_path):
         text=True,
     )
     wait_for(lambda: len(ended(output)) >= 1 or driver.poll() is not None, "a trial")
+    family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
+    open_to = {process: listening(process) for process in family}
+    assert {host.removeprefix("::ffff:") for host, _ in set().union(*open_to.values())} == {
+        "127.0.0.1"
+    }
+    (served,) = [p for p in family if "dashboard/dashboard.py" in " ".join(p.cmdline())]
+    (port,) = {port for _, port in open_to[served] if 8265 <= port <= 8315}
+    assert_asks_for_its_token(port)  # although nobody has set one
+    token = Path("~/.ray/auth_token").expanduser()
+    assert token.stat().st_mode & 0o077 == 0
     driver.send_signal(signal.SIGTERM)
     stdout, stderr = driver.communicate(timeout=TIMEOUT_S)
     assert driver.returncode == 130
@@ -273,6 +312,33 @@ def test_an_interrupted_study_ends_in_order(data, space, tmp_path):
     assert status.pop("") == "KILLED"
     assert {name for name, shown in status.items() if shown == "FINISHED"} == set(ended(output))
     assert "RUNNING" not in status.values()
+
+
+def listening(process):
+    """Addresses and ports at which a process takes connections."""
+    connections = process.net_connections("tcp")
+    return {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+
+
+def statuses(dashboard, **header):
+    """What a dashboard answers to who would send it code, or look around in it."""
+    header["Content-Type"] = "application/json"
+    code = json.dumps({"entrypoint": "true"}).encode()
+    pages = {"api/jobs/": code, "api/v0/actors": None, "nodes?view=summary": None, "logs/": None}
+    found = set()
+    for page, body in pages.items():
+        request = urllib.request.Request(f"http://127.0.0.1:{dashboard}/{page}", body, header)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found.add(answer.status)
+        except urllib.error.HTTPError as refused:
+            found.add(refused.code)
+    return found
+
+
+def assert_asks_for_its_token(dashboard):
+    assert statuses(dashboard) == {401}
+    assert statuses(dashboard, Authorization=f"Bearer {secrets.token_urlsafe(32)}") == {403}
 
 
 def submit(dashboard, secured, flags):
@@ -316,6 +382,13 @@ def test_the_study_runs_as_a_ray_job_on_a_cluster_that_is_there(study, data, spa
             output = tmp_path / "job"
             flags = arguments(data, space, output, 2)
             done = submit(dashboard, secured, flags)
+            assert_asks_for_its_token(dashboard)
+            token = secured["RAY_AUTH_TOKEN"]
+            assert 200 in statuses(dashboard, Authorization=f"Bearer {token}")
+            lacking = {k: v for k, v in secured.items() if not k.startswith("RAY_AUTH")}
+            without = submit(dashboard, lacking | {"HOME": short}, flags)
+            assert without.returncode != 0
+            assert "no authentication token was found" in without.stdout + without.stderr
         finally:
             cluster = psutil.Process(head.pid).children(recursive=True)
             for process in [head, *cluster]:

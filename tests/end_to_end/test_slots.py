@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 
 from tests.end_to_end import light, sessions
 from tests.end_to_end.conftest import free_port
+from tests.end_to_end.privacy import leaks
 from vgid.cluster import QUIET, slot_count
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.errors import InputError
@@ -56,6 +57,11 @@ def request_config(data, tmp_path):
     return RequestConfig(
         data=data, store=tmp_path / "store", retain_people=RETAIN_PEOPLE, bootstrap_samples=100
     )
+
+
+def logs_of(cluster):
+    """Where the cluster keeps all that its processes print; the driver's own is not there."""
+    return Path(cluster.head_node.get_session_dir_path()) / "logs"
 
 
 def outcomes(mailbox, jobs):
@@ -151,21 +157,34 @@ def test_a_slot_outlives_kills_repeats_itself_and_keeps_its_memory_flat(request_
     assert statistics.median(memory[10:]) < statistics.median(memory[:10]) + 15
 
 
-def test_two_workers_train_a_trial_as_one_does(request_config, tmp_path):
+def test_two_workers_train_a_trial_as_one_does_and_keep_to_themselves_why_one_fails(
+    two_nodes, request_config, tmp_path
+):
     config = TrialConfig(**FEW)
     results = []
     for workers in (1, 2):
         mailbox = start_mailbox()
         shape = SlotShape(workers=workers)
-        slots = Slots(mailbox, request_config, shape, 1, tmp_path / f"ray{workers}")
+        slots = Slots(
+            mailbox,
+            request_config,
+            shape,
+            1,
+            tmp_path / f"ray{workers}",
+            session=sessions.Talkative,
+        )
         slots.start()
-        jobs = [sessions.trial_job(tmp_path, f"{workers}-{n}", config) for n in ("a", "b")]
-        found = outcomes(mailbox, jobs if workers == 2 else jobs[:1])
+        names = ("a", "b", "told")[: 1 if workers == 1 else 3]
+        jobs = [sessions.trial_job(tmp_path, f"{workers}-{n}", config) for n in names]
+        found = outcomes(mailbox, jobs)
         slots.close()
+        told = found.pop("2-told", None)
         assert all(epochs == [1, 2, 3] for epochs, _ in found.values())
         results.append(found[f"{workers}-a"][1].result)
         if workers == 2:
             assert found["2-b"][1].result.metrics == found["2-a"][1].result.metrics
+            assert "ValueError at sessions.py" in told[1].result.error
+            assert leaks({"Fay Moss"}, tmp_path, logs_of(two_nodes)) == []
     one, two = results
     assert two.status == "completed"
     for name in ("forget_loss", "retain_loss"):
@@ -233,7 +252,9 @@ def study(data, space, output, **options):
     )
 
 
-def test_failing_trials_cost_their_own_place_and_an_ignorant_base_is_told_of(data, tmp_path, capfd):
+def test_failing_trials_cost_their_own_place_and_an_ignorant_base_is_told_of(
+    two_nodes, data, tmp_path, capfd
+):
     space = tmp_path / "space.yaml"
     space.write_text(
         "backbone: tiny-llava\n"
@@ -273,8 +294,8 @@ def test_failing_trials_cost_their_own_place_and_an_ignorant_base_is_told_of(dat
         if run.data.tags["vgid.kind"] == "study"
     ]
     assert note.startswith("**Warning.** The base may never have known the forget people")
-    everything = "".join(p.read_text(errors="ignore") for p in output.rglob("*.*") if p.is_file())
-    assert "Fay Moss" not in everything
+    assert leaks({"Fay Moss"}, output, logs_of(two_nodes)) == []
+    assert "Fay Moss" not in shown
 
 
 def test_one_trial_at_a_time_is_the_same_study_twice(data, space, tmp_path, capsys):
