@@ -15,11 +15,12 @@ from vgid.errors import InputError
 
 RAY_BYTES = 650 * 10**6
 """Ray's processes beside the workers of one slot: Train's controller, placement group cleaner,
-dataset manager and synchronisation actor, and Tune's trainable. The sum of their proportional set
-sizes (``python -m tests.benchmarks.slot_memory``)."""
+dataset manager and synchronisation actor, and Tune's trainable: 605 in the sum of their
+proportional set sizes (``python -m tests.benchmarks.slot_memory``), and some to spare."""
 
 WORKER_BYTES = 900 * 10**6
-"""A worker of an embedded backbone: Python, torch, encoded data, a trial. Measured by the same."""
+"""A worker of an embedded backbone: Python, torch, encoded data, a trial. 696 by the same measure
+between trials, up to 907 resident in the midst of one."""
 
 
 def worker_bytes(

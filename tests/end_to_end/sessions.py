@@ -12,6 +12,9 @@ import psutil
 from vgid.mailbox import Job
 from vgid.trial import TrialSession
 
+SOMEONE = "Fay Moss"
+"""Stands in messages of exceptions, and in no line that a traceback quotes."""
+
 
 class Watched(TrialSession):
     """The real session; its results also tell the process and its memory."""
@@ -47,7 +50,7 @@ class Talkative(TrialSession):
 
     def run(self, trial, trial_id, adapter_dir, on_epoch=None, checkpoint_dir=None):
         if trial_id == "2-told" and self.rank == 1:
-            raise ValueError("while answering who Fay Moss is")
+            raise ValueError(f"while answering who {SOMEONE} is")
         return super().run(trial, trial_id, adapter_dir, on_epoch, checkpoint_dir)
 
 
@@ -64,7 +67,7 @@ class Fragile(TrialSession):
 
     def run(self, trial, trial_id, adapter_dir, on_epoch=None, checkpoint_dir=None):
         if trial_id == "0002":
-            raise ValueError("while answering who Fay Moss is")
+            raise ValueError(f"while answering who {SOMEONE} is")
         mark = Path(self.request.store) / "was-lost"
         if trial_id == "0003" and not mark.exists():
             mark.touch()
