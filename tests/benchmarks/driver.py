@@ -159,7 +159,7 @@ def measure(trials: int, mlflow: int, folder: Path) -> dict[str, Any]:
     """Feed so many trials; seconds and MiB by mark, then what is done once."""
     config = StudyConfig(output=folder / "study", trials=trials, sampler="random")
     driver = Driver(config, mlflow)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"peak MiB before the first trial": round(peak_mib())}
     before = 0
     for mark in sorted({mark for mark in (*MARKS, mlflow, trials) if 0 < mark <= trials}):
         seconds = driver.run(mark)
@@ -189,10 +189,10 @@ def main() -> None:
     parser.add_argument("--mlflow", type=int, default=0, metavar="N")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    described = machine()
-    print(machine_line(described), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options.trials, options.mlflow, Path(folder))
+    described = machine()  # last, for it brings torch along, which a driver has not
+    print(machine_line(described), flush=True)
     emit({**found, "machine": described}, options.json)
 
 
