@@ -1,0 +1,21 @@
+"""A study of which each kind of process is killed ends complete, without a resume."""
+
+from tests.end_to_end.light import LightStudy
+
+TRIALS = 16
+AT_ONCE = (("trainable", "worker"), ("controller", "mailbox"), ("slot host",))
+"""Kinds of process that die together; the next ones when the study has got over it."""
+
+
+def test_a_study_outlives_each_of_its_processes(tmp_path):
+    flags = ("--max-concurrent", "2")
+    with LightStudy(tmp_path, TRIALS, *flags, LIGHT_EPOCH_S="0.3") as study:
+        study.wait_for(study.ended)
+        for kinds in AT_ONCE:
+            killed = [study.kill(kind) for kind in kinds]
+            ended = len(study.ended())
+            study.wait_for(lambda ended=ended: len(study.ended()) >= ended + 3)
+            assert not [p for kind in kinds for p in study.processes(kind) if p.pid in killed]
+        assert study.finish() == 0
+    study.assert_consistent()
+    assert ": its Ray Tune process died; it is tried again" in study.shown().replace("\n", " ")
