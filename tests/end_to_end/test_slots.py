@@ -346,10 +346,10 @@ def test_what_a_lost_node_held_is_done_by_another(two_nodes, request_config, tmp
     for job in jobs.values():
         mailbox.submit.remote(job)
     deadline = time.monotonic() + TIMEOUT_S
-    while not (request_config.store / "begun").exists():
+    mark = request_config.store / "begun"
+    while not (begun := mark.read_text() if mark.exists() else ""):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    begun = (request_config.store / "begun").read_text()
     (slot,) = [n for n, name in ray.get(mailbox.traffic.remote()).held.items() if name == begun]
     two_nodes.remove_node(node, allow_graceful=False)
     while not isinstance(
