@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 VLLM   := .venv-serving
 
-.PHONY: study test test-serving lint browser clean
+.PHONY: study test test-kill test-serving lint browser clean
 
 # torch comes first and pinned, so that pip takes the CPU build where one is offered.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -32,6 +32,10 @@ browser: $(VENV)/.installed
 
 test: lint browser
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# Not part of `make test`: twenty kills of one study take minutes.
+test-kill: $(VENV)/.installed
+	$(BIN)/python -m pytest -rP tests/end_to_end/twenty_kills.py
 
 # A vLLM for the CPU wants other versions than the project, so it has an environment of its own.
 $(VLLM)/.installed:

@@ -220,6 +220,10 @@ class LightStudy:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the study hangs:\n{self.shown()}\n{self.log()}") from None
 
+    def over(self) -> bool:
+        """Whether the driver has ended."""
+        return self._driver is None or self._driver.poll() is not None
+
     def signal(self, number: signal.Signals) -> None:
         """Send the driver a signal."""
         assert self._driver is not None
@@ -238,6 +242,10 @@ class LightStudy:
     def ended(self) -> list[str]:
         """Ids of the trials that have ended."""
         return [name for name, record in self._records().items() if record["result"] is not None]
+
+    def record(self, name: str) -> bytes:
+        """A trial's record as it stands on the disk."""
+        return (self.output / "trials" / f"{name}.json").read_bytes()
 
     def in_flight(self) -> list[str]:
         """Ids of the trials that were started and have not ended."""
@@ -265,9 +273,9 @@ class LightStudy:
         _kill(found[0])
         return int(found[0].pid)
 
-    def assert_consistent(self) -> None:
+    def assert_consistent(self, store: str | None = None) -> None:
         """What must hold when a study is complete, whatever happened to it."""
-        assert_consistent(self.output, self._trials)
+        assert_consistent(self.output, self._trials, store)
 
     def _records(self) -> dict[str, Any]:
         paths = sorted(self.output.glob("trials/[0-9]*.json"))
@@ -296,8 +304,14 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
 
 
-def assert_consistent(output: Path, trials: int) -> None:
-    """Each trial has ended, and is known once, with one result, to whoever keeps trials."""
+def assert_consistent(output: Path, trials: int, store: str | None = None) -> None:
+    """Each trial has ended, and is known once, with one result, to whoever keeps trials.
+
+    Args:
+        output: the study's folder.
+        trials: that it was asked for.
+        store: MLflow's, if not the one in the folder.
+    """
     import optuna
     import pandas as pd
     from mlflow import MlflowClient
@@ -318,7 +332,7 @@ def assert_consistent(output: Path, trials: int) -> None:
     assert [(f"{trial.number:04d}", trial.state.name) for trial in kept] == [
         (name, states.get(status, "FAIL")) for name, status in table.status.items()
     ]
-    client = MlflowClient(f"sqlite:///{output / 'mlflow.db'}")
+    client = MlflowClient(store or f"sqlite:///{output / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tiny-llava"]
     runs = client.search_runs([experiment.experiment_id])
     assert not [run.info.run_id for run in runs if run.info.status == "RUNNING"]
