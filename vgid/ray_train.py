@@ -14,7 +14,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,6 +125,7 @@ class Slots:
         session: SessionFactory = trial_session,
     ) -> None:
         self._mailbox = mailbox
+        self._shape = shape
         self._count = count
         loop = {"mailbox": mailbox, "request": request, "session": session, "fresh": fresh}
         # Its children inherit this. Without the address those of Ray's that look after a controller
@@ -147,6 +148,8 @@ class Slots:
             if timeout_s > 0:
                 ray.wait(self._held, num_returns=len(self._held), timeout=timeout_s)
         ray.kill(self._host)
+        with contextlib.suppress(ray.exceptions.RayError):
+            _give_back(self._shape)
 
 
 class _SlotHost:
@@ -158,7 +161,7 @@ class _SlotHost:
         self._shape = shape
         self._placed: dict[int, str] = {}
         self._host = ray.get_runtime_context().current_actor
-        self._remove_orphans()
+        _give_back(self._shape, self._placed.values())
 
     def hold(self, slot: int, storage: Path, loop: dict[str, Any]) -> None:
         """Keep a slot running for as long as the mailbox wants it."""
@@ -172,28 +175,13 @@ class _SlotHost:
                 traceback.print_tb(error.__traceback__)
                 time.sleep(ORPHANS_S)
                 self._placed.pop(slot, None)
-                self._remove_orphans()
+                _give_back(self._shape, self._placed.values())
                 ray.get(mailbox.free.remote(slot, where(error)))
             run += 1
 
     def placed(self, slot: int, placement_group: str) -> None:
         """A slot's workers are up, in the placement group of that id."""
         self._placed[slot] = placement_group
-
-    def _remove_orphans(self) -> None:
-        """Give back what controllers had reserved that are dead.
-
-        Ray does so when the whole job ends. Its Train does so for groups whose workers came up. A
-        group that is starting meanwhile may be hit; Ray Train starts it again.
-        """
-        from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-        job = ray.get_runtime_context().get_job_id()
-        bundles = [self._shape.per_worker] * self._shape.workers
-        for name, row in ray.util.placement_group_table().items():
-            mine = name.endswith(job) and list(row["bundles"].values()) == bundles
-            if mine and row["state"] != "REMOVED" and name not in self._placed.values():
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
     def _fit(self, slot: int, run: int, storage: Path, loop: dict[str, Any]) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -216,6 +204,27 @@ class _SlotHost:
                 worker_runtime_env={"env_vars": environment},
             ),
         ).fit()
+
+
+def _give_back(shape: SlotShape, but: Collection[str] = ()) -> None:
+    """Give back what controllers had reserved for slots of a shape, and that are dead.
+
+    Ray does so when the whole job ends, which may run further studies; its Train does so for
+    groups whose workers came up. A group that is starting meanwhile may be hit; Ray Train starts
+    it again.
+
+    Args:
+        shape: of the slots.
+        but: ids of placement groups that are in use.
+    """
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()
+    bundles = [shape.per_worker] * shape.workers
+    for name, row in ray.util.placement_group_table().items():
+        mine = name.endswith(job) and list(row["bundles"].values()) == bundles
+        if mine and row["state"] != "REMOVED" and name not in but:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def _trainer(workers: int) -> Any:
