@@ -31,7 +31,7 @@ browser: $(VENV)/.installed
 	@$(BIN)/python -m tests.browser.programs
 
 test: lint browser
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2
 
 # Not part of `make test`: twenty kills of one study take minutes.
 test-kill: $(VENV)/.installed

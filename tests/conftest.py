@@ -7,8 +7,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 from vgid.backbones import Backbone, spec
+
+ONE_STUDY = ("test_pick.py", "test_pick_refusals.py", "test_pick_comparison.py", "test_notebook.py")
+"""Files of ``tests/deployments`` whose tests need its study, which takes a minute to make."""
+
+
+class SharedStudies(LoadFileScheduling):
+    """A file's tests share a process, and so do all tests of the files in ``ONE_STUDY``."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return "one study" if file.endswith(ONE_STUDY) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> SharedStudies:
+    """How ``pytest --numprocesses 2`` deals the tests out."""
+    return SharedStudies(config, log)
 
 
 def make_random_backbone(seed: int = 0) -> Backbone:
