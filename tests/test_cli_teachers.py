@@ -26,6 +26,7 @@ def study(tmp_path: Path) -> Path:
         for n in range(count):
             store.get_or_compute(key_of(n), lambda: {"x": torch.zeros(100)})
     (output / "trials").mkdir()
+    (output / "trials" / "study.json").write_text("{}")
     (output / ".lock").touch()
     (output / "store" / f"base-{key_of(0)}.json").write_text("{}")
     return output

@@ -89,6 +89,15 @@ def test_a_thread_works_in_order_and_lets_the_process_end():
     assert side.submit(lambda: 7).result(10) == 7
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in the foreground: a shell has what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", SIGNALS)
 def test_commands_leave_their_blocks_and_exit_with_130(number, monkeypatch, tmp_path, capsys):
     left = []

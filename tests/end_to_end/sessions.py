@@ -71,7 +71,7 @@ class Fragile(TrialSession):
         mark = Path(self.request.store) / "was-lost"
         if trial_id == "0003" and not mark.exists():
             mark.touch()
-            raise OSError(errno.EIO, "while reading who Fay Moss is")
+            raise OSError(errno.EIO, f"while reading who {SOMEONE} is")
         return super().run(trial, trial_id, adapter_dir, on_epoch, checkpoint_dir)
 
 
@@ -79,7 +79,7 @@ class Homeless(TrialSession):
     """Has no memory for the base, with a name in the message, and so none for a trial either."""
 
     def base_scores(self, part, seed=None):
-        message = "out of memory while asking who Fay Moss is"
+        message = f"out of memory while asking who {SOMEONE} is"
         raise RuntimeError(message)
 
 
