@@ -45,15 +45,6 @@ class Mortal(Watched):
         return super().run(trial, trial_id, adapter_dir, mortal, checkpoint_dir)
 
 
-class Talkative(TrialSession):
-    """Its second rank fails in the trial called ``2-told``, and says whom it was asked about."""
-
-    def run(self, trial, trial_id, adapter_dir, on_epoch=None, checkpoint_dir=None):
-        if trial_id == "2-told" and self.rank == 1:
-            raise ValueError(f"while answering who {SOMEONE} is")
-        return super().run(trial, trial_id, adapter_dir, on_epoch, checkpoint_dir)
-
-
 class Fragile(TrialSession):
     """Has a defect in trial 0002, with a name in the message, and once loses a disk in 0003.
 
