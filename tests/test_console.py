@@ -37,6 +37,26 @@ def completed(name="0001", reduction=0.75, retain=0.9):
 
 
 @pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("pass", ""),
+        ("sys.exit(3)", ""),
+        ("os._exit(1)", "go on.\n"),
+        ("os.kill(os.getpid(), 9)", "go on.\n"),
+    ],
+)
+def test_a_process_that_ends_without_a_word_leaves_one(end, said):
+    code = f"""
+import os, sys
+from vgid.console import last_words
+with last_words("go on."):
+    {end}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("", said)
+
+
+@pytest.mark.parametrize(
     ("value", "text"), [(0.4, "0 s"), (59, "59 s"), (80, "1 min 20 s"), (7500, "2 h 05 min")]
 )
 def test_durations_for_people(value, text):

@@ -6,6 +6,7 @@ and other libraries print goes to ``study.log`` in the output folder instead.
 
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections import deque
@@ -51,6 +52,23 @@ def libraries_silenced(log: Path) -> Iterator[TextIO]:
         terminal.close()
         for descriptor in (saved_out, saved_err, sink):
             os.close(descriptor)
+
+
+@contextmanager
+def last_words(sentence: str) -> Iterator[None]:
+    """Have a sentence on stderr should this process end without a word of its own.
+
+    So it does when it is killed, and when Ray's core ends it because the raylet of its node has
+    died: Python does not hear of it. A shell that reads from a pipe does, for the pipe ends too.
+    """
+    script = 'read -r _ || printf "%s\\n" "$0" >&2'
+    shell = subprocess.Popen(
+        ["sh", "-c", script, sentence], stdin=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        yield
+    finally:
+        shell.communicate(b"all is well\n")
 
 
 def duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from vgid.background import Background
 from vgid.blame import disk_sentence
 from vgid.config import StudyConfig, TrialConfig
-from vgid.console import Standing, StudyConsole, libraries_silenced, print_summary
+from vgid.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.errors import DiskError, InputError
 from vgid.figures import FIGURES, write_figures
 from vgid.interrupts import POLL_S, Interrupt, StudyInterruptedError
@@ -67,7 +67,11 @@ def run_study(
     """
     started = time.monotonic()
     plan = make_plan(config)
-    with Ledger(config.output) as ledger:
+    sudden = (
+        f"{config.output}: the study's process was killed, or Ray's on its node; go on with "
+        "--resume."
+    )
+    with Ledger(config.output) as ledger, last_words(sudden):
         header = ledger.open(plan.config, plan.space_sha256, resume)
         if retry_failed:
             ledger.retry_failed()
