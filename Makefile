@@ -30,9 +30,8 @@ lint: $(VENV)/.installed
 browser: $(VENV)/.installed
 	@$(BIN)/python -m tests.browser.programs
 
-# In the order of the folders, whose tests are the long ones: the short ones fill up both processes.
 test: lint browser
-	$(BIN)/pytest --numprocesses 2 --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses 2
 
 # Not part of `make test`: twenty kills of one study take minutes.
 test-kill: $(VENV)/.installed
