@@ -6,7 +6,7 @@ Heavy modules are imported inside the commands, as in ``vgid.cli``.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.table import Table
 
 from vgid.paths import new_folder
 from vgid.suppression import MIN_FORGET
+
+if TYPE_CHECKING:
+    from vgid.unlearn import Unlearned
 
 app = typer.Typer()
 """Its commands stand beside those of ``vgid.cli``."""
@@ -322,6 +325,13 @@ def unlearn_command(
         "skip_defects": skip_defects,
     }
     done = unlearn(parse(UnlearnConfig, settings, "vgid unlearn"), _tell)
+    _show_unlearned(done, data, from_deployment, as_json)
+
+
+def _show_unlearned(
+    done: "Unlearned", data: Path, from_deployment: Path | None, as_json: bool
+) -> None:
+    """What came of a request: a warning, then its scores and where its deployment is."""
     if done.warning is not None:
         print(
             f"Warning: {done.warning} A study may find a better setting: "

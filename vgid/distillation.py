@@ -18,7 +18,7 @@ study (``vgid.teacher``), which is what lets trials share its states, and not an
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -260,6 +260,38 @@ def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float
     return min(1.0, (step + 1) / warmup) * (1.0 - 0.9 * step / steps)
 
 
+def make_student(
+    model: Any, backbone: Backbone, config: TrialConfig, world_size: int = 1
+) -> nn.Module:
+    """The model as the method trains it, in DDP if there are several processes.
+
+    Raises:
+        InputError: the trial asks for a layer that the backbone lacks.
+    """
+    method = make_method(config, backbone)
+    if method.layers is not None:
+        # DDP would wait for the gradients of layers that are not run.
+        backbone.model.model.language_model.layers[method.layers :].requires_grad_(False)
+    student = Student(model, backbone, method)
+    if world_size == 1:
+        return student
+    # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
+    return nn.parallel.DistributedDataParallel(student, init_sync=False)
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrialConfig, steps: int
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW on the adapter, and the schedule of its learning rate over ``steps``."""
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(step, steps, config.warmup_fraction)
+    )
+    return optimizer, schedule
+
+
 def distill(
     backbone: Backbone,
     model: Any,
@@ -292,28 +324,17 @@ def distill(
         InputError: the trial asks for a layer that the backbone lacks.
         LossNotFiniteError: NaN or infinite loss or gradient.
     """
-    method = make_method(config, backbone)
-    if method.layers is not None:
-        # DDP would wait for the gradients of layers that are not run.
-        backbone.model.model.language_model.layers[method.layers :].requires_grad_(False)
+    student = make_student(model, backbone, config, world_size)
     kept = retain if uses(config.method, "beta") else None
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
     per_epoch = steps_per_epoch(forget, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: learning_rate_factor(step, per_epoch * config.epochs, config.warmup_fraction),
+    optimizer, schedule = make_optimizer(
+        parameters.values(), config, steps=per_epoch * config.epochs
     )
     first, reports = 0, []
     if checkpoint is not None:
         first = load_checkpoint(checkpoint, trial_id, parameters, optimizer, schedule)
         reports = checkpoint_reports(checkpoint) if first else []
-    student: nn.Module = Student(model, backbone, method)
-    if world_size > 1:
-        # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
-        student = nn.parallel.DistributedDataParallel(student, init_sync=False)
 
     yield from list(reports)
     others = None if kept is None else retain_batches(kept, config, first * per_epoch)
@@ -332,43 +353,78 @@ def distill(
                 drawn = next(others)
                 retain_shares = share(backbone, kept, drawn, epoch, rank, world_size, parts)
             optimizer.zero_grad(set_to_none=True)
-            losses = torch.zeros(2, dtype=torch.float64)
-            shares = zip(forget_shares, retain_shares, strict=True)
-            for part, (forget_share, retain_share) in enumerate(shares, 1):
-                last = part == parts
-                losses[0] += backward_term(
-                    student, forget_share, "forget", config.alpha, world_size, last and kept is None
-                )
-                if retain_share is not None:
-                    losses[1] += backward_term(
-                        student, retain_share, "retain", config.beta, world_size, last
-                    )
+            losses = backward_terms(student, forget_shares, retain_shares, config, world_size)
             norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
-            if not math.isfinite(norm) or not bool(losses.isfinite().all()):
-                raise LossNotFiniteError(
-                    f"loss or gradient is not finite at step {step + 1} (epoch {epoch + 1})"
-                )
+            _refuse_infinite(norm, losses, step, epoch)
             optimizer.step()
             schedule.step()
             sums += losses
         model.eval()
-        forgotten, retained = _sum_over_ranks(sums, world_size) / len(batches)
+        terms_2 = _sum_over_ranks(sums, world_size) / len(batches)
+        rate = float(schedule.get_last_lr()[0])
+        metrics = _epoch_metrics(terms_2, config, kept is not None, rate, norm)
         report = EpochReport(
-            epoch=epoch + 1,
-            epochs=config.epochs,
-            step=(epoch + 1) * per_epoch,
-            metrics={
-                "forget_loss": forgotten.item(),
-                **({} if kept is None else {"retain_loss": retained.item()}),
-                "loss": vgid_loss(forgotten, retained, config.alpha, config.beta).item(),
-                "learning_rate": float(schedule.get_last_lr()[0]),
-                "grad_norm": norm,
-            },
+            epoch=epoch + 1, epochs=config.epochs, step=(epoch + 1) * per_epoch, metrics=metrics
         )
         reports.append(report)
         if checkpoint is not None and rank == 0:
             save_checkpoint(checkpoint, trial_id, epoch + 1, parameters, optimizer, reports)
         yield report
+
+
+def _refuse_infinite(norm: float, losses_2: Tensor, step: int, epoch: int) -> None:
+    if not math.isfinite(norm) or not bool(losses_2.isfinite().all()):
+        raise LossNotFiniteError(
+            f"loss or gradient is not finite at step {step + 1} (epoch {epoch + 1})"
+        )
+
+
+def _epoch_metrics(
+    terms_2: Tensor, config: TrialConfig, keeps: bool, learning_rate: float, grad_norm: float
+) -> dict[str, float]:
+    """What is told of an epoch: its mean losses L_F and L_R, their sum (equation 5), and more."""
+    forgotten, retained = terms_2
+    return {
+        "forget_loss": forgotten.item(),
+        **({"retain_loss": retained.item()} if keeps else {}),
+        "loss": vgid_loss(forgotten, retained, config.alpha, config.beta).item(),
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm,
+    }
+
+
+def backward_terms(
+    student: nn.Module,
+    forget_shares: Sequence[DistillationBatch],
+    retain_shares: Sequence[DistillationBatch | None],
+    config: TrialConfig,
+    world_size: int = 1,
+) -> Tensor:
+    """Backward of both terms of equation 5 for one step, share by share.
+
+    Args:
+        student: the model that learns.
+        forget_shares: this process's part of the forget batch, one for each accumulated part.
+        retain_shares: the same of the retain batch; None where the method has no retain term.
+        config: its alpha and beta weigh the terms.
+        world_size: number of processes.
+
+    Returns:
+        The unweighted losses L_F and L_R of this process, float64, shape [2].
+    """
+    losses_2 = torch.zeros(2, dtype=torch.float64)
+    shares = zip(forget_shares, retain_shares, strict=True)
+    for part, (forget_share, retain_share) in enumerate(shares, 1):
+        last = part == len(forget_shares)
+        alone = last and retain_share is None
+        losses_2[0] += backward_term(
+            student, forget_share, "forget", config.alpha, world_size, alone
+        )
+        if retain_share is not None:
+            losses_2[1] += backward_term(
+                student, retain_share, "retain", config.beta, world_size, last
+            )
+    return losses_2
 
 
 def backward_term(

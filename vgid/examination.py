@@ -36,6 +36,7 @@ from vgid.splits import People
 from vgid.teacher import Intervention, intervene
 
 OptionScoring = Literal["letter", "likelihood"]
+Turns = dict[tuple[Task, Form], tuple[Shot, ...]]
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,7 @@ def prepare(
     """
     scoring = option_scoring or backbone.spec.option_scoring
     intervention = intervention or Intervention()
-    shots: dict[tuple[Task, Form], tuple[Shot, ...]] = {}
-    few_shot: dict[Task, tuple[str, ...]] = {}
-    for task, count in backbone.spec.few_shot.items():
-        if count == 0 or (task == "classification" and scoring == "likelihood"):
-            continue
-        chosen = choose_few_shot(people.few_shot, task, count, seed, str(request.data))
-        few_shot[task] = tuple(person.id for person in chosen)
-        for form in ("image", "text"):
-            shots[task, form] = few_shot_turns(backbone, chosen, task, form)
-
+    few_shot, shots = _few_shot(backbone, people, request, seed, scoring)
     splits = {
         "forget": people.forget,
         "test": people.test,
@@ -147,23 +139,49 @@ def prepare(
             images = _PoseImages(person, seed)
             worded = _worded(person, split, part, request.seed)
             ranked = [q.task == "classification" and scoring == "likelihood" for q, _ in worded]
-            queries = []
-            for (question, wording), likelihood in zip(worded, ranked, strict=True):
-                text = _user_text(question, wording, likelihood)
-                queries.append(
-                    Query(
-                        id=question.id,
-                        text=with_reverse_prompt(text) if reverse else text,
-                        image=images.of(question),
-                        shots=turns.get((question.task, question.form), ()),
-                        task=question.task if wording == "wrapped" else None,
-                    )
-                )
+            queries = [
+                _query(question, wording, likelihood, reverse, images, turns)
+                for (question, wording), likelihood in zip(worded, ranked, strict=True)
+            ]
             seen = intervene(backbone, queries, intervention)
             for (question, wording), query, likelihood in zip(worded, seen, ranked, strict=True):
                 with _noted(refused):
                     items.append(_item(backbone, split, question, wording, query, likelihood))
     return Examination(tuple(items), scoring, few_shot, seed)
+
+
+def _few_shot(
+    backbone: Backbone, people: People, request: RequestConfig, seed: int, scoring: OptionScoring
+) -> tuple[dict[Task, tuple[str, ...]], Turns]:
+    """The few-shot people's IDs by task, and their turns in front of each kind of question."""
+    few_shot: dict[Task, tuple[str, ...]] = {}
+    turns: Turns = {}
+    for task, count in backbone.spec.few_shot.items():
+        if count == 0 or (task == "classification" and scoring == "likelihood"):
+            continue
+        chosen = choose_few_shot(people.few_shot, task, count, seed, str(request.data))
+        few_shot[task] = tuple(person.id for person in chosen)
+        for form in ("image", "text"):
+            turns[task, form] = few_shot_turns(backbone, chosen, task, form)
+    return few_shot, turns
+
+
+def _query(
+    question: Question,
+    wording: Wording,
+    likelihood: bool,
+    reverse: bool,
+    images: "_PoseImages",
+    turns: Turns,
+) -> Query:
+    text = _user_text(question, wording, likelihood)
+    return Query(
+        id=question.id,
+        text=with_reverse_prompt(text) if reverse else text,
+        image=images.of(question),
+        shots=turns.get((question.task, question.form), ()),
+        task=question.task if wording == "wrapped" else None,
+    )
 
 
 @contextmanager

@@ -100,85 +100,93 @@ def plotly_figure(front: Front) -> dict[str, Any]:
     """The interactive picture as plotly's JSON: ``data`` and ``layout``."""
     traces = [_plotly_trials(front, noise) for noise in MARKERS]
     traces = [trace for trace in traces if trace["x"]]
-    line = front.front
+    if front.held_out():
+        traces.append(_plotly_held_out(front))
+    if front.front:
+        traces.append(_plotly_front(front))
+    return {"data": traces + _plotly_marks(front), "layout": _layout(front)}
+
+
+def _plotly_held_out(front: Front) -> dict[str, Any]:
+    """The front's trials on held-out questions, with their intervals."""
     held_out = front.held_out()
-    if held_out:
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "front, held-out questions (95 %)",
-                "x": [x.value for _, x, _ in held_out],
-                "y": [y.value for _, _, y in held_out],
-                "error_x": _plotly_bars([x for _, x, _ in held_out]),
-                "error_y": _plotly_bars([y for _, _, y in held_out]),
-                "marker": {"symbol": "diamond", "size": 9, "color": HELD_OUT},
-                "customdata": [r.result.trial_id for r, _, _ in held_out],
-                "hovertext": [_hover(r, x, y) for r, x, y in held_out],
-                "hoverinfo": "text",
-            }
-        )
-    if line:
-        traces.append(
-            {
-                "type": "scatter",
-                "mode": "lines+markers",
-                "name": "front",
-                **coordinates(line),
-                "line": {"shape": "vh", "color": FRONT, "width": 1.5},
-                "marker": {
-                    "size": 12,
-                    "color": FRONT,
-                    "symbol": [SYMBOLS[noise_of(record)] for record in line],
-                },
-                "customdata": [record.result.trial_id for record in line],
-                "hovertext": [_hover(record) for record in line],
-                "hoverinfo": "text",
-            }
-        )
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "front, held-out questions (95 %)",
+        "x": [x.value for _, x, _ in held_out],
+        "y": [y.value for _, _, y in held_out],
+        "error_x": _plotly_bars([x for _, x, _ in held_out]),
+        "error_y": _plotly_bars([y for _, _, y in held_out]),
+        "marker": {"symbol": "diamond", "size": 9, "color": HELD_OUT},
+        "customdata": [r.result.trial_id for r, _, _ in held_out],
+        "hovertext": [_hover(r, x, y) for r, x, y in held_out],
+        "hoverinfo": "text",
+    }
+
+
+def _plotly_front(front: Front) -> dict[str, Any]:
+    """The front as steps: what lies below and left of them is dominated."""
+    line = front.front
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": "front",
+        **coordinates(line),
+        "line": {"shape": "vh", "color": FRONT, "width": 1.5},
+        "marker": {
+            "size": 12,
+            "color": FRONT,
+            "symbol": [SYMBOLS[noise_of(record)] for record in line],
+        },
+        "customdata": [record.result.trial_id for record in line],
+        "hovertext": [_hover(record) for record in line],
+        "hoverinfo": "text",
+    }
+
+
+def _plotly_marks(front: Front) -> list[dict[str, Any]]:
+    """Rings around the paper's default and around a clicked trial, and the base's star."""
+
+    def ring(size: int, colour: str, width: int) -> dict[str, Any]:
+        line = {"width": width}
+        return {"symbol": "circle-open", "size": size, "color": colour, "line": line}
+
+    marks: list[dict[str, Any]] = []
     if front.default:
-        traces.append(
+        marks.append(
             {
-                "type": "scatter",
-                "mode": "markers",
                 "name": "the paper's default setting",
                 **coordinates(front.default),
-                "marker": {
-                    "symbol": "circle-open",
-                    "size": 21,
-                    "color": BASE,
-                    "line": {"width": 2},
-                },
+                "marker": ring(21, BASE, 2),
                 "hoverinfo": "skip",
             }
         )
     base_x, base_y = front.base_point
-    traces.append(
+    marks += [
         {
-            "type": "scatter",
-            "mode": "markers",
             "name": "base model",
             "x": [base_x],
             "y": [base_y],
             "marker": {"symbol": "star", "size": 16, "color": BASE},
             "hovertext": [f"<b>base model</b><br>retain ROUGE-L {base_y:.3f}"],
             "hoverinfo": "text",
-        }
-    )
-    traces.append(
+        },
         {
-            "type": "scatter",
-            "mode": "markers",
             "name": "chosen trial",
             "x": [],
             "y": [],
-            "marker": {"symbol": "circle-open", "size": 26, "color": FRONT, "line": {"width": 3}},
+            "marker": ring(26, FRONT, 3),
             "hoverinfo": "skip",
             "showlegend": False,
-        }
-    )
+        },
+    ]
+    return [{"type": "scatter", "mode": "markers", **mark} for mark in marks]
+
+
+def _layout(front: Front) -> dict[str, Any]:
     axis = {"gridcolor": "#e6e9ed", "zeroline": False, "linecolor": INK, "ticks": "outside"}
-    layout = {
+    return {
         "title": {
             "text": escape(front.title),
             "subtitle": {"text": front.caption},
@@ -195,7 +203,6 @@ def plotly_figure(front: Front) -> dict[str, Any]:
         "plot_bgcolor": "white",
         "paper_bgcolor": "white",
     }
-    return {"data": traces, "layout": layout}
 
 
 def _trials(front: Front) -> dict[str, dict[str, str]]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vgid.outputs import HYPERPARAMETERS, OBJECTIVES, TrialRecord, run_name, write_atomically
 from vgid.plotly_page import write_page
@@ -21,8 +21,10 @@ MIN_TRIALS = 8
 """Completed trials below which shares of variance are noise and are not shown."""
 
 MAX_TRIALS = 256
-"""fANOVA's time grows with the square of its trials; of more, so many are taken, evenly by id."""
+"""Of more, so many are taken, evenly by id: fANOVA's time grows with the square of its trials, and
+thousands of lines are one grey."""
 
+T = TypeVar("T")
 Shares = dict[str, dict[str, float]]
 """Share of variance by hyperparameter, by objective."""
 
@@ -71,8 +73,7 @@ def importances(records: Sequence[TrialRecord]) -> Shares:
     Returns:
         The shares; empty with fewer than ``MIN_TRIALS`` trials.
     """
-    taken = min(len(records), MAX_TRIALS)
-    records = [records[number * len(records) // taken] for number in range(taken)]
+    records = _some(records)
     names = [
         name
         for name in varied(records)
@@ -184,12 +185,24 @@ def insights_figure(front: Front, shares: Shares) -> dict[str, Any]:
         for objective, by_name in shares.items()
     ]
     for on_front in (False, True):
-        lines = [n for n, record in enumerate(records) if record.on_front == on_front]
+        lines = _drawn(records, on_front)
         if lines:
             traces.append(_lines(records, lines, columns, on_front))
-    split = 0.52 if shares else 1.0
-    layout = {
-        "title": {"text": "What made the difference", "x": 0.02, "xanchor": "left"},
+    layout = _layout(records, columns, bool(shares))
+    return {"data": traces, "layout": layout}
+
+
+def _layout(
+    records: Sequence[TrialRecord], columns: Sequence[Axis], with_shares: bool
+) -> dict[str, Any]:
+    split = 0.52 if with_shares else 1.0
+    return {
+        "title": {
+            "text": "What made the difference",
+            "subtitle": {"text": _lines_title(records)},
+            "x": 0.02,
+            "xanchor": "left",
+        },
         "barmode": "group",
         "hovermode": "closest",
         "xaxis": {
@@ -198,9 +211,9 @@ def insights_figure(front: Front, shares: Shares) -> dict[str, Any]:
             "tickformat": ".0%",
             "rangemode": "tozero",
             "title": {"text": _shares_title(records)},
-            "visible": bool(shares),
+            "visible": with_shares,
         },
-        "yaxis": {"domain": [0.68, 1], "anchor": "x", "visible": bool(shares)},
+        "yaxis": {"domain": [0.68, 1], "anchor": "x", "visible": with_shares},
         "xaxis2": {
             "domain": [0, 1],
             "anchor": "y2",
@@ -239,7 +252,6 @@ def insights_figure(front: Front, shares: Shares) -> dict[str, Any]:
         "plot_bgcolor": "white",
         "paper_bgcolor": "white",
     }
-    return {"data": traces, "layout": layout}
 
 
 def _lines(
@@ -266,6 +278,24 @@ def _lines(
         "xaxis": "x2",
         "yaxis": "y2",
     }
+
+
+def _some(all_of_them: Sequence[T]) -> list[T]:
+    """``MAX_TRIALS`` at most, evenly."""
+    taken = min(len(all_of_them), MAX_TRIALS)
+    return [all_of_them[number * len(all_of_them) // taken] for number in range(taken)]
+
+
+def _drawn(records: Sequence[TrialRecord], on_front: bool) -> list[int]:
+    """Which trials have a line: the whole front, and some of the others."""
+    lines = [n for n, record in enumerate(records) if record.on_front == on_front]
+    return lines if on_front else _some(lines)
+
+
+def _lines_title(records: Sequence[TrialRecord]) -> str:
+    others = sum(not record.on_front for record in records)
+    who = "Every trial" if others <= MAX_TRIALS else f"The front and {MAX_TRIALS} of the trials"
+    return f"{who} from setting to scores, the front in colour"
 
 
 def _line(columns: Sequence[Axis], number: int) -> list[tuple[int, float]]:
@@ -350,7 +380,7 @@ def _draw_parallel(panel: Any, records: Sequence[TrialRecord], columns: Sequence
         True: {"colors": FRONT, "linewidths": 1.6, "alpha": 0.95, "zorder": 3},
     }
     for on_front, style in styles.items():
-        lines = [_line(columns, n) for n, r in enumerate(records) if r.on_front == on_front]
+        lines = [_line(columns, number) for number in _drawn(records, on_front)]
         panel.add_collection(LineCollection(lines, joinstyle="round", **style))
     for place, column in zip(places, columns, strict=True):
         panel.axvline(place, color="#cfd6dd", linewidth=0.8, zorder=1)
@@ -372,7 +402,7 @@ def _draw_parallel(panel: Any, records: Sequence[TrialRecord], columns: Sequence
     panel.set_xlim(-0.2, max(1, len(columns)) - 0.4)
     panel.spines[["top", "right", "left", "bottom"]].set_visible(False)
     panel.set_title(
-        "Every trial from its setting to its scores, the front in colour",
+        _lines_title(records),
         fontsize=10.5,
         color=INK,
         loc="left",

@@ -49,6 +49,28 @@ class Setting:
             subjects=tuple(sorted(person.id for person in session.people.forget)),
         )
 
+    @property
+    def base(self) -> dict[str, Any]:
+        """The base, as a record names it."""
+        return {
+            "hub_id": self.hub_id,
+            "model_path": self.request.model_path,
+            "revision": self.revision,
+            "precision": self.precision,
+        }
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data and its splits, as a record names them."""
+        return {
+            "sha256": self.data_sha256,
+            "forget_ratio": self.request.forget_ratio,
+            "retain_people": self.request.retain_people,
+            "train_pairs": self.request.train_pairs,
+            "skip_defects": self.request.skip_defects,
+            "split_seed": self.request.seed,
+        }
+
 
 def record(
     setting: Setting,
@@ -81,18 +103,12 @@ def record(
 
     request = setting.request
     weights = read_adapter(adapter)
-    attacks, not_run = attacks_of(scored)
     values = {
         "backbone": request.backbone,
         "created": now(),
         "requests": requests,
         "subjects": setting.subjects,
-        "base": {
-            "hub_id": setting.hub_id,
-            "model_path": request.model_path,
-            "revision": setting.revision,
-            "precision": setting.precision,
-        },
+        "base": setting.base,
         "adapter": {
             "path": f"{request.backbone}/adapter",
             "files": hash_files(adapter),
@@ -102,23 +118,21 @@ def record(
         },
         "frame": spec(request.backbone).frame.recorded,
         "hyperparameters": trial,
-        "scores": {
-            "part": PART,
-            "seeds": seeds,
-            "base": base.plain,
-            "deployed": scored.plain,
-            "attacks": attacks,
-            "not_run": not_run,
-        },
-        "data": {
-            "sha256": setting.data_sha256,
-            "forget_ratio": request.forget_ratio,
-            "retain_people": request.retain_people,
-            "train_pairs": request.train_pairs,
-            "skip_defects": request.skip_defects,
-            "split_seed": request.seed,
-        },
+        "scores": _scores(seeds, base, scored),
+        "data": setting.data,
         "origin": origin,
         "parent": None if parent is None else parent.recorded,
     }
     return Deployment.model_validate(values)
+
+
+def _scores(seeds: tuple[int, ...], base: Scored, scored: Scored) -> dict[str, Any]:
+    attacks, not_run = attacks_of(scored)
+    return {
+        "part": PART,
+        "seeds": seeds,
+        "base": base.plain,
+        "deployed": scored.plain,
+        "attacks": attacks,
+        "not_run": not_run,
+    }

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -152,24 +152,18 @@ class TrialSession:
         with _timed(seconds, "teacher"):
             epochs, retained = self._prepare_training(trial, trial_id, checkpoint_dir)
         last: EpochReport | None = None
+        ended = partial(TrialResult, trial_id=trial_id, seconds=seconds)
         with adapter.attached(self.backbone, trial) as model:
             try:
                 with _timed(seconds, "train"):
                     for last in epochs(model):
                         if not self._goes_on(on_epoch, last):
-                            return TrialResult(
-                                trial_id=trial_id,
-                                status="pruned",
-                                metrics=last.metrics,
-                                seconds=seconds,
-                                store=self._store_use_since(before),
-                            )
+                            used = self._store_use_since(before)
+                            return ended(status="pruned", metrics=last.metrics, store=used)
             except LossNotFiniteError as error:
-                return TrialResult(
-                    trial_id=trial_id, status="failed", seconds=seconds, error=str(error)
-                )
+                return ended(status="failed", error=str(error))
             if self.rank != 0:
-                return TrialResult(trial_id=trial_id, status="completed", seconds=seconds)
+                return ended(status="completed")
             with _timed(seconds, "evaluate"):
                 evaluation = self._evaluate("search", self.request.seed) if evaluate else None
             with _timed(seconds, "save"):
@@ -177,27 +171,15 @@ class TrialSession:
                 _save_responses(evaluation, adapter_dir)
         shown = {sample.person_id for sample in retained}
         seen = sum(person.id in shown for person in self.people.retain_seen)
-        trained = TrialResult(
-            trial_id=trial_id,
+        trained = ended(
             status="completed",
             metrics={**(last.metrics if last else {}), "retain_seen_shown": seen},
-            seconds=seconds,
             store=self._store_use_since(before),
             adapter=adapter_dir,
         )
         if base is None or evaluation is None:
             return trained
-        scores = evaluation.scores
-        gone = base["forget_rougeL"].value - scores["forget_rougeL"].value
-        plain = {name: score.value for name, score in scores.items()}
-        return trained.model_copy(
-            update={
-                "scores": scores,
-                "metrics": {**plain, "forget_rougeL_reduction": gone, **trained.metrics},
-                "few_shot": {str(task): ids for task, ids in evaluation.few_shot.items()},
-                "option_scoring": evaluation.option_scoring,
-            }
-        )
+        return _with_scores(trained, base, evaluation)
 
     def base_scores(self, part: QuestionPart, seed: int | None = None) -> dict[str, Score]:
         """Scores of the base itself, computed once per store and shared by all processes."""
@@ -481,6 +463,23 @@ def run_trial(
 ) -> TrialResult:
     """Run one trial in this process: config in, result out (see ``TrialSession.run``)."""
     return TrialSession(request).run(trial, trial_id, adapter_dir)
+
+
+def _with_scores(
+    trained: TrialResult, base: Mapping[str, Score], evaluation: Evaluation
+) -> TrialResult:
+    """A trained trial's result with its scores, and what the base had more of forget ROUGE-L."""
+    scores = evaluation.scores
+    gone = base["forget_rougeL"].value - scores["forget_rougeL"].value
+    plain = {name: score.value for name, score in scores.items()}
+    return trained.model_copy(
+        update={
+            "scores": scores,
+            "metrics": {**plain, "forget_rougeL_reduction": gone, **trained.metrics},
+            "few_shot": {str(task): ids for task, ids in evaluation.few_shot.items()},
+            "option_scoring": evaluation.option_scoring,
+        }
+    )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def small_disk(folder, megabytes):
         ["mount", "-t", "tmpfs", *size, "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mount.returncode != 0:
-        pytest.skip("no disk can be mounted here")
+        pytest.skip("a small disk to fill can only be mounted by root")
     try:
         yield
     finally:
