@@ -1,6 +1,7 @@
 """Search-space files: what they mean, and one sentence for each thing wrong with them."""
 
 import copy
+import json
 import warnings
 from typing import get_args
 
@@ -320,6 +321,76 @@ def test_missing_binary_and_foreign_files_get_one_sentence(tmp_path):
         check_sentence(str(caught.value), [str(path)])
     with pytest.raises(InputError, match="meant for 'tiny-llava' and the study runs"):
         SearchSpace.load(FOLDER / "tiny-llava.yaml", backbone="llava-1.5-7b")
+
+
+def extending(folder, name="child.yaml", **content):
+    path = folder / name
+    path.write_text(yaml.safe_dump({"backbone": "tiny-llava", **content}))
+    return path
+
+
+def test_a_file_that_extends_another_replaces_what_it_says_by_key_and_inherits_the_rest(tmp_path):
+    content = copy.deepcopy(BASE)
+    content["shared"]["epochs"] = 2
+    content["methods"]["vgid"]["first_points"] = [{"alpha": 2.0}, {"alpha": 1.5}]
+    middle = dump(tmp_path, content)
+    own = {"alpha": {"choices": [1.0, 2.0]}, "noise_type": "white", "sigma": None}
+    section = {"parameters": own, "first_points": [{"alpha": 1.0}]}
+    path = extending(
+        tmp_path, extends=middle.name, shared={"lora_rank": 4}, methods={"vgid": section}
+    )
+    space = SearchSpace.load(path)
+    whole = copy.deepcopy(content)
+    whole["shared"]["lora_rank"] = 4
+    inherited = whole["methods"]["vgid"]["parameters"]
+    del inherited["sigma"]
+    inherited |= {"alpha": own["alpha"], "noise_type": "white"}
+    whole["methods"]["vgid"]["first_points"] = [{"alpha": 1.0}]
+    alone = SearchSpace.load(extending(tmp_path, "whole.yaml", **whole))
+    assert space.section == alone.section
+    assert space.fixed == {"noise_type": "white", "lora_rank": 4, "epochs": 2}
+    # A section that is not mentioned, and first points that are not.
+    assert SearchSpace.load(path, method="rmu").fixed == {"lora_rank": 4, "epochs": 2}
+    less = extending(tmp_path, "less.yaml", extends=middle.name)
+    assert len(SearchSpace.load(less).first_points) == 2
+    # A chain, and what a study compares when it is resumed.
+    (tmp_path / "below").mkdir()
+    last = extending(tmp_path / "below", extends="../child.yaml")
+    before = SearchSpace.load(last)
+    assert before.section == space.section
+    middle.write_text(f"# changed\n{middle.read_text()}")
+    assert SearchSpace.load(last).sha256 != before.sha256
+
+
+def test_a_section_that_is_recorded_is_a_file_of_its_own(tmp_path):
+    space = SearchSpace.load(FOLDER / "tiny-qwen2.5-vl.yaml")
+    section = json.loads(json.dumps(space.section))
+    again = SearchSpace.load(
+        extending(tmp_path, backbone=space.backbone, methods={"vgid": section})
+    )
+    assert (again.searched, again.fixed) == (space.searched, space.fixed)
+    assert again.first_points == space.first_points
+
+
+@pytest.mark.parametrize(
+    ("extends", "said"),
+    [
+        ("none.yaml", ["extends", "there is no file", "none.yaml", "llava-1.5-7b"]),
+        ("child.yaml", ["extends", "in turn"]),
+        ("circle.yaml", ["circle.yaml", "extends", "in turn"]),
+        ("unknown.yaml", ["unknown.yaml", "gamma", "unknown key"]),
+        ("bad.yaml", ["bad.yaml: methods.vgid.parameters.alpha", "swap them"]),
+        (["tiny-llava"], ["extends", "string"]),
+    ],
+)
+def test_bad_extensions_get_one_sentence(tmp_path, extends, said):
+    extending(tmp_path, "circle.yaml", extends="child.yaml")
+    extending(tmp_path, "unknown.yaml", gamma=1)
+    bad = {"vgid": {"parameters": {"alpha": {"low": 2.0, "high": 1.0}}}}
+    extending(tmp_path, "bad.yaml", extends="tiny-llava", methods=bad)
+    with pytest.raises(InputError) as caught:
+        SearchSpace.load(extending(tmp_path, extends=extends))
+    check_sentence(str(caught.value), [str(tmp_path), *said])
 
 
 def test_an_invalid_point_is_refused(tmp_path):

@@ -59,7 +59,7 @@ def study(tmp_path):
     """A study with one trial in flight, before its search and its tracker are there."""
     plan = make_plan(StudyConfig(output=tmp_path / "study"))
     with Ledger(plan.config.output) as ledger:
-        header = ledger.open(plan.config, plan.space_sha256, resume=False)
+        header = ledger.open(plan.config, plan.space.sha256, resume=False)
         standing = Standing(1)
         with (tmp_path / "console").open("w") as stream:
             console = StudyConsole(stream, standing)
@@ -200,7 +200,7 @@ def test_other_data_and_other_weights_are_refused_on_a_resume(study, monkeypatch
 
     def resumed():
         ledger = study.ledger
-        ledger.resume(study.config, study.plan.space_sha256)
+        ledger.resume(study.config, study.plan.space.sha256)
         return Study(study.plan, ledger, header, study.console, study.standing, started=0.0)
 
     resumed()._prepare_data()  # the same again

@@ -1,6 +1,5 @@
 """What a study is going to do, checked in full before anything is started or written."""
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from itertools import product
@@ -67,7 +66,6 @@ class Plan:
     Attributes:
         config: as asked for.
         space: the search space.
-        space_sha256: of its file.
         request: what every trial of the study shares.
         shape: resources of a slot.
         benchmark: the data without what is left out; None where it is the embedded backbone's own
@@ -76,7 +74,6 @@ class Plan:
 
     config: StudyConfig
     space: SearchSpace
-    space_sha256: str
     request: RequestConfig
     shape: SlotShape
     benchmark: "Benchmark | None"
@@ -169,7 +166,6 @@ def make_plan(config: StudyConfig) -> Plan:
     return Plan(
         config=config,
         space=space,
-        space_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         request=request,
         shape=_shape(config, space, folder),
         benchmark=benchmark,

@@ -16,8 +16,15 @@ A backbone has one file, and in it each method its section. A parameter is any f
           - {alpha: 1.0, noise_type: random}
 
 ``sigma`` is asked for only where the noise type is Gaussian (define-by-run).
+
+``extends: llava-1.5-7b`` at the top takes the rest over from another file: that of a backbone in
+``search_spaces``, or a path relative to this file. What this file says replaces what is inherited
+by key: each field of ``shared``, each field of a method's ``parameters``, and a method's
+``first_points`` as one list. No deeper: a range is not mixed with an inherited one. ``null`` takes
+an inherited field back. ``backbone`` is each file's own.
 """
 
+import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -79,7 +86,7 @@ def is_paper_default(trial: TrialConfig) -> bool:
 class _Section(Config):
     """What a file says about one method."""
 
-    parameters: dict[str, Any]
+    parameters: dict[str, Any] = Field(default_factory=dict)
     first_points: list[dict[str, Any]] | None = None
 
 
@@ -87,8 +94,9 @@ class _File(Config):
     """The top level of a search-space file."""
 
     backbone: str
+    extends: str | None = None
     shared: dict[str, Any] = Field(default_factory=dict)
-    methods: dict[Method, _Section] = Field(min_length=1)
+    methods: dict[Method, _Section] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ class SearchSpace:
 
     Attributes:
         source: the file and the section, for messages.
+        sha256: of the file, followed by those that it extends.
         backbone: name of the backbone that the ranges are meant for.
         method: unlearning method.
         searched: the open parameters, in the order in which they are asked for.
@@ -105,6 +114,7 @@ class SearchSpace:
     """
 
     source: str
+    sha256: str
     backbone: str
     method: Method
     searched: Mapping[str, Range | Choices]
@@ -123,18 +133,10 @@ class SearchSpace:
         Raises:
             InputError: one sentence that names the file, the field and the remedy.
         """
-        content = _parsed(path)
-        _check_backbone(content.backbone, backbone, str(path))
-        if method not in content.methods:
-            raise InputError(
-                f"{path}: methods: there is no section '{method}'; add one, or choose another "
-                f"--method ({', '.join(content.methods)})."
-            )
-        section = content.methods[method]
-        source = f"{path}: methods.{method}"
-        where = dict.fromkeys(content.shared, f"{path}: shared")
-        where |= dict.fromkeys(section.parameters, f"{source}.parameters")
-        raw = {**content.shared, **section.parameters}
+        chain = _chain(path)
+        own = chain[0][1].backbone
+        _check_backbone(own, backbone, str(path))
+        raw, where, points = _merged(chain, method)
         for name, place in where.items():
             check_name(name, place, method)
 
@@ -147,10 +149,17 @@ class SearchSpace:
                 searched[name] = domain_of(name, value, where[name], method)
             elif value is not None:
                 fixed[name] = valid_value(name, value, where[name], method)
-        space = cls(source, content.backbone, method, searched, fixed)
+        read = hashlib.sha256(b"".join(file.read_bytes() for file, _ in chain)).hexdigest()
+        space = cls(f"{path}: methods.{method}", read, own, method, searched, fixed)
         space._check_sigma()
         space._check_some_proposal()
-        return space._with_first_points(section.first_points)
+        return space._with_first_points(points)
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The section as a file without ``extends`` or ``shared`` would have it, as plain data."""
+        searched = {k: v.model_dump(exclude_defaults=True) for k, v in self.searched.items()}
+        return {"parameters": {**self.fixed, **searched}, "first_points": list(self.first_points)}
 
     @property
     def default_point(self) -> dict[str, Any] | None:
@@ -339,6 +348,47 @@ def _parsed(path: Path) -> _File:
                 "'parameters' and 'first_points' under 'methods', as in search_spaces."
             )
     return parse(_File, raw, str(path))
+
+
+def _chain(path: Path) -> list[tuple[Path, _File]]:
+    """A file, the one that it extends, the one that this extends, and so on."""
+    from vgid.backbones import BACKBONES
+
+    chain = [(path, _parsed(path))]
+    while (named := chain[-1][1].extends) is not None:
+        file = chain[-1][0]
+        above = FOLDER / f"{named}.yaml" if named in BACKBONES else file.parent / named
+        if not above.is_file():
+            raise InputError(
+                f"{file}: extends: there is no file {above}; write a path relative to this file, "
+                f"or one of {', '.join(BACKBONES)}."
+            )
+        if any(above.samefile(seen) for seen, _ in chain):
+            raise InputError(
+                f"{file}: extends: {named} extends this file in turn; take one 'extends' out."
+            )
+        chain.append((above, _parsed(above)))
+    return chain
+
+
+def _merged(
+    chain: list[tuple[Path, _File]], method: Method
+) -> tuple[dict[str, Any], dict[str, str], list[dict[str, Any]] | None]:
+    """The parameters of a method, where each of them stands, and the first points."""
+    oldest_first = chain[::-1]
+    sections = [(f, file.methods[method]) for f, file in oldest_first if method in file.methods]
+    if not sections:
+        others = dict.fromkeys(name for _, file in chain for name in file.methods)
+        raise InputError(
+            f"{chain[0][0]}: methods: there is no section '{method}'; add one, or choose another "
+            f"--method ({', '.join(others) or 'there is none'})."
+        )
+    places = [(f"{path}: shared", file.shared) for path, file in oldest_first]
+    places += [(f"{f}: methods.{method}.parameters", section.parameters) for f, section in sections]
+    raw = {name: value for _, given in places for name, value in given.items()}
+    where = {name: place for place, given in places for name in given}
+    points = [s.first_points for _, s in sections if "first_points" in s.model_fields_set]
+    return raw, where, points[-1] if points else None
 
 
 def _check_backbone(name: str, wanted: str | None, source: str) -> None:

@@ -72,7 +72,7 @@ def run_study(
         "--resume."
     )
     with Ledger(config.output) as ledger, last_words(sudden):
-        header = ledger.open(plan.config, plan.space_sha256, resume)
+        header = ledger.open(plan.config, plan.space.sha256, resume)
         if retry_failed:
             ledger.retry_failed()
         with libraries_silenced(config.output / "study.log") as terminal:

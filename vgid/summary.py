@@ -122,7 +122,8 @@ def study_summary(
         **provenance(),
         "data_sha256": hashes.get("dataset"),
         "base_sha256": hashes.get("base"),
-        "search_space_sha256": plan.space_sha256,
+        "search_space_sha256": plan.space.sha256,
+        "search_space": plan.space.section,
         "trained_verbatim": verbatim,
         "retain_seen": {
             "people": plan.request.retain_people // 2,

@@ -82,7 +82,7 @@ class Driver:
     def __init__(self, config: StudyConfig, mlflow: int, resume: bool = False) -> None:
         plan = make_plan(config)
         self.ledger = Ledger(config.output)
-        header = self.ledger.open(plan.config, plan.space_sha256, resume)
+        header = self.ledger.open(plan.config, plan.space.sha256, resume)
         standing = Standing(config.trials)
         self._stream = (config.output / "console").open("w")
         console = StudyConsole(self._stream, standing)
