@@ -180,7 +180,7 @@ class TrialConfig(Config):
     calls lambda in equation 7, beta in equation 8 and gamma in equation 15.
 
     The paper gives no learning rate, LoRA or batch size for VGID; the defaults here were measured
-    on ``tiny-llava`` (README).
+    on ``tiny-llava`` (search_spaces/README.md).
     """
 
     method: Method = "vgid"

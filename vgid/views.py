@@ -6,7 +6,7 @@ So each view is the portrait as another shot might have it: a little turned, sca
 shifted, and lit otherwise. The teacher's targets stay those of the original.
 
 The ranges are small: nearly twice as large, they left the original itself less forgotten on
-``tiny-llava``. What the views are worth stands in README.
+``tiny-llava``. What the views are worth stands in search_spaces/README.md.
 """
 
 from math import cos, radians, sin
