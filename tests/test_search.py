@@ -6,13 +6,15 @@ import math
 import optuna
 import pytest
 from optuna.trial import TrialState
-from ray.tune.search import Searcher
+from ray.tune.experiment import Experiment
+from ray.tune.progress_reporter import _get_progress_table_data
+from ray.tune.search import Searcher, SearchGenerator
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.ledger import Header, Ledger, now
 from vgid.mailbox import Job
-from vgid.ray_tune import JOB
+from vgid.ray_tune import JOB, SlotTrial
 from vgid.results import TrialResult
 from vgid.search import ParetoSearch, make_sampler, objectives, open_journal
 from vgid.search_space import SearchSpace
@@ -97,6 +99,25 @@ def test_first_points_come_first_and_trial_ids_are_optunas_numbers(ledger, space
         assert trial.params["alpha"] == config.alpha
         assert trial.state == TrialState.COMPLETE
         assert trial.values == [config.alpha / 3, 1 - config.alpha / 4]
+
+
+def test_tunes_own_table_has_a_column_for_each_searched_field(ledger, space):
+    searcher = search(ledger, space, trials=2, concurrent=2)
+    generator = SearchGenerator(searcher)
+    generator.add_configurations([Experiment("study", SlotTrial, num_samples=2)])
+    trials = [generator.next_trial() for _ in range(2)]
+    searcher.close()
+    assert [set(trial.config) for trial in trials] == [
+        {"alpha", "noise_type", JOB},
+        {"alpha", "noise_type", "sigma", JOB},
+    ]
+    rows, head, _ = _get_progress_table_data(trials, metric_columns=[])
+    shown = [dict(zip(head, row, strict=True)) for row in rows]
+    columns = ("alpha", "noise_type", "sigma")
+    assert [tuple(row[name] for name in columns) for row in shown] == [
+        (1.0, "random", None),
+        (0.5, "gaussian", 0.8),
+    ]
 
 
 @pytest.mark.parametrize("sampler", ["gp", "tpe", "random"])

@@ -18,7 +18,8 @@ from vgid.outputs import OBJECTIVES
 from vgid.results import EpochReport
 
 JOB = "job"
-"""Key of a Tune config: the job as JSON; the search proposes complete jobs."""
+"""Key of a Tune config: the job as JSON, which is all that a trial goes by. The searched fields
+stand beside it for Ray's tables and dashboard, which show a parameter a column."""
 
 REPORT, OUTCOME = "report", "outcome"
 """Keys of a Tune result: an EpochReport or the final Outcome, as JSON."""

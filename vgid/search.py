@@ -214,8 +214,8 @@ class ParetoSearch(Searcher):
         """The next trial: one that a killed study left in flight, a lost one, or a new proposal.
 
         Returns:
-            A Tune config with the job; None while enough trials run, or those that do may yet be
-            lost and come back; ``Searcher.FINISHED``.
+            A Tune config: what is searched, for Tune's own tables, and the job. None while enough
+            trials run, or those that do may yet be lost and come back; ``Searcher.FINISHED``.
         """
         if len(self._running) >= self._concurrent:
             return None
@@ -246,7 +246,8 @@ class ParetoSearch(Searcher):
             checkpoints=self._ledger.checkpoints(name),
             attempt=self._losses.begin(name),
         )
-        return {JOB: job.model_dump_json()}
+        searched = config.model_dump(include=set(self._space.searched), exclude_none=True)
+        return {**searched, JOB: job.model_dump_json()}
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
