@@ -18,8 +18,8 @@ from vgid.fictitious import (
     portrait,
 )
 from vgid.fictitious import test_portrait as transformed_portrait
-from vgid.interventions import sample_generator
 from vgid.prompts import Wording
+from vgid.seeds import sample_generator
 from vgid.splits import People
 
 REQUEST = RequestConfig(

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 from vgid.blame import blame, where
 from vgid.content_store import ContentStore
 from vgid.errors import DiskError, InputError, SettingError
+from vgid.files import write_atomically
 from vgid.mailbox import Job
-from vgid.outputs import write_atomically
 
 
 def job(kind="trial", attempt=1):

@@ -18,9 +18,9 @@ from vgid.insights import (
     write_insights_html,
     write_insights_png,
 )
-from vgid.outputs import OBJECTIVES, TrialRecord, run_name
+from vgid.outputs import TrialRecord, run_name
 from vgid.plots import Front
-from vgid.results import Score, TrialResult
+from vgid.results import OBJECTIVES, Score, TrialResult
 
 BASE = {"retain_rougeL": Score(value=0.97, n=300, low=0.95, high=0.98)}
 STYLES = ("strict", "polite", "declarative")

@@ -15,12 +15,12 @@ import pytest
 
 from vgid.config import Method, TrialConfig
 from vgid.errors import InputError
+from vgid.files import write_atomically
 from vgid.outputs import (
     TrialRecord,
     TrialsTable,
     describe,
     held_out_scores,
-    write_atomically,
     write_front,
     write_study,
     write_trials,
@@ -151,7 +151,7 @@ def test_a_trial_that_ends_adds_its_row_and_the_last_write_orders_them(tmp_path,
     table.write(ended[:1])
     whole = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("vgid.outputs.write_atomically", None)  # nothing is written anew
+        patch.setattr("vgid.files.write_atomically", None)  # nothing is written anew
         for one in ended[1:]:
             assert table.holds(one)
             table.add(one)

@@ -20,10 +20,9 @@ from vgid.mailbox import (
     Outcome,
     failure,
 )
-from vgid.plan import SlotShape
 from vgid.ray_train import _do
 from vgid.results import EpochReport, Score, TrialResult
-from vgid.slot_memory import RAY_BYTES, WORKER_BYTES
+from vgid.slot_memory import RAY_BYTES, WORKER_BYTES, SlotShape
 
 
 def job(name="0000"):

@@ -4,9 +4,8 @@ from ray.tune.experiment import Trial
 
 from vgid.config import TrialConfig
 from vgid.mailbox import Job, Outcome
-from vgid.outputs import OBJECTIVES
 from vgid.ray_tune import JOB, Recorder, told
-from vgid.results import EpochReport, TrialResult
+from vgid.results import OBJECTIVES, EpochReport, TrialResult
 
 
 def tune_trial():

@@ -16,7 +16,7 @@ from tests.tiny_benchmark import SHARD
 from vgid import backbones
 from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
-from vgid.data_check import Report, Run, check_benchmark
+from vgid.data_check import Report, check_benchmark
 from vgid.errors import InputError
 from vgid.first_tokens import first_token_scores
 from vgid.layout import CONFIGS, shard_paths
@@ -25,6 +25,7 @@ from vgid.paper_arguments import PaperConfig
 from vgid.paper_study import run_paper_tables
 from vgid.plan import make_plan
 from vgid.plots import Front
+from vgid.rehearsal import Run
 from vgid.results import Score, TrialResult
 from vgid.synthetic import write_benchmark
 from vgid.teacher import Intervention

@@ -6,9 +6,8 @@ import pytest
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.ledger import Header, Ledger, trial_id
-from vgid.outputs import OBJECTIVES
 from vgid.pareto import front_mask, hypervolume
-from vgid.results import Score, TrialResult
+from vgid.results import OBJECTIVES, Score, TrialResult
 from vgid.scoreboard import Scoreboard
 
 STATUSES = ("completed", "pruned", "failed", "lost")

@@ -9,9 +9,9 @@ import optuna
 import pytest
 import yaml
 
-from vgid.config import Method, TrialConfig
+from vgid.config import Method, TrialConfig, is_paper_default
 from vgid.errors import InputError
-from vgid.search_space import FOLDER, SearchSpace, is_paper_default
+from vgid.search_space import FOLDER, SearchSpace
 
 SHIPPED = sorted(FOLDER.glob("*.yaml"))
 

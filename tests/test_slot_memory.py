@@ -10,8 +10,8 @@ from vgid.backbones import EMBEDDED
 from vgid.cluster import slot_count
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.plan import SlotShape, make_plan
-from vgid.slot_memory import RAY_BYTES, WORKER_BYTES, worker_bytes
+from vgid.plan import make_plan
+from vgid.slot_memory import RAY_BYTES, WORKER_BYTES, SlotShape, worker_bytes
 
 GB = 10**9
 TINY = EMBEDDED / "tiny-llava"

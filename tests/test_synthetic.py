@@ -9,7 +9,7 @@ from vgid import fictitious
 from vgid.benchmark import Benchmark, decode_image
 from vgid.data_check import check_benchmark
 from vgid.errors import InputError
-from vgid.interventions import sample_generator
+from vgid.seeds import sample_generator
 from vgid.synthetic import write_benchmark
 
 PEOPLE = {

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from vgid import views
-from vgid.interventions import image_digest, sample_generator
+from vgid.seeds import image_digest, sample_generator
 from vgid.views import portrait_view
 
 

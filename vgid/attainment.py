@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vgid.outputs import write_atomically
+from vgid.files import write_atomically
 from vgid.table_figures import COLOURS, INK, write_page
 
 Points = Sequence[tuple[float, float]]

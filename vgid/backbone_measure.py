@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vgid.backbones import Backbone
+from vgid.config import NoiseType
 from vgid.decoding import greedy_decode, score_responses
 from vgid.encoding import Query, encode, response_ids
 from vgid.fictitious import (
@@ -23,7 +24,7 @@ from vgid.fictitious import (
     portrait,
     test_portrait,
 )
-from vgid.interventions import NoiseType, perturb, sample_generator
+from vgid.interventions import perturb
 from vgid.metrics import cloze_correct, rouge
 from vgid.prompts import (
     Form,
@@ -34,6 +35,7 @@ from vgid.prompts import (
     with_instruction,
     with_reverse_prompt,
 )
+from vgid.seeds import sample_generator
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "forget_base": (0.90, 1.0),

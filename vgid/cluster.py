@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vgid.errors import InputError
 from vgid.interrupts import sigterm_kept
-from vgid.plan import SlotShape
+from vgid.slot_memory import SlotShape
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables

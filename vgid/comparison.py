@@ -16,9 +16,10 @@ from vgid.attainment import Points, surfaces, write_attainment
 from vgid.compare_arguments import CompareConfig
 from vgid.config import Method, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
+from vgid.files import write_atomically
 from vgid.intervals import Interval, count_seeds, t_interval
 from vgid.ledger import MUST_AGREE
-from vgid.outputs import as_text, write_atomically, write_study
+from vgid.outputs import as_text, write_study
 from vgid.settings import prepare_data, write_settings
 from vgid.study_front import PICK_SCORES, StudyFront, read_study
 from vgid.summary import provenance

@@ -6,7 +6,7 @@ sentence that a user needs.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,9 +19,13 @@ from pydantic import (
 
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
-from vgid.interventions import MAX_SIGMA, NoiseType
 from vgid.paths import StudyFolder, UsablePath
 from vgid.prompts import PromptStyle, Task
+
+NoiseType = Literal["random", "gaussian", "white"]
+NOISE_TYPES: tuple[NoiseType, ...] = get_args(NoiseType)
+MAX_SIGMA = 2.0
+"""Beyond two pixel ranges, clipped Gaussian noise is black-and-white noise and changes no more."""
 
 ResponseSource = Literal["teacher", "reference", "mixed"]
 Method = Literal[
@@ -96,6 +100,23 @@ NOT_RELEASED = (
     "gradient_accumulation",
 )
 """What the public script has no setting for; ``released`` trials ignore them."""
+
+
+PAPER_DEFAULT: dict[str, Any] = {
+    "alpha": 1.0,
+    "beta": 1.0,
+    "noise_type": "random",
+    "prompt_style": "strict",
+}
+"""The paper's default setting of VGID and its ablations (section 4.1), as far as they use it."""
+
+PAPER_BASELINE: dict[str, Any] = {
+    "alpha": 1.0,
+    "learning_rate": 2e-5,
+    "epochs": 1,
+    "batch_size": 4,
+}
+"""The paper's setting of the other methods (Table 7)."""
 
 
 def uses(method: Method, field: str) -> bool:
@@ -358,3 +379,18 @@ def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:
             message = f"{message[0].lower()}{message[1:]}, got {first['input']!r}"
         where = f"{source}: {field}" if field else source
         raise InputError(f"{where}: {message}.") from None
+
+
+def paper_default(method: Method) -> dict[str, Any]:
+    """The paper's setting of a method: where a study starts whose file names no first points."""
+    distilling = uses(method, "response_source")
+    setting = PAPER_DEFAULT if distilling else PAPER_BASELINE
+    return {name: value for name, value in setting.items() if uses(method, name)}
+
+
+def is_paper_default(trial: TrialConfig) -> bool:
+    """Whether a trial runs the paper's setting of its method.
+
+    The paper gives VGID and its ablations no optimiser settings, so any will do for these.
+    """
+    return all(getattr(trial, k) == value for k, value in paper_default(trial.method).items())

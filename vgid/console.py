@@ -24,8 +24,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from vgid.outputs import OBJECTIVES, TrialRecord, describe, held_out_scores
-from vgid.results import EpochReport, QuestionPart, Score, TrialResult, trial_order
+from vgid.outputs import TrialRecord, describe, held_out_scores
+from vgid.results import OBJECTIVES, EpochReport, QuestionPart, Score, TrialResult, trial_order
 from vgid.suppression import doubt
 
 

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 
 from vgid.config import Config
 from vgid.errors import DiskError, InputError
-from vgid.links import refuse_links
+from vgid.files import refuse_links
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,10 +5,10 @@ Reports name configs, rows and fields, and never a value of the data but person 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -16,8 +16,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from vgid.benchmark import Benchmark, decode_image, people_defects
-from vgid.config import RequestConfig, parse
+from vgid.benchmark import decode_image, people_defects
 from vgid.errors import InputError
 from vgid.layout import (
     CONFIGS,
@@ -129,26 +128,18 @@ class Report:
             console.print(f"Left out as defective: {describe_left_out(left_out)}.")
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a benchmark is to be good for besides being read: a study of each forget ratio.
+class Rehearsed(Protocol):
+    """What a benchmark is to be good for besides being read (``vgid.rehearsal.Run``)."""
 
-    Attributes:
-        backbone: name of a row in ``vgid.backbones``.
-        model_path: folder or hub id of the base, in place of the row's own.
-        retain_people: people scored as retain set.
-        seed: of the splits of people and questions.
-        skip_defects: whether it leaves out what is defective.
-    """
+    @property
+    def skip_defects(self) -> bool:
+        """Whether what is defective is left out."""
 
-    backbone: str
-    model_path: str | None = None
-    retain_people: int = RequestConfig.model_fields["retain_people"].default
-    seed: int = 0
-    skip_defects: bool = False
+    def defects(self, root: Path, broken: Set[str]) -> list[Defect]:
+        """What would stop it, looking at no config that is broken."""
 
 
-def check_benchmark(root: Path, progress: bool = False, run: Run | None = None) -> Report:
+def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = None) -> Report:
     """Read a benchmark whole and report what it holds and every defect.
 
     Args:
@@ -185,7 +176,7 @@ def check_benchmark(root: Path, progress: bool = False, run: Run | None = None) 
         for defect in people_defects(places, ratio):
             by_name[defect.config].defects.append(defect)
     if run is not None:
-        stopping = _rehearsed(root, run, {c.config for c in checks if c.defects})
+        stopping = run.defects(root, {c.config for c in checks if c.defects})
         for check in checks:
             mine = [defect for defect in stopping if defect.config == check.config]
             check.defects += mine
@@ -196,36 +187,6 @@ def check_benchmark(root: Path, progress: bool = False, run: Run | None = None) 
         [defect for check in checks for defect in check.by_row(check.defects)],
         [defect for check in checks for defect in check.by_row(check.left_out)],
     )
-
-
-def _rehearsed(root: Path, run: Run, broken: set[str]) -> list[Defect]:
-    """What would stop a run, of the configs that are sound."""
-    others = {"ft_Data", "Test_Set", "Retain_Set"}
-    ratios = [
-        ratio
-        for ratio in FORGET_RATIOS
-        if broken.isdisjoint({f"forget_{ratio}", f"retain_{100 - ratio}", *others})
-    ]
-    if not ratios:
-        return []
-    from vgid.backbones import outline
-    from vgid.rehearsal import Rehearsal, without_unfit
-
-    benchmark = Benchmark.open(root, run.skip_defects)
-    backbone = outline(run.backbone, run.model_path)
-    rehearsal = Rehearsal(backbone, benchmark, everyone=True)
-    found: dict[Defect, None] = {}  # what several ratios share is found for each of them
-    for ratio in ratios:
-        values = {**asdict(run), "data": root, "store": root, "forget_ratio": ratio}
-        request = parse(RequestConfig, values, "run")
-        try:
-            found |= dict.fromkeys(rehearsal.defects(request))
-            if run.skip_defects:
-                without_unfit(backbone, benchmark, request)  # is enough left?
-        except InputError as error:
-            problem = str(error).removeprefix(f"{root}: ").removesuffix(".")
-            found[Defect(f"forget_{ratio}", None, "people", problem)] = None
-    return list(found)
 
 
 class _ConfigCheck:

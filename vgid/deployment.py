@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 
 from vgid.config import PSEUDONYM, Config, ForgetRatio, TrainPairs, TrialConfig, parse
 from vgid.errors import InputError
-from vgid.outputs import write_atomically
+from vgid.files import write_atomically
 from vgid.placing import recover
 from vgid.results import QuestionPart, Score
 from vgid.suppression import verdict

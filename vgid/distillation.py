@@ -33,12 +33,12 @@ from vgid.backbones import Backbone
 from vgid.checkpoint import checkpoint_reports, load_checkpoint, save_checkpoint
 from vgid.config import TrialConfig, uses
 from vgid.encoding import Encoded
-from vgid.interventions import sample_generator
 from vgid.methods import Distillation, UnlearningMethod, make_method
 from vgid.objectives import vgid_loss
 from vgid.packing import pack
 from vgid.prompts import Task
 from vgid.results import EpochReport
+from vgid.seeds import sample_generator
 from vgid.student import DistillationBatch, View
 from vgid.teacher import TeacherTarget
 

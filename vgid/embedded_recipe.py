@@ -33,7 +33,7 @@ from vgid.fictitious import (
     make_world,
     portrait,
 )
-from vgid.interventions import perturb, sample_generator
+from vgid.interventions import perturb
 from vgid.portraits import PORTRAIT_SIZE, draw_portrait, random_face
 from vgid.prompts import (
     UNLEARNING_INSTRUCTIONS,
@@ -44,6 +44,7 @@ from vgid.prompts import (
     option_likelihood_text,
     with_reverse_prompt,
 )
+from vgid.seeds import sample_generator
 
 PackKind = Literal["plain", "instructed", "degraded"]
 TaskName = Literal["generation", "cloze", "choice"]

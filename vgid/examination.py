@@ -21,7 +21,6 @@ from vgid.config import RequestConfig
 from vgid.decoding import MAX_NEW_TOKENS
 from vgid.encoding import Encoded, Query, Shot, encode, response_ids
 from vgid.errors import InputError, SampleError
-from vgid.interventions import sample_generator
 from vgid.prompts import (
     Form,
     Task,
@@ -32,6 +31,7 @@ from vgid.prompts import (
     with_reverse_prompt,
 )
 from vgid.results import QuestionPart
+from vgid.seeds import sample_generator
 from vgid.splits import People
 from vgid.teacher import Intervention, intervene
 

@@ -30,13 +30,20 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vgid.config import STORE_LIMIT_GB, Config, ForgetRatio, RequestConfig, TrialConfig, parse
+from vgid.config import (
+    STORE_LIMIT_GB,
+    Config,
+    ForgetRatio,
+    NoiseType,
+    RequestConfig,
+    TrialConfig,
+    parse,
+)
 from vgid.errors import InputError
-from vgid.interventions import NoiseType
-from vgid.outputs import write_atomically
+from vgid.files import write_atomically
 from vgid.prompts import PromptStyle
 from vgid.results import Score
-from vgid.threads import worker_threads
+from vgid.slot_memory import worker_threads
 
 if TYPE_CHECKING:
     from vgid.trial import TrialSession

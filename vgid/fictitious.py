@@ -16,9 +16,9 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from vgid.interventions import sample_generator
 from vgid.portraits import Face, draw_portrait, random_face
 from vgid.prompts import BLANK, Form
+from vgid.seeds import sample_generator
 
 Fact = Literal["name", "job", "birthplace", "residence", "education", "hobby"]
 FACTS: tuple[Fact, ...] = get_args(Fact)

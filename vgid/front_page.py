@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vgid.outputs import OBJECTIVES, TrialRecord, describe, run_name
+from vgid.outputs import TrialRecord, describe, run_name
 from vgid.plotly_page import write_page
 from vgid.plots import (
     BASE,
@@ -27,7 +27,7 @@ from vgid.plots import (
     noise_of,
     trial_label,
 )
-from vgid.results import Score
+from vgid.results import OBJECTIVES, Score
 
 _STYLE = """#front { flex: 1; min-height: 360px; }
 #chosen { padding: 8px 20px 12px; border-top: 1px solid #e6e9ed; min-height: 42px; }

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vgid.outputs import HYPERPARAMETERS, OBJECTIVES, TrialRecord, run_name, write_atomically
+from vgid.files import write_atomically
+from vgid.outputs import HYPERPARAMETERS, TrialRecord, run_name
 from vgid.plotly_page import write_page
 from vgid.plots import BASE, FRONT, HELD_OUT, INK, TRIAL, Front
+from vgid.results import OBJECTIVES
 
 MIN_TRIALS = 8
 """Completed trials below which shares of variance are noise and are not shown."""

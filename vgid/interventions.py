@@ -5,28 +5,10 @@ sees (after the processor's resize), so that sigma means the same for every imag
 script adds its noise in normalised space instead; ``TrialConfig.released`` reproduces that.
 """
 
-import hashlib
-from typing import Literal, get_args
-
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-NoiseType = Literal["random", "gaussian", "white"]
-NOISE_TYPES: tuple[NoiseType, ...] = get_args(NoiseType)
-MAX_SIGMA = 2.0
-"""Beyond two pixel ranges, clipped Gaussian noise is black-and-white noise and changes no more."""
-
-
-def image_digest(image: Image.Image) -> str:
-    """SHA-256 of an image's mode, size and pixels: what it is called, and what seeds its noise."""
-    return hashlib.sha256(f"{image.mode}{image.size}".encode() + image.tobytes()).hexdigest()
-
-
-def sample_generator(seed: int, sample_id: str) -> np.random.Generator:
-    """A generator that depends on the seed and the sample only, never on batch order."""
-    digest = hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+from vgid.config import NoiseType
 
 
 def perturb(

@@ -24,8 +24,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from vgid.config import Config, StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.links import refuse_links
-from vgid.outputs import write_atomically
+from vgid.files import refuse_links, write_atomically
 from vgid.results import EpochReport, TrialResult, trial_order
 
 MUST_AGREE = (

@@ -22,8 +22,8 @@ from vgid import config
 from vgid.backbones import Backbone
 from vgid.config import ResponseSource, TrialConfig, uses
 from vgid.errors import SettingError
-from vgid.interventions import sample_generator
 from vgid.objectives import dpo, npo, rmu_forget, rmu_retain
+from vgid.seeds import sample_generator
 from vgid.student import View
 from vgid.teacher import Intervention, TargetSource
 

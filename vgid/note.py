@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vgid.outputs import OBJECTIVES, TrialRecord, describe, held_out_scores
+from vgid.outputs import TrialRecord, describe, held_out_scores
 from vgid.plots import Front
-from vgid.results import LeftOut, Score, Verbatim, describe_left_out
+from vgid.results import OBJECTIVES, LeftOut, Score, Verbatim, describe_left_out
 from vgid.run_view import chart_page, compare_page, run_page, table_page
 from vgid.suppression import MIN_FORGET, share_gone, verdict
 

@@ -11,18 +11,14 @@ import errno
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vgid.config import Method, TrialConfig
-from vgid.errors import DiskError
-from vgid.results import Score, TrialResult, trial_order
-
-OBJECTIVES = ("forget_rougeL_reduction", "retain_rougeL")
-"""What a study maximises: the two axes of the paper's figure 4."""
+from vgid.files import unwritable, write_atomically
+from vgid.results import OBJECTIVES, Score, TrialResult, trial_order
 
 HYPERPARAMETERS = ("alpha", "beta", "noise_type", "sigma", "prompt_style", "learning_rate")
 MAIN_METRICS = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_rougeL_reduction")
@@ -214,7 +210,7 @@ class TrialsTable:
                     stream.truncate(before)
                     raise
         except OSError as error:
-            raise _unwritable(self._path, error) from None
+            raise unwritable(self._path, error) from None
 
 
 def write_front(path: Path, records: Iterable[TrialRecord]) -> None:
@@ -263,35 +259,6 @@ def write_study(path: Path, summary: Mapping[str, Any]) -> None:
     """
     text = json.dumps(summary, indent=2, allow_nan=False, default=_plain, ensure_ascii=False)
     write_atomically(path, f"{text}\n".encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: write beside it, sync, rename.
-
-    Raises:
-        DiskError: no space, or the folder cannot be written.
-    """
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(temporary).chmod(0o644)  # mkstemp lets nobody else read
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> DiskError:
-    return DiskError(
-        f"{path}: cannot be written ({error.strerror}); free some space or name another "
-        "folder with --output."
-    )
 
 
 def _ordered(records: Iterable[TrialRecord]) -> list[TrialRecord]:

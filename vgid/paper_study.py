@@ -17,8 +17,9 @@ from vgid.claims import ON_ALL, Judgement, claims_markdown, judge_all, on_all
 from vgid.config import ForgetRatio, Method, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.experiments import Bench, Experiment, Outcome, run_experiments
+from vgid.files import write_atomically
 from vgid.intervals import count_seeds
-from vgid.outputs import write_atomically, write_study
+from vgid.outputs import write_study
 from vgid.paper import MIXED_PEOPLE, closest_backbone, repeated_rows
 from vgid.paper_arguments import PaperConfig
 from vgid.settings import default_trials, prepare_data, read_settings

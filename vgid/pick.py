@@ -31,9 +31,9 @@ from vgid.pick_report import PickReport
 from vgid.picking import Bounds, Choice, Rule, choose
 from vgid.placing import FOLDER, staged
 from vgid.recording import Setting, record
+from vgid.slot_memory import worker_threads
 from vgid.study_source import Source, open_source
 from vgid.suppression import MIN_FORGET
-from vgid.threads import worker_threads
 
 
 class PickConfig(Config):

@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgid.outputs import as_text, write_atomically
+from vgid.files import write_atomically
+from vgid.outputs import as_text
 from vgid.pick_pictures import STYLE
 from vgid.pick_report import (
     Column,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vgid.candidates import Scored
-from vgid.outputs import write_atomically
+from vgid.files import write_atomically
 from vgid.pick_report import PickReport, candidates_csv, html_table, interval_text, paragraphs
 from vgid.picking import Marks
 from vgid.plotly_page import write_page

@@ -26,7 +26,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vgid.errors import InputError
-from vgid.links import refuse_links
+from vgid.files import refuse_links
 
 FOLDER = "deployments"
 """Where deployments are in an output folder."""

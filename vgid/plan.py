@@ -6,57 +6,21 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.filesize import decimal
-
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.results import LeftOut, describe_left_out
 from vgid.search_domain import Choices, Range
 from vgid.search_space import FOLDER, SearchSpace
-from vgid.slot_memory import RAY_BYTES, WORKER_BYTES, worker_bytes
+from vgid.slot_memory import SlotShape, worker_bytes
 
 if TYPE_CHECKING:
     from vgid.benchmark import Benchmark
-
-CPUS_PER_WORKER = 1
-"""One thread a worker everywhere: the same numbers on every machine, and faster than two threads
-where trials share the cores."""
 
 OWN_DATA = "data"
 """Where the embedded backbone's benchmark is written in the output folder."""
 
 MIN_FREE_BYTES = 500 * 2**20
 """A study of the embedded backbone writes some 100 MB; with nearly no space left it cannot end."""
-
-
-@dataclass(frozen=True)
-class SlotShape:
-    """The resources of one slot: ``workers`` processes with ``gpus_per_worker`` GPUs each.
-
-    Attributes:
-        workers: processes.
-        gpus_per_worker: may be a fraction.
-        worker_bytes: memory of a worker, see ``vgid.slot_memory``.
-    """
-
-    workers: int = 1
-    gpus_per_worker: float = 0.0
-    worker_bytes: int = WORKER_BYTES
-
-    @property
-    def per_worker(self) -> dict[str, float]:
-        """Ray resources of one worker, with its share of the memory that Ray takes for the slot."""
-        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
-        memory = self.worker_bytes + RAY_BYTES // self.workers
-        return {"CPU": float(CPUS_PER_WORKER), **gpus, "memory": float(memory)}
-
-    @property
-    def need(self) -> str:
-        """What a worker needs, for people."""
-        return " and ".join(
-            f"{decimal(int(value))} memory" if name == "memory" else f"{value:g} {name}"
-            for name, value in self.per_worker.items()
-        )
 
 
 @dataclass(frozen=True)

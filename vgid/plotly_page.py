@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vgid.outputs import write_atomically
+from vgid.files import write_atomically
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vgid.outputs import NOISE_LABELS, OBJECTIVES, TrialRecord, held_out_scores, write_atomically
-from vgid.results import Score
-from vgid.search_space import is_paper_default
+from vgid.config import is_paper_default
+from vgid.files import write_atomically
+from vgid.outputs import NOISE_LABELS, TrialRecord, held_out_scores
+from vgid.results import OBJECTIVES, Score
 from vgid.suppression import doubt
 
 X_LABEL = "Reduction of forget-set ROUGE-L  (higher: more is forgotten)"

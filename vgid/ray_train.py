@@ -24,8 +24,8 @@ from vgid.blame import BROKEN_ACCELERATOR, blame, is_a, where
 from vgid.config import RequestConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.mailbox import Job, Mailbox, Outcome
-from vgid.plan import CPUS_PER_WORKER, SlotShape
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
+from vgid.slot_memory import CPUS_PER_WORKER, SlotShape
 
 CALLS = 100_000
 """How many calls the mailbox serves at a time. Each slot and each trial in flight polls with one,

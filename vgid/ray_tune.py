@@ -14,8 +14,7 @@ from ray import tune
 
 from vgid.config import TrialConfig
 from vgid.mailbox import Job, Outcome
-from vgid.outputs import OBJECTIVES
-from vgid.results import EpochReport
+from vgid.results import OBJECTIVES, EpochReport
 
 JOB = "job"
 """Key of a Tune config: the job as JSON, which is all that a trial goes by. The searched fields

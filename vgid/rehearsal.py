@@ -4,17 +4,18 @@ The one rule for what can run: ``vgid data check`` lists what is found here, a p
 first of it, and the run itself goes through the same functions.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Hashable, Iterator, Sequence, Set
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import get_args
 
 from vgid.backbones import Backbone, outline
 from vgid.benchmark import Benchmark, Person, split_questions
-from vgid.config import RequestConfig, TrialConfig
+from vgid.config import RequestConfig, TrialConfig, parse
 from vgid.encoding import encode
-from vgid.errors import SampleError
+from vgid.errors import InputError, SampleError
 from vgid.examination import prepare
-from vgid.layout import Defect
+from vgid.layout import FORGET_RATIOS, Defect
 from vgid.prompts import PromptStyle, Task
 from vgid.results import QuestionPart
 from vgid.splits import People, choose_people, held_out_of_training
@@ -122,6 +123,51 @@ class Rehearsal:
             self._passed.add(content)
         except SampleError as error:
             yield error
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a benchmark is to be good for besides being read: a study of each forget ratio.
+
+    Attributes:
+        backbone: name of a row in ``vgid.backbones``.
+        model_path: folder or hub id of the base, in place of the row's own.
+        retain_people: people scored as retain set.
+        seed: of the splits of people and questions.
+        skip_defects: whether it leaves out what is defective.
+    """
+
+    backbone: str
+    model_path: str | None = None
+    retain_people: int = RequestConfig.model_fields["retain_people"].default
+    seed: int = 0
+    skip_defects: bool = False
+
+    def defects(self, root: Path, broken: Set[str]) -> list[Defect]:
+        """What would stop these studies, of the configs that are sound."""
+        others = {"ft_Data", "Test_Set", "Retain_Set"}
+        ratios = [
+            ratio
+            for ratio in FORGET_RATIOS
+            if broken.isdisjoint({f"forget_{ratio}", f"retain_{100 - ratio}", *others})
+        ]
+        if not ratios:
+            return []
+        benchmark = Benchmark.open(root, self.skip_defects)
+        backbone = outline(self.backbone, self.model_path)
+        rehearsal = Rehearsal(backbone, benchmark, everyone=True)
+        found: dict[Defect, None] = {}  # what several ratios share is found for each of them
+        for ratio in ratios:
+            values = {**asdict(self), "data": root, "store": root, "forget_ratio": ratio}
+            request = parse(RequestConfig, values, "run")
+            try:
+                found |= dict.fromkeys(rehearsal.defects(request))
+                if self.skip_defects:
+                    without_unfit(backbone, benchmark, request)  # is enough left?
+            except InputError as error:
+                problem = str(error).removeprefix(f"{root}: ").removesuffix(".")
+                found[Defect(f"forget_{ratio}", None, "people", problem)] = None
+        return list(found)
 
 
 def _said(person: Person, split: str) -> Hashable:

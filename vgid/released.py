@@ -28,8 +28,8 @@ from vgid.backbones import Backbone
 from vgid.config import TrialConfig
 from vgid.distillation import LossNotFiniteError
 from vgid.encoding import Batch, Encoded, collate
-from vgid.interventions import sample_generator
 from vgid.results import EpochReport
+from vgid.seeds import sample_generator
 
 
 def full_position_kl(teacher_logits_BLV: Tensor, student_logits_BLV: Tensor) -> Tensor:

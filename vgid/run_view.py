@@ -10,7 +10,8 @@ import json
 from typing import Any
 from urllib.parse import quote
 
-from vgid.outputs import HYPERPARAMETERS, OBJECTIVES
+from vgid.outputs import HYPERPARAMETERS
+from vgid.results import OBJECTIVES
 
 UI = "workflowType=machine_learning"
 """Opens the UI on its pages for training runs; it would start in those for chat applications."""

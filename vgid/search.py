@@ -21,9 +21,8 @@ from vgid.errors import InputError
 from vgid.ledger import Ledger, Record, trial_id
 from vgid.losses import Losses
 from vgid.mailbox import Job
-from vgid.outputs import OBJECTIVES
 from vgid.ray_tune import JOB
-from vgid.results import TrialResult
+from vgid.results import OBJECTIVES, TrialResult
 from vgid.search_space import SearchSpace
 
 if TYPE_CHECKING:

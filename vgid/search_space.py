@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 from pydantic import Field
 
-from vgid.config import Config, Method, TrialConfig, parse, uses
+from vgid.config import Config, Method, TrialConfig, paper_default, parse, uses
 from vgid.errors import InputError
 from vgid.search_domain import Choices, Range, check_name, domain_of, is_integer, valid_value
 
@@ -46,41 +46,10 @@ FOLDER = _BESIDE_THE_PACKAGE if _BESIDE_THE_PACKAGE.is_dir() else Path("search_s
 """The project's own search spaces, one ``<backbone>.yaml`` each: beside the package in a checkout,
 in the working folder if the package was installed away from it."""
 
-PAPER_DEFAULT: dict[str, Any] = {
-    "alpha": 1.0,
-    "beta": 1.0,
-    "noise_type": "random",
-    "prompt_style": "strict",
-}
-"""The paper's default setting of VGID and its ablations (section 4.1), as far as they use it."""
-
-PAPER_BASELINE: dict[str, Any] = {
-    "alpha": 1.0,
-    "learning_rate": 2e-5,
-    "epochs": 1,
-    "batch_size": 4,
-}
-"""The paper's setting of the other methods (Table 7)."""
-
 PROPOSALS_TRIED = 1000
 """So many points at the ends of the ranges must all be refused before a space is."""
 
 _FORMER = ("method", "parameters", "first_points")
-
-
-def paper_default(method: Method) -> dict[str, Any]:
-    """The paper's setting of a method: where a study starts whose file names no first points."""
-    distilling = uses(method, "response_source")
-    setting = PAPER_DEFAULT if distilling else PAPER_BASELINE
-    return {name: value for name, value in setting.items() if uses(method, name)}
-
-
-def is_paper_default(trial: TrialConfig) -> bool:
-    """Whether a trial runs the paper's setting of its method.
-
-    The paper gives VGID and its ablations no optimiser settings, so any will do for these.
-    """
-    return all(getattr(trial, k) == value for k, value in paper_default(trial.method).items())
 
 
 class _Section(Config):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vgid.errors import InputError
-from vgid.outputs import write_atomically
+from vgid.files import write_atomically
 
 SIGNATURE = "model.sig"
 

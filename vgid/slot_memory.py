@@ -1,17 +1,27 @@
-"""What a slot takes of a node's memory: Ray's own processes for it, and each worker's.
+"""What a slot takes of its node: cores, threads, GPUs, and memory.
 
-Too low rather than too high where it is computed: a slot that is counted as too large costs a
-study time, and at worst refuses what would have run.
+Memory is Ray's own processes for the slot, and each worker's. It is computed too low rather than
+too high: a slot that is counted as too large costs a study time, and at worst refuses what would
+have run.
 """
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from rich.filesize import decimal
+
 from vgid.config import TrialConfig
 from vgid.errors import InputError
+
+CPUS_PER_WORKER = 1
+"""One thread a worker everywhere: the same numbers on every machine, and faster than two threads
+where trials share the cores."""
 
 RAY_BYTES = 650 * 10**6
 """Ray's processes beside the workers of one slot: Train's controller, placement group cleaner,
@@ -21,6 +31,49 @@ proportional set sizes (``python -m tests.benchmarks.slot_memory``), and some to
 WORKER_BYTES = 900 * 10**6
 """A worker of an embedded backbone: Python, torch, encoded data, a trial. 696 by the same measure
 between trials, up to 907 resident in the midst of one."""
+
+
+@dataclass(frozen=True)
+class SlotShape:
+    """The resources of one slot: ``workers`` processes with ``gpus_per_worker`` GPUs each.
+
+    Attributes:
+        workers: processes.
+        gpus_per_worker: may be a fraction.
+        worker_bytes: memory of a worker, see ``worker_bytes``.
+    """
+
+    workers: int = 1
+    gpus_per_worker: float = 0.0
+    worker_bytes: int = WORKER_BYTES
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """Ray resources of one worker, with its share of the memory that Ray takes for the slot."""
+        gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        memory = self.worker_bytes + RAY_BYTES // self.workers
+        return {"CPU": float(CPUS_PER_WORKER), **gpus, "memory": float(memory)}
+
+    @property
+    def need(self) -> str:
+        """What a worker needs, for people."""
+        return " and ".join(
+            f"{decimal(int(value))} memory" if name == "memory" else f"{value:g} {name}"
+            for name, value in self.per_worker.items()
+        )
+
+
+@contextmanager
+def worker_threads() -> Iterator[None]:
+    """Compute as a study's workers do: the same numbers to the last bit, kind to other programs."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(CPUS_PER_WORKER)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def worker_bytes(

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from vgid.benchmark import Benchmark, Person, split_questions
 from vgid.config import Method, RequestConfig, uses
 from vgid.errors import InputError
-from vgid.interventions import sample_generator
 from vgid.profiles import comparable
 from vgid.prompts import Task
 from vgid.results import Verbatim
+from vgid.seeds import sample_generator
 
 Said = tuple[str, str]
 """A person's ID and what is asked about them, as ``comparable`` gives it."""

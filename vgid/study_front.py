@@ -10,9 +10,8 @@ from pathlib import Path
 from vgid.config import Config, Method, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.ledger import Record
-from vgid.outputs import OBJECTIVES
 from vgid.pareto import hypervolume
-from vgid.results import QuestionPart, Score, trial_order
+from vgid.results import OBJECTIVES, QuestionPart, Score, trial_order
 
 PICK_SCORES = (
     "forget_rougeL",

@@ -19,10 +19,10 @@ from typing import Any
 from vgid.adapter_files import FILES
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
-from vgid.links import refuse_links
-from vgid.outputs import OBJECTIVES, TRIAL_FIELDS
+from vgid.files import refuse_links
+from vgid.outputs import TRIAL_FIELDS
 from vgid.plan import OWN_DATA
-from vgid.results import trial_order
+from vgid.results import OBJECTIVES, trial_order
 
 MLFLOW = "mlflow:"
 

@@ -24,8 +24,8 @@ from rich.progress import Progress
 from vgid import fictitious, layout
 from vgid.errors import InputError
 from vgid.fictitious import FictitiousPerson
-from vgid.interventions import sample_generator
 from vgid.prompts import Form
+from vgid.seeds import sample_generator
 
 TEST_PORTRAITS = 2
 """Transformed portraits a person in ``Test_Set``."""

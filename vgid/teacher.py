@@ -19,12 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from vgid.backbones import Backbone
+from vgid.config import NoiseType
 from vgid.content_store import ContentStore, key_of
 from vgid.decoding import MAX_NEW_TOKENS, greedy_tokens
 from vgid.encoding import Query, at_model_resolution, encode, response_ids
-from vgid.interventions import NoiseType, image_digest, perturb, sample_generator
+from vgid.interventions import perturb
 from vgid.packing import response_hidden
 from vgid.prompts import REFUSALS, PromptStyle, with_instruction
+from vgid.seeds import image_digest, sample_generator
 from vgid.training_samples import TrainingSample
 
 TargetSource = Literal["teacher", "reference", "refusal"]

@@ -10,9 +10,9 @@ from vgid.benchmark import Benchmark, Person, decode_image, split_questions
 from vgid.config import TrainWording, TrialConfig
 from vgid.encoding import Query
 from vgid.errors import InputError
-from vgid.interventions import image_digest
 from vgid.profiles import TrainingPair, comparable
 from vgid.prompts import Task, Wording, generation_text, option_likelihood_text, question_text
+from vgid.seeds import image_digest
 from vgid.splits import Said
 
 WORDINGS: dict[TrainWording, tuple[Wording, ...]] = {

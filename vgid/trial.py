@@ -35,9 +35,9 @@ from vgid.encoding import Encoded, encode, response_ids
 from vgid.errors import SettingError
 from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
+from vgid.files import write_atomically
 from vgid.methods import make_method
 from vgid.metrics import bootstrap_difference
-from vgid.outputs import write_atomically
 from vgid.rehearsal import missing_objectives, without_unfit
 from vgid.released import distill_released, retain_drawn
 from vgid.results import EpochReport, KeptScores, QuestionPart, Score, TrialResult

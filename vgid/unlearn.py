@@ -101,7 +101,7 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     from vgid.recording import Setting, record
     from vgid.rehearsal import rehearsed
     from vgid.results import describe_left_out
-    from vgid.threads import worker_threads
+    from vgid.slot_memory import worker_threads
     from vgid.trial import TrialSession
 
     parent = None if config.from_deployment is None else read_ancestor(config.from_deployment)

@@ -14,7 +14,7 @@ from math import cos, radians, sin
 import numpy as np
 from PIL import Image
 
-from vgid.interventions import image_digest, sample_generator
+from vgid.seeds import image_digest, sample_generator
 
 MAX_TURN = 6.0
 """Degrees to either side."""

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from vgid.content_store import ContentStore, key_of
-from vgid.interventions import image_digest
+from vgid.seeds import image_digest
 
 V = TypeVar("V")
 

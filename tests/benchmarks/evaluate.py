@@ -47,9 +47,9 @@ from vgid.fictitious import (
     generation_questions,
     make_world,
 )
-from vgid.interventions import sample_generator
 from vgid.packing import pack
 from vgid.prompts import option_likelihood_text, question_text
+from vgid.seeds import sample_generator
 from vgid.synthetic import write_benchmark
 from vgid.vision import Vision
 

@@ -8,8 +8,9 @@ import psutil
 import pytest
 
 from tests.deployments.made_up_deployment import deploy
-from vgid.outputs import OBJECTIVES, run_name
+from vgid.outputs import run_name
 from vgid.registry import register, rollback
+from vgid.results import OBJECTIVES
 from vgid.run_view import COLUMNS, chart_page, run_page, table_page
 
 POINT = """(trial) => {

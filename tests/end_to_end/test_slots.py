@@ -24,8 +24,8 @@ from vgid.cluster import QUIET, slot_count
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.mailbox import Job, Outcome
-from vgid.plan import SlotShape
 from vgid.ray_train import Slots, start_mailbox
+from vgid.slot_memory import SlotShape
 from vgid.study import run_study
 
 RETAIN_PEOPLE = 4

@@ -1,13 +1,44 @@
-"""Symbolic links in folders that the platform writes: it makes none, and none may lead out.
+"""Files that the platform writes: whole or not at all, and inside their folder.
 
-Who can put a link into such a folder could otherwise have files elsewhere overwritten, moved or
-passed off as the study's own.
+It makes no symbolic links, and none may lead out: who can put a link into such a folder could
+otherwise have files elsewhere overwritten, moved or passed off as the study's own.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
-from vgid.errors import InputError
+from vgid.errors import DiskError, InputError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file in one step: write beside it, sync, rename.
+
+    Raises:
+        DiskError: no space, or the folder cannot be written.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(temporary).chmod(0o644)  # mkstemp lets nobody else read
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: OSError) -> DiskError:
+    """The sentence for a file that cannot be written."""
+    return DiskError(
+        f"{path}: cannot be written ({error.strerror}); free some space or name another "
+        "folder with --output."
+    )
 
 
 def refuse_links(folder: Path, itself: bool = False) -> None:
