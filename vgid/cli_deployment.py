@@ -365,7 +365,7 @@ def report_command(
 
     Exit code 1: a deployment file was changed since it was sealed; it is named.
     """
-    from vgid.report import report
+    from vgid.audit import report
 
     found = report(subject, folders)
     if as_json:

@@ -16,7 +16,7 @@ from vgid.adapter_files import FILES
 from vgid.deployment import hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.placing import READY, recover, staged
-from vgid.report import report
+from vgid.audit import report
 
 NAMES = ("tiny", "tiny.yaml")
 SEVERAL = ("small", "small.yaml", *NAMES, "comparison.html")
