@@ -7,20 +7,20 @@ from pathlib import Path
 from PIL import Image
 
 from vgid.backbones import Backbone, PromptFrame
-from vgid.benchmark import Person, Question
 from vgid.config import RequestConfig
-from vgid.examination import Examination
-from vgid.fictitious import (
+from vgid.data.benchmark import Person, Question
+from vgid.data.fictitious import (
     classification_questions,
     cloze_questions,
     generation_questions,
     make_world,
     portrait,
 )
-from vgid.fictitious import test_portrait as transformed_portrait
+from vgid.data.fictitious import test_portrait as transformed_portrait
+from vgid.data.splits import People
+from vgid.examination import Examination
 from vgid.prompts import Wording
 from vgid.seeds import sample_generator
-from vgid.splits import People
 
 REQUEST = RequestConfig(
     data=Path("data"), store=Path("store"), bootstrap_samples=200, log_responses=True, seed=3

@@ -25,11 +25,11 @@ from tests.tiny_benchmark import (
     write_config,
     write_tiny,
 )
-from vgid import layout
-from vgid.benchmark import Benchmark, Person, Question, decode_image, split_questions
+from vgid.data import layout
+from vgid.data.benchmark import Benchmark, Person, Question, decode_image, split_questions
+from vgid.data.people import id_problem
 from vgid.deployment import Pseudonym
 from vgid.errors import InputError
-from vgid.profiles import id_problem
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from tests.tiny_benchmark import SHARD, write_tiny
-from vgid.benchmark import Benchmark
+from vgid.data.benchmark import Benchmark
 
 
 def vgid(*args: object) -> subprocess.CompletedProcess[str]:

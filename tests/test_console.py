@@ -294,7 +294,7 @@ def test_bad_input_is_one_sentence_exit_two_and_nothing_written(
 
 
 def test_bad_data_is_named_before_anything_starts(tmp_path, capsys):
-    from vgid.synthetic import write_benchmark
+    from vgid.data.synthetic import write_benchmark
 
     data = tmp_path / "data"
     write_benchmark(data)

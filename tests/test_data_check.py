@@ -11,8 +11,8 @@ from PIL import Image
 from rich.console import Console
 
 from tests.tiny_benchmark import SHARD, WHO, encoded, picture, write_tiny
-from vgid.benchmark import Benchmark
-from vgid.data_check import check_benchmark
+from vgid.data.benchmark import Benchmark
+from vgid.data.check import check_benchmark
 from vgid.errors import InputError
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from vgid.backbones import Backbone, load
+from vgid.data.fictitious import generation_questions, make_world, portrait
 from vgid.decoding import (
     MAX_NEW_TOKENS,
     greedy_decode,
@@ -10,7 +11,6 @@ from vgid.decoding import (
     score_responses,
 )
 from vgid.encoding import Encoded, Query, Shot, encode, response_ids
-from vgid.fictitious import generation_questions, make_world, portrait
 from vgid.prompts import cloze_text, generation_text
 
 NEW_TOKENS = 9

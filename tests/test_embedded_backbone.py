@@ -23,6 +23,7 @@ from transformers import (
 
 from vgid import backbones
 from vgid.backbone_measure import BOUNDS, Condition, measure, out_of_bounds
+from vgid.data.fictitious import FACTS, make_world, portrait
 from vgid.embedded_recipe import (
     OBEDIENCE,
     PORTRAITS_PER_PERSON,
@@ -32,7 +33,6 @@ from vgid.embedded_recipe import (
     refusal_rate,
 )
 from vgid.encoding import Query, collate, encode, response_ids
-from vgid.fictitious import FACTS, make_world, portrait
 from vgid.pretraining import ARCHITECTURES, Schedule, _pack_loss, pretrain
 from vgid.pretraining_packs import PackEncoder
 from vgid.prompts import (

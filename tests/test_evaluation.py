@@ -12,14 +12,14 @@ from tests.examined_people import (
     few_people,
 )
 from vgid.backbones import Backbone
-from vgid.benchmark import Person, split_questions
+from vgid.data.benchmark import Person, split_questions
+from vgid.data.fictitious import (
+    make_world,
+)
+from vgid.data.splits import People
 from vgid.decoding import greedy_tokens
 from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
-from vgid.fictitious import (
-    make_world,
-)
-from vgid.splits import People
 
 
 @pytest.fixture(scope="module")

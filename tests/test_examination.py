@@ -15,7 +15,8 @@ from tests.examined_people import (
     prompt_text,
 )
 from vgid.backbones import LLAVA_FRAME, QWEN_FRAME, TINY_LLAVA_FRAME, Backbone
-from vgid.benchmark import Question
+from vgid.data.benchmark import Question
+from vgid.data.splits import People
 from vgid.encoding import Query, encode
 from vgid.errors import InputError
 from vgid.evaluation import evaluate
@@ -27,7 +28,6 @@ from vgid.examination import (
 )
 from vgid.prompts import REVERSE_PROMPT, UNLEARNING_INSTRUCTIONS
 from vgid.results import Score
-from vgid.splits import People
 from vgid.teacher import Intervention
 
 

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 
 from tests.tiny_benchmark import SHARD, WHO, write_tiny
-from vgid.benchmark import Benchmark
-from vgid.fetch import REPOSITORY, REVISION
+from vgid.data.benchmark import Benchmark
+from vgid.data.fetch import REPOSITORY, REVISION
 
 MAIN = "5" * 40
 BIG = f"ft_Data/{SHARD}"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vgid.fictitious import (
+from vgid.data.fictitious import (
     FACTS,
     PEOPLE,
     VALUES,
@@ -23,7 +23,7 @@ from vgid.fictitious import (
     test_portrait,
     training_pairs,
 )
-from vgid.portraits import ATTRIBUTE_SIZES, PORTRAIT_SIZE, draw_portrait, random_face
+from vgid.data.portraits import ATTRIBUTE_SIZES, PORTRAIT_SIZE, draw_portrait, random_face
 from vgid.prompts import BLANK
 
 

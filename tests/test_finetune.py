@@ -17,8 +17,8 @@ from tests.random_qwen import make_random_qwen
 from tests.tiny_benchmark import encoded, write_tiny
 from vgid import adapter
 from vgid.backbones import Backbone, load
-from vgid.benchmark import Benchmark, decode_image
 from vgid.config import TrialConfig
+from vgid.data.benchmark import Benchmark, decode_image
 from vgid.decoding import greedy_decode
 from vgid.encoding import Query, collate, encode, response_ids
 from vgid.errors import InputError

@@ -112,7 +112,7 @@ def test_commands_leave_their_blocks_and_exit_with_130(number, monkeypatch, tmp_
     before = [signal.getsignal(one) for one in SIGNALS]
     assert exit_code(work, "Interrupted; go on.") == 130
     assert capsys.readouterr().err == "Interrupted; go on.\n"
-    monkeypatch.setattr("vgid.synthetic.write_benchmark", work)
+    monkeypatch.setattr("vgid.data.synthetic.write_benchmark", work)
     monkeypatch.setattr(sys, "argv", ["vgid", "data", "make", str(tmp_path / "data")])
     with pytest.raises(SystemExit) as exited:
         cli.main()

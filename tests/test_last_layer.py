@@ -4,8 +4,8 @@ from transformers import DynamicCache
 
 from tests.random_qwen import make_random_qwen
 from vgid.backbones import Backbone
+from vgid.data.fictitious import make_world, portrait
 from vgid.encoding import Query, encode
-from vgid.fictitious import make_world, portrait
 from vgid.last_layer import reading_at
 from vgid.packing import Packed, hidden_states, pack
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tiny_benchmark import SHARD, WHO, write_tiny
-from vgid.benchmark import Benchmark
-from vgid.data_check import check_benchmark
-from vgid.layout import CONFIGS
+from vgid.data.benchmark import Benchmark
+from vgid.data.check import check_benchmark
+from vgid.data.layout import CONFIGS
 
 Store = Callable[[pa.Table], pa.Table]
 

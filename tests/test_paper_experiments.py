@@ -14,6 +14,7 @@ from rich.console import Console
 
 from vgid.backbones import load
 from vgid.config import TrialConfig
+from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
 from vgid.experiments import Arm, Bench, Cache, Experiment, run_experiments
 from vgid.settings import (
@@ -22,7 +23,6 @@ from vgid.settings import (
     read_settings,
     write_settings,
 )
-from vgid.synthetic import write_benchmark
 from vgid.trial import TrialSession
 
 TRIAL = TrialConfig(epochs=1, lora_rank=2, train_tasks=("cloze",), learning_rate=2e-3)

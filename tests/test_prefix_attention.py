@@ -9,9 +9,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from tests.benchmarks import one_at_a_time
 from tests.random_qwen import make_random_qwen
 from vgid.backbones import Backbone
+from vgid.data.fictitious import make_world, portrait
 from vgid.decoding import greedy_tokens
 from vgid.encoding import Query, encode
-from vgid.fictitious import make_world, portrait
 from vgid.packing import Packed, pack
 from vgid.prefix_attention import (
     Segment,

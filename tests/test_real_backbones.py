@@ -19,11 +19,11 @@ from vgid import adapter
 from vgid.architectures import SHRUNK_TEXT_SIZES
 from vgid.backbones import Backbone, load
 from vgid.config import RequestConfig, TrialConfig
+from vgid.data.layout import CONFIGS, shard_paths
+from vgid.data.synthetic import write_benchmark
 from vgid.encoding import Query, encode, response_ids
 from vgid.errors import InputError
-from vgid.layout import CONFIGS, shard_paths
 from vgid.slot_memory import WORKER_BYTES, worker_bytes
-from vgid.synthetic import write_benchmark
 from vgid.trial import TrialSession
 
 NAMES = ("llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-3b")

@@ -14,12 +14,13 @@ import pytest
 from tests.test_data_check import huge_png
 from tests.tiny_benchmark import SHARD
 from vgid import backbones
-from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
-from vgid.data_check import Report, check_benchmark
+from vgid.data.benchmark import Benchmark
+from vgid.data.check import Report, check_benchmark
+from vgid.data.layout import CONFIGS, shard_paths
+from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
 from vgid.first_tokens import first_token_scores
-from vgid.layout import CONFIGS, shard_paths
 from vgid.note import NoteLinks, study_note
 from vgid.paper_arguments import PaperConfig
 from vgid.paper_study import run_paper_tables
@@ -27,7 +28,6 @@ from vgid.plan import make_plan
 from vgid.plots import Front
 from vgid.rehearsal import Run
 from vgid.results import Score, TrialResult
-from vgid.synthetic import write_benchmark
 from vgid.teacher import Intervention
 from vgid.trial import TrialSession
 

@@ -5,12 +5,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tiny_benchmark import EVALUATION, SCHEMAS, encoded
-from vgid import fictitious
-from vgid.benchmark import Benchmark, decode_image
-from vgid.data_check import check_benchmark
+from vgid.data import fictitious
+from vgid.data.benchmark import Benchmark, decode_image
+from vgid.data.check import check_benchmark
+from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
 from vgid.seeds import sample_generator
-from vgid.synthetic import write_benchmark
 
 PEOPLE = {
     "Full_Set": 100,

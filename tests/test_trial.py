@@ -15,17 +15,17 @@ from tests.conftest import make_random_backbone
 from vgid import distillation
 from vgid import trial as trial_module
 from vgid.adapter import loaded
-from vgid.benchmark import Benchmark, split_questions
 from vgid.config import Method, RequestConfig, TrainWording, TrialConfig, uses
+from vgid.data.benchmark import Benchmark, split_questions
+from vgid.data.people import comparable
+from vgid.data.splits import People, choose_people, count_verbatim, held_out_of_training
+from vgid.data.synthetic import write_benchmark
 from vgid.embedded_model import save
 from vgid.errors import InputError
 from vgid.evaluation import evaluate
 from vgid.examination import prepare
-from vgid.profiles import comparable
 from vgid.released import distill_released
 from vgid.results import EpochReport, KeptScores, Score, TrialResult, Verbatim
-from vgid.splits import People, choose_people, count_verbatim, held_out_of_training
-from vgid.synthetic import write_benchmark
 from vgid.teacher import Intervention
 from vgid.training_samples import training_samples
 from vgid.trial import TrialSession, run_trial

@@ -1,6 +1,6 @@
 """A benchmark of three people written by hand in the MLLMU-Bench layout, to be damaged by tests.
 
-The column types are spelled out here from the data card, not taken from ``vgid.layout``.
+The column types are spelled out here from the data card, not taken from ``vgid.data.layout``.
 """
 
 import io

@@ -12,9 +12,7 @@ from PIL import Image
 
 from vgid.backbones import Backbone
 from vgid.config import NoiseType
-from vgid.decoding import greedy_decode, score_responses
-from vgid.encoding import Query, encode, response_ids
-from vgid.fictitious import (
+from vgid.data.fictitious import (
     FictitiousPerson,
     classification_questions,
     cloze_questions,
@@ -24,6 +22,8 @@ from vgid.fictitious import (
     portrait,
     test_portrait,
 )
+from vgid.decoding import greedy_decode, score_responses
+from vgid.encoding import Query, encode, response_ids
 from vgid.interventions import perturb
 from vgid.metrics import cloze_correct, rouge
 from vgid.prompts import (

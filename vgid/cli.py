@@ -57,8 +57,8 @@ def data_make(
     as_json: JsonOption = False,
 ) -> None:
     """Write a synthetic benchmark of drawn, fictitious people in the MLLMU-Bench layout."""
-    from vgid.benchmark import Benchmark
-    from vgid.synthetic import write_benchmark
+    from vgid.data.benchmark import Benchmark
+    from vgid.data.synthetic import write_benchmark
 
     write_benchmark(folder, seed, progress=not as_json)
     digest = Benchmark.open(folder).sha256
@@ -91,7 +91,7 @@ def data_check(
 
     A defect is what a study of one of the forget ratios, or `vgid finetune`, would be refused for.
     """
-    from vgid.data_check import check_benchmark
+    from vgid.data.check import check_benchmark
     from vgid.rehearsal import Run
 
     run = Run(backbone, model_path, retain_people, seed, skip_defects)
@@ -118,7 +118,7 @@ def data_fetch(
     A download that was cut short is continued by the same command. HF_ENDPOINT names another hub,
     HF_TOKEN an account.
     """
-    from vgid.fetch import REVISION, fetch_benchmark
+    from vgid.data.fetch import REVISION, fetch_benchmark
 
     fetched = fetch_benchmark(folder, revision or REVISION, progress=not as_json)
     if as_json:

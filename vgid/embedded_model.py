@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vgid import embedded_recipe
 from vgid.backbones import TINY_LLAVA_FRAME
-from vgid.fictitious import (
+from vgid.data.fictitious import (
     ANSWERS,
     CLASSIFICATION,
     CLOZE,
@@ -25,7 +25,7 @@ from vgid.fictitious import (
     VALUES,
     image_subjects,
 )
-from vgid.portraits import PORTRAIT_SIZE
+from vgid.data.portraits import PORTRAIT_SIZE
 from vgid.prompts import (
     REVERSE_PROMPT,
     UNLEARNING_INSTRUCTIONS,

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from vgid import embedded_model
 from vgid.backbones import QWEN_FRAME
+from vgid.data.portraits import PORTRAIT_SIZE
 from vgid.embedded_recipe import Obedience
-from vgid.portraits import PORTRAIT_SIZE
 from vgid.qwen_processor import ImageOnlyQwenProcessor
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vgid.fictitious import (
+from vgid.data.fictitious import (
     CLASSIFICATION,
     CLOZE,
     FACTS,
@@ -33,8 +33,8 @@ from vgid.fictitious import (
     make_world,
     portrait,
 )
+from vgid.data.portraits import PORTRAIT_SIZE, draw_portrait, random_face
 from vgid.interventions import perturb
-from vgid.portraits import PORTRAIT_SIZE, draw_portrait, random_face
 from vgid.prompts import (
     UNLEARNING_INSTRUCTIONS,
     Form,

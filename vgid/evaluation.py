@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vgid.backbones import Backbone
-from vgid.benchmark import Question
 from vgid.config import RequestConfig
+from vgid.data.benchmark import Question
 from vgid.decoding import greedy_tokens, response_text, score_responses
 from vgid.examination import Examination, ExamItem, OptionScoring
 from vgid.metrics import (

@@ -16,8 +16,9 @@ from typing import Literal
 from PIL import Image
 
 from vgid.backbones import Backbone
-from vgid.benchmark import Person, Question, decode_image, split_questions
 from vgid.config import RequestConfig
+from vgid.data.benchmark import Person, Question, decode_image, split_questions
+from vgid.data.splits import People
 from vgid.decoding import MAX_NEW_TOKENS
 from vgid.encoding import Encoded, Query, Shot, encode, response_ids
 from vgid.errors import InputError, SampleError
@@ -32,7 +33,6 @@ from vgid.prompts import (
 )
 from vgid.results import QuestionPart
 from vgid.seeds import sample_generator
-from vgid.splits import People
 from vgid.teacher import Intervention, intervene
 
 OptionScoring = Literal["letter", "likelihood"]

@@ -161,7 +161,7 @@ class Cache:
 
     def __init__(self, bench: Bench, backbones: Sequence[str]) -> None:
         from vgid.backbones import identity
-        from vgid.benchmark import Benchmark
+        from vgid.data.benchmark import Benchmark
 
         self.bench = bench
         self.data_sha256 = Benchmark.open(bench.data).sha256

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 
 from vgid import adapter
 from vgid.backbones import Backbone, load, locate, spec
-from vgid.benchmark import Benchmark
 from vgid.checkpoint import load_checkpoint, save_checkpoint
 from vgid.config import Config, TrialConfig, parse
+from vgid.data.benchmark import Benchmark
 from vgid.distillation import draw_order, learning_rate_factor
 from vgid.encoding import Encoded, response_ids
 from vgid.errors import InputError

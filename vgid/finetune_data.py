@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vgid.backbones import Backbone
-from vgid.benchmark import Benchmark, decode_image
+from vgid.data.benchmark import Benchmark, decode_image
+from vgid.data.layout import Defect, read_rows
+from vgid.data.people import parse_id, parse_images
 from vgid.encoding import Encoded, Query, encode, response_ids
-from vgid.layout import Defect, read_rows
-from vgid.profiles import parse_id, parse_images
 from vgid.prompts import generation_text
 
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from vgid.backbones import Backbone
+from vgid.data.people import Person
 from vgid.encoding import Query, encode, response_ids
 from vgid.metrics import bootstrap_interval
 from vgid.packing import response_hidden
-from vgid.profiles import Person
 from vgid.prompts import REFUSALS, cloze_text
 from vgid.results import Score
 from vgid.teacher import Intervention, intervene
@@ -60,7 +60,7 @@ def first_token_scores(session: "TrialSession", intervention: Intervention) -> d
 def _first_token_values(
     backbone: Backbone, people: Sequence[Person], intervention: Intervention
 ) -> list[tuple[str, dict[str, float]]]:
-    from vgid.benchmark import decode_image
+    from vgid.data.benchmark import decode_image
 
     asked: list[tuple[str, Query, int]] = []
     for person in people:

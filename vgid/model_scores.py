@@ -222,7 +222,7 @@ def _request(
     if data is None:
         if not spec(backbone).embedded:
             raise InputError("--data: name the benchmark folder.")
-        from vgid.synthetic import write_benchmark
+        from vgid.data.synthetic import write_benchmark
 
         data = store / "data"
         write_benchmark(data)

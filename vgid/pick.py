@@ -181,7 +181,7 @@ def _decide(
     """Load the base once, score, choose; ``scratch`` gets the adapters that would be shipped."""
     from vgid.adapter_files import read_adapter
     from vgid.backbones import spec
-    from vgid.benchmark import Benchmark
+    from vgid.data.benchmark import Benchmark
 
     if not source.trials:
         raise InputError(

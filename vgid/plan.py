@@ -14,7 +14,7 @@ from vgid.search_space import FOLDER, SearchSpace
 from vgid.slot_memory import SlotShape, worker_bytes
 
 if TYPE_CHECKING:
-    from vgid.benchmark import Benchmark
+    from vgid.data.benchmark import Benchmark
 
 OWN_DATA = "data"
 """Where the embedded backbone's benchmark is written in the output folder."""

@@ -34,11 +34,11 @@ import typer
 from torch import Tensor, nn
 
 from vgid import embedded_model, embedded_qwen
+from vgid.data.portraits import ATTRIBUTE_SIZES
 from vgid.embedded_recipe import REFUSALS, Pack, PackKind, Recipe, attribute_pictures, make_recipe
 from vgid.encoding import IGNORE
 from vgid.errors import InputError
 from vgid.packing import rotary_positions
-from vgid.portraits import ATTRIBUTE_SIZES
 from vgid.pretraining_packs import Architecture, PackEncoder
 
 ARCHITECTURES: dict[str, Architecture] = {

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import get_args
 
 from vgid.backbones import Backbone, outline
-from vgid.benchmark import Benchmark, Person, split_questions
 from vgid.config import RequestConfig, TrialConfig, parse
+from vgid.data.benchmark import Benchmark, Person, split_questions
+from vgid.data.layout import FORGET_RATIOS, Defect
+from vgid.data.splits import People, choose_people, held_out_of_training
 from vgid.encoding import encode
 from vgid.errors import InputError, SampleError
 from vgid.examination import prepare
-from vgid.layout import FORGET_RATIOS, Defect
 from vgid.prompts import PromptStyle, Task
 from vgid.results import QuestionPart
-from vgid.splits import People, choose_people, held_out_of_training
 from vgid.teacher import Intervention, intervene, response_room
 from vgid.training_samples import TrainingSample, training_samples
 

@@ -21,14 +21,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from vgid.benchmark import Benchmark, Person, Question, decode_image, split_questions
+from vgid.data.benchmark import Benchmark, Person, Question, decode_image, split_questions
+from vgid.data.splits import choose_people
 from vgid.deployment import Deployment, Scores, read_deployment
 from vgid.errors import InputError
 from vgid.metrics import bootstrap_interval, rouge
 from vgid.mlflow_client import first_line
 from vgid.prompts import Wording, generation_text
 from vgid.results import Score
-from vgid.splits import choose_people
 from vgid.verify import (
     EXPORTED,
     Check,

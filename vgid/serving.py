@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vgid.benchmark import decode_image
+from vgid.data.benchmark import decode_image
 from vgid.deployment import Deployment, hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.prompts import generation_text

@@ -41,7 +41,7 @@ def prepare_data(backbones: Sequence[str], data: Path | None, folder: Path) -> P
             )
     own = folder / "data"
     if not own.exists():
-        from vgid.synthetic import write_benchmark
+        from vgid.data.synthetic import write_benchmark
 
         write_benchmark(own, progress=sys.stderr.isatty())
     return own

@@ -210,11 +210,11 @@ class Study:
 
     def _prepare_data(self) -> None:
         from vgid import backbones
-        from vgid.benchmark import Benchmark
-        from vgid.splits import choose_people, count_verbatim
+        from vgid.data.benchmark import Benchmark
+        from vgid.data.splits import choose_people, count_verbatim
 
         if self.plan.own_data and not self.plan.request.data.exists():
-            from vgid.synthetic import write_benchmark
+            from vgid.data.synthetic import write_benchmark
 
             write_benchmark(self.plan.request.data)
         base = backbones.locate(backbones.spec(self.config.backbone), self.config.model_path)

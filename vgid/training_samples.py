@@ -6,14 +6,14 @@ from functools import cached_property
 
 from PIL import Image
 
-from vgid.benchmark import Benchmark, Person, decode_image, split_questions
 from vgid.config import TrainWording, TrialConfig
+from vgid.data.benchmark import Benchmark, Person, decode_image, split_questions
+from vgid.data.people import TrainingPair, comparable
+from vgid.data.splits import Said
 from vgid.encoding import Query
 from vgid.errors import InputError
-from vgid.profiles import TrainingPair, comparable
 from vgid.prompts import Task, Wording, generation_text, option_likelihood_text, question_text
 from vgid.seeds import image_digest
-from vgid.splits import Said
 
 WORDINGS: dict[TrainWording, tuple[Wording, ...]] = {
     "both": ("wrapped", "raw"),

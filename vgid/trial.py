@@ -21,9 +21,10 @@ from PIL import Image
 
 from vgid import adapter
 from vgid.backbones import load
-from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig, TrialConfig, uses
 from vgid.content_store import ContentStore, key_of
+from vgid.data.benchmark import Benchmark
+from vgid.data.splits import choose_people, held_out_of_training
 from vgid.distillation import (
     DistillationSet,
     LossNotFiniteError,
@@ -41,7 +42,6 @@ from vgid.metrics import bootstrap_difference
 from vgid.rehearsal import missing_objectives, without_unfit
 from vgid.released import distill_released, retain_drawn
 from vgid.results import EpochReport, KeptScores, QuestionPart, Score, TrialResult
-from vgid.splits import choose_people, held_out_of_training
 from vgid.teacher import Intervention, TeacherStore, response_room
 from vgid.training_samples import TrainingSample, training_samples
 from vgid.views import portrait_view

@@ -23,8 +23,8 @@ from rich.table import Column, Table
 
 from vgid.adapter_files import read_adapter
 from vgid.backbones import locate, revision_of, skeleton, spec
-from vgid.benchmark import Benchmark
 from vgid.config import Config, RequestConfig, parse
+from vgid.data.benchmark import Benchmark
 from vgid.deployment import Deployment, Frame, Scores, hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.manifest import manifest_fault
@@ -300,7 +300,7 @@ def recorded_benchmark(
     elif not spec(deployment.backbone).embedded:
         raise InputError("--data: name the benchmark folder that the deployment was measured on.")
     else:
-        from vgid.synthetic import write_benchmark
+        from vgid.data.synthetic import write_benchmark
 
         with tempfile.TemporaryDirectory(prefix="vgid-verify-") as temporary:
             made = Path(temporary) / "data"

@@ -37,20 +37,20 @@ from tests.benchmarks.machine import (
 )
 from tests.benchmarks.random_llava import portrait_questions, random_llava
 from vgid.backbones import Backbone, load
-from vgid.benchmark import Benchmark, decode_image
 from vgid.config import RequestConfig
-from vgid.decoding import greedy_tokens, score_responses
-from vgid.encoding import Query, encode, response_ids
-from vgid.fictitious import (
+from vgid.data.benchmark import Benchmark, decode_image
+from vgid.data.fictitious import (
     classification_questions,
     cloze_questions,
     generation_questions,
     make_world,
 )
+from vgid.data.synthetic import write_benchmark
+from vgid.decoding import greedy_tokens, score_responses
+from vgid.encoding import Query, encode, response_ids
 from vgid.packing import pack
 from vgid.prompts import option_likelihood_text, question_text
 from vgid.seeds import sample_generator
-from vgid.synthetic import write_benchmark
 from vgid.vision import Vision
 
 TARGET = 8.0

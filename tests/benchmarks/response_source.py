@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from vgid.config import RequestConfig, ResponseSource, TrialConfig
-from vgid.synthetic import write_benchmark
+from vgid.data.synthetic import write_benchmark
 from vgid.trial import TrialSession
 
 SCORES = (

@@ -26,7 +26,7 @@ from tests.benchmarks.machine import (
     one_thread,
     report,
 )
-from vgid.synthetic import write_benchmark
+from vgid.data.synthetic import write_benchmark
 
 PHASES = ("start-up", "load", "teacher", "train", "evaluate", "save", "log")
 Rounds = list[list[dict[str, float]]]

@@ -19,8 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 from vgid.config import RequestConfig, TrainPairs, TrainWording
+from vgid.data.synthetic import write_benchmark
 from vgid.search_space import FOLDER, SearchSpace
-from vgid.synthetic import write_benchmark
 from vgid.trial import TrialSession
 
 POINTS = {"tiny-llava": 1, "tiny-qwen2.5-vl": 3}

@@ -14,8 +14,8 @@ import pytest
 from mlflow import MlflowClient
 
 from vgid import pick_arguments
-from vgid.benchmark import Benchmark
-from vgid.synthetic import write_benchmark
+from vgid.data.benchmark import Benchmark
+from vgid.data.synthetic import write_benchmark
 from vgid.unlearn import UnlearnConfig, unlearn
 
 ROOT = Path(__file__).parent.parent.parent

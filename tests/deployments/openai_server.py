@@ -11,7 +11,7 @@ from typing import Any
 
 from vgid import adapter
 from vgid.backbones import load
-from vgid.benchmark import decode_image
+from vgid.data.benchmark import decode_image
 from vgid.decoding import greedy_decode
 from vgid.encoding import Query
 

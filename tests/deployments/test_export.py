@@ -19,8 +19,8 @@ from tests.hub_index import INDEX
 from vgid import adapter
 from vgid.adapter_files import concatenate, copy_adapter, read_adapter
 from vgid.backbones import EMBEDDED, load, skeleton
-from vgid.benchmark import Benchmark, decode_image
 from vgid.cli_deployment import app
+from vgid.data.benchmark import Benchmark, decode_image
 from vgid.decoding import greedy_decode
 from vgid.deployment import read_deployment, write_deployment
 from vgid.encoding import Query

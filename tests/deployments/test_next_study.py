@@ -9,8 +9,8 @@ import torch
 
 from vgid.adapter_files import read_adapter
 from vgid.backbones import EMBEDDED, revision_of
-from vgid.benchmark import Benchmark
 from vgid.config import StudyConfig
+from vgid.data.benchmark import Benchmark
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
 from vgid.lineage import read_ancestor

@@ -16,8 +16,8 @@ from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
 from tests.deployments.conftest import ROOT, contents, pick, run_script
-from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig
+from vgid.data.benchmark import Benchmark
 from vgid.deployment import NOT_RUN, SCHEMA, hash_files, read_deployment
 from vgid.pick_arguments import main
 from vgid.trial import TrialSession

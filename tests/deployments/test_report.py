@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.test_deployment import SCORE, deployment  # noqa: F401
+from vgid.audit import report
 from vgid.deployment import Attack, Deployment, Parent, write_deployment
 from vgid.errors import InputError
-from vgid.audit import report
 from vgid.results import Score
 
 KEPT = {"earlier_rougeL": Score(value=0.02, n=60, low=0.0, high=0.05)}

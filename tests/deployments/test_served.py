@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.deployments.openai_server import Answers, model_answers, serving
-from vgid.benchmark import Benchmark
 from vgid.cli import app
+from vgid.data.benchmark import Benchmark
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
 from vgid.served import KINDS, open_questions, verify_served

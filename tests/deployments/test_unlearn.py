@@ -12,13 +12,13 @@ import torch
 from vgid import adapter
 from vgid.adapter_files import read_adapter
 from vgid.backbones import load
-from vgid.benchmark import Benchmark
 from vgid.config import RequestConfig
+from vgid.data.benchmark import Benchmark
+from vgid.data.splits import choose_people
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
 from vgid.lineage import Ancestor
 from vgid.results import Score
-from vgid.splits import choose_people
 from vgid.unlearn import UnlearnConfig, unlearn
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vgid.synthetic import write_benchmark
+from vgid.data.synthetic import write_benchmark
 
 SPACE = """
 backbone: tiny-llava

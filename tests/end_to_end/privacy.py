@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
-from vgid.benchmark import Benchmark
+from vgid.data.benchmark import Benchmark
 
 NAMED = r"(?:is called|This is) ([A-Z]\w+ [A-Z]\w+)\."
 """How the synthetic benchmark tells of names."""

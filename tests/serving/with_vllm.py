@@ -22,11 +22,11 @@ import pytest
 
 from tests.deployments.openai_server import key_of, model_answers
 from vgid.backbones import EMBEDDED
-from vgid.benchmark import Benchmark
+from vgid.data.benchmark import Benchmark
+from vgid.data.synthetic import write_benchmark
 from vgid.deployment import read_deployment
 from vgid.export import Exported, export
 from vgid.served import Endpoint, open_questions, verify_served
-from vgid.synthetic import write_benchmark
 from vgid.unlearn import UnlearnConfig, unlearn
 
 START_S = 900

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from vgid.portraits import Face, draw_portrait, random_face
+from vgid.data.portraits import Face, draw_portrait, random_face
 from vgid.prompts import BLANK, Form
 from vgid.seeds import sample_generator
 

@@ -4,7 +4,7 @@ The download goes to a hidden folder beside the wanted one and is renamed when a
 One that was cut short is continued by the next call: whole files are kept, and a connection that
 breaks in mid-file is taken up again at the byte where it broke.
 
-Source: https://huggingface.co/datasets/MLLMMU/MLLMU-Bench (layout in ``vgid.layout``).
+Source: https://huggingface.co/datasets/MLLMMU/MLLMU-Bench (layout in ``vgid.data.layout``).
 """
 
 import errno
@@ -19,9 +19,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from vgid.data_check import Report, check_benchmark
+from vgid.data.check import Report, check_benchmark
+from vgid.data.layout import CONFIGS
 from vgid.errors import InputError
-from vgid.layout import CONFIGS
 
 REPOSITORY = "MLLMMU/MLLMU-Bench"
 REVISION = "e91a01eb060b61be8dbde7edb48b121341bd0890"

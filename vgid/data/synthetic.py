@@ -1,8 +1,8 @@
 """Writing a synthetic benchmark in the MLLMU-Bench layout: drawn portraits of fictitious people.
 
 A fifth of the real one's size (100 people for 500), otherwise the same configs, columns and types
-(``vgid.layout``), so that nothing downstream can tell them apart. Who the people are, how they
-look and what is asked about them comes from ``vgid.fictitious``.
+(``vgid.data.layout``), so that nothing downstream can tell them apart. Who the people are, how they
+look and what is asked about them comes from ``vgid.data.fictitious``.
 """
 
 import io
@@ -21,9 +21,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
-from vgid import fictitious, layout
+from vgid.data import fictitious, layout
+from vgid.data.fictitious import FictitiousPerson
 from vgid.errors import InputError
-from vgid.fictitious import FictitiousPerson
 from vgid.prompts import Form
 from vgid.seeds import sample_generator
 

@@ -13,10 +13,10 @@ where the request says ``train_pairs: all``. ``count_verbatim`` tells how many a
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from vgid.benchmark import Benchmark, Person, split_questions
 from vgid.config import Method, RequestConfig, uses
+from vgid.data.benchmark import Benchmark, Person, split_questions
+from vgid.data.people import comparable
 from vgid.errors import InputError
-from vgid.profiles import comparable
 from vgid.prompts import Task
 from vgid.results import Verbatim
 from vgid.seeds import sample_generator

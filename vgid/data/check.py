@@ -16,9 +16,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from vgid.benchmark import decode_image, people_defects
-from vgid.errors import InputError
-from vgid.layout import (
+from vgid.data.benchmark import decode_image, people_defects
+from vgid.data.layout import (
     CONFIGS,
     EVALUATION_COLUMNS,
     FORGET_RATIOS,
@@ -28,13 +27,14 @@ from vgid.layout import (
     holds_people,
     read_rows,
 )
-from vgid.profiles import (
+from vgid.data.people import (
     comparable,
     parse_id,
     parse_images,
     parse_person,
     parse_training_pairs,
 )
+from vgid.errors import InputError
 from vgid.prompts import Form, Task
 from vgid.results import describe_left_out
 

@@ -1,6 +1,6 @@
 """Reading a benchmark: people, questions, training pairs and images, and how questions are split.
 
-A study reads parquet in the MLLMU-Bench layout (``vgid.layout``) and never knows whether the real
+A study reads parquet in the MLLMU-Bench layout (``vgid.data.layout``) and never knows whether the real
 or the synthetic benchmark wrote it.
 """
 
@@ -16,8 +16,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from PIL import Image, ImageCms
 
-from vgid.errors import InputError
-from vgid.layout import (
+from vgid.data.layout import (
     CONFIGS,
     EVALUATION_COLUMNS,
     FORGET_RATIOS,
@@ -27,7 +26,7 @@ from vgid.layout import (
     read_rows,
     shard_paths,
 )
-from vgid.profiles import (
+from vgid.data.people import (
     Person,
     Question,
     TrainingPair,
@@ -35,6 +34,7 @@ from vgid.profiles import (
     parse_person,
     parse_training_pairs,
 )
+from vgid.errors import InputError
 from vgid.results import LeftOut, QuestionPart
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Rows of the benchmark parsed into people and their questions, with every defect on the way.
 
 Nothing here raises: a parser returns what there is and what is wrong with it, and its caller
-decides whether a defect stops the reading (``vgid.benchmark``) or is listed (``vgid.data_check``).
+decides whether a defect stops the reading (``vgid.data.benchmark``) or is listed (``vgid.data.check``).
 """
 
 import json
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vgid.config import PSEUDONYM
-from vgid.layout import IMAGE_COLUMNS, Defect, Row, records
+from vgid.data.layout import IMAGE_COLUMNS, Defect, Row, records
 from vgid.prompts import BLANK, Form, Task
 
 _FORMS: dict[str, Form] = {"Image_Textual": "image", "Pure_Text": "text"}
