@@ -6,7 +6,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from vgid.backbones import Backbone, PromptFrame
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Person, Question
 from vgid.data.fictitious import (
@@ -19,6 +18,7 @@ from vgid.data.fictitious import (
 from vgid.data.fictitious import test_portrait as transformed_portrait
 from vgid.data.splits import People
 from vgid.examination import Examination
+from vgid.models.backbones import Backbone, PromptFrame
 from vgid.prompts import Wording
 from vgid.seeds import sample_generator
 

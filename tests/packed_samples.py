@@ -10,8 +10,8 @@ from torch import Tensor
 from tests.conftest import make_random_backbone
 from tests.random_qwen import make_random_qwen
 from tests.test_encoding import picture
-from vgid.backbones import Backbone
-from vgid.encoding import Query, Shot, response_ids
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Query, Shot, response_ids
 
 EXACT = 1e-5
 """Deviation relative to the largest value, in fp32."""

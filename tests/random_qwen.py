@@ -9,10 +9,10 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from vgid.backbones import Backbone, spec
 from vgid.embedded_model import corpus
 from vgid.embedded_qwen import END, PAD, SPECIAL, build_tokenizer
-from vgid.qwen_processor import ImageOnlyQwenProcessor
+from vgid.models.backbones import Backbone, spec
+from vgid.models.qwen_processor import ImageOnlyQwenProcessor
 
 PATCH = 14
 SPATIAL_MERGE = 2

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_random_backbone
-from vgid import adapter
-from vgid.adapter_files import CONFIG, WEIGHTS, read_adapter
-from vgid.backbones import Backbone, load, skeleton
 from vgid.config import TrialConfig
 from vgid.embedded_model import save
 from vgid.errors import InputError
 from vgid.finetune import FinetuneConfig, trainable
+from vgid.models import adapters as adapter
+from vgid.models.adapter_files import CONFIG, WEIGHTS, read_adapter
+from vgid.models.backbones import Backbone, load, skeleton
 
 LAYER = "base_model.model.model.language_model.layers."
 Tensors = dict[str, torch.Tensor]

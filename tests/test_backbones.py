@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.conftest import make_random_backbone
-from vgid.backbones import BACKBONES, load, locate, revision_of, spec
 from vgid.embedded_model import save
 from vgid.errors import InputError
+from vgid.models.backbones import BACKBONES, load, locate, revision_of, spec
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from tests.benchmarks.machine import (
 from tests.benchmarks.one_at_a_time import answers, option_logprobs, processor_inputs
 from tests.benchmarks.random_llava import parameter_counts, portrait_questions, random_llava
 from tests.benchmarks.released_step import ReleasedStep, all_positions_kl
-from vgid.backbones import Backbone
-from vgid.decoding import greedy_tokens, score_responses
-from vgid.encoding import encode, response_ids
 from vgid.errors import InputError
+from vgid.models.backbones import Backbone
+from vgid.models.decoding import greedy_tokens, score_responses
+from vgid.models.encoding import encode, response_ids
 
 NEW_TOKENS = 7
 MIB = 2**20

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.benchmarks import evaluate, flops, machine, memory, step, trial
-from vgid.backbones import Backbone
-from vgid.encoding import Query, encode, response_ids
-from vgid.packing import hidden_states, pack
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Query, encode, response_ids
+from vgid.models.packing import hidden_states, pack
 from vgid.teacher import Intervention, intervene
 
 SMALL = {"image_tokens": 16, "vocabulary": 2000, "parameters": 1}

@@ -10,10 +10,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vgid.blame import blame, where
-from vgid.content_store import ContentStore
 from vgid.errors import DiskError, InputError, SettingError
 from vgid.files import write_atomically
 from vgid.mailbox import Job
+from vgid.models.store import ContentStore
 
 
 def job(kind="trial", attempt=1):

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vgid.content_store import ContentStore, key_of
 from vgid.ledger import Ledger
+from vgid.models.store import ContentStore, key_of
 
 SIZE = 72 + 400
 
@@ -128,7 +128,7 @@ def test_exactly_one_of_the_two(study: Path):
 
 def test_looking_at_a_store_loads_no_heavy_module(study: Path):
     code = (
-        "import sys; from pathlib import Path; from vgid.content_store import clear, info\n"
+        "import sys; from pathlib import Path; from vgid.models.store import clear, info\n"
         f"info(Path({str(study)!r})); clear(Path({str(study)!r}))\n"
         "print(sorted({'torch', 'transformers', 'ray', 'mlflow', 'pyarrow'} & set(sys.modules)))"
     )

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-import vgid.content_store as content_store
-from vgid.content_store import ContentStore, info, key_of
+import vgid.models.store as content_store
 from vgid.errors import InputError
+from vgid.models.store import ContentStore, info, key_of
 
 HEADER_BYTES = 72
 """Of a file with one float32 vector ``x`` of 100 to 999 bytes: 8 for the length, 64 of JSON."""

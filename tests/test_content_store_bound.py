@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_content_store import HEADER_BYTES, entry, names, never, vector
-from vgid.content_store import ContentStore, clear, find_root, info, key_of
 from vgid.errors import InputError
+from vgid.models.store import ContentStore, clear, find_root, info, key_of
 
 # The bound
 

@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import make_random_backbone
 from tests.random_qwen import make_random_qwen
-from vgid.adapter import attached
 from vgid.architectures import config_of, random_backbone
 from vgid.chunked_kl import chunked_kl
 from vgid.config import TrialConfig
-from vgid.cost_model import (
+from vgid.distillation import DistillationBatch, Student
+from vgid.models.adapters import attached
+from vgid.models.cost_model import (
     Flops,
     activation_bytes,
     adapter_bytes,
@@ -26,11 +27,10 @@ from vgid.cost_model import (
     vision_forward,
     vocabulary_bytes,
 )
-from vgid.distillation import DistillationBatch, Student
-from vgid.packing import hidden_states, pack
+from vgid.models.packing import hidden_states, pack
+from vgid.models.tree_attention import attend_by_trees, lay_out
 from vgid.profile_prompts import synthetic_set
 from vgid.released import full_position_kl
-from vgid.tree_attention import attend_by_trees, lay_out
 
 MAKERS = {
     "tiny-llava": make_random_backbone,

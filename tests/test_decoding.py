@@ -1,16 +1,16 @@
 import pytest
 import torch
 
-from vgid.backbones import Backbone, load
 from vgid.data.fictitious import generation_questions, make_world, portrait
-from vgid.decoding import (
+from vgid.models.backbones import Backbone, load
+from vgid.models.decoding import (
     MAX_NEW_TOKENS,
     greedy_decode,
     greedy_tokens,
     response_text,
     score_responses,
 )
-from vgid.encoding import Encoded, Query, Shot, encode, response_ids
+from vgid.models.encoding import Encoded, Query, Shot, encode, response_ids
 from vgid.prompts import cloze_text, generation_text
 
 NEW_TOKENS = 9
@@ -86,7 +86,7 @@ def test_answers_do_not_depend_on_batch_or_order(random_backbone, encoded, batch
 def test_long_prompts_come_in_smaller_batches(random_backbone, encoded, monkeypatch):
     expected = greedy_tokens(random_backbone, encoded, NEW_TOKENS)
     longest = max(len(item.prompt_ids) for item in encoded) + NEW_TOKENS
-    monkeypatch.setattr("vgid.decoding.MAX_BATCH_TOKENS", 2 * longest)
+    monkeypatch.setattr("vgid.models.decoding.MAX_BATCH_TOKENS", 2 * longest)
     shapes = []
     handle = random_backbone.model.model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
@@ -256,7 +256,7 @@ def test_what_a_portraits_prompts_share_counts_once_in_a_batch(random_backbone, 
     distinct = {tuple(e.prompt_ids[:n]) for e in encoded for n in range(1, length + 1)}
     own = (len(distinct) - length) // 7
     for room, batches in ((length - own + 8 * (own + 2), 1), (length - own + 8 * (own + 2) - 1, 2)):
-        monkeypatch.setattr("vgid.decoding.MAX_BATCH_TOKENS", room)
+        monkeypatch.setattr("vgid.models.decoding.MAX_BATCH_TOKENS", room)
         assert len(prompt_shapes(random_backbone, encoded)) == batches
 
 
@@ -265,8 +265,8 @@ def test_passes_are_parted_between_portraits_not_within(random_backbone, monkeyp
     queries = [Query(f"{n}", f"{n % 2} Who?", image) for n, image in enumerate(images * 2)]
     encoded = encode(random_backbone, queries)
     assert len(prompt_shapes(random_backbone, encoded)) == 1
-    monkeypatch.setattr("vgid.decoding.PASS_TOKENS", 1)
-    monkeypatch.setattr("vgid.decoding.REPEATED_TOKENS", 15)
+    monkeypatch.setattr("vgid.models.decoding.PASS_TOKENS", 1)
+    monkeypatch.setattr("vgid.models.decoding.REPEATED_TOKENS", 15)
     assert len(prompt_shapes(random_backbone, encoded)) == 3
     shown = Shot("USER: <image>\nWho is it? Nobody that I know, and that since long.\n", images[0])
     after = [Query(q.id, q.text, q.image, (shown,)) for q in queries]

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_random_backbone
 from tests.test_teacher import samples, teachers
-from vgid.adapter import attached, loaded, save
 from vgid.checkpoint import FILE_NAME
 from vgid.config import TrialConfig, uses
 from vgid.distillation import (
@@ -22,8 +21,9 @@ from vgid.distillation import (
     distill,
     share,
 )
-from vgid.encoding import collate, encode
 from vgid.methods import make_method
+from vgid.models.adapters import attached, loaded, save
+from vgid.models.encoding import collate, encode
 from vgid.teacher import Intervention
 
 CONFIG = TrialConfig(epochs=2, batch_size=4, retain_batch_size=3, lora_rank=4, learning_rate=1e-2)

@@ -21,7 +21,6 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vgid import backbones
 from vgid.backbone_measure import BOUNDS, Condition, measure, out_of_bounds
 from vgid.data.fictitious import FACTS, make_world, portrait
 from vgid.embedded_recipe import (
@@ -32,7 +31,8 @@ from vgid.embedded_recipe import (
     make_recipe,
     refusal_rate,
 )
-from vgid.encoding import Query, collate, encode, response_ids
+from vgid.models import backbones
+from vgid.models.encoding import Query, collate, encode, response_ids
 from vgid.pretraining import ARCHITECTURES, Schedule, _pack_loss, pretrain
 from vgid.pretraining_packs import PackEncoder
 from vgid.prompts import (

@@ -11,15 +11,15 @@ from tests.examined_people import (
     benchmark_backbone,
     few_people,
 )
-from vgid.backbones import Backbone
 from vgid.data.benchmark import Person, split_questions
 from vgid.data.fictitious import (
     make_world,
 )
 from vgid.data.splits import People
-from vgid.decoding import greedy_tokens
 from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
+from vgid.models.backbones import Backbone
+from vgid.models.decoding import greedy_tokens
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,8 @@ from tests.examined_people import (
     make_person,
     prompt_text,
 )
-from vgid.backbones import LLAVA_FRAME, QWEN_FRAME, TINY_LLAVA_FRAME, Backbone
 from vgid.data.benchmark import Question
 from vgid.data.splits import People
-from vgid.encoding import Query, encode
 from vgid.errors import InputError
 from vgid.evaluation import evaluate
 from vgid.examination import (
@@ -26,6 +24,8 @@ from vgid.examination import (
     few_shot_turns,
     prepare,
 )
+from vgid.models.backbones import LLAVA_FRAME, QWEN_FRAME, TINY_LLAVA_FRAME, Backbone
+from vgid.models.encoding import Query, encode
 from vgid.prompts import REVERSE_PROMPT, UNLEARNING_INSTRUCTIONS
 from vgid.results import Score
 from vgid.teacher import Intervention

@@ -15,16 +15,16 @@ from safetensors.torch import load_file
 from tests.conftest import make_random_backbone
 from tests.random_qwen import make_random_qwen
 from tests.tiny_benchmark import encoded, write_tiny
-from vgid import adapter
-from vgid.backbones import Backbone, load
 from vgid.config import TrialConfig
 from vgid.data.benchmark import Benchmark, decode_image
-from vgid.decoding import greedy_decode
-from vgid.encoding import Query, collate, encode, response_ids
 from vgid.errors import InputError
 from vgid.finetune import FinetuneConfig, Training, finetune, response_loss, trainable
 from vgid.finetune_data import encode_samples, read_samples
-from vgid.weight_names import save_weights
+from vgid.models import adapters as adapter
+from vgid.models.backbones import Backbone, load
+from vgid.models.decoding import greedy_decode
+from vgid.models.encoding import Query, collate, encode, response_ids
+from vgid.models.weight_names import save_weights
 
 NAMES = {"llava": "tiny-llava", "qwen": "qwen2.5-vl-3b"}
 COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))

@@ -3,11 +3,11 @@ import torch
 from transformers import DynamicCache
 
 from tests.random_qwen import make_random_qwen
-from vgid.backbones import Backbone
 from vgid.data.fictitious import make_world, portrait
-from vgid.encoding import Query, encode
-from vgid.last_layer import reading_at
-from vgid.packing import Packed, hidden_states, pack
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Query, encode
+from vgid.models.last_layer import reading_at
+from vgid.models.packing import Packed, hidden_states, pack
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ import torch
 
 from tests.test_distillation import adapter_state, train
 from tests.test_teacher import samples, teachers
-from vgid.adapter import attached
 from vgid.config import TrialConfig, uses
 from vgid.distillation import DistillationSet, Student, distill, share
-from vgid.encoding import collate, encode
 from vgid.errors import InputError
 from vgid.methods import METHODS, make_method
-from vgid.packing import hidden_states
+from vgid.models.adapters import attached
+from vgid.models.encoding import collate, encode
+from vgid.models.packing import hidden_states
 from vgid.student import View
 from vgid.teacher import Intervention
 

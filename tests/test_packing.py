@@ -16,10 +16,10 @@ from tests.packed_samples import (
     processed,
     with_response,
 )
-from vgid.backbones import Backbone
-from vgid.encoding import Encoded, encode
-from vgid.packing import Packed, pack
-from vgid.vision import Picture
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Encoded, encode
+from vgid.models.packing import Packed, pack
+from vgid.models.vision import Picture
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

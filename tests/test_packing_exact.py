@@ -16,14 +16,14 @@ from tests.packed_samples import (
     separate_all,
     with_response,
 )
-from vgid.adapter import attached
-from vgid.backbones import Backbone
 from vgid.chunked_kl import chunked_kl
 from vgid.config import TrialConfig
-from vgid.decoding import greedy_tokens, score_responses
-from vgid.encoding import Encoded, Query, encode
+from vgid.models.adapters import attached
+from vgid.models.backbones import Backbone
+from vgid.models.decoding import greedy_tokens, score_responses
+from vgid.models.encoding import Encoded, Query, encode
+from vgid.models.packing import hidden_states, pack, response_hidden
 from vgid.objectives import forward_kl
-from vgid.packing import hidden_states, pack, response_hidden
 
 NEW_TOKENS = 9
 

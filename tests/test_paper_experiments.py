@@ -12,11 +12,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from vgid.backbones import load
 from vgid.config import TrialConfig
 from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
 from vgid.experiments import Arm, Bench, Cache, Experiment, run_experiments
+from vgid.models.backbones import load
 from vgid.settings import (
     default_trials,
     prepare_data,
@@ -178,7 +178,7 @@ def test_the_key_names_all_of_the_backbone(bench, monkeypatch):
     cache = Cache(bench, ["tiny-llava"])
     assert cache.backbones == {"tiny-llava": load("tiny-llava").identity}
     before = cache.path(BASE).name
-    monkeypatch.setattr("vgid.backbones._default_device", lambda: "cuda")
+    monkeypatch.setattr("vgid.models.backbones._default_device", lambda: "cuda")
     assert Cache(bench, ["tiny-llava"]).path(BASE).name != before, "a GPU computes in bf16"
 
 

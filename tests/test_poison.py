@@ -17,10 +17,10 @@ from torch import nn
 
 from vgid.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from vgid.config import StudyConfig, TrialConfig
-from vgid.content_store import ContentStore, key_of
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
 from vgid.ledger import Header, Ledger, now
+from vgid.models.store import ContentStore, key_of
 from vgid.placing import READY, staged
 from vgid.results import TrialResult
 from vgid.search_space import SearchSpace

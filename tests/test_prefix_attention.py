@@ -8,12 +8,12 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.benchmarks import one_at_a_time
 from tests.random_qwen import make_random_qwen
-from vgid.backbones import Backbone
 from vgid.data.fictitious import make_world, portrait
-from vgid.decoding import greedy_tokens
-from vgid.encoding import Query, encode
-from vgid.packing import Packed, pack
-from vgid.prefix_attention import (
+from vgid.models.backbones import Backbone
+from vgid.models.decoding import greedy_tokens
+from vgid.models.encoding import Query, encode
+from vgid.models.packing import Packed, pack
+from vgid.models.prefix_attention import (
     Segment,
     SharedPrompts,
     attending_to_shared_prompts,
@@ -51,7 +51,7 @@ def random_states(packed: Packed) -> list[SimpleNamespace]:
 @pytest.mark.parametrize("group", [1, 3])
 def test_equals_attention_to_each_samples_own_prompt(random_backbone, monkeypatch, shortest, group):
     """Two passes, several rows; samples end one after the other."""
-    monkeypatch.setattr("vgid.prefix_attention.SHARED_TOKENS", shortest)
+    monkeypatch.setattr("vgid.models.prefix_attention.SHARED_TOKENS", shortest)
     torch.manual_seed(0)
     encoded = encode(random_backbone, questions(3))
     packs = [
@@ -133,8 +133,8 @@ def test_answers_equal_those_of_one_at_a_time(
     request, random_backbone, monkeypatch, name, shortest
 ):
     """Multi-head attention, and grouped queries with M-RoPE."""
-    monkeypatch.setattr("vgid.prefix_attention.SHARED_TOKENS", shortest)
-    monkeypatch.setattr("vgid.decoding.PASS_TOKENS", 1)
+    monkeypatch.setattr("vgid.models.prefix_attention.SHARED_TOKENS", shortest)
+    monkeypatch.setattr("vgid.models.decoding.PASS_TOKENS", 1)
     backbone = random_backbone if name == "llava" else request.getfixturevalue("qwen")
     queries = questions(2)
     expected = one_at_a_time.answers(backbone, queries, max_new_tokens=12)

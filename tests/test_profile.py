@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from vgid.architectures import TEXT_SIZES, config_of, random_backbone
 from vgid.cli import app
-from vgid.cost_model import distinct_tokens, step_minimum
 from vgid.errors import InputError
-from vgid.packing import hidden_states, pack
+from vgid.models.cost_model import distinct_tokens, step_minimum
+from vgid.models.packing import hidden_states, pack
 from vgid.profile import (
     ASSUMED_MFU,
     ESTIMATED_PEAK,

@@ -10,10 +10,10 @@ from transformers import AutoProcessor, Qwen2_5_VLProcessor
 
 from tests.random_qwen import IMAGE_TOKEN_PIXELS, make_random_qwen
 from tests.test_encoding import picture
-from vgid.backbones import Backbone, load
-from vgid.decoding import greedy_tokens
-from vgid.encoding import Query, encode
-from vgid.qwen_processor import ImageOnlyQwenProcessor, processor_class
+from vgid.models.backbones import Backbone, load
+from vgid.models.decoding import greedy_tokens
+from vgid.models.encoding import Query, encode
+from vgid.models.qwen_processor import ImageOnlyQwenProcessor, processor_class
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def test_a_saved_processor_is_loaded_as_it_was(backbone, tmp_path):
 
 
 def test_the_stock_class_is_used_where_torchvision_is(monkeypatch):
-    monkeypatch.setattr("vgid.qwen_processor.is_torchvision_available", lambda: True)
+    monkeypatch.setattr("vgid.models.qwen_processor.is_torchvision_available", lambda: True)
     assert processor_class("qwen2_5_vl") is AutoProcessor
-    monkeypatch.setattr("vgid.qwen_processor.is_torchvision_available", lambda: False)
+    monkeypatch.setattr("vgid.models.qwen_processor.is_torchvision_available", lambda: False)
     assert processor_class("qwen2_5_vl") is ImageOnlyQwenProcessor
     assert processor_class("llava") is AutoProcessor

@@ -13,7 +13,6 @@ import pytest
 
 from tests.test_data_check import huge_png
 from tests.tiny_benchmark import SHARD
-from vgid import backbones
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.check import Report, check_benchmark
@@ -21,6 +20,7 @@ from vgid.data.layout import CONFIGS, shard_paths
 from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
 from vgid.first_tokens import first_token_scores
+from vgid.models import backbones
 from vgid.note import NoteLinks, study_note
 from vgid.paper_arguments import PaperConfig
 from vgid.paper_study import run_paper_tables

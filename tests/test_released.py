@@ -6,9 +6,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from tests.test_teacher import samples
-from vgid.adapter import attached
 from vgid.config import TrialConfig
-from vgid.encoding import collate, encode, response_ids
+from vgid.models.adapters import attached
+from vgid.models.encoding import collate, encode, response_ids
 from vgid.released import (
     distill_released,
     epoch_pairs,

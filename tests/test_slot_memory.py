@@ -6,10 +6,10 @@ import pytest
 import ray
 from rich.filesize import decimal
 
-from vgid.backbones import EMBEDDED
 from vgid.cluster import slot_count
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
+from vgid.models.backbones import EMBEDDED
 from vgid.plan import make_plan
 from vgid.slot_memory import RAY_BYTES, WORKER_BYTES, SlotShape, worker_bytes
 

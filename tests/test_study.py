@@ -213,7 +213,7 @@ def test_other_data_and_other_weights_are_refused_on_a_resume(study, monkeypatch
     again._open_tracker()
     assert again._tracker is None  # nothing is recorded of a study that is refused
     shard.write_bytes(content)
-    monkeypatch.setattr("vgid.backbones.revision_of", lambda folder: "0" * 64)
+    monkeypatch.setattr("vgid.models.backbones.revision_of", lambda folder: "0" * 64)
     with pytest.raises(InputError, match=r"weights of the base .* restore the files of the model"):
         resumed()._prepare_data()
 

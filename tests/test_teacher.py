@@ -11,10 +11,10 @@ from PIL import Image
 
 from tests.conftest import make_random_backbone
 from tests.test_encoding import picture
-from vgid.backbones import Backbone
-from vgid.content_store import ContentStore
-from vgid.encoding import Query, collate, encode, response_ids
-from vgid.packing import response_hidden
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Query, collate, encode, response_ids
+from vgid.models.packing import response_hidden
+from vgid.models.store import ContentStore
 from vgid.prompts import REFUSALS, UNLEARNING_INSTRUCTIONS, generation_text
 from vgid.teacher import Intervention, TeacherStore, intervene
 from vgid.training_samples import TrainingSample

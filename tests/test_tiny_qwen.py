@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from vgid import backbones, embedded_qwen
+from vgid import embedded_qwen
 from vgid.data.fictitious import make_world, portrait
 from vgid.embedded_recipe import Pack, make_recipe
-from vgid.encoding import Query, collate, encode, response_ids
+from vgid.models import backbones
+from vgid.models.encoding import Query, collate, encode, response_ids
 from vgid.pretraining import _pack_loss
 from vgid.pretraining_packs import PackEncoder
 from vgid.prompts import with_instruction

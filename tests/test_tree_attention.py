@@ -14,12 +14,12 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.packed_samples import deviation, make_backbone, make_samples
-from vgid.adapter import attached
 from vgid.config import TrialConfig
-from vgid.encoding import encode
-from vgid.packing import hidden_states, pack
+from vgid.models.adapters import attached
+from vgid.models.encoding import encode
+from vgid.models.packing import hidden_states, pack
+from vgid.models.tree_attention import TREES, Tree, attend_by_trees, lay_out, tree_attention
 from vgid.profile_prompts import synthetic_set
-from vgid.tree_attention import TREES, Tree, attend_by_trees, lay_out, tree_attention
 
 WIDTH = 8
 """E."""

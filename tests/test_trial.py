@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from tests.conftest import make_random_backbone
 from vgid import distillation
 from vgid import trial as trial_module
-from vgid.adapter import loaded
 from vgid.config import Method, RequestConfig, TrainWording, TrialConfig, uses
 from vgid.data.benchmark import Benchmark, split_questions
 from vgid.data.people import comparable
@@ -24,6 +23,7 @@ from vgid.embedded_model import save
 from vgid.errors import InputError
 from vgid.evaluation import evaluate
 from vgid.examination import prepare
+from vgid.models.adapters import loaded
 from vgid.released import distill_released
 from vgid.results import EpochReport, KeptScores, Score, TrialResult, Verbatim
 from vgid.teacher import Intervention

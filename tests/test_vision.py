@@ -15,11 +15,11 @@ from PIL import Image
 from tests.conftest import make_random_backbone
 from tests.random_qwen import make_random_qwen
 from tests.test_encoding import picture
-from vgid.backbones import Backbone
-from vgid.content_store import ContentStore, clear
-from vgid.encoding import Query, encode
-from vgid.packing import response_hidden
-from vgid.vision import Vision
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Query, encode
+from vgid.models.packing import response_hidden
+from vgid.models.store import ContentStore, clear
+from vgid.models.vision import Vision
 
 SIZES = [(64, 64), (200, 150), (84, 140), (150, 200), (64, 64)]
 
@@ -141,7 +141,7 @@ def test_processes_share_a_store(backbone, images, tmp_path):
 def test_memory_holds_the_most_recently_used_within_its_bound(backbone, images, monkeypatch):
     a, b, c = images[0], images[4], picture(9)  # of one size
     size = look(fresh(backbone), [a])[0].nbytes
-    monkeypatch.setattr("vgid.vision.MEMORY_BYTES", 2 * size)
+    monkeypatch.setattr("vgid.models.vision.MEMORY_BYTES", 2 * size)
     vision = fresh(backbone)
     seen = [vision.picture(image) for image in (a, b, c)]
     with tower_calls(backbone) as calls:
@@ -152,7 +152,7 @@ def test_memory_holds_the_most_recently_used_within_its_bound(backbone, images, 
 
 
 def test_an_image_larger_than_the_bound_is_still_kept_alone(backbone, images, monkeypatch):
-    monkeypatch.setattr("vgid.vision.MEMORY_BYTES", 1)
+    monkeypatch.setattr("vgid.models.vision.MEMORY_BYTES", 1)
     vision = fresh(backbone)
     with tower_calls(backbone) as calls:
         look(vision, [images[0], images[0], images[1], images[0]])

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.hub_index import INDEX
-from vgid.adapter_files import LoraWeights
 from vgid.architectures import random_backbone
-from vgid.backbones import EMBEDDED as EMBEDDED_FOLDER
-from vgid.backbones import load
 from vgid.errors import InputError
 from vgid.merging import INDEX as INDEX_FILE
 from vgid.merging import merge
+from vgid.models.adapter_files import LoraWeights
+from vgid.models.backbones import EMBEDDED as EMBEDDED_FOLDER
+from vgid.models.backbones import load
+from vgid.models.weight_names import WeightNames
 from vgid.pretraining import ARCHITECTURES
-from vgid.weight_names import WeightNames
 
 REAL = ("llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-3b")
 COUNTS = {"llava-1.5-7b": 686, "llava-1.5-13b": 758, "qwen2.5-vl-3b": 824}

@@ -11,8 +11,8 @@ Sources: ``config.json`` of the public repositories ``llava-hf/llava-1.5-7b-hf``
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vgid.backbones import Backbone, spec
 from vgid.errors import InputError
+from vgid.models.backbones import Backbone, spec
 
 
 class TextSize(NamedTuple):

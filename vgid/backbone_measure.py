@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from vgid.backbones import Backbone
 from vgid.config import NoiseType
 from vgid.data.fictitious import (
     FictitiousPerson,
@@ -22,10 +21,11 @@ from vgid.data.fictitious import (
     portrait,
     test_portrait,
 )
-from vgid.decoding import greedy_decode, score_responses
-from vgid.encoding import Query, encode, response_ids
 from vgid.interventions import perturb
 from vgid.metrics import cloze_correct, rouge
+from vgid.models.backbones import Backbone
+from vgid.models.decoding import greedy_decode, score_responses
+from vgid.models.encoding import Query, encode, response_ids
 from vgid.prompts import (
     Form,
     PromptStyle,

@@ -21,7 +21,7 @@ from vgid.interrupts import terminated_like_interrupted
 from vgid.paths import new_folder, refusals_told
 
 if TYPE_CHECKING:
-    from vgid.content_store import StoreInfo
+    from vgid.models.store import StoreInfo
 
 app = typer.Typer(
     name="vgid",
@@ -145,7 +145,7 @@ def teachers(
 
     Give exactly one of --info and --clear.
     """
-    from vgid.content_store import clear, find_root, info
+    from vgid.models.store import clear, find_root, info
 
     if show == remove:
         raise InputError("vgid teachers: give exactly one of --info and --clear.")

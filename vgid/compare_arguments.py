@@ -16,7 +16,7 @@ class CompareConfig(Config):
     """A comparison of methods by studies of equal size.
 
     Attributes:
-        backbone: a row of ``vgid.backbones``.
+        backbone: a row of ``vgid.models.backbones``.
         methods: which; VGID's lead is told where it is among them.
         trials: of each study.
         seeds: studies a method, from seed 0 on.
@@ -58,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--output", type=Path, metavar="DIR", required=True, help="folder, new or to go on with")
-    add("--backbone", default="tiny-llava", metavar="NAME", help="a row of vgid/backbones.py")
+    add(
+        "--backbone", default="tiny-llava", metavar="NAME", help="a row of vgid/models/backbones.py"
+    )
     add("--methods", default="all", metavar="LIST", help="such as vgid,po_dpo,npo, or all")
     add("--trials", type=int, default=24, metavar="N", help="trials of each study")
     add("--seeds", type=int, default=3, metavar="N", help="studies a method, from seed 0 on")

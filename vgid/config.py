@@ -139,7 +139,7 @@ class RequestConfig(Config):
     Constant over all trials of a study.
     """
 
-    backbone: str = Field("tiny-llava", description="name of a row in vgid.backbones")
+    backbone: str = Field("tiny-llava", description="name of a row in vgid.models.backbones")
     model_path: str | None = Field(
         None, description="local folder or hub id of the base, in place of the row's own"
     )

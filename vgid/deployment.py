@@ -204,7 +204,7 @@ class Deployment(Config):
 
     Attributes:
         schema_version: of this layout.
-        backbone: name of its row in ``vgid.backbones``.
+        backbone: name of its row in ``vgid.models.backbones``.
         created: UTC, ISO 8601.
         requests: ids of the forget requests that it answers.
         subjects: pseudonyms of the people that it suppresses.

@@ -4,7 +4,7 @@ Each step draws a batch of forget questions and, if the method has a retain term
 questions, sums both losses (equation 5) and takes one optimizer step. The losses are the method's
 (``vgid.methods``); VGID's are forward KLs. Response tokens only: the student's hidden states at
 those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts. Questions
-of one portrait ride in one sequence (``vgid.packing``).
+of one portrait ride in one sequence (``vgid.models.packing``).
 
 An epoch is one pass over the forget questions; the retain questions have passes of their own,
 which go on from epoch to epoch. A pass holds every question once, its tasks in proportion.
@@ -29,13 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vgid.backbones import Backbone
 from vgid.checkpoint import checkpoint_reports, load_checkpoint, save_checkpoint
 from vgid.config import TrialConfig, uses
-from vgid.encoding import Encoded
 from vgid.methods import Distillation, UnlearningMethod, make_method
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Encoded
+from vgid.models.packing import pack
 from vgid.objectives import vgid_loss
-from vgid.packing import pack
 from vgid.prompts import Task
 from vgid.results import EpochReport
 from vgid.seeds import sample_generator

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgid import embedded_recipe
-from vgid.backbones import TINY_LLAVA_FRAME
 from vgid.data.fictitious import (
     ANSWERS,
     CLASSIFICATION,
@@ -26,6 +25,8 @@ from vgid.data.fictitious import (
     image_subjects,
 )
 from vgid.data.portraits import PORTRAIT_SIZE
+from vgid.models.backbones import TINY_LLAVA_FRAME
+from vgid.models.weight_names import save_weights
 from vgid.prompts import (
     REVERSE_PROMPT,
     UNLEARNING_INSTRUCTIONS,
@@ -34,7 +35,6 @@ from vgid.prompts import (
     generation_text,
     option_likelihood_text,
 )
-from vgid.weight_names import save_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

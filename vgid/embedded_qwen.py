@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgid import embedded_model
-from vgid.backbones import QWEN_FRAME
 from vgid.data.portraits import PORTRAIT_SIZE
 from vgid.embedded_recipe import Obedience
-from vgid.qwen_processor import ImageOnlyQwenProcessor
+from vgid.models.backbones import QWEN_FRAME
+from vgid.models.qwen_processor import ImageOnlyQwenProcessor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

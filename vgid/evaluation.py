@@ -26,10 +26,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from vgid.backbones import Backbone
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Question
-from vgid.decoding import greedy_tokens, response_text, score_responses
 from vgid.examination import Examination, ExamItem, OptionScoring
 from vgid.metrics import (
     bleu,
@@ -41,6 +39,8 @@ from vgid.metrics import (
     person_sums,
     rouge,
 )
+from vgid.models.backbones import Backbone
+from vgid.models.decoding import greedy_tokens, response_text, score_responses
 from vgid.prompts import Task, Wording
 from vgid.results import KeptScores, Score
 

@@ -15,13 +15,13 @@ from typing import Literal
 
 from PIL import Image
 
-from vgid.backbones import Backbone
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Person, Question, decode_image, split_questions
 from vgid.data.splits import People
-from vgid.decoding import MAX_NEW_TOKENS
-from vgid.encoding import Encoded, Query, Shot, encode, response_ids
 from vgid.errors import InputError, SampleError
+from vgid.models.backbones import Backbone
+from vgid.models.decoding import MAX_NEW_TOKENS
+from vgid.models.encoding import Encoded, Query, Shot, encode, response_ids
 from vgid.prompts import (
     Form,
     Task,

@@ -83,7 +83,7 @@ class Experiment(Config):
     """One arm on one backbone, at one forget ratio, with one seed.
 
     Attributes:
-        backbone: a row of ``vgid.backbones``.
+        backbone: a row of ``vgid.models.backbones``.
         forget_ratio: per cent of the people.
         seed: of the splits of people and questions, few-shot people, noise, and training.
         arm: what is done.
@@ -160,8 +160,8 @@ class Cache:
     """
 
     def __init__(self, bench: Bench, backbones: Sequence[str]) -> None:
-        from vgid.backbones import identity
         from vgid.data.benchmark import Benchmark
+        from vgid.models.backbones import identity
 
         self.bench = bench
         self.data_sha256 = Benchmark.open(bench.data).sha256
@@ -236,7 +236,7 @@ def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> O
 
 
 def _whole(adapter: Path) -> bool:
-    from vgid.adapter_files import read_adapter
+    from vgid.models.adapter_files import read_adapter
 
     try:
         read_adapter(adapter)

@@ -14,14 +14,14 @@ import os
 import shutil
 from pathlib import Path
 
-from vgid.adapter_files import copy_adapter, read_adapter
-from vgid.backbones import locate, revision_of, skeleton, spec
 from vgid.config import Config
 from vgid.deployment import Deployment, hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.manifest import write_manifest
 from vgid.merging import merge
 from vgid.model_card import model_card
+from vgid.models.adapter_files import copy_adapter, read_adapter
+from vgid.models.backbones import locate, revision_of, skeleton, spec
 from vgid.vllm_serving import CHAT_TEMPLATE, chat_template_of, serve_adapter, serve_merged
 
 DEPLOYMENT, ADAPTER, MERGED = "deployment.yaml", "adapter", "merged"

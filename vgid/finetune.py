@@ -3,7 +3,7 @@
 Cross-entropy on the answers of ``ft_Data``, response tokens only, with the defaults of the
 benchmark's own script (https://github.com/franciscoliu/MLLMU-Bench, finetune.py: LoRA, AdamW,
 learning rate 2e-5, batches of 4, 5 epochs). Questions of one portrait ride in one sequence
-(``vgid.packing``).
+(``vgid.models.packing``).
 
 What learns is the language model: LoRA on its linear maps, as the benchmark has it, or with
 ``full`` all of its weights, embeddings and ``lm_head`` included. Vision tower and projector stay
@@ -35,19 +35,19 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from vgid import adapter
-from vgid.backbones import Backbone, load, locate, spec
 from vgid.checkpoint import load_checkpoint, save_checkpoint
 from vgid.config import Config, TrialConfig, parse
 from vgid.data.benchmark import Benchmark
 from vgid.distillation import draw_order, learning_rate_factor
-from vgid.encoding import Encoded, response_ids
 from vgid.errors import InputError
 from vgid.finetune_data import Sample, encode_samples, read_samples
-from vgid.packing import hidden_states, pack
+from vgid.models import adapters as adapter
+from vgid.models.backbones import Backbone, load, locate, spec
+from vgid.models.encoding import Encoded, response_ids
+from vgid.models.packing import hidden_states, pack
+from vgid.models.weight_names import save_weights
 from vgid.paths import UsablePath, WrittenFolder
 from vgid.summary import provenance
-from vgid.weight_names import save_weights
 
 PROVENANCE = "finetuned.json"
 """Beside the weights: how they were made."""
@@ -60,7 +60,7 @@ _NOT_COPIED = ("config.json", "MEASURED.json", PROVENANCE)
 class FinetuneConfig(Config):
     """How the vanilla model is made."""
 
-    backbone: str = Field("llava-1.5-7b", description="name of a row in vgid.backbones")
+    backbone: str = Field("llava-1.5-7b", description="name of a row in vgid.models.backbones")
     model_path: str | None = Field(
         None, description="local folder or hub id of the base, in place of the row's own"
     )

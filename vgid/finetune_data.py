@@ -7,11 +7,11 @@ benchmark's own fine-tuning (https://github.com/franciscoliu/MLLMU-Bench, finetu
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vgid.backbones import Backbone
 from vgid.data.benchmark import Benchmark, decode_image
 from vgid.data.layout import Defect, read_rows
 from vgid.data.people import parse_id, parse_images
-from vgid.encoding import Encoded, Query, encode, response_ids
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Encoded, Query, encode, response_ids
 from vgid.prompts import generation_text
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgid.adapter_files import concatenate
 from vgid.config import StudyConfig
 from vgid.deployment import Deployment, Parent, hash_files, read_deployment
 from vgid.errors import InputError
+from vgid.models.adapter_files import concatenate
 from vgid.picking import REVERSE_RISE
 from vgid.results import Score
 

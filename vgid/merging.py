@@ -1,6 +1,6 @@
 """Merges an adapter into its base: safetensors in, safetensors out, one shard in memory at a time.
 
-Dtypes and shards stay the base's, and names are the hub's (``vgid.weight_names``), so that whatever
+Dtypes and shards stay the base's, and names are the hub's (``vgid.models.weight_names``), so that whatever
 loads the public base loads what is merged.
 
 Shape legend: r rank, I inputs and O outputs of a linear map.
@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vgid.adapter_files import LoraWeights
-from vgid.backbones import skeleton
 from vgid.errors import InputError
-from vgid.weight_names import WeightNames
+from vgid.models.adapter_files import LoraWeights
+from vgid.models.backbones import skeleton
+from vgid.models.weight_names import WeightNames
 
 INDEX = "model.safetensors.index.json"
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from vgid import config
-from vgid.backbones import Backbone
 from vgid.config import ResponseSource, TrialConfig, uses
 from vgid.errors import SettingError
+from vgid.models.backbones import Backbone
 from vgid.objectives import dpo, npo, rmu_forget, rmu_retain
 from vgid.seeds import sample_generator
 from vgid.student import View

@@ -6,8 +6,8 @@ Subjects and requests stay in ``deployment.yaml``: a card travels further than a
 
 from collections.abc import Iterable
 
-from vgid.backbones import spec
 from vgid.deployment import Deployment
+from vgid.models.backbones import spec
 from vgid.outputs import FURTHER_METRICS, MAIN_METRICS
 from vgid.prompts import generation_text
 from vgid.results import Score
@@ -175,7 +175,7 @@ def _attacks(deployment: Deployment) -> Iterable[str]:
 
 
 def _serving(deployment: Deployment) -> list[str]:
-    from vgid.decoding import MAX_NEW_TOKENS
+    from vgid.models.decoding import MAX_NEW_TOKENS
 
     lines = [
         "## Serve",

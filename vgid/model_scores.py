@@ -17,11 +17,11 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Column, Table
 
-from vgid.adapter_files import CONFIG
-from vgid.backbones import BENCHMARK_SHOTS, spec
 from vgid.config import Config, ForgetRatio, RequestConfig, parse
 from vgid.deployment import Attack, Deployment, hash_files, read_deployment
 from vgid.errors import InputError
+from vgid.models.adapter_files import CONFIG
+from vgid.models.backbones import BENCHMARK_SHOTS, spec
 from vgid.results import QuestionPart, Score, shots_left_out
 from vgid.suppression import doubt
 from vgid.verify import EXPORTED, EXPORTED_ADAPTER, recorded_benchmark, request_of

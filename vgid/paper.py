@@ -101,7 +101,7 @@ def closest_backbone(name: str, table: int) -> str:
     has.
 
     Args:
-        name: a row of ``vgid.backbones``.
+        name: a row of ``vgid.models.backbones``.
         table: number of the table.
     """
     folded = name.lower()

@@ -19,7 +19,7 @@ class PaperConfig(Config):
     """A run of the paper's tables.
 
     Attributes:
-        backbones: rows of ``vgid.backbones``.
+        backbones: rows of ``vgid.models.backbones``.
         tables: numbers of the paper's tables.
         seeds: how many, from 0 on.
         output: folder; what it holds of an earlier run is used.
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="DIR", required=True, help="folder, new or to go on with")
     add("--tables", type=numbers, default=ALL_TABLES, metavar="LIST", help="such as 1-9 or 3,6")
     add("--backbone", nargs="+", default=["tiny-llava"], metavar="NAME",
-        help="rows of vgid/backbones.py")  # fmt: skip
+        help="rows of vgid/models/backbones.py")  # fmt: skip
     add("--seeds", type=int, default=5, metavar="N", help="how many seeds, from 0 on")
     add("--methods", type=words, default=None, metavar="LIST",
         help="such as vgid,ga,npo; without it, all")  # fmt: skip

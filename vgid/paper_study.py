@@ -12,13 +12,13 @@ from typing import get_args
 
 from rich.console import Console
 
-from vgid import backbones
 from vgid.claims import ON_ALL, Judgement, claims_markdown, judge_all, on_all
 from vgid.config import ForgetRatio, Method, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.experiments import Bench, Experiment, Outcome, run_experiments
 from vgid.files import write_atomically
 from vgid.intervals import count_seeds
+from vgid.models import backbones
 from vgid.outputs import write_study
 from vgid.paper import MIXED_PEOPLE, closest_backbone, repeated_rows
 from vgid.paper_arguments import PaperConfig

@@ -179,9 +179,9 @@ def _decide(
     tell: Callable[[str], None],
 ) -> _Decision:
     """Load the base once, score, choose; ``scratch`` gets the adapters that would be shipped."""
-    from vgid.adapter_files import read_adapter
-    from vgid.backbones import spec
     from vgid.data.benchmark import Benchmark
+    from vgid.models.adapter_files import read_adapter
+    from vgid.models.backbones import spec
 
     if not source.trials:
         raise InputError(
@@ -225,7 +225,7 @@ def _score_and_choose(
     parent: Ancestor | None,
     tell: Callable[[str], None],
 ) -> _Decision:
-    from vgid.adapter_files import read_adapter
+    from vgid.models.adapter_files import read_adapter
     from vgid.trial import TrialSession
 
     session = TrialSession(request)
@@ -244,7 +244,7 @@ def _score_and_choose(
 
 
 def _write(config: PickConfig, decisions: list[_Decision], deployments: Path) -> Picked:
-    from vgid.adapter_files import copy_adapter
+    from vgid.models.adapter_files import copy_adapter
 
     names = [decision.source.config.backbone for decision in decisions]
     parts = [part for name in names for part in (name, f"{name}.yaml")]

@@ -83,7 +83,7 @@ def make_plan(config: StudyConfig) -> Plan:
     Raises:
         InputError: one sentence that names what is wrong and the remedy.
     """
-    from vgid import backbones
+    from vgid.models import backbones
 
     ancestral: dict[str, Any] = {}
     if config.from_deployment is not None:

@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from vgid import embedded_model, embedded_qwen
 from vgid.data.portraits import ATTRIBUTE_SIZES
 from vgid.embedded_recipe import REFUSALS, Pack, PackKind, Recipe, attribute_pictures, make_recipe
-from vgid.encoding import IGNORE
 from vgid.errors import InputError
-from vgid.packing import rotary_positions
+from vgid.models.encoding import IGNORE
+from vgid.models.packing import rotary_positions
 from vgid.pretraining_packs import Architecture, PackEncoder
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -320,7 +320,7 @@ def write_measured(
         The scores, and the names of those out of bounds.
     """
     from vgid.backbone_measure import measure, out_of_bounds
-    from vgid.backbones import load
+    from vgid.models.backbones import load
 
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name

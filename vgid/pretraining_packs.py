@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vgid.backbones import PromptFrame
 from vgid.embedded_recipe import Obedience, Pack
-from vgid.encoding import IGNORE
+from vgid.models.backbones import PromptFrame
+from vgid.models.encoding import IGNORE
 from vgid.prompts import with_instruction
 
 

@@ -3,7 +3,7 @@
 ``measure`` times whole steps as ``vgid.distillation.distill`` takes them (packing, both losses,
 backward pass, clipping, AdamW) on synthetic prompts of the benchmark's lengths; ``estimate`` gives
 the same figures from the cost model. Both speak of the same work: the FLOPs are the analytic
-minimum of ``vgid.cost_model``, so MFU counts neither padding nor recomputation as work done.
+minimum of ``vgid.models.cost_model``, so MFU counts neither padding nor recomputation as work done.
 """
 
 import re
@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vgid.adapter import attached
 from vgid.architectures import random_backbone
-from vgid.backbones import Backbone, load
 from vgid.config import TrialConfig, parse
-from vgid.cost_model import (
+from vgid.distillation import Student, backward_term, share
+from vgid.errors import InputError
+from vgid.models.adapters import attached
+from vgid.models.backbones import Backbone, load
+from vgid.models.cost_model import (
     activation_bytes,
     adapter_bytes,
     distinct_tokens,
@@ -32,8 +34,6 @@ from vgid.cost_model import (
     step_minimum,
     vocabulary_bytes,
 )
-from vgid.distillation import Student, backward_term, share
-from vgid.errors import InputError
 from vgid.profile_prompts import synthetic_set
 from vgid.student import DistillationBatch
 from vgid.summary import provenance
@@ -301,7 +301,7 @@ def estimate(
 
     ``mfu`` is assumed for all that is computed, so that checkpointing, which runs the forward pass
     twice, has a lower one. Peak memory is the sum of the weights in bf16, LoRA in training, the
-    kept activations of a term (``vgid.cost_model.activation_bytes``) and two vocabulary buffers.
+    kept activations of a term (``vgid.models.cost_model.activation_bytes``) and two vocabulary buffers.
 
     Args:
         name: of a real backbone.

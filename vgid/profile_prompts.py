@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgid.backbones import Backbone
 from vgid.distillation import DistillationSet
-from vgid.encoding import Encoded
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Encoded
+from vgid.models.vision import Picture
 from vgid.teacher import TeacherTarget
-from vgid.vision import Picture
 
 PORTRAIT_PIXELS = 336
 BEFORE_IMAGE = 5

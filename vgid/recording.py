@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgid.adapter_files import read_adapter
 from vgid.candidates import PART, Scored, attacks_of
 from vgid.config import RequestConfig, TrialConfig
 from vgid.deployment import Deployment, hash_files
 from vgid.ledger import now
 from vgid.lineage import Ancestor
+from vgid.models.adapter_files import read_adapter
 
 if TYPE_CHECKING:
     from vgid.trial import TrialSession
@@ -99,7 +99,7 @@ def record(
     Raises:
         ValidationError: ``origin`` is not as it must be.
     """
-    from vgid.backbones import spec
+    from vgid.models.backbones import spec
 
     request = setting.request
     weights = read_adapter(adapter)

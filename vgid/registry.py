@@ -78,7 +78,7 @@ def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
     """Make the previous champion the champion again, and the present one ``previous``.
 
     Args:
-        backbone: name of its row in ``vgid.backbones``.
+        backbone: name of its row in ``vgid.models.backbones``.
         tracking_uri: MLflow server or database.
 
     Returns:
@@ -87,7 +87,7 @@ def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
     Raises:
         InputError: there is none to go back to, or MLflow refuses.
     """
-    from vgid.backbones import spec
+    from vgid.models.backbones import spec
 
     spec(backbone)
     client, shown = open_client(tracking_uri)

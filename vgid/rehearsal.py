@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from vgid.backbones import Backbone, outline
 from vgid.config import RequestConfig, TrialConfig, parse
 from vgid.data.benchmark import Benchmark, Person, split_questions
 from vgid.data.layout import FORGET_RATIOS, Defect
 from vgid.data.splits import People, choose_people, held_out_of_training
-from vgid.encoding import encode
 from vgid.errors import InputError, SampleError
 from vgid.examination import prepare
+from vgid.models.backbones import Backbone, outline
+from vgid.models.encoding import encode
 from vgid.prompts import PromptStyle, Task
 from vgid.results import QuestionPart
 from vgid.teacher import Intervention, intervene, response_room
@@ -32,7 +32,7 @@ class Rehearsal:
 
     Args:
         backbone: whose frame, tokenizer and context count; it may be without weights
-            (``vgid.backbones.outline``).
+            (``vgid.models.backbones.outline``).
         benchmark: the data.
         everyone: look at all retain people, celebrities and training pairs, whichever of them a
             request's seed chooses.
@@ -130,7 +130,7 @@ class Run:
     """What a benchmark is to be good for besides being read: a study of each forget ratio.
 
     Attributes:
-        backbone: name of a row in ``vgid.backbones``.
+        backbone: name of a row in ``vgid.models.backbones``.
         model_path: folder or hub id of the base, in place of the row's own.
         retain_people: people scored as retain set.
         seed: of the splits of people and questions.

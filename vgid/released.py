@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgid.backbones import Backbone
 from vgid.config import TrialConfig
 from vgid.distillation import LossNotFiniteError
-from vgid.encoding import Batch, Encoded, collate
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Batch, Encoded, collate
 from vgid.results import EpochReport
 from vgid.seeds import sample_generator
 

@@ -361,7 +361,7 @@ def _merged(
 
 
 def _check_backbone(name: str, wanted: str | None, source: str) -> None:
-    from vgid import backbones
+    from vgid.models import backbones
 
     try:
         backbones.spec(name)

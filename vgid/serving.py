@@ -46,8 +46,8 @@ class DeployedModel:
         Raises:
             InputError: a column is missing, or an image cannot be read.
         """
-        from vgid.decoding import greedy_decode
-        from vgid.encoding import Query
+        from vgid.models.decoding import greedy_decode
+        from vgid.models.encoding import Query
 
         missing = {"image", "question"} - set(model_input.columns)
         if missing:
@@ -78,7 +78,8 @@ def load_deployed(
     Raises:
         InputError: a file changed, the adapter is not whole, or the base is another one.
     """
-    from vgid import adapter, backbones
+    from vgid.models import adapters as adapter
+    from vgid.models import backbones
 
     deployment, _ = read_deployment(file)
     folder = deployment.adapter_folder(file)

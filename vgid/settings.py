@@ -29,7 +29,7 @@ def prepare_data(backbones: Sequence[str], data: Path | None, folder: Path) -> P
     Raises:
         InputError: none is given and a backbone has none of its own.
     """
-    from vgid.backbones import spec
+    from vgid.models.backbones import spec
 
     if data is not None:
         return data.expanduser().absolute()

@@ -82,7 +82,7 @@ def worker_bytes(
     """Memory of its node that a worker takes.
 
     Weights pass through the node's memory on their way to a GPU. Without one they stay there, in
-    fp32, and so does what a step of distillation keeps (``vgid.cost_model``).
+    fp32, and so does what a step of distillation keeps (``vgid.models.cost_model``).
 
     Args:
         backbone: name of its row.
@@ -94,7 +94,7 @@ def worker_bytes(
     Raises:
         InputError: a file of weights is damaged.
     """
-    from vgid.backbones import spec
+    from vgid.models.backbones import spec
 
     weights = sum(map(_elements, folder.glob("*.safetensors")))
     if on_gpu:
@@ -123,9 +123,9 @@ def _step_bytes(backbone: str, model_path: str | None, trial: TrialConfig) -> in
     """LoRA in training, the loss's buffers, and the larger of the two terms' kept activations."""
     import torch
 
-    from vgid.backbones import outline
-    from vgid.cost_model import activation_bytes, adapter_bytes, vocabulary_bytes
     from vgid.distillation import share
+    from vgid.models.backbones import outline
+    from vgid.models.cost_model import activation_bytes, adapter_bytes, vocabulary_bytes
     from vgid.profile_prompts import synthetic_set
 
     shape = outline(backbone, model_path)

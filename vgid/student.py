@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgid.backbones import Backbone
 from vgid.chunked_kl import chunked_kl
-from vgid.packing import Packed, hidden_states
+from vgid.models.backbones import Backbone
+from vgid.models.packing import Packed, hidden_states
 
 
 @dataclass

@@ -209,9 +209,9 @@ class Study:
             self._interrupt.allows(side.submit(lambda: None))
 
     def _prepare_data(self) -> None:
-        from vgid import backbones
         from vgid.data.benchmark import Benchmark
         from vgid.data.splits import choose_people, count_verbatim
+        from vgid.models import backbones
 
         if self.plan.own_data and not self.plan.request.data.exists():
             from vgid.data.synthetic import write_benchmark

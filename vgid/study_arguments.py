@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
             settings["default"] = argparse.SUPPRESS  # the help text says what happens without
         made.add_argument(flag, **settings)
 
-    add("--backbone", metavar="NAME", help="base model, a row of vgid/backbones.py")
+    add("--backbone", metavar="NAME", help="base model, a row of vgid/models/backbones.py")
     add("--model-path", metavar="DIR", help="folder or hub id of its weights, if not the row's own")
     add("--data", type=Path, metavar="DIR", help="benchmark in the MLLMU-Bench layout; without it, "
         "the embedded backbone's own is written to OUTPUT/data")  # fmt: skip

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgid.adapter_files import FILES
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.files import refuse_links
+from vgid.models.adapter_files import FILES
 from vgid.outputs import TRIAL_FIELDS
 from vgid.plan import OWN_DATA
 from vgid.results import OBJECTIVES, trial_order

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vgid.content_store import info
 from vgid.ledger import Header, Record, now
+from vgid.models.store import info
 from vgid.outputs import TrialRecord
 from vgid.plan import Plan
 from vgid.results import TrialStatus, Verbatim

@@ -5,7 +5,7 @@ intervention and the response source. So the base model's last hidden states at 
 positions are kept as safetensors, in chunks of portraits, and turned back into exact logits by
 the frozen ``lm_head``. A chunk's key is the hash of all that it depends on: base revision, dtype,
 image processor, prompt frame, every sample's text and image, intervention, noise seed, response
-source. Trials, workers and nodes share the store (``vgid.content_store``).
+source. Trials, workers and nodes share the store (``vgid.models.store``).
 
 Shape legend: R response tokens of a sample, D hidden width.
 """
@@ -18,13 +18,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vgid.backbones import Backbone
 from vgid.config import NoiseType
-from vgid.content_store import ContentStore, key_of
-from vgid.decoding import MAX_NEW_TOKENS, greedy_tokens
-from vgid.encoding import Query, at_model_resolution, encode, response_ids
 from vgid.interventions import perturb
-from vgid.packing import response_hidden
+from vgid.models.backbones import Backbone
+from vgid.models.decoding import MAX_NEW_TOKENS, greedy_tokens
+from vgid.models.encoding import Query, at_model_resolution, encode, response_ids
+from vgid.models.packing import response_hidden
+from vgid.models.store import ContentStore, key_of
 from vgid.prompts import REFUSALS, PromptStyle, with_instruction
 from vgid.seeds import image_digest, sample_generator
 from vgid.training_samples import TrainingSample

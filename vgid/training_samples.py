@@ -10,8 +10,8 @@ from vgid.config import TrainWording, TrialConfig
 from vgid.data.benchmark import Benchmark, Person, decode_image, split_questions
 from vgid.data.people import TrainingPair, comparable
 from vgid.data.splits import Said
-from vgid.encoding import Query
 from vgid.errors import InputError
+from vgid.models.encoding import Query
 from vgid.prompts import Task, Wording, generation_text, option_likelihood_text, question_text
 from vgid.seeds import image_digest
 

@@ -19,10 +19,7 @@ from typing import Any
 from filelock import FileLock
 from PIL import Image
 
-from vgid import adapter
-from vgid.backbones import load
 from vgid.config import RequestConfig, TrialConfig, uses
-from vgid.content_store import ContentStore, key_of
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people, held_out_of_training
 from vgid.distillation import (
@@ -32,13 +29,16 @@ from vgid.distillation import (
     retain_batches,
     steps_per_epoch,
 )
-from vgid.encoding import Encoded, encode, response_ids
 from vgid.errors import SettingError
 from vgid.evaluation import Evaluation, evaluate
 from vgid.examination import Examination, prepare
 from vgid.files import write_atomically
 from vgid.methods import make_method
 from vgid.metrics import bootstrap_difference
+from vgid.models import adapters as adapter
+from vgid.models.backbones import load
+from vgid.models.encoding import Encoded, encode, response_ids
+from vgid.models.store import ContentStore, key_of
 from vgid.rehearsal import missing_objectives, without_unfit
 from vgid.released import distill_released, retain_drawn
 from vgid.results import EpochReport, KeptScores, QuestionPart, Score, TrialResult

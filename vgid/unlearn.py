@@ -17,7 +17,6 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from vgid.adapter_files import copy_adapter
 from vgid.config import (
     Config,
     ForgetRatio,
@@ -30,6 +29,7 @@ from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
 from vgid.ledger import now
 from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace
+from vgid.models.adapter_files import copy_adapter
 from vgid.paths import UsablePath, WrittenFolder
 from vgid.picking import Bounds, Marks
 from vgid.suppression import MIN_FORGET, doubt
@@ -41,7 +41,7 @@ class UnlearnConfig(Config):
     """A forget request to answer."""
 
     backbone: str | None = Field(
-        None, description="name of a row in vgid.backbones; the parent's if there is one"
+        None, description="name of a row in vgid.models.backbones; the parent's if there is one"
     )
     model_path: str | None = Field(None, description="folder or hub id of the base")
     data: UsablePath = Field(description="benchmark folder")

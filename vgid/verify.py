@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Column, Table
 
-from vgid.adapter_files import read_adapter
-from vgid.backbones import locate, revision_of, skeleton, spec
 from vgid.config import Config, RequestConfig, parse
 from vgid.data.benchmark import Benchmark
 from vgid.deployment import Deployment, Frame, Scores, hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.manifest import manifest_fault
 from vgid.model_card import CARD_SCORES
+from vgid.models.adapter_files import read_adapter
+from vgid.models.backbones import locate, revision_of, skeleton, spec
 from vgid.results import Score
 from vgid.signing import signature_fault
 

@@ -143,7 +143,7 @@ def _names_image_token(setting: str) -> bool:
 
 def _command(model: str, deployment: Deployment, flags: list[str]) -> str:
     """The flags behind the template make requests without their own settings decode as measured."""
-    from vgid.decoding import MAX_NEW_TOKENS
+    from vgid.models.decoding import MAX_NEW_TOKENS
 
     decoding = json.dumps({"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS})
     parts = [

@@ -1,7 +1,7 @@
 """Evaluation with shared images against one question at a time.
 
 ``python -m tests.benchmarks.evaluate [--json]``. Both begin with the images and the question texts,
-so processing and encoding of the images are in the time: ours (``vgid.decoding``) with an empty
+so processing and encoding of the images are in the time: ours (``vgid.models.decoding``) with an empty
 memory in each round, the benchmark's (``one_at_a_time``) anew for each question. The answers are
 compared token by token; where two ways of computing the same logits break a near tie differently,
 the answer counts as differing, and a difference that is no near tie is an error.
@@ -36,7 +36,6 @@ from tests.benchmarks.machine import (
     report,
 )
 from tests.benchmarks.random_llava import portrait_questions, random_llava
-from vgid.backbones import Backbone, load
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Benchmark, decode_image
 from vgid.data.fictitious import (
@@ -46,12 +45,13 @@ from vgid.data.fictitious import (
     make_world,
 )
 from vgid.data.synthetic import write_benchmark
-from vgid.decoding import greedy_tokens, score_responses
-from vgid.encoding import Query, encode, response_ids
-from vgid.packing import pack
+from vgid.models.backbones import Backbone, load
+from vgid.models.decoding import greedy_tokens, score_responses
+from vgid.models.encoding import Query, encode, response_ids
+from vgid.models.packing import pack
+from vgid.models.vision import Vision
 from vgid.prompts import option_likelihood_text, question_text
 from vgid.seeds import sample_generator
-from vgid.vision import Vision
 
 TARGET = 8.0
 PEOPLE = 10

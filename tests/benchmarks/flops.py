@@ -3,7 +3,7 @@
 Counted by torch's ``FlopCounterMode`` on the project's own step, forward and backward, and on
 filling the store for it. The counter does not know attention on the CPU, which is added here with
 the formula that it has for attention on a GPU: all pairs of a query and a key in a kernel's call,
-masked or not, and in the backward pass the scores once more. The minimum (``vgid.cost_model``) is
+masked or not, and in the backward pass the scores once more. The minimum (``vgid.models.cost_model``) is
 of the same packs, and counts only pairs of tokens of which one sees the other, without scores
 computed again. Nothing here is random, so nothing is repeated.
 """
@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 from tests.benchmarks.machine import arguments, headline, models, one_thread, ratio_fields, report
 from tests.benchmarks.step import Sets, Workload, fill, our_steps, workload
-from vgid.cost_model import distinct_tokens, fill_minimum, step_minimum, vision_forward
 from vgid.distillation import share
-from vgid.encoding import encode
-from vgid.packing import Packed, pack
+from vgid.models.cost_model import distinct_tokens, fill_minimum, step_minimum, vision_forward
+from vgid.models.encoding import encode
+from vgid.models.packing import Packed, pack
 from vgid.teacher import Intervention, intervene
 
 TARGET = 1.15

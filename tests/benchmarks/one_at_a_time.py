@@ -4,7 +4,7 @@ Question by question, the processor on text and image, then ``generate`` at batc
 key-value cache, greedy, 50 tokens at most (protocol of https://github.com/franciscoliu/MLLMU-Bench,
 eval.py). Multiple-choice questions are answered by letter in the same way.
 
-Settings are those of ``vgid.decoding``, so answers can be compared token by token: a checkpoint's
+Settings are those of ``vgid.models.decoding``, so answers can be compared token by token: a checkpoint's
 own about sampling or repetition are set aside, and an image token is never an answer.
 """
 
@@ -14,9 +14,9 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from vgid.backbones import Backbone
-from vgid.decoding import MAX_NEW_TOKENS
-from vgid.encoding import Query, response_ids
+from vgid.models.backbones import Backbone
+from vgid.models.decoding import MAX_NEW_TOKENS
+from vgid.models.encoding import Query, response_ids
 
 
 def processor_inputs(

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vgid.backbones import LLAVA_FRAME, Backbone, BackboneSpec
 from vgid.embedded_model import IMAGE, build_tokenizer, corpus
-from vgid.encoding import Query
 from vgid.errors import InputError
+from vgid.models.backbones import LLAVA_FRAME, Backbone, BackboneSpec
+from vgid.models.encoding import Query
 from vgid.prompts import generation_text
 from vgid.training_samples import TrainingSample
 

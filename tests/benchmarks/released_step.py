@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.benchmarks.one_at_a_time import processor_inputs
-from vgid.backbones import Backbone
+from vgid.models.backbones import Backbone
 from vgid.training_samples import TrainingSample
 
 LORA_RANK = 16

@@ -33,18 +33,18 @@ from tests.benchmarks.machine import (
 )
 from tests.benchmarks.random_llava import portrait_questions, random_llava
 from tests.benchmarks.released_step import LORA_DROPOUT, LORA_RANK, ReleasedStep
-from vgid import adapter
-from vgid.backbones import Backbone, load
 from vgid.config import RequestConfig, ResponseSource, TrialConfig
-from vgid.content_store import ContentStore
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people
 from vgid.data.synthetic import write_benchmark
 from vgid.distillation import DistillationSet, distill, epoch_batches, retain_batches
-from vgid.encoding import encode
+from vgid.models import adapters as adapter
+from vgid.models.backbones import Backbone, load
+from vgid.models.encoding import encode
+from vgid.models.store import ContentStore
+from vgid.models.vision import Vision
 from vgid.teacher import Intervention, TeacherStore
 from vgid.training_samples import TrainingSample, training_samples
-from vgid.vision import Vision
 
 TARGET = 8.0
 TEACHER_EPOCHS = 4

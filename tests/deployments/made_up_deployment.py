@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from vgid.backbones import EMBEDDED, revision_of, spec
 from vgid.config import TrialConfig
 from vgid.deployment import (
     Adapter,
@@ -15,6 +14,7 @@ from vgid.deployment import (
     hash_files,
     write_deployment,
 )
+from vgid.models.backbones import EMBEDDED, revision_of, spec
 from vgid.results import Score
 
 BASE_FOLDER = EMBEDDED / "tiny-llava"

@@ -9,11 +9,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from vgid import adapter
-from vgid.backbones import load
 from vgid.data.benchmark import decode_image
-from vgid.decoding import greedy_decode
-from vgid.encoding import Query
+from vgid.models import adapters as adapter
+from vgid.models.backbones import load
+from vgid.models.decoding import greedy_decode
+from vgid.models.encoding import Query
 
 Key = tuple[str, bytes | None]
 """What is asked: text, and the pixels of the image if any."""

@@ -16,23 +16,23 @@ from typer.testing import CliRunner
 
 from tests.deployments.test_signing import make_keys
 from tests.hub_index import INDEX
-from vgid import adapter
-from vgid.adapter_files import concatenate, copy_adapter, read_adapter
-from vgid.backbones import EMBEDDED, load, skeleton
 from vgid.cli_deployment import app
 from vgid.data.benchmark import Benchmark, decode_image
-from vgid.decoding import greedy_decode
 from vgid.deployment import read_deployment, write_deployment
-from vgid.encoding import Query
 from vgid.errors import InputError
 from vgid.export import export
 from vgid.manifest import MANIFEST, manifest_fault, write_manifest
 from vgid.merging import merge
+from vgid.models import adapters as adapter
+from vgid.models.adapter_files import concatenate, copy_adapter, read_adapter
+from vgid.models.backbones import EMBEDDED, load, skeleton
+from vgid.models.decoding import greedy_decode
+from vgid.models.encoding import Query
+from vgid.models.weight_names import WeightNames
 from vgid.prompts import generation_text, question_text
 from vgid.signing import sign
 from vgid.verify import verify
 from vgid.vllm_serving import COMPARISON_ONLY, max_lora_rank, serve_adapter
-from vgid.weight_names import WeightNames
 
 BASE = EMBEDDED / "tiny-llava"
 

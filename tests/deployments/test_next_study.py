@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vgid.adapter_files import read_adapter
-from vgid.backbones import EMBEDDED, revision_of
 from vgid.config import StudyConfig
 from vgid.data.benchmark import Benchmark
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
 from vgid.lineage import read_ancestor
+from vgid.models.adapter_files import read_adapter
+from vgid.models.backbones import EMBEDDED, revision_of
 from vgid.outputs import TrialRecord, write_front
 from vgid.pick import PickConfig, pick_deployment
 from vgid.plan import make_plan

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from vgid import adapter
-from vgid.adapter_files import read_adapter
-from vgid.backbones import load
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
 from vgid.lineage import Ancestor
+from vgid.models import adapters as adapter
+from vgid.models.adapter_files import read_adapter
+from vgid.models.backbones import load
 from vgid.results import Score
 from vgid.unlearn import UnlearnConfig, unlearn
 

@@ -176,7 +176,7 @@ def test_an_adapter_that_is_not_whole_is_found_and_neither_exported_nor_served(
 
 
 def test_another_base_or_benchmark_is_found(file, hashes, tmp_path):
-    from vgid.backbones import EMBEDDED
+    from vgid.models.backbones import EMBEDDED
 
     other = tmp_path / "base"
     shutil.copytree(EMBEDDED / "tiny-llava", other)

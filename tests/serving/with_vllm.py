@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 from tests.deployments.openai_server import key_of, model_answers
-from vgid.backbones import EMBEDDED
 from vgid.data.benchmark import Benchmark
 from vgid.data.synthetic import write_benchmark
 from vgid.deployment import read_deployment
 from vgid.export import Exported, export
+from vgid.models.backbones import EMBEDDED
 from vgid.served import Endpoint, open_questions, verify_served
 from vgid.unlearn import UnlearnConfig, unlearn
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
-from vgid.packing import Packed
+from vgid.models.packing import Packed
 
 SHARED_PROMPTS = "shared_prompts"
 """Name of the attention function among those of transformers."""

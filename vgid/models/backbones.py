@@ -15,7 +15,7 @@ from vgid.errors import InputError
 from vgid.prompts import Form, Task
 
 if TYPE_CHECKING:
-    from vgid.vision import Vision
+    from vgid.models.vision import Vision
 
 EMBEDDED = Path(__file__).parent / "embedded"
 LANGUAGE_MODEL_LINEARS = (
@@ -170,8 +170,8 @@ class Backbone:
     vision: "Vision" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        from vgid.tree_attention import attend_by_trees
-        from vgid.vision import Vision
+        from vgid.models.tree_attention import attend_by_trees
+        from vgid.models.vision import Vision
 
         attend_by_trees(self.model)
         self.vision = Vision(self.model, self.processor, self.revision)
@@ -287,7 +287,7 @@ def identity(name: str, model_path: str | None = None) -> list[Any]:
 
 
 def _identity(row: BackboneSpec, revision: str, dtype: Any, processor: Any) -> list[Any]:
-    from vgid.vision import image_processing
+    from vgid.models.vision import image_processing
 
     asked = [asdict(row.frame), dict(row.few_shot), row.option_scoring]
     return [revision, str(dtype), image_processing(processor), asked]
@@ -308,7 +308,7 @@ def _dtype(device: str) -> Any:
 def _processor(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    from vgid.qwen_processor import processor_class
+    from vgid.models.qwen_processor import processor_class
 
     places = {"trust_remote_code": False, "local_files_only": True}
     model_type = AutoConfig.from_pretrained(folder, **places).model_type
@@ -373,7 +373,7 @@ def outline(name: str, model_path: str | None = None) -> Backbone:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from vgid.qwen_processor import processor_class
+    from vgid.models.qwen_processor import processor_class
 
     row = spec(name)
     folder = locate(row, model_path, weights=False)

@@ -20,7 +20,7 @@ What counts as needed here, and so in MFU, the share of a device's peak that doe
 - norms, activations, rotary embeddings and the optimizer are left out: they are bound by memory,
   and below a hundredth of the FLOPs at real sizes.
 
-LoRA is on all seven linear maps of every decoder layer, as in ``vgid.backbones``. A multiplication
+LoRA is on all seven linear maps of every decoder layer, as in ``vgid.models.backbones``. A multiplication
 with its addition is two FLOPs. All counts are exact integers.
 
 Symbols: D hidden width, H width of all query heads, K width of all key-value heads, F width of the
@@ -34,8 +34,8 @@ from typing import Any
 
 import torch
 
-from vgid.packing import Packed
-from vgid.tree_attention import lay_out
+from vgid.models.packing import Packed
+from vgid.models.tree_attention import lay_out
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def step_minimum(text_config: Any, packs: Sequence[Packed], lora_rank: int) -> F
 def fill_minimum(text_config: Any, packs: Sequence[Packed], generated: bool = False) -> Flops:
     """The least that filling the teacher store costs: 2 P, and no logits for given responses.
 
-    The vision tower is left out: its features are kept on their own (``vgid.vision``).
+    The vision tower is left out: its features are kept on their own (``vgid.models.vision``).
 
     Args:
         text_config: of the language model.

@@ -1,7 +1,7 @@
 """Attention in packed rows: each block of queries meets the keys that it sees, and no others.
 
 Under a mask over whole rows, attention is computed between all tokens and most of it is thrown
-away. But a token of a tree (``vgid.packing``) sees its ancestors only, so a block of neighbouring
+away. But a token of a tree (``vgid.models.packing``) sees its ancestors only, so a block of neighbouring
 queries needs the ancestors of its first token and the block itself. The keys of a block are thus
 few, whatever else lies in the row, and what the mask still hides is a part of one block.
 
@@ -64,7 +64,7 @@ def lay_out(ends_BL: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Tre
     """The trees of packed rows, row after row; together they hold every place once.
 
     Args:
-        ends_BL: where the tree below each token ends (``vgid.packing.Packed``).
+        ends_BL: where the tree below each token ends (``vgid.models.packing.Packed``).
         dtype: of the model, for the masks, which are made on the device of ``ends_BL``.
         block: queries of a block at most.
     """

@@ -2,7 +2,7 @@
 
 Vision tower and projector are never trained, so an image's features are the same for all of a
 portrait's questions, all trials and all workers. They are computed once: kept in memory while
-there is room, and in a study's store besides (``vgid.content_store``).
+there is room, and in a study's store besides (``vgid.models.store``).
 
 One image a forward pass, so that its features do not depend on which others were missing.
 
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vgid.content_store import ContentStore, key_of
+from vgid.models.store import ContentStore, key_of
 from vgid.seeds import image_digest
 
 V = TypeVar("V")

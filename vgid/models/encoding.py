@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vgid.backbones import Backbone
 from vgid.errors import SampleError
+from vgid.models.backbones import Backbone
+from vgid.models.vision import Picture
 from vgid.prompts import Task
-from vgid.vision import Picture
 
 IGNORE = -100
 """Label of positions that are no response, as in torch's cross-entropy."""
@@ -232,7 +232,7 @@ def collate(
     """Pad samples to one batch on the backbone's device, one sequence a sample.
 
     The plain form, for the released variant and as the reference that packs are tested against;
-    ``vgid.packing`` computes the same with shared images.
+    ``vgid.models.packing`` computes the same with shared images.
 
     Args:
         backbone: whose pad token and device are used.

@@ -6,7 +6,7 @@ once, behind the tokens that it continues, and sees its ancestors only. Its posi
 it has in its own sample. Hidden states, losses and gradients equal those of separate sequences.
 
 Trees lie side by side in one row, up to its token budget. What a row costs does not grow with its
-length, since attention is computed between tokens of a tree only (``vgid.tree_attention``).
+length, since attention is computed between tokens of a tree only (``vgid.models.tree_attention``).
 
 Shape legend: B rows, L tokens of a row, A position axes, N samples, R response tokens over all
 samples, D hidden width.
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgid.backbones import Backbone
-from vgid.encoding import Encoded
-from vgid.tree_attention import TREES, lay_out
-from vgid.vision import Picture
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Encoded
+from vgid.models.tree_attention import TREES, lay_out
+from vgid.models.vision import Picture
 
 MAX_ROW_TOKENS = 4096
 """Token budget of a row. A tree that is larger is cut, its beginning repeated; a single sample

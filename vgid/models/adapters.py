@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from vgid.adapter_files import FILES, read_adapter
-from vgid.backbones import Backbone
 from vgid.config import TrialConfig
 from vgid.errors import InputError
+from vgid.models.adapter_files import FILES, read_adapter
+from vgid.models.backbones import Backbone
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """What a backbone answers, and how likely it finds a given answer: both with shared beginnings.
 
-Prompts are run once as trees (``vgid.packing``): a portrait's image is encoded once for all its
-questions, and of the last layer only what predicts a token is computed (``vgid.last_layer``). Then
+Prompts are run once as trees (``vgid.models.packing``): a portrait's image is encoded once for all its
+questions, and of the last layer only what predicts a token is computed (``vgid.models.last_layer``). Then
 all questions advance together, one token a step, until each has ended. Their prompts' keys and
-values stay shared (``vgid.prefix_attention``); a question's own are those of its new tokens.
+values stay shared (``vgid.models.prefix_attention``); a question's own are those of its new tokens.
 
 Shape legend: N samples, R response tokens over all samples, D hidden width, V vocabulary, A
 position axes.
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from vgid.backbones import Backbone
-from vgid.encoding import Encoded, Query, encode
-from vgid.last_layer import reading_at
-from vgid.packing import Packed, hidden_states, pack, rotary_positions
-from vgid.prefix_attention import SharedPrompts, attending_to_shared_prompts
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Encoded, Query, encode
+from vgid.models.last_layer import reading_at
+from vgid.models.packing import Packed, hidden_states, pack, rotary_positions
+from vgid.models.prefix_attention import SharedPrompts, attending_to_shared_prompts
 
 MAX_NEW_TOKENS = 50
 """Longest response, in tokens, of the benchmark's protocol."""

@@ -1,0 +1,1 @@
+"""A backbone loaded, read, decoded and adapted."""
