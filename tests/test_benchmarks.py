@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from tests.benchmarks import evaluate, flops, machine, memory, step, trial
+from vgid.method.teacher import Intervention, intervene
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Query, encode, response_ids
 from vgid.models.packing import hidden_states, pack
-from vgid.teacher import Intervention, intervene
 
 SMALL = {"image_tokens": 16, "vocabulary": 2000, "parameters": 1}
 HEADLINE = {"ratio", "low", "high", "n", "target", "met"}

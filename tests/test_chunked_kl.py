@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vgid.chunked_kl import BLOCK, chunked_kl
 from vgid.errors import InputError
+from vgid.method.chunked_kl import BLOCK, chunked_kl
 from vgid.objectives import forward_kl_per_position
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])

@@ -11,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.conftest import make_random_backbone
 from tests.random_qwen import make_random_qwen
 from vgid.architectures import config_of, random_backbone
-from vgid.chunked_kl import chunked_kl
 from vgid.config import TrialConfig
-from vgid.distillation import DistillationBatch, Student
+from vgid.method.chunked_kl import chunked_kl
+from vgid.method.distillation import DistillationBatch, Student
+from vgid.method.profile_prompts import synthetic_set
+from vgid.method.released import full_position_kl
 from vgid.models.adapters import attached
 from vgid.models.cost_model import (
     Flops,
@@ -29,8 +31,6 @@ from vgid.models.cost_model import (
 )
 from vgid.models.packing import hidden_states, pack
 from vgid.models.tree_attention import attend_by_trees, lay_out
-from vgid.profile_prompts import synthetic_set
-from vgid.released import full_position_kl
 
 MAKERS = {
     "tiny-llava": make_random_backbone,

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vgid import distillation
 from vgid.config import TrialConfig
-from vgid.distillation import DistillationSet, epoch_batches, retain_batches
+from vgid.method import distillation
+from vgid.method.distillation import DistillationSet, epoch_batches, retain_batches
 
 MLLMU = {"generation": 7, "cloze": 1}
 """Training questions of a person of MLLMU-Bench: ``ft_Data``'s pairs and the search cloze."""

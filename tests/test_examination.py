@@ -24,11 +24,11 @@ from vgid.examination import (
     few_shot_turns,
     prepare,
 )
+from vgid.method.teacher import Intervention
 from vgid.models.backbones import LLAVA_FRAME, QWEN_FRAME, TINY_LLAVA_FRAME, Backbone
 from vgid.models.encoding import Query, encode
 from vgid.prompts import REVERSE_PROMPT, UNLEARNING_INSTRUCTIONS
 from vgid.results import Score
-from vgid.teacher import Intervention
 
 
 @pytest.fixture(scope="module")

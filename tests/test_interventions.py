@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vgid.interventions import perturb
+from vgid.method.interventions import perturb
 from vgid.seeds import sample_generator
 
 IMAGE = np.random.default_rng(0).integers(60, 200, (64, 48, 3), dtype=np.uint8)

@@ -9,14 +9,14 @@ import torch
 from tests.test_distillation import adapter_state, train
 from tests.test_teacher import samples, teachers
 from vgid.config import TrialConfig, uses
-from vgid.distillation import DistillationSet, Student, distill, share
 from vgid.errors import InputError
-from vgid.methods import METHODS, make_method
+from vgid.method.distillation import DistillationSet, Student, distill, share
+from vgid.method.methods import METHODS, make_method
+from vgid.method.student import View
+from vgid.method.teacher import Intervention
 from vgid.models.adapters import attached
 from vgid.models.encoding import collate, encode
 from vgid.models.packing import hidden_states
-from vgid.student import View
-from vgid.teacher import Intervention
 
 BASELINES = ["ga", "ga_diff", "kl_min", "po_idk", "po_dpo", "npo", "rmu"]
 BETA, STEERING, LAYER = 0.3, 4.0, 2

@@ -16,8 +16,8 @@ from tests.packed_samples import (
     separate_all,
     with_response,
 )
-from vgid.chunked_kl import chunked_kl
 from vgid.config import TrialConfig
+from vgid.method.chunked_kl import chunked_kl
 from vgid.models.adapters import attached
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import greedy_tokens, score_responses

@@ -15,11 +15,11 @@ import torch
 import yaml
 from torch import nn
 
-from vgid.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from vgid.config import StudyConfig, TrialConfig
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
 from vgid.ledger import Header, Ledger, now
+from vgid.method.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from vgid.models.store import ContentStore, key_of
 from vgid.placing import READY, staged
 from vgid.results import TrialResult

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from vgid.architectures import TEXT_SIZES, config_of, random_backbone
 from vgid.cli import app
 from vgid.errors import InputError
+from vgid.method.profile_prompts import QUESTION_TOKENS, RESPONSE_TOKENS, synthetic_set
 from vgid.models.cost_model import distinct_tokens, step_minimum
 from vgid.models.packing import hidden_states, pack
 from vgid.profile import (
@@ -23,7 +24,6 @@ from vgid.profile import (
     measure,
     out_of_memory_explained,
 )
-from vgid.profile_prompts import QUESTION_TOKENS, RESPONSE_TOKENS, synthetic_set
 
 PARAMETERS = {
     "llava-1.5-7b": 7_063_427_072,

@@ -20,6 +20,7 @@ from vgid.data.layout import CONFIGS, shard_paths
 from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
 from vgid.first_tokens import first_token_scores
+from vgid.method.teacher import Intervention
 from vgid.models import backbones
 from vgid.note import NoteLinks, study_note
 from vgid.paper_arguments import PaperConfig
@@ -28,7 +29,6 @@ from vgid.plan import make_plan
 from vgid.plots import Front
 from vgid.rehearsal import Run
 from vgid.results import Score, TrialResult
-from vgid.teacher import Intervention
 from vgid.trial import TrialSession
 
 outline = functools.cache(backbones.outline)

@@ -7,15 +7,15 @@ from peft import LoraConfig, get_peft_model
 
 from tests.test_teacher import samples
 from vgid.config import TrialConfig
-from vgid.models.adapters import attached
-from vgid.models.encoding import collate, encode, response_ids
-from vgid.released import (
+from vgid.method.released import (
     distill_released,
     epoch_pairs,
     full_position_kl,
     retain_drawn,
     with_normalised_noise,
 )
+from vgid.models.adapters import attached
+from vgid.models.encoding import collate, encode, response_ids
 
 CONFIG = TrialConfig(released=True, epochs=2, lora_rank=4)
 

@@ -11,13 +11,13 @@ from PIL import Image
 
 from tests.conftest import make_random_backbone
 from tests.test_encoding import picture
+from vgid.method.samples import TrainingSample
+from vgid.method.teacher import Intervention, TeacherStore, intervene
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Query, collate, encode, response_ids
 from vgid.models.packing import response_hidden
 from vgid.models.store import ContentStore
 from vgid.prompts import REFUSALS, UNLEARNING_INSTRUCTIONS, generation_text
-from vgid.teacher import Intervention, TeacherStore, intervene
-from vgid.training_samples import TrainingSample
 
 RANDOM_STRICT = Intervention("random", None, "strict", seed=3)
 

@@ -15,11 +15,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.packed_samples import deviation, make_backbone, make_samples
 from vgid.config import TrialConfig
+from vgid.method.profile_prompts import synthetic_set
 from vgid.models.adapters import attached
 from vgid.models.encoding import encode
 from vgid.models.packing import hidden_states, pack
 from vgid.models.tree_attention import TREES, Tree, attend_by_trees, lay_out, tree_attention
-from vgid.profile_prompts import synthetic_set
 
 WIDTH = 8
 """E."""

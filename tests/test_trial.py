@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_random_backbone
-from vgid import distillation
 from vgid import trial as trial_module
 from vgid.config import Method, RequestConfig, TrainWording, TrialConfig, uses
 from vgid.data.benchmark import Benchmark, split_questions
@@ -23,11 +22,12 @@ from vgid.embedded_model import save
 from vgid.errors import InputError
 from vgid.evaluation import evaluate
 from vgid.examination import prepare
+from vgid.method import distillation
+from vgid.method.released import distill_released
+from vgid.method.samples import training_samples
+from vgid.method.teacher import Intervention
 from vgid.models.adapters import loaded
-from vgid.released import distill_released
 from vgid.results import EpochReport, KeptScores, Score, TrialResult, Verbatim
-from vgid.teacher import Intervention
-from vgid.training_samples import training_samples
 from vgid.trial import TrialSession, run_trial
 
 TRIAL = TrialConfig(epochs=2, lora_rank=2)

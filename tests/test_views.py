@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vgid import views
+from vgid.method import views
+from vgid.method.views import portrait_view
 from vgid.seeds import image_digest, sample_generator
-from vgid.views import portrait_view
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -21,7 +21,7 @@ from vgid.data.fictitious import (
     portrait,
     test_portrait,
 )
-from vgid.interventions import perturb
+from vgid.method.interventions import perturb
 from vgid.metrics import cloze_correct, rouge
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import greedy_decode, score_responses

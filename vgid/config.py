@@ -40,7 +40,7 @@ Method = Literal[
     "npo",
     "rmu",
 ]
-"""The methods of the paper's Table 3 (``vgid.methods``); ``icu_t`` and ``noise_t`` are VGID with
+"""The methods of the paper's Table 3 (``vgid.method.methods``); ``icu_t`` and ``noise_t`` are VGID with
 only the instruction and only the perturbation."""
 ForgetRatio = Literal[5, 10, 15]
 TrainWording = Literal["both", "wrapped", "raw"]
@@ -82,7 +82,7 @@ RELEASED: dict[str, Any] = {
     "lora_rank": 16,
     "lora_dropout": 0.05,
 }
-"""What ``released`` makes the defaults: the public script's (``vgid.released``)."""
+"""What ``released`` makes the defaults: the public script's (``vgid.method.released``)."""
 
 RELEASED_SAMPLES: dict[str, Any] = {"train_tasks": ("generation",), "train_wording": "raw"}
 """What the public script trains on, and so every ``released`` trial."""

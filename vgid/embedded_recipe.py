@@ -34,7 +34,7 @@ from vgid.data.fictitious import (
     portrait,
 )
 from vgid.data.portraits import PORTRAIT_SIZE, draw_portrait, random_face
-from vgid.interventions import perturb
+from vgid.method.interventions import perturb
 from vgid.prompts import (
     UNLEARNING_INSTRUCTIONS,
     Form,

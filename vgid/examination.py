@@ -19,6 +19,7 @@ from vgid.config import RequestConfig
 from vgid.data.benchmark import Person, Question, decode_image, split_questions
 from vgid.data.splits import People
 from vgid.errors import InputError, SampleError
+from vgid.method.teacher import Intervention, intervene
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import MAX_NEW_TOKENS
 from vgid.models.encoding import Encoded, Query, Shot, encode, response_ids
@@ -33,7 +34,6 @@ from vgid.prompts import (
 )
 from vgid.results import QuestionPart
 from vgid.seeds import sample_generator
-from vgid.teacher import Intervention, intervene
 
 OptionScoring = Literal["letter", "likelihood"]
 Turns = dict[tuple[Task, Form], tuple[Shot, ...]]

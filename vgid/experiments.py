@@ -208,7 +208,7 @@ def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> O
         adapter: where its adapter is kept; one that is there whole is not trained again.
     """
     from vgid.first_tokens import first_token_scores
-    from vgid.teacher import Intervention
+    from vgid.method.teacher import Intervention
 
     started = time.perf_counter()
     arm, trial = experiment.arm, experiment.trial

@@ -35,12 +35,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from vgid.checkpoint import load_checkpoint, save_checkpoint
 from vgid.config import Config, TrialConfig, parse
 from vgid.data.benchmark import Benchmark
-from vgid.distillation import draw_order, learning_rate_factor
 from vgid.errors import InputError
 from vgid.finetune_data import Sample, encode_samples, read_samples
+from vgid.method.checkpoint import load_checkpoint, save_checkpoint
+from vgid.method.distillation import draw_order, learning_rate_factor
 from vgid.models import adapters as adapter
 from vgid.models.backbones import Backbone, load, locate, spec
 from vgid.models.encoding import Encoded, response_ids

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from vgid.data.people import Person
+from vgid.method.teacher import Intervention, intervene
 from vgid.metrics import bootstrap_interval
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Query, encode, response_ids
 from vgid.models.packing import response_hidden
 from vgid.prompts import REFUSALS, cloze_text
 from vgid.results import Score
-from vgid.teacher import Intervention, intervene
 
 if TYPE_CHECKING:
     from vgid.trial import TrialSession

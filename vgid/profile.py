@@ -1,6 +1,6 @@
 """What a real-size step of distillation does on the accelerator at hand, or should do.
 
-``measure`` times whole steps as ``vgid.distillation.distill`` takes them (packing, both losses,
+``measure`` times whole steps as ``vgid.method.distillation.distill`` takes them (packing, both losses,
 backward pass, clipping, AdamW) on synthetic prompts of the benchmark's lengths; ``estimate`` gives
 the same figures from the cost model. Both speak of the same work: the FLOPs are the analytic
 minimum of ``vgid.models.cost_model``, so MFU counts neither padding nor recomputation as work done.
@@ -21,8 +21,10 @@ from torch import nn
 
 from vgid.architectures import random_backbone
 from vgid.config import TrialConfig, parse
-from vgid.distillation import Student, backward_term, share
 from vgid.errors import InputError
+from vgid.method.distillation import Student, backward_term, share
+from vgid.method.profile_prompts import synthetic_set
+from vgid.method.student import DistillationBatch
 from vgid.models.adapters import attached
 from vgid.models.backbones import Backbone, load
 from vgid.models.cost_model import (
@@ -34,8 +36,6 @@ from vgid.models.cost_model import (
     step_minimum,
     vocabulary_bytes,
 )
-from vgid.profile_prompts import synthetic_set
-from vgid.student import DistillationBatch
 from vgid.summary import provenance
 
 LORA_RANK, LORA_DROPOUT = 16, 0.05

@@ -15,12 +15,12 @@ from vgid.data.layout import FORGET_RATIOS, Defect
 from vgid.data.splits import People, choose_people, held_out_of_training
 from vgid.errors import InputError, SampleError
 from vgid.examination import prepare
+from vgid.method.samples import TrainingSample, training_samples
+from vgid.method.teacher import Intervention, intervene, response_room
 from vgid.models.backbones import Backbone, outline
 from vgid.models.encoding import encode
 from vgid.prompts import PromptStyle, Task
 from vgid.results import QuestionPart
-from vgid.teacher import Intervention, intervene, response_room
-from vgid.training_samples import TrainingSample, training_samples
 
 PARTS: tuple[QuestionPart, ...] = ("search", "held_out")
 DEFAULT_TRIAL = TrialConfig.model_validate({})

@@ -123,10 +123,10 @@ def _step_bytes(backbone: str, model_path: str | None, trial: TrialConfig) -> in
     """LoRA in training, the loss's buffers, and the larger of the two terms' kept activations."""
     import torch
 
-    from vgid.distillation import share
+    from vgid.method.distillation import share
+    from vgid.method.profile_prompts import synthetic_set
     from vgid.models.backbones import outline
     from vgid.models.cost_model import activation_bytes, adapter_bytes, vocabulary_bytes
-    from vgid.profile_prompts import synthetic_set
 
     shape = outline(backbone, model_path)
     config = shape.model.config

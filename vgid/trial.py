@@ -22,29 +22,29 @@ from PIL import Image
 from vgid.config import RequestConfig, TrialConfig, uses
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people, held_out_of_training
-from vgid.distillation import (
+from vgid.errors import SettingError
+from vgid.evaluation import Evaluation, evaluate
+from vgid.examination import Examination, prepare
+from vgid.files import write_atomically
+from vgid.method.distillation import (
     DistillationSet,
     LossNotFiniteError,
     distill,
     retain_batches,
     steps_per_epoch,
 )
-from vgid.errors import SettingError
-from vgid.evaluation import Evaluation, evaluate
-from vgid.examination import Examination, prepare
-from vgid.files import write_atomically
-from vgid.methods import make_method
+from vgid.method.methods import make_method
+from vgid.method.released import distill_released, retain_drawn
+from vgid.method.samples import TrainingSample, training_samples
+from vgid.method.teacher import Intervention, TeacherStore, response_room
+from vgid.method.views import portrait_view
 from vgid.metrics import bootstrap_difference
 from vgid.models import adapters as adapter
 from vgid.models.backbones import load
 from vgid.models.encoding import Encoded, encode, response_ids
 from vgid.models.store import ContentStore, key_of
 from vgid.rehearsal import missing_objectives, without_unfit
-from vgid.released import distill_released, retain_drawn
 from vgid.results import EpochReport, KeptScores, QuestionPart, Score, TrialResult
-from vgid.teacher import Intervention, TeacherStore, response_room
-from vgid.training_samples import TrainingSample, training_samples
-from vgid.views import portrait_view
 
 SCORES_FORMAT = 2
 """Part of the name of kept scores; raised when the same questions would give other scores."""
@@ -422,7 +422,7 @@ class TrialSession:
         return self._training[key]
 
     def _encode(self, samples: list[TrainingSample], view: int = 0) -> list[Encoded]:
-        """The samples' prompts with a view of their portraits, see ``vgid.views``."""
+        """The samples' prompts with a view of their portraits, see ``vgid.method.views``."""
         pictures: dict[str, Image.Image] = {}
         for sample in samples:
             query, portrait = sample.query, sample.portrait

@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 from tests.benchmarks.machine import arguments, headline, models, one_thread, ratio_fields, report
 from tests.benchmarks.step import Sets, Workload, fill, our_steps, workload
-from vgid.distillation import share
+from vgid.method.distillation import share
+from vgid.method.teacher import Intervention, intervene
 from vgid.models.cost_model import distinct_tokens, fill_minimum, step_minimum, vision_forward
 from vgid.models.encoding import encode
 from vgid.models.packing import Packed, pack
-from vgid.teacher import Intervention, intervene
 
 TARGET = 1.15
 CPU_ATTENTION = {

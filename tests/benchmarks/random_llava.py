@@ -17,10 +17,10 @@ from PIL import Image
 
 from vgid.embedded_model import IMAGE, build_tokenizer, corpus
 from vgid.errors import InputError
+from vgid.method.samples import TrainingSample
 from vgid.models.backbones import LLAVA_FRAME, Backbone, BackboneSpec
 from vgid.models.encoding import Query
 from vgid.prompts import generation_text
-from vgid.training_samples import TrainingSample
 
 PATCH_SIZE = 14
 PORTRAIT_SIZE = 336

@@ -1,6 +1,6 @@
 """Training as VGID's public script does it, with all its costs: the baseline of ``step``.
 
-Written afresh from a description of the script, and apart from ``vgid.released``, whose teacher
+Written afresh from a description of the script, and apart from ``vgid.method.released``, whose teacher
 is the student with its adapter off. Here, as there:
 
 - the teacher is a second model, a deep copy made before the adapter is attached, and runs in every
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.benchmarks.one_at_a_time import processor_inputs
+from vgid.method.samples import TrainingSample
 from vgid.models.backbones import Backbone
-from vgid.training_samples import TrainingSample
 
 LORA_RANK = 16
 LORA_ALPHA = 16

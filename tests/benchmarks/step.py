@@ -37,14 +37,14 @@ from vgid.config import RequestConfig, ResponseSource, TrialConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people
 from vgid.data.synthetic import write_benchmark
-from vgid.distillation import DistillationSet, distill, epoch_batches, retain_batches
+from vgid.method.distillation import DistillationSet, distill, epoch_batches, retain_batches
+from vgid.method.samples import TrainingSample, training_samples
+from vgid.method.teacher import Intervention, TeacherStore
 from vgid.models import adapters as adapter
 from vgid.models.backbones import Backbone, load
 from vgid.models.encoding import encode
 from vgid.models.store import ContentStore
 from vgid.models.vision import Vision
-from vgid.teacher import Intervention, TeacherStore
-from vgid.training_samples import TrainingSample, training_samples
 
 TARGET = 8.0
 TEACHER_EPOCHS = 4

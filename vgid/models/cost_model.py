@@ -195,7 +195,7 @@ def released_minimum(config: Any, packs: Sequence[Packed], lora_rank: int) -> Fl
     """The least that the public VGID script needs for the same samples.
 
     Its second model as teacher runs in each step, a sequence holds one question, both models see
-    the image and make logits of the whole vocabulary at every position (``vgid.released``). Padding
+    the image and make logits of the whole vocabulary at every position (``vgid.method.released``). Padding
     is left out, so the script itself takes more.
 
     Args:
@@ -313,5 +313,5 @@ def adapter_bytes(text_config: Any, lora_rank: int) -> int:
 
 
 def vocabulary_bytes(text_config: Any, chunk: int = 256) -> int:
-    """Bytes of the loss's two fp32 buffers of (chunk, V), see ``vgid.chunked_kl``."""
+    """Bytes of the loss's two fp32 buffers of (chunk, V), see ``vgid.method.chunked_kl``."""
     return 2 * 4 * chunk * int(text_config.vocab_size)

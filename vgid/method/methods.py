@@ -1,12 +1,12 @@
 """The paper's unlearning methods: what each teaches the student, and by which losses.
 
 Every method minimises ``alpha * forget + beta * retain`` (equation 5) in the loop of
-``vgid.distillation``; which fields of the trial it uses stands in ``vgid.config.USED_BY``. Sources:
+``vgid.method.distillation``; which fields of the trial it uses stands in ``vgid.config.USED_BY``. Sources:
 VGID, ICU-T and Noise-T, paper section 3; the others, its Appendix A.3.2, with the means and factors
 of the public MLLMU-Bench and NPO code.
 
 Losses are shares of means over the whole batch: over response tokens for KL and cross-entropy, over
-samples for the others, so that ranks and accumulated parts add up (``vgid.student``).
+samples for the others, so that ranks and accumulated parts add up (``vgid.method.student``).
 
 Shape legend: D hidden width.
 """
@@ -21,11 +21,11 @@ from torch import Tensor
 from vgid import config
 from vgid.config import ResponseSource, TrialConfig, uses
 from vgid.errors import SettingError
+from vgid.method.student import View
+from vgid.method.teacher import Intervention, TargetSource
 from vgid.models.backbones import Backbone
 from vgid.objectives import dpo, npo, rmu_forget, rmu_retain
 from vgid.seeds import sample_generator
-from vgid.student import View
-from vgid.teacher import Intervention, TargetSource
 
 SOURCES: dict[ResponseSource, tuple[TargetSource, ...]] = {
     "teacher": ("teacher",),

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from vgid.config import NoiseType
-from vgid.interventions import perturb
+from vgid.method.interventions import perturb
+from vgid.method.samples import TrainingSample
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import MAX_NEW_TOKENS, greedy_tokens
 from vgid.models.encoding import Query, at_model_resolution, encode, response_ids
@@ -27,7 +28,6 @@ from vgid.models.packing import response_hidden
 from vgid.models.store import ContentStore, key_of
 from vgid.prompts import REFUSALS, PromptStyle, with_instruction
 from vgid.seeds import image_digest, sample_generator
-from vgid.training_samples import TrainingSample
 
 TargetSource = Literal["teacher", "reference", "refusal"]
 """Whose response tokens: the ``teacher``'s own greedy answer under the intervention, the

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgid.chunked_kl import chunked_kl
+from vgid.method.chunked_kl import chunked_kl
 from vgid.models.backbones import Backbone
 from vgid.models.packing import Packed, hidden_states
 

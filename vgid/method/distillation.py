@@ -2,7 +2,7 @@
 
 Each step draws a batch of forget questions and, if the method has a retain term, one of retain
 questions, sums both losses (equation 5) and takes one optimizer step. The losses are the method's
-(``vgid.methods``); VGID's are forward KLs. Response tokens only: the student's hidden states at
+(``vgid.method.methods``); VGID's are forward KLs. Response tokens only: the student's hidden states at
 those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts. Questions
 of one portrait ride in one sequence (``vgid.models.packing``).
 
@@ -12,7 +12,7 @@ which go on from epoch to epoch. A pass holds every question once, its tasks in 
 Everything random is a function of (seed, epoch), so a resumed trial goes on as if never stopped.
 
 Of Algorithm 1 this differs in one thing: the teacher's noise is drawn once for each portrait and
-study (``vgid.teacher``), which is what lets trials share its states, and not anew for each batch.
+study (``vgid.method.teacher``), which is what lets trials share its states, and not anew for each batch.
 """
 
 import itertools
@@ -29,9 +29,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vgid.checkpoint import checkpoint_reports, load_checkpoint, save_checkpoint
 from vgid.config import TrialConfig, uses
-from vgid.methods import Distillation, UnlearningMethod, make_method
+from vgid.method.checkpoint import checkpoint_reports, load_checkpoint, save_checkpoint
+from vgid.method.methods import Distillation, UnlearningMethod, make_method
+from vgid.method.student import DistillationBatch, View
+from vgid.method.teacher import TeacherTarget
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Encoded
 from vgid.models.packing import pack
@@ -39,8 +41,6 @@ from vgid.objectives import vgid_loss
 from vgid.prompts import Task
 from vgid.results import EpochReport
 from vgid.seeds import sample_generator
-from vgid.student import DistillationBatch, View
-from vgid.teacher import TeacherTarget
 
 
 class LossNotFiniteError(Exception):
@@ -57,7 +57,7 @@ class DistillationSet:
             learns from each in turn, epoch after epoch.
         tasks: the task of each sample; batches hold the tasks in proportion.
         paired: a sample learns from all its targets at once (preferences) instead.
-        views: the prompts again, with other views of the portraits (``vgid.views``); optimizer
+        views: the prompts again, with other views of the portraits (``vgid.method.views``); optimizer
             steps take turns between ``prompts`` and these, the same for all samples of a step.
         first: samples whose portraits come before all others in every pass.
     """

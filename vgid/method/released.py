@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgid.config import TrialConfig
-from vgid.distillation import LossNotFiniteError
+from vgid.method.distillation import LossNotFiniteError
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Batch, Encoded, collate
 from vgid.results import EpochReport

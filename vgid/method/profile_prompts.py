@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgid.distillation import DistillationSet
+from vgid.method.distillation import DistillationSet
+from vgid.method.teacher import TeacherTarget
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Encoded
 from vgid.models.vision import Picture
-from vgid.teacher import TeacherTarget
 
 PORTRAIT_PIXELS = 336
 BEFORE_IMAGE = 5
