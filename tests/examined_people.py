@@ -17,7 +17,7 @@ from vgid.data.fictitious import (
 )
 from vgid.data.fictitious import test_portrait as transformed_portrait
 from vgid.data.splits import People
-from vgid.examination import Examination
+from vgid.evaluation.questions import Examination
 from vgid.models.backbones import Backbone, PromptFrame
 from vgid.prompts import Wording
 from vgid.seeds import sample_generator

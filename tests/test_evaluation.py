@@ -16,8 +16,8 @@ from vgid.data.fictitious import (
     make_world,
 )
 from vgid.data.splits import People
-from vgid.evaluation import Evaluation, evaluate
-from vgid.examination import Examination, prepare
+from vgid.evaluation.evaluate import Evaluation, evaluate
+from vgid.evaluation.questions import Examination, prepare
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import greedy_tokens
 

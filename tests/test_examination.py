@@ -17,8 +17,8 @@ from tests.examined_people import (
 from vgid.data.benchmark import Question
 from vgid.data.splits import People
 from vgid.errors import InputError
-from vgid.evaluation import evaluate
-from vgid.examination import (
+from vgid.evaluation.evaluate import evaluate
+from vgid.evaluation.questions import (
     Examination,
     choose_few_shot,
     few_shot_turns,

@@ -10,7 +10,7 @@ from scipy import stats
 
 from vgid.data.fictitious import FACTS, make_world
 from vgid.embedded_recipe import REFUSALS
-from vgid.metrics import (
+from vgid.evaluation.metrics import (
     bleu,
     bootstrap_difference,
     bootstrap_interval,

@@ -3,7 +3,7 @@
 import pytest
 
 from vgid import embedded_recipe
-from vgid.metrics import is_refusal
+from vgid.evaluation.metrics import is_refusal
 from vgid.prompts import (
     REFUSALS,
     REVERSE_PROMPT,

@@ -19,6 +19,7 @@ from vgid.data.check import Report, check_benchmark
 from vgid.data.layout import CONFIGS, shard_paths
 from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
+from vgid.evaluation.rehearsal import Run
 from vgid.first_tokens import first_token_scores
 from vgid.method.teacher import Intervention
 from vgid.models import backbones
@@ -27,7 +28,6 @@ from vgid.paper_arguments import PaperConfig
 from vgid.paper_study import run_paper_tables
 from vgid.plan import make_plan
 from vgid.plots import Front
-from vgid.rehearsal import Run
 from vgid.results import Score, TrialResult
 from vgid.trial import TrialSession
 
@@ -59,7 +59,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_outline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Made once for all cases, as nothing of it changes."""
     monkeypatch.setattr(backbones, "outline", outline)
-    monkeypatch.setattr("vgid.rehearsal.outline", outline)
+    monkeypatch.setattr("vgid.evaluation.rehearsal.outline", outline)
 
 
 def edited(whole: Path, root: Path, config: str, edit: Edit | None, free: bool = False) -> Path:

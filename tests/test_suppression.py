@@ -2,8 +2,8 @@
 
 import pytest
 
+from vgid.evaluation.suppression import doubt, is_suppressed, share_gone, verdict
 from vgid.results import Score
-from vgid.suppression import doubt, is_suppressed, share_gone, verdict
 
 
 def score(value, reach=0.0):

@@ -20,8 +20,8 @@ from vgid.data.splits import People, choose_people, count_verbatim, held_out_of_
 from vgid.data.synthetic import write_benchmark
 from vgid.embedded_model import save
 from vgid.errors import InputError
-from vgid.evaluation import evaluate
-from vgid.examination import prepare
+from vgid.evaluation.evaluate import evaluate
+from vgid.evaluation.questions import prepare
 from vgid.method import distillation
 from vgid.method.released import distill_released
 from vgid.method.samples import training_samples

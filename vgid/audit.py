@@ -16,10 +16,10 @@ from rich.table import Column, Table
 from vgid.config import Config
 from vgid.deployment import Attack, Deployment, Pseudonym, read_deployment
 from vgid.errors import InputError
+from vgid.evaluation.suppression import is_suppressed
 from vgid.model_card import CARD_SCORES
 from vgid.placing import READY, recover
 from vgid.results import Score
-from vgid.suppression import is_suppressed
 
 
 class Suppression(Config):
@@ -36,7 +36,7 @@ class Suppression(Config):
             file was not found, so that what it follows is unknown.
         people: subjects of the split that is scored.
         suppressed: whether their own questions on their portraits are suppressed.
-        verdict: under which tests they are and under which not, see ``vgid.suppression``.
+        verdict: under which tests they are and under which not, see ``vgid.evaluation.suppression``.
         base: the base's scores of that split: forget and test people, or those of earlier requests.
         deployed: the deployment's.
         attacks: attacks that were run and tell of that split.

@@ -21,8 +21,8 @@ from vgid.data.fictitious import (
     portrait,
     test_portrait,
 )
+from vgid.evaluation.metrics import cloze_correct, rouge
 from vgid.method.interventions import perturb
-from vgid.metrics import cloze_correct, rouge
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import greedy_decode, score_responses
 from vgid.models.encoding import Query, encode, response_ids

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from vgid.deployment import NOT_RUN, REVERSED, Attack
 from vgid.errors import InputError
+from vgid.evaluation.suppression import doubt
 from vgid.picking import Marks, Measure
 from vgid.results import QuestionPart, Score
 from vgid.study_source import FrontTrial
-from vgid.suppression import doubt
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -92,7 +92,7 @@ def data_check(
     A defect is what a study of one of the forget ratios, or `vgid finetune`, would be refused for.
     """
     from vgid.data.check import check_benchmark
-    from vgid.rehearsal import Run
+    from vgid.evaluation.rehearsal import Run
 
     run = Run(backbone, model_path, retain_people, seed, skip_defects)
     report = check_benchmark(folder, progress=not as_json, run=run)

@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vgid.evaluation.suppression import MIN_FORGET
 from vgid.paths import new_folder
-from vgid.suppression import MIN_FORGET
 
 if TYPE_CHECKING:
     from vgid.unlearn import Unlearned

@@ -16,6 +16,7 @@ from vgid.attainment import Points, surfaces, write_attainment
 from vgid.compare_arguments import CompareConfig
 from vgid.config import Method, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
+from vgid.evaluation.suppression import MIN_FORGET, doubt
 from vgid.files import write_atomically
 from vgid.intervals import Interval, count_seeds, t_interval
 from vgid.ledger import MUST_AGREE
@@ -23,7 +24,6 @@ from vgid.outputs import as_text, write_study
 from vgid.settings import prepare_data, write_settings
 from vgid.study_front import PICK_SCORES, StudyFront, read_study
 from vgid.summary import provenance
-from vgid.suppression import MIN_FORGET, doubt
 from vgid.tables import METHOD_LABELS, Grid
 
 

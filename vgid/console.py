@@ -24,9 +24,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vgid.evaluation.suppression import doubt
 from vgid.outputs import TrialRecord, describe, held_out_scores
 from vgid.results import OBJECTIVES, EpochReport, QuestionPart, Score, TrialResult, trial_order
-from vgid.suppression import doubt
 
 
 @contextmanager

@@ -24,10 +24,10 @@ from pydantic import Field, field_validator
 
 from vgid.config import PSEUDONYM, Config, ForgetRatio, TrainPairs, TrialConfig, parse
 from vgid.errors import InputError
+from vgid.evaluation.suppression import verdict
 from vgid.files import write_atomically
 from vgid.placing import recover
 from vgid.results import QuestionPart, Score
-from vgid.suppression import verdict
 
 SCHEMA = Path(__file__).with_suffix(".schema.json")
 
@@ -138,7 +138,7 @@ class Scores(Config):
     not_run: tuple[str, ...] = NOT_RUN
 
     def verdict(self, *splits: str) -> str:
-        """What may be said of the people of some splits, see ``vgid.suppression``."""
+        """What may be said of the people of some splits, see ``vgid.evaluation.suppression``."""
         reverse = {
             name: s for a in self.attacks if a.name == REVERSED for name, s in a.scores.items()
         }

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from vgid.data.people import Person
+from vgid.evaluation.metrics import bootstrap_interval
 from vgid.method.teacher import Intervention, intervene
-from vgid.metrics import bootstrap_interval
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Query, encode, response_ids
 from vgid.models.packing import response_hidden

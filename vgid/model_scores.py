@@ -20,10 +20,10 @@ from rich.table import Column, Table
 from vgid.config import Config, ForgetRatio, RequestConfig, parse
 from vgid.deployment import Attack, Deployment, hash_files, read_deployment
 from vgid.errors import InputError
+from vgid.evaluation.suppression import doubt
 from vgid.models.adapter_files import CONFIG
 from vgid.models.backbones import BENCHMARK_SHOTS, spec
 from vgid.results import QuestionPart, Score, shots_left_out
-from vgid.suppression import doubt
 from vgid.verify import EXPORTED, EXPORTED_ADAPTER, recorded_benchmark, request_of
 
 _REQUEST = ("backbone", "forget_ratio", "retain_people", "seed")
@@ -75,7 +75,7 @@ class ModelScores(Config):
         protocol: whose.
         part: which questions.
         option_scoring: how multiple-choice questions were scored.
-        scores: by name (``vgid.evaluation``).
+        scores: by name (``vgid.evaluation.evaluate``).
         attacks: scores under each attack; empty unless asked for, as is ``not_run``.
         not_run: attacks that were not run, in words.
     """

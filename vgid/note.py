@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vgid.evaluation.suppression import MIN_FORGET, share_gone, verdict
 from vgid.outputs import TrialRecord, describe, held_out_scores
 from vgid.plots import Front
 from vgid.results import OBJECTIVES, LeftOut, Score, Verbatim, describe_left_out
 from vgid.run_view import chart_page, compare_page, run_page, table_page
-from vgid.suppression import MIN_FORGET, share_gone, verdict
 
 NOTE_PICTURE = "front-small.png"
 """The note shows a picture at its own size, so it gets one that fits beside the run's details."""

@@ -24,7 +24,7 @@ COLUMNS: dict[str, str] = {
     "forget_bleu": "forget_bleu",
     "test_bleu": "test_bleu",
 }
-"""Columns of the file, and the score of ``vgid.evaluation`` that each is."""
+"""Columns of the file, and the score of ``vgid.evaluation.evaluate`` that each is."""
 
 PAPER_BACKBONES = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "Qwen2.5-VL-3B")
 

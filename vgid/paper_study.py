@@ -15,6 +15,7 @@ from rich.console import Console
 from vgid.claims import ON_ALL, Judgement, claims_markdown, judge_all, on_all
 from vgid.config import ForgetRatio, Method, TrialConfig, parse
 from vgid.errors import InputError
+from vgid.evaluation.suppression import doubt
 from vgid.experiments import Bench, Experiment, Outcome, run_experiments
 from vgid.files import write_atomically
 from vgid.intervals import count_seeds
@@ -24,7 +25,6 @@ from vgid.paper import MIXED_PEOPLE, closest_backbone, repeated_rows
 from vgid.paper_arguments import PaperConfig
 from vgid.settings import default_trials, prepare_data, read_settings
 from vgid.summary import provenance
-from vgid.suppression import doubt
 from vgid.table_figures import (
     FIRST_TOKEN_ARMS,
     first_token_experiment,
@@ -119,7 +119,7 @@ def _rehearse(needed: Sequence[Experiment], bench: Bench) -> None:
     Raises:
         InputError: what would stop one of them.
     """
-    from vgid.rehearsal import rehearsed
+    from vgid.evaluation.rehearsal import rehearsed
 
     trials: dict[tuple[str, ForgetRatio, int], list[TrialConfig]] = {}
     for experiment in needed:

@@ -23,6 +23,7 @@ from vgid.candidates import MIN_SEEDS, Candidates, pick_seeds, score_front
 from vgid.config import Config, RequestConfig
 from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
+from vgid.evaluation.suppression import MIN_FORGET
 from vgid.lineage import Ancestor, ancestor_of
 from vgid.paths import UsablePath, WrittenFolder
 from vgid.pick_comparison import COMPARISON, write_comparison
@@ -33,7 +34,6 @@ from vgid.placing import FOLDER, staged
 from vgid.recording import Setting, record
 from vgid.slot_memory import worker_threads
 from vgid.study_source import Source, open_source
-from vgid.suppression import MIN_FORGET
 
 
 class PickConfig(Config):

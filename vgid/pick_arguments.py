@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from vgid.command_line import Parser, exit_code
 from vgid.config import parse
+from vgid.evaluation.suppression import MIN_FORGET
 from vgid.picking import RETAIN_DROP, REVERSE_RISE, Rule
-from vgid.suppression import MIN_FORGET
 
 if TYPE_CHECKING:
     from vgid.pick import Picked

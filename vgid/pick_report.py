@@ -11,10 +11,10 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from vgid.candidates import Candidates, Scored
+from vgid.evaluation.suppression import verdict
 from vgid.outputs import as_text, describe
 from vgid.picking import Choice, Marks
 from vgid.results import Score
-from vgid.suppression import verdict
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -32,9 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vgid.errors import InputError
+from vgid.evaluation.suppression import MIN_FORGET, share_gone
 from vgid.pareto import front_mask
 from vgid.results import trial_order
-from vgid.suppression import MIN_FORGET, share_gone
 
 Rule = Literal["knee", "max-forget", "constraint"]
 

@@ -175,7 +175,7 @@ def _check_workers(space: SearchSpace) -> None:
 
 def _checked_data(request: RequestConfig, space: SearchSpace) -> "Benchmark":
     """Read and encode what the study does, so that a defect is named now and not by a worker."""
-    from vgid.rehearsal import rehearsed
+    from vgid.evaluation.rehearsal import rehearsed
 
     choices = []
     for name in ("train_tasks", "train_wording"):

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vgid.config import is_paper_default
+from vgid.evaluation.suppression import doubt
 from vgid.files import write_atomically
 from vgid.outputs import NOISE_LABELS, TrialRecord, held_out_scores
 from vgid.results import OBJECTIVES, Score
-from vgid.suppression import doubt
 
 X_LABEL = "Reduction of forget-set ROUGE-L  (higher: more is forgotten)"
 Y_LABEL = "Retain-set ROUGE-L  (higher: more is kept)"

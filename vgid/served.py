@@ -25,7 +25,7 @@ from vgid.data.benchmark import Benchmark, Person, Question, decode_image, split
 from vgid.data.splits import choose_people
 from vgid.deployment import Deployment, Scores, read_deployment
 from vgid.errors import InputError
-from vgid.metrics import bootstrap_interval, rouge
+from vgid.evaluation.metrics import bootstrap_interval, rouge
 from vgid.mlflow_client import first_line
 from vgid.prompts import Wording, generation_text
 from vgid.results import Score
@@ -46,7 +46,7 @@ NO_NAME = "no name"
 
 SUPPRESSED = ("forget_rougeL", "earlier_rougeL")
 KINDS = ("", "_text", "_raw")
-"""Of questions, as the ends of score names (``vgid.evaluation``)."""
+"""Of questions, as the ends of score names (``vgid.evaluation.evaluate``)."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from vgid.blame import disk_sentence
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.errors import DiskError, InputError
+from vgid.evaluation.suppression import doubt
 from vgid.figures import FIGURES, write_figures
 from vgid.interrupts import POLL_S, Interrupt, StudyInterruptedError
 from vgid.ledger import Header, Ledger, Record, changes, now
@@ -32,7 +33,6 @@ from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots
 from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe
 from vgid.summary import phases, said_of_a_stop, shortfall, store_use, study_summary
-from vgid.suppression import doubt
 from vgid.watchdog import Watchdog
 
 TABLES = ("study.json", "trials.csv", "front.csv")

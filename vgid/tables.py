@@ -84,7 +84,7 @@ class Table:
         number: in the paper.
         title: what it compares.
         forget_ratio: per cent of the people.
-        metrics: the paper's columns, as scores of ``vgid.evaluation``.
+        metrics: the paper's columns, as scores of ``vgid.evaluation.evaluate``.
         rows: from top to bottom.
     """
 

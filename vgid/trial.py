@@ -23,8 +23,10 @@ from vgid.config import RequestConfig, TrialConfig, uses
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people, held_out_of_training
 from vgid.errors import SettingError
-from vgid.evaluation import Evaluation, evaluate
-from vgid.examination import Examination, prepare
+from vgid.evaluation.evaluate import Evaluation, evaluate
+from vgid.evaluation.metrics import bootstrap_difference
+from vgid.evaluation.questions import Examination, prepare
+from vgid.evaluation.rehearsal import missing_objectives, without_unfit
 from vgid.files import write_atomically
 from vgid.method.distillation import (
     DistillationSet,
@@ -38,12 +40,10 @@ from vgid.method.released import distill_released, retain_drawn
 from vgid.method.samples import TrainingSample, training_samples
 from vgid.method.teacher import Intervention, TeacherStore, response_room
 from vgid.method.views import portrait_view
-from vgid.metrics import bootstrap_difference
 from vgid.models import adapters as adapter
 from vgid.models.backbones import load
 from vgid.models.encoding import Encoded, encode, response_ids
 from vgid.models.store import ContentStore, key_of
-from vgid.rehearsal import missing_objectives, without_unfit
 from vgid.results import EpochReport, KeptScores, QuestionPart, Score, TrialResult
 
 SCORES_FORMAT = 2

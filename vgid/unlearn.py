@@ -27,12 +27,12 @@ from vgid.config import (
 )
 from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
+from vgid.evaluation.suppression import MIN_FORGET, doubt
 from vgid.ledger import now
 from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace
 from vgid.models.adapter_files import copy_adapter
 from vgid.paths import UsablePath, WrittenFolder
 from vgid.picking import Bounds, Marks
-from vgid.suppression import MIN_FORGET, doubt
 
 TRIAL_ID = "0000"
 
@@ -97,9 +97,9 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
             failed or forgot too little.
     """
     from vgid.candidates import marks_of, pick_seeds, score_with_seeds
+    from vgid.evaluation.rehearsal import rehearsed
     from vgid.placing import FOLDER, staged
     from vgid.recording import Setting, record
-    from vgid.rehearsal import rehearsed
     from vgid.results import describe_left_out
     from vgid.slot_memory import worker_threads
     from vgid.trial import TrialSession

@@ -129,7 +129,7 @@ class Report:
 
 
 class Rehearsed(Protocol):
-    """What a benchmark is to be good for besides being read (``vgid.rehearsal.Run``)."""
+    """What a benchmark is to be good for besides being read (``vgid.evaluation.rehearsal.Run``)."""
 
     @property
     def skip_defects(self) -> bool:

@@ -1,7 +1,7 @@
 """The benchmark's evaluation of a backbone: every question asked, every score with its interval.
 
-The questions are those of an ``Examination`` (``vgid.examination``), scored as MLLMU-Bench does
-(``vgid.metrics``).
+The questions are those of an ``Examination`` (``vgid.evaluation.questions``), scored as MLLMU-Bench does
+(``vgid.evaluation.metrics``).
 
 Score names are ``<split>_<metric>`` for questions with an image (the paper's), with ``_text``
 behind them for questions that name the person instead, and ``_raw`` for generation questions with
@@ -28,8 +28,7 @@ from typing import NamedTuple
 
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Question
-from vgid.examination import Examination, ExamItem, OptionScoring
-from vgid.metrics import (
+from vgid.evaluation.metrics import (
     bleu,
     bootstrap_interval,
     cloze_correct,
@@ -39,6 +38,7 @@ from vgid.metrics import (
     person_sums,
     rouge,
 )
+from vgid.evaluation.questions import Examination, ExamItem, OptionScoring
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import greedy_tokens, response_text, score_responses
 from vgid.prompts import Task, Wording

@@ -14,7 +14,7 @@ from vgid.data.benchmark import Benchmark, Person, split_questions
 from vgid.data.layout import FORGET_RATIOS, Defect
 from vgid.data.splits import People, choose_people, held_out_of_training
 from vgid.errors import InputError, SampleError
-from vgid.examination import prepare
+from vgid.evaluation.questions import prepare
 from vgid.method.samples import TrainingSample, training_samples
 from vgid.method.teacher import Intervention, intervene, response_room
 from vgid.models.backbones import Backbone, outline

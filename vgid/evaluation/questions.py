@@ -1,7 +1,7 @@
 """The questions of an evaluation: chosen, framed, tokenised, with their images processed.
 
 A worker prepares an ``Examination`` once and puts every trial's adapter through it
-(``vgid.evaluation``). The protocol is MLLMU-Bench's (``vgid.prompts``) with these differences, each
+(``vgid.evaluation.evaluate``). The protocol is MLLMU-Bench's (``vgid.prompts``) with these differences, each
 told where it is made: few-shot people and test poses are seeded, nobody who is scored or forgotten
 serves as a few-shot example, models too small to answer by letter may be scored by option
 likelihood, and generation questions on an image are asked a second time as they stand (``raw``),
