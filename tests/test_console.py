@@ -18,7 +18,7 @@ from vgid.console import (
     print_summary,
 )
 from vgid.errors import InputError
-from vgid.outputs import TrialRecord
+from vgid.report.records import TrialRecord
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study_arguments import main, parser, seconds, study_config
 

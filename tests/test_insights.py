@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vgid.config import TrialConfig
-from vgid.insights import (
+from vgid.report.insights import (
     MIN_TRIALS,
     axes,
     importances,
@@ -18,8 +18,8 @@ from vgid.insights import (
     write_insights_html,
     write_insights_png,
 )
-from vgid.outputs import TrialRecord, run_name
-from vgid.plots import Front
+from vgid.report.plots import Front
+from vgid.report.records import TrialRecord, run_name
 from vgid.results import OBJECTIVES, Score, TrialResult
 
 BASE = {"retain_rougeL": Score(value=0.97, n=300, low=0.95, high=0.98)}
@@ -116,7 +116,7 @@ def expected_lines(records):
 
 
 def test_fanova_looks_at_a_bounded_number_of_trials_and_says_so(monkeypatch):
-    monkeypatch.setattr("vgid.insights.MAX_TRIALS", 24)
+    monkeypatch.setattr("vgid.report.insights.MAX_TRIALS", 24)
     many = made(240)
     shares = importances(many)
     assert shares == importances(many[::10])

@@ -16,7 +16,7 @@ import pytest
 from vgid.config import Method, TrialConfig
 from vgid.errors import InputError
 from vgid.files import write_atomically
-from vgid.outputs import (
+from vgid.report.records import (
     TrialRecord,
     TrialsTable,
     describe,

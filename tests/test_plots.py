@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from vgid.config import TrialConfig
-from vgid.front_page import plotly_figure, write_html
-from vgid.outputs import TrialRecord
-from vgid.plots import Front, write_png
+from vgid.report.front_page import plotly_figure, write_html
+from vgid.report.plots import Front, write_png
+from vgid.report.records import TrialRecord
 from vgid.results import Score, TrialResult
 
 BASE = {"forget_rougeL": Score(value=0.95, n=60, low=0.9, high=1.0)}
@@ -139,7 +139,7 @@ def test_a_study_without_a_completed_trial_still_has_its_picture(tmp_path, recor
 
 def test_importing_is_light():
     code = (
-        "import sys, vgid.figures\n"
+        "import sys, vgid.report.figures\n"
         "heavy = ('matplotlib', 'plotly', 'torch', 'pandas', 'optuna', 'mlflow')\n"
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -23,11 +23,11 @@ from vgid.evaluation.rehearsal import Run
 from vgid.first_tokens import first_token_scores
 from vgid.method.teacher import Intervention
 from vgid.models import backbones
-from vgid.note import NoteLinks, study_note
 from vgid.paper_arguments import PaperConfig
 from vgid.paper_study import run_paper_tables
 from vgid.plan import make_plan
-from vgid.plots import Front
+from vgid.report.note import NoteLinks, study_note
+from vgid.report.plots import Front
 from vgid.results import Score, TrialResult
 from vgid.trial import TrialSession
 

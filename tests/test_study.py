@@ -15,13 +15,13 @@ from vgid.command_line import exit_code
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole
 from vgid.errors import InputError
-from vgid.figures import FIGURES
 from vgid.interrupts import StudyInterruptedError
 from vgid.ledger import Ledger
 from vgid.losses import IN_A_ROW, RETRIES
 from vgid.mailbox import Outcome
-from vgid.outputs import TrialRecord
 from vgid.plan import make_plan
+from vgid.report.figures import FIGURES
+from vgid.report.records import TrialRecord
 from vgid.results import Score, TrialResult
 from vgid.study import TABLES, Study
 from vgid.study_arguments import main

@@ -12,7 +12,7 @@ from scipy import stats
 
 from vgid.config import TrialConfig
 from vgid.experiments import Arm, Outcome
-from vgid.intervals import count_seeds, t_interval
+from vgid.report.intervals import count_seeds, t_interval
 from vgid.results import Score
 from vgid.table_figures import trade_off
 from vgid.tables import (

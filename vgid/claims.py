@@ -28,7 +28,7 @@ from typing import Literal
 
 from vgid.config import ForgetRatio
 from vgid.evidence import Evidence, OurEvidence, PaperEvidence
-from vgid.intervals import Interval, count_seeds, t_interval
+from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.tables import ALL_NINE, COMPARISONS, METHOD_LABELS, SIGMAS, STYLES, FilledTable, Table
 
 Verdict = Literal["held", "not held", "undecided"]

@@ -18,9 +18,9 @@ from vgid.config import Method, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
 from vgid.files import write_atomically
-from vgid.intervals import Interval, count_seeds, t_interval
 from vgid.ledger import MUST_AGREE
-from vgid.outputs import as_text, write_study
+from vgid.report.intervals import Interval, count_seeds, t_interval
+from vgid.report.records import as_text, write_study
 from vgid.settings import prepare_data, write_settings
 from vgid.study_front import PICK_SCORES, StudyFront, read_study
 from vgid.summary import provenance

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vgid.evaluation.suppression import doubt
-from vgid.outputs import TrialRecord, describe, held_out_scores
+from vgid.report.records import TrialRecord, describe, held_out_scores
 from vgid.results import OBJECTIVES, EpochReport, QuestionPart, Score, TrialResult, trial_order
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 from vgid.deployment import Deployment
 from vgid.models.backbones import spec
-from vgid.outputs import FURTHER_METRICS, MAIN_METRICS
 from vgid.prompts import generation_text
+from vgid.report.records import FURTHER_METRICS, MAIN_METRICS
 from vgid.results import Score
 from vgid.vllm_serving import (
     COMPARISON_ONLY,

@@ -18,11 +18,11 @@ from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
 from vgid.experiments import Bench, Experiment, Outcome, run_experiments
 from vgid.files import write_atomically
-from vgid.intervals import count_seeds
 from vgid.models import backbones
-from vgid.outputs import write_study
 from vgid.paper import MIXED_PEOPLE, closest_backbone, repeated_rows
 from vgid.paper_arguments import PaperConfig
+from vgid.report.intervals import count_seeds
+from vgid.report.records import write_study
 from vgid.settings import default_trials, prepare_data, read_settings
 from vgid.summary import provenance
 from vgid.table_figures import (

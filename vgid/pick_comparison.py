@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgid.files import write_atomically
-from vgid.outputs import as_text
 from vgid.pick_pictures import STYLE
 from vgid.pick_report import (
     Column,
@@ -23,8 +22,9 @@ from vgid.pick_report import (
     paragraphs,
     shown_score,
 )
-from vgid.plotly_page import write_page
-from vgid.plots import BASE, INK
+from vgid.report.page import write_page
+from vgid.report.plots import BASE, INK
+from vgid.report.records import as_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,8 +15,8 @@ from vgid.candidates import Scored
 from vgid.files import write_atomically
 from vgid.pick_report import PickReport, candidates_csv, html_table, interval_text, paragraphs
 from vgid.picking import Marks
-from vgid.plotly_page import write_page
-from vgid.plots import BASE, FRONT, HELD_OUT, INK, TRIAL
+from vgid.report.page import write_page
+from vgid.report.plots import BASE, FRONT, HELD_OUT, INK, TRIAL
 from vgid.results import Score
 
 X_LABEL = "Reduction of forget ROUGE-L (higher: more is forgotten)"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from vgid.candidates import Candidates, Scored
 from vgid.evaluation.suppression import verdict
-from vgid.outputs import as_text, describe
 from vgid.picking import Choice, Marks
+from vgid.report.records import as_text, describe
 from vgid.results import Score
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import Any
 from vgid.deployment import Deployment, hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.mlflow_client import Connection, connect, first_line, open_client
-from vgid.outputs import run_name
+from vgid.report.records import run_name
 from vgid.results import Score
 
 CHAMPION, PREVIOUS = "champion", "previous"

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vgid.ledger import Ledger, Record
-from vgid.outputs import TrialRecord
 from vgid.pareto import GrowingFront
+from vgid.report.records import TrialRecord
 from vgid.results import QuestionPart, Score, TrialResult, trial_order
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vgid.config import Config, Method, TrialConfig, parse
 from vgid.errors import InputError
-from vgid.outputs import write_study
+from vgid.report.records import write_study
 
 
 class Settings(Config):

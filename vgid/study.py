@@ -21,14 +21,14 @@ from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.errors import DiskError, InputError
 from vgid.evaluation.suppression import doubt
-from vgid.figures import FIGURES, write_figures
 from vgid.interrupts import POLL_S, Interrupt, StudyInterruptedError
 from vgid.ledger import Header, Ledger, Record, changes, now
 from vgid.losses import RETRIES, Losses
 from vgid.mailbox import Job, Outcome
-from vgid.outputs import TrialRecord, TrialsTable, describe, write_front, write_study
 from vgid.plan import Plan, make_plan
-from vgid.plots import Front
+from vgid.report.figures import FIGURES, write_figures
+from vgid.report.plots import Front
+from vgid.report.records import TrialRecord, TrialsTable, describe, write_front, write_study
 from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots_left_out
 from vgid.scoreboard import Scoreboard
 from vgid.scribe import Scribe

@@ -20,8 +20,8 @@ from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.files import refuse_links
 from vgid.models.adapter_files import FILES
-from vgid.outputs import TRIAL_FIELDS
 from vgid.plan import OWN_DATA
+from vgid.report.records import TRIAL_FIELDS
 from vgid.results import OBJECTIVES, trial_order
 
 MLFLOW = "mlflow:"

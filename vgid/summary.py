@@ -11,8 +11,8 @@ from typing import Any
 
 from vgid.ledger import Header, Record, now
 from vgid.models.store import info
-from vgid.outputs import TrialRecord
 from vgid.plan import Plan
+from vgid.report.records import TrialRecord
 from vgid.results import TrialStatus, Verbatim
 from vgid.scoreboard import Scoreboard
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from vgid.experiments import Arm, Experiment, Outcome
 from vgid.files import write_atomically
-from vgid.intervals import Interval, t_interval
+from vgid.report.intervals import Interval, t_interval
 from vgid.tables import COMPARISONS, METRIC_LABELS, FilledTable
 
 TRADE_OFFS: dict[int, str] = {4: "rougeL", 5: "bleu", 6: "classification", 7: "cloze"}

@@ -12,10 +12,10 @@ from html import escape
 
 from vgid.config import ForgetRatio, Method, TrialConfig, parse
 from vgid.experiments import Arm, Experiment, Outcome
-from vgid.intervals import Interval, t_interval
-from vgid.outputs import as_text
 from vgid.paper import TABLE_7, closest_backbone, paper_row
 from vgid.prompts import PromptStyle
+from vgid.report.intervals import Interval, t_interval
+from vgid.report.records import as_text
 
 METRIC_LABELS = {"cloze": "cloze", "classification": "class", "rougeL": "ROUGE-L", "bleu": "BLEU"}
 ARROWS = {"forget": "↓", "test": "↓", "retain": "↑", "celebrity": "↑"}

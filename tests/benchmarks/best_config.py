@@ -26,8 +26,8 @@ from tests.benchmarks.machine import machine, machine_line, one_thread
 from vgid.candidates import MIN_SEEDS, PART, pick_seeds, pooled
 from vgid.config import StudyConfig, parse
 from vgid.data.synthetic import write_benchmark
-from vgid.intervals import t_interval
 from vgid.ledger import Record
+from vgid.report.intervals import t_interval
 from vgid.results import Score
 from vgid.study_source import open_source
 

@@ -29,8 +29,8 @@ from rich.progress import track
 from rich.table import Table
 
 from vgid.config import Sampler, TrialConfig
-from vgid.intervals import t_interval
 from vgid.pareto import hypervolume
+from vgid.report.intervals import t_interval
 from vgid.search import make_sampler
 from vgid.search_domain import Choices
 from vgid.search_space import FOLDER, SearchSpace

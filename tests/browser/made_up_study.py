@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from vgid.config import StudyConfig, TrialConfig
-from vgid.figures import write_figures
 from vgid.ledger import Heard, Record
-from vgid.outputs import TrialRecord, write_front, write_study, write_trials
 from vgid.pareto import front_mask
-from vgid.plots import Front
+from vgid.report.figures import write_figures
+from vgid.report.plots import Front
+from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.tracking import Tracker
 

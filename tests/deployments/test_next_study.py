@@ -14,9 +14,9 @@ from vgid.errors import InputError
 from vgid.lineage import read_ancestor
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import EMBEDDED, revision_of
-from vgid.outputs import TrialRecord, write_front
 from vgid.pick import PickConfig, pick_deployment
 from vgid.plan import make_plan
+from vgid.report.records import TrialRecord, write_front
 from vgid.results import TrialResult
 from vgid.study_arguments import parser, study_config
 from vgid.summary import provenance

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from vgid.front_page import write_html
-from vgid.insights import importances, write_insights_html, write_insights_png
-from vgid.plots import Front, write_png
+from vgid.report.front_page import write_html
+from vgid.report.insights import importances, write_insights_html, write_insights_png
+from vgid.report.plots import Front, write_png
 
 FIGURES = ("front.html", "front.png", "insights.html", "insights.png")
 

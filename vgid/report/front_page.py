@@ -10,9 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vgid.outputs import TrialRecord, describe, run_name
-from vgid.plotly_page import write_page
-from vgid.plots import (
+from vgid.report.page import write_page
+from vgid.report.plots import (
     BASE,
     FRONT,
     HELD_OUT,
@@ -27,6 +26,7 @@ from vgid.plots import (
     noise_of,
     trial_label,
 )
+from vgid.report.records import TrialRecord, describe, run_name
 from vgid.results import OBJECTIVES, Score
 
 _STYLE = """#front { flex: 1; min-height: 360px; }

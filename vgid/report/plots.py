@@ -3,7 +3,7 @@
 Axes as in the paper's figure 4: how much of the forget people's ROUGE-L is gone against what is
 left of the retain people's. The picture shows every completed trial, the front, the base model
 and the paper's default setting, and, where given, the front's held-out scores with their
-intervals. ``vgid.front_page`` draws the same for a browser. matplotlib is imported when a picture
+intervals. ``vgid.report.front_page`` draws the same for a browser. matplotlib is imported when a picture
 is drawn.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from vgid.config import is_paper_default
 from vgid.evaluation.suppression import doubt
 from vgid.files import write_atomically
-from vgid.outputs import NOISE_LABELS, TrialRecord, held_out_scores
+from vgid.report.records import NOISE_LABELS, TrialRecord, held_out_scores
 from vgid.results import OBJECTIVES, Score
 
 X_LABEL = "Reduction of forget-set ROUGE-L  (higher: more is forgotten)"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vgid.files import write_atomically
-from vgid.outputs import HYPERPARAMETERS, TrialRecord, run_name
-from vgid.plotly_page import write_page
-from vgid.plots import BASE, FRONT, HELD_OUT, INK, TRIAL, Front
+from vgid.report.page import write_page
+from vgid.report.plots import BASE, FRONT, HELD_OUT, INK, TRIAL, Front
+from vgid.report.records import HYPERPARAMETERS, TrialRecord, run_name
 from vgid.results import OBJECTIVES
 
 MIN_TRIALS = 8

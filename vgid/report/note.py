@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vgid.evaluation.suppression import MIN_FORGET, share_gone, verdict
-from vgid.outputs import TrialRecord, describe, held_out_scores
-from vgid.plots import Front
+from vgid.report.mlflow_links import chart_page, compare_page, run_page, table_page
+from vgid.report.plots import Front
+from vgid.report.records import TrialRecord, describe, held_out_scores
 from vgid.results import OBJECTIVES, LeftOut, Score, Verbatim, describe_left_out
-from vgid.run_view import chart_page, compare_page, run_page, table_page
 
 NOTE_PICTURE = "front-small.png"
 """The note shows a picture at its own size, so it gets one that fits beside the run's details."""

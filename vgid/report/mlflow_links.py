@@ -10,7 +10,7 @@ import json
 from typing import Any
 from urllib.parse import quote
 
-from vgid.outputs import HYPERPARAMETERS
+from vgid.report.records import HYPERPARAMETERS
 from vgid.results import OBJECTIVES
 
 UI = "workflowType=machine_learning"
