@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from vgid.blame import blame, where
+from vgid.cluster.blame import blame, where
+from vgid.cluster.mailbox import Job
 from vgid.errors import DiskError, InputError, SettingError
 from vgid.files import write_atomically
-from vgid.mailbox import Job
 from vgid.models.store import ContentStore
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vgid.losses import IN_A_ROW, RETRIES, Losses
+from vgid.cluster.losses import IN_A_ROW, RETRIES, Losses
 
 
 def test_a_trial_is_tried_again_so_many_times_and_alone_stops_nothing():

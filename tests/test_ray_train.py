@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vgid import mailbox as mailbox_module
-from vgid.config import TrialConfig
-from vgid.mailbox import (
+from vgid.cluster.mailbox import (
     MAX_ATTEMPTS,
     MAX_RESTARTS,
     RESTART_WINDOW_S,
@@ -20,9 +19,10 @@ from vgid.mailbox import (
     Outcome,
     failure,
 )
-from vgid.ray_train import _do
+from vgid.cluster.resources import RAY_BYTES, WORKER_BYTES, SlotShape
+from vgid.cluster.slots import _do
+from vgid.config import TrialConfig
 from vgid.results import EpochReport, Score, TrialResult
-from vgid.slot_memory import RAY_BYTES, WORKER_BYTES, SlotShape
 
 
 def job(name="0000"):

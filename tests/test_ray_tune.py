@@ -2,9 +2,9 @@
 
 from ray.tune.experiment import Trial
 
+from vgid.cluster.mailbox import Job, Outcome
+from vgid.cluster.tune import JOB, Recorder, told
 from vgid.config import TrialConfig
-from vgid.mailbox import Job, Outcome
-from vgid.ray_tune import JOB, Recorder, told
 from vgid.results import OBJECTIVES, EpochReport, TrialResult
 
 

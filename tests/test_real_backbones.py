@@ -16,6 +16,7 @@ from transformers import AutoConfig, LlavaProcessor, Qwen2_5_VLProcessor
 
 from tests.hub_folder import dtype_of, random_model, write_folder
 from vgid.architectures import SHRUNK_TEXT_SIZES
+from vgid.cluster.resources import WORKER_BYTES, worker_bytes
 from vgid.config import RequestConfig, TrialConfig
 from vgid.data.layout import CONFIGS, shard_paths
 from vgid.data.synthetic import write_benchmark
@@ -23,7 +24,6 @@ from vgid.errors import InputError
 from vgid.models import adapters as adapter
 from vgid.models.backbones import Backbone, load
 from vgid.models.encoding import Query, encode, response_ids
-from vgid.slot_memory import WORKER_BYTES, worker_bytes
 from vgid.trial import TrialSession
 
 NAMES = ("llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-3b")

@@ -10,11 +10,11 @@ from ray.tune.experiment import Experiment
 from ray.tune.progress_reporter import _get_progress_table_data
 from ray.tune.search import Searcher, SearchGenerator
 
+from vgid.cluster.mailbox import Job
+from vgid.cluster.tune import JOB, SlotTrial
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.ledger import Header, Ledger, now
-from vgid.mailbox import Job
-from vgid.ray_tune import JOB, SlotTrial
 from vgid.results import TrialResult
 from vgid.search import ParetoSearch, make_sampler, objectives, open_journal
 from vgid.search_space import SearchSpace

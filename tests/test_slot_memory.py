@@ -6,12 +6,12 @@ import pytest
 import ray
 from rich.filesize import decimal
 
-from vgid.cluster import slot_count
+from vgid.cluster.connection import slot_count
+from vgid.cluster.resources import RAY_BYTES, WORKER_BYTES, SlotShape, worker_bytes
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.models.backbones import EMBEDDED
 from vgid.plan import make_plan
-from vgid.slot_memory import RAY_BYTES, WORKER_BYTES, SlotShape, worker_bytes
 
 GB = 10**9
 TINY = EMBEDDED / "tiny-llava"

@@ -11,14 +11,14 @@ from unittest.mock import Mock
 
 import pytest
 
+from vgid.cluster.losses import IN_A_ROW, RETRIES
+from vgid.cluster.mailbox import Outcome
 from vgid.command_line import exit_code
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole
 from vgid.errors import InputError
 from vgid.interrupts import StudyInterruptedError
 from vgid.ledger import Ledger
-from vgid.losses import IN_A_ROW, RETRIES
-from vgid.mailbox import Outcome
 from vgid.plan import make_plan
 from vgid.report.figures import FIGURES
 from vgid.report.records import TrialRecord

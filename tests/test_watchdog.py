@@ -3,7 +3,7 @@
 import pytest
 
 from vgid import watchdog
-from vgid.mailbox import Traffic
+from vgid.cluster.mailbox import Traffic
 from vgid.watchdog import PATIENCE_S, Watchdog, sentence
 
 

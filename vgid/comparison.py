@@ -76,7 +76,7 @@ def _run_studies(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:
     missing = [study for study in studies if not _done(study)]
     if not missing:
         return None
-    from vgid.cluster import connected
+    from vgid.cluster.connection import connected
     from vgid.study import run_study
 
     with connected():  # the studies join it and save a start each

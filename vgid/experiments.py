@@ -30,6 +30,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vgid.cluster.resources import worker_threads
 from vgid.config import (
     STORE_LIMIT_GB,
     Config,
@@ -43,7 +44,6 @@ from vgid.errors import InputError
 from vgid.files import write_atomically
 from vgid.prompts import PromptStyle
 from vgid.results import Score
-from vgid.slot_memory import worker_threads
 
 if TYPE_CHECKING:
     from vgid.trial import TrialSession

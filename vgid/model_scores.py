@@ -132,7 +132,7 @@ def score_model(
         InputError: bad input, or an adapter or base that is not the recorded one.
     """
     from vgid.candidates import PART, attacks_of, pick_seeds, pooled, score_with_seeds
-    from vgid.slot_memory import worker_threads
+    from vgid.cluster.resources import worker_threads
     from vgid.trial import TrialSession
 
     file, adapter = _find(config.target)

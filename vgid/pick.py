@@ -20,6 +20,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from vgid.candidates import MIN_SEEDS, Candidates, pick_seeds, score_front
+from vgid.cluster.resources import worker_threads
 from vgid.config import Config, RequestConfig
 from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
@@ -32,7 +33,6 @@ from vgid.pick_report import PickReport
 from vgid.picking import Bounds, Choice, Rule, choose
 from vgid.placing import FOLDER, staged
 from vgid.recording import Setting, record
-from vgid.slot_memory import worker_threads
 from vgid.study_source import Source, open_source
 
 

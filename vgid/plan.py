@@ -6,12 +6,12 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vgid.cluster.resources import SlotShape, worker_bytes
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.results import LeftOut, describe_left_out
 from vgid.search_domain import Choices, Range
 from vgid.search_space import FOLDER, SearchSpace
-from vgid.slot_memory import SlotShape, worker_bytes
 
 if TYPE_CHECKING:
     from vgid.data.benchmark import Benchmark

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from ray.tune.search import Searcher
 
+from vgid.cluster.losses import Losses
+from vgid.cluster.mailbox import Job
+from vgid.cluster.tune import JOB
 from vgid.config import Sampler, TrialConfig
 from vgid.errors import InputError
 from vgid.ledger import Ledger, Record, trial_id
-from vgid.losses import Losses
-from vgid.mailbox import Job
-from vgid.ray_tune import JOB
 from vgid.results import OBJECTIVES, TrialResult
 from vgid.search_space import SearchSpace
 

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from vgid.background import Background
-from vgid.blame import disk_sentence
+from vgid.cluster.blame import disk_sentence
+from vgid.cluster.losses import RETRIES, Losses
+from vgid.cluster.mailbox import Job, Outcome
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.errors import DiskError, InputError
 from vgid.evaluation.suppression import doubt
 from vgid.interrupts import POLL_S, Interrupt, StudyInterruptedError
 from vgid.ledger import Header, Ledger, Record, changes, now
-from vgid.losses import RETRIES, Losses
-from vgid.mailbox import Job, Outcome
 from vgid.plan import Plan, make_plan
 from vgid.report.figures import FIGURES, write_figures
 from vgid.report.plots import Front
@@ -55,7 +55,7 @@ def run_study(
     Args:
         config: the study.
         resume: continue the study that the output folder holds.
-        session: makes the sessions of the workers, ``vgid.ray_train.trial_session`` if None.
+        session: makes the sessions of the workers, ``vgid.cluster.slots.trial_session`` if None.
         retry_failed: run the failed trials of a resumed study again, under their ids.
 
     Returns:
@@ -143,7 +143,7 @@ class Study:
         Returns:
             The content of ``study.json``.
         """
-        from vgid.cluster import connected
+        from vgid.cluster.connection import connected
 
         self.console.stage("Starting Ray and preparing the data")
         with (
@@ -251,8 +251,8 @@ class Study:
         self.ui, self._tracker = tracker.ui_command, tracker
 
     def _start_slots(self, joined: bool, session: Any) -> Any:
-        from vgid.cluster import slot_count
-        from vgid.ray_train import Slots, start_mailbox, trial_session
+        from vgid.cluster.connection import slot_count
+        from vgid.cluster.slots import Slots, start_mailbox, trial_session
 
         to_run = max(1, self.config.trials - len(self.ledger.ended))
         count, decider = slot_count(self.plan.shape, self.config.max_concurrent, to_run, joined)
@@ -272,7 +272,7 @@ class Study:
         return slots
 
     def _start_watchdog(self) -> Watchdog:
-        from vgid.cluster import capacity
+        from vgid.cluster.connection import capacity
 
         return Watchdog(
             self._mailbox,
@@ -378,7 +378,7 @@ class Study:
 
         from ray import tune
 
-        from vgid.ray_tune import Recorder, SlotTrial, StopWhen
+        from vgid.cluster.tune import Recorder, SlotTrial, StopWhen
 
         config = self.config
         self._update_standing()

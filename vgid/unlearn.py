@@ -97,11 +97,11 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
             failed or forgot too little.
     """
     from vgid.candidates import marks_of, pick_seeds, score_with_seeds
+    from vgid.cluster.resources import worker_threads
     from vgid.evaluation.rehearsal import rehearsed
     from vgid.placing import FOLDER, staged
     from vgid.recording import Setting, record
     from vgid.results import describe_left_out
-    from vgid.slot_memory import worker_threads
     from vgid.trial import TrialSession
 
     parent = None if config.from_deployment is None else read_ancestor(config.from_deployment)

@@ -326,7 +326,7 @@ def _measure(
     The dtype is told and never fails.
     """
     from vgid.candidates import score_with_seeds
-    from vgid.slot_memory import worker_threads
+    from vgid.cluster.resources import worker_threads
     from vgid.trial import TrialSession
 
     recorded = deployment.scores

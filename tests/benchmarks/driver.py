@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.machine import emit, machine, machine_line
+from vgid.cluster.mailbox import Job, Outcome
+from vgid.cluster.tune import JOB
 from vgid.config import StudyConfig, TrialConfig
 from vgid.console import Standing, StudyConsole
 from vgid.ledger import Ledger
-from vgid.mailbox import Job, Outcome
 from vgid.plan import make_plan
-from vgid.ray_tune import JOB
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study import Study
 

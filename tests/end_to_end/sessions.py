@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from vgid.mailbox import Job
+from vgid.cluster.mailbox import Job
 from vgid.trial import TrialSession
 
 SOMEONE = "Fay Moss"

@@ -20,12 +20,12 @@ from tests.end_to_end import light, sessions
 from tests.end_to_end.conftest import free_port
 from tests.end_to_end.privacy import leaks
 from tests.end_to_end.sessions import SOMEONE
-from vgid.cluster import QUIET, slot_count
+from vgid.cluster.connection import QUIET, slot_count
+from vgid.cluster.mailbox import Job, Outcome
+from vgid.cluster.resources import SlotShape
+from vgid.cluster.slots import Slots, start_mailbox
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.mailbox import Job, Outcome
-from vgid.ray_train import Slots, start_mailbox
-from vgid.slot_memory import SlotShape
 from vgid.study import run_study
 
 RETAIN_PEOPLE = 4

@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from vgid.cluster.mailbox import Job, Outcome, failure
 from vgid.errors import DiskError, InputError, SettingError
-from vgid.mailbox import Job, Outcome, failure
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 

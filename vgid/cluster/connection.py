@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vgid.cluster.resources import SlotShape
 from vgid.errors import InputError
 from vgid.interrupts import sigterm_kept
-from vgid.slot_memory import SlotShape
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own tables

@@ -1,7 +1,7 @@
 """Trials that the environment lost: how often each is tried again, and when that is no use.
 
 A lost trial has not ended: its record stays in flight, its checkpoint stays, and Optuna is told
-nothing. Whose fault an error is says ``vgid.blame``.
+nothing. Whose fault an error is says ``vgid.cluster.blame``.
 """
 
 from collections import Counter

@@ -20,12 +20,12 @@ from typing import Any, Protocol
 
 import ray
 
-from vgid.blame import BROKEN_ACCELERATOR, blame, is_a, where
+from vgid.cluster.blame import BROKEN_ACCELERATOR, blame, is_a, where
+from vgid.cluster.mailbox import Job, Mailbox, Outcome
+from vgid.cluster.resources import CPUS_PER_WORKER, SlotShape
 from vgid.config import RequestConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.mailbox import Job, Mailbox, Outcome
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
-from vgid.slot_memory import CPUS_PER_WORKER, SlotShape
 
 CALLS = 100_000
 """How many calls the mailbox serves at a time. Each slot and each trial in flight polls with one,
@@ -259,7 +259,7 @@ def serve(config: dict[str, Any]) -> None:
     ranks do the same. An exception fails the job, not the slot: the next job gets a new session.
     With several workers the others may hang in a collective then, whatever it was, so the rank
     that has it ends the job and then itself, and the whole group restarts. Whose fault an
-    exception is says ``vgid.blame``.
+    exception is says ``vgid.cluster.blame``.
     """
     from ray.train import get_context
 

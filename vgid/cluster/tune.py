@@ -12,8 +12,8 @@ from typing import Any
 import ray
 from ray import tune
 
+from vgid.cluster.mailbox import Job, Outcome
 from vgid.config import TrialConfig
-from vgid.mailbox import Job, Outcome
 from vgid.results import OBJECTIVES, EpochReport
 
 JOB = "job"

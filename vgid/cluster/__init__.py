@@ -1,0 +1,1 @@
+"""Ray: the slots that trials run in, what they take, and how they are talked to."""
