@@ -6,7 +6,7 @@ Example:
 
 import sys
 
-from vgid.study_arguments import main
+from vgid.study.arguments import main
 
 if __name__ == "__main__":
     sys.exit(main())

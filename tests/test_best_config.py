@@ -6,8 +6,8 @@ import pytest
 
 from tests.benchmarks.best_config import Best, choose, measures, summary
 from vgid.config import TrialConfig
-from vgid.ledger import Record
 from vgid.results import Score, TrialResult
+from vgid.study.ledger import Record
 
 BASE = {"retain_rougeL": 0.9}
 

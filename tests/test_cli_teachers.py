@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vgid.ledger import Ledger
 from vgid.models.store import ContentStore, key_of
+from vgid.study.ledger import Ledger
 
 SIZE = 72 + 400
 

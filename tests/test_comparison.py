@@ -19,7 +19,7 @@ from vgid.comparison import _done, chosen_settings, standings, verdict, write_co
 from vgid.config import StudyConfig, TrialConfig
 from vgid.results import Score
 from vgid.settings import read_settings
-from vgid.study_front import BaseScores, StudyFront, Trial
+from vgid.study.front import BaseScores, StudyFront, Trial
 
 GRID = 6
 FRONTS = st.lists(

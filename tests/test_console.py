@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from vgid.config import StudyConfig, TrialConfig
-from vgid.console import (
+from vgid.errors import InputError
+from vgid.report.records import TrialRecord
+from vgid.results import EpochReport, Score, TrialResult
+from vgid.study.arguments import main, parser, seconds, study_config
+from vgid.study.console import (
     Standing,
     StudyConsole,
     duration,
     libraries_silenced,
     print_summary,
 )
-from vgid.errors import InputError
-from vgid.report.records import TrialRecord
-from vgid.results import EpochReport, Score, TrialResult
-from vgid.study_arguments import main, parser, seconds, study_config
 
 SCRIPT = Path(__file__).parent.parent / "studies" / "pareto_search.py"
 HEAVY = ("torch", "ray", "mlflow", "transformers", "peft", "optuna", "pandas", "matplotlib")
@@ -48,7 +48,7 @@ def completed(name="0001", reduction=0.75, retain=0.9):
 def test_a_process_that_ends_without_a_word_leaves_one(end, said):
     code = f"""
 import os, sys
-from vgid.console import last_words
+from vgid.study.console import last_words
 with last_words("go on."):
     {end}
 """
@@ -174,7 +174,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
 def test_what_libraries_print_goes_to_the_log_and_the_terminal_stays_ours(tmp_path):
     code = (
         "import os, subprocess, sys; from pathlib import Path;"
-        "from vgid.console import libraries_silenced\n"
+        "from vgid.study.console import libraries_silenced\n"
         "with libraries_silenced(Path(sys.argv[1])) as terminal:\n"
         "    print('noise'); os.write(2, b'native noise\\n')\n"
         "    subprocess.run(['echo', 'child noise']); print('ours', file=terminal)\n"
@@ -216,7 +216,7 @@ def test_help_explains_every_flag_with_its_default():
 
 def test_help_and_bad_input_import_nothing_heavy():
     code = (
-        "import sys; from vgid.study_arguments import main\n"
+        "import sys; from vgid.study.arguments import main\n"
         "try: code = main(sys.argv[1:])\n"
         "except SystemExit as end: code = end.code\n"
         f"print('loaded', [name for name in {HEAVY!r} if name in sys.modules], code)"
@@ -315,9 +315,9 @@ def test_a_real_backbone_without_its_weights_is_one_sentence(tmp_path, capsys, m
 
 
 def test_no_space_is_one_sentence(tmp_path, capsys, monkeypatch):
-    import vgid.plan
+    import vgid.study.plan
 
-    monkeypatch.setattr(vgid.plan, "MIN_FREE_BYTES", 2**80)
+    monkeypatch.setattr(vgid.study.plan, "MIN_FREE_BYTES", 2**80)
     assert main(["--output", str(tmp_path / "out")]) == 2
     assert "free" in capsys.readouterr().err
 

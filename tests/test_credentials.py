@@ -10,10 +10,10 @@ import pytest
 from vgid.config import StudyConfig
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
-from vgid.ledger import Ledger
-from vgid.mlflow_client import connect, open_client
-from vgid.plan import make_plan
-from vgid.study_arguments import main
+from vgid.study.arguments import main
+from vgid.study.ledger import Ledger
+from vgid.study.mlflow_client import connect, open_client
+from vgid.study.plan import make_plan
 
 SHA = "0" * 64
 

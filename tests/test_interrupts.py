@@ -10,9 +10,9 @@ import time
 import pytest
 
 from vgid import cli, interrupts
-from vgid.background import Background
 from vgid.command_line import exit_code
 from vgid.interrupts import Interrupt, StudyInterruptedError
+from vgid.study.background import Background
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -74,7 +74,7 @@ def test_what_is_under_way_gets_some_seconds_after_a_signal(hanging, monkeypatch
 
 def test_a_thread_works_in_order_and_lets_the_process_end():
     code = (
-        "import time; from vgid.background import Background\n"
+        "import time; from vgid.study.background import Background\n"
         "side = Background('side'); side.submit(print, 'first')\n"
         "side.submit(lambda: print('second', flush=True)).result()\n"
         "waiting = side.submit(time.sleep, 60); late = side.submit(print, 'never')\n"

@@ -13,7 +13,8 @@ import pytest
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.ledger import (
+from vgid.results import EpochReport, TrialResult
+from vgid.study.ledger import (
     CONTENT,
     MAY_CHANGE,
     MUST_AGREE,
@@ -23,7 +24,6 @@ from vgid.ledger import (
     now,
     trial_id,
 )
-from vgid.results import EpochReport, TrialResult
 
 SHA = "0" * 64
 
@@ -118,7 +118,7 @@ def test_a_half_written_record_of_a_killed_process_is_swept_away(tmp_path):
 def test_a_second_holder_is_refused_and_a_kill_frees_the_folder(tmp_path):
     output = tmp_path / "s"
     hold = (
-        "import sys, time; from pathlib import Path; from vgid.ledger import Ledger;"
+        "import sys, time; from pathlib import Path; from vgid.study.ledger import Ledger;"
         "ledger = Ledger(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     holder = subprocess.Popen(
@@ -356,7 +356,7 @@ def test_a_study_of_more_than_10000_trials_is_read_in_the_order_of_its_trials(tm
 
 
 def test_studies_that_start_in_the_same_second_have_ids_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("vgid.ledger.now", lambda: "2026-11-28T20:00:00.000+00:00")
+    monkeypatch.setattr("vgid.study.ledger.now", lambda: "2026-11-28T20:00:00.000+00:00")
     ids = set()
     for number in range(8):
         config = StudyConfig(output=tmp_path / str(number))

@@ -7,8 +7,8 @@ import yaml
 
 from vgid.config import StudyConfig
 from vgid.errors import InputError
-from vgid.plan import make_plan
-from vgid.search_space import FOLDER
+from vgid.study.plan import make_plan
+from vgid.study.search_space import FOLDER
 
 
 def rmu_study(tmp_path: Path, layer: object) -> StudyConfig:

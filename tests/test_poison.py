@@ -18,14 +18,14 @@ from torch import nn
 from vgid.config import StudyConfig, TrialConfig
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
-from vgid.ledger import Header, Ledger, now
 from vgid.method.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from vgid.models.store import ContentStore, key_of
 from vgid.placing import READY, staged
 from vgid.results import TrialResult
-from vgid.search_space import SearchSpace
 from vgid.settings import read_settings
-from vgid.study_source import open_source
+from vgid.study.ledger import Header, Ledger, now
+from vgid.study.search_space import SearchSpace
+from vgid.study.source import open_source
 from vgid.unlearn import UnlearnConfig, unlearn
 
 SHA = "0" * 64

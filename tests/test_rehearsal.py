@@ -25,10 +25,10 @@ from vgid.method.teacher import Intervention
 from vgid.models import backbones
 from vgid.paper_arguments import PaperConfig
 from vgid.paper_study import run_paper_tables
-from vgid.plan import make_plan
 from vgid.report.note import NoteLinks, study_note
 from vgid.report.plots import Front
 from vgid.results import Score, TrialResult
+from vgid.study.plan import make_plan
 from vgid.trial import TrialSession
 
 outline = functools.cache(backbones.outline)

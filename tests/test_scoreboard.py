@@ -5,10 +5,10 @@ import random
 import pytest
 
 from vgid.config import StudyConfig, TrialConfig
-from vgid.ledger import Header, Ledger, trial_id
 from vgid.pareto import front_mask, hypervolume
 from vgid.results import OBJECTIVES, Score, TrialResult
-from vgid.scoreboard import Scoreboard
+from vgid.study.ledger import Header, Ledger, trial_id
+from vgid.study.scoreboard import Scoreboard
 
 STATUSES = ("completed", "pruned", "failed", "lost")
 NOWHERE = (float("nan"), float("nan"))

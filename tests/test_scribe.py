@@ -4,7 +4,7 @@ import threading
 import time
 
 from vgid.errors import InputError
-from vgid.scribe import Scribe
+from vgid.study.scribe import Scribe
 
 
 def fail(error):

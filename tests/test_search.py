@@ -14,10 +14,10 @@ from vgid.cluster.mailbox import Job
 from vgid.cluster.tune import JOB, SlotTrial
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.ledger import Header, Ledger, now
 from vgid.results import TrialResult
-from vgid.search import ParetoSearch, make_sampler, objectives, open_journal
-from vgid.search_space import SearchSpace
+from vgid.study.ledger import Header, Ledger, now
+from vgid.study.search import ParetoSearch, make_sampler, objectives, open_journal
+from vgid.study.search_space import SearchSpace
 
 SPACE = """
 backbone: tiny-llava
@@ -273,7 +273,7 @@ def test_proposals_that_are_refused_for_ever_end_the_study(ledger, space, monkey
     def refuse(space, params, seed):
         raise InputError("space.yaml: views: leave it 1.")
 
-    monkeypatch.setattr("vgid.search.MAX_REFUSED", 5)
+    monkeypatch.setattr("vgid.study.search.MAX_REFUSED", 5)
     monkeypatch.setattr(SearchSpace, "trial_config", refuse)
     searcher = search(ledger, space)
     with pytest.raises(InputError, match=r"leave it 1\. 5 proposals in a row were refused"):

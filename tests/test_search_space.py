@@ -11,7 +11,7 @@ import yaml
 
 from vgid.config import Method, TrialConfig, is_paper_default
 from vgid.errors import InputError
-from vgid.search_space import FOLDER, SearchSpace
+from vgid.study.search_space import FOLDER, SearchSpace
 
 SHIPPED = sorted(FOLDER.glob("*.yaml"))
 

@@ -11,7 +11,7 @@ from vgid.cluster.resources import RAY_BYTES, WORKER_BYTES, SlotShape, worker_by
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.models.backbones import EMBEDDED
-from vgid.plan import make_plan
+from vgid.study.plan import make_plan
 
 GB = 10**9
 TINY = EMBEDDED / "tiny-llava"

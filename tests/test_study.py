@@ -15,17 +15,17 @@ from vgid.cluster.losses import IN_A_ROW, RETRIES
 from vgid.cluster.mailbox import Outcome
 from vgid.command_line import exit_code
 from vgid.config import StudyConfig, TrialConfig
-from vgid.console import Standing, StudyConsole
 from vgid.errors import InputError
 from vgid.interrupts import StudyInterruptedError
-from vgid.ledger import Ledger
-from vgid.plan import make_plan
 from vgid.report.figures import FIGURES
 from vgid.report.records import TrialRecord
 from vgid.results import Score, TrialResult
-from vgid.study import TABLES, Study
-from vgid.study_arguments import main
-from vgid.summary import shortfall
+from vgid.study.arguments import main
+from vgid.study.console import Standing, StudyConsole
+from vgid.study.ledger import Ledger
+from vgid.study.plan import make_plan
+from vgid.study.run import TABLES, Study
+from vgid.study.summary import shortfall
 
 
 class Told:
@@ -300,7 +300,7 @@ def scored(study, monkeypatch):
         time.sleep(0.3)
         return [folder / name for name in FIGURES]
 
-    monkeypatch.setattr("vgid.study.write_figures", draw)
+    monkeypatch.setattr("vgid.study.run.write_figures", draw)
     monkeypatch.setattr("vgid.interrupts.GRACE_S", 1.0)
     return study
 
@@ -329,7 +329,7 @@ def test_what_a_signal_leaves_no_time_for_is_missing_and_said(scored, monkeypatc
         over.wait(60)
 
     if hanging == "figures":
-        monkeypatch.setattr("vgid.study.write_figures", hang)
+        monkeypatch.setattr("vgid.study.run.write_figures", hang)
     else:
         scored._tracker.finish_study = hang
     began = time.monotonic()
@@ -353,7 +353,7 @@ def test_study_json_and_tables_are_there_before_anything_is_analysed(scored, mon
         seen.extend(sorted(path.name for path in folder.iterdir() if path.is_file()))
         raise InputError("no space")
 
-    monkeypatch.setattr("vgid.study.write_figures", look)
+    monkeypatch.setattr("vgid.study.run.write_figures", look)
     with pytest.raises(InputError):
         scored._write_outcome()
     assert set(TABLES) <= set(seen)

@@ -17,14 +17,14 @@ from tests.browser.servers import mlflow_process
 from tests.end_to_end.conftest import free_port
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.ledger import Ledger, Record, now
 from vgid.report.figures import FIGURES, write_figures
 from vgid.report.mlflow_links import UI
 from vgid.report.note import NOTE_PICTURE, NoteLinks, note_links, recommended, study_note
 from vgid.report.plots import Front
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
-from vgid.tracking import Tracker
+from vgid.study.ledger import Ledger, Record, now
+from vgid.study.tracking import Tracker
 
 SHA = "0" * 64
 HASHES = {"dataset": "d" * 64, "base": "b" * 64}
@@ -277,7 +277,7 @@ def to_ms(iso):
 @pytest.mark.parametrize("cut", ["in flight", "recorded"])
 def test_a_trial_cut_short_has_its_whole_curve(store, output, monkeypatch, flush_s, heard, cut):
     """Killed in flight, or after the ledger had the result and MLflow had not."""
-    monkeypatch.setattr("vgid.tracking.FLUSH_SECONDS", flush_s)
+    monkeypatch.setattr("vgid.study.tracking.FLUSH_SECONDS", flush_s)
     record = make_records(output)[0]
     name = f"cut short {flush_s} {heard} {cut}"
     with ledger_of(output) as ledger:
@@ -390,7 +390,7 @@ def test_whatever_a_store_raises_is_told_at_the_end(store, output, monkeypatch):
     records = make_records(output)
     tracker = open_tracker(store, "refused")
     tracker.start_study("refused", StudyConfig(output=output), HASHES)
-    monkeypatch.setattr("vgid.tracking.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("vgid.study.tracking.RETRY_SECONDS", 0.0)
     log_artifacts = tracker._client.log_artifacts
 
     def refuse(run_id, folder, *more):
@@ -419,9 +419,9 @@ def test_a_server_that_is_away_costs_a_delay_only(output, monkeypatch):
     """Stopped, it does later what was asked of it meanwhile; killed, it forgets."""
     for name, value in (("TIMEOUT", "1"), ("MAX_RETRIES", "1"), ("BACKOFF_FACTOR", "0")):
         monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
-    monkeypatch.setattr("vgid.mlflow_client.PROBE_SECONDS", 1.0)
-    monkeypatch.setattr("vgid.tracking.RETRY_SECONDS", 0.0)
-    monkeypatch.setattr("vgid.tracking.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("vgid.study.mlflow_client.PROBE_SECONDS", 1.0)
+    monkeypatch.setattr("vgid.study.tracking.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("vgid.study.tracking.FLUSH_SECONDS", 0.0)
     records = make_records(output)
     uri, port, told = f"sqlite:///{output / 'mlflow.db'}", free_port(), []
     with ExitStack() as stack, ledger_of(output) as ledger:
@@ -446,7 +446,7 @@ def test_a_server_that_is_away_costs_a_delay_only(output, monkeypatch):
         with pytest.raises(InputError, match=r"2 trials are missing.*--resume"):
             tracker.finish_study(front, {}, {}, [], "KILLED")
         tracker.close("KILLED")
-        monkeypatch.setattr("vgid.tracking.RETRY_SECONDS", 0.2)
+        monkeypatch.setattr("vgid.study.tracking.RETRY_SECONDS", 0.2)
         with ThreadPoolExecutor(1) as side:
             back = side.submit(stack.enter_context, mlflow_process(uri, output, port))
             tracker.finish_study(front, {}, {}, [], tell=told.append)
@@ -476,7 +476,7 @@ def test_a_study_cut_short_before_its_parameters_gets_them(store, output, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("vgid.tracking.Tracker._log_dataset", killed)
+        patch.setattr("vgid.study.tracking.Tracker._log_dataset", killed)
         open_tracker(store, "cut-shorter").start_study("study-cut", config, HASHES)
     second = open_tracker(store, "cut-shorter")
     second.start_study("study-cut", config, HASHES)
@@ -539,7 +539,7 @@ def test_trials_that_could_not_be_sent_are_sent_at_the_end(store, output, caplog
     assert tracker.log_trial(ended(records[0]))
     database = sqlite3.connect(store / "mlflow.db")
     database.execute("ALTER TABLE runs RENAME TO runs_away")
-    with caplog.at_level("WARNING", logger="vgid.tracking"):
+    with caplog.at_level("WARNING", logger="vgid.study.tracking"):
         assert not tracker.log_trial(ended(records[1]))
         assert not tracker.log_trial(ended(records[2]))
     front = Front("tiny-llava", records, BASE)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from vgid import watchdog
 from vgid.cluster.mailbox import Traffic
-from vgid.watchdog import PATIENCE_S, Watchdog, sentence
+from vgid.study.run import watchdog
+from vgid.study.watchdog import PATIENCE_S, Watchdog, sentence
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
 from vgid.picking import Marks, Measure
 from vgid.results import QuestionPart, Score
-from vgid.study_source import FrontTrial
+from vgid.study.source import FrontTrial
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,7 +78,7 @@ class Candidates:
 
 def pick_seeds(study_seed: int, count: int) -> tuple[int, ...]:
     """The seeds of a pick; the first is the one that the study scored its front with."""
-    from vgid.study import HELD_OUT_SEED_OFFSET
+    from vgid.study.run import HELD_OUT_SEED_OFFSET
 
     return tuple(study_seed + HELD_OUT_SEED_OFFSET + i for i in range(count))
 

@@ -290,7 +290,7 @@ def _print_store(report: "StoreInfo") -> None:
 
 def _no_study_in(output: Path) -> AbstractContextManager[object]:
     """Hold a study's folder so that no study runs in it; a store elsewhere has none to hold."""
-    from vgid.ledger import Ledger
+    from vgid.study.ledger import Ledger
 
     return Ledger(output) if (output / ".lock").exists() else nullcontext()
 

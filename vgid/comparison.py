@@ -1,6 +1,6 @@
 """A fair comparison of the methods, which the paper has not: equal budgets, then the fronts.
 
-Each method and seed gets a study of its own (``vgid.study``), all with the same number of trials,
+Each method and seed gets a study of its own (``vgid.study.run``), all with the same number of trials,
 sampler, people, questions and reference point. Trials are chosen on the search questions; what is
 compared is the held-out score of what was chosen.
 """
@@ -18,12 +18,12 @@ from vgid.config import Method, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
 from vgid.files import write_atomically
-from vgid.ledger import MUST_AGREE
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import as_text, write_study
 from vgid.settings import prepare_data, write_settings
-from vgid.study_front import PICK_SCORES, StudyFront, read_study
-from vgid.summary import provenance
+from vgid.study.front import PICK_SCORES, StudyFront, read_study
+from vgid.study.ledger import MUST_AGREE
+from vgid.study.summary import provenance
 from vgid.tables import METHOD_LABELS, Grid
 
 
@@ -37,7 +37,7 @@ def run_comparison(config: CompareConfig) -> dict[str, Any]:
     Raises:
         InputError: bad input; nothing was started if it is in what can be checked before.
     """
-    from vgid.plan import make_plan
+    from vgid.study.plan import make_plan
 
     data = prepare_data([config.backbone], config.data, config.output)
     studies = {
@@ -77,7 +77,7 @@ def _run_studies(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:
     if not missing:
         return None
     from vgid.cluster.connection import connected
-    from vgid.study import run_study
+    from vgid.study.run import run_study
 
     with connected():  # the studies join it and save a start each
         for number, study in enumerate(missing, start=1):

@@ -24,7 +24,7 @@ from vgid.paper_arguments import PaperConfig
 from vgid.report.intervals import count_seeds
 from vgid.report.records import write_study
 from vgid.settings import default_trials, prepare_data, read_settings
-from vgid.summary import provenance
+from vgid.study.summary import provenance
 from vgid.table_figures import (
     FIRST_TOKEN_ARMS,
     first_token_experiment,

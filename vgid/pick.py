@@ -33,7 +33,7 @@ from vgid.pick_report import PickReport
 from vgid.picking import Bounds, Choice, Rule, choose
 from vgid.placing import FOLDER, staged
 from vgid.recording import Setting, record
-from vgid.study_source import Source, open_source
+from vgid.study.source import Source, open_source
 
 
 class PickConfig(Config):

@@ -36,7 +36,7 @@ from vgid.models.cost_model import (
     step_minimum,
     vocabulary_bytes,
 )
-from vgid.summary import provenance
+from vgid.study.summary import provenance
 
 LORA_RANK, LORA_DROPOUT = 16, 0.05
 """As the real backbones' search spaces fix them."""

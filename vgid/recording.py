@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from vgid.candidates import PART, Scored, attacks_of
 from vgid.config import RequestConfig, TrialConfig
 from vgid.deployment import Deployment, hash_files
-from vgid.ledger import now
 from vgid.lineage import Ancestor
 from vgid.models.adapter_files import read_adapter
+from vgid.study.ledger import now
 
 if TYPE_CHECKING:
     from vgid.trial import TrialSession

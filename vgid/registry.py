@@ -18,9 +18,9 @@ from typing import Any
 
 from vgid.deployment import Deployment, hash_files, read_deployment
 from vgid.errors import InputError
-from vgid.mlflow_client import Connection, connect, first_line, open_client
 from vgid.report.records import run_name
 from vgid.results import Score
+from vgid.study.mlflow_client import Connection, connect, first_line, open_client
 
 CHAMPION, PREVIOUS = "champion", "previous"
 

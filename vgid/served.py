@@ -26,9 +26,9 @@ from vgid.data.splits import choose_people
 from vgid.deployment import Deployment, Scores, read_deployment
 from vgid.errors import InputError
 from vgid.evaluation.metrics import bootstrap_interval, rouge
-from vgid.mlflow_client import first_line
 from vgid.prompts import Wording, generation_text
 from vgid.results import Score
+from vgid.study.mlflow_client import first_line
 from vgid.verify import (
     EXPORTED,
     Check,

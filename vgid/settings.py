@@ -53,7 +53,7 @@ def default_trials(backbone: str, methods: Sequence[Method]) -> dict[Method, Tri
     Raises:
         InputError: the backbone has no search space, or it lacks a method.
     """
-    from vgid.search_space import FOLDER, SearchSpace
+    from vgid.study.search_space import FOLDER, SearchSpace
 
     found = {}
     for method in methods:

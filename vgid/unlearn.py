@@ -28,11 +28,11 @@ from vgid.config import (
 from vgid.deployment import Deployment, Pseudonym, write_deployment
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
-from vgid.ledger import now
 from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace
 from vgid.models.adapter_files import copy_adapter
 from vgid.paths import UsablePath, WrittenFolder
 from vgid.picking import Bounds, Marks
+from vgid.study.ledger import now
 
 TRIAL_ID = "0000"
 
@@ -162,7 +162,7 @@ def _refuse_little(marks: Marks, min_forget: float | None) -> None:
 
 
 def _origin(request: RequestConfig, parent: Ancestor | None) -> dict[str, Any]:
-    from vgid.summary import provenance
+    from vgid.study.summary import provenance
 
     settings = "the parent's setting" if parent else "one setting"
     return {

@@ -26,10 +26,10 @@ from tests.benchmarks.machine import machine, machine_line, one_thread
 from vgid.candidates import MIN_SEEDS, PART, pick_seeds, pooled
 from vgid.config import StudyConfig, parse
 from vgid.data.synthetic import write_benchmark
-from vgid.ledger import Record
 from vgid.report.intervals import t_interval
 from vgid.results import Score
-from vgid.study_source import open_source
+from vgid.study.ledger import Record
+from vgid.study.source import open_source
 
 TARGETS: dict[str, tuple[str, float]] = {
     "forget_reduction": (">=", 0.92),
@@ -103,7 +103,7 @@ def choose(records: Sequence[Record], base: Mapping[str, float], retain_drop: fl
 
 def run(config: StudyConfig, retain_drop: float) -> Best:
     """Run the study, or take it from its folder, and score the chosen trial."""
-    from vgid.study import run_study
+    from vgid.study.run import run_study
     from vgid.trial import TrialSession
 
     if not (config.output / "study.json").exists():

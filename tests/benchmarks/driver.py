@@ -22,11 +22,11 @@ from tests.benchmarks.machine import emit, machine, machine_line
 from vgid.cluster.mailbox import Job, Outcome
 from vgid.cluster.tune import JOB
 from vgid.config import StudyConfig, TrialConfig
-from vgid.console import Standing, StudyConsole
-from vgid.ledger import Ledger
-from vgid.plan import make_plan
 from vgid.results import EpochReport, Score, TrialResult
-from vgid.study import Study
+from vgid.study.console import Standing, StudyConsole
+from vgid.study.ledger import Ledger
+from vgid.study.plan import make_plan
+from vgid.study.run import Study
 
 MARKS = (1000, 3000, 10_000)
 SCORES = 160

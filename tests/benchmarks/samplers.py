@@ -31,9 +31,9 @@ from rich.table import Table
 from vgid.config import Sampler, TrialConfig
 from vgid.pareto import hypervolume
 from vgid.report.intervals import t_interval
-from vgid.search import make_sampler
-from vgid.search_domain import Choices
-from vgid.search_space import FOLDER, SearchSpace
+from vgid.study.search import make_sampler
+from vgid.study.search_domain import Choices
+from vgid.study.search_space import FOLDER, SearchSpace
 
 SAMPLERS: tuple[Sampler, ...] = ("gp", "tpe", "random")
 TARGETS = (0.4, 0.8)

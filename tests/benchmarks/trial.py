@@ -43,9 +43,9 @@ def run_once(root: Path, started: float, settings: dict[str, Any]) -> list[dict[
     import torch
 
     from vgid.config import RequestConfig, StudyConfig, TrialConfig
-    from vgid.ledger import Heard, Record, now, trial_id
     from vgid.results import EpochReport
-    from vgid.tracking import Tracker
+    from vgid.study.ledger import Heard, Record, now, trial_id
+    from vgid.study.tracking import Tracker
     from vgid.trial import TrialSession
 
     torch.set_num_threads(1)

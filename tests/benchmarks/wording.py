@@ -20,7 +20,7 @@ from rich.table import Table
 
 from vgid.config import RequestConfig, TrainPairs, TrainWording
 from vgid.data.synthetic import write_benchmark
-from vgid.search_space import FOLDER, SearchSpace
+from vgid.study.search_space import FOLDER, SearchSpace
 from vgid.trial import TrialSession
 
 POINTS = {"tiny-llava": 1, "tiny-qwen2.5-vl": 3}

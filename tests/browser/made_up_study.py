@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from vgid.config import StudyConfig, TrialConfig
-from vgid.ledger import Heard, Record
 from vgid.pareto import front_mask
 from vgid.report.figures import write_figures
 from vgid.report.plots import Front
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
-from vgid.tracking import Tracker
+from vgid.study.ledger import Heard, Record
+from vgid.study.tracking import Tracker
 
 TRIALS = 18
 FAILED = 7
@@ -125,7 +125,7 @@ def as_ended(trial: TrialRecord, reports: Sequence[EpochReport] = ()) -> Record:
 
 
 def record_study(server: str, folder: Path) -> Recorded:
-    """Record the study on a server, as ``vgid.study`` does."""
+    """Record the study on a server, as ``vgid.study.run`` does."""
     study_id = "tiny-llava-2026-11-25T090000-0"
     records = draw_trials(folder)
     tracker = Tracker.open(server, folder, "tiny-llava")

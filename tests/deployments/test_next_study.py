@@ -15,11 +15,11 @@ from vgid.lineage import read_ancestor
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import EMBEDDED, revision_of
 from vgid.pick import PickConfig, pick_deployment
-from vgid.plan import make_plan
 from vgid.report.records import TrialRecord, write_front
 from vgid.results import TrialResult
-from vgid.study_arguments import parser, study_config
-from vgid.summary import provenance
+from vgid.study.arguments import parser, study_config
+from vgid.study.plan import make_plan
+from vgid.study.summary import provenance
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from vgid.pick_comparison import COMPARISON, comparison_table, shares, write_com
 from vgid.pick_report import PickReport, html_table, report_table
 from vgid.picking import Bounds, choose
 from vgid.results import Score
-from vgid.study_source import FrontTrial
+from vgid.study.source import FrontTrial
 
 
 def score(value, n=30, reach=0.05):

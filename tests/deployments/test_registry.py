@@ -20,11 +20,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tests.deployments.made_up_deployment import BASE_FOLDER, deploy
 from vgid.deployment import read_deployment
 from vgid.errors import InputError
-from vgid.mlflow_client import connect
 from vgid.models.backbones import LLAVA_FRAME, load, spec
 from vgid.prompts import generation_text
 from vgid.registry import register, rollback
 from vgid.serving import DeployedModel
+from vgid.study.mlflow_client import connect
 
 NAME = "vgid-tiny-llava"
 

@@ -316,7 +316,7 @@ def assert_consistent(output: Path, trials: int, store: str | None = None) -> No
     import pandas as pd
     from mlflow import MlflowClient
 
-    from vgid.search import open_journal
+    from vgid.study.search import open_journal
 
     names = [f"{number:04d}" for number in range(trials)]
     table = pd.read_csv(output / "trials.csv", dtype={"trial_id": str}).set_index("trial_id")
@@ -360,8 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ray import cloudpickle
 
     from vgid.command_line import exit_code
-    from vgid.study import run_study
-    from vgid.study_arguments import parser, study_config
+    from vgid.study.arguments import parser, study_config
+    from vgid.study.run import run_study
 
     options = parser().parse_args(arguments)
     module, name = os.environ.get(SESSION, f"{__name__}:LightSession").split(":")

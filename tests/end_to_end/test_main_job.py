@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 
 from tests.end_to_end.conftest import free_port
 from tests.end_to_end.privacy import leaks, private_texts
-from vgid.search import open_journal
+from vgid.study.search import open_journal
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = "studies/pareto_search.py"

@@ -26,7 +26,7 @@ from vgid.cluster.resources import SlotShape
 from vgid.cluster.slots import Slots, start_mailbox
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.study import run_study
+from vgid.study.run import run_study
 
 RETAIN_PEOPLE = 4
 TIMEOUT_S = 300

@@ -59,7 +59,7 @@ class Outcome(Config):
         job_id: the job.
         result: of a trial.
         scores: of a base scoring or a re-scoring.
-        content: of a base scoring: ``precision`` of the weights (``vgid.ledger.CONTENT``).
+        content: of a base scoring: ``precision`` of the weights (``vgid.study.ledger.CONTENT``).
         error: one sentence, if it failed.
         fatal: the error is in what all jobs share (model, data), so no job can succeed.
         lost: the error is the environment's, not the job's own (``vgid.cluster.blame``), and the job may

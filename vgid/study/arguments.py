@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise InputError("--retry-failed: there is nothing to retry; add --resume.")
         config = study_config(options)
         if options.dry_run:
-            from vgid.plan import make_plan
+            from vgid.study.plan import make_plan
 
             print("\n".join(make_plan(config).lines()))
             return {}
-        from vgid.study import run_study
+        from vgid.study.run import run_study
 
         return run_study(config, resume=options.resume, retry_failed=options.retry_failed)
 

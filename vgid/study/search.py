@@ -21,9 +21,9 @@ from vgid.cluster.mailbox import Job
 from vgid.cluster.tune import JOB
 from vgid.config import Sampler, TrialConfig
 from vgid.errors import InputError
-from vgid.ledger import Ledger, Record, trial_id
 from vgid.results import OBJECTIVES, TrialResult
-from vgid.search_space import SearchSpace
+from vgid.study.ledger import Ledger, Record, trial_id
+from vgid.study.search_space import SearchSpace
 
 if TYPE_CHECKING:
     import optuna

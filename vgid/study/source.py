@@ -20,9 +20,9 @@ from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.files import refuse_links
 from vgid.models.adapter_files import FILES
-from vgid.plan import OWN_DATA
 from vgid.report.records import TRIAL_FIELDS
 from vgid.results import OBJECTIVES, trial_order
+from vgid.study.plan import OWN_DATA
 
 MLFLOW = "mlflow:"
 
@@ -135,7 +135,7 @@ def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
 
 
 def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
-    from vgid.mlflow_client import open_client, search_runs
+    from vgid.study.mlflow_client import open_client, search_runs
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each file
     run_id = name.removeprefix(MLFLOW)
@@ -185,7 +185,7 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
 
 def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str) -> None:
     """Fetch one file into ``folder``, under its own name."""
-    from vgid.mlflow_client import first_line
+    from vgid.study.mlflow_client import first_line
 
     try:
         local = Path(client.download_artifacts(run_id, artifact, str(folder)))

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vgid.ledger import Ledger, Record
 from vgid.pareto import GrowingFront
 from vgid.report.records import TrialRecord
 from vgid.results import QuestionPart, Score, TrialResult, trial_order
+from vgid.study.ledger import Ledger, Record
 
 
 class Scoreboard:

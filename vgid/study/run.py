@@ -15,25 +15,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vgid.background import Background
 from vgid.cluster.blame import disk_sentence
 from vgid.cluster.losses import RETRIES, Losses
 from vgid.cluster.mailbox import Job, Outcome
 from vgid.config import StudyConfig, TrialConfig
-from vgid.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.errors import DiskError, InputError
 from vgid.evaluation.suppression import doubt
 from vgid.interrupts import POLL_S, Interrupt, StudyInterruptedError
-from vgid.ledger import Header, Ledger, Record, changes, now
-from vgid.plan import Plan, make_plan
 from vgid.report.figures import FIGURES, write_figures
 from vgid.report.plots import Front
 from vgid.report.records import TrialRecord, TrialsTable, describe, write_front, write_study
 from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots_left_out
-from vgid.scoreboard import Scoreboard
-from vgid.scribe import Scribe
-from vgid.summary import phases, said_of_a_stop, shortfall, store_use, study_summary
-from vgid.watchdog import Watchdog
+from vgid.study.background import Background
+from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
+from vgid.study.ledger import Header, Ledger, Record, changes, now
+from vgid.study.plan import Plan, make_plan
+from vgid.study.scoreboard import Scoreboard
+from vgid.study.scribe import Scribe
+from vgid.study.summary import phases, said_of_a_stop, shortfall, store_use, study_summary
+from vgid.study.watchdog import Watchdog
 
 TABLES = ("study.json", "trials.csv", "front.csv")
 RAY_FILES = ".ray"
@@ -241,7 +241,7 @@ class Study:
             )
 
     def _open_tracker(self) -> None:
-        from vgid.tracking import Tracker
+        from vgid.study.tracking import Tracker
 
         if not self._hashes:
             return  # refused
@@ -357,7 +357,7 @@ class Study:
     # While the trials run
 
     def _open_search(self) -> Any:
-        from vgid.search import ParetoSearch
+        from vgid.study.search import ParetoSearch
 
         config = self.config
         return ParetoSearch(

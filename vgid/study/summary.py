@@ -9,12 +9,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vgid.ledger import Header, Record, now
 from vgid.models.store import info
-from vgid.plan import Plan
 from vgid.report.records import TrialRecord
 from vgid.results import TrialStatus, Verbatim
-from vgid.scoreboard import Scoreboard
+from vgid.study.ledger import Header, Record, now
+from vgid.study.plan import Plan
+from vgid.study.scoreboard import Scoreboard
 
 LIBRARIES = ("vgid", "ray", "torch", "transformers", "peft", "optuna", "mlflow")
 TRIAL_PHASES = ("teacher", "train", "evaluate", "save")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from vgid.config import Config, Method, TrialConfig, parse
 from vgid.errors import InputError
-from vgid.ledger import Record
 from vgid.pareto import hypervolume
 from vgid.results import OBJECTIVES, QuestionPart, Score, trial_order
+from vgid.study.ledger import Record
 
 PICK_SCORES = (
     "forget_rougeL",

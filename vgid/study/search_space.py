@@ -36,7 +36,7 @@ from pydantic import Field
 
 from vgid.config import Config, Method, TrialConfig, paper_default, parse, uses
 from vgid.errors import InputError
-from vgid.search_domain import Choices, Range, check_name, domain_of, is_integer, valid_value
+from vgid.study.search_domain import Choices, Range, check_name, domain_of, is_integer, valid_value
 
 if TYPE_CHECKING:
     import optuna

@@ -1,0 +1,1 @@
+"""Many trials: the plan, the search, the record, MLflow."""
