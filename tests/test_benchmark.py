@@ -28,7 +28,7 @@ from tests.tiny_benchmark import (
 from vgid.data import layout
 from vgid.data.benchmark import Benchmark, Person, Question, decode_image, split_questions
 from vgid.data.people import id_problem
-from vgid.deployment import Pseudonym
+from vgid.deployment.record import Pseudonym
 from vgid.errors import InputError
 
 

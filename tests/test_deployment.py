@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from vgid.config import TrialConfig
-from vgid.deployment import (
+from vgid.deployment.record import (
     SCHEMA,
     Adapter,
     Base,

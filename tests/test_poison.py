@@ -16,17 +16,17 @@ import yaml
 from torch import nn
 
 from vgid.config import StudyConfig, TrialConfig
-from vgid.deployment import read_deployment
+from vgid.deployment.placing import READY, staged
+from vgid.deployment.record import read_deployment
+from vgid.deployment.unlearn import UnlearnConfig, unlearn
 from vgid.errors import InputError
 from vgid.method.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from vgid.models.store import ContentStore, key_of
-from vgid.placing import READY, staged
 from vgid.results import TrialResult
 from vgid.settings import read_settings
 from vgid.study.ledger import Header, Ledger, now
 from vgid.study.search_space import SearchSpace
 from vgid.study.source import open_source
-from vgid.unlearn import UnlearnConfig, unlearn
 
 SHA = "0" * 64
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.hub_index import INDEX
 from vgid.architectures import random_backbone
+from vgid.deployment.merging import INDEX as INDEX_FILE
+from vgid.deployment.merging import merge
 from vgid.errors import InputError
-from vgid.merging import INDEX as INDEX_FILE
-from vgid.merging import merge
 from vgid.models.adapter_files import LoraWeights
 from vgid.models.backbones import EMBEDDED as EMBEDDED_FOLDER
 from vgid.models.backbones import load

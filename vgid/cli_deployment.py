@@ -16,7 +16,7 @@ from vgid.evaluation.suppression import MIN_FORGET
 from vgid.paths import new_folder
 
 if TYPE_CHECKING:
-    from vgid.unlearn import Unlearned
+    from vgid.deployment.unlearn import Unlearned
 
 app = typer.Typer()
 """Its commands stand beside those of ``vgid.cli``."""
@@ -118,7 +118,7 @@ def attack_command(
 
 def _score(context: typer.Context, attacked: bool) -> None:
     from vgid.config import parse
-    from vgid.model_scores import ScoringConfig, score_model
+    from vgid.deployment.model_scores import ScoringConfig, score_model
 
     flags = {name: value for name, value in context.params.items() if name != "as_json"}
     found = score_model(parse(ScoringConfig, flags, context.command_path), attacked, _tell)
@@ -135,7 +135,7 @@ def _score(context: typer.Context, attacked: bool) -> None:
 )
 def pick_command(context: typer.Context) -> None:
     """Pick the trial of a study's front to deploy; see `vgid pick --help`."""
-    from vgid.pick_arguments import main
+    from vgid.deployment.pick_arguments import main
 
     raise typer.Exit(main(context.args, "vgid pick"))
 
@@ -173,15 +173,15 @@ def verify_command(
     Exit code 0: verified. 1: something differs, and is named. 2: FILE was changed since it was
     sealed, or something that the check needs is not there.
     """
+    from vgid.deployment.verify import verify
     from vgid.errors import InputError
-    from vgid.verify import verify
 
     if served is None:
         found = verify(target, data, model_path, public_key, hashes_only, _tell)
     elif hashes_only or model_path is not None:
         raise InputError("--served: no weights are read; leave out --hashes-only and --model-path.")
     else:
-        from vgid.served import verify_served
+        from vgid.deployment.served import verify_served
 
         found = verify_served(target, served, data, public_key, _tell)
     if as_json:
@@ -204,8 +204,8 @@ def export_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write adapter, merged weights, model card and the commands that serve them."""
-    from vgid.export import export
-    from vgid.vllm_serving import COMPARISON_ONLY
+    from vgid.deployment.export import export
+    from vgid.deployment.vllm import COMPARISON_ONLY
 
     exported = export(file, output, model_path)
     if as_json:
@@ -232,7 +232,7 @@ def sign_command(
     A key pair: openssl ecparam -name prime256v1 -genkey -noout -out private.pem;
     openssl ec -in private.pem -pubout -out public.pem
     """
-    from vgid.signing import sign
+    from vgid.deployment.signing import sign
 
     signature = sign(target, private_key)
     if as_json:
@@ -248,7 +248,7 @@ def rollback_command(
     as_json: JsonOption = False,
 ) -> None:
     """Make the previous champion of a backbone the champion again, in MLflow's registry."""
-    from vgid.registry import registered_name, rollback
+    from vgid.deployment.registry import registered_name, rollback
 
     champion, previous = rollback(backbone, tracking_uri)
     if as_json:
@@ -305,7 +305,7 @@ def unlearn_command(
     """
     from vgid.command_line import words
     from vgid.config import parse
-    from vgid.unlearn import UnlearnConfig, unlearn
+    from vgid.deployment.unlearn import UnlearnConfig, unlearn
 
     settings = {
         "data": data,
@@ -365,7 +365,7 @@ def report_command(
 
     Exit code 1: a deployment file was changed since it was sealed; it is named.
     """
-    from vgid.audit import report
+    from vgid.deployment.audit import report
 
     found = report(subject, folders)
     if as_json:

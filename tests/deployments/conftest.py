@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from vgid import pick_arguments
 from vgid.data.benchmark import Benchmark
 from vgid.data.synthetic import write_benchmark
-from vgid.unlearn import UnlearnConfig, unlearn
+from vgid.deployment.record import pick_arguments
+from vgid.deployment.unlearn import UnlearnConfig, unlearn
 
 ROOT = Path(__file__).parent.parent.parent
 TRIALS = 4

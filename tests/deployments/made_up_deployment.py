@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from vgid.config import TrialConfig
-from vgid.deployment import (
+from vgid.deployment.record import (
     Adapter,
     Base,
     Data,

@@ -18,11 +18,14 @@ from tests.deployments.test_signing import make_keys
 from tests.hub_index import INDEX
 from vgid.cli_deployment import app
 from vgid.data.benchmark import Benchmark, decode_image
-from vgid.deployment import read_deployment, write_deployment
+from vgid.deployment.export import export
+from vgid.deployment.manifest import MANIFEST, manifest_fault, write_manifest
+from vgid.deployment.merging import merge
+from vgid.deployment.record import read_deployment, write_deployment
+from vgid.deployment.signing import sign
+from vgid.deployment.verify import verify
+from vgid.deployment.vllm import COMPARISON_ONLY, max_lora_rank, serve_adapter
 from vgid.errors import InputError
-from vgid.export import export
-from vgid.manifest import MANIFEST, manifest_fault, write_manifest
-from vgid.merging import merge
 from vgid.models import adapters as adapter
 from vgid.models.adapter_files import concatenate, copy_adapter, read_adapter
 from vgid.models.backbones import EMBEDDED, load, skeleton
@@ -30,9 +33,6 @@ from vgid.models.decoding import greedy_decode
 from vgid.models.encoding import Query
 from vgid.models.weight_names import WeightNames
 from vgid.prompts import generation_text, question_text
-from vgid.signing import sign
-from vgid.verify import verify
-from vgid.vllm_serving import COMPARISON_ONLY, max_lora_rank, serve_adapter
 
 BASE = EMBEDDED / "tiny-llava"
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from vgid import cli
 from vgid.config import parse
 from vgid.data.layout import CONFIGS, shard_paths
-from vgid.deployment import read_deployment
+from vgid.deployment.model_scores import ScoringConfig, score_model
+from vgid.deployment.record import read_deployment
 from vgid.errors import InputError
-from vgid.model_scores import ScoringConfig, score_model
 from vgid.results import Score, shots_left_out
 
 

@@ -9,12 +9,12 @@ import torch
 
 from vgid.config import StudyConfig
 from vgid.data.benchmark import Benchmark
-from vgid.deployment import read_deployment
+from vgid.deployment.lineage import read_ancestor
+from vgid.deployment.pick import PickConfig, pick_deployment
+from vgid.deployment.record import read_deployment
 from vgid.errors import InputError
-from vgid.lineage import read_ancestor
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import EMBEDDED, revision_of
-from vgid.pick import PickConfig, pick_deployment
 from vgid.report.records import TrialRecord, write_front
 from vgid.results import TrialResult
 from vgid.study.arguments import parser, study_config

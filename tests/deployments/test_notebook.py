@@ -7,7 +7,7 @@ import pytest
 import yaml
 from nbclient import NotebookClient
 
-from vgid.deployment import read_deployment
+from vgid.deployment.record import read_deployment
 
 NOTEBOOK = Path(__file__).parent.parent.parent / "notebooks" / "pareto_front.ipynb"
 

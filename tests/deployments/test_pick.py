@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 from tests.deployments.conftest import ROOT, contents, pick, run_script
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Benchmark
-from vgid.deployment import NOT_RUN, SCHEMA, hash_files, read_deployment
-from vgid.pick_arguments import main
+from vgid.deployment.pick_arguments import main
+from vgid.deployment.record import NOT_RUN, SCHEMA, hash_files, read_deployment
 from vgid.trial import TrialSession
 
 WIDE = ("--max-retain-drop", "1", "--max-reverse-rise", "1")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vgid.candidates import Candidates, Scored, attacks_of, marks_of, pooled
 from vgid.config import TrialConfig
+from vgid.deployment.candidates import Candidates, Scored, attacks_of, marks_of, pooled
+from vgid.deployment.pick_comparison import COMPARISON, comparison_table, shares, write_comparison
+from vgid.deployment.pick_report import PickReport, html_table, report_table
+from vgid.deployment.rules import Bounds, choose
 from vgid.errors import InputError
-from vgid.pick_comparison import COMPARISON, comparison_table, shares, write_comparison
-from vgid.pick_report import PickReport, html_table, report_table
-from vgid.picking import Bounds, choose
 from vgid.results import Score
 from vgid.study.source import FrontTrial
 

@@ -12,11 +12,11 @@ import pytest
 
 from tests.deployments.conftest import contents
 from tests.deployments.made_up_deployment import deploy
-from vgid.audit import report
-from vgid.deployment import hash_files, read_deployment
+from vgid.deployment.audit import report
+from vgid.deployment.placing import READY, recover, staged
+from vgid.deployment.record import hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.models.adapter_files import FILES
-from vgid.placing import READY, recover, staged
 
 NAMES = ("tiny", "tiny.yaml")
 SEVERAL = ("small", "small.yaml", *NAMES, "comparison.html")

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vgid.deployment.rules import Bounds, Marks, Measure, choose
 from vgid.errors import InputError
-from vgid.picking import Bounds, Marks, Measure, choose
 
 BASE_FORGET, BASE_RETAIN = 1.0, 0.98
 FREE = Bounds(forget=None)

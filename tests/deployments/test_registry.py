@@ -18,12 +18,12 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.deployments.made_up_deployment import BASE_FOLDER, deploy
-from vgid.deployment import read_deployment
+from vgid.deployment.pyfunc import DeployedModel
+from vgid.deployment.record import read_deployment
+from vgid.deployment.registry import register, rollback
 from vgid.errors import InputError
 from vgid.models.backbones import LLAVA_FRAME, load, spec
 from vgid.prompts import generation_text
-from vgid.registry import register, rollback
-from vgid.serving import DeployedModel
 from vgid.study.mlflow_client import connect
 
 NAME = "vgid-tiny-llava"
@@ -163,7 +163,7 @@ def test_what_changed_is_not_registered(store, adapter, tmp_path):
 
 
 def test_another_base_is_not_served(adapter, tmp_path):
-    from vgid.serving import load_deployed
+    from vgid.deployment.pyfunc import load_deployed
 
     file = deploy(tmp_path, adapter, revision="0" * 64)
     with pytest.raises(InputError, match="was made for base revision 000000000000"):

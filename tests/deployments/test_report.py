@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.test_deployment import SCORE, deployment  # noqa: F401
-from vgid.audit import report
-from vgid.deployment import Attack, Deployment, Parent, write_deployment
+from vgid.deployment.audit import report
+from vgid.deployment.record import Attack, Deployment, Parent, write_deployment
 from vgid.errors import InputError
 from vgid.results import Score
 

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from tests.deployments.openai_server import Answers, model_answers, serving
 from vgid.cli import app
 from vgid.data.benchmark import Benchmark
-from vgid.deployment import read_deployment
+from vgid.deployment.record import read_deployment
+from vgid.deployment.served import KINDS, open_questions, verify_served
+from vgid.deployment.verify import Verification
 from vgid.errors import InputError
-from vgid.served import KINDS, open_questions, verify_served
-from vgid.verify import Verification
 
 NAME = "tiny-llava-0000"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from vgid.deployment.signing import SIGNATURE, sign, signature_fault
 from vgid.errors import InputError
-from vgid.signing import SIGNATURE, sign, signature_fault
 
 
 def make_keys(folder: Path, name: str) -> tuple[Path, Path]:

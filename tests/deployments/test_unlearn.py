@@ -12,14 +12,14 @@ import torch
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people
-from vgid.deployment import read_deployment
+from vgid.deployment.lineage import Ancestor
+from vgid.deployment.record import read_deployment
+from vgid.deployment.unlearn import UnlearnConfig, unlearn
 from vgid.errors import InputError
-from vgid.lineage import Ancestor
 from vgid.models import adapters as adapter
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import load
 from vgid.results import Score
-from vgid.unlearn import UnlearnConfig, unlearn
 
 
 def request_for(data: Path, **values) -> RequestConfig:

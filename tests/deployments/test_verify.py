@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.deployments.test_signing import make_keys
 from tests.tiny_benchmark import write_tiny
-from vgid.deployment import Deployment, hash_files, read_deployment, write_deployment
+from vgid.deployment.export import export
+from vgid.deployment.pyfunc import load_deployed
+from vgid.deployment.record import Deployment, hash_files, read_deployment, write_deployment
+from vgid.deployment.signing import sign
+from vgid.deployment.verify import ScoreCheck, Verification, verify
 from vgid.errors import InputError
-from vgid.export import export
 from vgid.results import Score
-from vgid.serving import load_deployed
-from vgid.signing import sign
 from vgid.trial import DIFFERENCES
-from vgid.verify import ScoreCheck, Verification, verify
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -23,11 +23,11 @@ import pytest
 from tests.deployments.openai_server import key_of, model_answers
 from vgid.data.benchmark import Benchmark
 from vgid.data.synthetic import write_benchmark
-from vgid.deployment import read_deployment
-from vgid.export import Exported, export
+from vgid.deployment.export import Exported, export
+from vgid.deployment.record import read_deployment
+from vgid.deployment.served import Endpoint, open_questions, verify_served
+from vgid.deployment.unlearn import UnlearnConfig, unlearn
 from vgid.models.backbones import EMBEDDED
-from vgid.served import Endpoint, open_questions, verify_served
-from vgid.unlearn import UnlearnConfig, unlearn
 
 START_S = 900
 pytestmark = pytest.mark.timeout(2 * START_S)

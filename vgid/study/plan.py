@@ -87,7 +87,7 @@ def make_plan(config: StudyConfig) -> Plan:
 
     ancestral: dict[str, Any] = {}
     if config.from_deployment is not None:
-        from vgid.lineage import read_ancestor
+        from vgid.deployment.lineage import read_ancestor
 
         parent = read_ancestor(config.from_deployment)
         ancestral = parent.request_fields(config.backbone, config.model_path)

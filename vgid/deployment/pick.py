@@ -2,7 +2,7 @@
 
 ::
 
-    OUTPUT/deployments/<backbone>.yaml            the record (``vgid.deployment``)
+    OUTPUT/deployments/<backbone>.yaml            the record (``vgid.deployment.record``)
     OUTPUT/deployments/<backbone>/adapter/        the adapter
     OUTPUT/deployments/<backbone>/pick.html, pick.png, candidates.csv    why this one
     OUTPUT/deployments/comparison.html, .png, .csv                       with several backbones
@@ -19,20 +19,20 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from vgid.candidates import MIN_SEEDS, Candidates, pick_seeds, score_front
 from vgid.cluster.resources import worker_threads
 from vgid.config import Config, RequestConfig
-from vgid.deployment import Deployment, Pseudonym, write_deployment
+from vgid.deployment.candidates import MIN_SEEDS, Candidates, pick_seeds, score_front
+from vgid.deployment.lineage import Ancestor, ancestor_of
+from vgid.deployment.pick_comparison import COMPARISON, write_comparison
+from vgid.deployment.pick_pictures import write_report
+from vgid.deployment.pick_report import PickReport
+from vgid.deployment.placing import FOLDER, staged
+from vgid.deployment.record import Deployment, Pseudonym, write_deployment
+from vgid.deployment.recording import Setting, record
+from vgid.deployment.rules import Bounds, Choice, Rule, choose
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET
-from vgid.lineage import Ancestor, ancestor_of
 from vgid.paths import UsablePath, WrittenFolder
-from vgid.pick_comparison import COMPARISON, write_comparison
-from vgid.pick_pictures import write_report
-from vgid.pick_report import PickReport
-from vgid.picking import Bounds, Choice, Rule, choose
-from vgid.placing import FOLDER, staged
-from vgid.recording import Setting, record
 from vgid.study.source import Source, open_source
 
 
@@ -41,7 +41,7 @@ class PickConfig(Config):
 
     Attributes:
         study: output folders or ``mlflow:RUN``, one for each backbone.
-        rule: see ``vgid.picking``.
+        rule: see ``vgid.deployment.rules``.
         max_retain_drop: largest loss of retain ROUGE-L; None: the rule's own.
         max_reverse_rise: forget ROUGE-L that the reverse prompt may bring back; None: the rule's.
         max_cloze: largest cloze accuracy on the people to forget.
@@ -270,7 +270,7 @@ def _write(config: PickConfig, decisions: list[_Decision], deployments: Path) ->
 
 def _registered(picked: Picked, sources: list[Source], tell: Callable[[str], None]) -> Picked:
     """Make each deployment the champion where its study is recorded."""
-    from vgid.registry import register
+    from vgid.deployment.registry import register
 
     versions = []
     for backbone, source in zip(picked.backbones, sources, strict=True):

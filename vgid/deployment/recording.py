@@ -1,14 +1,14 @@
-"""Makes the record of a deployment out of what was trained and measured (``vgid.deployment``)."""
+"""Makes the record of a deployment out of what was trained and measured (``vgid.deployment.record``)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgid.candidates import PART, Scored, attacks_of
 from vgid.config import RequestConfig, TrialConfig
-from vgid.deployment import Deployment, hash_files
-from vgid.lineage import Ancestor
+from vgid.deployment.candidates import PART, Scored, attacks_of
+from vgid.deployment.lineage import Ancestor
+from vgid.deployment.record import Deployment, hash_files
 from vgid.models.adapter_files import read_adapter
 from vgid.study.ledger import now
 

@@ -6,11 +6,11 @@
     deployments/<backbone>/adapter/  the PEFT adapter that it names, relative to the file
 
 The last line is the SHA-256 of every byte before it, so a changed byte anywhere is found; who may
-not trust the writer checks the signature (``vgid.signing``) as well. No name, question or answer is
+not trust the writer checks the signature (``vgid.deployment.signing``) as well. No name, question or answer is
 in it: subjects are the benchmark's pseudonyms, requests are the ids that the user gave.
 
 ``deployment.schema.json`` beside this module is the file's JSON Schema, for other programs;
-``python -m vgid.deployment`` prints it anew.
+``python -m vgid.deployment.record`` prints it anew.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ import yaml
 from pydantic import Field, field_validator
 
 from vgid.config import PSEUDONYM, Config, ForgetRatio, TrainPairs, TrialConfig, parse
+from vgid.deployment.placing import recover
 from vgid.errors import InputError
 from vgid.evaluation.suppression import verdict
 from vgid.files import write_atomically
-from vgid.placing import recover
 from vgid.results import QuestionPart, Score
 
 SCHEMA = Path(__file__).with_suffix(".schema.json")

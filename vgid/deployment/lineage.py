@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vgid.config import StudyConfig
-from vgid.deployment import Deployment, Parent, hash_files, read_deployment
+from vgid.deployment.record import Deployment, Parent, hash_files, read_deployment
+from vgid.deployment.rules import REVERSE_RISE
 from vgid.errors import InputError
 from vgid.models.adapter_files import concatenate
-from vgid.picking import REVERSE_RISE
 from vgid.results import Score
 
 
@@ -61,7 +61,7 @@ class Ancestor:
         own = self.deployment.backbone
         if backbone not in (None, own):
             raise InputError(f"--backbone: the deployment is of {own}, not {backbone}; name {own}.")
-        from vgid.export import find_base
+        from vgid.deployment.export import find_base
 
         path = model_path or self.deployment.base.model_path
         find_base(self.deployment, path)

@@ -1,6 +1,6 @@
 """One forget request from data to deployment: one trial, scored with several seeds, put in place.
 
-With ``from_deployment`` the request follows another one (``vgid.lineage``). People of the requests
+With ``from_deployment`` the request follows another one (``vgid.deployment.lineage``). People of the requests
 before are never trained on, and are scored as split ``earlier``: their suppression must not come
 back. Scored is the one adapter that is shipped, on the original base.
 
@@ -25,13 +25,13 @@ from vgid.config import (
     TrialConfig,
     parse,
 )
-from vgid.deployment import Deployment, Pseudonym, write_deployment
+from vgid.deployment.lineage import Ancestor, read_ancestor, refuse_to_replace
+from vgid.deployment.record import Deployment, Pseudonym, write_deployment
+from vgid.deployment.rules import Bounds, Marks
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
-from vgid.lineage import Ancestor, read_ancestor, refuse_to_replace
 from vgid.models.adapter_files import copy_adapter
 from vgid.paths import UsablePath, WrittenFolder
-from vgid.picking import Bounds, Marks
 from vgid.study.ledger import now
 
 TRIAL_ID = "0000"
@@ -96,11 +96,11 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
         InputError: bad input, a parent that was changed since it was written, or a trial that
             failed or forgot too little.
     """
-    from vgid.candidates import marks_of, pick_seeds, score_with_seeds
     from vgid.cluster.resources import worker_threads
+    from vgid.deployment.candidates import marks_of, pick_seeds, score_with_seeds
+    from vgid.deployment.placing import FOLDER, staged
+    from vgid.deployment.recording import Setting, record
     from vgid.evaluation.rehearsal import rehearsed
-    from vgid.placing import FOLDER, staged
-    from vgid.recording import Setting, record
     from vgid.results import describe_left_out
     from vgid.trial import TrialSession
 

@@ -11,10 +11,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vgid.candidates import Scored
+from vgid.deployment.candidates import Scored
+from vgid.deployment.pick_report import (
+    PickReport,
+    candidates_csv,
+    html_table,
+    interval_text,
+    paragraphs,
+)
+from vgid.deployment.rules import Marks
 from vgid.files import write_atomically
-from vgid.pick_report import PickReport, candidates_csv, html_table, interval_text, paragraphs
-from vgid.picking import Marks
 from vgid.report.page import write_page
 from vgid.report.plots import BASE, FRONT, HELD_OUT, INK, TRIAL
 from vgid.results import Score

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from vgid.command_line import Parser, exit_code
 from vgid.config import parse
+from vgid.deployment.rules import RETAIN_DROP, REVERSE_RISE, Rule
 from vgid.evaluation.suppression import MIN_FORGET
-from vgid.picking import RETAIN_DROP, REVERSE_RISE, Rule
 
 if TYPE_CHECKING:
-    from vgid.pick import Picked
+    from vgid.deployment.pick import Picked
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "pick_deployment.py") -> int:
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "pick_deployment.py
     def run() -> Mapping[str, Any]:
         values = vars(parser(prog).parse_args(arguments))
         as_json = values.pop("json")
-        from vgid.pick import PickConfig, pick_deployment
+        from vgid.deployment.pick import PickConfig, pick_deployment
 
         config = parse(PickConfig, values, "command line")
         picked = pick_deployment(config, lambda line: print(line, file=sys.stderr))
@@ -91,8 +91,8 @@ def show(picked: "Picked") -> None:
     """Print tables, sentences and files for people."""
     from rich.console import Console
 
-    from vgid.pick_comparison import comparison_table
-    from vgid.pick_report import report_table
+    from vgid.deployment.pick_comparison import comparison_table
+    from vgid.deployment.pick_report import report_table
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     for backbone in picked.backbones:

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vgid.config import Config
-from vgid.deployment import Attack, Deployment, Pseudonym, read_deployment
+from vgid.deployment.card import CARD_SCORES
+from vgid.deployment.placing import READY, recover
+from vgid.deployment.record import Attack, Deployment, Pseudonym, read_deployment
 from vgid.errors import InputError
 from vgid.evaluation.suppression import is_suppressed
-from vgid.model_card import CARD_SCORES
-from vgid.placing import READY, recover
 from vgid.results import Score
 
 

@@ -23,13 +23,8 @@ from typing import Any
 
 from vgid.data.benchmark import Benchmark, Person, Question, decode_image, split_questions
 from vgid.data.splits import choose_people
-from vgid.deployment import Deployment, Scores, read_deployment
-from vgid.errors import InputError
-from vgid.evaluation.metrics import bootstrap_interval, rouge
-from vgid.prompts import Wording, generation_text
-from vgid.results import Score
-from vgid.study.mlflow_client import first_line
-from vgid.verify import (
+from vgid.deployment.record import Deployment, Scores, read_deployment
+from vgid.deployment.verify import (
     EXPORTED,
     Check,
     ScoreCheck,
@@ -39,6 +34,11 @@ from vgid.verify import (
     same_check,
     signature_check,
 )
+from vgid.errors import InputError
+from vgid.evaluation.metrics import bootstrap_interval, rouge
+from vgid.prompts import Wording, generation_text
+from vgid.results import Score
+from vgid.study.mlflow_client import first_line
 
 TIMEOUT_S = 600
 AT_ONCE = 8

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vgid.deployment import Deployment, Frame
+from vgid.deployment.record import Deployment, Frame
 from vgid.prompts import Form, generation_text
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -2,7 +2,7 @@
 
 Entry ``vgid-<backbone>``; alias ``champion`` is the version to serve, ``previous`` the champion
 before it. A version's model is the deployment file and its adapter, which
-``mlflow.pyfunc.load_model("models:/vgid-<backbone>@champion")`` loads (``vgid.serving``). Its tags
+``mlflow.pyfunc.load_model("models:/vgid-<backbone>@champion")`` loads (``vgid.deployment.pyfunc``). Its tags
 lead back: ``vgid.study_id``, ``vgid.trial_id``, ``vgid.deployment_sha256``, ``vgid.requests``.
 
 Aliases are set last, so that whoever loads the champion gets the old version whole or the new one
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vgid.deployment import Deployment, hash_files, read_deployment
+from vgid.deployment.record import Deployment, hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.report.records import run_name
 from vgid.results import Score
@@ -194,7 +194,7 @@ def _save(folder: Path, file: Path, deployment: Deployment) -> None:
         requirements = [f"{name}=={versions[name]}" for name in _REQUIREMENTS if name in versions]
         mlflow.pyfunc.save_model(
             folder,
-            loader_module="vgid.serving",
+            loader_module="vgid.deployment.pyfunc",
             data_path=str(data),
             signature=ModelSignature(
                 Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "question")]),

@@ -1,6 +1,6 @@
 """Why this trial, in words and numbers: sentences, the table, ``candidates.csv``.
 
-The pictures are drawn by ``vgid.pick_pictures``. rich is imported when a table is made.
+The pictures are drawn by ``vgid.deployment.pick_pictures``. rich is imported when a table is made.
 """
 
 import csv
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from vgid.candidates import Candidates, Scored
+from vgid.deployment.candidates import Candidates, Scored
+from vgid.deployment.rules import Choice, Marks
 from vgid.evaluation.suppression import verdict
-from vgid.picking import Choice, Marks
 from vgid.report.records import as_text, describe
 from vgid.results import Score
 

@@ -23,20 +23,20 @@ from rich.table import Column, Table
 
 from vgid.config import Config, RequestConfig, parse
 from vgid.data.benchmark import Benchmark
-from vgid.deployment import Deployment, Frame, Scores, hash_files, read_deployment
+from vgid.deployment.card import CARD_SCORES
+from vgid.deployment.manifest import manifest_fault
+from vgid.deployment.record import Deployment, Frame, Scores, hash_files, read_deployment
+from vgid.deployment.signing import signature_fault
 from vgid.errors import InputError
-from vgid.manifest import manifest_fault
-from vgid.model_card import CARD_SCORES
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import locate, revision_of, skeleton, spec
 from vgid.results import Score
-from vgid.signing import signature_fault
 
 if TYPE_CHECKING:
-    from vgid.candidates import Scored
+    from vgid.deployment.candidates import Scored
 
 EXPORTED, EXPORTED_ADAPTER, EXPORTED_MERGED = "deployment.yaml", "adapter", "merged"
-"""The deployment file, the adapter and what is served in an export's folder (``vgid.export``)."""
+"""The deployment file, the adapter and what is served in an export's folder (``vgid.deployment.export``)."""
 
 
 class Check(Config):
@@ -325,8 +325,8 @@ def _measure(
 
     The dtype is told and never fails.
     """
-    from vgid.candidates import score_with_seeds
     from vgid.cluster.resources import worker_threads
+    from vgid.deployment.candidates import score_with_seeds
     from vgid.trial import TrialSession
 
     recorded = deployment.scores
@@ -356,7 +356,7 @@ def _score_checks(
     recorded: Scores, scored: "Scored", merged: bool = False
 ) -> tuple[ScoreCheck, ...]:
     """What was recorded of the deployed model, plainly and under attacks, beside what it has."""
-    from vgid.candidates import attacks_of
+    from vgid.deployment.candidates import attacks_of
     from vgid.trial import DIFFERENCES
 
     # Beside merged weights there is no base to take a difference from; both its scores are checked.

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vgid.deployment import NOT_RUN, REVERSED, Attack
+from vgid.deployment.record import NOT_RUN, REVERSED, Attack
+from vgid.deployment.rules import Marks, Measure
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
-from vgid.picking import Marks, Measure
 from vgid.results import QuestionPart, Score
 from vgid.study.source import FrontTrial
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vgid.data.benchmark import decode_image
-from vgid.deployment import Deployment, hash_files, read_deployment
+from vgid.deployment.record import Deployment, hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.prompts import generation_text
 

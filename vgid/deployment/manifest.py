@@ -1,14 +1,14 @@
 """``SHA256SUMS`` of an export: what each of its files must be, and that there is no other.
 
 The format is coreutils', so ``sha256sum --check SHA256SUMS`` reads it without this package. Whoever
-can change a file can change this one too: the signature (``vgid.signing``) covers both.
+can change a file can change this one too: the signature (``vgid.deployment.signing``) covers both.
 """
 
 import hashlib
 import re
 from pathlib import Path
 
-from vgid.signing import SIGNATURE
+from vgid.deployment.signing import SIGNATURE
 
 MANIFEST = "SHA256SUMS"
 

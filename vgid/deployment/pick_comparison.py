@@ -11,9 +11,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgid.files import write_atomically
-from vgid.pick_pictures import STYLE
-from vgid.pick_report import (
+from vgid.deployment.pick_pictures import STYLE
+from vgid.deployment.pick_report import (
     Column,
     PickReport,
     columns,
@@ -22,6 +21,7 @@ from vgid.pick_report import (
     paragraphs,
     shown_score,
 )
+from vgid.files import write_atomically
 from vgid.report.page import write_page
 from vgid.report.plots import BASE, INK
 from vgid.report.records import as_text

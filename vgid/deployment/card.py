@@ -6,18 +6,18 @@ Subjects and requests stay in ``deployment.yaml``: a card travels further than a
 
 from collections.abc import Iterable
 
-from vgid.deployment import Deployment
-from vgid.models.backbones import spec
-from vgid.prompts import generation_text
-from vgid.report.records import FURTHER_METRICS, MAIN_METRICS
-from vgid.results import Score
-from vgid.vllm_serving import (
+from vgid.deployment.record import Deployment
+from vgid.deployment.vllm import (
     COMPARISON_ONLY,
     max_lora_rank,
     serve_adapter,
     serve_merged,
     served_name,
 )
+from vgid.models.backbones import spec
+from vgid.prompts import generation_text
+from vgid.report.records import FURTHER_METRICS, MAIN_METRICS
+from vgid.results import Score
 
 CARD_SCORES = (
     *MAIN_METRICS,

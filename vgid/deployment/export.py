@@ -7,7 +7,7 @@
     OUT/README.md            model card
     OUT/chat_template.jinja  the prompt frame, for servers
     OUT/deployment.yaml      the deployment file, byte for byte
-    OUT/SHA256SUMS           the hash of each of these files (``vgid.manifest``)
+    OUT/SHA256SUMS           the hash of each of these files (``vgid.deployment.manifest``)
 """
 
 import os
@@ -15,14 +15,14 @@ import shutil
 from pathlib import Path
 
 from vgid.config import Config
-from vgid.deployment import Deployment, hash_files, read_deployment
+from vgid.deployment.card import model_card
+from vgid.deployment.manifest import write_manifest
+from vgid.deployment.merging import merge
+from vgid.deployment.record import Deployment, hash_files, read_deployment
+from vgid.deployment.vllm import CHAT_TEMPLATE, chat_template_of, serve_adapter, serve_merged
 from vgid.errors import InputError
-from vgid.manifest import write_manifest
-from vgid.merging import merge
-from vgid.model_card import model_card
 from vgid.models.adapter_files import copy_adapter, read_adapter
 from vgid.models.backbones import locate, revision_of, skeleton, spec
-from vgid.vllm_serving import CHAT_TEMPLATE, chat_template_of, serve_adapter, serve_merged
 
 DEPLOYMENT, ADAPTER, MERGED = "deployment.yaml", "adapter", "merged"
 

@@ -18,13 +18,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vgid.config import Config, ForgetRatio, RequestConfig, parse
-from vgid.deployment import Attack, Deployment, hash_files, read_deployment
+from vgid.deployment.record import Attack, Deployment, hash_files, read_deployment
+from vgid.deployment.verify import EXPORTED, EXPORTED_ADAPTER, recorded_benchmark, request_of
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
 from vgid.models.adapter_files import CONFIG
 from vgid.models.backbones import BENCHMARK_SHOTS, spec
 from vgid.results import QuestionPart, Score, shots_left_out
-from vgid.verify import EXPORTED, EXPORTED_ADAPTER, recorded_benchmark, request_of
 
 _REQUEST = ("backbone", "forget_ratio", "retain_people", "seed")
 """What a deployment's record says itself."""
@@ -131,8 +131,8 @@ def score_model(
     Raises:
         InputError: bad input, or an adapter or base that is not the recorded one.
     """
-    from vgid.candidates import PART, attacks_of, pick_seeds, pooled, score_with_seeds
     from vgid.cluster.resources import worker_threads
+    from vgid.deployment.candidates import PART, attacks_of, pick_seeds, pooled, score_with_seeds
     from vgid.trial import TrialSession
 
     file, adapter = _find(config.target)
