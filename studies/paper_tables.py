@@ -6,7 +6,7 @@ Example:
 
 import sys
 
-from vgid.paper_arguments import main
+from vgid.paper.paper_arguments import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vgid.claims import (
+from vgid.config import TrialConfig
+from vgid.paper.claims import (
     BASELINES,
     CLAIMS,
     Judgement,
@@ -13,11 +14,10 @@ from vgid.claims import (
     judge_all,
     on_all,
 )
-from vgid.config import TrialConfig
-from vgid.evidence import OurEvidence, PaperEvidence
-from vgid.experiments import Outcome
+from vgid.paper.evidence import OurEvidence, PaperEvidence
+from vgid.paper.experiments import Outcome
+from vgid.paper.tables import ALL_NINE, METHOD_LABELS, SIGMAS, STYLES, FilledTable, tables
 from vgid.results import Score
-from vgid.tables import ALL_NINE, METHOD_LABELS, SIGMAS, STYLES, FilledTable, tables
 
 TABLES = tables({method: TrialConfig(method=method) for method in METHOD_LABELS})
 BY_ID = {claim.id: claim for claim in CLAIMS}

@@ -7,7 +7,7 @@ from importlib.resources import files
 import pytest
 
 from vgid.config import TrialConfig
-from vgid.paper import (
+from vgid.paper.printed import (
     COLUMNS,
     PAPER_BACKBONES,
     TABLE_7,
@@ -16,7 +16,7 @@ from vgid.paper import (
     paper_rows,
     repeated_rows,
 )
-from vgid.tables import METHOD_LABELS, tables
+from vgid.paper.tables import METHOD_LABELS, tables
 
 
 def test_every_table_has_its_rows_and_cells():

@@ -15,9 +15,9 @@ from rich.console import Console
 from vgid.config import TrialConfig
 from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
-from vgid.experiments import Arm, Bench, Cache, Experiment, run_experiments
 from vgid.models.backbones import load
-from vgid.settings import (
+from vgid.paper.experiments import Arm, Bench, Cache, Experiment, run_experiments
+from vgid.paper.settings import (
     default_trials,
     prepare_data,
     read_settings,
@@ -195,7 +195,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from tests.test_paper_experiments import BASE, REVERSED, TRAINED, experiment, Arm
-from vgid.experiments import Bench, run_experiments
+from vgid.paper.experiments import Bench, run_experiments
 folder, data = map(Path, sys.argv[1:])
 bench = Bench(folder=folder, data=data, retain_people=2, bootstrap_samples=100)
 more = [experiment(Arm(style=style)) for style in ("declarative", "polite", "strict")]

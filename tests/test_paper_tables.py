@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from vgid.config import TrialConfig
-from vgid.paper_arguments import main, numbers
-from vgid.settings import write_settings
-from vgid.tables import METHOD_LABELS
+from vgid.paper.paper_arguments import main, numbers
+from vgid.paper.settings import write_settings
+from vgid.paper.tables import METHOD_LABELS
 
 SMALL = {"epochs": 2, "lora_rank": 2, "train_tasks": ("cloze",), "learning_rate": 2e-3}
 METHODS = ("ga", "icu_t", "vgid")

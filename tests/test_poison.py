@@ -22,8 +22,8 @@ from vgid.deployment.unlearn import UnlearnConfig, unlearn
 from vgid.errors import InputError
 from vgid.method.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from vgid.models.store import ContentStore, key_of
+from vgid.paper.settings import read_settings
 from vgid.results import TrialResult
-from vgid.settings import read_settings
 from vgid.study.ledger import Header, Ledger, now
 from vgid.study.search_space import SearchSpace
 from vgid.study.source import open_source

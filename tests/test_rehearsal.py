@@ -20,11 +20,11 @@ from vgid.data.layout import CONFIGS, shard_paths
 from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
 from vgid.evaluation.rehearsal import Run
-from vgid.first_tokens import first_token_scores
 from vgid.method.teacher import Intervention
 from vgid.models import backbones
-from vgid.paper_arguments import PaperConfig
-from vgid.paper_study import run_paper_tables
+from vgid.paper.first_tokens import first_token_scores
+from vgid.paper.paper_arguments import PaperConfig
+from vgid.paper.run import run_paper_tables
 from vgid.report.note import NoteLinks, study_note
 from vgid.report.plots import Front
 from vgid.results import Score, TrialResult

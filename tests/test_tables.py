@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from vgid.config import TrialConfig
-from vgid.experiments import Arm, Outcome
-from vgid.report.intervals import count_seeds, t_interval
-from vgid.results import Score
-from vgid.table_figures import trade_off
-from vgid.tables import (
+from vgid.paper.experiments import Arm, Outcome
+from vgid.paper.figures import trade_off
+from vgid.paper.tables import (
     ALL_NINE,
     CELEBRITIES,
     EXTRA,
@@ -27,6 +25,8 @@ from vgid.tables import (
     table_7,
     tables,
 )
+from vgid.report.intervals import count_seeds, t_interval
+from vgid.results import Score
 
 TRIALS = {method: TrialConfig(method=method) for method in METHOD_LABELS}
 

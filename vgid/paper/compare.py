@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgid.attainment import Points, surfaces, write_attainment
-from vgid.compare_arguments import CompareConfig
 from vgid.config import Method, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
 from vgid.files import write_atomically
+from vgid.paper.attainment import Points, surfaces, write_attainment
+from vgid.paper.compare_arguments import CompareConfig
+from vgid.paper.settings import prepare_data, write_settings
+from vgid.paper.tables import METHOD_LABELS, Grid
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import as_text, write_study
-from vgid.settings import prepare_data, write_settings
 from vgid.study.front import PICK_SCORES, StudyFront, read_study
 from vgid.study.ledger import MUST_AGREE
 from vgid.study.summary import provenance
-from vgid.tables import METHOD_LABELS, Grid
 
 
 def run_comparison(config: CompareConfig) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def chosen_settings(found: Sequence[StudyFront], retain_drop: float) -> dict[Met
 def verdict(listed: Sequence[Standing]) -> str:
     """Which method won, and from which others the seeds can tell it.
 
-    To lead every other method is an intersection-union test, as in ``vgid.claims``: each interval
+    To lead every other method is an intersection-union test, as in ``vgid.paper.claims``: each interval
     stands for itself, and that any method is said to lead all others wrongly has at most 5 %.
     """
     if len(listed) < 2:

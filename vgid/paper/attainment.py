@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vgid.files import write_atomically
-from vgid.table_figures import COLOURS, INK, write_page
+from vgid.paper.figures import COLOURS, INK, write_page
 
 Points = Sequence[tuple[float, float]]
 

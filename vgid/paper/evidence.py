@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from vgid.paper import paper_row
-from vgid.tables import FilledTable, Table
+from vgid.paper.printed import paper_row
+from vgid.paper.tables import FilledTable, Table
 
 
 class Evidence(Protocol):

@@ -1,6 +1,6 @@
 """The paper's nine tables: which rows each has, and how its numbers are written down.
 
-A table is rows of ``vgid.experiments.Arm``; it is filled from the outcomes of its experiments, one
+A table is rows of ``vgid.paper.experiments.Arm``; it is filled from the outcomes of its experiments, one
 a seed. Every row of a table, within a seed, has the same people and questions.
 """
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from html import escape
 
 from vgid.config import ForgetRatio, Method, TrialConfig, parse
-from vgid.experiments import Arm, Experiment, Outcome
-from vgid.paper import TABLE_7, closest_backbone, paper_row
+from vgid.paper.experiments import Arm, Experiment, Outcome
+from vgid.paper.printed import TABLE_7, closest_backbone, paper_row
 from vgid.prompts import PromptStyle
 from vgid.report.intervals import Interval, t_interval
 from vgid.report.records import as_text

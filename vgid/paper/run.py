@@ -1,6 +1,6 @@
 """The paper's tables, figures and claims in one run: ``studies/paper_tables.py``.
 
-What every table needs is put together, run once (``vgid.experiments``), and written as one CSV and
+What every table needs is put together, run once (``vgid.paper.experiments``), and written as one CSV and
 one Markdown file a table, the figures, ``claims.md``, and an index as Markdown and as one page.
 """
 
@@ -12,27 +12,36 @@ from typing import get_args
 
 from rich.console import Console
 
-from vgid.claims import ON_ALL, Judgement, claims_markdown, judge_all, on_all
 from vgid.config import ForgetRatio, Method, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
-from vgid.experiments import Bench, Experiment, Outcome, run_experiments
 from vgid.files import write_atomically
 from vgid.models import backbones
-from vgid.paper import MIXED_PEOPLE, closest_backbone, repeated_rows
-from vgid.paper_arguments import PaperConfig
-from vgid.report.intervals import count_seeds
-from vgid.report.records import write_study
-from vgid.settings import default_trials, prepare_data, read_settings
-from vgid.study.summary import provenance
-from vgid.table_figures import (
+from vgid.paper.claims import ON_ALL, Judgement, claims_markdown, judge_all, on_all
+from vgid.paper.experiments import Bench, Experiment, Outcome, run_experiments
+from vgid.paper.figures import (
     FIRST_TOKEN_ARMS,
     first_token_experiment,
     first_tokens,
     pictures,
     write_picture,
 )
-from vgid.tables import COMPARISONS, FilledTable, Table, as_csv, as_grid, fill, table_7, tables
+from vgid.paper.paper_arguments import PaperConfig
+from vgid.paper.printed import MIXED_PEOPLE, closest_backbone, repeated_rows
+from vgid.paper.settings import default_trials, prepare_data, read_settings
+from vgid.paper.tables import (
+    COMPARISONS,
+    FilledTable,
+    Table,
+    as_csv,
+    as_grid,
+    fill,
+    table_7,
+    tables,
+)
+from vgid.report.intervals import count_seeds
+from vgid.report.records import write_study
+from vgid.study.summary import provenance
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 90rem; margin: 2rem auto }

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if named != "all":
             values["methods"] = words(named)
         config = parse(CompareConfig, values, "command line")
-        from vgid.comparison import run_comparison
+        from vgid.paper.compare import run_comparison
 
         summary = run_comparison(config)
         if not summary["interrupted"] and not summary.get("error"):

@@ -27,9 +27,17 @@ from functools import cached_property
 from typing import Literal
 
 from vgid.config import ForgetRatio
-from vgid.evidence import Evidence, OurEvidence, PaperEvidence
+from vgid.paper.evidence import Evidence, OurEvidence, PaperEvidence
+from vgid.paper.tables import (
+    ALL_NINE,
+    COMPARISONS,
+    METHOD_LABELS,
+    SIGMAS,
+    STYLES,
+    FilledTable,
+    Table,
+)
 from vgid.report.intervals import Interval, count_seeds, t_interval
-from vgid.tables import ALL_NINE, COMPARISONS, METHOD_LABELS, SIGMAS, STYLES, FilledTable, Table
 
 Verdict = Literal["held", "not held", "undecided"]
 Statistic = list[float | None]

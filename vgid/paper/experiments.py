@@ -68,7 +68,7 @@ class Arm(Config):
         sigma: of Gaussian noise.
         reverse: append the reverse-engineering prompt.
         probe: the benchmark's scores, or what the model makes of the first response token
-            (``vgid.first_tokens``).
+            (``vgid.paper.first_tokens``).
     """
 
     trial: TrialConfig | None = None
@@ -136,7 +136,7 @@ class Outcome(Config):
     """What came of an experiment.
 
     Attributes:
-        scores: by name (``vgid.evaluation.evaluate``, ``vgid.first_tokens``); empty if training failed.
+        scores: by name (``vgid.evaluation.evaluate``, ``vgid.paper.first_tokens``); empty if training failed.
         error: why there are none, in one sentence.
         seconds: wall time.
         provenance: data hash and base revision.
@@ -207,8 +207,8 @@ def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> O
         experiment: what to do.
         adapter: where its adapter is kept; one that is there whole is not trained again.
     """
-    from vgid.first_tokens import first_token_scores
     from vgid.method.teacher import Intervention
+    from vgid.paper.first_tokens import first_token_scores
 
     started = time.perf_counter()
     arm, trial = experiment.arm, experiment.trial

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         values["backbones"] = tuple(values.pop("backbone"))
         values["settings"] = tuple(values["settings"])
         config = parse(PaperConfig, values, "command line")
-        from vgid.paper_study import run_paper_tables
+        from vgid.paper.run import run_paper_tables
 
         found = run_paper_tables(config)
         for judgement in found.judgements:

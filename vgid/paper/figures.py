@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vgid.experiments import Arm, Experiment, Outcome
 from vgid.files import write_atomically
+from vgid.paper.experiments import Arm, Experiment, Outcome
+from vgid.paper.tables import COMPARISONS, METRIC_LABELS, FilledTable
 from vgid.report.intervals import Interval, t_interval
-from vgid.tables import COMPARISONS, METRIC_LABELS, FilledTable
 
 TRADE_OFFS: dict[int, str] = {4: "rougeL", 5: "bleu", 6: "classification", 7: "cloze"}
 """Metric of each of the paper's trade-off figures."""
