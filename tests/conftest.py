@@ -30,7 +30,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> SharedStu
 
 def make_random_backbone(seed: int = 0) -> Backbone:
     """tiny-llava's classes and sizes with random weights, large enough to give varied answers."""
-    from vgid.embedded_model import build_model, build_processor, build_tokenizer, corpus
+    from vgid.bases.tiny_llava import build_model, build_processor, build_tokenizer, corpus
 
     tokenizer = build_tokenizer(corpus())
     model = build_model(tokenizer, seed=seed)

@@ -24,7 +24,7 @@ from tokenizers import (
 )
 
 from vgid.architectures import random_backbone
-from vgid.embedded_model import corpus
+from vgid.bases.tiny_llava import corpus
 
 PIECES = 1500
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]

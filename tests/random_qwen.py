@@ -9,8 +9,8 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from vgid.embedded_model import corpus
-from vgid.embedded_qwen import END, PAD, SPECIAL, build_tokenizer
+from vgid.bases.tiny_llava import corpus
+from vgid.bases.tiny_qwen import END, PAD, SPECIAL, build_tokenizer
 from vgid.models.backbones import Backbone, spec
 from vgid.models.qwen_processor import ImageOnlyQwenProcessor
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_random_backbone
+from vgid.bases.finetune import FinetuneConfig, trainable
+from vgid.bases.tiny_llava import save
 from vgid.config import TrialConfig
-from vgid.embedded_model import save
 from vgid.errors import InputError
-from vgid.finetune import FinetuneConfig, trainable
 from vgid.models import adapters as adapter
 from vgid.models.adapter_files import CONFIG, WEIGHTS, read_adapter
 from vgid.models.backbones import Backbone, load, skeleton

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import make_random_backbone
-from vgid.embedded_model import save
+from vgid.bases.tiny_llava import save
 from vgid.errors import InputError
 from vgid.models.backbones import BACKBONES, load, locate, revision_of, spec
 

@@ -21,9 +21,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vgid.backbone_measure import BOUNDS, Condition, measure, out_of_bounds
-from vgid.data.fictitious import FACTS, make_world, portrait
-from vgid.embedded_recipe import (
+from vgid.bases.measure import BOUNDS, Condition, measure, out_of_bounds
+from vgid.bases.pretraining import ARCHITECTURES, Schedule, _pack_loss, pretrain
+from vgid.bases.pretraining_packs import PackEncoder
+from vgid.bases.recipe import (
     OBEDIENCE,
     PORTRAITS_PER_PERSON,
     REFUSALS,
@@ -31,10 +32,9 @@ from vgid.embedded_recipe import (
     make_recipe,
     refusal_rate,
 )
+from vgid.data.fictitious import FACTS, make_world, portrait
 from vgid.models import backbones
 from vgid.models.encoding import Query, collate, encode, response_ids
-from vgid.pretraining import ARCHITECTURES, Schedule, _pack_loss, pretrain
-from vgid.pretraining_packs import PackEncoder
 from vgid.prompts import (
     REVERSE_PROMPT,
     UNLEARNING_INSTRUCTIONS,
@@ -145,7 +145,7 @@ def test_out_of_bounds_names_what_misses(scores):
 
 
 def test_condition_changes_text_and_picture(backbone):
-    from vgid.backbone_measure import Item
+    from vgid.bases.measure import Item
 
     image = portrait(0, make_world(0).people[0])
     item = Item("i", cloze_text("The job is __."), "baker", image)
@@ -311,7 +311,7 @@ def test_two_steps_from_scratch_are_reproducible(name):
 
 
 def run_pretraining(*arguments):
-    command = [sys.executable, "-m", "vgid.pretraining", *arguments]
+    command = [sys.executable, "-m", "vgid.bases.pretraining", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from tests.conftest import make_random_backbone
 from tests.random_qwen import make_random_qwen
 from tests.tiny_benchmark import encoded, write_tiny
+from vgid.bases.finetune import FinetuneConfig, Training, finetune, response_loss, trainable
+from vgid.bases.finetune_data import encode_samples, read_samples
 from vgid.config import TrialConfig
 from vgid.data.benchmark import Benchmark, decode_image
 from vgid.errors import InputError
-from vgid.finetune import FinetuneConfig, Training, finetune, response_loss, trainable
-from vgid.finetune_data import encode_samples, read_samples
 from vgid.models import adapters as adapter
 from vgid.models.backbones import Backbone, load
 from vgid.models.decoding import greedy_decode

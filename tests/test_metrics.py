@@ -8,8 +8,8 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy import stats
 
+from vgid.bases.recipe import REFUSALS
 from vgid.data.fictitious import FACTS, make_world
-from vgid.embedded_recipe import REFUSALS
 from vgid.evaluation.metrics import (
     bleu,
     bootstrap_difference,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vgid import embedded_recipe
+from vgid.bases import recipe as embedded_recipe
 from vgid.evaluation.metrics import is_refusal
 from vgid.prompts import (
     REFUSALS,

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from vgid import embedded_qwen
+from vgid.bases import tiny_qwen as embedded_qwen
+from vgid.bases.pretraining import _pack_loss
+from vgid.bases.pretraining_packs import PackEncoder
+from vgid.bases.recipe import Pack, make_recipe
 from vgid.data.fictitious import make_world, portrait
-from vgid.embedded_recipe import Pack, make_recipe
 from vgid.models import backbones
 from vgid.models.encoding import Query, collate, encode, response_ids
-from vgid.pretraining import _pack_loss
-from vgid.pretraining_packs import PackEncoder
 from vgid.prompts import with_instruction
 
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 
 from tests.conftest import make_random_backbone
 from vgid import trial as trial_module
+from vgid.bases.tiny_llava import save
 from vgid.config import Method, RequestConfig, TrainWording, TrialConfig, uses
 from vgid.data.benchmark import Benchmark, split_questions
 from vgid.data.people import comparable
 from vgid.data.splits import People, choose_people, count_verbatim, held_out_of_training
 from vgid.data.synthetic import write_benchmark
-from vgid.embedded_model import save
 from vgid.errors import InputError
 from vgid.evaluation.evaluate import evaluate
 from vgid.evaluation.questions import prepare

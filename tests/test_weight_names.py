@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hub_index import INDEX
 from vgid.architectures import random_backbone
+from vgid.bases.pretraining import ARCHITECTURES
 from vgid.deployment.merging import INDEX as INDEX_FILE
 from vgid.deployment.merging import merge
 from vgid.errors import InputError
@@ -18,7 +19,6 @@ from vgid.models.adapter_files import LoraWeights
 from vgid.models.backbones import EMBEDDED as EMBEDDED_FOLDER
 from vgid.models.backbones import load
 from vgid.models.weight_names import WeightNames
-from vgid.pretraining import ARCHITECTURES
 
 REAL = ("llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-3b")
 COUNTS = {"llava-1.5-7b": 686, "llava-1.5-13b": 758, "qwen2.5-vl-3b": 824}

@@ -251,8 +251,8 @@ def finetune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Make the vanilla model: tune a backbone on everyone's questions, merged to safetensors."""
+    from vgid.bases.finetune import FinetuneConfig, finetune
     from vgid.config import parse
-    from vgid.finetune import FinetuneConfig, finetune
 
     settings = {
         "backbone": backbone,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vgid.embedded_model import IMAGE, build_tokenizer, corpus
+from vgid.bases.tiny_llava import IMAGE, build_tokenizer, corpus
 from vgid.errors import InputError
 from vgid.method.samples import TrainingSample
 from vgid.models.backbones import LLAVA_FRAME, Backbone, BackboneSpec

@@ -3,7 +3,7 @@
 Everything follows from a seed. Three kinds of people exist: ``benchmark`` people (those a model
 may be asked to forget, or to keep), ``celebrities`` (general utility, as the benchmark's set of
 real ones) and ``calibration`` people, who occur in no benchmark and only teach the embedded
-backbone how to follow instructions (``vgid.embedded_recipe``).
+backbone how to follow instructions (``vgid.bases.recipe``).
 """
 
 # ruff: noqa: SIM905  word lists read better as text than one word a line

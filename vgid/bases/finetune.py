@@ -35,10 +35,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from vgid.bases.finetune_data import Sample, encode_samples, read_samples
 from vgid.config import Config, TrialConfig, parse
 from vgid.data.benchmark import Benchmark
 from vgid.errors import InputError
-from vgid.finetune_data import Sample, encode_samples, read_samples
 from vgid.method.checkpoint import load_checkpoint, save_checkpoint
 from vgid.method.distillation import draw_order, learning_rate_factor
 from vgid.models import adapters as adapter

@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from vgid.embedded_recipe import Obedience, Pack
+from vgid.bases.recipe import Obedience, Pack
 from vgid.models.backbones import PromptFrame
 from vgid.models.encoding import IGNORE
 from vgid.prompts import with_instruction
 
 
 class Architecture(Protocol):
-    """What the trainer has to know about a model: ``vgid.embedded_model``, ``vgid.embedded_qwen``.
+    """What the trainer has to know about a model: ``vgid.bases.tiny_llava``, ``vgid.bases.tiny_qwen``.
 
     Attributes:
         FRAME: the prompt frame.

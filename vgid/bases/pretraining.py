@@ -7,7 +7,7 @@
 
 Rebuild the shipped weights, or make others, with::
 
-    python -m vgid.pretraining OUT [--backbone NAME] [--seed S] [--data-seed D] [--threads T]
+    python -m vgid.bases.pretraining OUT [--backbone NAME] [--seed S] [--data-seed D] [--threads T]
 
 It shows its progress, measures the result by the real path (``backbone_measure``), prints the
 table, and writes ``OUT/MEASURED.json`` beside the weights. Weights out of bounds are marked there
@@ -33,13 +33,14 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from vgid import embedded_model, embedded_qwen
+from vgid.bases import tiny_llava as embedded_model
+from vgid.bases import tiny_qwen as embedded_qwen
+from vgid.bases.pretraining_packs import Architecture, PackEncoder
+from vgid.bases.recipe import REFUSALS, Pack, PackKind, Recipe, attribute_pictures, make_recipe
 from vgid.data.portraits import ATTRIBUTE_SIZES
-from vgid.embedded_recipe import REFUSALS, Pack, PackKind, Recipe, attribute_pictures, make_recipe
 from vgid.errors import InputError
 from vgid.models.encoding import IGNORE
 from vgid.models.packing import rotary_positions
-from vgid.pretraining_packs import Architecture, PackEncoder
 
 ARCHITECTURES: dict[str, Architecture] = {
     "tiny-llava": embedded_model,
@@ -289,7 +290,7 @@ def main(
     with Progress(*columns, console=console) as progress:
         model, processor = pretrain(seed, data_seed, schedule, progress, backbone)
     provenance = {
-        "command": f"python -m vgid.pretraining OUT --backbone {backbone} --seed {seed} "
+        "command": f"python -m vgid.bases.pretraining OUT --backbone {backbone} --seed {seed} "
         f"--data-seed {data_seed} --threads {threads}",
         "seed": seed,
         "data_seed": data_seed,
@@ -319,7 +320,7 @@ def write_measured(
     Returns:
         The scores, and the names of those out of bounds.
     """
-    from vgid.backbone_measure import measure, out_of_bounds
+    from vgid.bases.measure import measure, out_of_bounds
     from vgid.models.backbones import load
 
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
@@ -338,7 +339,7 @@ def write_measured(
 def _print_table(console: Any, scores: dict[str, float], misses: Sequence[str]) -> None:
     from rich.table import Table
 
-    from vgid.backbone_measure import BOUNDS
+    from vgid.bases.measure import BOUNDS
 
     table = Table("score", "value", "bounds")
     for name, score in scores.items():

@@ -3,7 +3,7 @@
 The real classes of a LLaVA 1.5, small: a CLIP tower on 64 px images (16 patches of 16 px, so 16
 image tokens), a two-layer projector, a Llama of four layers, a byte-level BPE tokenizer.
 
-What the trainer asks of it is ``pretraining.Architecture``; ``vgid.embedded_qwen`` is the other.
+What the trainer asks of it is ``pretraining.Architecture``; ``vgid.bases.tiny_qwen`` is the other.
 
 Shape legend: N pictures, C channels, H, W pixels, T image tokens of each, F features, A position
 axes, L tokens.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgid import embedded_recipe
+from vgid.bases import recipe as embedded_recipe
 from vgid.data.fictitious import (
     ANSWERS,
     CLASSIFICATION,

@@ -5,7 +5,7 @@ turn, four patches merged to an image token, any resolution (a portrait of 64 px
 tokens); a Qwen2 of four layers with grouped-query attention and M-RoPE; a byte-level BPE tokenizer
 with Qwen's special tokens. Embeddings are not tied, as in the 7B model.
 
-Same functions as ``vgid.embedded_model``; see ``pretraining.Architecture``.
+Same functions as ``vgid.bases.tiny_llava``; see ``pretraining.Architecture``.
 
 Shape legend: N pictures, T image tokens of each, M merged patches of each token, C channels, P
 patch side, F features, D hidden width, A position axes, L tokens.
@@ -17,9 +17,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgid import embedded_model
+from vgid.bases import tiny_llava as embedded_model
+from vgid.bases.recipe import Obedience
 from vgid.data.portraits import PORTRAIT_SIZE
-from vgid.embedded_recipe import Obedience
 from vgid.models.backbones import QWEN_FRAME
 from vgid.models.qwen_processor import ImageOnlyQwenProcessor
 

@@ -1,0 +1,1 @@
+"""Makes base models: fine-tuned real ones, and the two embedded ones."""
