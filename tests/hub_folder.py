@@ -23,7 +23,7 @@ from tokenizers import (
     trainers,
 )
 
-from vgid.architectures import random_backbone
+from tests.benchmarks.architectures import random_backbone
 from vgid.bases.tiny_llava import corpus
 
 PIECES = 1500

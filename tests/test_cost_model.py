@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.benchmarks.architectures import config_of, random_backbone
 from tests.conftest import make_random_backbone
 from tests.random_qwen import make_random_qwen
-from vgid.architectures import config_of, random_backbone
 from vgid.config import TrialConfig
 from vgid.method.chunked_kl import chunked_kl
 from vgid.method.distillation import DistillationBatch, Student

@@ -7,13 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vgid.architectures import TEXT_SIZES, config_of, random_backbone
-from vgid.cli import app
-from vgid.errors import InputError
-from vgid.method.profile_prompts import QUESTION_TOKENS, RESPONSE_TOKENS, synthetic_set
-from vgid.models.cost_model import distinct_tokens, step_minimum
-from vgid.models.packing import hidden_states, pack
-from vgid.profile import (
+from tests.benchmarks.architectures import TEXT_SIZES, config_of, random_backbone
+from tests.benchmarks.profile import (
     ASSUMED_MFU,
     ESTIMATED_PEAK,
     LORA_RANK,
@@ -24,6 +19,11 @@ from vgid.profile import (
     measure,
     out_of_memory_explained,
 )
+from vgid.cli import app
+from vgid.errors import InputError
+from vgid.method.profile_prompts import QUESTION_TOKENS, RESPONSE_TOKENS, synthetic_set
+from vgid.models.cost_model import distinct_tokens, step_minimum
+from vgid.models.packing import hidden_states, pack
 
 PARAMETERS = {
     "llava-1.5-7b": 7_063_427_072,

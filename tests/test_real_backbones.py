@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig, LlavaProcessor, Qwen2_5_VLProcessor
 
+from tests.benchmarks.architectures import SHRUNK_TEXT_SIZES
 from tests.hub_folder import dtype_of, random_model, write_folder
-from vgid.architectures import SHRUNK_TEXT_SIZES
 from vgid.cluster.resources import WORKER_BYTES, worker_bytes
 from vgid.config import RequestConfig, TrialConfig
 from vgid.data.layout import CONFIGS, shard_paths

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.benchmarks.architectures import random_backbone
 from tests.hub_index import INDEX
-from vgid.architectures import random_backbone
 from vgid.bases.pretraining import ARCHITECTURES
 from vgid.deployment.merging import INDEX as INDEX_FILE
 from vgid.deployment.merging import merge

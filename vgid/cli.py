@@ -196,8 +196,8 @@ def profile_command(
     as_json: JsonOption = False,
 ) -> None:
     """Time a real-size training step on the GPU: tokens a second, MFU, peak memory."""
-    from vgid.architectures import TEXT_SIZES
-    from vgid.profile import TABLE_HEADER, estimate, profile
+    from tests.benchmarks.architectures import TEXT_SIZES
+    from tests.benchmarks.profile import TABLE_HEADER, estimate, profile
 
     peak = None if peak_tflops is None else peak_tflops * 1e12
     if estimated:

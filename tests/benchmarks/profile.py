@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vgid.architectures import random_backbone
+from tests.benchmarks.architectures import random_backbone
 from vgid.config import TrialConfig, parse
 from vgid.errors import InputError
 from vgid.method.distillation import Student, backward_term, share
