@@ -33,7 +33,7 @@ def test_every_table_has_its_rows_and_cells():
 
 def test_shares_lie_between_0_and_1_and_no_column_is_unknown():
     assert all(0 <= value <= 1 for row in paper_rows() for value in row.scores.values())
-    text = files("vgid").joinpath("paper_tables.csv").read_text()
+    text = files("vgid.paper").joinpath("paper_tables.csv").read_text()
     header = next(csv.reader([text.splitlines()[0]]))
     assert set(header) == {
         "table",

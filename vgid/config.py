@@ -40,8 +40,8 @@ Method = Literal[
     "npo",
     "rmu",
 ]
-"""The methods of the paper's Table 3 (``vgid.method.methods``); ``icu_t`` and ``noise_t`` are VGID with
-only the instruction and only the perturbation."""
+"""The methods of the paper's Table 3 (``vgid.method.methods``); ``icu_t`` and ``noise_t`` are VGID
+with only the instruction and only the perturbation."""
 ForgetRatio = Literal[5, 10, 15]
 TrainWording = Literal["both", "wrapped", "raw"]
 TrainPairs = Literal["unheld", "all"]

@@ -1,10 +1,10 @@
 """Evaluation with shared images against one question at a time.
 
 ``python -m tests.benchmarks.evaluate [--json]``. Both begin with the images and the question texts,
-so processing and encoding of the images are in the time: ours (``vgid.models.decoding``) with an empty
-memory in each round, the benchmark's (``one_at_a_time``) anew for each question. The answers are
-compared token by token; where two ways of computing the same logits break a near tie differently,
-the answer counts as differing, and a difference that is no near tie is an error.
+so processing and encoding of the images are in the time: ours (``vgid.models.decoding``) with an
+empty memory in each round, the benchmark's (``one_at_a_time``) anew for each question. The answers
+are compared token by token; where two ways of computing the same logits break a near tie
+differently, the answer counts as differing, and a difference that is no near tie is an error.
 
 Both models are asked all questions of people of the synthetic benchmark: 33 a person, 21 of them on
 the portrait and 12 that name the person. ``tiny-llava`` has 10 people, generation and cloze decoded

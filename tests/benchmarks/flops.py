@@ -3,9 +3,9 @@
 Counted by torch's ``FlopCounterMode`` on the project's own step, forward and backward, and on
 filling the store for it. The counter does not know attention on the CPU, which is added here with
 the formula that it has for attention on a GPU: all pairs of a query and a key in a kernel's call,
-masked or not, and in the backward pass the scores once more. The minimum (``vgid.models.cost_model``) is
-of the same packs, and counts only pairs of tokens of which one sees the other, without scores
-computed again. Nothing here is random, so nothing is repeated.
+masked or not, and in the backward pass the scores once more. The minimum
+(``vgid.models.cost_model``) is of the same packs, and counts only pairs of tokens of which one sees
+the other, without scores computed again. Nothing here is random, so nothing is repeated.
 """
 
 import tempfile

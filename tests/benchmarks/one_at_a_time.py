@@ -4,8 +4,8 @@ Question by question, the processor on text and image, then ``generate`` at batc
 key-value cache, greedy, 50 tokens at most (protocol of https://github.com/franciscoliu/MLLMU-Bench,
 eval.py). Multiple-choice questions are answered by letter in the same way.
 
-Settings are those of ``vgid.models.decoding``, so answers can be compared token by token: a checkpoint's
-own about sampling or repetition are set aside, and an image token is never an answer.
+Settings are those of ``vgid.models.decoding``, so answers can be compared token by token: a
+checkpoint's own about sampling or repetition are set aside, and an image token is never an answer.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,10 @@
 """What a real-size step of distillation does on the accelerator at hand, or should do.
 
-``measure`` times whole steps as ``vgid.method.distillation.distill`` takes them (packing, both losses,
-backward pass, clipping, AdamW) on synthetic prompts of the benchmark's lengths; ``estimate`` gives
-the same figures from the cost model. Both speak of the same work: the FLOPs are the analytic
-minimum of ``vgid.models.cost_model``, so MFU counts neither padding nor recomputation as work done.
+``measure`` times whole steps as ``vgid.method.distillation.distill`` takes them (packing, both
+losses, backward pass, clipping, AdamW) on synthetic prompts of the benchmark's lengths;
+``estimate`` gives the same figures from the cost model. Both speak of the same work: the FLOPs are
+the analytic minimum of ``vgid.models.cost_model``, so MFU counts neither padding nor recomputation
+as work done.
 """
 
 import re
@@ -301,7 +302,8 @@ def estimate(
 
     ``mfu`` is assumed for all that is computed, so that checkpointing, which runs the forward pass
     twice, has a lower one. Peak memory is the sum of the weights in bf16, LoRA in training, the
-    kept activations of a term (``vgid.models.cost_model.activation_bytes``) and two vocabulary buffers.
+    kept activations of a term (``vgid.models.cost_model.activation_bytes``) and two vocabulary
+    buffers.
 
     Args:
         name: of a real backbone.

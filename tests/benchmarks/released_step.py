@@ -1,7 +1,7 @@
 """Training as VGID's public script does it, with all its costs: the baseline of ``step``.
 
-Written afresh from a description of the script, and apart from ``vgid.method.released``, whose teacher
-is the student with its adapter off. Here, as there:
+Written afresh from a description of the script, and apart from ``vgid.method.released``, whose
+teacher is the student with its adapter off. Here, as there:
 
 - the teacher is a second model, a deep copy made before the adapter is attached, and runs in every
   step;

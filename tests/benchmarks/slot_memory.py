@@ -3,8 +3,8 @@
 A study of ``tiny-llava`` with ``--slots`` slots, in a process of its own, is looked at while each
 of them runs trials: at each round the proportional set sizes of all its processes (a page that n
 processes share counts 1/n for each), by what Ray calls them. What is there once a slot is summed
-to ``slot``; it is what ``RAY_BYTES`` and ``WORKER_BYTES`` in ``vgid/cluster/resources.py`` stand for.
-Medians over the rounds and over the processes of a name, in 10^6 bytes; there is no target.
+to ``slot``; it is what ``RAY_BYTES`` and ``WORKER_BYTES`` in ``vgid/cluster/resources.py`` stand
+for. Medians over the rounds and over the processes of a name, in 10^6 bytes; there is no target.
 """
 
 import statistics

@@ -21,7 +21,8 @@ from vgid.prompts import with_instruction
 
 
 class Architecture(Protocol):
-    """What the trainer has to know about a model: ``vgid.bases.tiny_llava``, ``vgid.bases.tiny_qwen``.
+    """What the trainer has to know about a model: ``vgid.bases.tiny_llava``,
+    ``vgid.bases.tiny_qwen``.
 
     Attributes:
         FRAME: the prompt frame.

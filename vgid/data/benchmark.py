@@ -1,7 +1,7 @@
 """Reading a benchmark: people, questions, training pairs and images, and how questions are split.
 
-A study reads parquet in the MLLMU-Bench layout (``vgid.data.layout``) and never knows whether the real
-or the synthetic benchmark wrote it.
+A study reads parquet in the MLLMU-Bench layout (``vgid.data.layout``) and never knows whether the
+real or the synthetic benchmark wrote it.
 """
 
 import hashlib

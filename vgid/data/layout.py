@@ -2,8 +2,8 @@
 
 Facts from the data card and code of https://github.com/franciscoliu/MLLMU-Bench: a folder per
 config with parquet shards ``train-00000-of-00001.parquet``. Rows and defects come out of one
-stream, so that the reader (which stops at the first defect, ``vgid.data.benchmark``) and the checker
-(which lists them all, ``vgid.data.check``) can never disagree about what is sound.
+stream, so that the reader (which stops at the first defect, ``vgid.data.benchmark``) and the
+checker (which lists them all, ``vgid.data.check``) can never disagree about what is sound.
 
 Writers differ in how they store the same rows. Read are also: an image as bytes alone, whole
 numbers where text is expected, categories (pandas), large, view and fixed-size types (polars,

@@ -1,7 +1,8 @@
 """Rows of the benchmark parsed into people and their questions, with every defect on the way.
 
 Nothing here raises: a parser returns what there is and what is wrong with it, and its caller
-decides whether a defect stops the reading (``vgid.data.benchmark``) or is listed (``vgid.data.check``).
+decides whether a defect stops the reading (``vgid.data.benchmark``) or is listed
+(``vgid.data.check``).
 """
 
 import json

@@ -36,7 +36,8 @@ class Suppression(Config):
             file was not found, so that what it follows is unknown.
         people: subjects of the split that is scored.
         suppressed: whether their own questions on their portraits are suppressed.
-        verdict: under which tests they are and under which not, see ``vgid.evaluation.suppression``.
+        verdict: under which tests they are and under which not, see
+        ``vgid.evaluation.suppression``.
         base: the base's scores of that split: forget and test people, or those of earlier requests.
         deployed: the deployment's.
         attacks: attacks that were run and tell of that split.

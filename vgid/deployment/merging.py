@@ -1,7 +1,7 @@
 """Merges an adapter into its base: safetensors in, safetensors out, one shard in memory at a time.
 
-Dtypes and shards stay the base's, and names are the hub's (``vgid.models.weight_names``), so that whatever
-loads the public base loads what is merged.
+Dtypes and shards stay the base's, and names are the hub's (``vgid.models.weight_names``), so that
+whatever loads the public base loads what is merged.
 
 Shape legend: r rank, I inputs and O outputs of a linear map.
 """

@@ -6,10 +6,11 @@
     deployments/<backbone>/adapter/  the PEFT adapter that it names, relative to the file
 
 The last line is the SHA-256 of every byte before it, so a changed byte anywhere is found; who may
-not trust the writer checks the signature (``vgid.deployment.signing``) as well. No name, question or answer is
-in it: subjects are the benchmark's pseudonyms, requests are the ids that the user gave.
+not trust the writer checks the signature (``vgid.deployment.signing``) as well. No name, question
+or answer is in it: subjects are the benchmark's pseudonyms, requests are the ids that the user
+gave.
 
-``deployment.schema.json`` beside this module is the file's JSON Schema, for other programs;
+``record.schema.json`` beside this module is the file's JSON Schema, for other programs;
 ``python -m vgid.deployment.record`` prints it anew.
 """
 

@@ -1,4 +1,5 @@
-"""Makes the record of a deployment out of what was trained and measured (``vgid.deployment.record``)."""
+"""Makes the record of a deployment out of what was trained and measured
+(``vgid.deployment.record``)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

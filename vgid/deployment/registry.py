@@ -2,8 +2,9 @@
 
 Entry ``vgid-<backbone>``; alias ``champion`` is the version to serve, ``previous`` the champion
 before it. A version's model is the deployment file and its adapter, which
-``mlflow.pyfunc.load_model("models:/vgid-<backbone>@champion")`` loads (``vgid.deployment.pyfunc``). Its tags
-lead back: ``vgid.study_id``, ``vgid.trial_id``, ``vgid.deployment_sha256``, ``vgid.requests``.
+``mlflow.pyfunc.load_model("models:/vgid-<backbone>@champion")`` loads (``vgid.deployment.pyfunc``).
+Its tags lead back: ``vgid.study_id``, ``vgid.trial_id``, ``vgid.deployment_sha256``,
+``vgid.requests``.
 
 Aliases are set last, so that whoever loads the champion gets the old version whole or the new one
 whole, and a registration that broke off is made again by the same call.

@@ -1,8 +1,8 @@
 """One forget request from data to deployment: one trial, scored with several seeds, put in place.
 
-With ``from_deployment`` the request follows another one (``vgid.deployment.lineage``). People of the requests
-before are never trained on, and are scored as split ``earlier``: their suppression must not come
-back. Scored is the one adapter that is shipped, on the original base.
+With ``from_deployment`` the request follows another one (``vgid.deployment.lineage``). People of
+the requests before are never trained on, and are scored as split ``earlier``: their suppression
+must not come back. Scored is the one adapter that is shipped, on the original base.
 
 A study searches better settings than one trial has; this is for a request that must be answered
 with settings that were found before, such as the parent's.

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from vgid.deployment.candidates import Scored
 
 EXPORTED, EXPORTED_ADAPTER, EXPORTED_MERGED = "deployment.yaml", "adapter", "merged"
-"""The deployment file, the adapter and what is served in an export's folder (``vgid.deployment.export``)."""
+"""The deployment file, the adapter and what is served in an export's folder
+(``vgid.deployment.export``)."""
 
 
 class Check(Config):

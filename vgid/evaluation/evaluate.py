@@ -1,7 +1,7 @@
 """The benchmark's evaluation of a backbone: every question asked, every score with its interval.
 
-The questions are those of an ``Examination`` (``vgid.evaluation.questions``), scored as MLLMU-Bench does
-(``vgid.evaluation.metrics``).
+The questions are those of an ``Examination`` (``vgid.evaluation.questions``), scored as MLLMU-Bench
+does (``vgid.evaluation.metrics``).
 
 Score names are ``<split>_<metric>`` for questions with an image (the paper's), with ``_text``
 behind them for questions that name the person instead, and ``_raw`` for generation questions with

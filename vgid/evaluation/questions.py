@@ -1,11 +1,11 @@
 """The questions of an evaluation: chosen, framed, tokenised, with their images processed.
 
 A worker prepares an ``Examination`` once and puts every trial's adapter through it
-(``vgid.evaluation.evaluate``). The protocol is MLLMU-Bench's (``vgid.prompts``) with these differences, each
-told where it is made: few-shot people and test poses are seeded, nobody who is scored or forgotten
-serves as a few-shot example, models too small to answer by letter may be scored by option
-likelihood, and generation questions on an image are asked a second time as they stand (``raw``),
-which is how the facts are taught and how users ask.
+(``vgid.evaluation.evaluate``). The protocol is MLLMU-Bench's (``vgid.prompts``) with these
+differences, each told where it is made: few-shot people and test poses are seeded, nobody who is
+scored or forgotten serves as a few-shot example, models too small to answer by letter may be scored
+by option likelihood, and generation questions on an image are asked a second time as they stand
+(``raw``), which is how the facts are taught and how users ask.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

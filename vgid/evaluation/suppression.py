@@ -1,9 +1,9 @@
 """When forgetting may be called suppression: enough is gone, of what the base had.
 
 *Enough.* A drop is called suppression where at least half of the base's ROUGE-L is gone even at the
-unfavourable end of the 95 % interval (``MIN_FORGET``); ``vgid.deployment.rules`` refuses a trial by the same
-floor. It is asked of each test by itself: portraits, new portraits and wording, text, the reverse
-prompt.
+unfavourable end of the 95 % interval (``MIN_FORGET``); ``vgid.deployment.rules`` refuses a trial by
+the same floor. It is asked of each test by itself: portraits, new portraits and wording, text, the
+reverse prompt.
 
 *Of what the base had.* The benchmark presumes a base that was fine-tuned on its people, and a share
 of nothing is easily gone. Wording that all people's answers share earns ROUGE-L without a fact:

@@ -2,9 +2,9 @@
 
 Each step draws a batch of forget questions and, if the method has a retain term, one of retain
 questions, sums both losses (equation 5) and takes one optimizer step. The losses are the method's
-(``vgid.method.methods``); VGID's are forward KLs. Response tokens only: the student's hidden states at
-those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts. Questions
-of one portrait ride in one sequence (``vgid.models.packing``).
+(``vgid.method.methods``); VGID's are forward KLs. Response tokens only: the student's hidden states
+at those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts.
+Questions of one portrait ride in one sequence (``vgid.models.packing``).
 
 An epoch is one pass over the forget questions; the retain questions have passes of their own,
 which go on from epoch to epoch. A pass holds every question once, its tasks in proportion.
@@ -12,7 +12,8 @@ which go on from epoch to epoch. A pass holds every question once, its tasks in 
 Everything random is a function of (seed, epoch), so a resumed trial goes on as if never stopped.
 
 Of Algorithm 1 this differs in one thing: the teacher's noise is drawn once for each portrait and
-study (``vgid.method.teacher``), which is what lets trials share its states, and not anew for each batch.
+study (``vgid.method.teacher``), which is what lets trials share its states, and not anew for each
+batch.
 """
 
 import itertools
@@ -57,8 +58,9 @@ class DistillationSet:
             learns from each in turn, epoch after epoch.
         tasks: the task of each sample; batches hold the tasks in proportion.
         paired: a sample learns from all its targets at once (preferences) instead.
-        views: the prompts again, with other views of the portraits (``vgid.method.views``); optimizer
-            steps take turns between ``prompts`` and these, the same for all samples of a step.
+        views: the prompts again, with other views of the portraits (``vgid.method.views``);
+            optimizer steps take turns between ``prompts`` and these, the same for all samples of a
+            step.
         first: samples whose portraits come before all others in every pass.
     """
 

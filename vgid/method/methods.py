@@ -1,9 +1,9 @@
 """The paper's unlearning methods: what each teaches the student, and by which losses.
 
 Every method minimises ``alpha * forget + beta * retain`` (equation 5) in the loop of
-``vgid.method.distillation``; which fields of the trial it uses stands in ``vgid.config.USED_BY``. Sources:
-VGID, ICU-T and Noise-T, paper section 3; the others, its Appendix A.3.2, with the means and factors
-of the public MLLMU-Bench and NPO code.
+``vgid.method.distillation``; which fields of the trial it uses stands in ``vgid.config.USED_BY``.
+Sources: VGID, ICU-T and Noise-T, paper section 3; the others, its Appendix A.3.2, with the means
+and factors of the public MLLMU-Bench and NPO code.
 
 Losses are shares of means over the whole batch: over response tokens for KL and cross-entropy, over
 samples for the others, so that ranks and accumulated parts add up (``vgid.method.student``).

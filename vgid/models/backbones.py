@@ -17,7 +17,7 @@ from vgid.prompts import Form, Task
 if TYPE_CHECKING:
     from vgid.models.vision import Vision
 
-EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED = Path(__file__).parent.parent / "bases" / "weights"
 LANGUAGE_MODEL_LINEARS = (
     r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 )

@@ -20,8 +20,8 @@ What counts as needed here, and so in MFU, the share of a device's peak that doe
 - norms, activations, rotary embeddings and the optimizer are left out: they are bound by memory,
   and below a hundredth of the FLOPs at real sizes.
 
-LoRA is on all seven linear maps of every decoder layer, as in ``vgid.models.backbones``. A multiplication
-with its addition is two FLOPs. All counts are exact integers.
+LoRA is on all seven linear maps of every decoder layer, as in ``vgid.models.backbones``. A
+multiplication with its addition is two FLOPs. All counts are exact integers.
 
 Symbols: D hidden width, H width of all query heads, K width of all key-value heads, F width of the
 gated MLP, V vocabulary, P parameters of the decoder's linear maps, r rank of LoRA, T distinct
@@ -195,8 +195,8 @@ def released_minimum(config: Any, packs: Sequence[Packed], lora_rank: int) -> Fl
     """The least that the public VGID script needs for the same samples.
 
     Its second model as teacher runs in each step, a sequence holds one question, both models see
-    the image and make logits of the whole vocabulary at every position (``vgid.method.released``). Padding
-    is left out, so the script itself takes more.
+    the image and make logits of the whole vocabulary at every position (``vgid.method.released``).
+    Padding is left out, so the script itself takes more.
 
     Args:
         config: of the whole model; LLaVA's or Qwen2.5-VL's.

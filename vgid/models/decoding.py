@@ -1,9 +1,10 @@
 """What a backbone answers, and how likely it finds a given answer: both with shared beginnings.
 
-Prompts are run once as trees (``vgid.models.packing``): a portrait's image is encoded once for all its
-questions, and of the last layer only what predicts a token is computed (``vgid.models.last_layer``). Then
-all questions advance together, one token a step, until each has ended. Their prompts' keys and
-values stay shared (``vgid.models.prefix_attention``); a question's own are those of its new tokens.
+Prompts are run once as trees (``vgid.models.packing``): a portrait's image is encoded once for all
+its questions, and of the last layer only what predicts a token is computed
+(``vgid.models.last_layer``). Then all questions advance together, one token a step, until each has
+ended. Their prompts' keys and values stay shared (``vgid.models.prefix_attention``); a question's
+own are those of its new tokens.
 
 Shape legend: N samples, R response tokens over all samples, D hidden width, V vocabulary, A
 position axes.

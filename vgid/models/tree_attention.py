@@ -1,9 +1,10 @@
 """Attention in packed rows: each block of queries meets the keys that it sees, and no others.
 
 Under a mask over whole rows, attention is computed between all tokens and most of it is thrown
-away. But a token of a tree (``vgid.models.packing``) sees its ancestors only, so a block of neighbouring
-queries needs the ancestors of its first token and the block itself. The keys of a block are thus
-few, whatever else lies in the row, and what the mask still hides is a part of one block.
+away. But a token of a tree (``vgid.models.packing``) sees its ancestors only, so a block of
+neighbouring queries needs the ancestors of its first token and the block itself. The keys of a
+block are thus few, whatever else lies in the row, and what the mask still hides is a part of one
+block.
 
 ``TREES`` is registered with transformers as an attention function: fused attention for each block,
 plain SDPA where a call brings no trees (decoding's single tokens, generation, pretraining).

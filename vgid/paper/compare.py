@@ -1,8 +1,8 @@
 """A fair comparison of the methods, which the paper has not: equal budgets, then the fronts.
 
-Each method and seed gets a study of its own (``vgid.study.run``), all with the same number of trials,
-sampler, people, questions and reference point. Trials are chosen on the search questions; what is
-compared is the held-out score of what was chosen.
+Each method and seed gets a study of its own (``vgid.study.run``), all with the same number of
+trials, sampler, people, questions and reference point. Trials are chosen on the search questions;
+what is compared is the held-out score of what was chosen.
 """
 
 import json
@@ -211,8 +211,9 @@ def chosen_settings(found: Sequence[StudyFront], retain_drop: float) -> dict[Met
 def verdict(listed: Sequence[Standing]) -> str:
     """Which method won, and from which others the seeds can tell it.
 
-    To lead every other method is an intersection-union test, as in ``vgid.paper.claims``: each interval
-    stands for itself, and that any method is said to lead all others wrongly has at most 5 %.
+    To lead every other method is an intersection-union test, as in ``vgid.paper.claims``: each
+    interval stands for itself, and that any method is said to lead all others wrongly has at most 5
+    %.
     """
     if len(listed) < 2:
         return "One method only: there is nothing to compare it with."

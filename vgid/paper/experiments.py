@@ -136,7 +136,8 @@ class Outcome(Config):
     """What came of an experiment.
 
     Attributes:
-        scores: by name (``vgid.evaluation.evaluate``, ``vgid.paper.first_tokens``); empty if training failed.
+        scores: by name (``vgid.evaluation.evaluate``, ``vgid.paper.first_tokens``); empty if
+        training failed.
         error: why there are none, in one sentence.
         seconds: wall time.
         provenance: data hash and base revision.

@@ -71,7 +71,7 @@ class PaperRow:
 @cache
 def paper_rows() -> tuple[PaperRow, ...]:
     """All rows, in the order of the paper."""
-    text = files("vgid").joinpath("paper_tables.csv").read_text(encoding="utf-8")
+    text = files("vgid.paper").joinpath("paper_tables.csv").read_text(encoding="utf-8")
     return tuple(
         PaperRow(
             table=int(row["table"]),

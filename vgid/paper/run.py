@@ -1,7 +1,8 @@
 """The paper's tables, figures and claims in one run: ``studies/paper_tables.py``.
 
-What every table needs is put together, run once (``vgid.paper.experiments``), and written as one CSV and
-one Markdown file a table, the figures, ``claims.md``, and an index as Markdown and as one page.
+What every table needs is put together, run once (``vgid.paper.experiments``), and written as one
+CSV and one Markdown file a table, the figures, ``claims.md``, and an index as Markdown and as one
+page.
 """
 
 import time

@@ -1,7 +1,7 @@
 """The paper's nine tables: which rows each has, and how its numbers are written down.
 
-A table is rows of ``vgid.paper.experiments.Arm``; it is filled from the outcomes of its experiments, one
-a seed. Every row of a table, within a seed, has the same people and questions.
+A table is rows of ``vgid.paper.experiments.Arm``; it is filled from the outcomes of its
+experiments, one a seed. Every row of a table, within a seed, has the same people and questions.
 """
 
 import csv

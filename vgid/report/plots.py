@@ -3,8 +3,8 @@
 Axes as in the paper's figure 4: how much of the forget people's ROUGE-L is gone against what is
 left of the retain people's. The picture shows every completed trial, the front, the base model
 and the paper's default setting, and, where given, the front's held-out scores with their
-intervals. ``vgid.report.front_page`` draws the same for a browser. matplotlib is imported when a picture
-is drawn.
+intervals. ``vgid.report.front_page`` draws the same for a browser. matplotlib is imported when a
+picture is drawn.
 """
 
 import io

@@ -41,7 +41,7 @@ from vgid.study.search_domain import Choices, Range, check_name, domain_of, is_i
 if TYPE_CHECKING:
     import optuna
 
-_BESIDE_THE_PACKAGE = Path(__file__).resolve().parent.parent / "search_spaces"
+_BESIDE_THE_PACKAGE = Path(__file__).resolve().parents[2] / "search_spaces"
 FOLDER = _BESIDE_THE_PACKAGE if _BESIDE_THE_PACKAGE.is_dir() else Path("search_spaces").absolute()
 """The project's own search spaces, one ``<backbone>.yaml`` each: beside the package in a checkout,
 in the working folder if the package was installed away from it."""

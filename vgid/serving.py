@@ -1,0 +1,3 @@
+"""Models that were registered before ``vgid.deployment.pyfunc`` had its name ask for this one."""
+
+from vgid.deployment.pyfunc import _load_pyfunc as _load_pyfunc
