@@ -12,7 +12,7 @@ from xdist.scheduler import LoadFileScheduling
 from vgid.models.backbones import Backbone, spec
 
 ONE_STUDY = ("test_pick.py", "test_pick_refusals.py", "test_pick_comparison.py", "test_notebook.py")
-"""Files of ``tests/deployments`` whose tests need its study, which takes a minute to make."""
+"""Files of ``tests/deployment`` whose tests need its study, which takes a minute to make."""
 
 
 class SharedStudies(LoadFileScheduling):

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 
 from tests.conftest import make_random_backbone
+from tests.models.test_encoding import picture
 from tests.random_qwen import make_random_qwen
-from tests.test_encoding import picture
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Query, Shot, response_ids
 

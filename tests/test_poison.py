@@ -1,7 +1,7 @@
 """Study folders and files that somebody has prepared: refused in one sentence, nothing run.
 
 Each poison would leave a mark (``ran``) if it were executed, and the folder that links lead to must
-be as it was. Images, data and adapters have theirs in ``test_benchmark``, ``test_data_check`` and
+be as it was. Images, data and adapters have theirs in ``test_benchmark``, ``test_check`` and
 ``deployments/test_pick_refusals``.
 """
 

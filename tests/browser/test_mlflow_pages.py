@@ -7,7 +7,7 @@ import urllib.request
 import psutil
 import pytest
 
-from tests.deployments.made_up_deployment import deploy
+from tests.deployment.made_up_deployment import deploy
 from vgid.deployment.registry import register, rollback
 from vgid.report.mlflow_links import COLUMNS, chart_page, run_page, table_page
 from vgid.report.records import run_name

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.deployments.openai_server import key_of, model_answers
+from tests.deployment.openai_server import key_of, model_answers
 from vgid.data.benchmark import Benchmark
 from vgid.data.synthetic import write_benchmark
 from vgid.deployment.export import Exported, export

@@ -21,8 +21,7 @@ from vgid.prompts import with_instruction
 
 
 class Architecture(Protocol):
-    """What the trainer has to know about a model: ``vgid.bases.tiny_llava``,
-    ``vgid.bases.tiny_qwen``.
+    """What the trainer has to know about a model; ``tiny_llava`` and ``tiny_qwen`` are two.
 
     Attributes:
         FRAME: the prompt frame.

@@ -1,5 +1,4 @@
-"""Makes the record of a deployment out of what was trained and measured
-(``vgid.deployment.record``)."""
+"""Makes the record of a deployment out of what was trained and measured."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

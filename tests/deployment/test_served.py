@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.deployments.openai_server import Answers, model_answers, serving
+from tests.deployment.openai_server import Answers, model_answers, serving
 from vgid.cli import app
 from vgid.data.benchmark import Benchmark
 from vgid.deployment.record import read_deployment

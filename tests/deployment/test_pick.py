@@ -15,7 +15,7 @@ import yaml
 from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
-from tests.deployments.conftest import ROOT, contents, pick, run_script
+from tests.deployment.conftest import ROOT, contents, pick, run_script
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Benchmark
 from vgid.deployment.pick_arguments import main

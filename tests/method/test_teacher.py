@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import make_random_backbone
-from tests.test_encoding import picture
+from tests.models.test_encoding import picture
 from vgid.method.samples import TrainingSample
 from vgid.method.teacher import Intervention, TeacherStore, intervene
 from vgid.models.backbones import Backbone

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_distillation import adapter_state, train
-from tests.test_teacher import samples, teachers
+from tests.method.test_distillation import adapter_state, train
+from tests.method.test_teacher import samples, teachers
 from vgid.config import TrialConfig, uses
 from vgid.errors import InputError
 from vgid.method.distillation import DistillationSet, Student, distill, share

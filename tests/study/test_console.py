@@ -22,7 +22,7 @@ from vgid.study.console import (
     print_summary,
 )
 
-SCRIPT = Path(__file__).parent.parent / "studies" / "pareto_search.py"
+SCRIPT = Path(__file__).parents[2] / "studies" / "pareto_search.py"
 HEAVY = ("torch", "ray", "mlflow", "transformers", "peft", "optuna", "pandas", "matplotlib")
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.test_data_check import huge_png
+from tests.data.test_check import huge_png
 from tests.tiny_benchmark import SHARD
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.data.benchmark import Benchmark

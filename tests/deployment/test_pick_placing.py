@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployments.conftest import contents
-from tests.deployments.made_up_deployment import deploy
+from tests.deployment.conftest import contents
+from tests.deployment.made_up_deployment import deploy
 from vgid.deployment.audit import report
 from vgid.deployment.placing import READY, recover, staged
 from vgid.deployment.record import hash_files, read_deployment

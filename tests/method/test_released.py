@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.test_teacher import samples
+from tests.method.test_teacher import samples
 from vgid.config import TrialConfig
 from vgid.method.released import (
     distill_released,

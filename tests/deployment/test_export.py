@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.deployments.test_signing import make_keys
+from tests.deployment.test_signing import make_keys
 from tests.hub_index import INDEX
 from vgid.cli_deployment import app
 from vgid.data.benchmark import Benchmark, decode_image

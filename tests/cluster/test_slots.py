@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vgid import mailbox as mailbox_module
+from vgid.cluster import mailbox as mailbox_module
 from vgid.cluster.mailbox import (
     MAX_ATTEMPTS,
     MAX_RESTARTS,

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.deployments.made_up_deployment import BASE_FOLDER, deploy
+from tests.deployment.made_up_deployment import BASE_FOLDER, deploy
 from vgid.deployment.pyfunc import DeployedModel
 from vgid.deployment.record import read_deployment
 from vgid.deployment.registry import register, rollback

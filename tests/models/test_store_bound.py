@@ -11,7 +11,7 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.test_content_store import HEADER_BYTES, entry, names, never, vector
+from tests.models.test_store import HEADER_BYTES, entry, names, never, vector
 from vgid.errors import InputError
 from vgid.models.store import ContentStore, clear, find_root, info, key_of
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.deployments.conftest import pick
+from tests.deployment.conftest import pick
 
 
 def copied(study_folder, tmp_path):

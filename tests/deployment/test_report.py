@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_deployment import SCORE, deployment  # noqa: F401
+from tests.deployment.test_record import SCORE, deployment  # noqa: F401
 from vgid.deployment.audit import report
 from vgid.deployment.record import Attack, Deployment, Parent, write_deployment
 from vgid.errors import InputError

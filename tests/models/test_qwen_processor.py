@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoProcessor, Qwen2_5_VLProcessor
 
+from tests.models.test_encoding import picture
 from tests.random_qwen import IMAGE_TOKEN_PIXELS, make_random_qwen
-from tests.test_encoding import picture
 from vgid.models.backbones import Backbone, load
 from vgid.models.decoding import greedy_tokens
 from vgid.models.encoding import Query, encode

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_random_backbone
-from tests.test_teacher import samples, teachers
+from tests.method.test_teacher import samples, teachers
 from vgid.config import TrialConfig, uses
 from vgid.method.checkpoint import FILE_NAME
 from vgid.method.distillation import (

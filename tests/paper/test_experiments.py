@@ -194,7 +194,7 @@ def test_bad_input_of_an_experiment_reaches_the_caller(bench, tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from tests.test_paper_experiments import BASE, REVERSED, TRAINED, experiment, Arm
+from tests.paper.test_experiments import BASE, REVERSED, TRAINED, experiment, Arm
 from vgid.paper.experiments import Bench, run_experiments
 folder, data = map(Path, sys.argv[1:])
 bench = Bench(folder=folder, data=data, retain_people=2, bootstrap_samples=100)

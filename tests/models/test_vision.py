@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import make_random_backbone
+from tests.models.test_encoding import picture
 from tests.random_qwen import make_random_qwen
-from tests.test_encoding import picture
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Query, encode
 from vgid.models.packing import response_hidden

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.deployments.test_signing import make_keys
+from tests.deployment.test_signing import make_keys
 from tests.tiny_benchmark import write_tiny
 from vgid.deployment.export import export
 from vgid.deployment.pyfunc import load_deployed
