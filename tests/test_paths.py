@@ -7,9 +7,9 @@ import pytest
 
 from vgid import cli
 from vgid.config import StudyConfig
-from vgid.deployment.record import pick_arguments
-from vgid.paper.printed import compare_arguments, paper_arguments
-from vgid.study.run import arguments as study_arguments
+from vgid.deployment import pick_arguments
+from vgid.paper import compare_arguments, paper_arguments
+from vgid.study import arguments as study_arguments
 
 ADDRESSES = ("s3://bucket/study", "gs://bucket/study", "http://host/study", "file:///tmp/study")
 

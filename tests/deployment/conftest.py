@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from vgid.data.benchmark import Benchmark
 from vgid.data.synthetic import write_benchmark
-from vgid.deployment.record import pick_arguments
+from vgid.deployment import pick_arguments
 from vgid.deployment.unlearn import UnlearnConfig, unlearn
 
 ROOT = Path(__file__).parent.parent.parent

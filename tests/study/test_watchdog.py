@@ -3,7 +3,7 @@
 import pytest
 
 from vgid.cluster.mailbox import Traffic
-from vgid.study.run import watchdog
+from vgid.study import watchdog
 from vgid.study.watchdog import PATIENCE_S, Watchdog, sentence
 
 
