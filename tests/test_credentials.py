@@ -7,10 +7,10 @@ from threading import Thread
 
 import pytest
 
+from studies.pareto_search import main
 from vgid.config import StudyConfig
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
-from vgid.study.arguments import main
 from vgid.study.ledger import Ledger
 from vgid.study.mlflow_client import connect, open_client
 from vgid.study.plan import make_plan

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from studies import pareto_search
 from vgid import cli
 from vgid.config import StudyConfig
 from vgid.deployment import pick_arguments
 from vgid.paper import compare_arguments, paper_arguments
-from vgid.study import arguments as study_arguments
 
 ADDRESSES = ("s3://bucket/study", "gs://bucket/study", "http://host/study", "file:///tmp/study")
 
@@ -23,7 +23,7 @@ def vgid(arguments):
 
 
 COMMANDS = {
-    "study": lambda path: study_arguments.main(["--output", path]),
+    "study": lambda path: pareto_search.main(["--output", path]),
     "comparison": lambda path: compare_arguments.main(["--output", path]),
     "tables": lambda path: paper_arguments.main(["--output", path]),
     "pick": lambda path: pick_arguments.main(["--study", "s", "--output", path]),
@@ -70,7 +70,7 @@ def test_paths_become_absolute(tmp_path, monkeypatch):
         lambda path: vgid(["verify", path]),
         lambda path: vgid(["teachers", "--info", path]),
         lambda path: vgid(["report", path, "--subject", "A1"]),
-        lambda path: study_arguments.main(["--model-path", path, "--dry-run"]),
+        lambda path: pareto_search.main(["--model-path", path, "--dry-run"]),
     ],
 )
 def test_what_cannot_be_looked_for_is_one_sentence(command, capsys):
@@ -81,5 +81,5 @@ def test_what_cannot_be_looked_for_is_one_sentence(command, capsys):
 
 def test_a_study_is_not_put_below_a_file(tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert study_arguments.main(["--output", str(tmp_path / "file" / "study"), "--dry-run"]) == 2
+    assert pareto_search.main(["--output", str(tmp_path / "file" / "study"), "--dry-run"]) == 2
     assert "file: is a file; name a folder with --output." in capsys.readouterr().err

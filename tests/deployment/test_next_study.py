@@ -18,8 +18,13 @@ from vgid.models.backbones import EMBEDDED, revision_of
 from vgid.report.records import TrialRecord, write_front
 from vgid.results import TrialResult
 from vgid.study.arguments import parser, study_config
-from vgid.study.plan import make_plan
+from vgid.study.plan import Plan, make_plan
 from vgid.study.summary import provenance
+
+
+def planned(config: StudyConfig) -> Plan:
+    assert config.from_deployment is not None
+    return make_plan(config, read_ancestor(config.from_deployment))
 
 
 @pytest.fixture
@@ -27,7 +32,7 @@ def config(deployment_file: Path, benchmark_folder: Path, tmp_path: Path) -> Stu
     """As the command line makes it and the plan pins it."""
     flags = ["--from-deployment", str(deployment_file), "--data", str(benchmark_folder)]
     flags += ["--retain-people", "4", "--output", str(tmp_path / "next")]
-    return make_plan(study_config(parser().parse_args(flags))).config
+    return planned(study_config(parser().parse_args(flags))).config
 
 
 @pytest.fixture
@@ -54,11 +59,11 @@ def study(config: StudyConfig, deployment_file: Path) -> Path:
 def test_every_trial_is_asked_to_start_from_the_deployment(config, deployment_file):
     parent, sha256 = read_deployment(deployment_file)
     assert config.from_deployment_sha256 == sha256
-    request = make_plan(config).request
+    request = planned(config).request
     assert request.earlier_ids == parent.subjects
     assert request.deployed_adapter == deployment_file.parent / "tiny-llava" / "adapter"
     with pytest.raises(InputError, match="--backbone: the deployment is of tiny-llava"):
-        make_plan(config.model_copy(update={"backbone": "tiny-qwen2.5-vl"}))
+        planned(config.model_copy(update={"backbone": "tiny-qwen2.5-vl"}))
 
 
 def test_a_pick_ships_both_requests_in_one_adapter(study, deployment_file):

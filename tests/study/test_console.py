@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from studies.pareto_search import main
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.report.records import TrialRecord
 from vgid.results import EpochReport, Score, TrialResult
-from vgid.study.arguments import main, parser, seconds, study_config
+from vgid.study.arguments import parser, seconds, study_config
 from vgid.study.console import (
     Standing,
     StudyConsole,
@@ -216,7 +217,7 @@ def test_help_explains_every_flag_with_its_default():
 
 def test_help_and_bad_input_import_nothing_heavy():
     code = (
-        "import sys; from vgid.study.arguments import main\n"
+        "import sys; from studies.pareto_search import main\n"
         "try: code = main(sys.argv[1:])\n"
         "except SystemExit as end: code = end.code\n"
         f"print('loaded', [name for name in {HEAVY!r} if name in sys.modules], code)"

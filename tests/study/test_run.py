@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from studies.pareto_search import main
 from vgid.cluster.losses import IN_A_ROW, RETRIES
 from vgid.cluster.mailbox import Outcome
 from vgid.command_line import exit_code
@@ -20,7 +21,6 @@ from vgid.interrupts import StudyInterruptedError
 from vgid.report.figures import FIGURES
 from vgid.report.records import TrialRecord
 from vgid.results import Score, TrialResult
-from vgid.study.arguments import main
 from vgid.study.console import Standing, StudyConsole
 from vgid.study.ledger import Ledger
 from vgid.study.plan import make_plan

@@ -2,43 +2,16 @@
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from vgid.command_line import Parser, exit_code
+from vgid.command_line import Parser
 from vgid.config import ForgetRatio, Method, Sampler, StudyConfig, TrainPairs, parse
-from vgid.errors import InputError
 
 OUTPUT = Path("runs")
 """Where a study goes if no output folder is named: ``runs/<backbone>-<number>``."""
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Returns:
-        0 when the study is done, 1 when it stopped for no trial's fault or no trial completed, 2
-        after bad input (each one sentence on stderr), 130 when a signal ended it.
-    """
-
-    def run() -> Mapping[str, Any]:
-        options = parser().parse_args(arguments)
-        if options.retry_failed and not options.resume:
-            raise InputError("--retry-failed: there is nothing to retry; add --resume.")
-        config = study_config(options)
-        if options.dry_run:
-            from vgid.study.plan import make_plan
-
-            print("\n".join(make_plan(config).lines()))
-            return {}
-        from vgid.study.run import run_study
-
-        return run_study(config, resume=options.resume, retry_failed=options.retry_failed)
-
-    return exit_code(run, "The study was interrupted; go on with --resume.")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vgid.cluster.resources import SlotShape, worker_bytes
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
@@ -77,8 +77,23 @@ class Plan:
         return lines
 
 
-def make_plan(config: StudyConfig) -> Plan:
+class Ancestor(Protocol):
+    """The deployment that a study starts from (``vgid.deployment.lineage``)."""
+
+    @property
+    def sha256(self) -> str:
+        """Of its file."""
+
+    def request_fields(self, backbone: str | None, model_path: str | None) -> dict[str, Any]:
+        """What it sets of every request that follows it."""
+
+
+def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
     """Check a study: backbone, weights, data, search space, output folder, free space.
+
+    Args:
+        config: the study.
+        ancestor: what ``config.from_deployment`` holds, where it names a file.
 
     Raises:
         InputError: one sentence that names what is wrong and the remedy.
@@ -86,13 +101,10 @@ def make_plan(config: StudyConfig) -> Plan:
     from vgid.models import backbones
 
     ancestral: dict[str, Any] = {}
-    if config.from_deployment is not None:
-        from vgid.deployment.lineage import read_ancestor
-
-        parent = read_ancestor(config.from_deployment)
-        ancestral = parent.request_fields(config.backbone, config.model_path)
+    if ancestor is not None:
+        ancestral = ancestor.request_fields(config.backbone, config.model_path)
         pinned = {
-            "from_deployment_sha256": parent.sha256,
+            "from_deployment_sha256": ancestor.sha256,
             "model_path": ancestral["model_path"],
         }
         config = config.model_copy(update=pinned)

@@ -29,7 +29,7 @@ from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots
 from vgid.study.background import Background
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.study.ledger import Header, Ledger, Record, changes, now
-from vgid.study.plan import Plan, make_plan
+from vgid.study.plan import Ancestor, Plan, make_plan
 from vgid.study.scoreboard import Scoreboard
 from vgid.study.scribe import Scribe
 from vgid.study.summary import phases, said_of_a_stop, shortfall, store_use, study_summary
@@ -48,7 +48,11 @@ HELD_OUT_SEED_OFFSET = 1_000_003
 
 
 def run_study(
-    config: StudyConfig, resume: bool = False, session: Any = None, retry_failed: bool = False
+    config: StudyConfig,
+    resume: bool = False,
+    session: Any = None,
+    retry_failed: bool = False,
+    ancestor: Ancestor | None = None,
 ) -> dict[str, Any]:
     """Run a study, or go on with one.
 
@@ -57,6 +61,7 @@ def run_study(
         resume: continue the study that the output folder holds.
         session: makes the sessions of the workers, ``vgid.cluster.slots.trial_session`` if None.
         retry_failed: run the failed trials of a resumed study again, under their ids.
+        ancestor: the deployment that it starts from, where ``config.from_deployment`` names one.
 
     Returns:
         The content of ``study.json``; ``interrupted`` tells whether a signal ended it, ``error``
@@ -66,7 +71,7 @@ def run_study(
         InputError: bad input; nothing was started if it is in what can be checked before.
     """
     started = time.monotonic()
-    plan = make_plan(config)
+    plan = make_plan(config, ancestor)
     sudden = (
         f"{config.output}: the study's process was killed, or Ray's on its node; go on with "
         "--resume."
