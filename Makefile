@@ -24,6 +24,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # Debian's Chromium and PostgreSQL for tests/browser, installed where that is possible; where they
 # stay away, those tests are left out, and a line says so.

@@ -168,61 +168,6 @@ def teachers(
         print(f"Removed {removed.entries} entries and freed {removed.size}.")
 
 
-@app.command("profile")
-def profile_command(
-    backbone: Annotated[
-        str, typer.Option(help="Backbone to profile; with --estimate also `all`.")
-    ] = "llava-1.5-7b",
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Random weights of the true size; no download.")
-    ] = False,
-    model_path: Annotated[
-        str | None, typer.Option(help="Folder or hub id of the real weights.")
-    ] = None,
-    portraits: Annotated[
-        int, typer.Option(min=1, help="Forget people of a step, and as many retain people.")
-    ] = 2,
-    questions: Annotated[int, typer.Option(min=1, help="Questions of a portrait.")] = 7,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after a warm-up.")] = 5,
-    checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations again.")
-    ] = False,
-    peak_tflops: Annotated[
-        float | None, typer.Option(min=1, help="Dense bf16 peak of the card, if it is not known.")
-    ] = None,
-    estimated: Annotated[
-        bool, typer.Option("--estimate", help="What the cost model predicts; needs no GPU.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Time a real-size training step on the GPU: tokens a second, MFU, peak memory."""
-    from tests.benchmarks.architectures import TEXT_SIZES
-    from tests.benchmarks.profile import TABLE_HEADER, estimate, profile
-
-    peak = None if peak_tflops is None else peak_tflops * 1e12
-    if estimated:
-        names = list(TEXT_SIZES) if backbone == "all" else [backbone]
-        rows = [row for name in names for row in estimate(name, portraits, questions, peak)]
-    else:
-        rows = [
-            profile(
-                backbone,
-                random_weights=random_weights,
-                model_path=model_path,
-                portraits=portraits,
-                questions=questions,
-                steps=steps,
-                gradient_checkpointing=checkpointing,
-                peak_flops=peak,
-            )
-        ]
-    if as_json:
-        found = [row.as_json() for row in rows]
-        print(json.dumps({"estimates": found} if estimated else found[0]))
-    else:
-        print("\n".join([TABLE_HEADER, *(row.row() for row in rows)]))
-
-
 @app.command("finetune")
 def finetune_command(
     backbone: Annotated[str, typer.Option(help="Backbone to tune.")],

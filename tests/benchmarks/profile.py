@@ -1,5 +1,7 @@
 """What a real-size step of distillation does on the accelerator at hand, or should do.
 
+``python -m tests.benchmarks.profile --backbone llava-1.5-7b --random-weights``, and ``--estimate``.
+
 ``measure`` times whole steps as ``vgid.method.distillation.distill`` takes them (packing, both
 losses, backward pass, clipping, AdamW) on synthetic prompts of the benchmark's lengths;
 ``estimate`` gives the same figures from the cost model. Both speak of the same work: the FLOPs are
@@ -7,20 +9,23 @@ the analytic minimum of ``vgid.models.cost_model``, so MFU counts neither paddin
 as work done.
 """
 
+import json
 import re
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import nn
 
-from tests.benchmarks.architectures import random_backbone
+from tests.benchmarks.architectures import TEXT_SIZES, random_backbone
 from vgid.config import TrialConfig, parse
 from vgid.errors import InputError
 from vgid.method.distillation import Student, backward_term, share
@@ -148,7 +153,7 @@ def profile(
     gradient_checkpointing: bool = False,
     peak_flops: float | None = None,
 ) -> Figures:
-    """Measure a backbone at its true size on the GPU: what ``vgid profile`` does.
+    """Measure a backbone at its true size on the GPU: what the command does.
 
     Args:
         name: of the backbone.
@@ -165,11 +170,11 @@ def profile(
     """
     if not torch.cuda.is_available():
         raise InputError(
-            "vgid profile: there is no GPU here to measure; run it where there is one, or add "
+            "profile: there is no GPU here to measure; run it where there is one, or add "
             "--estimate for what the cost model predicts."
         )
     if random_weights and model_path is not None:
-        raise InputError("vgid profile: --model-path is of no use with --random-weights; drop one.")
+        raise InputError("profile: --model-path is of no use with --random-weights; drop one.")
     remedy = "--portraits 1" if gradient_checkpointing else "--gradient-checkpointing"
     with out_of_memory_explained(name, remedy):
         backbone = random_backbone(name, "cuda") if random_weights else load(name, model_path)
@@ -187,7 +192,7 @@ def out_of_memory_explained(name: str, remedy: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise InputError(
-            f"vgid profile: a step of {name} does not fit into the GPU's memory; try {remedy}."
+            f"profile: a step of {name} does not fit into the GPU's memory; try {remedy}."
         ) from None
 
 
@@ -254,7 +259,7 @@ def _trial(gradient_checkpointing: bool) -> TrialConfig:
         "learning_rate": 1e-4,
         "gradient_checkpointing": gradient_checkpointing,
     }
-    return parse(TrialConfig, values, "vgid profile")
+    return parse(TrialConfig, values, "profile")
 
 
 def _step(
@@ -364,3 +369,62 @@ def _outline(name: str) -> Backbone:
         parameters=sum(p.numel() for p in backbone.model.parameters()),
     )
     return backbone
+
+
+def main(
+    backbone: Annotated[
+        str, typer.Option(help="Backbone to profile; with --estimate also `all`.")
+    ] = "llava-1.5-7b",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Random weights of the true size; no download.")
+    ] = False,
+    model_path: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the real weights.")
+    ] = None,
+    portraits: Annotated[
+        int, typer.Option(min=1, help="Forget people of a step, and as many retain people.")
+    ] = 2,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of a portrait.")] = 7,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, after a warm-up.")] = 5,
+    checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations again.")
+    ] = False,
+    peak_tflops: Annotated[
+        float | None, typer.Option(min=1, help="Dense bf16 peak of the card, if it is not known.")
+    ] = None,
+    estimated: Annotated[
+        bool, typer.Option("--estimate", help="What the cost model predicts; needs no GPU.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """Time a real-size training step on the GPU: tokens a second, MFU, peak memory."""
+    peak = None if peak_tflops is None else peak_tflops * 1e12
+    if estimated:
+        names = list(TEXT_SIZES) if backbone == "all" else [backbone]
+        rows = [row for name in names for row in estimate(name, portraits, questions, peak)]
+    else:
+        rows = [
+            profile(
+                backbone,
+                random_weights=random_weights,
+                model_path=model_path,
+                portraits=portraits,
+                questions=questions,
+                steps=steps,
+                gradient_checkpointing=checkpointing,
+                peak_flops=peak,
+            )
+        ]
+    if as_json:
+        found = [row.as_json() for row in rows]
+        print(json.dumps({"estimates": found} if estimated else found[0]))
+    else:
+        print("\n".join([TABLE_HEADER, *(row.row() for row in rows)]))
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

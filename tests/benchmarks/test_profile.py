@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from tests.benchmarks.architectures import TEXT_SIZES, config_of, random_backbone
 from tests.benchmarks.profile import (
@@ -19,7 +18,6 @@ from tests.benchmarks.profile import (
     measure,
     out_of_memory_explained,
 )
-from vgid.cli import app
 from vgid.errors import InputError
 from vgid.method.profile_prompts import QUESTION_TOKENS, RESPONSE_TOKENS, synthetic_set
 from vgid.models.cost_model import distinct_tokens, step_minimum
@@ -41,8 +39,8 @@ PARAMETERS = {
 IMAGE_TOKENS = {"llava-1.5-7b": 576, "llava-1.5-13b": 576, "qwen2.5-vl-3b": 144}
 
 
-def vgid(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vgid.cli", *map(str, args)]
+def profile(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.benchmarks.profile", *map(str, args)]
     hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=hidden)
 
@@ -214,12 +212,12 @@ def test_out_of_memory_is_one_sentence():
 
 
 def test_without_a_gpu_it_refuses_in_one_sentence():
-    sentence = refused(vgid("profile", "--backbone", "llava-1.5-7b", "--random-weights"))
+    sentence = refused(profile("--backbone", "llava-1.5-7b", "--random-weights"))
     assert "no GPU" in sentence and "--estimate" in sentence
 
 
 def test_estimates_from_the_command_line():
-    machine = vgid("profile", "--estimate", "--backbone", "all", "--json")
+    machine = profile("--estimate", "--backbone", "all", "--json")
     assert (machine.returncode, machine.stderr) == (0, "")
     found = json.loads(machine.stdout)["estimates"]
     assert [row["backbone"] for row in found] == [n for n in TEXT_SIZES for _ in range(2)]
@@ -227,7 +225,7 @@ def test_estimates_from_the_command_line():
 
 
 def test_estimates_as_a_table():
-    done = CliRunner().invoke(app, ["profile", "--estimate", "--portraits=1", "--peak-tflops=312"])
+    done = profile("--estimate", "--portraits=1", "--peak-tflops=312")
     lines = done.stdout.splitlines()
     assert "\n".join(lines[:2]) == TABLE_HEADER
     assert len(lines) == 4
