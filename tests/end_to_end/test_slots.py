@@ -247,6 +247,12 @@ def study(data, space, output, **options):
     )
 
 
+def mailboxes() -> set[int]:
+    """Processes; Ray writes an actor's name over its command line."""
+    found = psutil.process_iter(["cmdline"])
+    return {p.pid for p in found if (p.info["cmdline"] or [""])[0] == "ray::Mailbox"}
+
+
 def test_failing_trials_cost_their_own_place_and_an_ignorant_base_is_told_of(
     two_nodes, data, tmp_path, capfd
 ):
@@ -265,7 +271,12 @@ def test_failing_trials_cost_their_own_place_and_an_ignorant_base_is_told_of(
         "      - {alpha: 0.5}\n"
     )
     output = tmp_path / "study"
+    before = mailboxes()
     summary = run_study(study(data, space, output, trials=4), session=sessions.Fragile)
+    patience = time.monotonic() + 10
+    while mailboxes() - before:  # its own ends, though the cluster goes on
+        assert time.monotonic() < patience
+        time.sleep(0.1)
     table = pd.read_csv(output / "trials.csv", dtype={"trial_id": str}).set_index("trial_id")
     assert list(table.status) == ["completed", "failed", "failed", "completed"]
     assert summary["counts"] == {"completed": 2, "pruned": 0, "failed": 2, "lost": 0}

@@ -2,14 +2,14 @@
 
 1. The vision tower learns the twelve attributes of drawn faces (nobody of any benchmark), and is
    frozen.
-2. Projector and language model learn packs of questions about pictures (``embedded_recipe``). The
+2. Projector and language model learn packs of questions about pictures (``recipe``). The
    questions of a pack share picture and instruction (``pretraining_packs``).
 
 Rebuild the shipped weights, or make others, with::
 
     python -m vgid.bases.pretraining OUT [--backbone NAME] [--seed S] [--data-seed D] [--threads T]
 
-It shows its progress, measures the result by the real path (``backbone_measure``), prints the
+It shows its progress, measures the result by the real path (``measure``), prints the
 table, and writes ``OUT/MEASURED.json`` beside the weights. Weights out of bounds are marked there
 (``"within_bounds": false``) and the exit code is 1. The same seed, data seed and thread count give
 the same weights bit for bit on one machine.

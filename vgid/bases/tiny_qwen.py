@@ -60,7 +60,7 @@ SPECIAL = [PAD, "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE
 
 
 def corpus(extra: Iterable[str] = ()) -> list[str]:
-    """Every text that the tokenizer learns from, see ``embedded_model.corpus``."""
+    """Every text that the tokenizer learns from, see ``tiny_llava.corpus``."""
     turn = FRAME.text.format(text="")
     return embedded_model.corpus(extra, frame=re.split(r"<\|\w+\|>", turn))
 

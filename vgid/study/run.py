@@ -194,6 +194,14 @@ class Study:
             self._finishes(Background("closing").submit(self._courier.close))
             self._courier.close(0.0)  # what a signal left no time for is left out
             slots.close(timeout_s=0.0 if self._interrupt.came else 10.0)
+            self._end_mailbox()
+
+    def _end_mailbox(self) -> None:
+        """Without this it lives as long as the Ray job, which may run many studies."""
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            ray.kill(self._mailbox)
 
     def close(self) -> None:
         """Leave nothing on MLflow as running, however the study ended."""
