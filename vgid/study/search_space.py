@@ -321,7 +321,7 @@ def _parsed(path: Path) -> _File:
 
 def _chain(path: Path) -> list[tuple[Path, _File]]:
     """A file, the one that it extends, the one that this extends, and so on."""
-    from vgid.backbones import BACKBONES
+    from vgid.models.backbones import BACKBONES
 
     chain = [(path, _parsed(path))]
     while (named := chain[-1][1].extends) is not None:
