@@ -53,6 +53,8 @@ class Losses:
     @property
     def hopeless(self) -> str | None:
         """The cause that lost ``IN_A_ROW`` trials one after the other; None while there is none."""
+        # Three trials, so that one that kills its worker each time does not end the study; three
+        # steps, so that one node that takes three trials with it does not either.
         enough = min(self._steps, len(self._row)) >= IN_A_ROW
         return self._cause if enough else None
 

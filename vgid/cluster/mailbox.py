@@ -155,6 +155,17 @@ class _Slot:
     given_up: bool = False
 
 
+# One trial, whose worker dies in its second epoch. Left Tune's process, right the slot's:
+#
+#     submit(7)                 waiting: 7            take        -> 7
+#     next_message  ->  1 ...                         report(1)      waits for a decision
+#     next_message (= go on)    report(1) is True     trains epoch 2, dies
+#                               free: 7 goes first    take        -> 7, from its checkpoint
+#                               1 was told before     report(1) is True at once
+#     next_message  ->  2                             report(2)      waits for a decision
+#
+# Tune's side never notices. Were reports simply sent and forgotten, a trial that Tune stops would
+# train on for an epoch or more, and one that starts again would count its epochs twice.
 class Mailbox:
     """Hands jobs to slots and messages back. An asyncio actor; its methods run interleaved.
 
@@ -184,6 +195,8 @@ class Mailbox:
         """
         ticket = self._tickets.get(job.id)
         if ticket is not None and ticket.caller != caller and not ticket.cancelled:
+            # Taken over, not refused: a trial whose Tune process died is handed out again under its
+            # id.
             ticket.caller = caller
             heard = ticket.heard
             if heard is not None and not (isinstance(heard, Outcome) and heard.lost):
@@ -309,6 +322,8 @@ class Mailbox:
             )
             if not self._wants(state) or state.worker != worker:
                 return None
+            # Held from this moment on, before the worker has it: a worker that dies on the way
+            # loses nothing.
             ticket = state.holds = self._waiting.popleft()
         ticket.attempts += 1
         self._moves += 1
@@ -338,6 +353,7 @@ class Mailbox:
             if ticket.cancelled:
                 self._end(ticket, failure(ticket.job, "stopped"), state, slot)
             elif ticket.attempts < MAX_ATTEMPTS:
+                # In front: it has waited longest, and its checkpoint is there.
                 self._waiting.appendleft(ticket)
             else:
                 error = f"lost its worker {MAX_ATTEMPTS} times"
@@ -419,6 +435,7 @@ class Mailbox:
 
 def _count_restart(state: _Slot, lost: str | None) -> None:
     now = time.monotonic()
+    # By job, so that a job that kills three workers in a row is one restart, not three of five.
     state.restarts[lost or f"none at {now}"] = now
     recent = {key: at for key, at in state.restarts.items() if at > now - RESTART_WINDOW_S}
     state.restarts = recent

@@ -81,6 +81,8 @@ def trial_session(request: RequestConfig, rank: int, world_size: int) -> Session
     return TrialSession(request, rank, world_size)
 
 
+# On the driver's node, since a study cannot outlive that one anyway: on another node the mailbox
+# would be one more thing to lose.
 def start_mailbox() -> Any:
     """Start the study's mailbox on this node, outside all resource counting.
 
@@ -132,6 +134,8 @@ class Slots:
         # ask the newest cluster of the machine, take the controller for dead and end its workers.
         address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
         environment = {"env_vars": TRAIN_SETTINGS | address}
+        # A thread for each slot, which holds it for the whole study, and one for what controllers
+        # tell.
         actor = ray.remote(max_concurrency=count + 1, runtime_env=environment, **_immortal())
         self._host = actor(_SlotHost).remote(shape)
         self._run = (storage, loop)
@@ -152,6 +156,13 @@ class Slots:
             _give_back(self._shape)
 
 
+# Starting a run costs a dozen seconds and a trial on tiny-llava seven, so a run a trial would spend
+# most of a study on starting.
+#
+#   driver (no torch) -- host actor -- thread of slot 0 -- Train controller -- workers (torch)
+#                                  \-- thread of slot 1 -- Train controller -- workers
+#
+# Who dies takes along what is to the right; what it hangs on (for the host: Ray) starts it again.
 class _SlotHost:
     """Holds the Train runs, a thread each. When it dies they die too, and it starts them again."""
 
@@ -173,6 +184,8 @@ class _SlotHost:
                 self._fit(slot, run, storage, loop)
             except Exception as error:
                 traceback.print_tb(error.__traceback__)
+                # Before anything is given back: until Ray has noticed, the dead controller's
+                # workers still use it.
                 time.sleep(ORPHANS_S)
                 self._placed.pop(slot, None)
                 _give_back(self._shape, self._placed.values())
@@ -196,6 +209,8 @@ class _SlotHost:
                 resources_per_worker=self._shape.per_worker,
             ),
             run_config=RunConfig(
+                # A host that was started again counts its runs from 0, and Train would go on with a
+                # name that it knows.
                 name=f"slot-{slot}-{run}-{secrets.token_hex(3)}",
                 storage_path=str(storage),
                 # The mailbox counts, and sends home the workers of a slot that is given up.
@@ -289,6 +304,8 @@ def serve(config: dict[str, Any]) -> None:
             return
 
 
+# The token tells the mailbox a new process of a slot from the one before, whose last poll may still
+# be open: a job that is handed to the dead is lost for as long as the study runs.
 class _Line:
     """A worker's line to the mailbox, the same on every rank."""
 

@@ -32,6 +32,15 @@ that is larger stays whole, and the other rows, padded to its length anyway, are
 
 
 @dataclass
+# Two questions about one portrait, `i i Q a` and `i i Q b c` (i: image tokens), are one row of six:
+#
+#     token      i  i  Q  a  b  c
+#     position   0  1  2  3  3  4       as in the question's own sequence
+#     ends       6  6  6  4  6  6       a token is seen by those from itself up to there
+#     paths      0 1 2 3  and  0 1 2 4 5
+#
+# Both read the portrait's states, and neither sees the other's words. In sequences of their own the
+# image would run twice; at LLaVA's 576 image tokens and 7 questions that is most of the work.
 class Packed:
     """N samples as model inputs.
 
@@ -72,6 +81,8 @@ class Packed:
         rows, places = [], []
         for row, path, response in zip(self.rows, self.paths, self.responses, strict=True):
             rows += [row] * len(response)
+            # A token is predicted by the one before it, so the places are the response's, moved by
+            # one.
             places += path[len(path) - len(response) - 1 : -1] if response else []
         return rows, places
 
@@ -131,6 +142,8 @@ def pack(
             for n in trees[t].samples:
                 prompt, answer = prompts[n], answers[n]
                 shared = _common(before, keys[n])
+                # Of the sample before, what the new one does not continue ends here; samples are in
+                # lexicographic order, so nothing will continue it later.
                 ends_BL[b, path[shared:]] = used
                 new = slice(used, used + len(keys[n]) - shared)
                 ids_BL[b, new] = (prompt.prompt_ids + answer)[shared:]
@@ -258,6 +271,8 @@ def _fill_rows(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
         rows: list[list[int]] = [[] for _ in range(count)]
         used = [0] * count
         for t in sorted(range(len(sizes)), key=lambda t: -sizes[t]):
+            # Longest first into the emptiest row: the rows end up nearly even, and padding, which
+            # is computed as well, is little.
             row = used.index(min(used))
             rows[row].append(t)
             used[row] += sizes[t]

@@ -51,6 +51,9 @@ class Segment:
     samples: list[int]
 
 
+# With 7 questions of 10 tokens on a portrait of 576, every step of plain decoding reads 7 x 586
+# keys, of which 6 x 576 are copies. Here a step reads the 576 once, against the 7 queries as one
+# matrix, and then each question's own 10.
 def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
     """Part the prompts into shared segments and what is left to each sample.
 
@@ -62,6 +65,8 @@ def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
     own: list[list[int]] = [[] for _ in packed.paths]
 
     def descend(samples: list[int], depth: int, level: int) -> None:
+        # The samples are in lexicographic order, so what the first and the last share is shared by
+        # all.
         first, last = packed.paths[samples[0]], packed.paths[samples[-1]]
         if len(samples) == 1:
             own[samples[0]] += first[depth:]
@@ -127,6 +132,7 @@ class SharedPrompts:
             for (packed, _), own in zip(passes, owns, strict=True)
         ]
         own_layers = []
+        # Layer by layer, so that the packed cache and its copies are never both whole in memory.
         while passes[0][1].layers:
             layers = [cache.layers.pop(0) for _, cache in passes]
             keys = [_taken(x.keys, *at) for x, at in zip(layers, places, strict=True)]
@@ -145,6 +151,8 @@ class SharedPrompts:
         Returns:
             The same rows in the order in which they stand from now on.
         """
+        # Five rows of which 0, 2 and 4 go on become 0, 4, 2: one row is copied. Closing ranks in
+        # order would move two here, and with the first row gone it would move all.
         places = set(range(len(going)))
         last = [row for row in going if row >= len(going)]
         moved = dict(zip(sorted(places - set(going)), last, strict=True))
@@ -275,6 +283,10 @@ class _Stack:
         return x_CGSQX.transpose(1, 2).flatten(0, 1)[self._flat_M]
 
 
+# Why parts add up to the exact softmax: of scores 1, 3 | 2 in two parts, the first gives largest 3,
+# total e^-2 + 1, the second largest 2, total 1. Measured against the common largest 3 the second's
+# total is e^-1, and e^-2 + 1 + e^-1 is the denominator of the softmax over all three. The values go
+# the same way; nothing is ever divided before the end.
 @dataclass
 class Sums:
     """Attention to a part of the tokens, of a row's queries.
@@ -298,6 +310,8 @@ class Sums:
         before = self.each(lambda x: x[rows_M])
         largest = torch.maximum(before.largest, part.largest)
         old, new = (before.largest - largest).exp_(), (part.largest - largest).exp_()
+        # Writing by index keeps one of several writes to a row: that is why a stack holds no sample
+        # twice.
         self.largest[rows_M] = largest
         self.total[rows_M] = before.total * old + part.total * new
         self.values[rows_M] = before.values * old + part.values * new
@@ -314,6 +328,8 @@ def attended(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scal
         scaling: of the products.
     """
     scores = (queries @ keys.transpose(-1, -2)).float().mul_(scaling).add_(hidden)
+    # Never -inf, which would make NaN of its own padding: the newest token of a row is not padding,
+    # and no segment is empty.
     largest = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)

@@ -61,6 +61,15 @@ class Tree:
     blocks: list[Block]
 
 
+# A portrait (0, 1) with two questions behind it, A (2, 3) and B (4, 5), in blocks of two queries:
+#
+#     place   0  1  2  3  4  5       queries 0 1 meet the keys 0 1
+#     ends    6  6  4  4  6  6       queries 2 3 meet the keys 0 1 2 3
+#                                    queries 4 5 meet the keys 0 1 and 4 5, two stretches
+#
+# Under one mask over the row, B's queries would be multiplied with A's keys as well, and so with
+# those of every other portrait of the row, to be thrown away: with five portraits a row that
+# is four fifths of the work, and more within each.
 def lay_out(ends_BL: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Tree]:
     """The trees of packed rows, row after row; together they hold every place once.
 
@@ -88,9 +97,13 @@ def _tree(ends: Any, block: int, dtype: torch.dtype, device: torch.device) -> Tr
     blocks = []
     for places_Q in np.array_split(np.arange(tokens), count):
         first = places_Q[0]
+        # Those of the first query are enough: a subtree is one stretch, so a token before the block
+        # that is above a later query is above the first one too.
         ancestors = np.flatnonzero(ends[:first] > first)
         places_K = np.concatenate([ancestors, places_Q])
         seen_QK = (places_K <= places_Q[:, None]) & (places_Q[:, None] < ends[places_K])
+        # A block may hold the end of A and the beginning of B, so a mask remains: of the
+        # block only.
         mask_QK = torch.full((len(places_Q), _aligned(len(places_K))), -torch.inf, dtype=dtype)
         mask_QK[:, : len(places_K)].masked_fill_(torch.from_numpy(seen_QK), 0.0)
         mask_QK = mask_QK.to(device)[:, : len(places_K)]  # a view copied would be packed tight
@@ -138,6 +151,7 @@ def tree_attention(
     sizes = [tree.tokens for tree in trees]
     # One split, whose gradient is one concatenation: that of a slice is as long as all rows.
     split = [
+        # Rows end to end: trees then need no row numbers, and padding is a tree like the others.
         x.transpose(0, 1).flatten(1, 2)[None].split(sizes, dim=2)
         for x in (query, repeat_kv(key, groups), repeat_kv(value, groups))
     ]

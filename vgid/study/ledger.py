@@ -27,6 +27,7 @@ from vgid.errors import InputError
 from vgid.files import refuse_links, write_atomically
 from vgid.results import EpochReport, TrialResult, trial_order
 
+# A study that went on otherwise would compare trials that were made in two ways.
 MUST_AGREE = (
     "backbone",
     "model_path",
@@ -161,6 +162,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
+# Three things tell of a trial: this record, Optuna's journal, MLflow. They cannot change in one
+# step, so one is the truth and the others are made from it. A study killed at any point below
+# resumes whole:
+#
+#     start   0007.json, no result        -> in flight: runs again under the same id
+#     epoch   0007.json, one epoch more   -> runs again from its checkpoint, which has that epoch
+#     end     0007.json, with its result  -> the resume tells Optuna's journal and MLflow of it
+#
+# A file each, because a rename replaces one file whole, and damage then costs one trial.
 class Ledger:
     """The record of one study, held by one process at a time; use as a context manager.
 
@@ -328,6 +338,8 @@ class Ledger:
         paths = sorted(self.folder.glob("[0-9]*.json"), key=lambda path: trial_order(path.stem))
         records = [_without_scores(self._record(path)) for path in paths]
         for number, record in enumerate(records):
+            # A gap would move every later trial to another number in Optuna, which counts from 0
+            # without gaps.
             if record.trial_id != trial_id(number):
                 raise InputError(
                     f"{self.folder / trial_id(number)}.json: the record of this trial is missing; "
@@ -393,6 +405,8 @@ class Ledger:
         record = self.records[name].model_copy(update=update)
         self._write(self.folder / f"{name}.json", record)
         self.records[name] = _without_scores(record)
+        # Only now: killed before, the record says in flight, and the checkpoint is what it goes on
+        # from.
         shutil.rmtree(self.checkpoints(name), ignore_errors=True)
         return record
 

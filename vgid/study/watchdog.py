@@ -65,6 +65,7 @@ class Watchdog:
         still = now - self._since
         if still < self._patience_s:
             return None
+        # After 1, 2, 4 ... minutes: a night of waiting is ten lines, not six hundred.
         self._patience_s = 2 * still
         return still
 
