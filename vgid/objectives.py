@@ -21,6 +21,8 @@ def forward_kl_per_position(teacher_logits: Tensor, student_logits: Tensor) -> T
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     teacher_logp = F.log_softmax(teacher_logits.detach().to(dtype), dim=-1)
     student_logp = F.log_softmax(student_logits.to(dtype), dim=-1)
+    # Forward KL, so the student is held to whatever the teacher finds likely: the refusal's words
+    # as well as the rest. Reverse KL could be small on one of them alone.
     return (teacher_logp.exp() * (teacher_logp - student_logp)).sum(dim=-1)
 
 
@@ -51,6 +53,8 @@ def npo(logp: Tensor, ref_logp: Tensor, beta: float) -> Tensor:
         ref_logp: the same under the frozen base.
         beta: inverse temperature, > 0.
     """
+    # Equation 10 has no 2 / beta; with it, beta to 0 gives gradient ascent, as its authors show,
+    # and a learning rate means about the same at every beta.
     return -(2 / beta) * F.logsigmoid(-beta * (logp - ref_logp.detach())).mean()
 
 

@@ -106,6 +106,8 @@ class GrowingFront:
         if not known:
             if place < len(self._points) and self._points[place][1] >= point[1]:
                 return False
+            # Sorted, the front falls: what the new point dominates stands directly to the left of
+            # its place, so one look to the left at a time finds all of it.
             first = place
             while first > 0 and self._points[first - 1][1] <= point[1]:
                 first -= 1

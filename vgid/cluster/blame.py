@@ -49,6 +49,8 @@ def blame(job: Job, error: Exception, has_session: bool, folders: Sequence[Path]
 
 
 def _outcome(job: Job, error: Exception, has_session: bool, folders: Sequence[Path]) -> Outcome:
+    # Once, it may be the neighbour on the card; a job for which memory is short again is too large
+    # itself, and fails as any other trial does.
     if _is_environments(error) or (is_a(error, NO_MEMORY_LEFT) and job.attempt == 1):
         return failure(job, _cause(error, folders), lost=True)
     if isinstance(error, InputError):

@@ -197,6 +197,7 @@ def verify(
         else:
             found = Benchmark.open(benchmark).sha256
             checks.append(same_check("data", deployment.data.sha256, found, "sha256"))
+        # Measuring takes minutes and loads weights: nothing that fails its hash gets that far.
         if not hashes_only and not any(check.passed is False for check in checks):
             assert benchmark is not None
             merged = target / EXPORTED_MERGED if exported else None

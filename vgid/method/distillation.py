@@ -171,6 +171,10 @@ def draw_order(
         name: of the order, different for each pass.
         first: portraits whose first turn comes before everyone else's.
     """
+    # Why not a plain shuffle: of five people with 20 questions, a batch of 8 would hold 4 or 5
+    # portraits, and each portrait costs its image tokens; and the few cloze questions would bunch,
+    # so that some steps see three and others none. Two portraits with 4 questions each cost 2
+    # images, not 5.
     left: dict[Hashable, dict[Task, list[int]]] = {}
     for i in sample_generator(seed, name).permutation(len(tasks)).tolist():
         left.setdefault(portraits[i], {}).setdefault(tasks[i], []).append(i)
@@ -185,6 +189,9 @@ def draw_order(
     order: list[int] = []
     for *_, groups in sorted(turns, key=lambda turn: turn[:3]):
         for _ in range(min(questions_per_image, sum(map(len, groups.values())))):
+            # Of 8 generation and 4 cloze questions (shares 2/3 and 1/3), the order opens g c g g c
+            # g ...: after any k draws a task has had its share of k, as nearly as whole questions
+            # allow.
             behind = {t: shares[t] * (len(order) + 1) - drawn[t] for t in groups if groups[t]}
             task = max(behind, key=behind.__getitem__)
             order.append(groups[task].pop())
@@ -230,6 +237,8 @@ def share(
     Portraits stay together as far as equal shares allow. Weights add up, over ranks and parts, to
     the mean over the whole batch.
     """
+    # Counted over the whole batch, not this share: the mean of ranks' means would weigh a token of
+    # a rank with short answers more, and two ranks would train another model than one.
     tokens = sum(len(t.response) for targets in data.rounds(indices, epoch) for t in targets)
     together: dict[Hashable, list[int]] = {}
     for i in indices:
@@ -342,6 +351,8 @@ def distill(
     others = None if kept is None else retain_batches(kept, config, first * per_epoch)
     for epoch in range(first, config.epochs):
         model.train()
+        # By epoch, not once: an epoch that is resumed then draws the masks that it would have
+        # drawn.
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
         sums = torch.zeros(2, dtype=torch.float64)
         norm = 0.0
@@ -414,6 +425,8 @@ def backward_terms(
     Returns:
         The unweighted losses L_F and L_R of this process, float64, shape [2].
     """
+    # Equation 5 as two backward passes: alpha * grad L_F + beta * grad L_R is the gradient of the
+    # sum, and the first term's activations are gone before the second's are made.
     losses_2 = torch.zeros(2, dtype=torch.float64)
     shares = zip(forget_shares, retain_shares, strict=True)
     for part, (forget_share, retain_share) in enumerate(shares, 1):

@@ -105,6 +105,8 @@ class GradientAscent(UnlearningMethod):
 
     def forget_loss(self, view: View) -> Tensor:
         """Equation 6, and the first terms of equations 7 and 8."""
+        # Unbounded below, so nothing stops it where the model is broken already (Appendix A.3.2);
+        # NPO was made to mend that.
         return -view.cross_entropy()
 
 
@@ -147,6 +149,8 @@ class PreferenceOptimisation(UnlearningMethod):
 
     def forget_loss(self, view: View) -> Tensor:
         """Equation 9."""
+        # Both responses ride in one batch, all preferred ones first: they share the prompt's
+        # tokens.
         chosen, rejected = view.logp().chunk(2)
         ref_chosen, ref_rejected = view.ref_logp().chunk(2)
         loss = dpo(chosen, ref_chosen, rejected, ref_rejected, self.trial.preference_beta)
@@ -181,6 +185,7 @@ class RepresentationMisalignment(UnlearningMethod):
                 f"rmu_layer: {backbone.spec.name} has {depth} layers, got {self.layer}; lower it."
             )
         self.layers = self.layer
+        # Equation 11: a Gaussian vector made unit length is uniform on the sphere.
         direction = sample_generator(trial.seed, "rmu direction").standard_normal(text.hidden_size)
         self.direction_D = torch.from_numpy(direction / np.linalg.norm(direction)).float()
         self.direction_D = self.direction_D.to(backbone.device)

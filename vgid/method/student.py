@@ -107,6 +107,7 @@ class View:
 
     def ref_layer_hidden(self, layer: int) -> list[Tensor]:
         """The same of the frozen base, without gradient."""
+        # A second copy of the base would double the memory; LoRA off is the base, bit for bit.
         with torch.no_grad(), self.model.disable_adapter():
             return self.layer_hidden(layer)
 
@@ -125,6 +126,7 @@ def _truncated(backbone: Backbone, layers: int) -> Iterator[None]:
     """The language model without its final norm and all but its first ``layers`` layers."""
     core = backbone.model.model.language_model
     whole, norm = core.layers, core.norm
+    # Sliced rather than hooked: the layers above are then not run at all, forward or backward.
     core.layers, core.norm = whole[:layers], nn.Identity()
     try:
         yield

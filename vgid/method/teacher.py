@@ -81,6 +81,8 @@ def intervene(
     return seen
 
 
+# Hidden states, not logits, are what is kept: a response of 20 tokens is 20 x 4,096 numbers on
+# LLaVA-1.5-7B, its logits 20 x 32,064, and lm_head, which is frozen, gives the same logits again.
 @dataclass(frozen=True)
 class TeacherTarget:
     """What the student learns for one sample.
@@ -139,6 +141,8 @@ class TeacherStore:
         chunks = _chunks(samples)
         found: dict[int, list[TeacherTarget]] = {}
         for k in range(len(chunks)):
+            # Two workers that begin a study together want the same chunks; from one end each would
+            # wait for the other at every chunk.
             i = (k + self.rank) % len(chunks)
             found[i] = self._chunk([samples[n] for n in chunks[i]], intervention, source)
         by_sample = {
@@ -204,11 +208,15 @@ class TeacherStore:
         if source == "teacher":
             end = backbone.processor.tokenizer.eos_token_id
             responses = [
+                # A response that was cut did not end, and the student is not to learn that it did.
                 [*tokens, end] if len(tokens) < MAX_NEW_TOKENS else tokens
                 for tokens in greedy_tokens(backbone, prompts, batch_size=len(prompts))
             ]
         else:
             responses = [response_ids(backbone, _given(s, intervention, source)) for s in chunk]
+        # Equation 2: pi_T at the response's positions is softmax(lm_head(hidden)). Forced along one
+        # response, since teacher and student must be compared at the same tokens y, whoever said
+        # them.
         hidden = response_hidden(backbone, prompts, responses)
         return {
             "lengths": torch.tensor([len(r) for r in responses], dtype=torch.int64),

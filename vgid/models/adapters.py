@@ -32,6 +32,7 @@ def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
     from peft import LoraConfig, get_peft_model
 
     _silence_renaming()
+    # LoRA's A is drawn here: equal seeds, equal adapters, on every rank and at every resume.
     torch.manual_seed(trial.seed)
     config = LoraConfig(
         r=trial.lora_rank,
@@ -110,6 +111,8 @@ def merge(backbone: Backbone, adapter: Path) -> None:
     merged = load_saved(backbone, adapter).merge_and_unload()
     assert merged is backbone.model
     _freeze(merged)
+    # The merged base is another base: under its old name, the store would give out its teacher's
+    # states.
     digest = hashlib.sha256(backbone.revision.encode())
     for name in FILES:
         digest.update((adapter / name).read_bytes())

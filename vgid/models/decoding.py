@@ -120,10 +120,14 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
         going = [row for row, n in enumerate(rows) if n not in ended]
         if not going or step == max_new_tokens:
             break
+        # Rows that ended go on being computed until enough have: dropping one row costs a copy of
+        # others.
         if len(going) <= COMPACT * len(rows):
             going = shared.keep(going)
             rows = [rows[row] for row in going]
             tokens_N, positions_AN = tokens_N[going], positions_AN[:, going]
+        # From the prompt's last position, not from the row's length: in Qwen an image of 100 tokens
+        # takes only as many positions as its longer side, so tokens and positions have come apart.
         positions_AN = positions_AN + 1
         with attending_to_shared_prompts(language_model):
             hidden_ND = language_model(
@@ -212,6 +216,7 @@ def _passes(prompts: Sequence[Encoded]) -> Iterator[list[int]]:
     part: list[int] = []
     tokens = 0
     before: list[int] = []
+    # In the order in which packing lays them out, so that neighbours share as much as they can.
     for n in sorted(range(len(prompts)), key=lambda n: prompts[n].identity):
         identity = prompts[n].identity
         common = _beginning(before, identity)

@@ -142,6 +142,8 @@ def _encode(backbone: Backbone, query: Query, room: int) -> Encoded:
         )
     keys = iter([key for p in pictures for key in [p.token_key] * p.tokens])
     image_id = backbone.processor.image_token_id
+    # To the tokenizer all images are the same token, so two portraits' prompts would seem to begin
+    # alike and share states. Here an image's tokens are its own negative number.
     identity = [next(keys) if i == image_id else i for i in prompt_ids]
     positions_AL = _positions(backbone, prompt_ids, pictures)
     return Encoded(query.id, prompt_ids, identity, positions_AL, pictures, len(query.shots))
@@ -178,6 +180,7 @@ def _positions(
     if not hasattr(core, "get_rope_index"):
         return torch.arange(len(prompt_ids))[None]
     if not pictures:
+        # Three equal axes are what Qwen's own rule gives text: time, height and width all count on.
         return torch.arange(len(prompt_ids)).expand(3, -1)
     ids_1L = torch.tensor([prompt_ids])
     positions_A1L, _ = core.get_rope_index(

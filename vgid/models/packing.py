@@ -31,7 +31,6 @@ MAX_ROW_TOKENS = 4096
 that is larger stays whole, and the other rows, padded to its length anyway, are filled as far."""
 
 
-@dataclass
 # Two questions about one portrait, `i i Q a` and `i i Q b c` (i: image tokens), are one row of six:
 #
 #     token      i  i  Q  a  b  c
@@ -41,6 +40,7 @@ that is larger stays whole, and the other rows, padded to its length anyway, are
 #
 # Both read the portrait's states, and neither sees the other's words. In sequences of their own the
 # image would run twice; at LLaVA's 576 image tokens and 7 questions that is most of the work.
+@dataclass
 class Packed:
     """N samples as model inputs.
 

@@ -127,6 +127,8 @@ class ContentStore:
         if tensors is not None:
             self.hits += 1
             return tensors
+        # Looked for again inside: whoever held the lock may have computed just this. Without the
+        # lock ten workers that begin a study would run the same teacher ten times.
         with _alone(path.with_suffix(".lock")):
             tensors = _load(path)
             if tensors is not None:
@@ -140,6 +142,7 @@ class ContentStore:
                 raise _unwritable(self.folder, error) from None
             self.misses += 1
             self.bytes_written += len(content)
+        # Outside the entry's lock: who waits for the entry need not wait for the sweep.
         self._evict(keep=path)
         return tensors
 
@@ -307,6 +310,9 @@ def _alone(path: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
+            # Before the release: a file left behind for every key that was ever computed would soon
+            # outnumber the entries, and one removed after the release may already be another
+            # process's lock.
             path.unlink()
         lock.release()
 

@@ -44,6 +44,8 @@ def attainment_surface(fronts: Sequence[Points], level: int) -> NDArray[np.float
     points = np.array([point for front in filled for point in front], dtype=np.float64)
     sets = np.repeat(np.arange(len(filled)), [len(front) for front in filled])
     surfaces = moocore.eaf(-points, sets)  # it minimises
+    # moocore states levels as percentages of the sets that were given, so they are counted off
+    # instead.
     levels = np.unique(surfaces[:, 2])
     corners = -surfaces[surfaces[:, 2] == levels[level - 1], :2]
     return np.asarray(corners[np.lexsort((-corners[:, 1], corners[:, 0]))], dtype=np.float64)

@@ -171,7 +171,10 @@ class Study:
         slots = self._start_slots(joined, session)
         watchdog = self._start_watchdog()
         try:
+            # Only now: data and weights were read while the slots started, which takes longer.
             self._interrupt.result(data)
+            # In the queue before the trials, whose reductions are measured against these scores: a
+            # worker finds them in the store then, and need not make them itself.
             base = self._request_base_scores()
             self._interrupt.result(tracker)
             self._bring_tracker_in_line()
@@ -341,6 +344,8 @@ class Study:
         import ray
 
         while True:
+            # Asked once and waited for in short turns: a plain ray.get would hear no signal until
+            # the job ends.
             asked = self._mailbox.next_message.remote(job.id)
             while not ray.wait([asked], timeout=POLL_S)[0]:
                 if self._is_over:
@@ -398,6 +403,8 @@ class Study:
         side = Background("search")
         self._search = self._interrupt.result(side.submit(self._open_search))
         if len(self.ledger.ended) < config.trials:
+            # With a searcher of one's own Tune lets one trial at a time wait for its process, and
+            # slots would come to work one after the other.
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.standing.slots)
             # No CPU: the slots need them all. On the head, where the driver and mailbox are.
             # The smallest share there is: 10,000 trials may be in flight.
@@ -507,6 +514,7 @@ class Study:
         """Tell everyone how a trial ended; one who fails keeps it from nobody else."""
         result = record.result
         assert result is not None
+        # The ledger has the result by now: whatever fails below, a resume makes good.
         trial = self.board.add(record)
         self._losses.end(record.trial_id)
         with self._kept_from_tune():

@@ -65,6 +65,8 @@ def make_sampler(
 
     if kind == "auto":
         kind = "gp" if trials <= GP_UP_TO else "tpe"
+    # A sampler a trial, seeded by both: one sampler's state would depend on how many proposals it
+    # made before, which a resumed study does not know. The factor keeps (0, 1) and (1, 0) apart.
     mixed = (seed * 1_000_003 + number) % 2**32
     if kind == "random":
         return samplers.RandomSampler(seed=mixed)
@@ -231,6 +233,8 @@ class ParetoSearch(Searcher):
             self._next = None
             self._new_first = False
         else:
+            # Not finished while trials run: one of them may be lost and come back, and a search
+            # that has said FINISHED is not asked again.
             return None if self._running else Searcher.FINISHED
         self._running[trial_id] = name
         self._ledger.start(name, config)
@@ -271,6 +275,8 @@ class ParetoSearch(Searcher):
         assert record.result is not None
         if self._next is not None:
             self._next.exception()  # waits: the proposal in the making must not see this result
+        # A proposal that was refused has a number in Optuna and no trial here, so the two counts
+        # part.
         number = self._numbers.get(record.trial_id, int(record.trial_id))
         storage = self._storage
         study = storage.get_study_id_from_name(self._study_name)
@@ -289,6 +295,8 @@ class ParetoSearch(Searcher):
         """End the search; a proposal that was refused or never started leaves no trace."""
         self._thread.shutdown(wait=True)
         shifted = any(int(name) != number for name, number in self._numbers.items())
+        # From then on a trial's number in the journal is its id again, which is what a reader
+        # expects.
         if self._next is not None or shifted:
             self._storage, self._study = reconcile(self._ledger, self._space, self._study_name, 0)
 

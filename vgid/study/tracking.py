@@ -191,6 +191,8 @@ class Tracker:
         if run is not None and record.result is None and time.time() - run.sent < FLUSH_SECONDS:
             return False
         self._behind[record.trial_id] = record
+        # A server that is away costs each attempt a timeout; tried at every epoch, that would hold
+        # up the thread for longer than the epochs take.
         if time.time() >= self._silent_until and not self._catch_up():
             self._silent_until = time.time() + RETRY_SECONDS
             logger.warning("MLflow at %s does not record (%s).", self.uri, self._refusal)
@@ -355,6 +357,7 @@ class Tracker:
         if self._refusal is not None and not self._connection.answers():
             return False
         for name, record in list(self._behind.items()):
+            # Taken out first and put back at the end of the dictionary, which is the queue's order.
             del self._behind[name]
             if not self._try(partial(self._send, record)):
                 self._behind[name] = record
@@ -449,6 +452,7 @@ class Tracker:
 
         Of two runs of a trial, one was asked for by a request whose answer was lost.
         """
+        # By how much they hold, so that of two runs of one trial the fuller one is kept.
         for child in sorted(self._children(), key=lambda child: len(child.data.metrics)):
             tags = dict(child.data.tags)
             trial_id, told = tags.get("vgid.trial_id", ""), tags.get("vgid.status")
