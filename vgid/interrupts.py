@@ -78,6 +78,7 @@ class Interrupt:
         What the work raises is raised.
         """
         while not _done(future):
+            # A thread cannot be stopped from outside in Python; it can only be waited for, or not.
             if self._at is not None and time.monotonic() > self._at + GRACE_S:
                 return False
         future.result()
@@ -85,6 +86,8 @@ class Interrupt:
 
     def _note(self, number: int, frame: Any) -> None:
         self._at = time.monotonic()
+        # At once and for both signals, so that whoever sends SIGINT and then SIGTERM is heard the
+        # second time.
         for known, handler in self._before.items():
             signal.signal(known, handler)
 

@@ -259,6 +259,8 @@ class TrialSession:
     ) -> KeptScores:
         seed = self._seed(part) if seed is None else seed
         intervention = intervention or PLAIN
+        # By content, not by folder: an adapter that was copied or picked has its scores already,
+        # and a folder that was written anew does not.
         adapter_sha256 = None if adapter_dir is None else adapter.sha256(adapter_dir)
         described = [part, seed, asdict(intervention), reverse, adapter_sha256]
 
@@ -301,6 +303,8 @@ class TrialSession:
 
     def _goes_on(self, on_epoch: OnEpoch | None, report: EpochReport) -> bool:
         """Rank 0's answer of ``on_epoch``, known to all ranks so that they stop together."""
+        # Only rank 0 asks, since a scheduler decides once; the others wait for its word, for a rank
+        # that trained on alone would hang in the next exchange of gradients.
         goes_on = on_epoch is None or self.rank != 0 or on_epoch(report)
         if self.world_size > 1:
             import torch.distributed as dist

@@ -133,6 +133,7 @@ def train_language(
         The weighted loss of each step.
     """
     with torch.no_grad():
+        # Once for all steps: the tower is frozen by now.
         features_N = torch.cat(
             [
                 parts.tower_features(model, parts.pixel_values(processor, chunk))

@@ -51,6 +51,9 @@ class SlotShape:
     def per_worker(self) -> dict[str, float]:
         """Ray resources of one worker, with its share of the memory that Ray takes for the slot."""
         gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
+        # Ray's own processes take no resource of their own, so the workers ask for them: else a
+        # node fills with slots by what their workers need, and the kernel ends one when the
+        # controllers come up.
         memory = self.worker_bytes + RAY_BYTES // self.workers
         return {"CPU": float(CPUS_PER_WORKER), **gpus, "memory": float(memory)}
 

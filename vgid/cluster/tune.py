@@ -43,6 +43,8 @@ class SlotTrial(tune.Trainable):
     def setup(self, config: dict[str, Any], mailbox: Any = None) -> None:
         """Keep the mailbox; the job is submitted by the first step."""
         self._mailbox = mailbox
+        # A trial whose process Tune lost may be asked for by two processes at once; the mailbox
+        # answers the newer one, by this name.
         self._caller = secrets.token_hex(8)
         self._job = Job.model_validate_json(config[JOB])
         self._open = False

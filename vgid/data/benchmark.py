@@ -171,6 +171,7 @@ class Benchmark:
         parsed: dict[str, T] = {}
         for row in self._sound_rows(config, columns):
             person_id, defects = parse_id(config, row)
+            # A defective ID is read on in any case: it may be the one that is wanted.
             if not defects and only is not None and person_id not in only:
                 continue
             if person_id in parsed:

@@ -117,6 +117,8 @@ def parse_person(config: str, row: Row) -> tuple[Person, list[Defect]]:
     questions: list[Question] = []
     for field, task, form, entry in _entries(row.values):
         shown = form or "image"
+        # Counted over broken questions too, so that leaving some out changes nobody else's id, and
+        # with it which half of the questions it falls into.
         number = sum(question.task == task and question.form == shown for question in questions)
         question_id = f"{config}/{person_id}/{task}/{shown}/{number}"
         question, problems = _question(question_id, person_id, task, form, entry)

@@ -77,6 +77,8 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
     order = sample_generator(request.seed, "retain people").permutation(len(retain))
     shuffled = [retain[i] for i in order]
     half = request.retain_people // 2
+    # From one shuffle, so that seen and unseen people differ in nothing but training: the gap
+    # between their scores is what distillation kept and otherwise would not have been.
     seen, unseen = shuffled[:half], shuffled[half : request.retain_people]
     others = shuffled[request.retain_people :]
     return People(
@@ -85,6 +87,7 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
         retain_seen=tuple(seen),
         retain_unseen=tuple(unseen),
         retain_pool=tuple(seen + others),
+        # Nobody who is scored: a turn with a person's answers would give the next question's away.
         few_shot=tuple(others),
         earlier=earlier,
         celebrities=_celebrities(benchmark, request),

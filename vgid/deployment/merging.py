@@ -46,6 +46,8 @@ def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
         with safe_open(base / shard, "pt") as file:
             old_names = list(file.keys())
             renamed = {name: names.on_hub(name) for name in old_names}
+            # Nothing in it changes: bytes are copied, so that they stay those whose hash the hub
+            # states.
             if old_names == list(renamed.values()) and not places.keys() & renamed.keys():
                 shutil.copyfile(base / shard, output / shard)
                 continue
@@ -73,6 +75,8 @@ def _merged(weight_OI: Tensor, adapter: LoraWeights, module: str) -> Tensor:
             f"{adapter.folder}: {module} has another shape than in the base; name the base that "
             "the adapter was trained on with --model-path."
         )
+    # In fp32, and rounded once to the base's dtype: in bf16 the small product would be rounded
+    # before it is added, and then again.
     delta_OI = adapter.scale * (b_Or.float() @ a_rI.float())
     return (weight_OI.float() + delta_OI).to(weight_OI.dtype).contiguous()
 

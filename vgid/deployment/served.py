@@ -100,6 +100,8 @@ class Endpoint:
                 self._send("chat/completions", body)["choices"][0]["message"]["content"] or ""
             ).strip()
         except urllib.error.HTTPError as error:
+            # Refused, as a name that is not served should be; a server's own fault says nothing of
+            # the model.
             if error.code < 500:
                 return None
             raise self._unusable(error) from None
@@ -212,6 +214,8 @@ def _ask_all(
 ) -> tuple[list[Check], tuple[ScoreCheck, ...]]:
     checks: list[Check] = []
     scores: list[ScoreCheck] = []
+    # A server that is given an adapter commonly lists the base beside it, and takes the base for a
+    # request without a model: the two ways by which what was suppressed is told all the same.
     for name in (*endpoint.names(), None):
         shown = NO_NAME if name is None else name
         tell(f"Asking {endpoint.url} under {shown}, {len(asked)} questions")
@@ -265,6 +269,7 @@ def _check(name: str, recorded: Scores, found: Mapping[str, Score]) -> Check:
     as_base = [
         (score, base, deployed)
         for score, base, deployed in telling
+        # Nearer to the base than to what was deployed; a third model is for the intervals to tell.
         if found[score].value > (base.value + deployed.value) / 2
     ]
     told = [

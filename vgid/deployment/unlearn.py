@@ -121,6 +121,8 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
             shipped = fresh
         else:
             parent.ship(fresh, shipped)
+        # On the original base, since the one adapter that is shipped holds the parent's as well: on
+        # the parent's merged weights it would be counted twice.
         session = TrialSession(request.model_copy(update={"deployed_adapter": None}))
         seeds = pick_seeds(config.seed, config.seeds)
         tell(f"Scoring the base model, {len(seeds)} seeds")

@@ -144,6 +144,8 @@ def _responses(backbone: Backbone, items: Sequence[ExamItem], batch_size: int) -
     )
     best: dict[int, float] = {}
     for (i, letter, _), score in zip(ranked, rated, strict=True):
+        # Summed and not averaged over tokens: it is the probability that the model says this
+        # option, and no other, that is compared.
         likelihood = float(score.logprobs_R.double().sum())
         if likelihood > best.get(i, -float("inf")):
             best[i], responses[i] = likelihood, letter

@@ -227,6 +227,7 @@ class _PoseImages:
         if question.form == "text":
             return None
         poses = len(self.person.images)
+        # By question, so that the pose of one does not depend on which others are asked.
         pose = int(sample_generator(self.seed, f"pose/{question.id}").integers(poses))
         if pose not in self.decoded:
             source = f"image {pose} of person {self.person.id}"

@@ -77,6 +77,7 @@ def load_checkpoint(
         for name, parameter in parameters.items()
         for kind in ("parameter", "step", "exp_avg", "exp_avg_sq")
     }
+    # Of another LoRA rank, say: another trial's, under the same id.
     if {key: tensor.shape for key, tensor in tensors.items()} != shapes:
         return 0
     with torch.no_grad():
@@ -84,11 +85,15 @@ def load_checkpoint(
             parameter.copy_(tensors[f"parameter/{name}"])
             optimizer.state[parameter] = {
                 key: tensors[f"{key}/{name}"].to(
-                    "cpu" if key == "step" else parameter.device, copy=True
+                    # AdamW keeps its step count on the CPU; on a GPU every step would wait for it.
+                    "cpu" if key == "step" else parameter.device,
+                    copy=True,
                 )
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
     steps = int(next(iter(optimizer.state.values()))["step"])
+    # Set by hand: all that the schedule knows is how many steps were taken, which the optimizer
+    # counts too.
     schedule.last_epoch = steps
     for group, base, factor in zip(
         optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True

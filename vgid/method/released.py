@@ -46,6 +46,8 @@ def with_normalised_noise(batch: Batch, generator: torch.Generator) -> dict[str,
     inputs = dict(batch.inputs)
     if "pixel_values" in inputs:
         pixels = inputs["pixel_values"]
+        # There [0, 1) is about middle to light grey, where the paper's random noise has every pixel
+        # value.
         noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float32)
         inputs["pixel_values"] = noise.to(pixels)
     return inputs
@@ -125,6 +127,8 @@ def distill_released(
                 with torch.no_grad(), model.disable_adapter():
                     teacher_logits = backbone.model(**seen).logits
                 kl = full_position_kl(teacher_logits, backbone.model(**batch.inputs).logits)
+                # Within the loop over both terms: the script takes a step for each, where equation
+                # 5 has one for the sum.
                 optimizer.zero_grad(set_to_none=True)
                 (weight * kl).backward()
                 norm = float(nn.utils.get_total_norm([p.grad for p in parameters]))

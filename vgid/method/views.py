@@ -49,6 +49,7 @@ def portrait_view(image: Image.Image, number: int, seed: int) -> Image.Image:
     light = (1.0 + draw(MAX_BRIGHTNESS)) * (1.0 + np.array([draw(MAX_TINT) for _ in range(3)]))
 
     # Pillow wants the way back, from a pixel of the view to one of the portrait with its border.
+    # More than the largest turn, scaling and shift together reach, so a view never shows beyond it.
     border = max(image.size) // 4
     pixels_HWC = np.asarray(image)
     wide_HWC = np.pad(pixels_HWC, ((border, border), (border, border), (0, 0)), mode="edge")

@@ -40,6 +40,7 @@ class Scoreboard:
         assert record.result is not None
         trial = TrialRecord(record.config, record.result)
         if trial.point is not None and self._front.add(record.trial_id, trial.point):
+            # Computed anew only when the front changes: most trials of a long study are not on it.
             self._volume = None
         self._counts[record.result.status] += 1
         return self._trial(record)
