@@ -270,4 +270,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None and id(cause) not in seen:
         seen.add(id(cause))
         yield cause
+        # The hub's client wraps what its transport raises, which wraps the system's: the disk that
+        # is full is often three exceptions down.
         cause = cause.__cause__ or cause.__context__

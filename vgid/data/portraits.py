@@ -155,6 +155,8 @@ def draw_portrait(face: Face, rng: np.random.Generator, variation: float = 1.0) 
     _draw_features(pen, face, half_width, half_height, turn)
     _draw_hat(pen, face, half_width, half_height)
     canvas = canvas.rotate(jitter(7), Image.Resampling.BILINEAR, fillcolor=background)
+    # Drawn larger and averaged down: Pillow's shapes have hard edges, which would move by whole
+    # pixels with the pose.
     canvas = canvas.resize((PORTRAIT_SIZE, PORTRAIT_SIZE), Image.Resampling.BOX)
 
     pixels_HWC = np.asarray(canvas, dtype=np.float64)

@@ -71,6 +71,7 @@ def write_benchmark(root: Path, seed: int = 0, progress: bool = False) -> None:
             _write(folder / f"forget_{ratio}", [forget], evaluation)
             _write(folder / f"retain_{100 - ratio}", [retain], evaluation)
         middle = len(test_rows) // 2
+        # In two shards, as real configs may be, so that whatever reads it has met that.
         _write(folder / "Test_Set", [test_rows[:middle], test_rows[middle:]], layout.TEST_SCHEMA)
         training = [_training_row(p, rows[p.id]["image"]["bytes"]) for p in people]
         _write(folder / "ft_Data", [training], layout.TRAINING_SCHEMA)

@@ -65,6 +65,7 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
     adapter = read_adapter(folder)
     base = find_base(deployment, model_path)
     adapter.check(skeleton(base), spec(deployment.backbone).lora_targets)
+    # Beside its place, so that the last step is a rename on one disk.
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
         copy_adapter(folder, temporary / ADAPTER, deployment.base.hub_id, deployment.base.revision)

@@ -77,6 +77,8 @@ def staged(deployments: Path, names: Sequence[str]) -> Iterator[Path]:
         try:
             _finish(deployments, done)
         except OSError:
+            # Only where a rename fails, on a full or read-only disk: what was moved goes back, the
+            # last move first.
             for source, target in reversed(done):
                 target.rename(source)
             (deployments / READY).rename(staging)
@@ -126,6 +128,14 @@ def _finish(deployments: Path, done: list[tuple[Path, Path]] | None = None) -> N
         if done is not None:
             done.append((source, target))
 
+    # The deployment `b.yaml` with its folder `b` replaces another of that name, step by step:
+    #
+    #     b.yaml -> .old    the old record is gone before its adapter is
+    #     b      -> .old
+    #     .ready/b -> b     the new adapter is there before its record
+    #     .ready/b.yaml -> b.yaml
+    #
+    # Killed anywhere between, what is left in `.ready` says what is still to do.
     new = sorted((p for p in ready.iterdir() if p != old), key=lambda p: (p.is_file(), p.name))
     for path in reversed(new):
         place = deployments / path.name

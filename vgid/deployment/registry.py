@@ -69,6 +69,8 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
         if version is None:
             version = _make_version(open_store, name, file, deployment, sha256)
         champion = _holder(open_store.client, name, CHAMPION)
+        # Repeated after a break, the version may be champion already: it must not become its own
+        # predecessor, or a rollback would go nowhere.
         if champion not in (None, version):
             open_store.client.set_registered_model_alias(name, PREVIOUS, str(champion))
         open_store.client.set_registered_model_alias(name, CHAMPION, str(version))
@@ -100,6 +102,8 @@ def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
                 f"--backbone {backbone}: no previous champion to go back to; its versions are in "
                 f"the registry of {shown} as '{name}'."
             )
+        # What is served changes first: a break behind it leaves the alias `previous` stale and
+        # nobody harmed.
         client.set_registered_model_alias(name, CHAMPION, str(previous))
         client.set_registered_model_alias(name, PREVIOUS, str(champion))
     return previous, champion

@@ -103,6 +103,8 @@ def _hashing(*ignored: Path) -> Any:
 
     names = [path.name for path in ignored]
     config = hashing.Config().use_file_serialization()
+    # The library leaves git's files out by default: whoever adds one to an export would go
+    # unnoticed.
     return config.set_ignored_paths(paths=names, ignore_git_paths=False)
 
 
@@ -120,6 +122,8 @@ def _difference(error: Exception, target: Path, signature: Path) -> str:
         return "the signature is another key's"
     if not message.startswith("Signature mismatch"):
         return f"the signature cannot be read ({type(error).__name__})"
+    # The library says that something differs and not what; the list that was signed is in the
+    # bundle.
     envelope = json.loads(signature.read_text())["dsseEnvelope"]
     listed = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
     signed = {item["name"]: item["digest"] for item in listed}

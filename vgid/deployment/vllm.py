@@ -129,6 +129,7 @@ def chat_template_of(frame: Frame, base: Path) -> str:
 
     offline = {"local_files_only": True, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(base, **offline)
+    # A server takes the template's text as it is and adds no such token of its own.
     first = tokenizer.decode(tokenizer("")["input_ids"][:1])
     settings = AutoConfig.from_pretrained(base, **offline).to_dict()
     ids = [settings[name] for name in sorted(settings) if _names_image_token(name)]
@@ -145,6 +146,8 @@ def _command(model: str, deployment: Deployment, flags: list[str]) -> str:
     """The flags behind the template make requests without their own settings decode as measured."""
     from vgid.models.decoding import MAX_NEW_TOKENS
 
+    # As measured: sampled, or given more room, the same weights may say more than the record
+    # promises.
     decoding = json.dumps({"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS})
     parts = [
         f"vllm serve {model}",

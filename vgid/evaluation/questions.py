@@ -157,6 +157,7 @@ def _few_shot(
     few_shot: dict[Task, tuple[str, ...]] = {}
     turns: Turns = {}
     for task, count in backbone.spec.few_shot.items():
+        # Few-shot turns show how to answer by a letter, which likelihood does not ask for.
         if count == 0 or (task == "classification" and scoring == "likelihood"):
             continue
         chosen = choose_few_shot(people.few_shot, task, count, seed, str(request.data))

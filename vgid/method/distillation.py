@@ -81,6 +81,8 @@ class DistillationSet:
 
     def shown(self, step: int) -> Sequence[Encoded]:
         """The prompts of all samples as optimizer step ``step`` shows them."""
+        # All samples of a step alike: another view is another picture, and questions of two views
+        # would not share an image.
         return (self.prompts, *self.views)[step % (1 + len(self.views))]
 
     @cached_property

@@ -246,5 +246,6 @@ def _chunks(samples: Sequence[TrainingSample]) -> list[list[int]]:
     for portrait in portraits.values():
         if not chunks or len(chunks[-1]) >= CHUNK:
             chunks.append([])
+        # Whole: parted over two chunks, the portrait's image would be run for each of them.
         chunks[-1] += portrait
     return chunks

@@ -108,6 +108,7 @@ class _Sizes:
 
     def linear_backward(self, tokens: int) -> int:
         """Gradients through the frozen maps, but for the first layer's q, k and v."""
+        # Nothing below them is trained, so no gradient is to go through them.
         first = sum(i * o for i, o in self.maps[:3])
         return 2 * (self.parameters - first) * tokens
 

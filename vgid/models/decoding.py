@@ -248,6 +248,7 @@ def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator
     batch: list[int] = []
     shared = longest = 0  # tokens that are there once, tokens of the longest remainder
     before: list[int] = []
+    # By length, since a batch's remainders are padded to the longest of them.
     for group in sorted(groups.values(), key=lambda group: max(map(length, group))):
         start = min(encoded[index].identity for index in group)
         common = _beginning(start, max(encoded[index].identity for index in group))

@@ -158,6 +158,7 @@ def _tokens(backbone: Backbone, query: Query) -> tuple[list[int], tuple[Picture,
     images += [] if query.image is None else [query.image]
     pictures = tuple(backbone.vision.picture(image) for image in images)
     # As the processors themselves do it, but with each image processed once for all its questions.
+    # As one text: tokenised in pieces, a word at a seam would have other tokens than in training.
     whole = frame.opening + "".join(shot.text for shot in query.shots) + turn
     first, *rest = whole.split(processor.image_token)
     if len(rest) != len(pictures):

@@ -156,6 +156,7 @@ class _Recent(Generic[V]):
     def put(self, key: str, value: V, size: int) -> None:
         self._entries[key] = (value, size)
         self._size += size
+        # The newest stays whatever its size: it is about to be used.
         while self._size > self.limit and len(self._entries) > 1:
             _, (_, freed) = self._entries.popitem(last=False)
             self._size -= freed

@@ -148,6 +148,8 @@ def recommended(front: Front) -> TrialRecord | None:
     able = [(r, y) for r, x, y in points if share_gone(known, known - x) >= MIN_FORGET]
     gentle = [record for record, y in able if y >= kept]
     if gentle:
+        # The front is in order of what is forgotten, so the last of those that are gentle forgets
+        # most.
         return gentle[-1]
     return able[0][0] if able else next(reversed(front.front), None)
 

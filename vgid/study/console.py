@@ -112,6 +112,7 @@ class Standing:
         """Seconds that the remaining trials will take, None while there is nothing to go by."""
         if not self.trial_s:
             return None
+        # The median, since a first trial also fills the stores and one that failed took little.
         left = (self.trials - self.ended) * statistics.median(self.trial_s) / self.slots
         if self.budget_s is not None:
             left = min(left, max(0.0, self.budget_s - elapsed_s) + self.trial_s[-1])

@@ -379,6 +379,8 @@ class Ledger:
     def epoch(self, name: str, report: EpochReport) -> Record:
         """Record an epoch of a trial in flight; steps that are recorded are left alone."""
         record = self.records[name]
+        # A resumed trial tells its epochs again from the checkpoint: they are the same, and count
+        # once.
         reached = record.epochs[-1].report.step if record.epochs else -1
         if record.result is None and report.step > reached:
             epochs = (*record.epochs, Heard(report=report, at=now()))

@@ -80,6 +80,7 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
     with _usable(uri) as shown:
         client = _client(uri)
         found = client.get_experiment_by_name(backbone)
+        # It is found by its name all the same, and then refuses every run.
         if found is not None and found.lifecycle_stage == "deleted":
             raise InputError(
                 f"--tracking-uri {shown}: experiment '{backbone}' is deleted; restore it with "

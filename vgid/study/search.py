@@ -72,6 +72,8 @@ def make_sampler(
         return samplers.RandomSampler(seed=mixed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
+        # By groups, since trials with and without sigma have other parameters; lying, since trials
+        # that run are to count as bad where they are, or two slots would be sent to the same place.
         tpe = samplers.TPESampler(seed=mixed, multivariate=True, group=True, constant_liar=True)
     if kind == "tpe":
         return tpe

@@ -66,6 +66,7 @@ def store_use(ended: Sequence[Record], store: Path) -> dict[str, Any]:
         return {}
 
     def later(name: str) -> int:
+        # The first trial fills an empty store, and would hide how well the store serves the others.
         return sum(use[name] for use in found[1:])
 
     hits = later("teacher_hits")
