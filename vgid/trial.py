@@ -474,6 +474,8 @@ def _with_scores(
 ) -> TrialResult:
     """A trained trial's result with its scores, and what the base had more of forget ROUGE-L."""
     scores = evaluation.scores
+    # Section 4.3: the x axis of Figure 4, whose y axis is retain ROUGE-L. A study searches this
+    # plane.
     gone = base["forget_rougeL"].value - scores["forget_rougeL"].value
     plain = {name: score.value for name, score in scores.items()}
     return trained.model_copy(

@@ -359,6 +359,8 @@ def distill(
         sums = torch.zeros(2, dtype=torch.float64)
         norm = 0.0
         batches = epoch_batches(forget, config, epoch)
+        # Algorithm 1, lines 3 to 19: a batch of each set, the teachers of lines 6 to 9 from the
+        # store.
         for k, indices in enumerate(batches):
             step = epoch * per_epoch + k
             parts = config.gradient_accumulation
@@ -366,6 +368,8 @@ def distill(
             retain_shares: Sequence[DistillationBatch | None] = [None] * parts
             if kept is not None and others is not None:
                 drawn = next(others)
+                # Without the step: retain people are shown as they are, views are of those to be
+                # forgotten.
                 retain_shares = share(backbone, kept, drawn, epoch, rank, world_size, parts)
             optimizer.zero_grad(set_to_none=True)
             losses = backward_terms(student, forget_shares, retain_shares, config, world_size)
