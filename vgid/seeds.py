@@ -15,3 +15,14 @@ def sample_generator(seed: int, sample_id: str) -> np.random.Generator:
     """A generator that depends on the seed and the sample only, never on batch order."""
     digest = hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
+
+
+def held_out_seed(seed: int, study: bool = False) -> int:
+    """The seed of held-out few-shot people, test poses and bootstrap: another than the trials'.
+
+    Args:
+        seed: of the trials.
+        study: whether a study scores its front, or a pick what it chooses from: far off, so that
+            no session's own seed nearby is met, nor any of the seeds that a pick counts up from it.
+    """
+    return seed + (1_000_003 if study else 1)

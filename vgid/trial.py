@@ -45,6 +45,7 @@ from vgid.models.backbones import load
 from vgid.models.encoding import Encoded, encode, response_ids
 from vgid.models.store import ContentStore, key_of
 from vgid.results import EpochReport, KeptScores, QuestionPart, Score, TrialResult
+from vgid.seeds import held_out_seed
 
 SCORES_FORMAT = 2
 """Part of the name of kept scores; raised when the same questions would give other scores."""
@@ -315,7 +316,8 @@ class TrialSession:
         return goes_on
 
     def _seed(self, part: QuestionPart) -> int:
-        return self.request.seed + (1 if part == "held_out" else 0)
+        seed = self.request.seed
+        return held_out_seed(seed) if part == "held_out" else seed
 
     def _evaluate(
         self,

@@ -32,8 +32,7 @@ from vgid.config import Sampler, TrialConfig
 from vgid.pareto import hypervolume
 from vgid.report.intervals import t_interval
 from vgid.study.search import make_sampler
-from vgid.study.search_domain import Choices
-from vgid.study.search_space import FOLDER, SearchSpace
+from vgid.study.search_space import FOLDER, Choices, SearchSpace
 
 SAMPLERS: tuple[Sampler, ...] = ("gp", "tpe", "random")
 TARGETS = (0.4, 0.8)

@@ -15,6 +15,7 @@ from vgid.deployment.rules import Marks, Measure
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
 from vgid.results import QuestionPart, Score
+from vgid.seeds import held_out_seed
 from vgid.study.source import FrontTrial
 
 if TYPE_CHECKING:
@@ -78,9 +79,7 @@ class Candidates:
 
 def pick_seeds(study_seed: int, count: int) -> tuple[int, ...]:
     """The seeds of a pick; the first is the one that the study scored its front with."""
-    from vgid.study.run import HELD_OUT_SEED_OFFSET
-
-    return tuple(study_seed + HELD_OUT_SEED_OFFSET + i for i in range(count))
+    return tuple(held_out_seed(study_seed, study=True) + i for i in range(count))
 
 
 def score_with_seeds(

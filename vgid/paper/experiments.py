@@ -51,10 +51,6 @@ if TYPE_CHECKING:
 FORMAT = 2
 """Part of every cache key; raised when the same experiment would give other numbers."""
 
-HELD_OUT_SEED_OFFSET = 1
-"""Few-shot people, test poses and bootstrap of the held-out part use another seed than training,
-the same for all rows of a table."""
-
 POLL_S = 0.5
 
 
@@ -222,13 +218,12 @@ def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> O
                 seconds=time.perf_counter() - started,
                 provenance=session.provenance,
             )
-    seed = experiment.seed + HELD_OUT_SEED_OFFSET
     intervention = Intervention(arm.noise_type, arm.sigma, arm.style, experiment.seed)
     if arm.probe == "first_tokens":
         scores = first_token_scores(session, intervention)
     else:
         trained = None if trial is None else adapter
-        scores = session.scores_under("held_out", seed, intervention, arm.reverse, trained)
+        scores = session.scores_under("held_out", None, intervention, arm.reverse, trained)
     return Outcome(
         scores=scores,
         seconds=time.perf_counter() - started,

@@ -10,8 +10,7 @@ from vgid.cluster.resources import SlotShape, worker_bytes
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.results import LeftOut, describe_left_out
-from vgid.study.search_domain import Choices, Range
-from vgid.study.search_space import FOLDER, SearchSpace
+from vgid.study.search_space import FOLDER, Choices, Range, SearchSpace
 
 if TYPE_CHECKING:
     from vgid.data.benchmark import Benchmark

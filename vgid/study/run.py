@@ -26,6 +26,7 @@ from vgid.report.figures import FIGURES, write_figures
 from vgid.report.plots import Front
 from vgid.report.records import TrialRecord, TrialsTable, describe, write_front, write_study
 from vgid.results import EpochReport, QuestionPart, TrialResult, Verbatim, shots_left_out
+from vgid.seeds import held_out_seed
 from vgid.study.background import Background
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.study.ledger import Header, Ledger, Record, changes, now
@@ -41,10 +42,6 @@ RAY_FILES = ".ray"
 
 CANCEL_S = 5.0
 """How long the end of a study waits for a mailbox that may just be starting again."""
-
-
-HELD_OUT_SEED_OFFSET = 1_000_003
-"""Re-scoring draws few-shot people and test poses with other seeds than the trials did."""
 
 
 def run_study(
@@ -304,7 +301,8 @@ class Study:
         parts: tuple[QuestionPart, ...] = ("search", "held_out")
         jobs: dict[QuestionPart, Job] = {}
         for part in parts:
-            seed = self.config.seed + (HELD_OUT_SEED_OFFSET if part == "held_out" else 0)
+            seed = self.config.seed
+            seed = held_out_seed(seed, study=True) if part == "held_out" else seed
             jobs[part] = Job(id=f"base-{part}", kind="base", part=part, seed=seed)
             ray.get(self._mailbox.submit.remote(jobs[part]))
 
@@ -589,7 +587,7 @@ class Study:
                 kind="rescore",
                 adapter=self.ledger.adapter(trial_id),
                 part="held_out",
-                seed=self.config.seed + HELD_OUT_SEED_OFFSET,
+                seed=held_out_seed(self.config.seed, study=True),
             )
             ray.get(self._mailbox.submit.remote(jobs[trial_id]))
         for trial_id, job in jobs.items():

@@ -15,7 +15,8 @@ A backbone has one file, and in it each method its section. A parameter is any f
         first_points:           # tried first, in this order
           - {alpha: 1.0, noise_type: random}
 
-``sigma`` is asked for only where the noise type is Gaussian (define-by-run).
+``sigma`` is asked for only where the noise type is Gaussian (define-by-run). Every bound, choice
+and value passes ``TrialConfig``'s own constraints, so that they are stated in one place.
 
 ``extends: llava-1.5-7b`` at the top takes the rest over from another file: that of a backbone in
 ``search_spaces``, or a path relative to this file. What this file says replaces what is inherited
@@ -36,7 +37,6 @@ from pydantic import Field
 
 from vgid.config import Config, Method, TrialConfig, paper_default, parse, uses
 from vgid.errors import InputError
-from vgid.study.search_domain import Choices, Range, check_name, domain_of, is_integer, valid_value
 
 if TYPE_CHECKING:
     import optuna
@@ -49,7 +49,68 @@ in the working folder if the package was installed away from it."""
 PROPOSALS_TRIED = 1000
 """So many points at the ends of the ranges must all be refused before a space is."""
 
+_SET_ELSEWHERE = {
+    "method": "it is the name of the section",
+    "seed": "the study derives it from its own seed",
+}
+
+MOST_STEPS = 1e9
+"""Optuna counts the steps of a range in decimals of 28 digits."""
+
 _FORMER = ("method", "parameters", "first_points")
+
+
+class Range(Config):
+    """Numbers from ``low`` to ``high``, both included; integers for an integer field.
+
+    Attributes:
+        low: smallest value.
+        high: largest value.
+        log: whether proposals are even in the logarithm.
+        step: distance between neighbouring values, None for any value (1 for integers).
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = Field(None, gt=0)
+
+    def __contains__(self, value: object) -> bool:
+        if not isinstance(value, int | float) or not self.low <= value <= self.high:
+            return False
+        if self.step is None:
+            return True
+        steps = (value - self.low) / self.step
+        return abs(steps - round(steps)) < 1e-6
+
+    def nearest(self, value: Any) -> float:
+        """The value of the range that is closest to ``value``."""
+        clamped = min(max(value, self.low), self.high)
+        if self.step is None:
+            return clamped
+        steps = round((clamped - self.low) / self.step)
+        last = int((self.high - self.low) / self.step + 1e-6)
+        return self.low + min(steps, last) * self.step
+
+    def __str__(self) -> str:
+        steps = "" if self.step is None else f" in steps of {self.step:g}"
+        return f"{self.low:g} to {self.high:g}{steps}"
+
+
+class Choices(Config):
+    """One value out of a few."""
+
+    choices: tuple[Any, ...] = Field(min_length=1)
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.choices
+
+    def nearest(self, value: Any) -> Any:
+        """``value`` if it is a choice, otherwise the first choice."""
+        return value if value in self.choices else self.choices[0]
+
+    def __str__(self) -> str:
+        return ", ".join(str(choice) for choice in self.choices)
 
 
 class _Section(Config):
@@ -107,7 +168,7 @@ class SearchSpace:
         _check_backbone(own, backbone, str(path))
         raw, where, points = _merged(chain, method)
         for name, place in where.items():
-            check_name(name, place, method)
+            _check_name(name, place, method)
 
         searched: dict[str, Range | Choices] = {}
         fixed: dict[str, Any] = {}
@@ -115,9 +176,9 @@ class SearchSpace:
         for name in TrialConfig.model_fields:
             value = raw.get(name)
             if isinstance(value, Mapping):
-                searched[name] = domain_of(name, value, where[name], method)
+                searched[name] = _parsed_domain(name, value, where[name], method)
             elif value is not None:
-                fixed[name] = valid_value(name, value, where[name], method)
+                fixed[name] = _valid_value(name, value, where[name], method)
         read = hashlib.sha256(b"".join(file.read_bytes() for file, _ in chain)).hexdigest()
         space = cls(f"{path}: methods.{method}", read, own, method, searched, fixed)
         space._check_sigma()
@@ -150,7 +211,7 @@ class SearchSpace:
                 continue
             if isinstance(domain, Choices):
                 point[name] = trial.suggest_categorical(name, list(domain.choices))
-            elif is_integer(name):
+            elif _is_integer(name):
                 point[name] = trial.suggest_int(
                     name,
                     int(domain.low),
@@ -179,21 +240,19 @@ class SearchSpace:
             IntDistribution,
         )
 
-        found: dict[str, BaseDistribution] = {}
-        for name, domain in self.searched.items():
-            if point is not None and name == "sigma" and not self._is_gaussian(point):
-                continue
+        def distribution(name: str, domain: Range | Choices) -> BaseDistribution:
             if isinstance(domain, Choices):
-                found[name] = CategoricalDistribution(list(domain.choices))
-            elif is_integer(name):
-                found[name] = IntDistribution(
-                    int(domain.low), int(domain.high), log=domain.log, step=int(domain.step or 1)
-                )
-            else:
-                found[name] = FloatDistribution(
-                    domain.low, domain.high, log=domain.log, step=domain.step
-                )
-        return found
+                return CategoricalDistribution(list(domain.choices))
+            low, high, step = domain.low, domain.high, domain.step
+            if _is_integer(name):
+                return IntDistribution(int(low), int(high), log=domain.log, step=int(step or 1))
+            return FloatDistribution(low, high, log=domain.log, step=step)
+
+        return {
+            name: distribution(name, domain)
+            for name, domain in self.searched.items()
+            if point is None or name != "sigma" or self._is_gaussian(point)
+        }
 
     def trial_config(self, params: Mapping[str, Any], seed: int) -> TrialConfig:
         """The trial of a point; fixed fields may be left out.
@@ -224,7 +283,7 @@ class SearchSpace:
                 continue
             default = TrialConfig.model_fields[name].default
             value = domain.nearest(1.0 if default is None else default)
-            filled[name] = int(value) if is_integer(name) else value
+            filled[name] = int(value) if _is_integer(name) else value
         return self._with_fixed(filled)
 
     def _check_sigma(self) -> None:
@@ -263,9 +322,9 @@ class SearchSpace:
         for number, point in enumerate(points, start=1):
             where = f"{self.source}.first_points, number {number}"
             for name in point:
-                check_name(name, where, self.method)
+                _check_name(name, where, self.method)
             valid = {
-                name: valid_value(name, value, where, self.method)
+                name: _valid_value(name, value, where, self.method)
                 for name, value in point.items()
                 if not (name == "sigma" and value is None)
             }
@@ -285,6 +344,91 @@ class SearchSpace:
         """What a field may be; a field that is not searched has one choice."""
         fixed = self.fixed.get(name, TrialConfig.model_fields[name].default)
         return self.searched.get(name, Choices(choices=(fixed,)))
+
+
+def _check_name(name: str, where: str, method: Method) -> None:
+    """Check that a parameter exists, and that ``method`` uses it.
+
+    Raises:
+        InputError: it does not, at ``where`` in the file.
+    """
+    if name in _SET_ELSEWHERE:
+        raise InputError(f"{where}: {name}: does not belong here; {_SET_ELSEWHERE[name]}.")
+    if name not in TrialConfig.model_fields:
+        known = sorted(
+            field
+            for field in TrialConfig.model_fields.keys() - _SET_ELSEWHERE.keys()
+            if uses(method, field)
+        )
+        raise InputError(f"{where}: {name}: unknown parameter; known ones are {', '.join(known)}.")
+    if not uses(method, name):
+        raise InputError(f"{where}: {name}: method '{method}' does not use it; leave it out.")
+
+
+def _parsed_domain(
+    name: str, raw: Mapping[str, Any], place: str, method: Method
+) -> Range | Choices:
+    """Parse ``{low, high, ...}`` or ``{choices}`` of a parameter.
+
+    Raises:
+        InputError: it is malformed, or a bound or choice is no valid value.
+    """
+    where = f"{place}.{name}"
+    if "choices" in raw:
+        listed = parse(Choices, raw, where).choices
+        valid = tuple(_valid_value(name, choice, place, method) for choice in listed)
+        if any(isinstance(choice, tuple) for choice in valid):
+            raise InputError(f"{where}: cannot be searched; write one list, which is then fixed.")
+        if len(set(valid)) < len(valid):
+            raise InputError(f"{where}: choices: a choice is listed twice; leave one of them out.")
+        return Choices(choices=valid)
+    if TrialConfig.model_fields[name].annotation not in (int, float, int | None, float | None):
+        raise InputError(f"{where}: has no order, so write 'choices: [...]' in place of a range.")
+    domain = parse(Range, raw, where)
+    if domain.low > domain.high:
+        raise InputError(
+            f"{where}: the range is empty, low {domain.low:g} is above high {domain.high:g}; "
+            "swap them."
+        )
+    if domain.log and domain.low <= 0:
+        raise InputError(
+            f"{where}: a logarithmic range needs low above 0, got {domain.low:g}; "
+            "raise it or leave out 'log'."
+        )
+    if domain.log and domain.step is not None:
+        raise InputError(f"{where}: 'log' and 'step' exclude each other; leave one out.")
+    if domain.step is not None and (domain.high - domain.low) / domain.step > MOST_STEPS:
+        raise InputError(f"{where}: step: {domain.step:g} is next to none; leave it out.")
+    if domain.step is not None and domain.high not in domain:
+        raise InputError(
+            f"{where}: steps of {domain.step:g} from {domain.low:g} do not reach "
+            f"{domain.high:g}; change step or high."
+        )
+    if _is_integer(name) and not float(domain.step or 1).is_integer():
+        raise InputError(f"{where}: step: must be a whole number, got {domain.step:g}.")
+    for bound in (domain.low, domain.high):
+        _valid_value(name, bound, place, method)
+    return domain
+
+
+def _is_integer(name: str) -> bool:
+    """Whether a parameter takes whole numbers only."""
+    return TrialConfig.model_fields[name].annotation in (int, int | None)
+
+
+def _valid_value(name: str, value: Any, where: str, method: Method) -> Any:
+    """The value of one parameter as ``TrialConfig`` understands it.
+
+    Raises:
+        InputError: it is no valid value.
+    """
+    # A Gaussian trial needs a sigma and only a Gaussian trial has one: give each its partner.
+    partner: dict[str, Any] = {"method": method}
+    if name == "sigma":
+        partner["noise_type"] = "gaussian"
+    elif (name, value) == ("noise_type", "gaussian"):
+        partner["sigma"] = 1.0
+    return getattr(parse(TrialConfig, {**partner, name: value}, where), name)
 
 
 def _read(path: Path) -> dict[str, Any]:
