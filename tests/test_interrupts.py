@@ -11,8 +11,8 @@ import pytest
 
 from vgid import cli, interrupts
 from vgid.command_line import exit_code
-from vgid.interrupts import Interrupt, StudyInterruptedError
-from vgid.study.background import Background
+from vgid.errors import InputError
+from vgid.interrupts import Background, Interrupt, StudyInterruptedError, made
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -74,7 +74,7 @@ def test_what_is_under_way_gets_some_seconds_after_a_signal(hanging, monkeypatch
 
 def test_a_thread_works_in_order_and_lets_the_process_end():
     code = (
-        "import time; from vgid.study.background import Background\n"
+        "import time; from vgid.interrupts import Background\n"
         "side = Background('side'); side.submit(print, 'first')\n"
         "side.submit(lambda: print('second', flush=True)).result()\n"
         "waiting = side.submit(time.sleep, 60); late = side.submit(print, 'never')\n"
@@ -87,6 +87,36 @@ def test_a_thread_works_in_order_and_lets_the_process_end():
     cancelled = side.submit(time.sleep, 0.2), side.submit(pytest.fail, "it was cancelled")
     assert cancelled[1].cancel()
     assert side.submit(lambda: 7).result(10) == 7
+
+
+def fail(error):
+    raise error
+
+
+def test_writes_that_fail_are_noted_by_kind_and_keep_no_later_one(capsys):
+    side, written = Background("tables"), []
+    side.write(fail, ImportError("Fay Moss"))
+    side.write(written.append, 1)
+    side.write(fail, InputError("its disk is full."))
+    side.write(written.append, 2)
+    side.submit(int).result(10)
+    assert (written, side.fault) == ([1, 2], "ImportError")
+    logged = capsys.readouterr().err
+    assert "ImportError" in logged and "in fail" in logged and "Fay Moss" not in logged
+
+
+def test_a_write_that_does_not_end_can_be_left():
+    side, go_on, written = Background("mlflow"), threading.Event(), []
+    side.write(go_on.wait, 60)
+    side.write(written.append, 1)
+    last = side.submit(written.append, 2)
+    side.give_up()
+    assert side.busy and made(last) is None
+    go_on.set()
+    deadline = time.monotonic() + 10
+    while side.busy and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not side.busy and last.cancelled() and made(last) is None and written == []
 
 
 @pytest.fixture

@@ -36,6 +36,16 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people: ``47 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
 def exit_code(run: Callable[[], Mapping[str, Any]], interrupted: str) -> int:
     """Run a command and say how it ended.
 

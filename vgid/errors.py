@@ -1,4 +1,7 @@
-"""The one exception that a user is meant to read."""
+"""Exceptions that a user is meant to read, and how those that nobody is are logged."""
+
+import sys
+import traceback
 
 
 class InputError(Exception):
@@ -28,3 +31,14 @@ class SampleError(InputError):
         super().__init__(f"sample {sample}: {problem}")
         self.sample = sample
         self.problem = problem
+
+
+def log_place(said: str, error: Exception) -> None:
+    """Log an exception by kind and place on stderr, without its message, which may quote an answer.
+
+    Args:
+        said: what came of it, before the kind.
+        error: the exception.
+    """
+    print(f"{said}: {type(error).__name__}", file=sys.stderr)
+    traceback.print_tb(error.__traceback__)

@@ -1,13 +1,16 @@
-"""Signals that end a command in order."""
+"""Signals that end a command in order, and threads for what must not be waited for without end."""
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
+
+from vgid.errors import log_place
 
 GRACE_S = 3.0
 """How long after a signal a study may go on with what it would like to have: figures, MLflow."""
@@ -134,3 +137,79 @@ def _done(future: "Future[Any]") -> bool:
     except TimeoutError:
         return future.done()
     return True
+
+
+class Background:
+    """One thread that does what it is given, in that order, and ends with the process.
+
+    An executor's threads are joined when the interpreter ends, so that a call that hangs would
+    outlive every signal.
+
+    Args:
+        name: of the thread.
+
+    Attributes:
+        fault: the kind of the first exception that a ``write`` ended with; ``study.log`` has the
+            place.
+        seconds: spent on what ``write`` was given.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.fault: str | None = None
+        self.seconds = 0.0
+        self._given_up = False
+        self._last: Future[Any] | None = None
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, call: Callable[..., T], *arguments: Any) -> "Future[T]":
+        """Have the thread call something; what comes of it is in the future."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            if self._given_up:
+                future.cancel()
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(call(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._last = future
+        self._work.put(work)
+        return future
+
+    def write(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Have the thread write something; nobody waits for it, and an error keeps no later one."""
+
+        def noted() -> None:
+            began = time.monotonic()
+            try:
+                call(*arguments)
+            except Exception as error:
+                self.fault = self.fault or type(error).__name__
+                log_place("Not written", error)
+            self.seconds += time.monotonic() - began
+
+        self.submit(noted)
+
+    def give_up(self) -> None:
+        """Leave out what still waits; what is under way goes on."""
+        self._given_up = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way or waits."""
+        return self._last is not None and not self._last.done()
+
+    def _run(self) -> None:
+        while True:
+            self._work.get()()
+
+
+def made(future: "Future[T]") -> T | None:
+    """What a thread has made; None if it has not, or not yet."""
+    if not future.done() or future.cancelled() or future.exception() is not None:
+        return None
+    return future.result()

@@ -12,21 +12,25 @@ import argparse
 import random
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.machine import emit, machine, machine_line
+from vgid.cluster.losses import Losses
 from vgid.cluster.mailbox import Job, Outcome
 from vgid.cluster.tune import JOB
 from vgid.config import StudyConfig, TrialConfig
+from vgid.report.records import TrialsTable
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
+from vgid.study.ending import Ending
 from vgid.study.ledger import Ledger
 from vgid.study.plan import make_plan
-from vgid.study.run import Study
+from vgid.study.run import Material, Study
+from vgid.study.search import ParetoSearch
+from vgid.study.trials import Bulletin, Listener
 
 MARKS = (1000, 3000, 10_000)
 SCORES = 160
@@ -86,17 +90,34 @@ class Driver:
         standing = Standing(config.trials)
         self._stream = (config.output / "console").open("w")
         console = StudyConsole(self._stream, standing)
-        self.study = Study(plan, self.ledger, header, console, standing, time.monotonic())
-        self.study.board.base["search"] = {
+        ending = Ending(None)
+        self.study = study = Study(plan, self.ledger, header, console, ending)
+        study.board.base["search"] = {
             name: Score(value=value, n=60, low=value, high=value) for name, value in BASE.items()
         }
-        self.study._tracker = self._none = NoTracker()
+        study._material.set_result(Material({"dataset": "d" * 64, "base": "b" * 64}))
+        self._none: Any = NoTracker()
         self._mlflow = mlflow
-        if mlflow and not resume:
-            self.study._hashes = {"dataset": "d" * 64, "base": "b" * 64}
-            self.study._open_tracker()
-        self.search = self.study._search = self.study._open_search()
-        self.study._bring_tracker_in_line()
+        study._tracker.set_result(study._open_tracker() if mlflow and not resume else self._none)
+        table, tracker = TrialsTable(config.output / "trials.csv"), study._tracker.result()
+        self.bulletin = Bulletin(console, study.board, table, tracker, ending)
+        study._bulletin = self.bulletin
+        losses = Losses()
+        self.search = ParetoSearch(
+            self.ledger,
+            plan.space,
+            header.study_id,
+            config.trials,
+            config.sampler,
+            config.seed,
+            1,
+            losses,
+            on_start=self.bulletin.started,
+        )
+        self.listener = Listener(
+            self.ledger, self.search, losses, self.bulletin, ending, None, study._seconds
+        )
+        self.bulletin.catch_up(self.ledger.records.values())
         self.proposal_s = 0.0
         propose = self.search._propose
 
@@ -115,24 +136,21 @@ class Driver:
         began, proposed = time.process_time(), self.proposal_s
         while len(self.ledger.records) < until:
             if len(self.ledger.records) >= self._mlflow:
-                self.study._tracker = self._none
+                self.bulletin._tracker = self._none
             proposal = self.search.suggest("tune")
             job = Job.model_validate_json(proposal[JOB])
             assert isinstance(job.trial, TrialConfig)
             report = EpochReport(epoch=1, epochs=1, step=9, metrics={"loss": rng.random()})
-            self.study._on_epoch(job.id, job.trial, report)
-            self.study._on_end(job.id, job.trial, made_up(job, rng), report)
+            self.listener.on_epoch(job.id, report)
+            self.listener.on_end(job.id, made_up(job, rng), report)
             self.search.on_trial_complete("tune")
-        for scribe in (self.study._scribe, self.study._courier):
-            written = threading.Event()
-            scribe.write(written.set)
-            written.wait()
+        for side in (self.bulletin._tables, self.bulletin._mlflow):
+            side.submit(int).result()
         return time.process_time() - began - (self.proposal_s - proposed)
 
     def end(self) -> None:
         """No further trial: what waits to be written is written."""
-        self.study._scribe.close()
-        self.study._courier.close()
+        self.bulletin.close()
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -171,7 +189,7 @@ def measure(trials: int, mlflow: int, folder: Path) -> dict[str, Any]:
         print(f"up to {mark:,}: {found[f'up to {mark:,}']}", file=sys.stderr, flush=True)
         before = mark
     driver.end()
-    outcome_s, _ = timed(driver.study._write_outcome)
+    outcome_s, _ = timed(driver.study.write)
     outcome_mib = round(peak_mib())
     driver.close()
     again_s, again = timed(lambda: Driver(config, 0, resume=True))

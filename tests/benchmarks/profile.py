@@ -42,7 +42,7 @@ from vgid.models.cost_model import (
     step_minimum,
     vocabulary_bytes,
 )
-from vgid.study.summary import provenance
+from vgid.provenance import provenance
 
 LORA_RANK, LORA_DROPOUT = 16, 0.05
 """As the real backbones' search spaces fix them."""

@@ -22,7 +22,7 @@ def test_the_outcome_arrives_whole_and_tune_keeps_next_to_nothing_of_it():
     trial.update_last_result({**told(outcome), "training_iteration": 3})
     recorder = Recorder(lambda *_: None, lambda *arguments: heard.append(arguments))
     recorder.on_trial_complete(0, [trial], trial)
-    assert heard == [("0007", TrialConfig(alpha=2.0), outcome, None)]
+    assert heard == [("0007", outcome, None)]
     assert len(trial.metric_analysis) < 10
     assert len(str(trial.last_result)) < 1000
     assert {name: trial.last_result[name] for name in OBJECTIVES} == dict.fromkeys(OBJECTIVES, 0.5)
@@ -38,5 +38,5 @@ def test_a_trial_that_the_scheduler_stopped_has_its_last_report():
     recorder.on_trial_result(1, [trial], trial, told(report))
     trial.update_last_result({**told(report), "training_iteration": 2})
     recorder.on_trial_complete(0, [trial], trial)
-    assert epochs == [("0007", TrialConfig(alpha=2.0), report)]
-    assert heard == [("0007", TrialConfig(alpha=2.0), None, report)]
+    assert epochs == [("0007", report)]
+    assert heard == [("0007", None, report)]

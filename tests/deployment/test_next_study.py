@@ -15,11 +15,11 @@ from vgid.deployment.record import read_deployment
 from vgid.errors import InputError
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import EMBEDDED, revision_of
+from vgid.provenance import provenance
 from vgid.report.records import TrialRecord, write_front
 from vgid.results import TrialResult
 from vgid.study.arguments import parser, study_config
 from vgid.study.plan import Plan, make_plan
-from vgid.study.summary import provenance
 
 
 def planned(config: StudyConfig) -> Plan:

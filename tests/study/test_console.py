@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from studies.pareto_search import main
+from vgid.command_line import duration
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.report.records import TrialRecord
@@ -18,7 +19,6 @@ from vgid.study.arguments import parser, seconds, study_config
 from vgid.study.console import (
     Standing,
     StudyConsole,
-    duration,
     libraries_silenced,
     print_summary,
 )

@@ -6,26 +6,30 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 
 from studies.pareto_search import main
-from vgid.cluster.losses import IN_A_ROW, RETRIES
+from vgid.cluster.losses import IN_A_ROW, RETRIES, Losses
 from vgid.cluster.mailbox import Outcome
 from vgid.command_line import exit_code
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.interrupts import StudyInterruptedError
 from vgid.report.figures import FIGURES
-from vgid.report.records import TrialRecord
+from vgid.report.records import TrialRecord, TrialsTable
 from vgid.results import Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
+from vgid.study.ending import Ending
 from vgid.study.ledger import Ledger
+from vgid.study.outcome import shortfall
 from vgid.study.plan import make_plan
-from vgid.study.run import TABLES, Study
-from vgid.study.summary import shortfall
+from vgid.study.run import TABLES, Study, base_unscored
+from vgid.study.trials import Bulletin, Listener
 
 
 class Told:
@@ -54,21 +58,46 @@ class Told:
         self.finished.append((status, [file.name for file in files]))
 
 
+class Running:
+    """A study with one trial in flight; its search, tracker and mailbox are stood in for."""
+
+    def __init__(self, study):
+        self.study, self.ledger, self.ending = study, study.ledger, study.ending
+        self.output = study.plan.config.output
+        self.search, self.tracker, self.mailbox = Told(), Told(), Mock()
+        self.losses = Losses()
+        table = TrialsTable(self.output / "trials.csv")
+        self.bulletin = Bulletin(study.console, study.board, table, self.tracker, study.ending)
+        study._bulletin, study._tracker = self.bulletin, Future()
+        study._tracker.set_result(self.tracker)
+        self.listener = Listener(
+            self.ledger,
+            self.search,
+            self.losses,
+            self.bulletin,
+            self.ending,
+            self.mailbox,
+            study._seconds,
+        )
+        self.ends = self.listener.on_end
+
+
 @pytest.fixture
 def study(tmp_path):
-    """A study with one trial in flight, before its search and its tracker are there."""
+    """A study before its first step, with one trial in flight."""
     plan = make_plan(StudyConfig(output=tmp_path / "study"))
     with Ledger(plan.config.output) as ledger:
         header = ledger.open(plan.config, plan.space.sha256, resume=False)
-        standing = Standing(1)
         with (tmp_path / "console").open("w") as stream:
-            console = StudyConsole(stream, standing)
-            made = Study(plan, ledger, header, console, standing, started=0.0)
-            made._search, made._tracker = Told(), Told()
-            made._mailbox = Mock()
+            console = StudyConsole(stream, Standing(1))
             ledger.start("0000", TrialConfig())
-            yield made
-            made._scribe.close()
+            yield Study(plan, ledger, header, console, Ending(None))
+
+
+@pytest.fixture
+def run(study):
+    """The same study while its trials run."""
+    return Running(study)
 
 
 def completed(name="0000"):
@@ -77,79 +106,81 @@ def completed(name="0000"):
     return Outcome(job_id=name, result=result, slot=0)
 
 
-def test_a_callback_that_fails_touches_no_trial_and_keeps_nobody_else_from_it(study, capsys):
-    study._search.error = OSError("Fay Moss")
-    study._on_end("0000", TrialConfig(), completed(), None)
-    study._on_end("0000", TrialConfig(), None, None)  # what Tune makes of an error of its own
-    study._scribe.close()
-    study._courier.close()
-    assert study.ledger.records["0000"].result == completed().result
-    assert study._tracker.trials == ["0000"]
-    assert (study.config.output / "trials.csv").exists()
+def test_a_callback_that_fails_touches_no_trial_and_keeps_nobody_else_from_it(run, capsys):
+    run.search.error = OSError("Fay Moss")
+    run.ends("0000", completed(), None)
+    run.ends("0000", None, None)  # what Tune makes of an error of its own
+    run.bulletin.close()
+    assert run.ledger.records["0000"].result == completed().result
+    assert run.tracker.trials == ["0000"]
+    assert (run.output / "trials.csv").exists()
     logged = capsys.readouterr().err
     assert "OSError" in logged and "in tell" in logged and "Fay Moss" not in logged
-    assert study._failure is None
+    assert run.ending.failure is None
 
 
-def test_a_trial_whose_end_cannot_be_written_stays_in_flight_and_ends_the_study(study):
-    place = study.ledger.folder / "0000.json"
+def test_a_trial_whose_end_cannot_be_written_stays_in_flight_and_ends_the_study(run):
+    place = run.ledger.folder / "0000.json"
     place.unlink()
     (place / "in-the-way").mkdir(parents=True)  # a folder cannot be replaced by a file
-    study._on_end("0000", TrialConfig(), completed(), None)
-    assert [record.trial_id for record in study.ledger.in_flight] == ["0000"]
-    assert "cannot be written" in study._stopped
-    assert study._search.trials == []
+    run.ends("0000", completed(), None)
+    assert [record.trial_id for record in run.ledger.in_flight] == ["0000"]
+    assert "cannot be written" in run.ending.stopped
+    assert run.search.trials == []
 
 
-def test_only_the_first_end_of_a_trial_counts(study):
-    study._on_end("0000", TrialConfig(), completed(), None)
-    before = (study.ledger.folder / "0000.json").read_bytes()
+def test_only_the_first_end_of_a_trial_counts(run):
+    run.ends("0000", completed(), None)
+    before = (run.ledger.folder / "0000.json").read_bytes()
     with pytest.raises(ValueError, match="0000 has ended"):
-        study.ledger.end("0000", TrialResult(trial_id="0000", status="failed"))
-    assert (study.ledger.folder / "0000.json").read_bytes() == before
-    assert study.ledger.records["0000"].result == completed().result
+        run.ledger.end("0000", TrialResult(trial_id="0000", status="failed"))
+    assert (run.ledger.folder / "0000.json").read_bytes() == before
+    assert run.ledger.records["0000"].result == completed().result
 
 
 def lost(name, cause="its disk is full"):
     return Outcome(job_id=name, error=cause, lost=True)
 
 
-def test_a_lost_trial_stays_in_flight_with_its_checkpoint_and_is_tried_again(study):
-    checkpoint = study.ledger.checkpoints("0000") / "epoch"
+def test_a_lost_trial_stays_in_flight_with_its_checkpoint_and_is_tried_again(run):
+    checkpoint = run.ledger.checkpoints("0000") / "epoch"
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
     for attempt in range(RETRIES + 1):
-        study._losses.begin("0000")
+        run.losses.begin("0000")
         # The trainable's own death is no fault of the trial's either.
-        study._on_end("0000", TrialConfig(), lost("0000") if attempt else None, None)
-    assert study._search.again == ["0000"] * RETRIES
-    study._mailbox.cancel.remote.assert_called_once_with("0000")  # no slot is at it for nobody
-    assert [record.trial_id for record in study.ledger.in_flight] == ["0000"]
+        run.ends("0000", lost("0000") if attempt else None, None)
+    assert run.search.again == ["0000"] * RETRIES
+    run.mailbox.cancel.remote.assert_called_once_with("0000")  # no slot is at it for nobody
+    assert [record.trial_id for record in run.ledger.in_flight] == ["0000"]
     assert checkpoint.exists()
-    assert study._search.trials == []
-    assert study._stopped is None
-    assert "lost: its disk is full" in (study.config.output.parent / "console").read_text()
+    assert run.search.trials == []
+    assert run.ending.stopped is None
+    assert "lost: its disk is full" in (run.output.parent / "console").read_text()
 
 
-def test_trials_lost_in_a_row_stop_the_study_and_stand_in_its_table_until_they_end(study):
+def test_trials_lost_in_a_row_stop_the_study_and_stand_in_its_table_until_they_end(run):
     names = [f"{number:04d}" for number in range(IN_A_ROW)]
     for name in names:
-        study.ledger.start(name, TrialConfig())
-        study._losses.begin(name)
-        assert not study._is_over
-        study._on_end(name, TrialConfig(), lost(name), None)
-    assert study._is_over
-    study._record_losses()
-    records = study.board.trials()
-    assert study.board.counts() == {"completed": 0, "pruned": 0, "failed": 0, "lost": IN_A_ROW}
-    assert study.board.front() == []
+        run.ledger.start(name, TrialConfig())
+        run.losses.begin(name)
+        assert not run.ending.is_over()
+        run.ends(name, lost(name), None)
+    assert run.ending.is_over()
+    run.listener.search_is_over(run.study.board)
+    records = run.study.board.trials()
+    assert run.study.board.counts() == {"completed": 0, "pruned": 0, "failed": 0, "lost": IN_A_ROW}
+    assert run.study.board.front() == []
     said = "The study stopped: its disk is full; go on with --resume."
-    assert shortfall(records, study._stopped, {}) == said
-    study._on_end("0000", TrialConfig(), completed(), None)
-    study._scribe.close()
-    study._courier.close()
-    assert study._tracker.trials == [*names, "0000"]
-    assert [trial.result.status for trial in study.board.trials()] == ["completed", "lost", "lost"]
+    assert shortfall(records, run.ending.stopped, {}) == said
+    run.ends("0000", completed(), None)
+    run.bulletin.close()
+    assert run.tracker.trials == [*names, "0000"]
+    assert [trial.result.status for trial in run.study.board.trials()] == [
+        "completed",
+        "lost",
+        "lost",
+    ]
 
 
 def records(*statuses):
@@ -193,42 +224,40 @@ def test_a_retry_without_a_study_to_resume_is_refused(capsys):
 
 
 def test_other_data_and_other_weights_are_refused_on_a_resume(study, monkeypatch):
-    study._prepare_data()
+    found = study._prepare().hashes
     header = study.ledger.header
-    assert header.data_sha256 == study._hashes["dataset"]
-    assert header.base_revision == study._hashes["base"]
+    assert (header.data_sha256, header.base_revision) == (found["dataset"], found["base"])
 
     def resumed():
         ledger = study.ledger
-        ledger.resume(study.config, study.plan.space.sha256)
-        return Study(study.plan, ledger, header, study.console, study.standing, started=0.0)
+        ledger.resume(study.plan.config, study.plan.space.sha256)
+        return Study(study.plan, ledger, header, study.console, Ending(None))
 
-    resumed()._prepare_data()  # the same again
-    shard = next((study.config.output / "data").glob("Test_Set/*.parquet"))
+    resumed()._prepare()  # the same again
+    shard = next((study.plan.config.output / "data").glob("Test_Set/*.parquet"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
     again = resumed()
-    with pytest.raises(InputError, match=r"started with data [0-9a-f]{12} and cannot go on with"):
-        again._prepare_data()
-    again._open_tracker()
-    assert again._tracker is None  # nothing is recorded of a study that is refused
+    with again._prepared_aside():
+        for made in (again._material, again._tracker):  # nothing is recorded of what is refused
+            with pytest.raises(InputError, match=r"started with data [0-9a-f]{12} and cannot go"):
+                made.result()
     shard.write_bytes(content)
     monkeypatch.setattr("vgid.models.backbones.revision_of", lambda folder: "0" * 64)
     with pytest.raises(InputError, match=r"weights of the base .* restore the files of the model"):
-        resumed()._prepare_data()
+        resumed()._prepare()
 
 
 @pytest.mark.parametrize(
     ("error", "gpus", "says"),
     [
-        ("OutOfMemoryError at decoding.py:74", 0.5, "--max-concurrent, give each worker a whole"),
-        ("lost its worker 3 times", 0.0, "lower --eval-batch-size or --max-concurrent"),
-        ("RuntimeError at fake.py:74", 0.0, "study.log has its traceback"),
+        ("OutOfMemoryError at decoding.py:74", True, "--max-concurrent, give each worker a whole"),
+        ("lost its worker 3 times", False, "lower --eval-batch-size or --max-concurrent"),
+        ("RuntimeError at fake.py:74", False, "study.log has its traceback"),
     ],
 )
-def test_a_base_that_cannot_be_scored_is_a_sentence_with_its_remedy(study, error, gpus, says):
-    study.config = study.config.model_copy(update={"gpus_per_worker": gpus})
-    sentence = study._base_unscored(error)
+def test_a_base_that_cannot_be_scored_is_a_sentence_with_its_remedy(error, gpus, says):
+    sentence = base_unscored(error, Path("study.log"), gpus)
     assert sentence.startswith(f"the base model could not be scored ({error}); ")
     assert says in sentence
 
@@ -249,9 +278,12 @@ def test_a_base_that_cannot_be_scored_is_a_sentence_with_its_remedy(study, error
 def test_a_base_that_a_study_cannot_go_on_from_ends_it(study, monkeypatch, capsys, outcome, said):
     study.ledger.settle(precision="float32")
     monkeypatch.setattr("ray.get", lambda asked: None)
-    monkeypatch.setattr(study, "_outcome_of", lambda job: Outcome(job_id=job.id, **outcome))
-    study._request_base_scores().result()
-    assert said in study._failure
+    monkeypatch.setattr(
+        "vgid.study.run.outcome_of", lambda _, job, *over: Outcome(job_id=job.id, **outcome)
+    )
+    study._material.set_result(None)
+    study.score_base(Mock()).result()
+    assert said in study.ending.failure
     assert not study.board.base
     assert ("the way there" in capsys.readouterr().err) == ("trace" in outcome)
 
@@ -270,31 +302,30 @@ def test_ray_that_does_not_start_is_one_sentence_each_time(tmp_path, monkeypatch
         assert (tmp_path / "out" / "study.log").exists()
 
 
-def test_a_table_that_cannot_be_written_stops_the_study_and_is_no_bad_input(study):
-    (study.config.output / "trials.csv" / "in-the-way").mkdir(parents=True)
-    study._on_end("0000", TrialConfig(), completed(), None)
-    study._scribe.close()
-    assert study.ledger.records["0000"].result == completed().result
-    assert "trials.csv: cannot be written" in study._stopped
-    assert study._failure is None
+def test_a_table_that_cannot_be_written_stops_the_study_and_is_no_bad_input(run):
+    (run.output / "trials.csv" / "in-the-way").mkdir(parents=True)
+    run.ends("0000", completed(), None)
+    run.bulletin.close()
+    assert run.ledger.records["0000"].result == completed().result
+    assert "trials.csv: cannot be written" in run.ending.stopped
+    assert run.ending.failure is None
 
 
-def test_a_study_without_a_slot_stops_and_has_no_bad_input(study):
+def test_a_study_without_a_slot_stops_and_has_no_bad_input(run):
     gone = Outcome(job_id="0000", error="every slot is gone.", fatal=True, lost=True)
-    study._on_end("0000", TrialConfig(), gone, None)
-    assert (study._stopped, study._failure) == ("every slot is gone.", None)
-    assert study._search.again == []
-    assert [record.trial_id for record in study.ledger.in_flight] == ["0000"]
+    run.ends("0000", gone, None)
+    assert (run.ending.stopped, run.ending.failure) == ("every slot is gone.", None)
+    assert run.search.again == []
+    assert [record.trial_id for record in run.ledger.in_flight] == ["0000"]
 
 
 @pytest.fixture
-def scored(study, monkeypatch):
+def scored(run, monkeypatch):
     """The same study at its end: its trial completed, its base scored; figures cost nothing."""
-    study._on_end("0000", TrialConfig(), completed(), None)
-    study._scribe.close()
-    study._courier.close()
+    run.ends("0000", completed(), None)
+    run.bulletin.close()
     names = ("forget_rougeL", "retain_rougeL")
-    study.board.base["search"] = {n: Score(value=0.9, n=1, low=0.9, high=0.9) for n in names}
+    run.study.board.base["search"] = {n: Score(value=0.9, n=1, low=0.9, high=0.9) for n in names}
 
     def draw(folder, front):
         time.sleep(0.3)
@@ -302,21 +333,21 @@ def scored(study, monkeypatch):
 
     monkeypatch.setattr("vgid.study.run.write_figures", draw)
     monkeypatch.setattr("vgid.interrupts.GRACE_S", 1.0)
-    return study
+    return run
 
 
-def on_disk(study):
-    return json.loads((study.config.output / "study.json").read_text())
+def on_disk(run):
+    return json.loads((run.output / "study.json").read_text())
 
 
 def test_a_signal_while_the_outcome_is_written_does_not_make_a_whole_study_interrupted(scored):
-    with scored._interrupt:
+    with scored.ending.interrupt:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        summary = scored._write_outcome()
-        assert scored._interrupt.came
+        summary = scored.study.write()
+        assert scored.ending.interrupt.came
     assert not summary["interrupted"]
     assert summary["files"] == [*TABLES, *FIGURES]
-    assert scored._tracker.finished == [("FINISHED", [*TABLES, *FIGURES])]
+    assert scored.tracker.finished == [("FINISHED", [*TABLES, *FIGURES])]
     assert on_disk(scored)["interrupted"] is False
     assert exit_code(lambda: summary, "") == 0
 
@@ -331,18 +362,18 @@ def test_what_a_signal_leaves_no_time_for_is_missing_and_said(scored, monkeypatc
     if hanging == "figures":
         monkeypatch.setattr("vgid.study.run.write_figures", hang)
     else:
-        scored._tracker.finish_study = hang
+        scored.tracker.finish_study = hang
     began = time.monotonic()
-    with scored._interrupt:
+    with scored.ending.interrupt:
         os.kill(os.getpid(), signal.SIGTERM)
-        summary = scored._write_outcome()
+        summary = scored.study.write()
     assert time.monotonic() - began < 30
     over.set()
     assert summary["interrupted"]
     found = on_disk(scored)
     assert found["interrupted"] is True
     assert found["files"] == [*TABLES, *(FIGURES if hanging == "mlflow" else ())]
-    assert (scored.config.output / "front.csv").read_text().count("\n") == 2
+    assert (scored.output / "front.csv").read_text().count("\n") == 2
     assert exit_code(lambda: summary, "") == 130
 
 
@@ -355,7 +386,7 @@ def test_study_json_and_tables_are_there_before_anything_is_analysed(scored, mon
 
     monkeypatch.setattr("vgid.study.run.write_figures", look)
     with pytest.raises(InputError):
-        scored._write_outcome()
+        scored.study.write()
     assert set(TABLES) <= set(seen)
 
 
@@ -367,9 +398,8 @@ def test_the_front_is_not_scored_on_after_a_signal(scored, monkeypatch):
 
     fake = SimpleNamespace(get=lambda ref: None, wait=lambda refs, timeout: ([], refs))
     monkeypatch.setitem(sys.modules, "ray", fake)
-    scored._mailbox = Mailbox
-    with scored._interrupt:
+    with scored.ending.interrupt:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         with pytest.raises(StudyInterruptedError):
-            scored._score_front_again()
-    assert scored.board.held_out == {}
+            scored.study.score_front(SimpleNamespace(mailbox=Mailbox))
+    assert scored.study.board.held_out == {}

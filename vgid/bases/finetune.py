@@ -47,7 +47,7 @@ from vgid.models.encoding import Encoded, response_ids
 from vgid.models.packing import hidden_states, pack
 from vgid.models.weight_names import save_weights
 from vgid.paths import UsablePath, WrittenFolder
-from vgid.study.summary import provenance
+from vgid.provenance import provenance
 
 PROVENANCE = "finetuned.json"
 """Beside the weights: how they were made."""

@@ -1,10 +1,15 @@
-"""Trials that the environment lost: how often each is tried again, and when that is no use.
+"""What the environment lost: how often each job is tried again, and when that is no use.
 
 A lost trial has not ended: its record stays in flight, its checkpoint stays, and Optuna is told
 nothing. Whose fault an error is says ``vgid.cluster.blame``.
 """
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from vgid.cluster.mailbox import Job, Outcome
+from vgid.interrupts import POLL_S
 
 RETRIES = 3
 """How often a lost job is put in flight again in one run of the study."""
@@ -62,3 +67,31 @@ class Losses:
         self._row.clear()
         self._steps = 0
         self._begun = dict.fromkeys(self._begun, 0)
+
+
+def outcome_of(
+    mailbox: Any, job: Job, is_over: Callable[[], bool], out_of_time: Callable[[], bool]
+) -> Outcome:
+    """Wait for the outcome of a scoring; one that was lost is asked for again, so many times.
+
+    Args:
+        mailbox: handle of the mailbox actor.
+        job: the scoring, submitted.
+        is_over: whether the study ends; the wait does so soon after, whatever the slots are about.
+        out_of_time: whether it is too late to ask again.
+    """
+    import ray
+
+    while True:
+        # Asked once and waited for in short turns: a plain ray.get would hear no signal until
+        # the job ends.
+        asked = mailbox.next_message.remote(job.id)
+        while not ray.wait([asked], timeout=POLL_S)[0]:
+            if is_over():
+                return Outcome(job_id=job.id, error="interrupted")
+        outcome: Outcome = ray.get(asked)
+        again = outcome.lost and not outcome.fatal and job.attempt <= RETRIES
+        if not again or is_over() or out_of_time():
+            return outcome
+        job = job.model_copy(update={"attempt": job.attempt + 1})
+        ray.get(mailbox.submit.remote(job))

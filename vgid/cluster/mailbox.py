@@ -8,6 +8,7 @@ new listener to a job takes the place of the one before.
 """
 
 import asyncio
+import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -84,6 +85,11 @@ class Outcome(Config):
     slot: int = -1
     served: int = 0
     cycle_s: float | None = None
+
+    def log_trace(self) -> None:
+        """Write where its error came from to stderr, which is ``study.log`` in a study's driver."""
+        if self.trace is not None:
+            print(f"{self.job_id} (most recent call last):\n{self.trace}", file=sys.stderr)
 
 
 class Traffic(Config):

@@ -126,9 +126,9 @@ class Slots:
         fresh: bool = False,
         session: SessionFactory = trial_session,
     ) -> None:
-        self._mailbox = mailbox
+        self.mailbox = mailbox
         self._shape = shape
-        self._count = count
+        self.count = count
         loop = {"mailbox": mailbox, "request": request, "session": session, "fresh": fresh}
         # Its children inherit this. Without the address those of Ray's that look after a controller
         # ask the newest cluster of the machine, take the controller for dead and end its workers.
@@ -143,12 +143,12 @@ class Slots:
 
     def start(self) -> None:
         """Start all slots; returns at once, jobs are served as the slots come up."""
-        self._held = [self._host.hold.remote(slot, *self._run) for slot in range(self._count)]
+        self._held = [self._host.hold.remote(slot, *self._run) for slot in range(self.count)]
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Send the workers home, wait for their Train runs to end, and end those that do not."""
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self._mailbox.close.remote(), timeout=timeout_s)
+            ray.get(self.mailbox.close.remote(), timeout=timeout_s)
             if timeout_s > 0:
                 ray.wait(self._held, num_returns=len(self._held), timeout=timeout_s)
         ray.kill(self._host)

@@ -5,20 +5,25 @@ report on, so that Tune's searcher, scheduler and callbacks see an ordinary tria
 process for the next trial.
 """
 
+import contextlib
+import os
 import secrets
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 
 from vgid.cluster.mailbox import Job, Outcome
-from vgid.config import TrialConfig
 from vgid.results import OBJECTIVES, EpochReport
 
 JOB = "job"
 """Key of a Tune config: the job as JSON, which is all that a trial goes by. The searched fields
 stand beside it for Ray's tables and dashboard, which show a parameter a column."""
+
+CANCEL_S = 5.0
+"""How long the end of a study waits for a mailbox that may just be starting again."""
 
 REPORT, OUTCOME = "report", "outcome"
 """Keys of a Tune result: an EpochReport or the final Outcome, as JSON."""
@@ -88,15 +93,15 @@ class Recorder(_Live, tune.Callback):
     """Tells the study what its trials do, in the driver, in the order in which it happens.
 
     Args:
-        on_epoch: called with the trial id, its config and each epoch report.
-        on_end: called with the trial id, its config, and its outcome; None for a trial that the
+        on_epoch: called with the trial id and each epoch report.
+        on_end: called with the trial id and its outcome; None for a trial that the
             scheduler stopped (its last report is given instead) or whose process died.
     """
 
     def __init__(
         self,
-        on_epoch: Callable[[str, TrialConfig, EpochReport], None],
-        on_end: Callable[[str, TrialConfig, Outcome | None, EpochReport | None], None],
+        on_epoch: Callable[[str, EpochReport], None],
+        on_end: Callable[[str, Outcome | None, EpochReport | None], None],
     ) -> None:
         self._on_epoch = on_epoch
         self._on_end = on_end
@@ -108,7 +113,7 @@ class Recorder(_Live, tune.Callback):
         if REPORT in result:
             job = _job(trial)
             report = EpochReport.model_validate_json(result[REPORT])
-            self._on_epoch(job.id, _config(job), report)
+            self._on_epoch(job.id, report)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Pass the outcome of a trial on; Tune, which keeps every trial, need not keep it."""
@@ -117,12 +122,12 @@ class Recorder(_Live, tune.Callback):
         text = last.pop(OUTCOME, None)
         outcome = None if text is None else Outcome.model_validate_json(text)
         report = EpochReport.model_validate_json(last[REPORT]) if REPORT in last else None
-        self._on_end(job.id, _config(job), outcome, report)
+        self._on_end(job.id, outcome, report)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trainable's own process died; the slot's worker may be well."""
         job = _job(trial)
-        self._on_end(job.id, _config(job), None, None)
+        self._on_end(job.id, None, None)
 
 
 class StopWhen(_Live, tune.Stopper):
@@ -140,10 +145,59 @@ class StopWhen(_Live, tune.Stopper):
         return self._stopped()
 
 
+def run_trials(
+    search: Any,
+    mailbox: Any,
+    recorder: Recorder,
+    is_over: Callable[[], bool],
+    storage: Path,
+    at_a_time: int,
+) -> None:
+    """Have Ray Tune run what the search proposes, until it proposes no more.
+
+    Args:
+        search: the ``Searcher``.
+        mailbox: handle of the mailbox actor.
+        recorder: hears how trials go.
+        is_over: whether all is to end now; then everyone who waits for a trial is woken.
+        storage: folder for Tune's own files.
+        at_a_time: trials that run side by side.
+
+    Raises:
+        OSError: Tune cannot write its own files.
+    """
+
+    def stopped() -> bool:
+        if not is_over():
+            return False
+        with contextlib.suppress(ray.exceptions.RayError):  # without a mailbox nobody waits for it
+            ray.get(mailbox.cancel_all.remote(), timeout=CANCEL_S)
+        return True
+
+    # With a searcher of one's own Tune lets one trial at a time wait for its process, and
+    # slots would come to work one after the other.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_a_time)
+    # No CPU: the slots need them all. On the head, where the driver and mailbox are.
+    # The smallest share there is: 10,000 trials may be in flight.
+    resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.0001}])
+    trainable = tune.with_parameters(SlotTrial, mailbox=mailbox)
+    tune.Tuner(
+        tune.with_resources(trainable, resources),
+        tune_config=tune.TuneConfig(
+            # The search says when it is over; a lost trial is one more to Tune.
+            search_alg=search,
+            num_samples=-1,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=f"tune-{os.getpid()}",
+            storage_path=str(storage),
+            verbose=0,
+            callbacks=[recorder],
+            stop=StopWhen(stopped),
+        ),
+    ).fit()
+
+
 def _job(trial: Any) -> Job:
     return Job.model_validate_json(trial.config[JOB])
-
-
-def _config(job: Job) -> TrialConfig:
-    assert job.trial is not None
-    return job.trial

@@ -164,7 +164,7 @@ def _refuse_little(marks: Marks, min_forget: float | None) -> None:
 
 
 def _origin(request: RequestConfig, parent: Ancestor | None) -> dict[str, Any]:
-    from vgid.study.summary import provenance
+    from vgid.provenance import provenance
 
     settings = "the parent's setting" if parent else "one setting"
     return {

@@ -20,11 +20,11 @@ from vgid.paper.attainment import Points, surfaces, write_attainment
 from vgid.paper.compare_arguments import CompareConfig
 from vgid.paper.settings import prepare_data, write_settings
 from vgid.paper.tables import METHOD_LABELS, Grid
+from vgid.provenance import provenance
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import as_text, write_study
 from vgid.study.front import PICK_SCORES, StudyFront, read_study
 from vgid.study.ledger import MUST_AGREE
-from vgid.study.summary import provenance
 
 
 def run_comparison(config: CompareConfig) -> dict[str, Any]:

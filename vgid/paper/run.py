@@ -40,9 +40,9 @@ from vgid.paper.tables import (
     table_7,
     tables,
 )
+from vgid.provenance import provenance
 from vgid.report.intervals import count_seeds
 from vgid.report.records import write_study
-from vgid.study.summary import provenance
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 90rem; margin: 2rem auto }

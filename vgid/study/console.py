@@ -24,6 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from vgid.command_line import duration
 from vgid.evaluation.suppression import doubt
 from vgid.report.records import TrialRecord, describe, held_out_scores
 from vgid.results import OBJECTIVES, EpochReport, QuestionPart, Score, TrialResult, trial_order
@@ -69,16 +70,6 @@ def last_words(sentence: str) -> Iterator[None]:
         yield
     finally:
         shell.communicate(b"all is well\n")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: ``47 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 @dataclass
@@ -129,7 +120,7 @@ class StudyConsole:
 
     def __init__(self, stream: TextIO, standing: Standing) -> None:
         self._console = Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
-        self._standing = standing
+        self.standing = standing
         self._started = time.monotonic()
         self._stage = "Starting"
         self._running: dict[str, tuple[str, EpochReport | None]] = {}
@@ -190,7 +181,7 @@ class StudyConsole:
         return time.monotonic() - self._started
 
     def _summary(self) -> str:
-        standing = self._standing
+        standing = self.standing
         counts = [f"{standing.ended}/{standing.trials} ended"]
         if self._running:
             counts.append(f"{len(self._running)} running")
@@ -208,7 +199,7 @@ class StudyConsole:
         return ", ".join(counts)
 
     def _render(self) -> RenderableType:
-        standing = self._standing
+        standing = self.standing
         head = Table.grid(padding=(0, 2))
         head.add_row(
             Text(self._stage, style="bold"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from vgid.pareto import GrowingFront
 from vgid.report.records import TrialRecord
 from vgid.results import QuestionPart, Score, TrialResult, trial_order
+from vgid.study.console import Standing
 from vgid.study.ledger import Ledger, Record
 
 
@@ -22,6 +23,7 @@ class Scoreboard:
         base: scores of the base model by part of the questions, as far as they are known.
         held_out: held-out scores of trials on the front, by trial id.
         lost: why trials are lost that have not ended, by trial id; known when the study stops.
+        unscored: why trials of the front have no held-out scores, by trial id.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -32,6 +34,7 @@ class Scoreboard:
         self.base: dict[QuestionPart, dict[str, Score]] = {}
         self.held_out: dict[str, dict[str, Score]] = {}
         self.lost: dict[str, str] = {}
+        self.unscored: dict[str, str] = {}
         for record in ledger.ended:
             self.add(record)
 
@@ -83,6 +86,12 @@ class Scoreboard:
     def counts(self) -> dict[str, int]:
         """Ended and lost trials by status."""
         return {**self._counts, "lost": len(self.lost_trials())}
+
+    def show_on(self, standing: Standing) -> None:
+        """Bring the console's numbers up to date."""
+        standing.counts = self.counts()
+        standing.front = self.front_size
+        standing.hypervolume = self.hypervolume
 
     @property
     def reference_point(self) -> tuple[float, float] | None:

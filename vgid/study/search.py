@@ -184,7 +184,7 @@ class ParetoSearch(Searcher):
         concurrent: int,
         losses: Losses | None = None,
         out_of_time: Callable[[], bool] = lambda: False,
-        on_start: Callable[[str, TrialConfig], None] = lambda name, config: None,
+        on_start: Callable[[Record], None] = lambda record: None,
     ) -> None:
         super().__init__(metric=list(OBJECTIVES), mode=["max", "max"])
         self._ledger = ledger
@@ -239,8 +239,7 @@ class ParetoSearch(Searcher):
             # that has said FINISHED is not asked again.
             return None if self._running else Searcher.FINISHED
         self._running[trial_id] = name
-        self._ledger.start(name, config)
-        self._on_start(name, config)
+        self._on_start(self._ledger.start(name, config))
         if not self._again:
             self._propose_ahead()
         job = Job(

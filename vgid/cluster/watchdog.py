@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from vgid.cluster.mailbox import Traffic
-from vgid.study.console import duration
+from vgid.command_line import duration
 
 PATIENCE_S = 60.0
 """So long nothing may move before the study says what it waits for; doubled each time it does."""

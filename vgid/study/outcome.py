@@ -1,22 +1,23 @@
-"""What ``study.json`` tells beside the results: where the time went, and what it was made with."""
+"""What a study leaves: ``study.json``, why it has not all, and the outcome on MLflow."""
 
-import platform
 import statistics
-import subprocess
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vgid.models.store import info
+from vgid.provenance import provenance
+from vgid.report.plots import Front
 from vgid.report.records import TrialRecord
-from vgid.results import TrialStatus, Verbatim
+from vgid.results import LeftOut, TrialStatus, Verbatim
 from vgid.study.ledger import Header, Record, now
 from vgid.study.plan import Plan
 from vgid.study.scoreboard import Scoreboard
 
-LIBRARIES = ("vgid", "ray", "torch", "transformers", "peft", "optuna", "mlflow")
+if TYPE_CHECKING:
+    from vgid.study.tracking import Tracker
+
 TRIAL_PHASES = ("teacher", "train", "evaluate", "save")
 
 Phases = dict[str, dict[str, float]]
@@ -146,6 +147,44 @@ def study_summary(
     }
 
 
+def record_outcome(
+    tracker: "Tracker",
+    front: Front,
+    summary: Mapping[str, Any],
+    stopped: bool,
+    left_out: LeftOut,
+    say: Callable[[str], None],
+) -> None:
+    """Tell MLflow what came of the study.
+
+    Args:
+        tracker: has the study's parent run.
+        front: all trials, the front and the base model's scores.
+        summary: the content of ``study.json``.
+        stopped: whether a signal or the environment ended it; no server is waited for then.
+        left_out: what of the data was left out as defective.
+        say: told what is waited for.
+
+    Raises:
+        InputError: not everything could be recorded.
+    """
+    numbers = {"hypervolume": summary["hypervolume"], "wall_s": summary["wall_s"]}
+    if summary["store"].get("hit_rate_after_first_trial") is not None:
+        numbers["store_hit_rate"] = summary["store"]["hit_rate_after_first_trial"]
+        numbers["store_bytes"] = summary["store"]["bytes"]
+    numbers |= {f"trials_{status}": n for status, n in summary["counts"].items()}
+    tracker.finish_study(
+        front,
+        numbers,
+        {name: row["total_s"] for name, row in summary["phases"].items() if "total_s" in row},
+        [summary["output"] / name for name in summary["files"]],
+        "KILLED" if stopped else "FINISHED",
+        summary["trained_verbatim"],
+        left_out,
+        say,
+    )
+
+
 def shortfall(
     trials: Sequence[TrialRecord], stopped: str | None, unscored: Mapping[str, str]
 ) -> str | None:
@@ -189,24 +228,3 @@ def _commonest(trials: Sequence[TrialRecord], status: TrialStatus) -> str:
 
 def _clause(sentence: str) -> str:
     return sentence.rstrip(".")
-
-
-def provenance() -> dict[str, Any]:
-    """Versions of what a study is made with, and the commit if this is a git checkout."""
-    versions = {name: version(name) for name in LIBRARIES}
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    here = Path(__file__).resolve().parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip() or None

@@ -2,9 +2,9 @@
 
 import pytest
 
+from vgid.cluster import watchdog
 from vgid.cluster.mailbox import Traffic
-from vgid.study import watchdog
-from vgid.study.watchdog import PATIENCE_S, Watchdog, sentence
+from vgid.cluster.watchdog import PATIENCE_S, Watchdog, sentence
 
 
 @pytest.fixture

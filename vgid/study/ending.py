@@ -1,0 +1,74 @@
+"""Why a study ends before its time, if it does, and the waits that hear of it."""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+from vgid.errors import DiskError, InputError
+from vgid.interrupts import Interrupt
+
+
+class Ending:
+    """What may end a study: a signal, bad input, the environment, its time budget.
+
+    Whoever waits in a study waits for this too. Of several causes the first is told.
+
+    Args:
+        budget_s: seconds from now after which no new trial starts, None for no limit.
+
+    Attributes:
+        interrupt: the signals.
+        failure: what no trial of the study can get past, in one sentence: bad input.
+        stopped: what of the environment ended it; a resume goes on from there.
+        cut_short: whether a signal left something undone.
+        left: whether the driver is leaving with an exception of its own.
+    """
+
+    def __init__(self, budget_s: float | None) -> None:
+        self.interrupt = Interrupt()
+        self.failure: str | None = None
+        self.stopped: str | None = None
+        self.cut_short = False
+        self.left = False
+        self._budget_s = budget_s
+        self._started = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the study's start."""
+        return time.monotonic() - self._started
+
+    def is_over(self) -> bool:
+        """Whether the study ends before its time."""
+        ended = self.failure is not None or self.stopped is not None
+        return ended or self.left or self.interrupt.came
+
+    def out_of_time(self) -> bool:
+        """Whether the time budget is over: no new trial starts, what runs goes on."""
+        return self._budget_s is not None and self.elapsed_s > self._budget_s
+
+    def stop(self, cause: str) -> None:
+        """End the study for what is no trial's fault; a resume goes on from there."""
+        self.stopped = self.stopped or cause
+
+    def fail(self, sentence: str) -> None:
+        """End the study for bad input."""
+        self.failure = self.failure or sentence
+
+    @contextmanager
+    def heeded(self) -> Iterator[None]:
+        """Bad input or a full disk in the block ends the study, not the block's caller."""
+        try:
+            yield
+        except DiskError as error:
+            self.stop(str(error))
+        except InputError as error:
+            self.fail(str(error))
+
+    def finishes(self, work: "Future[Any]") -> bool:
+        """Whether some work is done, as far as a signal leaves it the time."""
+        done = self.interrupt.allows(work)
+        self.cut_short |= not done
+        return done

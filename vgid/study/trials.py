@@ -1,0 +1,236 @@
+"""What becomes of trials' reports while they run, in Ray Tune's callbacks in the driver.
+
+``Listener`` decides what a report means: it writes the ledger, tells the search, tries a lost trial
+again. ``Bulletin`` then tells people: on the console, on MLflow, in ``trials.csv``.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from vgid.cluster.losses import Losses
+from vgid.cluster.mailbox import Outcome
+from vgid.errors import log_place
+from vgid.interrupts import Background
+from vgid.report.records import TrialsTable, describe
+from vgid.results import EpochReport, TrialResult
+from vgid.study.console import StudyConsole
+from vgid.study.ending import Ending
+from vgid.study.ledger import Ledger, Record, now
+from vgid.study.scoreboard import Scoreboard
+
+if TYPE_CHECKING:
+    from vgid.study.search import ParetoSearch
+    from vgid.study.tracking import Tracker
+
+
+class Bulletin:
+    """Tells of trials: the console at once, table and MLflow in a thread each, in order.
+
+    Args:
+        console: where progress is shown.
+        board: what the results amount to; it takes in each trial that ends.
+        table: ``trials.csv``.
+        tracker: writes to MLflow.
+        ending: told of a disk that is full.
+    """
+
+    def __init__(
+        self,
+        console: StudyConsole,
+        board: Scoreboard,
+        table: TrialsTable,
+        tracker: "Tracker",
+        ending: Ending,
+    ) -> None:
+        self._console = console
+        self._board = board
+        self._table = table
+        self._tracker = tracker
+        self._ending = ending
+        self._tables, self._mlflow = Background("tables"), Background("mlflow")
+
+    @property
+    def busy(self) -> bool:
+        """Whether the tracker is still at work, after ``close`` on a server that hangs."""
+        return self._mlflow.busy
+
+    @property
+    def faults(self) -> list[str]:
+        """Kinds of the exceptions for which not all was written."""
+        return [side.fault for side in (self._tables, self._mlflow) if side.fault is not None]
+
+    @property
+    def seconds(self) -> float:
+        """Spent on writing."""
+        return self._tables.seconds + self._mlflow.seconds
+
+    def catch_up(self, records: Iterable[Record]) -> None:
+        """Bring table and MLflow in line with what the ledger has of earlier runs."""
+        self._tabulate(self._table.write, self._board.trials())
+        for record in records:
+            self._mlflow.write(self._tracker.log_trial, record)
+        self._board.show_on(self._console.standing)
+
+    def started(self, record: Record) -> None:
+        """A trial was put in flight."""
+        self._console.epoch(record.trial_id, describe(record.config), None)
+        self._mlflow.write(self._tracker.log_trial, record)
+
+    def epoch(self, record: Record, report: EpochReport) -> None:
+        """A trial reached the end of an epoch."""
+        self._console.epoch(record.trial_id, describe(record.config), report)
+        self._mlflow.write(self._tracker.log_trial, record)
+
+    def ended(self, record: Record) -> None:
+        """A trial ended; a console that fails keeps it from nobody else."""
+        result = record.result
+        assert result is not None
+        trial = self._board.add(record)
+        with kept_from_tune(self._ending):
+            if result.seconds:
+                self._console.standing.trial_s.append(sum(result.seconds.values()))
+            self._board.show_on(self._console.standing)
+            self._console.ended(record.trial_id, result)
+        self._mlflow.write(self._tracker.log_trial, record)
+        if self._table.holds(trial):
+            self._tabulate(self._table.add, trial)
+        else:
+            self._tabulate(self._table.write, self._board.trials())
+
+    def lost(self, trial_id: str, cause: str) -> None:
+        """The environment lost a trial, which stays in flight."""
+        self._console.ended(trial_id, TrialResult(trial_id=trial_id, status="lost", error=cause))
+
+    def still_lost(self, record: Record, result: TrialResult) -> None:
+        """A trial that is lost now, when no more run, stands on MLflow as such."""
+        lost = record.model_copy(update={"result": result, "ended": now()})
+        self._mlflow.write(self._tracker.log_trial, lost)
+
+    def close(self) -> None:
+        """Wait until all is written; what a signal leaves MLflow no time for is left out."""
+        self._tables.submit(_nothing).result()
+        self._ending.finishes(self._mlflow.submit(_nothing))
+        self._mlflow.give_up()
+
+    def _tabulate(self, write: Callable[[Any], None], what: Any) -> None:
+        def heed() -> None:
+            with self._ending.heeded():
+                write(what)
+
+        self._tables.write(heed)
+
+
+class Listener:
+    """Hears how trials go, and makes it so: first of all in the ledger.
+
+    Args:
+        ledger: the study's record.
+        search: proposed them; told of their ends, and which of them to try again.
+        losses: what this run of the study has lost.
+        bulletin: tells people.
+        ending: told when nothing can go on.
+        mailbox: handle of the mailbox actor.
+        seconds: by phase of the study; ``load`` grows with each outcome.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        search: "ParetoSearch",
+        losses: Losses,
+        bulletin: Bulletin,
+        ending: Ending,
+        mailbox: Any,
+        seconds: dict[str, float],
+    ) -> None:
+        self._ledger = ledger
+        self._search = search
+        self._losses = losses
+        self._bulletin = bulletin
+        self._ending = ending
+        self._mailbox = mailbox
+        self._seconds = seconds
+        self._slots_used: set[int] = set()
+
+    def on_epoch(self, trial_id: str, report: EpochReport) -> None:
+        """Record an epoch."""
+        with kept_from_tune(self._ending):
+            self._bulletin.epoch(self._ledger.epoch(trial_id, report), report)
+
+    def on_end(self, trial_id: str, outcome: Outcome | None, report: EpochReport | None) -> None:
+        """Record how a trial ended, if it did (see ``vgid.cluster.tune.Recorder``)."""
+        if self._ledger.records[trial_id].result is not None:
+            return  # Tune stumbled over a trial that had ended
+        if outcome is None and report is None:
+            outcome = Outcome(job_id=trial_id, error="its Ray Tune process died", lost=True)
+        if outcome is None:
+            assert report is not None
+            pruned = TrialResult(trial_id=trial_id, status="pruned", metrics=report.metrics)
+            self._end(pruned)
+            return
+        outcome.log_trace()
+        if outcome.lost and outcome.fatal:
+            self._ending.stop(outcome.error or "for an unknown cause")
+        elif outcome.lost:
+            self._lose(trial_id, outcome.error or "for an unknown cause")
+        elif outcome.result is not None:
+            self._seconds["load"] += outcome.load_s
+            self._end(outcome.result, slot=outcome.slot, overhead_s=self._overhead(outcome))
+        elif outcome.fatal and outcome.error is not None:  # otherwise it was interrupted
+            self._ending.fail(outcome.error)
+
+    def search_is_over(self, board: Scoreboard) -> None:
+        """What is still lost now stands in the tables as such; the ledger has it in flight."""
+        board.lost = self._losses.causes
+        for trial in board.lost_trials():
+            self._bulletin.still_lost(self._ledger.records[trial.result.trial_id], trial.result)
+
+    def _end(self, result: TrialResult, **details: Any) -> None:
+        """Record an end and tell everyone; one who fails keeps it from nobody else."""
+        with kept_from_tune(self._ending):
+            record = self._ledger.end(result.trial_id, result, **details)
+            # The ledger has the result by now: whatever fails below, a resume makes good.
+            self._losses.end(result.trial_id)
+            with kept_from_tune(self._ending):
+                self._search.tell(record)
+            self._bulletin.ended(record)
+
+    def _lose(self, trial_id: str, cause: str) -> None:
+        """The environment lost a trial: it stays in flight, and is tried again so many times."""
+        error = cause
+        if self._losses.lose(trial_id, cause):
+            self._search.try_again(trial_id)
+            error = f"{cause.rstrip('.')}; it is tried again"
+        else:
+            self._mailbox.cancel.remote(trial_id)  # a slot may still be at it, for nobody
+        self._bulletin.lost(trial_id, error)
+        if self._losses.hopeless is not None:
+            self._ending.stop(self._losses.hopeless)
+
+    def _overhead(self, outcome: Outcome) -> float | None:
+        """Seconds of the slot that went to neither training nor evaluation."""
+        first = outcome.slot not in self._slots_used
+        self._slots_used.add(outcome.slot)
+        if first or outcome.cycle_s is None or outcome.result is None:
+            return None
+        work = ("train", "evaluate")
+        return outcome.cycle_s - sum(outcome.result.seconds.get(name, 0.0) for name in work)
+
+
+@contextmanager
+def kept_from_tune(ending: Ending) -> Iterator[None]:
+    """Keep an error of the study's own from Ray Tune, which would fail the trial for it.
+
+    Bad input or a full disk ends the study; anything else is logged by kind and place in
+    ``study.log``.
+    """
+    try:
+        with ending.heeded():
+            yield
+    except Exception as error:
+        log_place("Ignored", error)
+
+
+def _nothing() -> None:
+    """Work that is done when all before it is."""
