@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import make_random_backbone
-from vgid import trial as trial_module
 from vgid.bases.tiny_llava import save
 from vgid.config import Method, RequestConfig, TrainWording, TrialConfig, uses
 from vgid.data.benchmark import Benchmark, split_questions
@@ -20,6 +19,7 @@ from vgid.data.people import comparable
 from vgid.data.splits import People, choose_people, count_verbatim, held_out_of_training
 from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
+from vgid.evaluation import kept_scores
 from vgid.evaluation.evaluate import evaluate
 from vgid.evaluation.questions import prepare
 from vgid.method import distillation
@@ -288,7 +288,7 @@ def ask(session, monkeypatch) -> Callable[[], int]:
 
     def scores() -> int:
         with monkeypatch.context() as patch:
-            patch.setattr(TrialSession, "_evaluate", evaluate)
+            patch.setattr(kept_scores.Scorer, "evaluate", evaluate)
             found = session.scores_under("search", seed=18)
         assert found == {"x": Score(value=0.1 + 0.2, n=1, low=0.0, high=1 / 3)}
         return len(made)
@@ -318,7 +318,7 @@ def test_kept_scores_are_of_one_precision_processor_frame_and_format(session, mo
         (images, "resample", 0),
         (session.backbone, "spec", replace(spec, frame=frame)),
         (session.backbone, "spec", replace(spec, option_scoring="letter")),
-        (trial_module, "SCORES_FORMAT", trial_module.SCORES_FORMAT + 1),
+        (kept_scores, "SCORES_FORMAT", kept_scores.SCORES_FORMAT + 1),
     ]
     for number, (target, name, value) in enumerate(changes, 2):
         with monkeypatch.context() as patch:
@@ -367,7 +367,7 @@ def test_released_variant_trains_on_the_script_s_samples(session, tmp_path, monk
         handed.extend(arguments)
         return distill_released(backbone, model, *arguments)
 
-    monkeypatch.setattr("vgid.trial.distill_released", spy)
+    monkeypatch.setattr("vgid.method.preparation.distill_released", spy)
     script = TrialConfig(released=True, epochs=1, lora_rank=2)
     released = session.run(script, "0005", tmp_path / "0005", evaluate=False)
     assert released.status == "completed"

@@ -8,51 +8,24 @@ teacher store, the examination. Ray, Optuna and MLflow wrap it elsewhere and are
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock
-from PIL import Image
-
-from vgid.config import RequestConfig, TrialConfig, uses
+from vgid.config import RequestConfig, TrialConfig
 from vgid.data.benchmark import Benchmark
-from vgid.data.splits import choose_people, held_out_of_training
-from vgid.errors import SettingError
-from vgid.evaluation.evaluate import Evaluation, evaluate
-from vgid.evaluation.metrics import bootstrap_difference
-from vgid.evaluation.questions import Examination, prepare
+from vgid.data.splits import choose_people
+from vgid.evaluation.evaluate import Evaluation
+from vgid.evaluation.kept_scores import Scorer
 from vgid.evaluation.rehearsal import missing_objectives, without_unfit
-from vgid.files import write_atomically
-from vgid.method.distillation import (
-    DistillationSet,
-    LossNotFiniteError,
-    distill,
-    retain_batches,
-    steps_per_epoch,
-)
-from vgid.method.methods import make_method
-from vgid.method.released import distill_released, retain_drawn
-from vgid.method.samples import TrainingSample, training_samples
-from vgid.method.teacher import Intervention, TeacherStore, response_room
-from vgid.method.views import portrait_view
+from vgid.method.distillation import LossNotFiniteError
+from vgid.method.preparation import Preparation
+from vgid.method.teacher import PLAIN, Intervention, TeacherStore
 from vgid.models import adapters as adapter
 from vgid.models.backbones import load
-from vgid.models.encoding import Encoded, encode, response_ids
-from vgid.models.store import ContentStore, key_of
-from vgid.results import EpochReport, KeptScores, QuestionPart, Score, TrialResult
-from vgid.seeds import held_out_seed
-
-SCORES_FORMAT = 2
-"""Part of the name of kept scores; raised when the same questions would give other scores."""
-
-
-PLAIN = Intervention()
-"""Questions as they are."""
+from vgid.models.store import ContentStore
+from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 
 DIFFERENCES = {"forget_rougeL_reduction": "forget_rougeL", "retain_rougeL_drop": "retain_rougeL"}
 """By how much an adapter is below the base, and in which score."""
@@ -97,9 +70,10 @@ class TrialSession:
         self.store = TeacherStore(
             ContentStore(request.store, "teachers", limit), self.backbone, rank
         )
-        self._training: dict[tuple[Any, ...], list[TrainingSample]] = {}
-        self._encoded: dict[tuple[str, int], Encoded] = {}
-        self._examinations: dict[tuple[str, int, Intervention, bool], Examination] = {}
+        self.preparation = Preparation(
+            self.backbone, self.benchmark, self.people, request, self.store, rank, world_size
+        )
+        self.scorer = Scorer(self.backbone, self.benchmark.sha256, self.people, request)
         self.phases = {"load": time.perf_counter() - started}
         self._unreported_load = self.phases["load"]
 
@@ -151,7 +125,7 @@ class TrialSession:
         with _timed(seconds, "load"):
             base = self.base_scores("search") if evaluate else None
         with _timed(seconds, "teacher"):
-            epochs, retained = self._prepare_training(trial, trial_id, checkpoint_dir)
+            epochs, retained = self.preparation.training(trial, trial_id, checkpoint_dir)
         last: EpochReport | None = None
         ended = partial(TrialResult, trial_id=trial_id, seconds=seconds)
         with adapter.attached(self.backbone, trial) as model:
@@ -166,7 +140,7 @@ class TrialSession:
             if self.rank != 0:
                 return ended(status="completed")
             with _timed(seconds, "evaluate"):
-                evaluation = self._evaluate("search", self.request.seed) if evaluate else None
+                evaluation = self.scorer.evaluate("search", self.request.seed) if evaluate else None
             with _timed(seconds, "save"):
                 adapter.save(model, adapter_dir)
                 _save_responses(evaluation, adapter_dir)
@@ -196,9 +170,12 @@ class TrialSession:
             part: which questions.
             seed: few-shot people, test poses and bootstrap; by default another than the trials'.
         """
-        base, own = self._kept(part, seed), self._kept(part, seed, adapter_dir=adapter_dir)
+        base, own = (
+            self.scorer.kept(part, seed),
+            self.scorer.kept(part, seed, adapter_dir=adapter_dir),
+        )
         found = {
-            name: self._difference(score, base, own, part, seed)
+            name: self.scorer.difference(score, base, own, part, seed)
             for name, score in DIFFERENCES.items()
             if score in own.scores
         }
@@ -215,12 +192,12 @@ class TrialSession:
             seed: as for ``rescore``.
         """
         plain, attacked = (
-            self._kept(part, seed, reverse=reverse, adapter_dir=adapter_dir)
+            self.scorer.kept(part, seed, reverse=reverse, adapter_dir=adapter_dir)
             for reverse in (False, True)
         )
         found = dict(attacked.scores)
         if "forget_rougeL" in found:
-            found[RISE] = self._difference("forget_rougeL", attacked, plain, part, seed)
+            found[RISE] = self.scorer.difference("forget_rougeL", attacked, plain, part, seed)
         return found
 
     def scores_under(
@@ -248,46 +225,7 @@ class TrialSession:
         Raises:
             InputError: the adapter folder lacks a file.
         """
-        return self._kept(part, seed, intervention, reverse, adapter_dir).scores
-
-    def _kept(
-        self,
-        part: QuestionPart,
-        seed: int | None = None,
-        intervention: Intervention | None = None,
-        reverse: bool = False,
-        adapter_dir: Path | None = None,
-    ) -> KeptScores:
-        seed = self._seed(part) if seed is None else seed
-        intervention = intervention or PLAIN
-        # By content, not by folder: an adapter that was copied or picked has its scores already,
-        # and a folder that was written anew does not.
-        adapter_sha256 = None if adapter_dir is None else adapter.sha256(adapter_dir)
-        described = [part, seed, asdict(intervention), reverse, adapter_sha256]
-
-        def compute() -> KeptScores:
-            if adapter_dir is None:
-                return self._evaluate(part, seed, intervention, reverse).kept
-            with adapter.loaded(self.backbone, adapter_dir):
-                return self._evaluate(part, seed, intervention, reverse).kept
-
-        return self._shared("base" if adapter_dir is None else "adapter", described, compute)
-
-    def _difference(
-        self,
-        score: str,
-        first: KeptScores,
-        second: KeptScores,
-        part: QuestionPart,
-        seed: int | None,
-    ) -> Score:
-        """A score of the first minus that of the second, people paired."""
-        return bootstrap_difference(
-            first.people[score],
-            second.people[score],
-            self.request.bootstrap_samples,
-            self._seed(part) if seed is None else seed,
-        )
+        return self.scorer.kept(part, seed, intervention or PLAIN, reverse, adapter_dir).scores
 
     @property
     def _store_use(self) -> dict[str, int]:
@@ -314,154 +252,6 @@ class TrialSession:
             dist.broadcast_object_list(answer, src=0)
             goes_on = answer[0]
         return goes_on
-
-    def _seed(self, part: QuestionPart) -> int:
-        seed = self.request.seed
-        return held_out_seed(seed) if part == "held_out" else seed
-
-    def _evaluate(
-        self,
-        part: QuestionPart,
-        seed: int,
-        intervention: Intervention = PLAIN,
-        reverse: bool = False,
-    ) -> Evaluation:
-        key = (part, seed, intervention, reverse)
-        examination = self._examinations.get(key)
-        if examination is None:
-            examination = prepare(
-                self.backbone,
-                self.people,
-                self.request,
-                part,
-                seed,
-                # General utility: nothing is chosen by it, and no attack is on it.
-                () if part == "search" or reverse else self.people.celebrities,
-                intervention,
-                reverse,
-            )
-        # Perturbed images are as large as all others together, and seldom wanted twice.
-        if intervention.noise_type is None:
-            self._examinations[key] = examination
-        return evaluate(self.backbone, examination, self.request)
-
-    def _prepare_training(
-        self, trial: TrialConfig, trial_id: str, checkpoint: Path | None
-    ) -> tuple[Callable[[Any], Iterator[EpochReport]], Iterator[TrainingSample]]:
-        """Everything that training needs before the adapter is attached.
-
-        Returns:
-            The training of a student, and the retain samples that its steps draw.
-        """
-        forget = self._samples(trial, forget=True)
-        retain = self._samples(trial, forget=False) if uses(trial.method, "beta") else []
-        if trial.released:
-            if self.world_size > 1:
-                raise SettingError("released: the public script's variant runs in one worker only.")
-            answered = [
-                [
-                    # The script's answers do not end.
-                    (prompt, response_ids(self.backbone, sample.answer)[:-1])
-                    for prompt, sample in zip(self._encode(samples), samples, strict=True)
-                ]
-                for samples in (forget, retain)
-            ]
-            drawn = retain_drawn(len(forget), len(retain), trial)
-            return (
-                lambda model: distill_released(
-                    self.backbone, model, answered[0], answered[1], trial
-                ),
-                (retain[i] for i in drawn),
-            )
-        method = make_method(trial, self.backbone)
-        forget_targets = [
-            self.store.targets(forget, intervention, source)
-            for intervention, source in method.forget_teachers(self.request.seed)
-        ]
-        forget_set = DistillationSet(
-            self._encode(forget),
-            forget_targets,
-            [s.task for s in forget],
-            method.paired,
-            [self._encode(forget, view) for view in range(1, trial.views)],
-        )
-        retain_set = None
-        retained: Iterator[TrainingSample] = iter(())
-        if retain:
-            seen = {person.id for person in self.people.retain_seen}
-            retain_set = DistillationSet(
-                self._encode(retain),
-                [self.store.targets(retain, PLAIN, "reference")],
-                [s.task for s in retain],
-                first=[i for i, s in enumerate(retain) if s.person_id in seen],
-            )
-            batches = retain_batches(retain_set, trial)
-            steps = trial.epochs * steps_per_epoch(forget_set, trial)
-            retained = (retain[i] for batch in islice(batches, steps) for i in batch)
-
-        def epochs(model: Any) -> Iterator[EpochReport]:
-            return distill(
-                self.backbone,
-                model,
-                forget_set,
-                retain_set,
-                trial,
-                trial_id=trial_id,
-                rank=self.rank,
-                world_size=self.world_size,
-                checkpoint=checkpoint,
-            )
-
-        return epochs, retained
-
-    def _samples(self, trial: TrialConfig, forget: bool) -> list[TrainingSample]:
-        key = (trial.train_tasks, trial.train_wording, forget)
-        if key not in self._training:
-            self._training[key] = training_samples(
-                self.benchmark,
-                self.people.forget if forget else self.people.retain_pool,
-                trial,
-                self.backbone.spec.option_scoring == "likelihood",
-                self.request.seed,
-                held_out_of_training(self.people, self.request),
-            )
-        return self._training[key]
-
-    def _encode(self, samples: list[TrainingSample], view: int = 0) -> list[Encoded]:
-        """The samples' prompts with a view of their portraits, see ``vgid.method.views``."""
-        pictures: dict[str, Image.Image] = {}
-        for sample in samples:
-            query, portrait = sample.query, sample.portrait
-            if (query.id, view) in self._encoded:
-                continue
-            if query.image is not None:
-                if portrait not in pictures:
-                    pictures[portrait] = portrait_view(query.image, view, self.request.seed)
-                query = replace(query, image=pictures[portrait])
-            room = response_room(self.backbone, sample)
-            (self._encoded[query.id, view],) = encode(self.backbone, [query], room=room)
-        return [self._encoded[sample.query.id, view] for sample in samples]
-
-    def _shared(
-        self, kind: str, what: Sequence[Any], compute: Callable[[], KeptScores]
-    ) -> KeptScores:
-        """Scores from the store, or computed under a lock and put there.
-
-        Args:
-            kind: the beginning of the file's name.
-            what: plain data that, with the request, names the scores.
-            compute: called if they are not there yet.
-        """
-        setting = [self.benchmark.sha256, self.backbone.identity, self.request.identity]
-        key = key_of([SCORES_FORMAT, kind, *what, *setting])
-        path = self.request.store / f"{kind}-{key}.json"
-        with FileLock(path.with_suffix(".lock")):
-            # None yet, or torn by a crash of the machine: made again.
-            with suppress(OSError, ValueError):
-                return KeptScores.model_validate_json(path.read_bytes())
-            kept = compute()
-            write_atomically(path, kept.model_dump_json().encode())
-            return kept
 
 
 def run_trial(

@@ -58,6 +58,10 @@ class Intervention:
     seed: int = 0
 
 
+PLAIN = Intervention()
+"""Questions as they are."""
+
+
 def intervene(
     backbone: Backbone, queries: Sequence[Query], intervention: Intervention
 ) -> list[Query]:

@@ -1,0 +1,145 @@
+"""Scores of one request's base and adapters, computed once and shared by all processes."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from vgid.config import RequestConfig
+from vgid.data.splits import People
+from vgid.evaluation.evaluate import Evaluation, evaluate
+from vgid.evaluation.metrics import bootstrap_difference
+from vgid.evaluation.questions import Examination, prepare
+from vgid.files import write_atomically
+from vgid.method.teacher import PLAIN, Intervention
+from vgid.models import adapters as adapter
+from vgid.models.backbones import Backbone
+from vgid.models.store import key_of
+from vgid.results import KeptScores, QuestionPart, Score
+from vgid.seeds import held_out_seed
+
+SCORES_FORMAT = 2
+"""Part of the name of kept scores; raised when the same questions would give other scores."""
+
+
+class Scorer:
+    """Scores the base or an adapter of it; keeps the encoded questions in memory.
+
+    Args:
+        backbone: the frozen base.
+        data_sha256: of the benchmark.
+        people: who is asked about.
+        request: the forget request; scores are kept in its store.
+    """
+
+    def __init__(
+        self, backbone: Backbone, data_sha256: str, people: People, request: RequestConfig
+    ) -> None:
+        self.backbone = backbone
+        self.data_sha256 = data_sha256
+        self.people = people
+        self.request = request
+        self._examinations: dict[tuple[str, int, Intervention, bool], Examination] = {}
+
+    def kept(
+        self,
+        part: QuestionPart,
+        seed: int | None = None,
+        intervention: Intervention = PLAIN,
+        reverse: bool = False,
+        adapter_dir: Path | None = None,
+    ) -> KeptScores:
+        """Scores of the base or of an adapter, from the store if any process has them there.
+
+        Args:
+            part: which questions.
+            seed: few-shot people, test poses and bootstrap; ``seed_of`` the part if None.
+            intervention: what is done to the questions.
+            reverse: append the reverse-engineering prompt.
+            adapter_dir: PEFT adapter folder, None for the base.
+        """
+        seed = self.seed_of(part) if seed is None else seed
+        # By content, not by folder: an adapter that was copied or picked has its scores already,
+        # and a folder that was written anew does not.
+        adapter_sha256 = None if adapter_dir is None else adapter.sha256(adapter_dir)
+        described = [part, seed, asdict(intervention), reverse, adapter_sha256]
+
+        def compute() -> KeptScores:
+            if adapter_dir is None:
+                return self.evaluate(part, seed, intervention, reverse).kept
+            with adapter.loaded(self.backbone, adapter_dir):
+                return self.evaluate(part, seed, intervention, reverse).kept
+
+        return self._shared("base" if adapter_dir is None else "adapter", described, compute)
+
+    def difference(
+        self,
+        score: str,
+        first: KeptScores,
+        second: KeptScores,
+        part: QuestionPart,
+        seed: int | None,
+    ) -> Score:
+        """A score of the first minus that of the second, people paired."""
+        return bootstrap_difference(
+            first.people[score],
+            second.people[score],
+            self.request.bootstrap_samples,
+            self.seed_of(part) if seed is None else seed,
+        )
+
+    def seed_of(self, part: QuestionPart) -> int:
+        """The seed that a part of the questions is put with where none is asked for."""
+        seed = self.request.seed
+        return held_out_seed(seed) if part == "held_out" else seed
+
+    def evaluate(
+        self,
+        part: QuestionPart,
+        seed: int,
+        intervention: Intervention = PLAIN,
+        reverse: bool = False,
+    ) -> Evaluation:
+        """Put the questions to the backbone as it stands, with the adapter that is attached."""
+        key = (part, seed, intervention, reverse)
+        examination = self._examinations.get(key)
+        if examination is None:
+            examination = prepare(
+                self.backbone,
+                self.people,
+                self.request,
+                part,
+                seed,
+                # General utility: nothing is chosen by it, and no attack is on it.
+                () if part == "search" or reverse else self.people.celebrities,
+                intervention,
+                reverse,
+            )
+        # Perturbed images are as large as all others together, and seldom wanted twice.
+        if intervention.noise_type is None:
+            self._examinations[key] = examination
+        return evaluate(self.backbone, examination, self.request)
+
+    def _shared(
+        self, kind: str, what: Sequence[Any], compute: Callable[[], KeptScores]
+    ) -> KeptScores:
+        """Scores from the store, or computed under a lock and put there.
+
+        Args:
+            kind: the beginning of the file's name.
+            what: plain data that, with the request, names the scores.
+            compute: called if they are not there yet.
+        """
+        setting = [self.data_sha256, self.backbone.identity, self.request.identity]
+        key = key_of([SCORES_FORMAT, kind, *what, *setting])
+        path = self.request.store / f"{kind}-{key}.json"
+        with FileLock(path.with_suffix(".lock")):
+            # None yet, or torn by a crash of the machine: made again.
+            with suppress(OSError, ValueError):
+                return KeptScores.model_validate_json(path.read_bytes())
+            kept = compute()
+            write_atomically(path, kept.model_dump_json().encode())
+            return kept

@@ -1,0 +1,165 @@
+"""What training needs before an adapter is attached: samples, teachers' targets, batches."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vgid.config import RequestConfig, TrialConfig, uses
+from vgid.data.benchmark import Benchmark
+from vgid.data.splits import People, held_out_of_training
+from vgid.errors import SettingError
+from vgid.method.distillation import DistillationSet, distill, retain_batches, steps_per_epoch
+from vgid.method.methods import make_method
+from vgid.method.released import distill_released, retain_drawn
+from vgid.method.samples import TrainingSample, training_samples
+from vgid.method.teacher import PLAIN, TeacherStore, response_room
+from vgid.method.views import portrait_view
+from vgid.models.backbones import Backbone
+from vgid.models.encoding import Encoded, encode, response_ids
+from vgid.results import EpochReport
+
+Training = Callable[[Any], Iterator[EpochReport]]
+"""Trains a PEFT model, epoch by epoch."""
+
+
+class Preparation:
+    """Prepares trials of one forget request; keeps the samples and encodings that they share.
+
+    Args:
+        backbone: the frozen base.
+        benchmark: the data.
+        people: who is forgotten and who is kept.
+        request: the forget request.
+        store: of the teachers' targets.
+        rank: of this process among the workers of a trial.
+        world_size: workers of a trial.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        benchmark: Benchmark,
+        people: People,
+        request: RequestConfig,
+        store: TeacherStore,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.backbone = backbone
+        self.benchmark = benchmark
+        self.people = people
+        self.request = request
+        self.store = store
+        self.rank = rank
+        self.world_size = world_size
+        self._training: dict[tuple[Any, ...], list[TrainingSample]] = {}
+        self._encoded: dict[tuple[str, int], Encoded] = {}
+
+    def training(
+        self, trial: TrialConfig, trial_id: str, checkpoint: Path | None
+    ) -> tuple[Training, Iterator[TrainingSample]]:
+        """Prepare one trial: its samples, what the teachers answer them, the order of its batches.
+
+        Args:
+            trial: the hyperparameters.
+            trial_id: names the trial in its checkpoint.
+            checkpoint: where its state is saved after each epoch, and continued from.
+
+        Returns:
+            The training of a student, and the retain samples that its steps draw.
+
+        Raises:
+            InputError: data that cannot be trained on, or a layer that the backbone lacks.
+        """
+        forget = self._samples(trial, forget=True)
+        retain = self._samples(trial, forget=False) if uses(trial.method, "beta") else []
+        if trial.released:
+            if self.world_size > 1:
+                raise SettingError("released: the public script's variant runs in one worker only.")
+            answered = [
+                [
+                    # The script's answers do not end.
+                    (prompt, response_ids(self.backbone, sample.answer)[:-1])
+                    for prompt, sample in zip(self._encode(samples), samples, strict=True)
+                ]
+                for samples in (forget, retain)
+            ]
+            drawn = retain_drawn(len(forget), len(retain), trial)
+            return (
+                lambda model: distill_released(
+                    self.backbone, model, answered[0], answered[1], trial
+                ),
+                (retain[i] for i in drawn),
+            )
+        method = make_method(trial, self.backbone)
+        forget_targets = [
+            self.store.targets(forget, intervention, source)
+            for intervention, source in method.forget_teachers(self.request.seed)
+        ]
+        forget_set = DistillationSet(
+            self._encode(forget),
+            forget_targets,
+            [s.task for s in forget],
+            method.paired,
+            [self._encode(forget, view) for view in range(1, trial.views)],
+        )
+        retain_set = None
+        retained: Iterator[TrainingSample] = iter(())
+        if retain:
+            seen = {person.id for person in self.people.retain_seen}
+            retain_set = DistillationSet(
+                self._encode(retain),
+                [self.store.targets(retain, PLAIN, "reference")],
+                [s.task for s in retain],
+                first=[i for i, s in enumerate(retain) if s.person_id in seen],
+            )
+            batches = retain_batches(retain_set, trial)
+            steps = trial.epochs * steps_per_epoch(forget_set, trial)
+            retained = (retain[i] for batch in islice(batches, steps) for i in batch)
+
+        def epochs(model: Any) -> Iterator[EpochReport]:
+            return distill(
+                self.backbone,
+                model,
+                forget_set,
+                retain_set,
+                trial,
+                trial_id=trial_id,
+                rank=self.rank,
+                world_size=self.world_size,
+                checkpoint=checkpoint,
+            )
+
+        return epochs, retained
+
+    def _samples(self, trial: TrialConfig, forget: bool) -> list[TrainingSample]:
+        key = (trial.train_tasks, trial.train_wording, forget)
+        if key not in self._training:
+            self._training[key] = training_samples(
+                self.benchmark,
+                self.people.forget if forget else self.people.retain_pool,
+                trial,
+                self.backbone.spec.option_scoring == "likelihood",
+                self.request.seed,
+                held_out_of_training(self.people, self.request),
+            )
+        return self._training[key]
+
+    def _encode(self, samples: list[TrainingSample], view: int = 0) -> list[Encoded]:
+        """The samples' prompts with a view of their portraits, see ``vgid.method.views``."""
+        pictures: dict[str, Image.Image] = {}
+        for sample in samples:
+            query, portrait = sample.query, sample.portrait
+            if (query.id, view) in self._encoded:
+                continue
+            if query.image is not None:
+                if portrait not in pictures:
+                    pictures[portrait] = portrait_view(query.image, view, self.request.seed)
+                query = replace(query, image=pictures[portrait])
+            room = response_room(self.backbone, sample)
+            (self._encoded[query.id, view],) = encode(self.backbone, [query], room=room)
+        return [self._encoded[sample.query.id, view] for sample in samples]
