@@ -1,16 +1,99 @@
 """The main job: search VGID's hyperparameters for the front between forgetting and retaining.
 
+A trial trains one adapter at one setting, so that the model forgets some people, and scores how
+much it has forgotten and what it still knows of everyone else. A study is many trials, which differ
+in nothing but the setting, and its front: the trials that no other beats on both scores.
+
+::
+
+    search_spaces/<backbone>.yaml    a benchmark's people and questions    a base model
+                 └─────────────────────────────┼────────────────────────────────┘
+                                           make_plan     whatever can be wrong is said here
+                                               │
+           the ledger (OUTPUT/trials), the console, MLflow's parent run: a study can be resumed
+                                               │
+          slots: workers that keep one base model each, and take one trial after the other
+                                               │
+                       the base is scored, which the trials are measured against
+                                               │
+     ┌──> Optuna proposes a setting ──> Ray Tune hands it to a free slot ──> run_trial ──┐
+     └────────── its two scores, until --trials have ended or --time-budget is over ─────┘
+                                               │
+                    the front is scored again, on held-out questions and other seeds
+                                               │
+            OUTPUT: study.json, trials.csv, front.csv, front.html, front.png, adapters/, MLflow
+
 Example:
     python studies/pareto_search.py --backbone tiny-llava --trials 24 --output runs/first
 """
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
-from vgid.command_line import exit_code
-from vgid.errors import InputError
-from vgid.study.arguments import parser, study_config
+from pydantic import Field, model_validator
+
+from vgid.command_line import Parser, exit_code
+from vgid.config import Config, StudyConfig
+from vgid.paths import numbered
+
+
+class Mode(Config):
+    """How a study is run, which is no part of what it is."""
+
+    resume: bool = Field(False, description="go on with the study that the output folder holds")
+    retry_failed: bool = Field(
+        False, description="with --resume, run trials that failed again, under their ids"
+    )
+    dry_run: bool = Field(False, description="check everything, print the plan and stop")
+
+    @model_validator(mode="after")
+    def _retried_is_resumed(self) -> Self:
+        if self.retry_failed and not self.resume:
+            raise ValueError("--retry-failed: there is nothing to retry; add --resume")
+        return self
+
+
+def read_flags(arguments: Sequence[str] | None) -> tuple[StudyConfig, Mode]:
+    """The study that the flags describe, and how to run it.
+
+    Raises:
+        InputError: a value out of range, or a flag without the other that it needs.
+    """
+    flags = Parser(
+        "pareto_search.py",
+        "Search VGID's hyperparameters for the front between forgetting and retaining: Ray runs "
+        "the trials, Optuna proposes them, MLflow keeps them.",
+        *(StudyConfig, Mode),
+        without=["from_deployment_sha256"],
+    ).read(arguments)
+    mode = flags.config(Mode)
+    backbone = flags.given.get("backbone", StudyConfig.model_fields["backbone"].default)
+    output = numbered(Path("runs") / backbone, last=mode.resume)
+    return flags.config(StudyConfig, output=output), mode
+
+
+def search(arguments: Sequence[str] | None) -> Mapping[str, Any]:
+    """Plan the study and run it; the content of its ``study.json``.
+
+    Raises:
+        InputError: bad input, before anything was started or written.
+    """
+    config, mode = read_flags(arguments)
+    ancestor = None
+    if config.from_deployment is not None:
+        from vgid.deployment.lineage import read_ancestor
+
+        ancestor = read_ancestor(config.from_deployment)
+    if mode.dry_run:
+        from vgid.study.plan import make_plan
+
+        print("\n".join(make_plan(config, ancestor).lines()))
+        return {}
+    from vgid.study.run import run_study
+
+    return run_study(config, mode.resume, retry_failed=mode.retry_failed, ancestor=ancestor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,29 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 when the study is done, 1 when it stopped for no trial's fault or no trial completed, 2
         after bad input (each one sentence on stderr), 130 when a signal ended it.
     """
-
-    def run() -> Mapping[str, Any]:
-        options = parser().parse_args(arguments)
-        if options.retry_failed and not options.resume:
-            raise InputError("--retry-failed: there is nothing to retry; add --resume.")
-        config = study_config(options)
-        ancestor = None
-        if config.from_deployment is not None:
-            from vgid.deployment.lineage import read_ancestor
-
-            ancestor = read_ancestor(config.from_deployment)
-        if options.dry_run:
-            from vgid.study.plan import make_plan
-
-            print("\n".join(make_plan(config, ancestor).lines()))
-            return {}
-        from vgid.study.run import run_study
-
-        return run_study(
-            config, options.resume, retry_failed=options.retry_failed, ancestor=ancestor
-        )
-
-    return exit_code(run, "The study was interrupted; go on with --resume.")
+    return exit_code(lambda: search(arguments), "The study was interrupted; go on with --resume.")
 
 
 if __name__ == "__main__":

@@ -1,26 +1,98 @@
-"""What the studies' command lines share: one sentence for bad input, and the exit code."""
+"""Command lines: flags from configs, one sentence for bad input, and the exit code.
+
+An option's name, default, check and help stand in one place, the field of its config. Ready-made
+generators were looked at first: pydantic-settings' command line answers bad input in its own words
+and shows types in place of metavars, and typer wants a signature, so that every field would be said
+twice.
+"""
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
+from vgid.config import Config, parse
 from vgid.credentials import without_credentials
 from vgid.errors import DiskError, InputError
+from vgid.flags import Flag
 from vgid.interrupts import terminated_like_interrupted
 from vgid.paths import refusals_told
 
+C = TypeVar("C", bound=Config)
+
+_METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
+
 
 class Parser(argparse.ArgumentParser):
-    """Reports a bad command line like any other bad input; its help shows the defaults."""
+    """The command line of some configs; each field is a flag, and its help tells the default.
 
-    def __init__(self, prog: str, description: str) -> None:
+    A field of booleans takes no value; one of tuples takes several, after one flag or after many.
+    What a field that may be None does without a value is for its description to say.
+
+    Args:
+        prog: what the help calls the command.
+        description: what it does.
+        models: the configs.
+        without: fields that have no flag.
+
+    Attributes:
+        given: values of the flags that were given, by field.
+    """
+
+    def __init__(
+        self, prog: str, description: str, *models: type[Config], without: Sequence[str] = ()
+    ) -> None:
         super().__init__(
             prog=prog,
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
         )
+        self.given: dict[str, Any] = {}
+        for model in models:
+            for name, field in model.model_fields.items():
+                if name not in without:
+                    self._add(name, field)
+
+    def _add(self, name: str, field: FieldInfo) -> None:
+        flag = next((mark for mark in field.metadata if isinstance(mark, Flag)), Flag())
+        negated = "no-" if field.default is True else ""
+        option = flag.name or f"--{negated}{name.replace('_', '-')}"
+        help_text = (field.description or "").replace("%", "%%")
+        if field.default is not None and not field.is_required() and not negated:
+            help_text += f" (default: {_shown(field.default)})"
+        settings = {"help": help_text, **_by_type(_plain(field.annotation), flag, field.default)}
+        if not option.startswith("-"):
+            self.add_argument(name, nargs="?", **settings | {"metavar": option})
+            return
+        required = field.is_required() and flag.required
+        self.add_argument(option, dest=name, required=required, **settings)
+
+    def read(self, arguments: Sequence[str] | None) -> Self:
+        """Read the flags that were given; None takes the process's own.
+
+        Raises:
+            InputError: one is unknown or missing, or its value is not of the type.
+        """
+        self.given = vars(self.parse_args(arguments))
+        return self
+
+    def config(self, model: type[C], **otherwise: Any) -> C:
+        """What was given for one of the configs.
+
+        Args:
+            model: the config.
+            otherwise: values of fields that were not given, in place of their defaults.
+
+        Raises:
+            InputError: a value that the config refuses.
+        """
+        own = {name: value for name, value in self.given.items() if name in model.model_fields}
+        return parse(model, {**otherwise, **own}, "command line")
 
     def error(self, message: str) -> Any:
         """Raise instead of printing usage and exiting.
@@ -31,9 +103,30 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"command line: {without_credentials(message)}; see --help.")
 
 
-def words(text: str) -> tuple[str, ...]:
-    """Parse a list with commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+def _plain(annotation: Any) -> Any:
+    """A type without None and without what pydantic checks."""
+    while get_origin(annotation) in (Annotated, Union, UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not NoneType)
+    return annotation
+
+
+def _by_type(kind: Any, flag: Flag, default: Any) -> dict[str, Any]:
+    """What ``add_argument`` is told of a value."""
+    if kind is bool:
+        return {"action": "store_const", "const": not default}
+    if flag.read is not None:
+        return {"type": flag.read, "metavar": flag.metavar}
+    if get_origin(kind) is tuple:
+        item = _by_type(_plain(get_args(kind)[0]), flag, None)
+        return {**item, "action": "extend", "nargs": "+"}
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return {"type": type(choices[0]), "choices": choices}
+    return {"type": kind, "metavar": flag.metavar or _METAVARS[kind]}
+
+
+def _shown(default: Any) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ sentence that a user needs.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,6 +19,7 @@ from pydantic import (
 
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
+from vgid.flags import Flag, seconds
 from vgid.paths import StudyFolder, UsablePath
 from vgid.prompts import PromptStyle, Task
 
@@ -55,6 +56,78 @@ PSEUDONYM = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 STORE_LIMIT_GB = 50.0
 EVAL_BATCH_SIZE = 512
+
+# Fields that several configs have, and so flags that several commands have.
+BackboneName = Annotated[
+    str, Flag("NAME"), Field(description="base model, a row of vgid/models/backbones.py")
+]
+ModelPath = Annotated[
+    str | None,
+    Flag("DIR"),
+    Field(description="folder or hub id of its weights, if not the row's own"),
+]
+RatioToForget = Annotated[ForgetRatio, Field(description="per cent of the people to forget")]
+RetainPeople = Annotated[
+    int,
+    Field(
+        ge=2,
+        description="retain people that are scored, half of them seen in training; of the "
+        "celebrities, as many at most",
+    ),
+]
+PairsToTrain = Annotated[
+    TrainPairs,
+    Field(description="training questions: without those that are scored as held-out, or all"),
+]
+SkipDefects = Annotated[
+    bool,
+    Field(
+        description="leave defective questions out, and people without a sound portrait; how many "
+        "is told"
+    ),
+]
+SplitSeed = Annotated[
+    int, Flag("S"), Field(ge=0, description="seed of the splits of people and questions")
+]
+EvalBatchSize = Annotated[
+    int, Field(ge=1, description="questions answered together at most; fewer take less memory")
+]
+StoreLimit = Annotated[
+    float,
+    Flag("GB"),
+    Field(
+        gt=0,
+        description="disk for teacher targets and image features, in 10^9 bytes, least recently "
+        "used out; see also `vgid teachers --info`",
+    ),
+]
+LogResponses = Annotated[
+    bool,
+    Field(description="keep questions and responses beside the adapters; they hold personal data"),
+]
+SearchSpaceFile = Annotated[
+    UsablePath | None,
+    Flag("FILE"),
+    Field(description="what is searched; without it, search_spaces/NAME.yaml"),
+]
+SamplerName = Annotated[
+    Sampler,
+    Field(
+        description="how points are proposed; gp is a Gaussian process, with TPE for sigma; auto "
+        "is gp up to 100 trials, tpe beyond"
+    ),
+]
+MaxConcurrent = Annotated[
+    int | None,
+    Flag("K"),
+    Field(ge=1, description="trials at a time; without it, as many as the cluster holds"),
+]
+WorkersPerTrial = Annotated[
+    int, Flag("W"), Field(ge=1, description="data-parallel workers of a trial")
+]
+GpusPerWorker = Annotated[
+    float, Flag("G"), Field(ge=0, description="GPUs of each worker, may be a fraction")
+]
 C = TypeVar("C", bound="Config")
 
 _DISTILLING: tuple[Method, ...] = ("vgid", "icu_t", "noise_t")
@@ -139,12 +212,10 @@ class RequestConfig(Config):
     Constant over all trials of a study.
     """
 
-    backbone: str = Field("tiny-llava", description="name of a row in vgid.models.backbones")
-    model_path: str | None = Field(
-        None, description="local folder or hub id of the base, in place of the row's own"
-    )
+    backbone: BackboneName = "tiny-llava"
+    model_path: ModelPath = None
     data: Path = Field(description="benchmark folder in the MLLMU-Bench layout")
-    forget_ratio: ForgetRatio = Field(5, description="per cent of the people to forget")
+    forget_ratio: RatioToForget = 5
     forget_ids: tuple[str, ...] | None = Field(
         None, min_length=1, description="person IDs to forget among those; None: all of them"
     )
@@ -157,32 +228,14 @@ class RequestConfig(Config):
         None, description="adapter of that earlier request, part of the frozen base of this one"
     )
     store: Path = Field(description="folder of the teacher store, shared by all trials")
-    store_limit_gb: float = Field(
-        STORE_LIMIT_GB,
-        gt=0,
-        description="size of the store at most, in 10^9 bytes; least recently used out",
-    )
-    seed: int = Field(0, ge=0, description="splits of people and questions, few-shot people")
-    train_pairs: TrainPairs = Field(
-        "unheld",
-        description="training pairs: without the questions that are scored as held-out, or all",
-    )
-    retain_people: int = Field(
-        50,
-        ge=2,
-        description="people scored as retain set, half of them seen in training; of the "
-        "celebrities, as many at most",
-    )
+    store_limit_gb: StoreLimit = STORE_LIMIT_GB
+    seed: SplitSeed = 0
+    train_pairs: PairsToTrain = "unheld"
+    retain_people: RetainPeople = 50
     bootstrap_samples: int = Field(1000, ge=100, description="resamples behind each interval")
-    eval_batch_size: int = Field(
-        EVAL_BATCH_SIZE, ge=1, description="questions decoded together at most"
-    )
-    skip_defects: bool = Field(
-        False, description="leave out what is defective in the data in place of refusing it"
-    )
-    log_responses: bool = Field(
-        False, description="keep the questions and responses of the evaluation beside the scores"
-    )
+    eval_batch_size: EvalBatchSize = EVAL_BATCH_SIZE
+    skip_defects: SkipDefects = False
+    log_responses: LogResponses = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -322,34 +375,56 @@ class TrialConfig(Config):
 class StudyConfig(Config):
     """One study: the trials over a forget request, and how they are run and recorded."""
 
-    backbone: str = "tiny-llava"
-    model_path: str | None = None
-    data: UsablePath | None = Field(None, description="None: the embedded backbone's own benchmark")
-    output: StudyFolder
-    from_deployment: UsablePath | None = Field(
-        None, description="deployment file that the request starts from"
+    backbone: BackboneName = "tiny-llava"
+    model_path: ModelPath = None
+    data: Annotated[UsablePath | None, Flag("DIR")] = Field(
+        None,
+        description="benchmark in the MLLMU-Bench layout; without it, the embedded backbone's own "
+        "is written to OUTPUT/data",
+    )
+    output: Annotated[StudyFolder, Flag("DIR", required=False)] = Field(
+        description="folder of the study, new or to be resumed; without it, runs/NAME-1 and so on"
+    )
+    from_deployment: Annotated[UsablePath | None, Flag("FILE")] = Field(
+        None,
+        description="deployment file to start from: its adapter is part of the frozen base, its "
+        "people are scored as split `earlier`; without it, the base alone",
     )
     from_deployment_sha256: str | None = Field(None, description="of that file, as the plan saw it")
-    search_space: UsablePath | None = Field(None, description="None: search_spaces/<backbone>.yaml")
-    method: Method = "vgid"
-    forget_ratio: ForgetRatio = 5
-    trials: int = Field(60, ge=1)
-    seed: int = Field(0, ge=0)
-    sampler: Sampler = "auto"
-    time_budget_s: float | None = Field(None, gt=0)
-    max_concurrent: int | None = Field(None, ge=1, description="None: what the cluster holds")
-    workers_per_trial: int = Field(1, ge=1)
-    gpus_per_worker: float = Field(0, ge=0)
-    retain_people: int = Field(50, ge=2)
-    train_pairs: TrainPairs = "unheld"
-    skip_defects: bool = False
-    eval_batch_size: int = Field(EVAL_BATCH_SIZE, ge=1)
-    store_limit_gb: float = Field(STORE_LIMIT_GB, gt=0)
-    tracking_uri: str | None = Field(
-        None, repr=False, description="with credentials in memory only, never where it is written"
+    search_space: SearchSpaceFile = None
+    method: Method = Field("vgid", description="unlearning method")
+    forget_ratio: RatioToForget = 5
+    trials: int = Field(60, ge=1, description="trials of the whole study, over all resumes")
+    seed: Annotated[int, Flag("S")] = Field(
+        0,
+        ge=0,
+        description="seed of the search, of every trial and of the splits of people and questions",
     )
-    fresh_workers: bool = False
-    log_responses: bool = False
+    sampler: SamplerName = "auto"
+    time_budget_s: Annotated[float | None, Flag("TIME", "--time-budget", seconds)] = Field(
+        None,
+        gt=0,
+        description="start no new trial after this long, such as 90s, 10m or 2h; without it, there "
+        "is no limit",
+    )
+    max_concurrent: MaxConcurrent = None
+    workers_per_trial: WorkersPerTrial = 1
+    gpus_per_worker: GpusPerWorker = 0
+    retain_people: RetainPeople = 50
+    train_pairs: PairsToTrain = "unheld"
+    skip_defects: SkipDefects = False
+    eval_batch_size: EvalBatchSize = EVAL_BATCH_SIZE
+    store_limit_gb: StoreLimit = STORE_LIMIT_GB
+    tracking_uri: Annotated[str | None, Flag("URI")] = Field(
+        None,
+        repr=False,  # with credentials in memory only, never where it is written
+        description="MLflow server or database; without it, OUTPUT/mlflow.db",
+    )
+    fresh_workers: bool = Field(
+        False,
+        description="start new worker processes for every trial in place of resident ones (slow)",
+    )
+    log_responses: LogResponses = False
 
     @field_serializer("tracking_uri")
     def _without_credentials(self, uri: str | None) -> str | None:

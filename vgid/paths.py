@@ -60,6 +60,14 @@ def named_plainly(path: Path) -> Path:
     return path
 
 
+def numbered(stem: Path, last: bool) -> Path:
+    """The next free ``<stem>-<number>``, or the last one that is there."""
+    number = 1
+    while stem.with_name(f"{stem.name}-{number}").exists():
+        number += 1
+    return stem.with_name(f"{stem.name}-{max(1, number - 1) if last else number}")
+
+
 def new_folder(path: Path) -> Path:
     """``WrittenFolder`` for an argument of a command.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from studies.pareto_search import read_flags
 from vgid.config import StudyConfig
 from vgid.data.benchmark import Benchmark
 from vgid.deployment.lineage import read_ancestor
@@ -18,7 +19,6 @@ from vgid.models.backbones import EMBEDDED, revision_of
 from vgid.provenance import provenance
 from vgid.report.records import TrialRecord, write_front
 from vgid.results import TrialResult
-from vgid.study.arguments import parser, study_config
 from vgid.study.plan import Plan, make_plan
 
 
@@ -32,7 +32,7 @@ def config(deployment_file: Path, benchmark_folder: Path, tmp_path: Path) -> Stu
     """As the command line makes it and the plan pins it."""
     flags = ["--from-deployment", str(deployment_file), "--data", str(benchmark_folder)]
     flags += ["--retain-people", "4", "--output", str(tmp_path / "next")]
-    return planned(study_config(parser().parse_args(flags))).config
+    return planned(read_flags(flags)[0]).config
 
 
 @pytest.fixture

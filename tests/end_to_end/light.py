@@ -359,20 +359,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a study with light sessions; the exit code of a study."""
     from ray import cloudpickle
 
+    from studies.pareto_search import read_flags
     from vgid.command_line import exit_code
-    from vgid.study.arguments import parser, study_config
     from vgid.study.run import run_study
 
-    options = parser().parse_args(arguments)
+    config, mode = read_flags(arguments)
     module, name = os.environ.get(SESSION, f"{__name__}:LightSession").split(":")
     loaded = sys.modules[module] if module == __name__ else importlib.import_module(module)
     if module != __name__:
         cloudpickle.register_pickle_by_value(loaded)
     session = getattr(loaded, name)
     return exit_code(
-        lambda: run_study(
-            study_config(options), options.resume, session, retry_failed=options.retry_failed
-        ),
+        lambda: run_study(config, mode.resume, session, retry_failed=mode.retry_failed),
         "The study was interrupted; go on with --resume.",
     )
 
