@@ -59,8 +59,8 @@ def test_what_was_not_given_is_the_configs_or_the_callers_default():
         (["--dish", "stew"], "command line: argument --dish: invalid choice: 'stew' (choose from"),
         (["--size", "3"], "command line: argument --size: invalid choice: 3 (choose from 1, 2)"),
         (["--time", "soon"], "argument --time: 'soon' is no duration, write for example 10m; see"),
-        (["--secret", "y"], "command line: unrecognized arguments: --secret y; see --help."),
-        (["--gues", "3"], "unrecognized arguments: --gues 3"),
+        (["--secret=y"], "command line: unrecognized arguments: --secret=y; see --help."),
+        (["--gues=3"], "unrecognized arguments: --gues=3"),
         (["--uri=http://me:pw@host/"], "unrecognized arguments: --uri=http://host/; see --help."),
     ],
 )

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from studies import pareto_search
+from studies import compare_methods, paper_tables, pareto_search
 from vgid import cli
 from vgid.config import StudyConfig
 from vgid.deployment import pick_arguments
-from vgid.paper import compare_arguments, paper_arguments
 
 ADDRESSES = ("s3://bucket/study", "gs://bucket/study", "http://host/study", "file:///tmp/study")
 
@@ -24,8 +23,8 @@ def vgid(arguments):
 
 COMMANDS = {
     "study": lambda path: pareto_search.main(["--output", path]),
-    "comparison": lambda path: compare_arguments.main(["--output", path]),
-    "tables": lambda path: paper_arguments.main(["--output", path]),
+    "comparison": lambda path: compare_methods.main(["--output", path]),
+    "tables": lambda path: paper_tables.main(["--output", path]),
     "pick": lambda path: pick_arguments.main(["--study", "s", "--output", path]),
     "unlearn": lambda path: vgid(["unlearn", "--data", "d", "--output", path]),
     "export": lambda path: vgid(["export", "deployment.yaml", path]),

@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         negated = "no-" if field.default is True else ""
         option = flag.name or f"--{negated}{name.replace('_', '-')}"
         help_text = (field.description or "").replace("%", "%%")
-        if field.default is not None and not field.is_required() and not negated:
+        if field.default not in (None, ()) and not field.is_required() and not negated:
             help_text += f" (default: {_shown(field.default)})"
         settings = {"help": help_text, **_by_type(_plain(field.annotation), flag, field.default)}
         if not option.startswith("-"):

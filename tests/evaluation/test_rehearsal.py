@@ -23,8 +23,7 @@ from vgid.evaluation.rehearsal import Run
 from vgid.method.teacher import Intervention
 from vgid.models import backbones
 from vgid.paper.first_tokens import first_token_scores
-from vgid.paper.paper_arguments import PaperConfig
-from vgid.paper.run import run_paper_tables
+from vgid.paper.run import PaperConfig, run_paper_tables
 from vgid.report.note import NoteLinks, study_note
 from vgid.report.plots import Front
 from vgid.results import Score, TrialResult

@@ -13,10 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from studies.compare_methods import main
 from vgid.config import StudyConfig, TrialConfig
 from vgid.paper.attainment import attainment_surface, median_level
-from vgid.paper.compare import _done, chosen_settings, standings, verdict, write_comparison
-from vgid.paper.compare_arguments import CompareConfig, main
+from vgid.paper.compare import (
+    CompareConfig,
+    _done,
+    chosen_settings,
+    standings,
+    verdict,
+    write_comparison,
+)
 from vgid.paper.settings import read_settings
 from vgid.results import Score
 from vgid.study.front import BaseScores, StudyFront, Trial

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from studies.paper_tables import main
 from vgid.config import TrialConfig
-from vgid.paper.paper_arguments import main, numbers
+from vgid.paper.run import numbers
 from vgid.paper.settings import write_settings
 from vgid.paper.tables import METHOD_LABELS
 

@@ -10,53 +10,78 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
-from vgid.config import Method, StudyConfig, TrialConfig, parse
+from pydantic import Field
+
+from vgid.config import (
+    BackboneName,
+    Config,
+    GpusPerWorker,
+    MaxConcurrent,
+    Method,
+    ModelPath,
+    RatioToForget,
+    RetainPeople,
+    SamplerName,
+    SearchSpaceFile,
+    StudyConfig,
+    TrialConfig,
+    WorkersPerTrial,
+    parse,
+)
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
 from vgid.files import write_atomically
+from vgid.flags import Flag, words
 from vgid.paper.attainment import Points, surfaces, write_attainment
-from vgid.paper.compare_arguments import CompareConfig
-from vgid.paper.settings import prepare_data, write_settings
+from vgid.paper.settings import write_settings
 from vgid.paper.tables import METHOD_LABELS, Grid
+from vgid.paths import StudyFolder, UsablePath
 from vgid.provenance import provenance
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import as_text, write_study
-from vgid.study.front import PICK_SCORES, StudyFront, read_study
+from vgid.study.front import PICK_SCORES, StudyFront
 from vgid.study.ledger import MUST_AGREE
 
 
-def run_comparison(config: CompareConfig) -> dict[str, Any]:
-    """Run, or go on with, every study, then compare and write.
-
-    Returns:
-        The content of ``comparison.json``; ``interrupted`` tells whether a signal ended it,
-        ``error`` why one of its studies has not all that it should have.
-
-    Raises:
-        InputError: bad input; nothing was started if it is in what can be checked before.
-    """
-    from vgid.study.plan import make_plan
-
-    data = prepare_data([config.backbone], config.data, config.output)
-    studies = {
-        (method, seed): _study(config, method, seed, data)
-        for seed in range(config.seeds)
-        for method in config.methods
-    }
-    for study in studies.values():
-        if study.seed == 0 and not _done(study):
-            make_plan(study)
-    broken_off = _run_studies(list(studies.values()))
-    if broken_off is not None:
-        return broken_off
-    found = [read_study(study.output, *key) for key, study in studies.items()]
-    _check_same_questions(found)
-    return write_comparison(config, found)
+def _named(text: str) -> tuple[str, ...]:
+    return get_args(Method) if text == "all" else words(text)
 
 
-def _study(config: CompareConfig, method: Method, seed: int, data: Path) -> StudyConfig:
+class CompareConfig(Config):
+    """A comparison of methods by studies of equal size; VGID's lead is told where it is among."""
+
+    backbone: BackboneName = "tiny-llava"
+    methods: Annotated[tuple[Method, ...], Flag("LIST", read=_named)] = Field(
+        get_args(Method), min_length=1, description="such as vgid,po_dpo,npo, or all"
+    )
+    trials: int = Field(24, ge=1, description="trials of each study")
+    seeds: int = Field(3, ge=1, description="studies a method, from seed 0 on")
+    output: Annotated[StudyFolder, Flag("DIR")] = Field(
+        description="folder, new or to go on with: studies that it holds are used"
+    )
+    retain_drop: Annotated[float, Flag("D")] = Field(
+        0.02,
+        ge=0,
+        description="largest loss of retain ROUGE-L that a method's best point may have",
+    )
+    sampler: SamplerName = "auto"
+    data: Annotated[UsablePath | None, Flag("DIR")] = Field(
+        None,
+        description="benchmark in the MLLMU-Bench layout; without it, the embedded backbone's own",
+    )
+    model_path: ModelPath = None
+    search_space: SearchSpaceFile = None
+    forget_ratio: RatioToForget = 5
+    retain_people: RetainPeople = 50
+    max_concurrent: MaxConcurrent = None
+    workers_per_trial: WorkersPerTrial = 1
+    gpus_per_worker: GpusPerWorker = 0
+
+
+def study_of(config: CompareConfig, method: Method, seed: int, data: Path) -> StudyConfig:
+    """The study of a method and seed: what the comparison says, in a folder of its own."""
     shared = config.model_dump(include=StudyConfig.model_fields.keys() & CompareConfig.model_fields)
     own = {
         "method": method,
@@ -67,15 +92,23 @@ def _study(config: CompareConfig, method: Method, seed: int, data: Path) -> Stud
     return parse(StudyConfig, {**shared, **own}, "comparison")
 
 
-def _run_studies(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:
-    """Run the studies that are not done, on one Ray cluster.
+def run_missing(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:
+    """Run the studies that are not done, or go on with them, on one Ray cluster.
 
     Returns:
         ``interrupted`` and ``error`` of a study that has not all that it should have.
+
+    Raises:
+        InputError: bad input; nothing was started if it is in what can be checked before.
     """
+    from vgid.study.plan import make_plan
+
     missing = [study for study in studies if not _done(study)]
     if not missing:
         return None
+    for study in missing:
+        if study.seed == 0:
+            make_plan(study)
     from vgid.cluster.connection import connected
     from vgid.study.run import run_study
 
@@ -242,7 +275,12 @@ def _name(standing: Standing) -> str:
 
 
 def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict[str, Any]:
-    """Write report, numbers, picture and settings; returns the content of ``comparison.json``."""
+    """Write report, numbers, picture and settings; returns the content of ``comparison.json``.
+
+    Raises:
+        InputError: the studies did not answer the same questions.
+    """
+    _check_same_questions(found)
     output = config.output
     listed = standings(found, config.retain_drop)
     fronts: dict[str, list[Points]] = {

@@ -5,18 +5,30 @@ CSV and one Markdown file a table, the figures, ``claims.md``, and an index as M
 page.
 """
 
+import argparse
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import get_args
+from typing import Annotated, get_args
 
+from pydantic import Field, field_validator
 from rich.console import Console
 
-from vgid.config import ForgetRatio, Method, TrialConfig, parse
+from vgid.config import (
+    Config,
+    ForgetRatio,
+    Method,
+    ModelPath,
+    RetainPeople,
+    TrialConfig,
+    parse,
+)
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
 from vgid.files import write_atomically
+from vgid.flags import Flag, words
 from vgid.models import backbones
 from vgid.paper.claims import ON_ALL, Judgement, claims_markdown, judge_all, on_all
 from vgid.paper.experiments import Bench, Experiment, Outcome, run_experiments
@@ -27,7 +39,6 @@ from vgid.paper.figures import (
     pictures,
     write_picture,
 )
-from vgid.paper.paper_arguments import PaperConfig
 from vgid.paper.printed import MIXED_PEOPLE, closest_backbone, repeated_rows
 from vgid.paper.settings import default_trials, prepare_data, read_settings
 from vgid.paper.tables import (
@@ -40,6 +51,7 @@ from vgid.paper.tables import (
     table_7,
     tables,
 )
+from vgid.paths import UsablePath, WrittenFolder
 from vgid.provenance import provenance
 from vgid.report.intervals import count_seeds
 from vgid.report.records import write_study
@@ -53,6 +65,70 @@ td, th { white-space: nowrap }
 img { max-width: 100% }
 .scroll { overflow-x: auto }
 """
+
+
+ALL_TABLES = tuple(range(1, 10))
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Parse ``1-9`` or ``3,6`` or ``1,4-6``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none of these.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of tables, write 1-9 or 3,6")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(found)
+
+
+class PaperConfig(Config):
+    """A run of the paper's tables."""
+
+    backbones: Annotated[tuple[str, ...], Flag("NAME", "--backbone")] = Field(
+        ("tiny-llava",), min_length=1, description="rows of vgid/models/backbones.py"
+    )
+    tables: Annotated[tuple[int, ...], Flag("LIST", read=numbers)] = Field(
+        ALL_TABLES, min_length=1, description="such as 1-9 or 3,6"
+    )
+    seeds: int = Field(5, ge=1, description="how many seeds, from 0 on")
+    output: Annotated[WrittenFolder, Flag("DIR")] = Field(
+        description="folder, new or to go on with: what it holds of an earlier run is used"
+    )
+    methods: Annotated[tuple[Method, ...] | None, Flag("LIST", read=words)] = Field(
+        None, description="such as vgid,ga,npo; without it, all"
+    )
+    settings: Annotated[tuple[UsablePath, ...], Flag("FILE")] = Field(
+        (),
+        description="tuned settings, as compare_methods.py writes them, one file a backbone; "
+        "without it, the first point of each section in search_spaces",
+    )
+    data: Annotated[UsablePath | None, Flag("DIR")] = Field(
+        None,
+        description="benchmark in the MLLMU-Bench layout; without it, the embedded backbones' own",
+    )
+    model_path: ModelPath = None
+    retain_people: RetainPeople = 50
+    bootstrap_samples: int = Field(
+        1000, ge=100, description="behind each outcome's interval over questions"
+    )
+    processes: Annotated[int, Flag("K")] = Field(
+        2,
+        ge=1,
+        description="groups of experiments at a time, each of one backbone, ratio and seed, with "
+        "one thread; with GPUs, one a GPU",
+    )
+
+    @field_validator("tables")
+    @classmethod
+    def _of_the_paper(cls, tables: tuple[int, ...]) -> tuple[int, ...]:
+        unknown = sorted(set(tables) - set(ALL_TABLES))
+        if unknown:
+            raise ValueError(f"the paper has no Table {unknown[0]}; choose from 1 to 9")
+        return tuple(sorted(set(tables)))
 
 
 @dataclass(frozen=True)
