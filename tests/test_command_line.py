@@ -85,7 +85,7 @@ def test_the_help_says_name_meaning_and_default():
         "--guests N how many (default: 2)",
         "--salt X grams; without it, none",
         "--names WHO [WHO ...]",
-        "--spices LIST with commas (default: pepper,cumin)",
+        "--spices LIST with commas (default: pepper, cumin)",
         "--time TIME how long",
         "--hot with chilli (default: False)",
         "--no-tea leave the tea out",

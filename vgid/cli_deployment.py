@@ -135,7 +135,7 @@ def _score(context: typer.Context, attacked: bool) -> None:
 )
 def pick_command(context: typer.Context) -> None:
     """Pick the trial of a study's front to deploy; see `vgid pick --help`."""
-    from vgid.deployment.pick_arguments import main
+    from vgid.deployment.pick import main
 
     raise typer.Exit(main(context.args, "vgid pick"))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from vgid.config import Config, parse
@@ -25,6 +26,14 @@ from vgid.paths import refusals_told
 C = TypeVar("C", bound=Config)
 
 _METAVARS = {int: "N", float: "X", Path: "PATH", str: "NAME"}
+
+
+class Printed(Config):
+    """How a command prints what it found."""
+
+    as_json: Annotated[bool, Flag(name="--json")] = Field(
+        False, description="print one JSON object, for machines"
+    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,7 +135,7 @@ def _by_type(kind: Any, flag: Flag, default: Any) -> dict[str, Any]:
 
 
 def _shown(default: Any) -> str:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def duration(seconds: float) -> str:

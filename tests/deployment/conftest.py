@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from vgid.data.benchmark import Benchmark
 from vgid.data.synthetic import write_benchmark
-from vgid.deployment import pick_arguments
+from vgid.deployment.pick import main
 from vgid.deployment.unlearn import UnlearnConfig, unlearn
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,7 +54,7 @@ def run_script(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
 
 def pick(*flags):
     """Run ``vgid pick`` in this process; the registry is left alone unless a test wants it."""
-    return pick_arguments.main([*map(str, flags), "--no-champion"])
+    return main([*map(str, flags), "--no-champion"])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

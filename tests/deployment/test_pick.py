@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from tests.deployment.conftest import ROOT, contents, pick, run_script
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Benchmark
-from vgid.deployment.pick_arguments import main
+from vgid.deployment.pick import main
 from vgid.deployment.record import NOT_RUN, SCHEMA, hash_files, read_deployment
 from vgid.trial import TrialSession
 

@@ -11,63 +11,101 @@ Everything is scored and chosen before anything is written there; scores are kep
 store, so that another rule or bound costs seconds.
 """
 
+import json
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
+from rich.console import Console
 
 from vgid.cluster.resources import worker_threads
+from vgid.command_line import Parser, Printed, exit_code
 from vgid.config import Config, RequestConfig
 from vgid.deployment.candidates import MIN_SEEDS, Candidates, pick_seeds, score_front
 from vgid.deployment.lineage import Ancestor, ancestor_of
-from vgid.deployment.pick_comparison import COMPARISON, write_comparison
+from vgid.deployment.pick_comparison import COMPARISON, comparison_table, write_comparison
 from vgid.deployment.pick_pictures import write_report
-from vgid.deployment.pick_report import PickReport
+from vgid.deployment.pick_report import PickReport, report_table
 from vgid.deployment.placing import FOLDER, staged
 from vgid.deployment.record import Deployment, Pseudonym, write_deployment
 from vgid.deployment.recording import Setting, record
-from vgid.deployment.rules import Bounds, Choice, Rule, choose
+from vgid.deployment.rules import RETAIN_DROP, REVERSE_RISE, Bounds, Choice, Rule, choose
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET
+from vgid.flags import Flag
 from vgid.paths import UsablePath, WrittenFolder
 from vgid.study.source import Source, open_source
 
 
 class PickConfig(Config):
-    """What to pick, and how.
+    """What to pick, and how."""
 
-    Attributes:
-        study: output folders or ``mlflow:RUN``, one for each backbone.
-        rule: see ``vgid.deployment.rules``.
-        max_retain_drop: largest loss of retain ROUGE-L; None: the rule's own.
-        max_reverse_rise: forget ROUGE-L that the reverse prompt may bring back; None: the rule's.
-        max_cloze: largest cloze accuracy on the people to forget.
-        min_forget: least share of the base's forget ROUGE-L that is gone; None: any.
-        seeds: of the few-shot choice, test poses and bootstrap to score with.
-        request_id: ids of the forget requests that the deployment answers.
-        tracking_uri: MLflow of ``mlflow:`` studies.
-        output: folder that gets ``deployments``; None: the study's own.
-        data: the benchmark, where it is not where the study had it.
-        model_path: the base's weights, where they are not where the study had them.
-        champion: make the deployment the champion of its backbone in MLflow's registry.
-    """
-
-    study: tuple[str, ...] = Field(min_length=1)
-    rule: Rule = "constraint"
-    max_retain_drop: float | None = Field(None, ge=0, le=1)
-    max_reverse_rise: float | None = Field(None, ge=0, le=1)
-    max_cloze: float | None = Field(None, ge=0, le=1)
-    min_forget: float | None = Field(MIN_FORGET, ge=0, le=1)
-    seeds: int = Field(MIN_SEEDS, ge=MIN_SEEDS)
-    request_id: tuple[Pseudonym, ...] = ()
-    tracking_uri: str | None = None
-    output: WrittenFolder | None = None
-    data: UsablePath | None = None
-    model_path: str | None = None
-    champion: bool = True
+    study: Annotated[tuple[str, ...], Flag("DIR|mlflow:RUN")] = Field(
+        min_length=1,
+        description="output folder of a study, or its run on MLflow; again for another backbone",
+    )
+    rule: Rule = Field(
+        "constraint",
+        description="constraint: forgets most within the bounds; max-forget: forgets most; knee: "
+        "farthest above the chord between the front's ends",
+    )
+    max_retain_drop: Annotated[float | None, Flag("D")] = Field(
+        None,
+        ge=0,
+        le=1,
+        description=f"largest loss of retain ROUGE-L; without it, {RETAIN_DROP} for constraint",
+    )
+    max_reverse_rise: Annotated[float | None, Flag("D")] = Field(
+        None,
+        ge=0,
+        le=1,
+        description="forget ROUGE-L that the reverse prompt may bring back; without it, "
+        f"{REVERSE_RISE} for constraint",
+    )
+    max_cloze: Annotated[float | None, Flag("A")] = Field(
+        None,
+        ge=0,
+        le=1,
+        description="largest cloze accuracy on the people to forget; without it, not bounded",
+    )
+    min_forget: Annotated[float | None, Flag("S")] = Field(
+        MIN_FORGET,
+        ge=0,
+        le=1,
+        description="least share of the base's forget ROUGE-L that is gone, at the unfavourable "
+        "end of its interval; for every rule",
+    )
+    seeds: int = Field(
+        MIN_SEEDS,
+        ge=MIN_SEEDS,
+        description="seeds of few-shot people, test poses and bootstrap to score with",
+    )
+    request_id: Annotated[tuple[Pseudonym, ...], Flag("ID")] = Field(
+        (), description="id of a forget request that the deployment answers; may be repeated"
+    )
+    tracking_uri: Annotated[str | None, Flag("URI")] = Field(
+        None,
+        description="MLflow server or database of mlflow:RUN; without it, MLFLOW_TRACKING_URI",
+    )
+    output: Annotated[WrittenFolder | None, Flag("DIR")] = Field(
+        None, description="folder that gets deployments/; without it, the study's own"
+    )
+    data: Annotated[UsablePath | None, Flag("DIR")] = Field(
+        None, description="the study's benchmark, if it was moved"
+    )
+    model_path: Annotated[str | None, Flag("DIR")] = Field(
+        None, description="the study's weights, if they were moved"
+    )
+    champion: bool = Field(
+        True,
+        description="leave MLflow's registry alone; without it, the deployment becomes the "
+        "champion there",
+    )
 
     @property
     def bounds(self) -> Bounds:
@@ -105,6 +143,42 @@ class Picked:
 
     backbones: tuple[PickedBackbone, ...]
     comparison: Path | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What was picked, as plain data."""
+        return {
+            "deployments": [
+                {
+                    "backbone": backbone.report.backbone,
+                    "file": str(backbone.file),
+                    "sha256": backbone.sha256,
+                    "trial_id": backbone.report.choice.chosen.trial_id,
+                    "version": backbone.version,
+                    "rule": str(backbone.report.choice),
+                    "why": backbone.report.choice.why,
+                    "sentences": backbone.report.sentences,
+                }
+                for backbone in self.backbones
+            ],
+            "comparison": None if self.comparison is None else str(self.comparison),
+        }
+
+    def print(self, console: Console) -> None:
+        """Show tables, sentences and files."""
+        for backbone in self.backbones:
+            console.print(report_table(backbone.report))
+            for sentence in backbone.report.sentences:
+                console.print(sentence, markup=False)
+            page = backbone.file.with_suffix("") / "pick.html"
+            console.print(f"Wrote {backbone.file}", markup=False, soft_wrap=True)
+            console.print(f"  {page} shows the choice", markup=False, soft_wrap=True)
+            if backbone.version is not None:
+                console.print(
+                    f"  version {backbone.version} in MLflow's registry, the champion now"
+                )
+        if self.comparison is not None:
+            console.print(comparison_table([backbone.report for backbone in self.backbones]))
+            console.print(f"Wrote {self.comparison}", markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -312,3 +386,33 @@ def _record(config: PickConfig, decision: _Decision, adapter: Path) -> Deploymen
         raise InputError(
             f"{source.name}: study.json, {place} is not as a study writes it; restore the file."
         ) from None
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "pick_deployment.py") -> int:
+    """Run the command, ``studies/pick_deployment.py`` or ``vgid pick``.
+
+    Args:
+        arguments: the flags; None takes the process's own.
+        prog: what the help calls the command.
+
+    Returns:
+        0 when a deployment is written, 2 after bad input or where no trial keeps the bounds (one
+        sentence on stderr), 130 when interrupted.
+    """
+
+    def run() -> Mapping[str, Any]:
+        flags = Parser(
+            prog,
+            "Pick the trial of a study's front to deploy: score the front again on held-out "
+            "questions, choose by a rule, and write the deployment with its adapter.",
+            *(PickConfig, Printed),
+        ).read(arguments)
+        config = flags.config(PickConfig)
+        picked = pick_deployment(config, lambda line: print(line, file=sys.stderr))
+        if flags.config(Printed).as_json:
+            print(json.dumps(picked.as_json()))
+        else:
+            picked.print(Console(highlight=False, width=None if sys.stdout.isatty() else 160))
+        return {}
+
+    return exit_code(run, "Interrupted; nothing was deployed.")
