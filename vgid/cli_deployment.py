@@ -303,9 +303,9 @@ def unlearn_command(
     With --from-deployment the deployed model is what is trained on, its people stay in the
     evaluation as split `earlier`, and the new adapter holds both requests.
     """
-    from vgid.command_line import words
     from vgid.config import parse
     from vgid.deployment.unlearn import UnlearnConfig, unlearn
+    from vgid.flags import words
 
     settings = {
         "data": data,

@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
             help_text += f" (default: {_shown(field.default)})"
         settings = {"help": help_text, **_by_type(_plain(field.annotation), flag, field.default)}
         if not option.startswith("-"):
-            self.add_argument(name, nargs="?", **settings | {"metavar": option})
+            self.add_argument(name, nargs="?", **settings | {"metavar": option, "default": None})
             return
         required = field.is_required() and flag.required
         self.add_argument(option, dest=name, required=required, **settings)
@@ -87,7 +87,8 @@ class Parser(argparse.ArgumentParser):
         Raises:
             InputError: one is unknown or missing, or its value is not of the type.
         """
-        self.given = vars(self.parse_args(arguments))
+        read = vars(self.parse_args(arguments))
+        self.given = {name: value for name, value in read.items() if value is not None}
         return self
 
     def config(self, model: type[C], **otherwise: Any) -> C:
