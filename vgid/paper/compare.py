@@ -50,7 +50,7 @@ def _named(text: str) -> tuple[str, ...]:
 
 
 class CompareConfig(Config):
-    """A comparison of methods by studies of equal size; VGID's lead is told where it is among."""
+    """A comparison of methods by studies of equal size; VGID's lead is told if it is among them."""
 
     backbone: BackboneName = "tiny-llava"
     methods: Annotated[tuple[Method, ...], Flag("LIST", read=_named)] = Field(
