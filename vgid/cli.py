@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
 from vgid.cli_deployment import app as deployment_app
 from vgid.errors import InputError
@@ -224,12 +223,14 @@ def finetune_command(
 
 
 def _print_store(report: "StoreInfo") -> None:
-    table = Table("kind", "entries", "size", "last use (UTC)")
-    for kind, usage in report.by_kind.items():
-        when = (usage.newest_use or "never")[:19].replace("T", " ")
-        table.add_row(kind, str(usage.entries), usage.size, when)
+    from vgid.report.tables import Grid
+
+    rows = [
+        (kind, usage.entries, usage.size, (usage.newest_use or "never")[:19].replace("T", " "))
+        for kind, usage in report.by_kind.items()
+    ]
     bound = "no bound" if report.limit_bytes is None else f"at most {decimal(report.limit_bytes)}"
-    Console().print(table)
+    Console().print(Grid(("kind", "entries", "size", "last use (UTC)"), rows).rich())
     print(f"{report.root}: {report.entries} entries, {report.size}, {bound}")
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from vgid.evaluation.suppression import MIN_FORGET
 from vgid.paths import new_folder
+from vgid.report.tables import Grid
 
 if TYPE_CHECKING:
     from vgid.deployment.unlearn import Unlearned
@@ -343,13 +343,12 @@ def _show_unlearned(
         print(json.dumps(plain | {"deployment": done.deployment.model_dump(mode="json")}))
         return
     scores = done.deployment.scores
-    table = Table("score", "n", "base", "deployed, 95 % interval")
-    for name in UNLEARN_SCORES:
-        if name in scores.deployed:
-            found = scores.deployed[name]
-            interval = f"{found.value:.3f}, {found.low:.3f} to {found.high:.3f}"
-            table.add_row(name, str(found.n), f"{scores.base[name].value:.3f}", interval)
-    Console().print(table)
+    rows = [
+        (name, scores.deployed[name].n, scores.base[name].value, scores.deployed[name])
+        for name in UNLEARN_SCORES
+        if name in scores.deployed
+    ]
+    Console().print(Grid(("score", "n", "base", "deployed [95 % interval]"), rows).rich())
     print(f"Wrote {done.file}; check it with `vgid verify {done.file} --data {data}`.")
 
 

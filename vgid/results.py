@@ -35,6 +35,11 @@ def trial_order(trial_id: str) -> tuple[int, str]:
     return len(trial_id), trial_id
 
 
+def with_interval(value: float, low: float, high: float) -> str:
+    """A value and its interval, as all that people read writes them."""
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
 class Score(Config):
     """A mean over ``n`` questions with its bootstrap 95 % interval ``[low, high]``."""
 
@@ -42,6 +47,14 @@ class Score(Config):
     n: int
     low: float
     high: float
+
+    def __str__(self) -> str:
+        return with_interval(self.value, self.low, self.high)
+
+    @property
+    def cells(self) -> list[float | None]:
+        """Value, low, high and n, as CSV files have them."""
+        return [self.value, self.low, self.high, self.n]
 
 
 def shots_left_out(scores: Mapping[str, Score]) -> str | None:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from vgid.config import TrialConfig
 from vgid.deployment.candidates import Candidates, Scored, attacks_of, marks_of, pooled
-from vgid.deployment.pick_comparison import COMPARISON, comparison_table, shares, write_comparison
-from vgid.deployment.pick_report import PickReport, html_table, report_table
+from vgid.deployment.pick_comparison import COMPARISON, comparison_grid, shares, write_comparison
+from vgid.deployment.pick_report import PickReport, report_grid
 from vgid.deployment.rules import Bounds, choose
 from vgid.errors import InputError
 from vgid.results import Score
@@ -92,7 +92,7 @@ def test_page_picture_and_table_show_every_backbone(reports, tmp_path):
     assert float(rows[0]["base_forget"]) == 0.8
     assert float(rows[0]["deployed_retain"]) == 0.98
     assert rows[1]["deployed_cloze"] == ""
-    assert comparison_table(reports).row_count == 2
+    assert len(comparison_grid(reports).rows) == 2
 
 
 def test_celebrities_have_their_column_where_a_base_was_asked_of_them(reports):
@@ -101,15 +101,14 @@ def test_celebrities_have_their_column_where_a_base_was_asked_of_them(reports):
         return Scored(found.plain | {"celebrity_rougeL": score(retain - 0.1)}, found.reverse)
 
     mine = report("tiny-llava", asked(0.8, 1.0, 0.9), asked(0.2, 0.98, 0.21))
-    titles = [column.header for column in report_table(mine).columns]
-    assert titles[-3:] == ["retain", "celebrities", "why"]
-    assert list(report_table(mine).columns[-2].cells) == ["0.880", "0.900"]
-    assert '<td class="number">0.880</td>' in html_table(mine)
-    assert "celebrities" not in [c.header for c in report_table(reports[0]).columns]
-    assert "celebrities" not in html_table(reports[0])
-    both = comparison_table([mine, reports[1]]).columns
-    (cells,) = [list(c.cells) for c in both if c.header == "celebrities"]
-    assert cells == ["0.900 → 0.880", ""]
+    grid = report_grid(mine)
+    assert grid.header[-3:] == ("retain", "celebrities", "why")
+    assert list(grid.rich().columns[-2].cells) == ["0.880", "0.900"]
+    assert '<td class="number">0.880</td>' in grid.html()
+    assert "celebrities" not in report_grid(reports[0]).header
+    both = comparison_grid([mine, reports[1]])
+    column = both.header.index("celebrities")
+    assert [row[column] for row in both.rows] == ["0.900 → 0.880", ""]
 
 
 def test_what_is_sure_and_what_is_not_is_said(reports):

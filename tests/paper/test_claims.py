@@ -9,14 +9,16 @@ from vgid.paper.claims import (
     BASELINES,
     CLAIMS,
     Judgement,
+    OurEvidence,
+    PaperEvidence,
     claims_markdown,
     judge,
     judge_all,
     on_all,
 )
-from vgid.paper.evidence import OurEvidence, PaperEvidence
 from vgid.paper.experiments import Outcome
-from vgid.paper.tables import ALL_NINE, METHOD_LABELS, SIGMAS, STYLES, FilledTable, tables
+from vgid.paper.tables import ALL_NINE, SIGMAS, STYLES, FilledTable, tables
+from vgid.report.records import METHOD_LABELS
 from vgid.results import Score
 
 TABLES = tables({method: TrialConfig(method=method) for method in METHOD_LABELS})
@@ -276,6 +278,6 @@ def test_the_report_names_every_claim_and_what_is_built_in():
     text = claims_markdown(found, ["tiny-llava"])
     for claim in CLAIMS:
         assert f"| ({claim.id}) " in text and f"- ({claim.id}) " in text
-    assert "**held**" in text and "training mix" in text and "(l)" in text
+    assert "| held |" in text and "training mix" in text and "(l)" in text
     assert text.count("| c1 | tiny-llava | ") == len(BASELINES)
     assert "Of tiny-llava" not in claims_markdown(found, [])

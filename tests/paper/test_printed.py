@@ -16,7 +16,8 @@ from vgid.paper.printed import (
     paper_rows,
     repeated_rows,
 )
-from vgid.paper.tables import METHOD_LABELS, tables
+from vgid.paper.tables import tables
+from vgid.report.records import METHOD_LABELS
 
 
 def test_every_table_has_its_rows_and_cells():

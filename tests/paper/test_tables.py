@@ -17,7 +17,6 @@ from vgid.paper.tables import (
     ALL_NINE,
     CELEBRITIES,
     EXTRA,
-    METHOD_LABELS,
     FilledTable,
     as_csv,
     as_grid,
@@ -26,6 +25,7 @@ from vgid.paper.tables import (
     tables,
 )
 from vgid.report.intervals import count_seeds, t_interval
+from vgid.report.records import METHOD_LABELS
 from vgid.results import Score
 
 TRIALS = {method: TrialConfig(method=method) for method in METHOD_LABELS}

@@ -164,7 +164,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
     assert "0.875 [0.750, 1.000]" in text  # held-out reduction
     assert re.search(r"base\W+of 0\.200\W+of 1\.000\W+0\.984", text)
     assert "Warning: The base may never have known the forget people" in text
-    assert re.search(r"overhead\W+1\.0\W+0\.25", text)
+    assert re.search(r"overhead\W+1\.000\W+0\.250", text)
     assert "96.2% of 1,600 targets" in text
     assert "12.3 MB" in text
     assert "runs/x" in text

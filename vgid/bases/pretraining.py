@@ -338,16 +338,14 @@ def write_measured(
 
 
 def _print_table(console: Any, scores: dict[str, float], misses: Sequence[str]) -> None:
-    from rich.table import Table
-
     from vgid.bases.measure import BOUNDS
+    from vgid.report.tables import Grid
 
-    table = Table("score", "value", "bounds")
-    for name, score in scores.items():
-        bounds = "{} to {}".format(*BOUNDS[name]) if name in BOUNDS else ""
-        style = "red" if name in misses else None
-        table.add_row(name, f"{score:.3f}", bounds, style=style)
-    console.print(table)
+    bounds = {name: f"{low} to {high}" for name, (low, high) in BOUNDS.items()}
+    rows = [(name, score, bounds.get(name)) for name, score in scores.items()]
+    wrong = [number for number, name in enumerate(scores) if name in misses]
+    grid = Grid(("score", "value", "bounds"), rows, marks=dict.fromkeys(wrong, "wrong"))
+    console.print(grid.rich())
 
 
 if __name__ == "__main__":

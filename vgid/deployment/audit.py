@@ -11,7 +11,6 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from rich.table import Column, Table
 
 from vgid.config import Config
 from vgid.deployment.card import CARD_SCORES
@@ -19,6 +18,7 @@ from vgid.deployment.placing import READY, recover
 from vgid.deployment.record import Attack, Deployment, Pseudonym, read_deployment
 from vgid.errors import InputError
 from vgid.evaluation.suppression import is_suppressed
+from vgid.report.tables import Grid
 from vgid.results import Score
 
 
@@ -90,25 +90,16 @@ class SubjectReport(Config):
                     "and its file was not found here" if ancestor is None else f"follows {ancestor}"
                 )
                 console.print(f"  {line}", highlight=False)
-            table = Table(
-                "test", Column("score", no_wrap=True), "n", "base", "deployed", "95 % interval"
-            )
-            rows = [("plain", found.deployed)]
-            rows += [(attack.name, attack.scores) for attack in found.attacks]
-            for test, scores in rows:
-                for name, score in scores.items():
-                    if name.removesuffix("_text").removesuffix("_raw") not in CARD_SCORES:
-                        continue
-                    before = found.base.get(name) if test == "plain" else None
-                    table.add_row(
-                        test,
-                        name,
-                        str(score.n),
-                        "" if before is None else f"{before.value:.3f}",
-                        f"{score.value:.3f}",
-                        f"{score.low:.3f} to {score.high:.3f}",
-                    )
-            console.print(table)
+            tests = [("plain", found.base, found.deployed)]
+            tests += [(attack.name, {}, attack.scores) for attack in found.attacks]
+            rows = [
+                (test, name, score.n, base[name].value if name in base else None, score)
+                for test, base, scores in tests
+                for name, score in scores.items()
+                if name.removesuffix("_text").removesuffix("_raw") in CARD_SCORES
+            ]
+            header = ("test", "score", "n", "base", "deployed [95 % interval]")
+            console.print(Grid(header, rows).rich())
             console.print(f"  not run: {'; '.join(found.not_run)}\n", highlight=False)
         for line in self.damaged:
             console.print(f"[red]not believed:[/] {line}", highlight=False)

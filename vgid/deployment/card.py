@@ -4,8 +4,6 @@ It says what was suppressed under which tests, and what was not tested; never th
 Subjects and requests stay in ``deployment.yaml``: a card travels further than an audit's record.
 """
 
-from collections.abc import Iterable
-
 from vgid.deployment.record import Deployment
 from vgid.deployment.vllm import (
     COMPARISON_ONLY,
@@ -17,6 +15,7 @@ from vgid.deployment.vllm import (
 from vgid.models.backbones import spec
 from vgid.prompts import generation_text
 from vgid.report.records import FURTHER_METRICS, MAIN_METRICS
+from vgid.report.tables import Grid
 from vgid.results import Score
 
 CARD_SCORES = (
@@ -99,11 +98,11 @@ def _body(deployment: Deployment) -> str:
             "is one seed's questions. Lower is better for the forget and test people, higher for "
             "the retain people and celebrities.",
             "",
-            *_table(scores.base, scores.deployed),
+            _table(scores.base, scores.deployed).markdown(),
             "",
             "## Attacks",
             "",
-            *_attacks(deployment),
+            _attacks(deployment),
             "",
             "Not run, so nothing is known of:",
             "",
@@ -156,22 +155,21 @@ def _lineage(deployment: Deployment) -> list[str]:
     ]
 
 
-def _table(base: dict[str, Score], deployed: dict[str, Score]) -> list[str]:
-    lines = ["| score | n | base | deployed |", "|---|---|---|---|"]
-    for name, score in _chosen(deployed):
-        before = f"{base[name].value:.3f}" if name in base else ""
-        lines.append(f"| {name} | {score.n} | {before} | {_interval(score)} |")
-    return lines
+def _table(base: dict[str, Score], deployed: dict[str, Score]) -> Grid:
+    rows = [
+        (name, score.n, base[name].value if name in base else None, score)
+        for name, score in _chosen(deployed)
+    ]
+    return Grid(("score", "n", "base", "deployed"), rows)
 
 
-def _attacks(deployment: Deployment) -> Iterable[str]:
-    if not deployment.scores.attacks:
-        return ["None was run."]
-    lines = ["| attack | score | n | under it |", "|---|---|---|---|"]
-    for attack in deployment.scores.attacks:
-        for name, score in _chosen(attack.scores):
-            lines.append(f"| {attack.name} | {name} | {score.n} | {_interval(score)} |")
-    return lines
+def _attacks(deployment: Deployment) -> str:
+    rows = [
+        (attack.name, name, score.n, score)
+        for attack in deployment.scores.attacks
+        for name, score in _chosen(attack.scores)
+    ]
+    return Grid(("attack", "score", "n", "under it"), rows).markdown() if rows else "None was run."
 
 
 def _serving(deployment: Deployment) -> list[str]:
@@ -214,7 +212,3 @@ def _serving(deployment: Deployment) -> list[str]:
         with_adapter,
         "```",
     ]
-
-
-def _interval(score: Score) -> str:
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"

@@ -15,7 +15,6 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from rich.console import Console
-from rich.table import Column, Table
 
 from vgid.config import Config, ForgetRatio, RequestConfig, parse
 from vgid.deployment.record import Attack, Deployment, hash_files, read_deployment
@@ -24,6 +23,7 @@ from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
 from vgid.models.adapter_files import CONFIG
 from vgid.models.backbones import BENCHMARK_SHOTS, spec
+from vgid.report.tables import Grid
 from vgid.results import QuestionPart, Score, shots_left_out
 
 _REQUEST = ("backbone", "forget_ratio", "retain_people", "seed")
@@ -98,19 +98,19 @@ class ModelScores(Config):
 
     def print(self, console: Console) -> None:
         """Show the main scores; with attacks, those of the people to forget without one first."""
-        rows = [("", self.scores)]
+        asked = [("none", self.scores)]
         if self.attacks:
             plain = {name: s for name, s in self.scores.items() if _PLAIN.match(name)}
-            rows = [("none", plain), *((a.name, a.scores) for a in self.attacks)]
-        columns = (Column("score", no_wrap=True), "n", "value", "95 % interval")
-        table = Table(*(("attack", *columns) if self.attacks else columns))
-        for of, scores in rows:
-            for name, score in sorted(scores.items()):
-                if _SHOWN.search(name) is not None:
-                    interval = f"{score.low:.3f} to {score.high:.3f}"
-                    cells = [name, str(score.n), f"{score.value:.3f}", interval]
-                    table.add_row(*([of, *cells] if self.attacks else cells))
-        console.print(table)
+            asked = [("none", plain), *((a.name, a.scores) for a in self.attacks)]
+        rows = [
+            (attack, name, score.n, score)
+            for attack, scores in asked
+            for name, score in sorted(scores.items())
+            if _SHOWN.search(name) is not None
+        ]
+        header = ("attack", "score", "n", "value [95 % interval]")
+        first = 0 if self.attacks else 1
+        console.print(Grid(header[first:], [row[first:] for row in rows]).rich())
         sentences = [f"{len(self.scores)} scores of {self.part} questions; --json has all."]
         sentences += [f"Not run: {'; '.join(self.not_run)}."] if self.not_run else []
         sentences += [shots_left_out(self.scores) or ""]

@@ -28,9 +28,9 @@ from vgid.command_line import Parser, Printed, exit_code
 from vgid.config import Config, RequestConfig
 from vgid.deployment.candidates import MIN_SEEDS, Candidates, pick_seeds, score_front
 from vgid.deployment.lineage import Ancestor, ancestor_of
-from vgid.deployment.pick_comparison import COMPARISON, comparison_table, write_comparison
+from vgid.deployment.pick_comparison import COMPARISON, comparison_grid, write_comparison
 from vgid.deployment.pick_pictures import write_report
-from vgid.deployment.pick_report import PickReport, report_table
+from vgid.deployment.pick_report import PickReport, report_grid
 from vgid.deployment.placing import FOLDER, staged
 from vgid.deployment.record import Deployment, Pseudonym, write_deployment
 from vgid.deployment.recording import Setting, record
@@ -166,7 +166,7 @@ class Picked:
     def print(self, console: Console) -> None:
         """Show tables, sentences and files."""
         for backbone in self.backbones:
-            console.print(report_table(backbone.report))
+            console.print(report_grid(backbone.report).rich())
             for sentence in backbone.report.sentences:
                 console.print(sentence, markup=False)
             page = backbone.file.with_suffix("") / "pick.html"
@@ -177,7 +177,8 @@ class Picked:
                     f"  version {backbone.version} in MLflow's registry, the champion now"
                 )
         if self.comparison is not None:
-            console.print(comparison_table([backbone.report for backbone in self.backbones]))
+            reports = [backbone.report for backbone in self.backbones]
+            console.print(comparison_grid(reports).rich())
             console.print(f"Wrote {self.comparison}", markup=False, soft_wrap=True)
 
 

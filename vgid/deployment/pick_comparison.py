@@ -4,19 +4,17 @@ Backbones start from different scores, so the picture shows shares: how much of 
 ROUGE-L is gone, and how much of its retain ROUGE-L is kept.
 """
 
-import csv
 import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vgid.deployment.pick_pictures import STYLE
 from vgid.deployment.pick_report import (
     Column,
     PickReport,
     columns,
-    four_cells,
     html_table,
     paragraphs,
     shown_score,
@@ -24,10 +22,7 @@ from vgid.deployment.pick_report import (
 from vgid.files import write_atomically
 from vgid.report.page import write_page
 from vgid.report.plots import BASE, INK
-from vgid.report.records import as_text
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from vgid.report.tables import FOUR_PARTS, Grid, four_cells
 
 COMPARISON = ("comparison.html", "comparison.png", "comparison.csv")
 
@@ -36,17 +31,14 @@ Y_LABEL = "Share of the base's retain ROUGE-L that is kept"
 COLOURS = ("#1f6f8b", "#d1495b", "#e9a23b", "#7b5ea7", "#3b8f5c")
 
 
-def comparison_table(reports: Sequence[PickReport]) -> "Table":
-    """Every backbone's choice, base to deployed, as a table for a terminal."""
-    from rich.table import Table
-
-    table = Table(title="Deployments, base to deployed, held-out", title_justify="left")
+def comparison_grid(reports: Sequence[PickReport]) -> Grid:
+    """Every backbone's choice, base to deployed."""
     shown = columns(reports)
-    for number, cell in enumerate(_header(shown)):
-        table.add_column(cell, justify="left" if number in (0, 1, 2) else "right")
-    for report in reports:
-        table.add_row(*_row(report, shown))
-    return table
+    return Grid(
+        ("backbone", "trial", "setting", *(label for _, _, label in shown), "of front"),
+        [_row(report, shown) for report in reports],
+        "Deployments, base to deployed, held-out",
+    )
 
 
 def write_comparison(folder: Path, reports: Sequence[PickReport]) -> None:
@@ -67,7 +59,7 @@ def write_comparison(folder: Path, reports: Sequence[PickReport]) -> None:
         "Deployments by backbone",
         plotly_figure(reports),
         style=f"{STYLE}\nh2 {{ font-size: 16px; margin: 16px 24px 4px; }}",
-        body=f'<div id="pick"></div>{_html_summary(reports)}{"".join(sections)}',
+        body=f'<div id="pick"></div>{comparison_grid(reports).html()}{"".join(sections)}',
         script='  Plotly.newPlot("pick", payload.data, payload.layout, options);',
     )
 
@@ -86,42 +78,26 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole > 0 else 0.0
 
 
-def _header(shown: Sequence[Column]) -> list[str]:
-    return ["backbone", "trial", "setting", *(label for _, _, label in shown), "of front"]
-
-
-def _row(report: PickReport, shown: Sequence[Column]) -> list[str]:
+def _row(report: PickReport, shown: Sequence[Column]) -> list[str | int]:
     base, chosen = report.candidates.base, report.chosen
     cells = []
     for column in shown:
         pair = [shown_score(model, column) for model in (base, chosen)]
         known = [f"{score.value:.3f}" for score in pair if score is not None]
         cells.append(" → ".join(known))
-    count = str(len(report.choice.order))
+    count = len(report.choice.order)
     return [report.backbone, report.choice.chosen.trial_id, report.setting, *cells, count]
 
 
-def _html_summary(reports: Sequence[PickReport]) -> str:
-    shown = columns(reports)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in _header(shown))
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in _row(report, shown))}</tr>"
-        for report in reports
-    )
-    return f"<table><tr>{head}</tr>{rows}</table>"
-
-
 def _csv(reports: Sequence[PickReport]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
     shown = columns(reports)
     titles = [
         f"{model}_{label}{part}"
         for _, _, label in shown
         for model in ("base", "deployed")
-        for part in ("", "_low", "_high", "_n")
+        for part in FOUR_PARTS
     ]
-    writer.writerow(["backbone", "study_id", "trial_id", "rule", "setting", "candidates", *titles])
+    rows = []
     for report in reports:
         row: list[Any] = [
             report.backbone,
@@ -134,8 +110,9 @@ def _csv(reports: Sequence[PickReport]) -> bytes:
         for column in shown:
             for model in (report.candidates.base, report.chosen):
                 row += four_cells(shown_score(model, column))
-        writer.writerow([as_text(value) for value in row])
-    return text.getvalue().encode()
+        rows.append(row)
+    header = ["backbone", "study_id", "trial_id", "rule", "setting", "candidates", *titles]
+    return Grid(header, rows).csv()
 
 
 def _png(reports: Sequence[PickReport]) -> bytes:

@@ -1,23 +1,19 @@
 """Why this trial, in words and numbers: sentences, the table, ``candidates.csv``.
 
-The pictures are drawn by ``vgid.deployment.pick_pictures``. rich is imported when a table is made.
+The pictures are drawn by ``vgid.deployment.pick_pictures``.
 """
 
-import csv
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vgid.deployment.candidates import Candidates, Scored
 from vgid.deployment.rules import Choice, Marks
 from vgid.evaluation.suppression import verdict
-from vgid.report.records import as_text, describe
+from vgid.report.records import describe
+from vgid.report.tables import FOUR_PARTS, Grid, four_cells
 from vgid.results import Score
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 KEY_SCORES = (
     "forget_rougeL",
@@ -98,10 +94,10 @@ class PickReport:
             f"{self.backbone}: trial {self.choice.chosen.trial_id} ({self.setting}), by rule "
             f"{self.choice}.",
             f"On held-out questions forget ROUGE-L goes from {base['forget_rougeL'].value:.3f} to "
-            f"{interval_text(forget)}, n = {forget.n}, and retain ROUGE-L from "
-            f"{base['retain_rougeL'].value:.3f} to {interval_text(retain)}, n = {retain.n}; "
+            f"{forget}, n = {forget.n}, and retain ROUGE-L from "
+            f"{base['retain_rougeL'].value:.3f} to {retain}, n = {retain.n}; "
             f"under the reverse prompt forget ROUGE-L is "
-            f"{interval_text(chosen.reverse['forget_rougeL'])}.",
+            f"{chosen.reverse['forget_rougeL']}.",
         ]
         unsure = [
             f"{check.name} up to {check.measure.worst:.3f} where {check.bound:g} is allowed"
@@ -129,30 +125,19 @@ class PickReport:
         return told
 
 
-def report_table(report: PickReport) -> "Table":
-    """The choice and the runners-up with why not, as a table for a terminal."""
-    from rich.table import Table
-
-    table = Table(title=f"Candidates on {report.backbone}, held-out", title_justify="left")
-    table.add_column("trial")
-    table.add_column("setting")
+def report_grid(report: PickReport) -> Grid:
+    """The choice and the runners-up with why not, and the base."""
     shown = columns([report])
-    for *_, title in shown:
-        table.add_column(title, justify="right")
-    table.add_column("why")
-    base = report.candidates.base
-    for marks, setting, scored in report.rows():
-        chosen = marks is report.choice.chosen
-        table.add_row(
-            marks.trial_id,
-            setting,
-            *_cells(scored, shown),
-            report.choice.why[marks.trial_id],
-            style="bold" if chosen else None,
-        )
-    table.add_section()
-    table.add_row("base", "", *_cells(base, shown), "", style="dim")
-    return table
+    rows = [
+        [marks.trial_id, setting, *_values(scored, shown), report.choice.why[marks.trial_id]]
+        for marks, setting, scored in report.rows()
+    ]
+    return Grid(
+        ("trial", "setting", *(title for *_, title in shown), "why"),
+        [*rows, ["base", "", *_values(report.candidates.base, shown), ""]],
+        f"Candidates on {report.backbone}, held-out",
+        marks={0: "chosen", len(rows): "base"},
+    )
 
 
 def columns(reports: Sequence[PickReport]) -> list[Column]:
@@ -170,9 +155,9 @@ def shown_score(scored: Scored, column: Column) -> Score | None:
     return scores.get(column[1])
 
 
-def _cells(scored: Scored, shown: Sequence[Column]) -> list[str]:
+def _values(scored: Scored, shown: Sequence[Column]) -> list[float | None]:
     found = [shown_score(scored, column) for column in shown]
-    return ["" if score is None else f"{score.value:.3f}" for score in found]
+    return [None if score is None else score.value for score in found]
 
 
 def candidates_csv(report: PickReport) -> bytes:
@@ -184,20 +169,17 @@ def candidates_csv(report: PickReport) -> bytes:
     models: list[tuple[str, str, Marks | None, Scored]]
     models = [("base", "", None, report.candidates.base)]
     models += [(m.trial_id, s, m, scored) for m, s, scored in report.rows()]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
     scores = [(kind, name) for kind in ("", "reverse_") for name in KEY_SCORES]
     marks = ("reduction", "retain_drop", "reverse_rise")
-    writer.writerow(
-        [
-            "model",
-            "chosen",
-            "within_bounds",
-            "setting",
-            *(f"{name}{part}" for name in marks for part in ("", "_worst")),
-            *(f"{kind}{name}{p}" for kind, name in scores for p in ("", "_low", "_high", "_n")),
-        ]
-    )
+    header = [
+        "model",
+        "chosen",
+        "within_bounds",
+        "setting",
+        *(f"{name}{part}" for name in marks for part in ("", "_worst")),
+        *(f"{kind}{name}{part}" for kind, name in scores for part in FOUR_PARTS),
+    ]
+    rows = []
     for model, setting, judged, scored in models:
         row: list[Any] = [model, None, None, setting]
         if judged is not None:
@@ -205,36 +187,14 @@ def candidates_csv(report: PickReport) -> bytes:
         for name in marks:
             row += [None, None] if judged is None else list(getattr(judged, name))
         for kind, name in scores:
-            score = (scored.reverse if kind else scored.plain).get(name)
-            row += four_cells(score)
-        writer.writerow([as_text(value) for value in row])
-    return text.getvalue().encode()
-
-
-def four_cells(score: Score | None) -> list[Any]:
-    """Value, low, high and n for a CSV file, empty where there is no score."""
-    return [None] * 4 if score is None else [score.value, score.low, score.high, score.n]
+            row += four_cells((scored.reverse if kind else scored.plain).get(name))
+        rows.append(row)
+    return Grid(header, rows).csv()
 
 
 def html_table(report: PickReport) -> str:
-    """The same table as ``report_table`` for a page."""
-    shown = columns([report])
-    head = ["trial", "setting", *(title for *_, title in shown), "why"]
-    kinds = ["", "", *["number"] * len(shown), ""]
-    rows = [("tr", head, "th")]
-    for marks, setting, scored in report.rows():
-        mark = 'tr class="chosen"' if marks is report.choice.chosen else "tr"
-        why = report.choice.why[marks.trial_id]
-        rows.append((mark, [marks.trial_id, setting, *_cells(scored, shown), why], "td"))
-    rows.append(("tr", ["base", "", *_cells(report.candidates.base, shown), ""], "td"))
-    lines = []
-    for mark, cells, tag in rows:
-        inner = "".join(
-            f'<{tag} class="{kind}">{escape(cell)}</{tag}>'
-            for cell, kind in zip(cells, kinds, strict=True)
-        )
-        lines.append(f"<{mark}>{inner}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    """The table for a page."""
+    return report_grid(report).html()
 
 
 def paragraphs(report: PickReport) -> str:
@@ -244,4 +204,4 @@ def paragraphs(report: PickReport) -> str:
 
 def interval_text(score: Score) -> str:
     """A score with its interval."""
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+    return str(score)

@@ -20,6 +20,7 @@ from typing import Any
 from vgid.deployment.record import Deployment, hash_files, read_deployment
 from vgid.errors import InputError
 from vgid.report.records import run_name
+from vgid.report.tables import Grid
 from vgid.results import Score
 from vgid.study.mlflow_client import Connection, connect, first_line, open_client
 
@@ -252,11 +253,12 @@ def _description(deployment: Deployment) -> str:
     """The version in a few lines of Markdown."""
     scores = deployment.scores
     rows = [
-        f"| {label} | {_cell(scores.base.get(name))} | {_cell(scores.deployed.get(name))} |"
+        (label, *(_with_n(of.get(name)) for of in (scores.base, scores.deployed)))
         for name, label in _SHOWN.items()
         if name in scores.deployed
     ]
     requests = ", ".join(deployment.requests) or "none named"
+    part = scores.part.replace("_", "-")
     return "\n".join(
         [
             f"Trial {deployment.origin.trial_id} of study {deployment.origin.study_id}, chosen by "
@@ -264,15 +266,11 @@ def _description(deployment: Deployment) -> str:
             f"{len(deployment.subjects)} subjects. {scores.verdict('forget', 'test')} Suppressed "
             "is not erased.",
             "",
-            f"| {scores.part.replace('_', '-')} questions, 95 % interval | base | deployed |",
-            "| --- | --- | --- |",
-            *rows,
+            Grid((f"{part} questions, 95 % interval", "base", "deployed"), rows).markdown(),
         ]
     )
 
 
-def _cell(score: Score | None) -> str:
-    if score is None:
-        return ""
+def _with_n(score: Score | None) -> str | None:
     # MLflow's tables have no space between their columns.
-    return f"&emsp;{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], n = {score.n}"
+    return None if score is None else f"&emsp;{score}, n = {score.n}"

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from vgid.config import Config, RequestConfig, parse
 from vgid.data.benchmark import Benchmark
@@ -30,6 +29,7 @@ from vgid.deployment.signing import signature_fault
 from vgid.errors import InputError
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import locate, revision_of, skeleton, spec
+from vgid.report.tables import Grid
 from vgid.results import Score
 
 if TYPE_CHECKING:
@@ -126,29 +126,28 @@ class Verification(Config):
 
     def print(self, console: Console) -> None:
         """Show the checks, the scores of the model card, and every other that differs."""
-        table = Table("check", "", "found")
-        words = {True: "[green]ok[/]", False: "[red]DIFFERS[/]", None: "not checked"}
-        for check in self.checks:
-            table.add_row(check.name, words[check.passed], check.detail)
-        console.print(table)
+        words = {True: "ok", False: "DIFFERS", None: "not checked"}
+        rows = [(check.name, words[check.passed], check.detail) for check in self.checks]
+        wrong = [n for n, check in enumerate(self.checks) if check.passed is False]
+        console.print(
+            Grid(("check", "", "found"), rows, marks=dict.fromkeys(wrong, "wrong")).rich()
+        )
         shown = [s for s in self.scores if s.name in CARD_SCORES or not s.within]
         if shown:
-            table = Table(
-                "of", Column("score", no_wrap=True), "n", "recorded", "95 % interval", "again", ""
-            )
-            for score in shown:
-                stated, found = score.stated, score.found
-                state = ("bit-equal" if score.equal else "within") if score.within else words[False]
-                table.add_row(
+            table = [
+                (
                     score.of,
                     score.name,
-                    str(stated.n),
-                    f"{stated.value:.3f}",
-                    f"{stated.low:.3f} to {stated.high:.3f}",
-                    "none" if found is None else f"{found.value:.3f}",
-                    state,
+                    score.stated.n,
+                    score.stated,
+                    "none" if score.found is None else score.found.value,
+                    ("bit-equal" if score.equal else "within") if score.within else words[False],
                 )
-            console.print(table)
+                for score in shown
+            ]
+            wrong = [n for n, score in enumerate(shown) if not score.within]
+            header = ("of", "score", "n", "recorded [95 % interval]", "again", "")
+            console.print(Grid(header, table, marks=dict.fromkeys(wrong, "wrong")).rich())
         if len(shown) < len(self.scores):
             console.print(f"{len(self.scores) - len(shown)} other scores are within, not shown.")
 

@@ -92,7 +92,7 @@ def verdict(
         return unsure
     held = [name for name, pair in tests.items() if _enough(*pair)]
     broken = [
-        f"{name} ({before.value:.3f} to {after.value:.3f} [{after.low:.3f}, {after.high:.3f}])"
+        f"{name} ({before.value:.3f} to {after})"
         for name, (before, after) in tests.items()
         if name not in held
     ]

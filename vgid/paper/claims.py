@@ -24,20 +24,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
-from vgid.config import ForgetRatio
-from vgid.paper.evidence import Evidence, OurEvidence, PaperEvidence
+from vgid.paper.printed import paper_row
 from vgid.paper.tables import (
     ALL_NINE,
-    COMPARISONS,
-    METHOD_LABELS,
     SIGMAS,
     STYLES,
     FilledTable,
     Table,
 )
 from vgid.report.intervals import Interval, count_seeds, t_interval
+from vgid.report.records import METHOD_LABELS
+from vgid.report.tables import Grid
 
 Verdict = Literal["held", "not held", "undecided"]
 Statistic = list[float | None]
@@ -47,10 +46,50 @@ Comparisons = dict[str, Statistic]
 
 BASELINES = ("ga", "ga_diff", "kl_min", "po_dpo", "po_idk", "npo", "rmu")
 ASCENDING = ("ga", "ga_diff", "kl_min")
+SINGLE_TEACHERS = ("icu_t", "noise_t")
+OTHER_METHODS = (*BASELINES, *SINGLE_TEACHERS)
+GAUSSIAN = tuple(f"gaussian_{sigma}" for sigma in SIGMAS)
+OTHER_NOISES = ("white", *GAUSSIAN)
 MOST = 0.5
 """A model "leaves most knowledge" if more than this share of the base's ROUGE-L is left."""
 FORGETS = 0.1
 """A method "forgets" if it takes at least this share of the base's forget ROUGE-L away."""
+
+
+class Evidence(Protocol):
+    """Where values come from: our tables, or the paper's."""
+
+    def values(self, table: int, key: str, metric: str) -> list[float | None]:
+        """One value a seed of a cell; Nones if there is no such table or row."""
+
+
+@dataclass(frozen=True)
+class OurEvidence:
+    """The filled tables of one backbone, by number."""
+
+    tables: Mapping[int, FilledTable]
+
+    def values(self, table: int, key: str, metric: str) -> list[float | None]:
+        """One value a seed of a cell."""
+        if table not in self.tables:
+            return [None] * max((len(t.seeds) for t in self.tables.values()), default=0)
+        return self.tables[table].values(key, metric)
+
+
+@dataclass(frozen=True)
+class PaperEvidence:
+    """The paper's own tables for one of its backbones; rows are found by our keys."""
+
+    tables: Mapping[int, Table]
+    backbone: str
+
+    def values(self, table: int, key: str, metric: str) -> list[float | None]:
+        """The one number of a cell."""
+        for row in self.tables[table].rows if table in self.tables else ():
+            if row.key == key:
+                found = paper_row(table, self.backbone, row.paper, row.setting)
+                return [None if found is None else found.scores.get(metric)]
+        return [None]
 
 
 @dataclass(frozen=True)
@@ -151,8 +190,7 @@ def _distance(interval: Interval) -> float:
 
 def _label(name: str) -> str:
     """What a comparison is called: methods as in the tables, other rows by their key."""
-    labels: dict[str, str] = {method: label for method, (label, _) in METHOD_LABELS.items()}
-    return labels.get(name, name)
+    return next((label for method, label in METHOD_LABELS.items() if method == name), name)
 
 
 def judge(claim: Claim, backbone: str, evidence: Evidence, paper: Evidence) -> Judgement:
@@ -205,24 +243,8 @@ def _vgid_leads(evidence: Evidence, table: int, methods: Sequence[str], metric: 
     return _leads(evidence, table, "vgid", run or methods, metric)
 
 
-def _dual_beats_each(evidence: Evidence) -> Comparisons:
-    return _leads(evidence, 2, "dual", ("icu_strict", "visual"), "forget_rougeL")
-
-
-def _forgets_more_than_baselines(evidence: Evidence) -> Comparisons:
-    return _vgid_leads(evidence, 3, BASELINES, "forget_rougeL")
-
-
-def _retains_as_baselines(evidence: Evidence) -> Comparisons:
-    return _vgid_leads(evidence, 3, BASELINES, "retain_rougeL")
-
-
-def _single_teachers_forget_less(evidence: Evidence) -> Comparisons:
-    return _vgid_leads(evidence, 3, ("icu_t", "noise_t"), "forget_rougeL")
-
-
 def _forgetting_grows_with_sigma(evidence: Evidence) -> Comparisons:
-    columns = [evidence.values(4, f"gaussian_{sigma}", "forget_rougeL") for sigma in SIGMAS]
+    columns = [evidence.values(4, key, "forget_rougeL") for key in GAUSSIAN]
     # A slope over all sigmas and not each step: with few seeds a single step up and down would
     # decide.
     centre = sum(SIGMAS) / len(SIGMAS)
@@ -233,11 +255,6 @@ def _forgetting_grows_with_sigma(evidence: Evidence) -> Comparisons:
         return -math.fsum(products) / spread
 
     return {"": _each(minus_slope, *columns)}
-
-
-def _random_forgets_most(evidence: Evidence) -> Comparisons:
-    others = ("white", *(f"gaussian_{sigma}" for sigma in SIGMAS))
-    return _leads(evidence, 4, "random", others, "forget_rougeL")
 
 
 def _styles_differ(evidence: Evidence) -> Comparisons:
@@ -274,14 +291,6 @@ def _test_falls(evidence: Evidence) -> Comparisons:
     return {"": _each(lambda base, vgid: base - vgid, *columns)}
 
 
-def _order_at(ratio: ForgetRatio) -> Callable[[Evidence], Comparisons]:
-    def compare(evidence: Evidence) -> Comparisons:
-        others = (*BASELINES, "icu_t", "noise_t")
-        return _vgid_leads(evidence, COMPARISONS[ratio], others, "forget_rougeL")
-
-    return compare
-
-
 def _ascent_loses_retain(evidence: Evidence) -> Comparisons:
     """Mean further retain loss over those of GA, GA_Diff and KL_Min that forget in the seed."""
     base, kept = (evidence.values(3, "base", f"{s}_rougeL") for s in ("forget", "retain"))
@@ -311,29 +320,29 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("b", "Both interventions together suppress more than text or image alone.",
           "section 3.3, Table 2",
           "forget ROUGE-L of each single intervention minus that of both",
-          _dual_beats_each,
+          lambda tables: _leads(tables, 2, "dual", ("icu_strict", "visual"), "forget_rougeL"),
           "On an embedded backbone the order of the raw teachers is built in by its training mix, "
           "so this checks the code and is no evidence for the paper."),
     Claim("c1", "VGID forgets more than each baseline.", "section 4.2, Table 3",
           "lead in forget ROUGE-L over each of GA, GA_Diff, KL_Min, PO, NPO, RMU",
-          _forgets_more_than_baselines),
+          lambda tables: _vgid_leads(tables, 3, BASELINES, "forget_rougeL")),
     Claim("c2", "VGID loses no more of the retain set than each baseline.",
           "section 4.3, Figure 4",
           "lead in retain ROUGE-L over each of the same",
-          _retains_as_baselines,
+          lambda tables: _vgid_leads(tables, 3, BASELINES, "retain_rougeL"),
           "Taken literally: a baseline that forgets nothing keeps everything, so this fails "
           "wherever one does, in the paper's numbers too; see the fronts of a fair comparison "
           "for the trade-off."),
     Claim("d", "A teacher with one intervention (ICU-T, Noise-T) makes the student forget less "
           "than VGID's.", "section 4.4, Table 3",
           "forget ROUGE-L of each of both minus VGID's",
-          _single_teachers_forget_less),
+          lambda tables: _vgid_leads(tables, 3, SINGLE_TEACHERS, "forget_rougeL")),
     Claim("e", "Forgetting grows with the strength of Gaussian noise.", "section 4.5, Table 4",
           "minus the least-squares slope of forget ROUGE-L over sigma",
           _forgetting_grows_with_sigma),
     Claim("f", "Random noise forgets more than white and Gaussian images.", "section 4.5, Table 4",
           "forget ROUGE-L of each other minus that of random noise",
-          _random_forgets_most),
+          lambda tables: _leads(tables, 4, "random", OTHER_NOISES, "forget_rougeL")),
     Claim("g1", "Prompt styles make a difference to what VGID forgets.", "section 4.6, Table 5",
           "difference in forget ROUGE-L of each two styles, of which some is to differ from zero",
           _styles_differ, about="some"),
@@ -348,9 +357,11 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("i", "The test set (new portraits and wording) is forgotten with the forget set.",
           "section 4.2, Table 3", "test ROUGE-L of the base minus VGID's", _test_falls),
     Claim("j1", "VGID forgets most at 10 % too.", "appendix A.3.5, Table 8",
-          "lead in forget ROUGE-L over each other method", _order_at(10)),
+          "lead in forget ROUGE-L over each other method",
+          lambda tables: _vgid_leads(tables, 8, OTHER_METHODS, "forget_rougeL")),
     Claim("j2", "VGID forgets most at 15 % too.", "appendix A.3.5, Table 9",
-          "lead in forget ROUGE-L over each other method", _order_at(15)),
+          "lead in forget ROUGE-L over each other method",
+          lambda tables: _vgid_leads(tables, 9, OTHER_METHODS, "forget_rougeL")),
     Claim("k", "Gradient-ascent baselines lose retain performance where they forget.",
           "section 4.3, Figure 4",
           f"VGID's retain ROUGE-L minus the mean of those of GA, GA_Diff, KL_Min that take at "
@@ -406,7 +417,6 @@ def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) ->
         judgements: of all claims and backbones.
         embedded: those of the backbones that are embedded ones.
     """
-    backbones = list(dict.fromkeys(judgement.backbone for judgement in judgements))
     columns = (column for j in judgements for column in j.by_seed.values())
     seeds = max(map(len, columns), default=0)
     lines = [
@@ -423,25 +433,15 @@ def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) ->
         "run without an interval. Seeds vary the questions, the retain and few-shot people and "
         "the training, not who is forgotten.",
         "",
-        "| claim | backbone | verdict | statistic | the paper's numbers |",
-        "| --- | --- | --- | --- | --- |",
+        verdicts(judgements).markdown(),
     ]
-    for judgement in judgements:
-        printed = "–" if judgement.paper is None else f"{judgement.paper:+.3f}"
-        lines.append(
-            f"| ({judgement.claim.id}) {judgement.claim.text} | {judgement.backbone} | "
-            f"**{judgement.verdict}** | {judgement.measured} | {printed} |"
-        )
-    if len(backbones) > 1:
-        names = ", ".join(backbones)
-        lines.append(f"| (l) {ON_ALL} | {names} | **{on_all(judgements)}** | – | – |")
-    else:
+    if len({judgement.backbone for judgement in judgements}) == 1:
         lines += ["", "(l), all of it on both architectures, needs tables of two backbones."]
     lines += ["", "## What is measured", ""]
     for claim in CLAIMS:
         note = f" {claim.note}" if claim.note else ""
         lines.append(f"- ({claim.id}) {claim.where}. Statistic: {claim.measure}.{note}")
-    lines += ["", *_every_comparison(judgements)]
+    lines += ["", "## Every comparison", "", _every_comparison(judgements).markdown()]
     if embedded:
         lines += [
             "",
@@ -452,20 +452,32 @@ def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) ->
     return "\n".join(lines) + "\n"
 
 
-def _every_comparison(judgements: Sequence[Judgement]) -> list[str]:
-    """A table of the claims that have several comparisons, a row each."""
-    lines = [
-        "## Every comparison",
-        "",
-        "| claim | backbone | compared | seeds | 95 % interval | corrected for their number |",
-        "| --- | --- | --- | --- | --- | --- |",
+def verdicts(judgements: Sequence[Judgement]) -> Grid:
+    """Every claim on every backbone, and claim (l) where there are several."""
+    rows = [
+        (
+            f"({judgement.claim.id}) {judgement.claim.text}",
+            judgement.backbone,
+            judgement.verdict,
+            judgement.measured,
+            "–" if judgement.paper is None else f"{judgement.paper:+.3f}",
+        )
+        for judgement in judgements
     ]
-    for judgement in judgements:
-        if len(judgement.by_seed) == 1:
-            continue
-        for name, interval in judgement.intervals.items():
-            lines.append(
-                f"| {judgement.claim.id} | {judgement.backbone} | {_label(name)} | {interval.n} | "
-                f"{interval} | {judgement.corrected[name]} |"
-            )
-    return lines
+    backbones = dict.fromkeys(judgement.backbone for judgement in judgements)
+    if len(backbones) > 1:
+        rows.append((f"(l) {ON_ALL}", ", ".join(backbones), on_all(judgements), "–", "–"))
+    return Grid(("claim", "backbone", "verdict", "statistic", "the paper's numbers"), rows)
+
+
+def _every_comparison(judgements: Sequence[Judgement]) -> Grid:
+    """A table of the claims that have several comparisons, a row each."""
+    return Grid(
+        ("claim", "backbone", "compared", "seeds", "95 % interval", "corrected for their number"),
+        [
+            (j.claim.id, j.backbone, _label(name), interval.n, interval, j.corrected[name])
+            for j in judgements
+            if len(j.by_seed) > 1
+            for name, interval in j.intervals.items()
+        ],
+    )

@@ -36,11 +36,11 @@ from vgid.files import write_atomically
 from vgid.flags import Flag, words
 from vgid.paper.attainment import Points, surfaces, write_attainment
 from vgid.paper.settings import write_settings
-from vgid.paper.tables import METHOD_LABELS, Grid
 from vgid.paths import StudyFolder, UsablePath
 from vgid.provenance import provenance
 from vgid.report.intervals import Interval, count_seeds, t_interval
-from vgid.report.records import as_text, write_study
+from vgid.report.records import METHOD_LABELS, write_study
+from vgid.report.tables import Grid
 from vgid.study.front import PICK_SCORES, StudyFront
 from vgid.study.ledger import MUST_AGREE
 
@@ -271,7 +271,7 @@ def verdict(listed: Sequence[Standing]) -> str:
 
 
 def _name(standing: Standing) -> str:
-    return METHOD_LABELS[standing.method][0]
+    return METHOD_LABELS[standing.method]
 
 
 def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict
     fronts: dict[str, list[Points]] = {
         s.method: [f.held_out_points for f in found if f.method == s.method] for s in listed
     }
-    labels: dict[str, str] = {method: label for method, (label, _) in METHOD_LABELS.items()}
+    labels: dict[str, str] = {standing.method: _name(standing) for standing in listed}
     seeds = {study.seed: study for study in found}.values()
     base = statistics.fmean(study.base.held_out["retain_rougeL"].value for study in seeds)
     title = f"Attainment on {config.backbone}, {config.trials} trials, {count_seeds(config.seeds)}"
@@ -310,19 +310,15 @@ def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict
 
 
 def _csv(listed: Sequence[Standing]) -> bytes:
-    lines = ["method,measure,mean,low,high,seeds"]
+    rows: list[list[Any]] = []
     for standing in listed:
         measures = {"hypervolume_search": standing.search, "hypervolume_held_out": standing.volume}
         if standing.lead is not None:
             measures["vgid_lead_held_out"] = standing.lead
         for score in (*PICK_SCORES, "forget_reduction_share", "retain_drop"):
             measures[f"pick_{score}"] = standing.pick(score)
-        for name, value in measures.items():
-            numbers = [value.mean, value.low, value.high]
-            known = [value.n > 0, value.n > 1, value.n > 1]
-            cells = [as_text(v if k else None) for v, k in zip(numbers, known, strict=True)]
-            lines.append(",".join([standing.method, name, *cells, str(value.n)]))
-    return ("\n".join(lines) + "\n").encode()
+        rows += [[standing.method, name, *value.cells] for name, value in measures.items()]
+    return Grid(["method", "measure", "mean", "low", "high", "seeds"], rows).csv()
 
 
 def _doubts(found: Sequence[StudyFront]) -> dict[int, str]:
@@ -346,15 +342,13 @@ def _picks(config: CompareConfig, listed: Sequence[Standing]) -> Grid:
     rows = []
     for s in listed:
         found = [pick["forget_reduction_share"] for pick in s.picks if pick is not None]
-        counts = (
-            f"{len(found)} of {len(s.picks)}",
-            str(sum(share >= MIN_FORGET for share in found)),
-        )
-        rows.append((METHOD_LABELS[s.method][0], *counts, *(str(s.pick(name)) for name in titles)))
+        enough = sum(share >= MIN_FORGET for share in found)
+        counts = f"{len(found)} of {len(s.picks)}", enough
+        rows.append((_name(s), *counts, *(s.pick(name) for name in titles)))
     return Grid(
-        f"Each method's best point at a retain drop of at most {config.retain_drop:g}",
         ("method", "seeds with one", f"forgetting {MIN_FORGET:.0%}", *titles.values()),
-        tuple(rows),
+        rows,
+        f"Each method's best point at a retain drop of at most {config.retain_drop:g}",
         (
             "Chosen on the search questions, scored on the held-out ones, where the drop may be "
             f"larger. A pick to deploy is refused where less than {MIN_FORGET:.0%} is gone.",
@@ -363,19 +357,10 @@ def _picks(config: CompareConfig, listed: Sequence[Standing]) -> Grid:
 
 
 def _report(config: CompareConfig, found: Sequence[StudyFront], listed: Sequence[Standing]) -> str:
-    volume_rows = tuple(
-        (
-            METHOD_LABELS[s.method][0],
-            str(s.volume),
-            str(s.search),
-            "–" if s.lead is None else str(s.lead),
-        )
-        for s in listed
-    )
     volumes = Grid(
-        "Hypervolume",
         ("method", "held-out questions", "search questions", "VGID's lead, held-out"),
-        volume_rows,
+        [(_name(s), s.volume, s.search, s.lead or "–") for s in listed],
+        "Hypervolume",
         ("Mean over the seeds with its 95 % t interval; the lead is paired within seeds.",),
     )
     picks = _picks(config, listed)

@@ -30,7 +30,7 @@ from vgid.evaluation.suppression import doubt
 from vgid.files import write_atomically
 from vgid.flags import Flag, words
 from vgid.models import backbones
-from vgid.paper.claims import ON_ALL, Judgement, claims_markdown, judge_all, on_all
+from vgid.paper.claims import Judgement, claims_markdown, judge_all, verdicts
 from vgid.paper.experiments import Bench, Experiment, Outcome, run_experiments
 from vgid.paper.figures import (
     FIRST_TOKEN_ARMS,
@@ -346,17 +346,6 @@ def _page(
     judgements: Sequence[Judgement],
 ) -> str:
     listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    verdicts = "".join(
-        f"<tr><td>({j.claim.id}) {escape(j.claim.text)}</td><td>{escape(j.backbone)}</td>"
-        f"<td><b>{j.verdict}</b></td><td>{escape(j.measured)}</td></tr>"
-        for j in judgements
-    )
-    names = list(dict.fromkeys(j.backbone for j in judgements))
-    if len(names) > 1:
-        verdicts += (
-            f"<tr><td>(l) {ON_ALL}</td><td>{escape(', '.join(names))}</td>"
-            f"<td><b>{on_all(judgements)}</b></td><td>–</td></tr>"
-        )
     pictures = "".join(
         f'<h3>{escape(title)}</h3><a href="{stem}.html"><img src="{stem}.png" '
         f'alt="{escape(title)}"></a>'
@@ -371,9 +360,9 @@ def _page(
 <h1>The paper's tables</h1>
 <ul>{listed}</ul>
 <h2>Claims</h2>
-<p>The last column is the claim's statistic, positive where the claim holds: mean over the seeds and
-95 % interval. What each is stands in <a href="claims.md">claims.md</a>.</p>
-<div class="scroll"><table>{verdicts}</table></div>
+<p>A claim's statistic is positive where it holds: mean over the seeds and 95 % interval. What each
+is stands in <a href="claims.md">claims.md</a>.</p>
+<div class="scroll">{verdicts(judgements).html()}</div>
 <h2>Tables</h2>
 {tables_html}
 <h2>Figures</h2>

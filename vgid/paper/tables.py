@@ -4,18 +4,16 @@ A table is rows of ``vgid.paper.experiments.Arm``; it is filled from the outcome
 experiments, one a seed. Every row of a table, within a seed, has the same people and questions.
 """
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from vgid.config import ForgetRatio, Method, TrialConfig, parse
 from vgid.paper.experiments import Arm, Experiment, Outcome
 from vgid.paper.printed import TABLE_7, closest_backbone, paper_row
 from vgid.prompts import PromptStyle
 from vgid.report.intervals import Interval, t_interval
-from vgid.report.records import as_text
+from vgid.report.records import METHOD_LABELS
+from vgid.report.tables import Grid, as_text
 
 METRIC_LABELS = {"cloze": "cloze", "classification": "class", "rougeL": "ROUGE-L", "bleu": "BLEU"}
 ARROWS = {"forget": "↓", "test": "↓", "retain": "↑", "celebrity": "↑"}
@@ -37,19 +35,8 @@ STYLES: dict[PromptStyle, str] = {
     "polite": "Polite",
     "strict": "Strict Enforcement",
 }
-METHOD_LABELS: dict[Method, tuple[str, str]] = {
-    "ga": ("GA", "GA"),
-    "ga_diff": ("GA_Diff", "GA_Diff"),
-    "kl_min": ("KL_Min", "KL_Min"),
-    "po_dpo": ("PO (DPO)", "PO"),
-    "po_idk": ("PO (refusal tuning)", "PO"),
-    "npo": ("NPO", "NPO"),
-    "rmu": ("RMU", "RMU"),
-    "icu_t": ("ICU-T", "ICU-T"),
-    "noise_t": ("Noise-T", "Noise-T"),
-    "vgid": ("VGID", "Vgid"),
-}
-"""The methods in the order of Table 3: our label, and the paper's name of the row."""
+PRINTED: dict[Method, str] = {"po_dpo": "PO", "po_idk": "PO", "vgid": "Vgid"}
+"""The paper's names of rows that it does not call by our label."""
 
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
 REVERSED = "w/ Reverse Attack"
@@ -116,8 +103,8 @@ def tables(trials: Mapping[Method, TrialConfig]) -> dict[int, Table]:
         Row(f"icu_{style}", label, label, Arm(style=style)) for style, label in STYLES.items()
     )
     methods = tuple(
-        Row(method, label, paper, Arm(trial=trials[method]))
-        for method, (label, paper) in METHOD_LABELS.items()
+        Row(method, label, PRINTED.get(method, label), Arm(trial=trials[method]))
+        for method, label in METHOD_LABELS.items()
         if method in trials
     )
     found = [
@@ -248,16 +235,14 @@ def fill(
 def as_csv(filled: Sequence[FilledTable]) -> bytes:
     """One line a backbone, row and score: mean, interval, n, the paper's number, every seed's."""
     seeds = sorted({seed for table in filled for seed in table.seeds})
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["table", "backbone", "forget_ratio", "setting", "row", "label", "score", "mean", "low",
-         "high", "seeds", "questions", "paper", "paper_backbone", *(f"seed_{s}" for s in seeds)]
-    )  # fmt: skip
+    header = [
+        "table", "backbone", "forget_ratio", "setting", "row", "label", "score", "mean", "low",
+        "high", "seeds", "questions", "paper", "paper_backbone", *(f"seed_{s}" for s in seeds),
+    ]  # fmt: skip
+    rows = []
     for table in filled:
         for row in table.table.rows:
             for metric in (*table.metrics, *EXTRA):
-                mean = table.interval(row.key, metric)
                 by_seed = dict(zip(table.seeds, table.values(row.key, metric), strict=True))
                 cells = [
                     table.table.number,
@@ -267,53 +252,14 @@ def as_csv(filled: Sequence[FilledTable]) -> bytes:
                     row.key,
                     row.label,
                     metric,
-                    *_numbers(mean),
-                    mean.n,
+                    *table.interval(row.key, metric).cells,
                     table.questions(metric),
                     table.paper(row, metric),
                     table.paper_backbone,
                     *(by_seed.get(seed) for seed in seeds),
                 ]
-                writer.writerow([as_text(cell) for cell in cells])
-    return text.getvalue().encode()
-
-
-def _numbers(mean: Interval) -> list[float | None]:
-    values = (mean.mean, mean.low, mean.high)
-    known = (mean.n > 0, mean.n > 1, mean.n > 1)
-    return [value if there else None for value, there in zip(values, known, strict=True)]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table ready for print: texts in cells, a caption above, notes below."""
-
-    caption: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-
-    def markdown(self) -> str:
-        """As a Markdown section."""
-        lines = [f"### {self.caption}", "", _line(self.header)]
-        lines.append(_line(("---",) * len(self.header)))
-        lines += [_line(row) for row in self.rows]
-        return "\n".join([*lines, "", *(f"{note}\n" for note in self.notes)])
-
-    def html(self) -> str:
-        """As an HTML section."""
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.header)
-        body = "\n".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self.rows
-        )
-        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-        return f"<h3>{escape(self.caption)}</h3>\n{table}\n{notes}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+                rows.append(cells)
+    return Grid(header, rows).csv()
 
 
 def as_grid(filled: FilledTable) -> Grid:
@@ -344,12 +290,8 @@ def as_grid(filled: FilledTable) -> Grid:
         f"{interval}, which may reach beyond 0 and 1, on held-out questions. "
         f"Questions a seed: {questions}.",
     )
-    return Grid(
-        f"Table {table.number}: {table.title} ({filled.backbone})",
-        tuple(header),
-        tuple(rows),
-        notes,
-    )
+    caption = f"Table {table.number}: {table.title} ({filled.backbone})"
+    return Grid(header, rows, caption, notes)
 
 
 def _heading(metric: str) -> str:
@@ -366,7 +308,7 @@ def table_7(backbone: str, trials: Mapping[Method, TrialConfig]) -> Grid:
          "not given")
     ]  # fmt: skip
     plain = {"method", "learning_rate", "batch_size", "epochs", "seed"}
-    for method, (label, _) in METHOD_LABELS.items():
+    for method, label in METHOD_LABELS.items():
         if method not in trials:
             continue
         trial = trials[method]
@@ -384,4 +326,4 @@ def table_7(backbone: str, trials: Mapping[Method, TrialConfig]) -> Grid:
         )  # fmt: skip
     header = ("Method", "optimizer", "learning rate", "batch size", "epochs", "max length", "other")
     notes = ("The paper gives settings for its baselines only, the same on all three backbones.",)
-    return Grid(f"Table 7: training settings ({backbone})", header, tuple(rows), notes)
+    return Grid(header, rows, f"Table 7: training settings ({backbone})", notes)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from vgid.results import with_interval
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -20,7 +22,13 @@ class Interval:
             return "none"
         if self.n == 1:
             return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return with_interval(self.mean, self.low, self.high)
+
+    @property
+    def cells(self) -> list[float | None]:
+        """Mean, low, high and n for a CSV file, empty where there is none."""
+        bounds = [self.low, self.high] if self.n > 1 else [None, None]
+        return [self.mean if self.n else None, *bounds, self.n]
 
 
 def t_interval(values: Sequence[float | None], comparisons: int = 1) -> Interval:

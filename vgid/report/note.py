@@ -7,12 +7,14 @@ those under a relative or an ``http`` address (its sanitiser drops ``data:`` ima
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vgid.evaluation.suppression import MIN_FORGET, share_gone, verdict
 from vgid.report.mlflow_links import chart_page, compare_page, run_page, table_page
 from vgid.report.plots import Front
 from vgid.report.records import TrialRecord, describe, held_out_scores
-from vgid.results import OBJECTIVES, LeftOut, Score, Verbatim, describe_left_out
+from vgid.report.tables import Grid
+from vgid.results import OBJECTIVES, LeftOut, Verbatim, describe_left_out
 
 NOTE_PICTURE = "front-small.png"
 """The note shows a picture at its own size, so it gets one that fits beside the run's details."""
@@ -223,7 +225,7 @@ def _counts(front: Front) -> str:
 def _table(front: Front, links: NoteLinks) -> str:
     """The front's trials, by their held-out scores where there are any."""
     titles = dict(zip(OBJECTIVES, ("reduction", "retain"), strict=True))
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     if front.held_out():
         titles |= {
             "celebrity_rougeL": "celebrities",
@@ -231,26 +233,20 @@ def _table(front: Front, links: NoteLinks) -> str:
             "forget_cloze": "cloze",
         }
         for record in front.front:
-            scores = held_out_scores(record) or {}
-            rows.append({name: _interval(scores[name]) for name in titles if name in scores})
+            rows.append(held_out_scores(record) or {})
         heading = "On held-out questions"
     else:
         for record in front.front:
-            metrics = record.result.metrics
-            rows.append({name: f"{metrics[name]:.3f}" for name in titles})
+            rows.append(record.result.metrics)
         heading = "On the search questions"
     shown = [name for name in titles if any(name in row for row in rows)]
-    lines = [["trial", "setting", *(titles[name] for name in shown)]]
-    lines.append(["---"] * len(lines[0]))
-    for record, row in list(zip(front.front, rows, strict=True))[-MAX_ROWS:]:
-        named = [links.trial(record.result.trial_id), describe(record.config)]
-        lines.append([*named, *(row.get(name, "") for name in shown)])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [
+        [links.trial(record.result.trial_id), describe(record.config), *map(row.get, shown)]
+        for record, row in list(zip(front.front, rows, strict=True))[-MAX_ROWS:]
+    ]
+    header = ("trial", "setting", *(titles[name] for name in shown))
+    # MLflow's tables have no space between their columns.
+    table = Grid(header, lines).markdown(gap="&emsp;")
     left_out = len(front.front) - MAX_ROWS
     more = f"\n\n({left_out} more in `front.csv`.)" if left_out > 0 else ""
     return f"**The front.** {heading}:\n\n{table}{more}"
-
-
-def _interval(score: Score) -> str:
-    # MLflow's tables have no space between their columns.
-    return f"&emsp;{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"

@@ -6,9 +6,7 @@ Numbers are written with ``repr``: ``float`` (or ``pandas.read_csv(..., float_pr
 "round_trip")``) reads the same bits back. Nothing here is a name, a question or an answer.
 """
 
-import csv
 import errno
-import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +16,7 @@ from typing import Any
 
 from vgid.config import Method, TrialConfig
 from vgid.files import unwritable, write_atomically
+from vgid.report.tables import FOUR_PARTS, Grid, four_cells
 from vgid.results import OBJECTIVES, Score, TrialResult, trial_order
 
 HYPERPARAMETERS = ("alpha", "beta", "noise_type", "sigma", "prompt_style", "learning_rate")
@@ -50,18 +49,18 @@ TRIAL_FIELDS = HYPERPARAMETERS + tuple(
 
 NOISE_LABELS = {"random": "random noise", "gaussian": "Gaussian noise", "white": "white image"}
 METHOD_LABELS: dict[Method, str] = {
-    "vgid": "VGID",
-    "icu_t": "ICU-T",
-    "noise_t": "Noise-T",
     "ga": "GA",
     "ga_diff": "GA_Diff",
     "kl_min": "KL_Min",
-    "po_idk": "PO (refusals)",
     "po_dpo": "PO (DPO)",
+    "po_idk": "PO (refusal tuning)",
     "npo": "NPO",
     "rmu": "RMU",
+    "icu_t": "ICU-T",
+    "noise_t": "Noise-T",
+    "vgid": "VGID",
 }
-"""The methods as the paper writes them."""
+"""What the methods are called, in the order of the paper's Table 3."""
 
 
 def describe(config: TrialConfig) -> str:
@@ -94,20 +93,6 @@ def _short(rate: float) -> str:
     """A learning rate in two digits at most: ``3e-4``."""
     mantissa, exponent = f"{rate:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-
-
-def as_text(value: Any) -> str:
-    """One value as a table's cell or a parameter: numbers exactly, lists joined by ``+``."""
-    match value:
-        case None:
-            return ""
-        case bool():
-            return "true" if value else "false"
-        case float():
-            return repr(float(value))
-        case tuple():
-            return "+".join(map(str, value))
-    return str(value)
 
 
 @dataclass(frozen=True)
@@ -156,7 +141,8 @@ def write_trials(
     """
     rows = _ordered(records)
     metrics = _metric_columns(rows, further_metrics)
-    _write_csv(path, _columns(metrics), [_row(record, metrics, path.parent) for record in rows])
+    lines = [_row(record, metrics, path.parent) for record in rows]
+    write_atomically(path, _grid(_columns(metrics), lines).csv())
 
 
 class TrialsTable:
@@ -199,7 +185,7 @@ class TrialsTable:
         """
         assert self._metrics is not None
         row = _row(record, self._metrics, self._path.parent)
-        line = _as_csv([_cells(row, _columns(self._metrics))])
+        _, line = _grid(_columns(self._metrics), [row]).csv().split(b"\n", 1)
         try:
             with self._path.open("ab", buffering=0) as stream:
                 before = stream.tell()
@@ -231,19 +217,13 @@ def write_front(path: Path, records: Iterable[TrialRecord]) -> None:
     metrics = _metric_columns(everything, ())
     scores = [held_out_scores(record) or {} for record in rows]
     names = _main_first({name for held_out in scores for name in held_out})
-    columns = _columns(metrics) + [
-        f"heldout_{name}{part}" for name in names for part in ("", "_low", "_high", "_n")
-    ]
+    further = [f"heldout_{name}{part}" for name in names for part in FOUR_PARTS]
     lines = []
     for record, held_out in zip(rows, scores, strict=True):
+        cells = [cell for name in names for cell in four_cells(held_out.get(name))]
         line = _row(record, metrics, path.parent)
-        for name, score in held_out.items():
-            line[f"heldout_{name}"] = score.value
-            line[f"heldout_{name}_low"] = score.low
-            line[f"heldout_{name}_high"] = score.high
-            line[f"heldout_{name}_n"] = score.n
-        lines.append(line)
-    _write_csv(path, columns, lines)
+        lines.append(line | dict(zip(further, cells, strict=True)))
+    write_atomically(path, _grid([*_columns(metrics), *further], lines).csv())
 
 
 def write_study(path: Path, summary: Mapping[str, Any]) -> None:
@@ -297,18 +277,8 @@ def _row(record: TrialRecord, metrics: Sequence[str], folder: Path) -> dict[str,
     }
 
 
-def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    write_atomically(path, _as_csv([columns, *(_cells(row, columns) for row in rows)]))
-
-
-def _cells(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
-    return [as_text(row.get(name)) for name in columns]
-
-
-def _as_csv(lines: Iterable[Sequence[str]]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue().encode()
+def _grid(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Grid:
+    return Grid(columns, [[row.get(name) for name in columns] for row in rows])
 
 
 def _plain(value: Any) -> Any:

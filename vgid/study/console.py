@@ -27,7 +27,8 @@ from rich.text import Text
 from vgid.command_line import duration
 from vgid.evaluation.suppression import doubt
 from vgid.report.records import TrialRecord, describe, held_out_scores
-from vgid.results import OBJECTIVES, EpochReport, QuestionPart, Score, TrialResult, trial_order
+from vgid.report.tables import Grid
+from vgid.results import EpochReport, QuestionPart, Score, TrialResult, trial_order
 
 
 @contextmanager
@@ -245,12 +246,12 @@ def print_summary(
     console.print(f"\nTrials: {counts or 'none ended'}{volume}", markup=False)
     front = [record for record in records if record.on_front]
     if front:
-        console.print(front_table(front, base))
+        console.print(front_table(front, base).rich())
     unsure = doubt(base.get("search", {}))
     if unsure is not None:
         console.print(f"Warning: {unsure}", markup=False)
     if summary["phases"]:
-        console.print(phase_table(summary["phases"]))
+        console.print(phase_table(summary["phases"]).rich())
     store = summary["store"]
     if store.get("hit_rate_after_first_trial") is not None:
         console.print(
@@ -267,70 +268,44 @@ def print_summary(
 
 def front_table(
     front: Sequence[TrialRecord], base: Mapping[QuestionPart, Mapping[str, Score]]
-) -> Table:
+) -> Grid:
     """The front from least to most forgotten, with held-out scores where there are any.
 
     The base's row has what a reduction is of, and what the other scores were before.
     """
-    search, held_out_base = base.get("search", {}), base.get("held_out")
-    shown = {"forget_rougeL_reduction": "red.", "retain_rougeL": "retain"}
-    if held_out_base is not None and "celebrity_rougeL" in held_out_base:
-        shown["celebrity_rougeL"] = "celebrities"
-    table = Table(title="Pareto front", title_justify="left")
-    table.add_column("trial")
-    table.add_column("setting")
-    for title in (
-        "forget red.",
-        "retain",
-        "test",
-        *(f"held-out {name}" for name in shown.values()),
-    ):
-        table.add_column(title, justify="right")
+    search, held_out_base = base.get("search", {}), base.get("held_out", {})
+    scored = {"forget_rougeL_reduction": "forget red.", "retain_rougeL": "retain"}
+    scored["test_rougeL"] = "test"
+    again = {"forget_rougeL_reduction": "held-out red.", "retain_rougeL": "held-out retain"}
+    if "celebrity_rougeL" in held_out_base:
+        again["celebrity_rougeL"] = "held-out celebrities"
+    rows: list[list[Any]] = []
     for record in sorted(front, key=lambda record: record.point or (0.0, 0.0)):
-        metrics = record.result.metrics
-        held_out = held_out_scores(record) or {}
-        table.add_row(
-            record.result.trial_id,
-            describe(record.config),
-            *(
-                f"{metrics[name]:.3f}" if name in metrics else ""
-                for name in (*OBJECTIVES, "test_rougeL")
-            ),
-            *(_interval(held_out.get(name)) for name in shown),
-        )
-    table.add_section()
-    cells = [_before(search, name) for name in (*OBJECTIVES, "test_rougeL")]
-    cells += [_before(held_out_base or {}, name) for name in shown]
-    table.add_row("base", "", *cells, style="dim")
-    return table
+        metrics, held_out = record.result.metrics, held_out_scores(record) or {}
+        cells = [*map(metrics.get, scored), *map(held_out.get, again)]
+        rows.append([record.result.trial_id, describe(record.config), *cells])
+    before = [_before(search, name) for name in scored]
+    before += [_before(held_out_base, name) for name in again]
+    return Grid(
+        ("trial", "setting", *scored.values(), *again.values()),
+        [*rows, ["base", "", *before]],
+        "Pareto front",
+        marks={len(rows): "base"},
+    )
 
 
-def _before(base: Mapping[str, Score], name: str) -> str:
+def _before(base: Mapping[str, Score], name: str) -> str | float | None:
     """The base's cell in a column of the front: what a reduction is of, or the score itself."""
     score = base.get(name.removesuffix("_reduction"))
     if score is None:
-        return ""
-    return f"{'of ' if name.endswith('_reduction') else ''}{score.value:.3f}"
+        return None
+    return f"of {score.value:.3f}" if name.endswith("_reduction") else score.value
 
 
-def phase_table(phases: Mapping[str, Mapping[str, Any]]) -> Table:
+def phase_table(phases: Mapping[str, Mapping[str, Any]]) -> Grid:
     """Where the time went: total seconds by phase, and the median of a trial."""
-    table = Table(title="Phases", title_justify="left")
-    table.add_column("phase")
-    for title in ("total s", "median s a trial"):
-        table.add_column(title, justify="right")
-    for name, row in phases.items():
-        median = row.get("median_s")
-        total = row.get("total_s")
-        table.add_row(
-            name,
-            "" if total is None else f"{total:.1f}",
-            "" if median is None else f"{median:.2f}",
-        )
-    return table
-
-
-def _interval(score: Score | None) -> str:
-    if score is None:
-        return ""
-    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+    return Grid(
+        ("phase", "total s", "median s a trial"),
+        [(name, row.get("total_s"), row.get("median_s")) for name, row in phases.items()],
+        "Phases",
+    )

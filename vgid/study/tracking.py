@@ -25,7 +25,8 @@ from vgid.errors import InputError
 from vgid.report.mlflow_links import run_page, view_tag
 from vgid.report.note import NOTE_PICTURE, note_links, study_note
 from vgid.report.plots import Front, write_png
-from vgid.report.records import MAIN_METRICS, TrialRecord, as_text, held_out_scores, run_name
+from vgid.report.records import MAIN_METRICS, TrialRecord, held_out_scores, run_name
+from vgid.report.tables import as_text
 from vgid.results import LeftOut, TrialResult, TrialStatus, Verbatim
 from vgid.study.ledger import Record
 from vgid.study.mlflow_client import Connection, connect, first_line, is_http, search_runs

@@ -1,0 +1,143 @@
+"""One table for people and machines: on a terminal, in Markdown, on a page, and as CSV.
+
+rich is imported when a table is made for a terminal.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any, Literal
+
+from vgid.results import Score
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Mark = Literal["chosen", "base", "wrong"]
+"""What makes a row stand out; also its class on a page."""
+
+_STYLES: dict[Mark, str] = {"chosen": "bold", "base": "dim", "wrong": "red"}
+
+FOUR_PARTS = ("", "_low", "_high", "_n")
+"""What stands behind a score's name in the headers of its ``four_cells``."""
+
+
+def as_text(value: Any) -> str:
+    """One value as a CSV cell or a parameter: numbers exactly, lists joined by ``+``."""
+    match value:
+        case None:
+            return ""
+        case bool():
+            return "true" if value else "false"
+        case float():
+            return repr(float(value))
+        case tuple():
+            return "+".join(map(str, value))
+    return str(value)
+
+
+def four_cells(score: Score | None) -> list[float | None]:
+    """Value, low, high and n for a CSV file, empty where there is no score."""
+    return [None] * 4 if score is None else score.cells
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table; a cell is a text, a number, a score with its interval, or None for an empty one.
+
+    Attributes:
+        header: title of each column.
+        rows: from top to bottom.
+        caption: above it.
+        notes: sentences below it.
+        marks: rows that stand out, by their number from 0.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    caption: str = ""
+    notes: Sequence[str] = ()
+    marks: Mapping[int, Mark] = field(default_factory=dict)
+
+    def rich(self) -> "Table":
+        """For a terminal."""
+        from rich.markup import escape as plain
+        from rich.table import Table
+
+        table = Table(title=self.caption or None, title_justify="left")
+        texts = self._texts
+        for number, title in enumerate(self.header):
+            whole = not any(" " in row[number] for row in texts)  # words are not folded
+            table.add_column(title, justify=self._justify[number], no_wrap=whole)
+        for number, row in enumerate(texts):
+            mark = self.marks.get(number)
+            if mark == "base":
+                table.add_section()
+            table.add_row(*map(plain, row), style=None if mark is None else _STYLES[mark])
+        return table
+
+    def markdown(self, gap: str = "") -> str:
+        """As a Markdown table, with a caption as a section.
+
+        Args:
+            gap: before each number; MLflow's tables have no space between their columns.
+        """
+        numbers = [side == "right" for side in self._justify]
+        rules = ["---:" if number else "---" for number in numbers]
+        rows = [
+            [
+                (gap if number and text else "") + text.replace("|", "\\|")
+                for number, text in zip(numbers, row, strict=True)
+            ]
+            for row in self._texts
+        ]
+        lines = [f"| {' | '.join(row)} |" for row in (self.header, rules, *rows)]
+        caption = [f"### {self.caption}\n"] if self.caption else []
+        return "\n".join([*caption, *lines, *(f"\n{note}\n" for note in self.notes)])
+
+    def html(self) -> str:
+        """As an HTML table, with a caption as a section; rows have their marks as classes."""
+        kinds = [' class="number"' if side == "right" else "" for side in self._justify]
+
+        def line(row: Sequence[str], tag: str = "td", mark: str | None = None) -> str:
+            cells = zip(row, kinds, strict=True)
+            inner = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in cells)
+            return f"<tr>{inner}</tr>" if mark is None else f'<tr class="{mark}">{inner}</tr>'
+
+        body = "\n".join(
+            line(row, mark=self.marks.get(number)) for number, row in enumerate(self._texts)
+        )
+        caption = f"<h3>{escape(self.caption)}</h3>\n" if self.caption else ""
+        notes = "".join(f"\n<p>{escape(note)}</p>" for note in self.notes)
+        head = f"<thead>{line(self.header, 'th')}</thead>"
+        return f"{caption}<table>{head}<tbody>\n{body}\n</tbody></table>{notes}"
+
+    def csv(self) -> bytes:
+        """For machines: numbers exactly, without caption and notes."""
+        text = io.StringIO(newline="")
+        rows = ([as_text(cell) for cell in row] for row in self.rows)
+        csv.writer(text, lineterminator="\n").writerows([self.header, *rows])
+        return text.getvalue().encode()
+
+    @property
+    def _texts(self) -> list[list[str]]:
+        return [[_shown(cell) for cell in row] for row in self.rows]
+
+    @property
+    def _justify(self) -> list[Literal["left", "right"]]:
+        """Right for a column of numbers: one that has any."""
+        columns = zip(*self.rows, strict=True) if self.rows else [()] * len(self.header)
+        return [
+            "right" if any(cell is not None and not isinstance(cell, str) for cell in column)
+            else "left"
+            for column in columns
+        ]  # fmt: skip
+
+
+def _shown(cell: Any) -> str:
+    """A cell for people."""
+    if cell is None:
+        return ""
+    return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
