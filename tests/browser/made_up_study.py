@@ -16,7 +16,7 @@ from vgid.report.plots import Front
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Heard, Record
-from vgid.study.tracking import Tracker
+from vgid.study.tracking import StudyOutcome, Tracker
 
 TRIALS = 18
 FAILED = 7
@@ -141,7 +141,7 @@ def record_study(server: str, folder: Path) -> Recorded:
     tables = [folder / name for name in ("trials.csv", "front.csv", "study.json")]
     files = [*write_figures(folder, front), *tables]
     phases = {"start-up": 12.0, "train": 80.0, "evaluate": 40.0}
-    tracker.finish_study(front, {"hypervolume": 0.87}, phases, files)
+    tracker.finish_study(StudyOutcome(front, {"hypervolume": 0.87}, phases, files))
     return Recorded(
         front, tracker.experiment_id, tracker.study_run_id, study_id, dict(tracker.pages)
     )

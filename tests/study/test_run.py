@@ -54,8 +54,8 @@ class Told:
 
     pages, server = {}, ""
 
-    def finish_study(self, front, numbers, phases, files, status, *more):
-        self.finished.append((status, [file.name for file in files]))
+    def finish_study(self, outcome, status, tell):
+        self.finished.append((status, [file.name for file in outcome.files]))
 
 
 class Running:

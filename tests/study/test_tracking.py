@@ -24,7 +24,7 @@ from vgid.report.plots import Front
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Ledger, Record, now
-from vgid.study.tracking import Tracker
+from vgid.study.tracking import StudyOutcome, Tracker
 
 SHA = "0" * 64
 HASHES = {"dataset": "d" * 64, "base": "b" * 64}
@@ -133,9 +133,8 @@ def run_study(tracker, output, study_id, records):
     write_study(output / "study.json", {"seed": 0})
     write_figures(output, front)
     names = (*FIGURES, "front.csv", "trials.csv", "study.json")
-    tracker.finish_study(
-        front, {"hypervolume": 0.41}, {"train": 8.0}, [output / name for name in names]
-    )
+    files = [output / name for name in names]
+    tracker.finish_study(StudyOutcome(front, {"hypervolume": 0.41}, {"train": 8.0}, files))
 
 
 def end(ledger, result):
@@ -363,7 +362,7 @@ def test_a_study_that_ends_early_leaves_nothing_running_and_goes_on(store, outpu
         again = statuses(client(store), second)
         for record in records[1:3]:
             assert second.log_trial(end(ledger, record.result))
-    second.finish_study(Front("t", records, BASE), {}, {}, [])
+    second.finish_study(StudyOutcome(Front("t", records, BASE)))
     second.close("FAILED")  # as every path does; it has ended
 
     ended = {"0000": "FINISHED", "0003": "KILLED"}
@@ -401,7 +400,7 @@ def test_whatever_a_store_raises_is_told_at_the_end(store, output, monkeypatch):
     tracker._client.log_artifacts = refuse
     assert [tracker.log_trial(ended(record)) for record in records] == [False, True, True, True]
     with pytest.raises(InputError, match=r"'boto3'; 1 trials are missing.*--resume"):
-        tracker.finish_study(Front("t", records, BASE), {"hypervolume": 0.5}, {}, [])
+        tracker.finish_study(StudyOutcome(Front("t", records, BASE), {"hypervolume": 0.5}))
     kept = {"0001": "FINISHED", "0002": "FAILED", "0003": "KILLED"}
     assert statuses(client(store), tracker) == ("FINISHED", {"0000": "KILLED"} | kept)
     assert client(store).get_run(tracker.study_run_id).data.metrics["hypervolume"] == 0.5
@@ -409,7 +408,7 @@ def test_whatever_a_store_raises_is_told_at_the_end(store, output, monkeypatch):
     again = open_tracker(store, "refused")
     again.start_study("refused", StudyConfig(output=output), HASHES)
     assert all(again.log_trial(ended(record)) for record in records)
-    again.finish_study(Front("t", records, BASE), {}, {}, [])
+    again.finish_study(StudyOutcome(Front("t", records, BASE)))
     assert statuses(client(store), again) == ("FINISHED", {"0000": "FINISHED"} | kept)
     run = children_of(client(store), again)["0000"]
     assert artifacts(client(store), run.info.run_id, "adapter")
@@ -444,12 +443,12 @@ def test_a_server_that_is_away_costs_a_delay_only(output, monkeypatch):
             assert not tracker.log_trial(ledger.end(name, record.result))
         front = Front("t", records[:2], BASE)
         with pytest.raises(InputError, match=r"2 trials are missing.*--resume"):
-            tracker.finish_study(front, {}, {}, [], "KILLED")
+            tracker.finish_study(StudyOutcome(front), "KILLED")
         tracker.close("KILLED")
         monkeypatch.setattr("vgid.study.tracking.RETRY_SECONDS", 0.2)
         with ThreadPoolExecutor(1) as side:
             back = side.submit(stack.enter_context, mlflow_process(uri, output, port))
-            tracker.finish_study(front, {}, {}, [], tell=told.append)
+            tracker.finish_study(StudyOutcome(front), tell=told.append)
             back.result()
         known = {
             name: [(e.report.step, e.report.metrics["loss"], to_ms(e.at)) for e in record.epochs]
@@ -544,12 +543,12 @@ def test_trials_that_could_not_be_sent_are_sent_at_the_end(store, output, caplog
         assert not tracker.log_trial(ended(records[2]))
     front = Front("tiny-llava", records, BASE)
     with pytest.raises(InputError, match="run the same command with --resume"):
-        tracker.finish_study(front, {}, {}, [])
+        tracker.finish_study(StudyOutcome(front))
     database.execute("ALTER TABLE runs_away RENAME TO runs")
     database.close()
     assert caplog.text.count("does not record") == 1  # the server is not asked again at once
 
-    tracker.finish_study(front, {}, {}, [])
+    tracker.finish_study(StudyOutcome(front))
     assert sorted(children_of(client(store), tracker)) == ["0000", "0001", "0002"]
 
 

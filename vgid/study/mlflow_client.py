@@ -4,7 +4,7 @@ import logging
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -16,6 +16,9 @@ from vgid.errors import InputError
 
 PROBE_SECONDS = 2.0
 """How long a server may take to say that it is there; its requests may take longer."""
+
+MAX_METRICS = 800
+"""In one request; MLflow takes 1,000 items, parameters and tags among them."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,23 @@ class Connection:
     def answers(self) -> bool:
         """Whether a server gives a sign of life; a database is taken to."""
         return not is_http(self.uri) or _no_answer(self.uri, PROBE_SECONDS) is None
+
+    def search(self, query: str) -> list[Any]:
+        """All runs of the experiment that meet ``query``."""
+        return search_runs(self.client, self.experiment_id, query)
+
+    def log(
+        self,
+        run_id: str,
+        metrics: Sequence[Any] = (),
+        params: Sequence[Any] = (),
+        tags: Sequence[Any] = (),
+    ) -> None:
+        """Write to a run, in as many requests as it takes; the first has parameters and tags."""
+        first, rest = metrics[:MAX_METRICS], metrics[MAX_METRICS:]
+        self.client.log_batch(run_id, first, params, tags, synchronous=True)
+        if rest:
+            self.log(run_id, rest)
 
 
 def open_client(uri: str) -> tuple[Any, str]:
@@ -110,7 +130,13 @@ def _usable(uri: str) -> Iterator[str]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     shown = without_credentials(uri)
     if is_http(uri):
-        _check_answers(shown)
+        # MLflow itself would try for minutes.
+        reason = _no_answer(shown, 10)
+        if reason is not None:
+            raise InputError(
+                f"--tracking-uri {shown}: no MLflow server answers ({reason}); start it or "
+                "leave the option out to record into the output folder."
+            )
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -159,20 +185,6 @@ def first_line(error: BaseException) -> str:
 def _database_file(uri: str) -> Path | None:
     file = uri.removeprefix("sqlite:///").split("?")[0]
     return Path(file).absolute() if uri.startswith("sqlite:///") else None
-
-
-def _check_answers(shown: str) -> None:
-    """Ask an HTTP server for a sign of life: MLflow itself would try for minutes.
-
-    Raises:
-        InputError: nobody answers.
-    """
-    reason = _no_answer(shown, 10)
-    if reason is not None:
-        raise InputError(
-            f"--tracking-uri {shown}: no MLflow server answers ({reason}); start it or "
-            "leave the option out to record into the output folder."
-        )
 
 
 def _no_answer(shown: str, timeout_s: float) -> str | None:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,13 @@ from vgid.models.store import info
 from vgid.provenance import provenance
 from vgid.report.plots import Front
 from vgid.report.records import TrialRecord
-from vgid.results import LeftOut, TrialStatus, Verbatim
+from vgid.results import TrialStatus, Verbatim
 from vgid.study.ledger import Header, Record, now
 from vgid.study.plan import Plan
 from vgid.study.scoreboard import Scoreboard
 
 if TYPE_CHECKING:
-    from vgid.study.tracking import Tracker
+    from vgid.study.tracking import StudyOutcome
 
 TRIAL_PHASES = ("teacher", "train", "evaluate", "save")
 
@@ -147,41 +147,22 @@ def study_summary(
     }
 
 
-def record_outcome(
-    tracker: "Tracker",
-    front: Front,
-    summary: Mapping[str, Any],
-    stopped: bool,
-    left_out: LeftOut,
-    say: Callable[[str], None],
-) -> None:
-    """Tell MLflow what came of the study.
+def told_to_mlflow(front: Front, summary: Mapping[str, Any]) -> "StudyOutcome":
+    """What of the content of ``study.json`` goes to MLflow, with the trials and the front."""
+    from vgid.study.tracking import StudyOutcome
 
-    Args:
-        tracker: has the study's parent run.
-        front: all trials, the front and the base model's scores.
-        summary: the content of ``study.json``.
-        stopped: whether a signal or the environment ended it; no server is waited for then.
-        left_out: what of the data was left out as defective.
-        say: told what is waited for.
-
-    Raises:
-        InputError: not everything could be recorded.
-    """
     numbers = {"hypervolume": summary["hypervolume"], "wall_s": summary["wall_s"]}
     if summary["store"].get("hit_rate_after_first_trial") is not None:
         numbers["store_hit_rate"] = summary["store"]["hit_rate_after_first_trial"]
         numbers["store_bytes"] = summary["store"]["bytes"]
     numbers |= {f"trials_{status}": n for status, n in summary["counts"].items()}
-    tracker.finish_study(
+    return StudyOutcome(
         front,
         numbers,
         {name: row["total_s"] for name, row in summary["phases"].items() if "total_s" in row},
         [summary["output"] / name for name in summary["files"]],
-        "KILLED" if stopped else "FINISHED",
         summary["trained_verbatim"],
-        left_out,
-        say,
+        summary["left_out"],
     )
 
 

@@ -33,11 +33,11 @@ from vgid.study.ending import Ending
 from vgid.study.ledger import Header, Ledger, changes, now
 from vgid.study.outcome import (
     phases,
-    record_outcome,
     said_of_a_stop,
     shortfall,
     store_use,
     study_summary,
+    told_to_mlflow,
 )
 from vgid.study.plan import Ancestor, Plan, make_plan
 from vgid.study.scoreboard import Scoreboard
@@ -476,9 +476,12 @@ class Study:
                     "is complete, and --resume tells the server the rest."
                 )
             stopped = self.summary["interrupted"] or self.ending.stopped is not None
-            left_out, say = self.plan.left_out, self.console.say
+            outcome, status = (
+                told_to_mlflow(front, self.summary),
+                "KILLED" if stopped else "FINISHED",
+            )
             self.ending.finishes(
-                side.submit(record_outcome, tracker, front, self.summary, stopped, left_out, say)
+                side.submit(tracker.finish_study, outcome, status, self.console.say)
             )
         except InputError as error:
             if self.ending.interrupt.came:  # the last line will be of that

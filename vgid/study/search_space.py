@@ -205,24 +205,19 @@ class SearchSpace:
         Returns:
             Fields of ``TrialConfig``, searched and fixed.
         """
+        from optuna.distributions import CategoricalDistribution, IntDistribution
+
         point: dict[str, Any] = {}
-        for name, domain in self.searched.items():
+        for name in self.searched:
             if name == "sigma" and not self._is_gaussian(point):
                 continue
-            if isinstance(domain, Choices):
-                point[name] = trial.suggest_categorical(name, list(domain.choices))
-            elif _is_integer(name):
-                point[name] = trial.suggest_int(
-                    name,
-                    int(domain.low),
-                    int(domain.high),
-                    step=int(domain.step or 1),
-                    log=domain.log,
-                )
+            asked = self._distribution(name)
+            if isinstance(asked, CategoricalDistribution):
+                point[name] = trial.suggest_categorical(name, asked.choices)
             else:
-                point[name] = trial.suggest_float(
-                    name, domain.low, domain.high, step=domain.step, log=domain.log
-                )
+                whole = isinstance(asked, IntDistribution)
+                suggest = trial.suggest_int if whole else trial.suggest_float
+                point[name] = suggest(name, asked.low, asked.high, step=asked.step, log=asked.log)
         return self._with_fixed(point)
 
     def distributions(
@@ -233,26 +228,23 @@ class SearchSpace:
         Args:
             point: with a point, only the parameters that it was asked for.
         """
-        from optuna.distributions import (
-            BaseDistribution,
-            CategoricalDistribution,
-            FloatDistribution,
-            IntDistribution,
-        )
-
-        def distribution(name: str, domain: Range | Choices) -> BaseDistribution:
-            if isinstance(domain, Choices):
-                return CategoricalDistribution(list(domain.choices))
-            low, high, step = domain.low, domain.high, domain.step
-            if _is_integer(name):
-                return IntDistribution(int(low), int(high), log=domain.log, step=int(step or 1))
-            return FloatDistribution(low, high, log=domain.log, step=step)
-
         return {
-            name: distribution(name, domain)
-            for name, domain in self.searched.items()
+            name: self._distribution(name)
+            for name in self.searched
             if point is None or name != "sigma" or self._is_gaussian(point)
         }
+
+    def _distribution(self, name: str) -> Any:
+        from optuna import distributions
+
+        domain = self.searched[name]
+        if isinstance(domain, Choices):
+            return distributions.CategoricalDistribution(list(domain.choices))
+        low, high, step = domain.low, domain.high, domain.step
+        if _is_integer(name):
+            step = int(step or 1)
+            return distributions.IntDistribution(int(low), int(high), log=domain.log, step=step)
+        return distributions.FloatDistribution(low, high, log=domain.log, step=step)
 
     def trial_config(self, params: Mapping[str, Any], seed: int) -> TrialConfig:
         """The trial of a point; fixed fields may be left out.

@@ -29,7 +29,7 @@ from vgid.report.records import MAIN_METRICS, TrialRecord, held_out_scores, run_
 from vgid.report.tables import as_text
 from vgid.results import LeftOut, TrialResult, TrialStatus, Verbatim
 from vgid.study.ledger import Record
-from vgid.study.mlflow_client import Connection, connect, first_line, is_http, search_runs
+from vgid.study.mlflow_client import Connection, connect, first_line, is_http
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,6 @@ FLUSH_SECONDS = 5.0
 
 LOCAL_UI = "http://127.0.0.1:5000/"
 """Where ``mlflow ui`` listens by default."""
-
-MAX_METRICS = 800
-"""In one request; MLflow takes 1,000 items, parameters and tags among them."""
 
 RETRY_SECONDS = 10.0
 """After a failed request, how long the study goes on without asking the server again."""
@@ -88,6 +85,182 @@ class _Run:
     sent: float = 0.0
 
 
+@dataclass(frozen=True)
+class StudyOutcome:
+    """What came of a study.
+
+    Attributes:
+        front: all trials, the front and the base model's scores.
+        metrics: numbers of the study as a whole: hypervolume, wall time, counts.
+        phases: seconds by phase, in the order to show them.
+        files: figures and tables, kept as artifacts under their own names.
+        verbatim: which scored questions training sees (``splits.count_verbatim``).
+        left_out: what of the data was left out as defective.
+    """
+
+    front: Front
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+    verbatim: Verbatim | None = None
+    left_out: LeftOut | None = None
+
+
+class TrialRuns:
+    """The runs of a study's trials: children of the study's own run, found again by their tags.
+
+    Args:
+        connection: the open store.
+        parent: id of the study's run.
+        tags: what every run of the study carries: its id and the hashes.
+    """
+
+    def __init__(self, connection: Connection, parent: str, tags: Mapping[str, str]) -> None:
+        self._connection = connection
+        self._client = connection.client
+        self._parent = parent
+        self._tags = dict(tags)
+        self._runs: dict[str, _Run] = {}
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """Run ids by trial id."""
+        return {trial_id: run.run_id for trial_id, run in self._runs.items()}
+
+    def is_fresh(self, trial_id: str) -> bool:
+        """Whether a trial was written to just now, so that its next epoch may wait for company."""
+        run = self._runs.get(trial_id)
+        return run is not None and time.time() - run.sent < FLUSH_SECONDS
+
+    def adopt(self) -> None:
+        """Learn the runs of an interrupted study, and how far each had come.
+
+        Of two runs of a trial, one was asked for by a request whose answer was lost.
+        """
+        # By how much they hold, so that of two runs of one trial the fuller one is kept.
+        for child in sorted(self._children(), key=lambda child: len(child.data.metrics)):
+            tags = dict(child.data.tags)
+            trial_id, told = tags.get("vgid.trial_id", ""), tags.get("vgid.status")
+            run = _Run(child.info.run_id, tags, dict(child.data.metrics))
+            run.running = child.info.status == "RUNNING"
+            # A run that was stopped says nothing of its trial, or was not recorded whole.
+            known = told is not None and STATUS.get(told) == child.info.status
+            run.outcome = told if known else None
+            if trial_id in self._runs:
+                self._client.delete_run(self._runs[trial_id].run_id)
+            self._runs[trial_id] = run
+
+    def send(self, record: Record) -> None:
+        """Bring a trial's run up to its record.
+
+        Times are the record's, so that what is sent again, because its answer was lost, is to
+        MLflow the same metric and not another one.
+        """
+        from mlflow.entities import Metric, RunTag
+
+        run = self._runs.get(record.trial_id) or self._create(record)
+        if record.result is not None and record.result.status == run.outcome:
+            return
+        if not run.running:
+            self._reopen(run)
+        if run.last_step is None:
+            run.last_step = self._last_step(run, record)
+        metrics = [
+            Metric(name, value, _milliseconds(epoch.at), epoch.report.step)
+            for epoch in record.epochs
+            if epoch.report.step > run.last_step
+            for name, value in epoch.report.metrics.items()
+        ]
+        known = run.metrics | {metric.key: metric.value for metric in metrics}
+        last_step = max([run.last_step, *(epoch.report.step for epoch in record.epochs)])
+        tags: list[Any] = []
+        result, ended = record.result, _milliseconds(record.ended or record.started)
+        if result is not None:
+            # After a kill between two calls, what is there already is not sent again.
+            missing = {k: v for k, v in _outcome(result).items() if known.get(k) != v}
+            known |= missing
+            metrics += [Metric(k, v, ended, max(last_step, 0)) for k, v in missing.items()]
+            tags.append(RunTag("vgid.status", result.status))
+            if result.error is not None:
+                tags.append(RunTag("vgid.error", result.error))
+        params = [] if run.named else _params(record.config.used)
+        self._connection.log(run.run_id, params=params, metrics=metrics, tags=tags)
+        run.tags |= {tag.key: tag.value for tag in tags}
+        run.named, run.metrics, run.last_step, run.sent = True, known, last_step, time.time()
+        if result is not None:
+            if result.adapter is not None and result.adapter.is_dir():
+                self._client.log_artifacts(run.run_id, str(result.adapter), "adapter")
+            self._client.set_terminated(run.run_id, STATUS[result.status], ended)
+            run.running, run.outcome = False, result.status
+
+    def mark(self, record: TrialRecord, now: int) -> None:
+        """Say whether a trial is on the front, and its held-out scores if it is."""
+        from mlflow.entities import Metric, RunTag
+
+        run = self._runs.get(record.result.trial_id)
+        if run is None:
+            return
+        mark = "true" if record.on_front else "false"
+        scores = held_out_scores(record) or {}
+        numbers: dict[str, float] = {}
+        for name, score in scores.items():
+            numbers[f"heldout_{name}"] = score.value
+            if name in MAIN_METRICS:  # front.csv has the other intervals
+                numbers |= {f"heldout_{name}_low": score.low, f"heldout_{name}_high": score.high}
+        missing = {name: v for name, v in numbers.items() if run.metrics.get(name) != v}
+        run.metrics.update(missing)
+        metrics = [Metric(name, value, now, 0) for name, value in missing.items()]
+        if metrics or run.tags.get("vgid.on_front", "false") != mark:
+            self._connection.log(run.run_id, metrics=metrics, tags=[RunTag("vgid.on_front", mark)])
+
+    def end_all(self) -> None:
+        """End the runs of trials that have not ended."""
+        if is_http(self._connection.uri):  # a request whose answer was lost may have made two
+            mine = set(self.ids.values())
+            for child in self._children():
+                if child.info.run_id not in mine:
+                    self._client.delete_run(child.info.run_id)
+        for run in self._runs.values():
+            if run.running:
+                self._client.set_terminated(run.run_id, "KILLED")
+                run.running = False
+
+    def _reopen(self, run: _Run) -> None:
+        """Go on with a run that was stopped, and whose trial is in flight again."""
+        for tag in ENDING_TAGS & run.tags.keys():
+            self._client.delete_tag(run.run_id, tag)
+            del run.tags[tag]
+        self._client.update_run(run.run_id, status="RUNNING")
+        run.running, run.outcome = True, None
+
+    def _last_step(self, run: _Run, record: Record) -> int:
+        """How far the epochs of a run that was taken over are recorded.
+
+        Told by the last metric of an epoch, since a large batch is sent in parts, in order.
+        """
+        last = list(record.epochs[-1].report.metrics)[-1:] if record.epochs else []
+        if not run.metrics.keys() & last:
+            return -1
+        history = self._client.get_metric_history(run.run_id, last[0])
+        return max(int(metric.step) for metric in history)
+
+    def _create(self, record: Record) -> _Run:
+        tags = {
+            "mlflow.parentRunId": self._parent,
+            "vgid.kind": "trial",
+            "vgid.trial_id": record.trial_id,
+            **self._tags,
+        }
+        name = run_name(record.config, record.trial_id)
+        started = _milliseconds(record.started)
+        created = self._client.create_run(self._connection.experiment_id, started, tags, name)
+        run = self._runs[record.trial_id] = _Run(created.info.run_id, tags)
+        return run
+
+    def _children(self) -> list[Any]:
+        return self._connection.search(f"tags.`mlflow.parentRunId` = '{self._parent}'")
+
+
 class Tracker:
     """Writes one study to an MLflow tracking server or SQLite file.
 
@@ -101,8 +274,7 @@ class Tracker:
         self._connection = connection
         self._client = connection.client
         self._study_id = ""
-        self._hashes: dict[str, str] = {}
-        self._runs: dict[str, _Run] = {}
+        self._trials = TrialRuns(connection, "", {})
         self._behind: dict[str, Record] = {}
         self._silent_until = 0.0
         self._refusal: str | None = None
@@ -133,7 +305,7 @@ class Tracker:
     @property
     def pages(self) -> dict[str, str]:
         """Page of each trial's run by trial id, relative to the server's address."""
-        return {key: run_page(self.experiment_id, run.run_id) for key, run in self._runs.items()}
+        return {key: run_page(self.experiment_id, id) for key, id in self._trials.ids.items()}
 
     @property
     def ui_command(self) -> str:
@@ -159,15 +331,18 @@ class Tracker:
         Raises:
             InputError: the server refuses, or artifacts cannot be kept.
         """
-        self._study_id, self._hashes = study_id, dict(hashes)
+        self._study_id = study_id
+        tags = {"vgid.study_id": study_id}
+        tags |= {f"vgid.{name}_hash": value for name, value in hashes.items()}
         try:
-            run = self._study_run()
-            self._adopt_trials()
+            run = self._study_run(tags)
+            self._trials = TrialRuns(self._connection, self.study_run_id, tags)
+            self._trials.adopt()
             self._leave_artifact(run, config)
             if not run.data.params:  # they go last: a run that has them has the data set too
-                self._log_dataset(self.study_run_id, config)
+                self._log_dataset(config, hashes["dataset"])
                 values = config.model_dump(exclude={"tracking_uri"})
-                self._log(self.study_run_id, params=_params(values))
+                self._connection.log(self.study_run_id, params=_params(values))
         except InputError:
             self.close("FAILED")
             raise
@@ -188,8 +363,7 @@ class Tracker:
         Returns:
             Whether the trial is recorded up to now.
         """
-        run = self._runs.get(record.trial_id)
-        if run is not None and record.result is None and time.time() - run.sent < FLUSH_SECONDS:
+        if record.result is None and self._trials.is_fresh(record.trial_id):
             return False
         self._behind[record.trial_id] = record
         # A server that is away costs each attempt a timeout; tried at every epoch, that would hold
@@ -201,13 +375,8 @@ class Tracker:
 
     def finish_study(
         self,
-        front: Front,
-        metrics: Mapping[str, float],
-        phases: Mapping[str, float],
-        files: Sequence[Path],
+        outcome: StudyOutcome,
         status: str = "FINISHED",
-        verbatim: Verbatim | None = None,
-        left_out: LeftOut | None = None,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Record the study's outcome on the parent, and held-out scores on the front's trials.
@@ -215,13 +384,8 @@ class Tracker:
         A server that does not answer is waited for, unless the study was stopped.
 
         Args:
-            front: all trials, the front and the base model's scores.
-            metrics: numbers of the study as a whole: hypervolume, wall time, counts.
-            phases: seconds by phase, in the order to show them.
-            files: figures and tables, kept as artifacts under their own names.
+            outcome: what came of the study.
             status: ``FINISHED``, or ``KILLED`` if the study was stopped.
-            verbatim: which scored questions training sees (``splits.count_verbatim``).
-            left_out: what of the data was left out as defective.
             tell: told what is waited for.
 
         Raises:
@@ -232,7 +396,7 @@ class Tracker:
         deadline = time.monotonic() + (PATIENCE_SECONDS if status == "FINISHED" else 0.0)
 
         def send() -> None:
-            self._send_outcome(front, metrics, phases, files, verbatim, left_out, now)
+            self._send_outcome(outcome, now)
             self._end_runs(status)
 
         waited = False
@@ -266,10 +430,10 @@ class Tracker:
         self._catch_up()
         self._try(lambda: self._end_runs(status))
 
-    def _study_run(self) -> Any:
+    def _study_run(self, tags: Mapping[str, str]) -> Any:
         """The parent run, found or made."""
-        tags = {"vgid.kind": "study", "vgid.study_id": self._study_id, **self._hash_tags()}
-        found = self._search(
+        tags = {"vgid.kind": "study", **tags}
+        found = self._connection.search(
             f"tags.`vgid.study_id` = '{self._study_id}' and tags.`vgid.kind` = 'study'"
         )
         if found:
@@ -299,37 +463,29 @@ class Tracker:
                 "permit what that place needs, or leave the option out."
             ) from None
 
-    def _send_outcome(
-        self,
-        front: Front,
-        metrics: Mapping[str, float],
-        phases: Mapping[str, float],
-        files: Sequence[Path],
-        verbatim: Verbatim | None,
-        left_out: LeftOut | None,
-        now: int,
-    ) -> None:
+    def _send_outcome(self, outcome: StudyOutcome, now: int) -> None:
         from mlflow.entities import Metric, RunTag
 
+        front, files = outcome.front, outcome.files
         numbers = {
-            **metrics,
-            **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},
+            **outcome.metrics,
+            **{f"seconds/{phase}": seconds for phase, seconds in outcome.phases.items()},
             **{f"base_{name}": score.value for name, score in front.base.items()},
         }
-        runs = {trial_id: run.run_id for trial_id, run in self._runs.items()}
+        runs = self._trials.ids
         links = note_links(
             front, self.experiment_id, self.study_run_id, self._study_id, runs, files
         )
-        note = study_note(front, phases, links, verbatim, left_out)
+        note = study_note(front, outcome.phases, links, outcome.verbatim, outcome.left_out)
         for record in front.records:
-            self._log_front(record, front, now)
+            self._trials.mark(record, now)
         for file in files:
             self._client.log_artifact(self.study_run_id, str(file))
         self._log_note_picture(front)
         self._client.set_experiment_tag(
             self.experiment_id, *view_tag(self._study_id, f"Study {self._study_id}", now)
         )
-        self._log(
+        self._connection.log(
             self.study_run_id,
             metrics=[Metric(name, value, now, 0) for name, value in numbers.items()],
             tags=[RunTag("mlflow.note.content", note)],
@@ -337,15 +493,7 @@ class Tracker:
 
     def _end_runs(self, status: str) -> None:
         """End the study's run, and those of trials that have not ended."""
-        if is_http(self.uri):  # a request whose answer was lost may have made a run twice
-            mine = {run.run_id for run in self._runs.values()}
-            for child in self._children():
-                if child.info.run_id not in mine:
-                    self._client.delete_run(child.info.run_id)
-        for run in self._runs.values():
-            if run.running:
-                self._client.set_terminated(run.run_id, "KILLED")
-                run.running = False
+        self._trials.end_all()
         self._client.set_terminated(self.study_run_id, status)
         self._closed = True
 
@@ -360,7 +508,7 @@ class Tracker:
         for name, record in list(self._behind.items()):
             # Taken out first and put back at the end of the dictionary, which is the queue's order.
             del self._behind[name]
-            if not self._try(partial(self._send, record)):
+            if not self._try(partial(self._trials.send, record)):
                 self._behind[name] = record
                 refused += 1
                 if refused == MAX_REFUSALS or not self._connection.answers():
@@ -369,151 +517,23 @@ class Tracker:
             self._refusal = None
         return not refused
 
-    def _send(self, record: Record) -> None:
-        """Bring a trial's run up to its record.
-
-        Times are the record's, so that what is sent again, because its answer was lost, is to
-        MLflow the same metric and not another one.
-        """
-        from mlflow.entities import Metric, RunTag
-
-        run = self._runs.get(record.trial_id) or self._create_trial_run(record)
-        if record.result is not None and record.result.status == run.outcome:
-            return
-        if not run.running:
-            self._reopen(run)
-        if run.last_step is None:
-            run.last_step = self._last_step(run, record)
-        metrics = [
-            Metric(name, value, _milliseconds(epoch.at), epoch.report.step)
-            for epoch in record.epochs
-            if epoch.report.step > run.last_step
-            for name, value in epoch.report.metrics.items()
-        ]
-        known = run.metrics | {metric.key: metric.value for metric in metrics}
-        last_step = max([run.last_step, *(epoch.report.step for epoch in record.epochs)])
-        tags: list[Any] = []
-        result, ended = record.result, _milliseconds(record.ended or record.started)
-        if result is not None:
-            # After a kill between two calls, what is there already is not sent again.
-            missing = {k: v for k, v in _outcome(result).items() if known.get(k) != v}
-            known |= missing
-            metrics += [Metric(k, v, ended, max(last_step, 0)) for k, v in missing.items()]
-            tags.append(RunTag("vgid.status", result.status))
-            if result.error is not None:
-                tags.append(RunTag("vgid.error", result.error))
-        params = [] if run.named else _params(record.config.used)
-        self._log(run.run_id, params=params, metrics=metrics, tags=tags)
-        run.tags |= {tag.key: tag.value for tag in tags}
-        run.named, run.metrics, run.last_step, run.sent = True, known, last_step, time.time()
-        if result is not None:
-            if result.adapter is not None and result.adapter.is_dir():
-                self._client.log_artifacts(run.run_id, str(result.adapter), "adapter")
-            self._client.set_terminated(run.run_id, STATUS[result.status], ended)
-            run.running, run.outcome = False, result.status
-
-    def _reopen(self, run: _Run) -> None:
-        """Go on with a run that was stopped, and whose trial is in flight again."""
-        for tag in ENDING_TAGS & run.tags.keys():
-            self._client.delete_tag(run.run_id, tag)
-            del run.tags[tag]
-        self._client.update_run(run.run_id, status="RUNNING")
-        run.running, run.outcome = True, None
-
-    def _last_step(self, run: _Run, record: Record) -> int:
-        """How far the epochs of a run that was taken over are recorded.
-
-        Told by the last metric of an epoch, since a large batch is sent in parts, in order.
-        """
-        last = list(record.epochs[-1].report.metrics)[-1:] if record.epochs else []
-        if not run.metrics.keys() & last:
-            return -1
-        history = self._client.get_metric_history(run.run_id, last[0])
-        return max(int(metric.step) for metric in history)
-
-    def _create_trial_run(self, record: Record) -> _Run:
-        tags = {
-            "mlflow.parentRunId": self.study_run_id,
-            "vgid.kind": "trial",
-            "vgid.study_id": self._study_id,
-            "vgid.trial_id": record.trial_id,
-            **self._hash_tags(),
-        }
-        name = run_name(record.config, record.trial_id)
-        started = _milliseconds(record.started)
-        created = self._client.create_run(self.experiment_id, started, tags, name)
-        run = self._runs[record.trial_id] = _Run(created.info.run_id, tags)
-        return run
-
-    def _children(self) -> list[Any]:
-        return self._search(f"tags.`mlflow.parentRunId` = '{self.study_run_id}'")
-
-    def _adopt_trials(self) -> None:
-        """Learn the runs of an interrupted study, and how far each had come.
-
-        Of two runs of a trial, one was asked for by a request whose answer was lost.
-        """
-        # By how much they hold, so that of two runs of one trial the fuller one is kept.
-        for child in sorted(self._children(), key=lambda child: len(child.data.metrics)):
-            tags = dict(child.data.tags)
-            trial_id, told = tags.get("vgid.trial_id", ""), tags.get("vgid.status")
-            run = _Run(child.info.run_id, tags, dict(child.data.metrics))
-            run.running = child.info.status == "RUNNING"
-            # A run that was stopped says nothing of its trial, or was not recorded whole.
-            known = told is not None and STATUS.get(told) == child.info.status
-            run.outcome = told if known else None
-            if trial_id in self._runs:
-                self._client.delete_run(self._runs[trial_id].run_id)
-            self._runs[trial_id] = run
-
-    def _log_front(self, record: TrialRecord, front: Front, now: int) -> None:
-        from mlflow.entities import Metric, RunTag
-
-        run = self._runs.get(record.result.trial_id)
-        if run is None:
-            return
-        mark = "true" if record.on_front else "false"
-        scores = held_out_scores(record) or {}
-        numbers: dict[str, float] = {}
-        for name, score in scores.items():
-            numbers[f"heldout_{name}"] = score.value
-            if name in MAIN_METRICS:  # front.csv has the other intervals
-                numbers |= {f"heldout_{name}_low": score.low, f"heldout_{name}_high": score.high}
-        missing = {name: v for name, v in numbers.items() if run.metrics.get(name) != v}
-        run.metrics.update(missing)
-        metrics = [Metric(name, value, now, 0) for name, value in missing.items()]
-        if metrics or run.tags.get("vgid.on_front", "false") != mark:
-            self._log(run.run_id, metrics=metrics, tags=[RunTag("vgid.on_front", mark)])
-
-    def _log_dataset(self, run_id: str, config: StudyConfig) -> None:
+    def _log_dataset(self, config: StudyConfig, sha256: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         dataset = Dataset(
             name=f"MLLMU-Bench layout, forget {config.forget_ratio} %",
-            digest=self._hashes["dataset"][:12],  # for display; the tag has all of it
+            digest=sha256[:12],  # for display; the tag has all of it
             source_type="local",
             source=json.dumps({"uri": str(config.data or config.output / "data")}),
         )
         tags = [InputTag("mlflow.data.context", "unlearning")]
-        self._client.log_inputs(run_id, [DatasetInput(dataset, tags)])
+        self._client.log_inputs(self.study_run_id, [DatasetInput(dataset, tags)])
 
     def _log_note_picture(self, front: Front) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / NOTE_PICTURE
             write_png(path, front, whole_only=True)
             self._client.log_artifact(self.study_run_id, str(path))
-
-    def _log(
-        self,
-        run_id: str,
-        metrics: Sequence[Any] = (),
-        params: Sequence[Any] | None = None,
-        tags: Sequence[Any] = (),
-    ) -> None:
-        first, rest = metrics[:MAX_METRICS], metrics[MAX_METRICS:]
-        self._client.log_batch(run_id, first, params or (), tags, synchronous=True)
-        if rest:
-            self._log(run_id, rest)
 
     def _try(self, send: Callable[[], None]) -> bool:
         """Send; a server that does not take it costs a wait, never the study."""
@@ -523,12 +543,6 @@ class Tracker:
             self._refusal = first_line(error)
             return False
         return True
-
-    def _search(self, query: str) -> list[Any]:
-        return search_runs(self._client, self.experiment_id, query)
-
-    def _hash_tags(self) -> dict[str, str]:
-        return {f"vgid.{name}_hash": value for name, value in self._hashes.items()}
 
 
 def _params(values: Mapping[str, Any]) -> list[Any]:
