@@ -285,16 +285,7 @@ class Tracker:
 
     @classmethod
     def open(cls, uri: str | None, output: Path, backbone: str) -> Self:
-        """Connect, and find or create the backbone's experiment.
-
-        Args:
-            uri: MLflow tracking URI; None for ``mlflow.db`` and ``mlartifacts`` in ``output``.
-            output: the study's folder.
-            backbone: name of the experiment.
-
-        Raises:
-            InputError: the URI is none, nobody answers there, or the database cannot be opened.
-        """
+        """A tracker of a study in the folder ``output``: see ``mlflow_client.connect``."""
         return cls(connect(uri, output, backbone))
 
     @property
