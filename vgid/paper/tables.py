@@ -266,7 +266,7 @@ def as_grid(filled: FilledTable) -> Grid:
     """A table for print: in each cell mean [interval], and the paper's number behind a stroke."""
     table = filled.table
     blocks = len({row.setting for row in table.rows}) > 1
-    header = ["Row", *(_heading(metric) for metric in filled.metrics)]
+    header = ("Row", *(_heading(metric) for metric in filled.metrics))
     rows = []
     for row in table.rows:
         label = f"{row.label}, {row.setting}" if blocks else row.label
