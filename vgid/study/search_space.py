@@ -27,7 +27,7 @@ an inherited field back. ``backbone`` is each file's own.
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -208,9 +208,7 @@ class SearchSpace:
         from optuna.distributions import CategoricalDistribution, IntDistribution
 
         point: dict[str, Any] = {}
-        for name in self.searched:
-            if name == "sigma" and not self._is_gaussian(point):
-                continue
+        for name in self._asked(point):
             asked = self._distribution(name)
             if isinstance(asked, CategoricalDistribution):
                 point[name] = trial.suggest_categorical(name, asked.choices)
@@ -228,11 +226,8 @@ class SearchSpace:
         Args:
             point: with a point, only the parameters that it was asked for.
         """
-        return {
-            name: self._distribution(name)
-            for name in self.searched
-            if point is None or name != "sigma" or self._is_gaussian(point)
-        }
+        names = self.searched if point is None else self._asked(point)
+        return {name: self._distribution(name) for name in names}
 
     def _distribution(self, name: str) -> Any:
         from optuna import distributions
@@ -261,6 +256,10 @@ class SearchSpace:
         default = TrialConfig.model_fields["noise_type"].default
         return point.get("noise_type", self.fixed.get("noise_type", default)) == "gaussian"
 
+    def _asked(self, point: Mapping[str, Any]) -> Iterator[str]:
+        """The searched fields that a point has: sigma only if its noise, asked before, has one."""
+        return (name for name in self.searched if name != "sigma" or self._is_gaussian(point))
+
     def _with_fixed(self, point: Mapping[str, Any]) -> dict[str, Any]:
         values = {**self.fixed, **point}
         if not self._is_gaussian(point):
@@ -270,11 +269,11 @@ class SearchSpace:
     def _complete(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """Fill a point in: what it leaves out is the default, moved into the range if need be."""
         filled = dict(point)
-        for name, domain in self.searched.items():
-            if name in filled or (name == "sigma" and not self._is_gaussian(filled)):
+        for name in self._asked(filled):
+            if name in filled:
                 continue
             default = TrialConfig.model_fields[name].default
-            value = domain.nearest(1.0 if default is None else default)
+            value = self.searched[name].nearest(1.0 if default is None else default)
             filled[name] = int(value) if _is_integer(name) else value
         return self._with_fixed(filled)
 
