@@ -254,17 +254,17 @@ def test_a_fetch_that_broke_off_is_continued_by_the_next(hub: Hub, original: Pat
 @pytest.mark.parametrize(
     ("status", "headers", "files_only", "parts"),
     [
-        (401, {}, False, ("refuses access (401)", "HF_TOKEN")),
+        (401, {}, False, ("401", "HF_TOKEN")),
         (
             401,
             {"X-Error-Message": "Invalid credentials in Authorization header"},
             False,
-            ("refuses access (401)", "HF_TOKEN"),
+            ("401", "Invalid credentials", "HF_TOKEN"),
         ),
-        (403, {"X-Error-Code": "GatedRepo"}, True, ("gated (403)", "accept the terms", "HF_TOKEN")),
-        (403, {"X-Error-Message": "forbidden"}, True, ("refuses access (403)", "HF_TOKEN")),
-        (404, {"X-Error-Code": "RepoNotFound"}, False, ("does not have", "HF_ENDPOINT")),
-        (500, {}, False, ("(500)", "HF_ENDPOINT", "copy the data set")),
+        (403, {"X-Error-Code": "GatedRepo"}, True, ("403", "gated", "HF_TOKEN")),
+        (403, {"X-Error-Message": "forbidden"}, True, ("403", "forbidden", "HF_TOKEN")),
+        (404, {"X-Error-Code": "RepoNotFound"}, False, ("404", "HF_ENDPOINT")),
+        (500, {}, False, ("500", "HF_ENDPOINT", "copy the data set")),
     ],
 )
 def test_a_refusal_is_one_sentence(
@@ -286,11 +286,11 @@ def test_a_refusal_is_one_sentence(
 def test_what_stands_in_the_way_is_one_sentence(hub: Hub, tmp_path: Path):
     home = str(tmp_path / "home")
     unknown = fetch(hub.url, tmp_path / "b", "--revision", "v9", HF_HOME=home)
-    assert_refused(unknown, "no revision v9", "--revision")
+    assert_refused(unknown, "404", "revision v9", "--revision")
     offline = fetch(hub.url, tmp_path / "b", HF_HOME=home, HF_HUB_OFFLINE="1")
     assert_refused(offline, "HF_HUB_OFFLINE", "by hand")
     nowhere = fetch("http://127.0.0.1:9", tmp_path / "b", HF_HOME=home)
-    assert_refused(nowhere, "could not be reached", "HF_ENDPOINT", "by hand")
+    assert_refused(nowhere, "refused", "HF_ENDPOINT", "by hand")
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "note.txt").write_text("mine")

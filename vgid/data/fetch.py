@@ -7,7 +7,6 @@ breaks in mid-file is taken up again at the byte where it broke.
 Source: https://huggingface.co/datasets/MLLMMU/MLLMU-Bench (layout in ``vgid.data.layout``).
 """
 
-import errno
 import json
 import re
 import shutil
@@ -191,85 +190,25 @@ def _make_sure_of_room(folder: Path, partial: Path, sizes: dict[str, int]) -> No
 
 @contextmanager
 def _explained(folder: Path, revision: str) -> Iterator[None]:
-    """Turn what the hub client raises into one sentence with what to do."""
+    """Turn what the hub client raises into one sentence: its own words, and what to look at."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # the client, its transports and a proxy's answers: many classes
-        raise InputError(_sentence(error, folder, revision)) from None
+        from huggingface_hub import constants
+        from huggingface_hub.errors import HfHubHTTPError
 
-
-def _sentence(error: Exception, folder: Path, revision: str) -> str:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RevisionNotFoundError,
-    )
-
-    hub = constants.ENDPOINT
-    page = f"{hub}/datasets/{REPOSITORY}"
-    by_hand = f"copy the data set's folder to {folder} by hand"
-    causes = list(_causes(error))
-    numbers = {getattr(cause, "errno", None) for cause in causes}
-    refusals = [cause for cause in causes if isinstance(cause, HfHubHTTPError)]
-    status = refusals[0].response.status_code if refusals else None
-
-    def met(kind: type[BaseException]) -> bool:
-        return any(isinstance(cause, kind) for cause in causes)
-
-    cases = (
-        (
-            bool(numbers & {errno.ENOSPC, errno.EDQUOT}),
-            f"{folder}: the disk has no room for the data set; make room and call again to go on, "
-            "or name a folder on another disk.",
-        ),
-        (
-            met(OfflineModeIsEnabled),
-            f"{REPOSITORY}: HF_HUB_OFFLINE forbids to reach the hub; unset it, or {by_hand}.",
-        ),
-        (
-            met(RevisionNotFoundError),
-            f"{REPOSITORY}: {hub} has no revision {revision}; leave out --revision, or choose a "
-            f"commit listed at {page}/commits/main.",
-        ),
-        (
-            met(GatedRepoError),
-            f"{REPOSITORY}: access is gated ({status}); accept the terms at {page} and set "
-            "HF_TOKEN to a token of the account that did.",
-        ),
-        (
-            status in (401, 403),
-            f"{REPOSITORY}: {hub} refuses access ({status}); set HF_TOKEN to a valid token of an "
-            f"account that may read {page}.",
-        ),
-        (
-            status == 404,
-            f"{REPOSITORY}: {hub} does not have this data set (404); set HF_ENDPOINT to a hub that "
-            f"has it, or {by_hand}.",
-        ),
-        (
-            met(PermissionError),
-            f"{folder}: no permission to write there; name another folder.",
-        ),
-    )
-    reason = type(causes[-1]).__name__ if status is None else str(status)
-    broken = (
-        f"{REPOSITORY}: {hub} could not be reached or the connection broke ({reason}); call again "
-        f"to go on, set HF_ENDPOINT to a mirror, or {by_hand}."
-    )
-    return next((sentence for true, sentence in cases if true), broken)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what led to it, the outermost first."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        yield cause
-        # The hub's client wraps what its transport raises, which wraps the system's: the disk that
-        # is full is often three exceptions down.
-        cause = cause.__cause__ or cause.__context__
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__ or causes[-1].__context__) and cause not in causes:
+            causes.append(cause)
+        # The hub's answer says most; without one the first cause does, such as a full disk.
+        told = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), causes[-1])
+        words = " ".join(str(told).split()).rstrip(".") or type(told).__name__
+        page = f"{constants.ENDPOINT}/datasets/{REPOSITORY}"
+        raise InputError(
+            f"{REPOSITORY} at revision {revision}: {words}; call again to go on, see that "
+            f"--revision is listed at {page}/commits/main, that HF_TOKEN is of an account that may "
+            "read it, that HF_ENDPOINT is a hub that has it and that the folder can be written, or "
+            f"copy the data set's folder to {folder} by hand."
+        ) from None
