@@ -27,8 +27,9 @@ from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
 from vgid.study.ending import Ending
 from vgid.study.ledger import Ledger
+from vgid.study.outcome import Material
 from vgid.study.plan import make_plan
-from vgid.study.run import Material, Study
+from vgid.study.run import Study
 from vgid.study.search import ParetoSearch
 from vgid.study.trials import Bulletin, Listener
 

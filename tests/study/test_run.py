@@ -26,9 +26,9 @@ from vgid.results import Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
 from vgid.study.ending import Ending
 from vgid.study.ledger import Ledger
-from vgid.study.outcome import shortfall
+from vgid.study.outcome import TABLES, shortfall
 from vgid.study.plan import make_plan
-from vgid.study.run import TABLES, Study, base_unscored
+from vgid.study.run import Study, base_unscored
 from vgid.study.trials import Bulletin, Listener
 
 

@@ -3,6 +3,7 @@
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from vgid.provenance import provenance
 from vgid.report.plots import Front
 from vgid.report.records import TrialRecord
 from vgid.results import TrialStatus, Verbatim
+from vgid.study.ending import Ending
 from vgid.study.ledger import Header, Record, now
 from vgid.study.plan import Plan
 from vgid.study.scoreboard import Scoreboard
@@ -18,6 +20,7 @@ from vgid.study.scoreboard import Scoreboard
 if TYPE_CHECKING:
     from vgid.study.tracking import StudyOutcome
 
+TABLES = ("study.json", "trials.csv", "front.csv")
 TRIAL_PHASES = ("teacher", "train", "evaluate", "save")
 
 Phases = dict[str, dict[str, float]]
@@ -84,18 +87,27 @@ def store_use(ended: Sequence[Record], store: Path) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a study is made of, as far as it is known.
+
+    Attributes:
+        hashes: SHA-256 of the ``dataset`` and of the ``base``.
+        verbatim: which scored questions training sees (``splits.count_verbatim``).
+    """
+
+    hashes: dict[str, str] = field(default_factory=dict)
+    verbatim: Verbatim = field(default_factory=dict)
+
+
 def study_summary(
     header: Header,
     plan: Plan,
     board: Scoreboard,
-    hashes: Mapping[str, str],
-    verbatim: Verbatim,
+    material: Material,
+    ending: Ending,
     phases: Phases,
     store: Mapping[str, Any],
-    interrupted: bool,
-    error: str | None,
-    wall_s: float,
-    files: Sequence[str],
 ) -> dict[str, Any]:
     """The content of ``study.json``.
 
@@ -103,30 +115,27 @@ def study_summary(
         header: what the ledger says the study is.
         plan: what it was to do.
         board: what came of it.
-        hashes: SHA-256 of the dataset and of the base.
-        verbatim: which scored questions training sees (``splits.count_verbatim``).
+        material: what it is made of.
+        ending: whether something ended it early.
         phases: see ``phases``.
         store: see ``store_use``.
-        interrupted: whether a signal ended it.
-        error: see ``shortfall``.
-        wall_s: seconds of this run of the study.
-        files: names of the files in the output folder.
     """
-    metrics = [trial.result.metrics for trial in board.trials()]
+    trials = board.trials()
+    metrics = [trial.result.metrics for trial in trials]
     shown = [found["retain_seen_shown"] for found in metrics if "retain_seen_shown" in found]
     return {
         "study_id": header.study_id,
         "config": plan.config,
         "seed": plan.config.seed,
         "output": plan.config.output,
-        "interrupted": interrupted,
-        "error": error,
+        "interrupted": ending.cut_short,
+        "error": shortfall(trials, ending.stopped, board.unscored),
         **provenance(),
-        "data_sha256": hashes.get("dataset"),
-        "base_sha256": hashes.get("base"),
+        "data_sha256": material.hashes.get("dataset"),
+        "base_sha256": material.hashes.get("base"),
         "search_space_sha256": plan.space.sha256,
         "search_space": plan.space.section,
-        "trained_verbatim": verbatim,
+        "trained_verbatim": material.verbatim,
         "retain_seen": {
             "people": plan.request.retain_people // 2,
             "shown_least": min(shown, default=None),
@@ -140,10 +149,10 @@ def study_summary(
         "counts": board.counts(),
         "started": header.started,
         "ended": now(),
-        "wall_s": wall_s,
+        "wall_s": ending.elapsed_s,
         "phases": phases,
         "store": store,
-        "files": files,
+        "files": TABLES,
     }
 
 

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,15 +25,15 @@ from vgid.interrupts import Background, StudyInterruptedError, made
 from vgid.report.figures import FIGURES, write_figures
 from vgid.report.plots import Front
 from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study, write_trials
-from vgid.results import Verbatim, shots_left_out
+from vgid.results import shots_left_out
 from vgid.seeds import held_out_seed
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.study.ending import Ending
 from vgid.study.ledger import Header, Ledger, changes, now
 from vgid.study.outcome import (
+    Material,
     phases,
     said_of_a_stop,
-    shortfall,
     store_use,
     study_summary,
     told_to_mlflow,
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
     from vgid.cluster.slots import SessionFactory, Slots
     from vgid.study.tracking import Tracker
 
-TABLES = ("study.json", "trials.csv", "front.csv")
 RAY_FILES = ".ray"
 """What Ray Train and Tune want to keep in the output folder while they run."""
 
@@ -361,7 +359,7 @@ class Study:
             self._tracker.cancel()
             self.ending.interrupt.allows(side.submit(lambda: None))
 
-    def _prepare(self) -> "Material":
+    def _prepare(self) -> Material:
         """Write data that are the study's own; hold what it is made of against what it was."""
         from vgid.data.benchmark import Benchmark
         from vgid.data.splits import choose_people, count_verbatim
@@ -429,25 +427,20 @@ class Study:
 
     def _write_tables(self) -> list[TrialRecord]:
         """The tables, and ``study.json`` before anything is analysed; the trials."""
-        output, ending = self.plan.config.output, self.ending
+        output = self.plan.config.output
         records = self.board.trials()
         write_trials(output / "trials.csv", records)
         write_front(output / "front.csv", records)
-        material = made(self._material) or Material()
         ended = self.ledger.ended
         log_s = 0.0 if self._bulletin is None else self._bulletin.seconds
         self.summary = study_summary(
             self.header,
             self.plan,
             self.board,
-            material.hashes,
-            material.verbatim,
+            made(self._material) or Material(),
+            self.ending,
             phases(ended, {**self._seconds, "log": log_s}),
             store_use(ended, output / "store"),
-            interrupted=ending.cut_short,
-            error=shortfall(records, ending.stopped, self.board.unscored),
-            wall_s=ending.elapsed_s,
-            files=TABLES,
         )
         write_study(output / "study.json", self.summary)
         return records
@@ -503,19 +496,6 @@ class Study:
         tracker = made(self._tracker)
         if tracker is not None and not (self._bulletin is not None and self._bulletin.busy):
             tracker.close("KILLED" if self.ending.interrupt.came else "FAILED")
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a study is made of, as far as it is known.
-
-    Attributes:
-        hashes: SHA-256 of the ``dataset`` and of the ``base``.
-        verbatim: which scored questions training sees (``splits.count_verbatim``).
-    """
-
-    hashes: dict[str, str] = field(default_factory=dict)
-    verbatim: Verbatim = field(default_factory=dict)
 
 
 def base_unscored(error: str, log: Path, gpus: bool) -> str:
