@@ -8,6 +8,9 @@ from pydantic import Field
 
 from vgid.command_line import Parser
 from vgid.config import Config, StudyConfig
+from vgid.deployment.model_scores import ScoringConfig
+from vgid.deployment.pick import PickConfig
+from vgid.deployment.unlearn import UnlearnConfig
 from vgid.errors import InputError
 from vgid.flags import Flag, seconds, words
 
@@ -93,7 +96,7 @@ def test_the_help_says_name_meaning_and_default():
         assert line in lines
 
 
-@pytest.mark.parametrize("model", [StudyConfig])
+@pytest.mark.parametrize("model", [StudyConfig, PickConfig, UnlearnConfig, ScoringConfig])
 def test_every_flag_of_a_command_is_explained(model):
     for action in Parser("command", "Does it.", model)._actions:
         assert action.help and not action.help.startswith(" "), action.dest

@@ -3,7 +3,7 @@
 import re
 import runpy
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from functools import cache
 from io import StringIO
@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import typer
 
-from vgid.cli import app
+from vgid.cli import app, main
 
 ROOT = Path(__file__).resolve().parent.parent
 FURTHER = (
@@ -186,20 +186,24 @@ def _flags(arguments: list[str], known: frozenset[str]) -> Iterator[str]:
 @cache
 def _options(script: str) -> frozenset[str]:
     """The options that a script's help explains."""
+    return _explained(lambda: runpy.run_path(str(ROOT / script), run_name="__main__"), script)
+
+
+def _explained(run: Callable[[], object], *command: str) -> frozenset[str]:
     help_text = StringIO()
     with (
-        patch("sys.argv", [script, "--help"]),
+        patch("sys.argv", [*command, "--help"]),
         redirect_stdout(help_text),
         suppress(SystemExit),
     ):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        run()
     indented = r"^  (?:-\w, )?(--[a-z-]+)"
     return frozenset({"--help", *re.findall(indented, help_text.getvalue(), re.MULTILINE)})
 
 
 def _options_of(command: Any) -> frozenset[str]:
-    if command.context_settings.get("allow_extra_args"):  # `vgid pick` hands its own on
-        return _options("studies/pick_deployment.py")
+    if command.context_settings.get("allow_extra_args"):  # its flags are the fields of a config
+        return _explained(main, "vgid", command.name)
     own = {option for parameter in command.params for option in parameter.opts}
     return frozenset({"--help", *own})
 

@@ -1,20 +1,24 @@
 """The ``vgid`` command: a thin shell in which each command calls one function of the package.
 
 Modules with heavy imports are imported inside the commands that need them, so that ``vgid --help``
-is quick.
+is quick. Commands that take a config have its fields for flags (``vgid.command_line``).
 """
 
+import inspect
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import Field
 from rich.console import Console
 from rich.filesize import decimal
 
-from vgid.cli_deployment import app as deployment_app
+from vgid.command_line import Parser, Printed
+from vgid.config import Config, FinetuneConfig
 from vgid.errors import InputError
 from vgid.interrupts import terminated_like_interrupted
 from vgid.paths import new_folder, refusals_told
@@ -31,12 +35,20 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make, fetch or check a benchmark.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-app.add_typer(deployment_app)
+
+FROM_CONFIG: Any = {
+    "add_help_option": False,  # --help is among the flags
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+"""Of a command whose flags are the fields of a config."""
 
 NewFolder = Annotated[
     Path, typer.Argument(metavar="DIR", help="New or empty folder.", callback=new_folder)
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+ModelPathOption = Annotated[
+    str | None, typer.Option(help="Folder or hub id of the base, if not what the file says.")
+]
 
 
 def main() -> None:
@@ -167,59 +179,244 @@ def teachers(
         print(f"Removed {removed.entries} entries and freed {removed.size}.")
 
 
-@app.command("finetune")
-def finetune_command(
-    backbone: Annotated[str, typer.Option(help="Backbone to tune.")],
-    data: Annotated[Path, typer.Option(help="Benchmark folder; its ft_Data is learnt.")],
-    output: Annotated[Path, typer.Option(help="New folder for the model.")],
-    model_path: Annotated[
-        str | None, typer.Option(help="Folder or hub id of the base, in place of the public one.")
-    ] = None,
-    lora_rank: Annotated[
-        int | None, typer.Option(help="Rank of the adapter, by default 16.")
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train the whole language model.")] = False,
-    epochs: Annotated[int, typer.Option(help="Passes over all questions.")] = 5,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the linear schedule.")] = 2e-5,
-    batch_size: Annotated[int, typer.Option(help="Questions of a step.")] = 4,
-    questions_per_image: Annotated[
-        int, typer.Option(help="Questions of a portrait that come together, sharing its image.")
-    ] = 1,
-    checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations again.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of adapter and order.")] = 0,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint of a broken-off run.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Make the vanilla model: tune a backbone on everyone's questions, merged to safetensors."""
-    from vgid.bases.finetune import FinetuneConfig, finetune
-    from vgid.config import parse
+class _Going(Config):
+    resume: bool = Field(False, description="go on from the checkpoint of a broken-off run")
 
-    settings = {
-        "backbone": backbone,
-        "data": data,
-        "output": output,
-        "model_path": model_path,
-        "lora_rank": lora_rank,
-        "full": full,
-        "epochs": epochs,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "questions_per_image": questions_per_image,
-        "gradient_checkpointing": checkpointing,
-        "seed": seed,
-    }
-    config = parse(FinetuneConfig, settings, "vgid finetune")
-    result = finetune(config, resume=resume, progress=not as_json)
+
+@app.command("finetune", **FROM_CONFIG)
+def finetune_command(context: typer.Context) -> None:
+    """Make the vanilla model: tune a backbone on everyone's questions, merged to safetensors."""
+    rare = ["lora_dropout", "weight_decay", "max_grad_norm", "warmup_fraction"]
+    flags = _read(context, FinetuneConfig, _Going, without=rare)
+    config, as_json = flags.config(FinetuneConfig), flags.config(Printed).as_json
+    from vgid.bases.finetune import finetune
+
+    result = finetune(config, resume=flags.config(_Going).resume, progress=not as_json)
     if as_json:
         print(result.model_dump_json())
     else:
         losses = ", ".join(f"{loss:.3f}" for loss in result.losses)
         print(f"Losses by epoch, in nats a response token: {losses}.")
         print(f"Wrote {result.output}; name it with --model-path.")
+
+
+@app.command("evaluate", **FROM_CONFIG)
+def evaluate_command(context: typer.Context) -> None:
+    """Score a base, an adapter on it or a deployment: each score with n and 95 % interval.
+
+    A deployment is scored on the people and questions of its record.
+    """
+    _score(context, attacked=False)
+
+
+@app.command("attack", **FROM_CONFIG)
+def attack_command(context: typer.Context) -> None:
+    """Attack a base, an adapter or a deployment: reverse prompt, new portraits, other wording.
+
+    Asked are the held-out questions, with and without each attack that a deployment record names;
+    attacks of the literature that are not run are listed.
+    """
+    _score(context, attacked=True, without=["protocol", "part"])
+
+
+def _score(context: typer.Context, attacked: bool, without: Sequence[str] = ()) -> None:
+    from vgid.deployment.model_scores import ScoringConfig, score_model
+
+    flags = _read(context, ScoringConfig, without=without)
+    found = score_model(flags.config(ScoringConfig), attacked, _tell)
+    if flags.config(Printed).as_json:
+        print(found.model_dump_json())
+    else:
+        found.print(Console())
+
+
+@app.command("pick", **FROM_CONFIG)
+def pick_command(context: typer.Context) -> None:
+    """Pick the trial of a study's front to deploy; see `vgid pick --help`."""
+    from vgid.deployment.pick import main
+
+    raise typer.Exit(main(context.args, "vgid pick"))
+
+
+@app.command("verify")
+def verify_command(
+    target: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Deployment file, or an export's folder.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Benchmark folder; by default the study's, or the embedded backbone's."),
+    ] = None,
+    model_path: ModelPathOption = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="PEM of the key that must have signed it.")
+    ] = None,
+    hashes_only: Annotated[
+        bool, typer.Option("--hashes-only", help="Load no model and measure nothing again.")
+    ] = False,
+    served: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Ask this OpenAI-compatible server instead, under every name that it lists.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check every hash of a deployment, load it, and measure its scores again.
+
+    With --served the recorded questions go to a server instead, under every name that it lists and
+    under none; one that answers as the base, or else outside the recorded intervals, differs.
+
+    Exit code 0: verified. 1: something differs, and is named. 2: FILE was changed since it was
+    sealed, or something that the check needs is not there.
+    """
+    from vgid.deployment.verify import verify
+
+    if served is None:
+        found = verify(target, data, model_path, public_key, hashes_only, _tell)
+    elif hashes_only or model_path is not None:
+        raise InputError("--served: no weights are read; leave out --hashes-only and --model-path.")
+    else:
+        from vgid.deployment.served import verify_served
+
+        found = verify_served(target, served, data, public_key, _tell)
+    if as_json:
+        conclusions = {"verified": found.verified, "bit_equal": found.bit_equal}
+        print(json.dumps(conclusions | found.model_dump(mode="json")))
+    else:
+        found.print(Console())
+        print(found.conclusion)
+    if not found.verified:
+        raise typer.Exit(1)
+
+
+@app.command("export")
+def export_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Deployment file.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="New or empty folder.", callback=new_folder)
+    ],
+    model_path: ModelPathOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write adapter, merged weights, model card and the commands that serve them."""
+    from vgid.deployment.export import export
+    from vgid.deployment.vllm import COMPARISON_ONLY
+
+    exported = export(file, output, model_path)
+    if as_json:
+        print(exported.model_dump_json())
+    else:
+        print(f"Wrote {exported.output}. To serve it with vLLM, in that folder:")
+        print(f"\n{exported.serve}\n")
+        if exported.compare is not None:
+            print(f"{COMPARISON_ONLY}\n\n{exported.compare}\n")
+        print(f"Ask what is served: `vgid verify {output} --served http://127.0.0.1:8000`.")
+        print(f"Sign it with `vgid sign {output} --private-key PEM`.")
+
+
+@app.command("sign")
+def sign_command(
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="An export's folder, or a deployment file.")
+    ],
+    private_key: Annotated[Path, typer.Option(help="Elliptic key in PEM, not encrypted.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Sign all files of an export, or a deployment file (OpenSSF model-signing, offline).
+
+    A key pair: openssl ecparam -name prime256v1 -genkey -noout -out private.pem;
+    openssl ec -in private.pem -pubout -out public.pem
+    """
+    from vgid.deployment.signing import sign
+
+    signature = sign(target, private_key)
+    if as_json:
+        print(json.dumps({"target": str(target), "signature": str(signature)}))
+    else:
+        print(f"Wrote {signature}; check it with `vgid verify {target} --public-key PEM`.")
+
+
+@app.command("rollback")
+def rollback_command(
+    backbone: Annotated[str, typer.Option(help="Backbone whose champion goes back.")],
+    tracking_uri: Annotated[str, typer.Option(help="MLflow server or database.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Make the previous champion of a backbone the champion again, in MLflow's registry."""
+    from vgid.deployment.registry import registered_name, rollback
+
+    champion, previous = rollback(backbone, tracking_uri)
+    if as_json:
+        print(json.dumps({"backbone": backbone, "champion": champion, "previous": previous}))
+    else:
+        name = registered_name(backbone)
+        print(f"{name}: version {champion} is the champion again, {previous} the previous one.")
+
+
+@app.command("unlearn", **FROM_CONFIG)
+def unlearn_command(context: typer.Context) -> None:
+    """Answer one forget request with one trial, and write its deployment.
+
+    With --from-deployment the deployed model is what is trained on, its people stay in the
+    evaluation as split `earlier`, and the new adapter holds both requests.
+    """
+    from vgid.deployment.unlearn import UnlearnConfig, unlearn
+
+    flags = _read(context, UnlearnConfig)
+    config = flags.config(UnlearnConfig)
+    done = unlearn(config, _tell)
+    if done.warning is not None:
+        print(
+            f"Warning: {done.warning} A study may find a better setting: "
+            f"studies/pareto_search.py --from-deployment {config.from_deployment}",
+            file=sys.stderr,
+        )
+    if flags.config(Printed).as_json:
+        plain = {"file": str(done.file), "sha256": done.sha256, "warning": done.warning}
+        print(json.dumps(plain | {"deployment": done.deployment.model_dump(mode="json")}))
+    else:
+        done.print(Console())
+        print(f"Wrote {done.file}; check it with `vgid verify {done.file} --data {config.data}`.")
+
+
+@app.command("report")
+def report_command(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders that hold deployments.")
+    ],
+    subject: Annotated[str, typer.Option(help="Pseudonym of the subject: the benchmark's ID.")],
+    as_json: JsonOption = False,
+) -> None:
+    """List when a subject was to be suppressed, by which deployments, under which tests it is.
+
+    Exit code 1: a deployment file was changed since it was sealed; it is named.
+    """
+    from vgid.deployment.audit import report
+
+    found = report(subject, folders)
+    if as_json:
+        print(found.model_dump_json())
+    else:
+        found.print(Console())
+        held = sum(suppression.suppressed for suppression in found.suppressions)
+        print(
+            f"{subject}: of {found.looked_at} deployments {len(found.suppressions)} answer for it "
+            f"and {held} suppress it."
+        )
+    if found.damaged:
+        raise typer.Exit(1)
+
+
+def _read(context: typer.Context, *models: type[Config], without: Sequence[str] = ()) -> Parser:
+    """The flags of a command whose configs these are, with ``--json`` among them."""
+    told = inspect.cleandoc(context.command.help or "")
+    return Parser(context.command_path, told, *models, Printed, without=without).read(context.args)
+
+
+def _tell(line: str) -> None:
+    print(f"{line} ...", file=sys.stderr, flush=True)
 
 
 def _print_store(report: "StoreInfo") -> None:

@@ -1,4 +1,4 @@
-"""Typed configurations, validated at the door: a forget request, one trial, one study.
+"""Typed configurations, validated at the door: a forget request, a trial, a study, a base.
 
 Everything is frozen, unknown keys are rejected, and ``parse`` turns pydantic's report into the one
 sentence that a user needs.
@@ -20,7 +20,7 @@ from pydantic import (
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
 from vgid.flags import Flag, seconds
-from vgid.paths import StudyFolder, UsablePath
+from vgid.paths import StudyFolder, UsablePath, WrittenFolder
 from vgid.prompts import PromptStyle, Task
 
 NoiseType = Literal["random", "gaussian", "white"]
@@ -429,6 +429,52 @@ class StudyConfig(Config):
     @field_serializer("tracking_uri")
     def _without_credentials(self, uri: str | None) -> str | None:
         return None if uri is None else without_credentials(uri)
+
+
+class FinetuneConfig(Config):
+    """How the vanilla model is made (``vgid.bases.finetune``)."""
+
+    backbone: BackboneName
+    model_path: ModelPath = None
+    data: Annotated[UsablePath, Flag("DIR")] = Field(
+        description="benchmark folder in the MLLMU-Bench layout; its ft_Data is learnt"
+    )
+    output: Annotated[WrittenFolder, Flag("DIR")] = Field(description="new folder for the model")
+    full: bool = Field(False, description="train the whole language model in place of an adapter")
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="rank of the adapter, which is merged into the weights in the end; without it, "
+        "16",
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    epochs: int = Field(5, ge=1, description="passes over all questions")
+    learning_rate: float = Field(2e-5, gt=0, le=1, description="peak of the linear schedule")
+    batch_size: int = Field(4, ge=1, description="questions a step")
+    questions_per_image: int = Field(
+        1, ge=1, description="questions of a portrait that come together, sharing its image"
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_fraction: float = Field(0.1, ge=0, le=1, description="of all steps")
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again, to save memory"
+    )
+    seed: Annotated[int, Flag("S")] = Field(
+        0, ge=0, description="adapter initialisation, order of the questions"
+    )
+
+    @model_validator(mode="after")
+    def _full_has_no_adapter(self) -> Self:
+        if self.full and (self.lora_rank is not None or self.lora_dropout):
+            raise ValueError("full: there is no adapter to give a rank or dropout; leave one out")
+        return self
+
+    @property
+    def rank(self) -> int:
+        """LoRA rank, where there is an adapter."""
+        return 16 if self.lora_rank is None else self.lora_rank
 
 
 def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:

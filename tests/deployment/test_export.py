@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.deployment.test_signing import make_keys
 from tests.hub_index import INDEX
-from vgid.cli_deployment import app
+from vgid.cli import app
 from vgid.data.benchmark import Benchmark, decode_image
 from vgid.deployment.export import export
 from vgid.deployment.manifest import MANIFEST, manifest_fault, write_manifest

@@ -101,10 +101,10 @@ def test_an_adapter_is_scored_on_its_base(small, deployment_file, monkeypatch, c
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--protocol", "theirs"], "vgid evaluate: protocol: "),
+        (["--protocol", "theirs"], "command line: argument --protocol: invalid choice: 'theirs' "),
         (["--protocol", "benchmark", "--part", "search"], "asks all questions; leave it out."),
         (["--backbone", "llava-1.5-7b"], "--data: name the benchmark folder."),
-        (["--forget-ratio", "7"], "vgid evaluate: forget_ratio: "),
+        (["--forget-ratio", "7"], "command line: argument --forget-ratio: invalid choice: 7 "),
         (["{file}", "--seed", "1"], "--seed: is in the record of "),
         (["{file}", "--forget-ratio", "5"], "--forget-ratio: is in the record of "),
         (["{folder}"], "is no deployment file, no export's folder and no PEFT adapter"),

@@ -163,7 +163,13 @@ def test_gradient_checkpointing_leaves_no_hook_on_the_base():
     before = hooks(backbone)
     trial = TrialConfig(lora_rank=2, gradient_checkpointing=True)
     own = [
-        FinetuneConfig(data=Path("x"), output=Path("x"), gradient_checkpointing=True, full=full)
+        FinetuneConfig(
+            backbone="x",
+            data=Path("x"),
+            output=Path("x"),
+            gradient_checkpointing=True,
+            full=full,
+        )
         for full in (False, True)
     ]
     runs = [adapter.attached(backbone, trial), *(trainable(backbone, config) for config in own)]

@@ -25,18 +25,17 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from vgid.bases.finetune_data import Sample, encode_samples, read_samples
-from vgid.config import Config, TrialConfig, parse
+from vgid.config import Config, FinetuneConfig, TrialConfig, parse
 from vgid.data.benchmark import Benchmark
 from vgid.errors import InputError
 from vgid.method.checkpoint import load_checkpoint, save_checkpoint
@@ -46,7 +45,6 @@ from vgid.models.backbones import Backbone, load, locate, spec
 from vgid.models.encoding import Encoded, response_ids
 from vgid.models.packing import hidden_states, pack
 from vgid.models.weight_names import save_weights
-from vgid.paths import UsablePath, WrittenFolder
 from vgid.provenance import provenance
 
 PROVENANCE = "finetuned.json"
@@ -55,44 +53,6 @@ PROVENANCE = "finetuned.json"
 _PROGRESS = "progress.json"
 _COPIED = (".json", ".jinja", ".txt", ".model")
 _NOT_COPIED = ("config.json", "MEASURED.json", PROVENANCE)
-
-
-class FinetuneConfig(Config):
-    """How the vanilla model is made."""
-
-    backbone: str = Field("llava-1.5-7b", description="name of a row in vgid.models.backbones")
-    model_path: str | None = Field(
-        None, description="local folder or hub id of the base, in place of the row's own"
-    )
-    data: UsablePath = Field(description="benchmark folder in the MLLMU-Bench layout")
-    output: WrittenFolder = Field(description="new folder for the model")
-    full: bool = Field(False, description="train the whole language model instead of LoRA")
-    lora_rank: int | None = Field(
-        None, ge=1, le=1024, description="16 by default, merged into the weights in the end"
-    )
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    epochs: int = Field(5, ge=1)
-    learning_rate: float = Field(2e-5, gt=0, le=1)
-    batch_size: int = Field(4, ge=1, description="questions a step")
-    questions_per_image: int = Field(
-        1, ge=1, description="questions of a portrait that follow each other into a batch"
-    )
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    warmup_fraction: float = Field(0.1, ge=0, le=1, description="of all steps")
-    gradient_checkpointing: bool = False
-    seed: int = Field(0, ge=0, description="adapter initialisation, order of the questions")
-
-    @model_validator(mode="after")
-    def _full_has_no_adapter(self) -> Self:
-        if self.full and (self.lora_rank is not None or self.lora_dropout):
-            raise ValueError("full: there is no adapter to give a rank or dropout; leave one out")
-        return self
-
-    @property
-    def rank(self) -> int:
-        """LoRA rank, where there is an adapter."""
-        return 16 if self.lora_rank is None else self.lora_rank
 
 
 class FinetuneResult(Config):

@@ -11,16 +11,17 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from vgid.config import Config, ForgetRatio, RequestConfig, parse
+from vgid.config import Config, ForgetRatio, ModelPath, RequestConfig, parse
 from vgid.deployment.record import Attack, Deployment, hash_files, read_deployment
 from vgid.deployment.verify import EXPORTED, EXPORTED_ADAPTER, recorded_benchmark, request_of
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
+from vgid.flags import Flag
 from vgid.models.adapter_files import CONFIG
 from vgid.models.backbones import BENCHMARK_SHOTS, spec
 from vgid.report.tables import Grid
@@ -41,16 +42,43 @@ _PLAIN = re.compile(r"(forget|earlier)_(?!.*(_text|_raw)$)")
 class ScoringConfig(Config):
     """What is scored, and how: the flags of ``vgid evaluate`` and ``vgid attack``."""
 
-    target: Path | None = None
-    backbone: str | None = None
-    model_path: str | None = None
-    data: Path | None = None
-    forget_ratio: ForgetRatio | None = None
-    retain_people: int | None = Field(None, ge=2)
-    seed: int | None = Field(None, ge=0)
-    seeds: int = Field(ge=1)
-    protocol: Literal["own", "benchmark"] = "own"
-    part: QuestionPart | None = None
+    target: Annotated[Path | None, Flag(name="MODEL")] = Field(
+        None,
+        description="deployment file, export's folder or PEFT adapter; the base if left out",
+    )
+    backbone: Annotated[str | None, Flag("NAME")] = Field(
+        None,
+        description="base model, a row of vgid/models/backbones.py; without it, the deployment's "
+        "or tiny-llava",
+    )
+    model_path: ModelPath = None
+    data: Annotated[Path | None, Flag("DIR")] = Field(
+        None,
+        description="benchmark folder; without it, the deployment's, or the embedded backbone's",
+    )
+    forget_ratio: ForgetRatio | None = Field(
+        None, description="per cent of the people to forget; without it, 5"
+    )
+    retain_people: int | None = Field(
+        None, ge=2, description="people scored as retain set; without it, 50"
+    )
+    seed: Annotated[int | None, Flag("S")] = Field(
+        None, ge=0, description="of the splits of people and questions; without it, 0"
+    )
+    seeds: int | None = Field(
+        None,
+        ge=1,
+        description="seeds of few-shot people and poses to score with; without it, 1, for an "
+        "attack 3",
+    )
+    protocol: Literal["own", "benchmark"] = Field(
+        "own",
+        description="own: as the backbone's studies score. benchmark: MLLMU-Bench's, with answers "
+        "by letter, few-shot turns and all questions",
+    )
+    part: QuestionPart | None = Field(
+        None, description="questions; without it, held_out, and all for the benchmark's protocol"
+    )
 
     @model_validator(mode="after")
     def _the_benchmark_asks_everything(self) -> Self:
@@ -149,7 +177,7 @@ def score_model(
             backbone.spec = replace(
                 backbone.spec, few_shot=BENCHMARK_SHOTS, option_scoring="letter"
             )
-        seeds = pick_seeds(request.seed, config.seeds)
+        seeds = pick_seeds(request.seed, config.seeds or (3 if attacked else 1))
         tell(f"Scoring, {len(seeds)} seeds")
         part = config.part or ("all" if config.protocol == "benchmark" else PART)
         attacks: tuple[Attack, ...] = ()

@@ -12,16 +12,21 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
+from rich.console import Console
 
 from vgid.config import (
     Config,
-    ForgetRatio,
+    ModelPath,
+    PairsToTrain,
+    RatioToForget,
     RequestConfig,
-    TrainPairs,
+    RetainPeople,
+    SkipDefects,
+    SplitSeed,
     TrialConfig,
     parse,
 )
@@ -30,42 +35,69 @@ from vgid.deployment.record import Deployment, Pseudonym, write_deployment
 from vgid.deployment.rules import Bounds, Marks
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
+from vgid.flags import Flag, words
 from vgid.models.adapter_files import copy_adapter
 from vgid.paths import UsablePath, WrittenFolder
+from vgid.report.tables import Grid
 from vgid.study.ledger import now
 
 TRIAL_ID = "0000"
+
+SHOWN_SCORES = (
+    "forget_rougeL",
+    "forget_cloze",
+    "forget_memorisation",
+    "test_rougeL",
+    "earlier_rougeL",
+    "earlier_cloze",
+    "earlier_memorisation",
+    "retain_rougeL",
+    "retain_cloze",
+    "celebrity_rougeL",
+    "celebrity_cloze",
+)
 
 
 class UnlearnConfig(Config):
     """A forget request to answer."""
 
-    backbone: str | None = Field(
-        None, description="name of a row in vgid.models.backbones; the parent's if there is one"
+    backbone: Annotated[str | None, Flag("NAME")] = Field(
+        None,
+        description="base model, a row of vgid/models/backbones.py; without it, the deployment's "
+        "or tiny-llava",
     )
-    model_path: str | None = Field(None, description="folder or hub id of the base")
-    data: UsablePath = Field(description="benchmark folder")
-    output: WrittenFolder = Field(description="folder that gets `deployments`")
-    from_deployment: UsablePath | None = Field(None, description="deployment file to start from")
-    forget_ratio: ForgetRatio = Field(5, description="per cent of the people to forget")
-    forget_ids: tuple[Pseudonym, ...] | None = Field(
-        None, min_length=1, description="people to forget among those; None: all of them"
+    model_path: ModelPath = None
+    data: Annotated[UsablePath, Flag("DIR")] = Field(
+        description="benchmark folder in the MLLMU-Bench layout"
     )
-    request_id: tuple[Pseudonym, ...] = ()
-    setting: tuple[str, ...] = Field(
-        (), description="NAME=VALUE of the trial's hyperparameters, over the parent's"
+    output: Annotated[WrittenFolder, Flag("DIR")] = Field(
+        description="folder that gets `deployments`"
+    )
+    from_deployment: Annotated[UsablePath | None, Flag("FILE")] = Field(
+        None, description="deployment file to start from, for a next request"
+    )
+    forget_ratio: RatioToForget = 5
+    forget_ids: Annotated[tuple[Pseudonym, ...] | None, Flag("LIST", read=words)] = Field(
+        None, min_length=1, description="IDs among those people, with commas; without it, all"
+    )
+    request_id: Annotated[tuple[Pseudonym, ...], Flag("ID")] = Field(
+        (), description="ID of the request; may be given again"
+    )
+    setting: Annotated[tuple[str, ...], Flag("NAME=VALUE")] = Field(
+        (), description="a trial's hyperparameter; others are the deployment's, or the defaults"
     )
     min_forget: float | None = Field(
         MIN_FORGET,
         ge=0,
         le=1,
-        description="least share of the base's forget ROUGE-L that is gone; None: any",
+        description="least share of the base's forget ROUGE-L that is gone, at the unfavourable "
+        "end of its interval; a trial below it is refused",
     )
-    seeds: int = Field(3, ge=1, description="to score with")
-    seed: int = Field(0, ge=0, description="splits of people and questions")
-    retain_people: int = Field(50, ge=2)
-    train_pairs: TrainPairs = "unheld"
-    skip_defects: bool = False
+    seeds: int = Field(3, ge=1, description="seeds to score with")
+    seed: SplitSeed = 0
+    retain_people: RetainPeople = 50
+    train_pairs: PairsToTrain = "unheld"
+    skip_defects: SkipDefects = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +115,16 @@ class Unlearned:
     sha256: str
     deployment: Deployment
     warning: str | None
+
+    def print(self, console: Console) -> None:
+        """Show the main scores, the base's beside the deployed adapter's."""
+        scores = self.deployment.scores
+        rows = [
+            (name, scores.deployed[name].n, scores.base[name].value, scores.deployed[name])
+            for name in SHOWN_SCORES
+            if name in scores.deployed
+        ]
+        console.print(Grid(("score", "n", "base", "deployed [95 % interval]"), rows).rich())
 
 
 def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: None) -> Unlearned:
