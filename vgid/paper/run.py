@@ -10,7 +10,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Annotated, get_args
 
 from pydantic import Field, field_validator
@@ -59,11 +58,16 @@ from vgid.report.records import write_study
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 90rem; margin: 2rem auto }
 body { padding: 0 1rem }
-table { border-collapse: collapse; font-size: 13px }
+table { border-collapse: collapse; display: block; font-size: 13px; overflow-x: auto }
 td, th { border-bottom: 1px solid #e6e9ed; padding: .3rem .6rem; text-align: left }
 td, th { white-space: nowrap }
 img { max-width: 100% }
-.scroll { overflow-x: auto }
+"""
+
+CLAIMS_INTRODUCED = """## Claims
+
+A claim's statistic is positive where it holds: mean over the seeds and 95 % interval. What each is
+stands in [claims.md](claims.md).
 """
 
 
@@ -282,13 +286,14 @@ def _write(
     claims = claims_markdown(judgements, embedded)
     write_atomically(output / "claims.md", claims.encode())
     notes = _notes(config, filled, outcomes)
-    index = ["# The paper's tables", "", *(f"- {note}" for note in notes), "",
-             "Claims: [claims.md](claims.md)", ""]  # fmt: skip
+    index = ["# The paper's tables", "", *(f"- {note}" for note in notes), "", CLAIMS_INTRODUCED,
+             verdicts(judgements).markdown(), "\n## Tables\n"]  # fmt: skip
     index += [grid.markdown() for grid in grids]
-    index += [f"![{title}]({stem}.png) [interactive]({stem}.html)\n" for title, stem in images]
-    write_atomically(output / "index.md", "\n".join(index).encode())
-    page = _page(notes, [grid.html() for grid in grids], images, judgements)
-    write_atomically(output / "index.html", page.encode())
+    index.append("## Figures\n")
+    index += [f"### {title}\n\n[![{title}]({stem}.png)]({stem}.html)\n" for title, stem in images]
+    text = "\n".join(index)
+    write_atomically(output / "index.md", text.encode())
+    write_atomically(output / "index.html", _page(text).encode())
     return [*files, "claims.md", "index.md", "index.html"]
 
 
@@ -339,33 +344,14 @@ def _notes(
     return notes
 
 
-def _page(
-    notes: Sequence[str],
-    sections: Sequence[str],
-    images: Sequence[tuple[str, str]],
-    judgements: Sequence[Judgement],
-) -> str:
-    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    pictures = "".join(
-        f'<h3>{escape(title)}</h3><a href="{stem}.html"><img src="{stem}.png" '
-        f'alt="{escape(title)}"></a>'
-        for title, stem in images
-    )
-    tables_html = "".join(f'<div class="scroll">{section}</div>' for section in sections)
+def _page(markdown: str) -> str:
+    from markdown_it import MarkdownIt
+
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <title>The paper's tables</title>
 <style>{STYLE}</style>
-<h1>The paper's tables</h1>
-<ul>{listed}</ul>
-<h2>Claims</h2>
-<p>A claim's statistic is positive where it holds: mean over the seeds and 95 % interval. What each
-is stands in <a href="claims.md">claims.md</a>.</p>
-<div class="scroll">{verdicts(judgements).html()}</div>
-<h2>Tables</h2>
-{tables_html}
-<h2>Figures</h2>
-{pictures}
-</html>
+{body}</html>
 """
