@@ -145,13 +145,13 @@ class Driver:
             self.listener.on_epoch(job.id, report)
             self.listener.on_end(job.id, made_up(job, rng), report)
             self.search.on_trial_complete("tune")
-        for side in (self.bulletin._tables, self.bulletin._mlflow):
-            side.submit(int).result()
+        self.end()
         return time.process_time() - began - (self.proposal_s - proposed)
 
     def end(self) -> None:
-        """No further trial: what waits to be written is written."""
-        self.bulletin.close()
+        """Wait until what waits to be written is written."""
+        for side in (self.bulletin._tables, self.bulletin._mlflow):
+            side.submit(int).result()
 
     def close(self) -> None:
         """Let go of the folder."""
