@@ -111,23 +111,20 @@ class Recorder(_Live, tune.Callback):
     ) -> None:
         """Pass an epoch report on."""
         if REPORT in result:
-            job = _job(trial)
             report = EpochReport.model_validate_json(result[REPORT])
-            self._on_epoch(job.id, report)
+            self._on_epoch(_job(trial).id, report)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Pass the outcome of a trial on; Tune, which keeps every trial, need not keep it."""
-        job = _job(trial)
         last = trial.last_result or {}
         text = last.pop(OUTCOME, None)
         outcome = None if text is None else Outcome.model_validate_json(text)
         report = EpochReport.model_validate_json(last[REPORT]) if REPORT in last else None
-        self._on_end(job.id, outcome, report)
+        self._on_end(_job(trial).id, outcome, report)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trainable's own process died; the slot's worker may be well."""
-        job = _job(trial)
-        self._on_end(job.id, None, None)
+        self._on_end(_job(trial).id, None, None)
 
 
 class StopWhen(_Live, tune.Stopper):
