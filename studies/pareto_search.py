@@ -6,22 +6,23 @@ in nothing but the setting, and its front: the trials that no other beats on bot
 
 ::
 
-    search_spaces/<backbone>.yaml    a benchmark's people and questions    a base model
-                 └─────────────────────────────┼────────────────────────────────┘
-                                           make_plan     whatever can be wrong is said here
-                                               │
-           the ledger (OUTPUT/trials), the console, MLflow's parent run: a study can be resumed
-                                               │
-          slots: workers that keep one base model each, and take one trial after the other
-                                               │
-                       the base is scored, which the trials are measured against
-                                               │
-     ┌──> Optuna proposes a setting ──> Ray Tune hands it to a free slot ──> run_trial ──┐
-     └────────── its two scores, until --trials have ended or --time-budget is over ─────┘
-                                               │
-                    the front is scored again, on held-out questions and other seeds
-                                               │
-            OUTPUT: study.json, trials.csv, front.csv, front.html, front.png, adapters/, MLflow
+    make_plan     a search space, a benchmark's people and questions, a base model: whatever can be
+        │         wrong is said here, before anything starts
+    begin         the ledger, from which the study can be resumed, the console, MLflow's parent run
+        │
+    slots         Ray workers that keep one base model each and take one trial after the other
+        │
+    score_base    what every trial is measured against
+        │
+    search        Optuna proposes a setting ──> Ray Tune hands it to a free slot ──> run_trial ─┐
+        │         ^                                                                             │
+        │         └── its two scores, until --trials have ended or --time-budget is over <──────┘
+        │
+    score_front   the front once more, on held-out questions and with other seeds
+        │
+    write         study.json, trials.csv, front.csv, front.html, front.png, MLflow
+
+``run_study`` in ``vgid/study/run.py`` is these steps, one line each, for notebooks too.
 
 Example:
     python studies/pareto_search.py --backbone tiny-llava --trials 24 --output runs/first

@@ -215,18 +215,23 @@ def test_help_explains_every_flag_with_its_default(capsys):
     assert f"default: {trials}" in text
 
 
-def test_help_and_bad_input_import_nothing_heavy():
+def test_help_and_bad_input_of_every_study_import_nothing_heavy():
     code = (
-        "import sys; from studies.pareto_search import main\n"
-        "try: code = main(sys.argv[1:])\n"
-        "except SystemExit as end: code = end.code\n"
-        f"print('loaded', [name for name in {HEAVY!r} if name in sys.modules], code)"
+        "import sys\n"
+        "from studies import compare_methods, paper_tables, pareto_search, pick_deployment\n"
+        "def code_of(study):\n"
+        "    try: return study.main(sys.argv[1:])\n"
+        "    except SystemExit as end: return end.code\n"
+        "studies = (compare_methods, paper_tables, pareto_search, pick_deployment)\n"
+        "codes = [code_of(study) for study in studies]\n"
+        f"print('loaded', [name for name in {HEAVY!r} if name in sys.modules], *codes)"
     )
     for arguments, expected in ((["--help"], 0), (["--trials", "0"], 2), (["--backbone", "x"], 2)):
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments], check=False, capture_output=True, text=True
         )
-        assert done.stdout.splitlines()[-1] == f"loaded [] {expected}"
+        assert done.stdout.splitlines()[-1] == f"loaded [] {' '.join([str(expected)] * 4)}"
+        assert len(done.stderr.splitlines()) == (0 if expected == 0 else 4)
 
 
 @pytest.mark.parametrize(
