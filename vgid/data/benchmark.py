@@ -337,25 +337,18 @@ def decode_image(data: bytes, source: str = "the image") -> Image.Image:
             # Between Pillow's own limits it only warns; the limit here is the lower one.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except Image.DecompressionBombError:
-        raise InputError(_too_many_pixels(source)) from None
-    except Exception as error:
-        raise InputError(_unreadable(source, error)) from None
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise InputError(_too_many_pixels(source))
-    try:
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError
         return _to_rgb(image)
+    except Image.DecompressionBombError:
+        raise InputError(
+            f"{source} has more than {MAX_IMAGE_PIXELS:,} pixels; store a smaller image."
+        ) from None
     except Exception as error:  # a torn file makes Pillow's parsers raise nearly anything
-        raise InputError(_unreadable(source, error)) from None
-
-
-def _too_many_pixels(source: str) -> str:
-    return f"{source} has more than {MAX_IMAGE_PIXELS:,} pixels; store a smaller image."
-
-
-def _unreadable(source: str, error: Exception) -> str:
-    formats = ", ".join(IMAGE_FORMATS)
-    return f"{source} cannot be read ({type(error).__name__}); store it as one of {formats}."
+        raise InputError(
+            f"{source} cannot be read ({type(error).__name__}); store it as one of "
+            f"{', '.join(IMAGE_FORMATS)}."
+        ) from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -11,20 +11,11 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-COLUMNS: dict[str, str] = {
-    "forget_cloze": "forget_cloze",
-    "forget_class": "forget_classification",
-    "forget_rougeL": "forget_rougeL",
-    "test_cloze": "test_cloze",
-    "test_class": "test_classification",
-    "test_rougeL": "test_rougeL",
-    "retain_cloze": "retain_cloze",
-    "retain_class": "retain_classification",
-    "retain_rougeL": "retain_rougeL",
-    "forget_bleu": "forget_bleu",
-    "test_bleu": "test_bleu",
-}
-"""Columns of the file, and the score of ``vgid.evaluation.evaluate`` that each is."""
+COLUMNS = (
+    "forget_cloze", "forget_class", "forget_rougeL", "test_cloze", "test_class", "test_rougeL",
+    "retain_cloze", "retain_class", "retain_rougeL", "forget_bleu", "test_bleu",
+)  # fmt: skip
+"""Columns of the file with scores; ``class`` is ``classification`` in ours."""
 
 PAPER_BACKBONES = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "Qwen2.5-VL-3B")
 
@@ -79,7 +70,11 @@ def paper_rows() -> tuple[PaperRow, ...]:
             forget_ratio=int(row["forget_ratio_percent"]),
             setting=row["setting"],
             method=row["method"],
-            scores={ours: float(row[name]) for name, ours in COLUMNS.items() if row[name]},
+            scores={
+                name.replace("class", "classification"): float(row[name])
+                for name in COLUMNS
+                if row[name]
+            },
         )
         for row in csv.DictReader(io.StringIO(text))
     )
