@@ -69,8 +69,9 @@ class Grid:
         table = Table(title=self.caption or None, title_justify="left")
         texts = self._texts
         for number, title in enumerate(self.header):
-            whole = not any(" " in row[number] for row in texts)  # words are not folded
-            table.add_column(title, justify=self._justify[number], no_wrap=whole)
+            whole = not any(" " in row[number] for row in texts)  # others make room first
+            side = self._justify[number]
+            table.add_column(title, justify=side, no_wrap=whole, overflow="fold")
         for number, row in enumerate(texts):
             mark = self.marks.get(number)
             if mark == "base":
