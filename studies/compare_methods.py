@@ -14,7 +14,7 @@ from typing import Any
 from vgid.command_line import Parser, exit_code
 from vgid.paper.compare import CompareConfig, run_missing, study_of, write_comparison
 from vgid.paper.settings import prepare_data
-from vgid.study.front import read_study
+from vgid.study.finished import read_study
 
 
 def compare(arguments: Sequence[str] | None) -> Mapping[str, Any]:
@@ -43,7 +43,7 @@ def compare(arguments: Sequence[str] | None) -> Mapping[str, Any]:
     broken_off = run_missing(list(studies.values()))
     if broken_off is not None:
         return broken_off
-    fronts = [read_study(study.output, *key) for key, study in studies.items()]
+    fronts = [read_study(study.output) for study in studies.values()]
     summary = write_comparison(config, fronts)
     print(summary["verdict"])
     print(f"Files in {config.output}: {', '.join(summary['files'])}")

@@ -24,9 +24,9 @@ from vgid.method.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from vgid.models.store import ContentStore, key_of
 from vgid.paper.settings import read_settings
 from vgid.results import TrialResult
+from vgid.study.finished import open_source
 from vgid.study.ledger import Header, Ledger, now
 from vgid.study.search_space import SearchSpace
-from vgid.study.source import open_source
 
 SHA = "0" * 64
 

@@ -502,6 +502,22 @@ def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:
         raise InputError(f"{where}: {message}.") from None
 
 
+def derived(model: type[C], source: Config, where: str, **own: Any) -> C:
+    """A configuration with what ``source`` has under the same names, and ``own`` in place of it.
+
+    Args:
+        model: the configuration class.
+        source: a configuration that shares fields with it.
+        where: as for ``parse``.
+        **own: fields that the source does not have, or has otherwise.
+
+    Raises:
+        InputError: see ``parse``.
+    """
+    shared = model.model_fields.keys() & type(source).model_fields.keys()
+    return parse(model, {name: getattr(source, name) for name in shared} | own, where)
+
+
 def paper_default(method: Method) -> dict[str, Any]:
     """The paper's setting of a method: where a study starts whose file names no first points."""
     distilling = uses(method, "response_source")

@@ -28,8 +28,8 @@ from vgid.data.synthetic import write_benchmark
 from vgid.deployment.candidates import MIN_SEEDS, PART, pick_seeds, pooled
 from vgid.report.intervals import t_interval
 from vgid.results import Score
+from vgid.study.finished import open_source
 from vgid.study.ledger import Record
-from vgid.study.source import open_source
 
 TARGETS: dict[str, tuple[str, float]] = {
     "forget_reduction": (">=", 0.92),

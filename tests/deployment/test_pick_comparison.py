@@ -15,7 +15,7 @@ from vgid.deployment.pick_report import PickReport, report_grid
 from vgid.deployment.rules import Bounds, choose
 from vgid.errors import InputError
 from vgid.results import Score
-from vgid.study.source import FrontTrial
+from vgid.study.finished import Trial
 
 
 def score(value, n=30, reach=0.05):
@@ -41,7 +41,7 @@ def scored(forget, retain, reverse, cloze=None, base=(0.8, 1.0)):
 
 def report(backbone, base, *candidates):
     trials = tuple(
-        FrontTrial(f"{i:04d}", TrialConfig(beta=1.0 + i), (0.0, 0.0), Path("nowhere"))
+        Trial(f"{i:04d}", TrialConfig(beta=1.0 + i), (0.0, 0.0), Path("nowhere"))
         for i in range(len(candidates))
     )
     found = Candidates((1, 2, 3), base, trials, candidates)

@@ -26,7 +26,7 @@ from vgid.paper.compare import (
 )
 from vgid.paper.settings import read_settings
 from vgid.results import Score
-from vgid.study.front import BaseScores, StudyFront, Trial
+from vgid.study.finished import BaseScores, StudyFront, Trial
 
 GRID = 6
 FRONTS = st.lists(
@@ -83,7 +83,8 @@ def study(method, seed, points, held_out=None):
                 "forget_cloze": 0.25,
             }
         config = TrialConfig(method=method, epochs=number + 1)
-        trials.append(Trial(config, (reduction, retain), scores))
+        trial_id = f"{number:04d}"
+        trials.append(Trial(trial_id, config, (reduction, retain), Path("none"), scores))
     return StudyFront(method, seed, BaseScores(search=BASE, held_out=BASE), tuple(trials))
 
 

@@ -16,7 +16,7 @@ from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
 from vgid.results import QuestionPart, Score
 from vgid.seeds import held_out_seed
-from vgid.study.source import FrontTrial
+from vgid.study.finished import Trial
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +54,7 @@ class Candidates:
 
     seeds: tuple[int, ...]
     base: Scored
-    trials: tuple[FrontTrial, ...]
+    trials: tuple[Trial, ...]
     scores: tuple[Scored, ...]
 
     def marks(self) -> list[Marks]:
@@ -68,7 +68,7 @@ class Candidates:
             for trial, scored in zip(self.trials, self.scores, strict=True)
         ]
 
-    def of(self, trial_id: str) -> tuple[FrontTrial, Scored]:
+    def of(self, trial_id: str) -> tuple[Trial, Scored]:
         """One candidate by its trial id."""
         return next(
             pair
@@ -105,7 +105,7 @@ def score_with_seeds(
 
 def score_front(
     session: "TrialSession",
-    trials: Sequence[FrontTrial],
+    trials: Sequence[Trial],
     seeds: Sequence[int],
     tell: Callable[[str], None],
 ) -> Candidates:

@@ -39,7 +39,7 @@ from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET
 from vgid.flags import Flag
 from vgid.paths import UsablePath, WrittenFolder
-from vgid.study.source import Source, open_source
+from vgid.study.finished import Source, open_source
 
 
 class PickConfig(Config):

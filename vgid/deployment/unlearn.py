@@ -28,6 +28,7 @@ from vgid.config import (
     SkipDefects,
     SplitSeed,
     TrialConfig,
+    derived,
     parse,
 )
 from vgid.deployment.lineage import Ancestor, read_ancestor, refuse_to_replace
@@ -238,21 +239,10 @@ def _trial(config: UnlearnConfig, parent: Ancestor | None) -> TrialConfig:
 
 
 def _request(config: UnlearnConfig, parent: Ancestor | None) -> RequestConfig:
-    values: dict[str, Any] = {
-        "backbone": config.backbone or "tiny-llava",
-        "model_path": config.model_path,
-        "data": config.data,
-        "store": config.output / "store",
-        "forget_ratio": config.forget_ratio,
-        "forget_ids": config.forget_ids,
-        "seed": config.seed,
-        "retain_people": config.retain_people,
-        "train_pairs": config.train_pairs,
-        "skip_defects": config.skip_defects,
-    }
+    own: dict[str, Any] = {"backbone": config.backbone or "tiny-llava"}
     if parent is not None:
-        values |= parent.request_fields(config.backbone, config.model_path)
-    return parse(RequestConfig, values, "vgid unlearn")
+        own = parent.request_fields(config.backbone, config.model_path)
+    return derived(RequestConfig, config, "vgid unlearn", store=config.output / "store", **own)
 
 
 def _train(

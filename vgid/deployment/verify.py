@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from vgid.config import Config, RequestConfig, parse
+from vgid.config import Config, RequestConfig, derived
 from vgid.data.benchmark import Benchmark
 from vgid.deployment.card import CARD_SCORES
 from vgid.deployment.manifest import manifest_fault
@@ -217,20 +217,18 @@ def request_of(
         store: folder of the teacher store.
         model_path: as for ``verify``.
     """
-    values = {
-        "backbone": deployment.backbone,
-        "model_path": model_path or deployment.base.model_path,
-        "data": data,
-        "store": store,
-        "forget_ratio": deployment.data.forget_ratio,
-        "forget_ids": deployment.subjects,
-        "earlier_ids": () if deployment.parent is None else deployment.parent.subjects,
-        "retain_people": deployment.data.retain_people,
-        "train_pairs": deployment.data.train_pairs,
-        "skip_defects": deployment.data.skip_defects,
-        "seed": deployment.data.split_seed,
-    }
-    return parse(RequestConfig, values, "deployment")
+    return derived(
+        RequestConfig,
+        deployment.data,
+        "deployment",
+        backbone=deployment.backbone,
+        model_path=model_path or deployment.base.model_path,
+        data=data,
+        store=store,
+        forget_ids=deployment.subjects,
+        earlier_ids=() if deployment.parent is None else deployment.parent.subjects,
+        seed=deployment.data.split_seed,
+    )
 
 
 def signature_check(target: Path, public_key: Path) -> Check:

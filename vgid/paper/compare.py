@@ -28,6 +28,7 @@ from vgid.config import (
     StudyConfig,
     TrialConfig,
     WorkersPerTrial,
+    derived,
     parse,
 )
 from vgid.errors import InputError
@@ -41,7 +42,7 @@ from vgid.provenance import provenance
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import METHOD_LABELS, write_study
 from vgid.report.tables import Grid
-from vgid.study.front import PICK_SCORES, StudyFront
+from vgid.study.finished import PICK_SCORES, StudyFront
 from vgid.study.ledger import MUST_AGREE
 
 
@@ -82,14 +83,9 @@ class CompareConfig(Config):
 
 def study_of(config: CompareConfig, method: Method, seed: int, data: Path) -> StudyConfig:
     """The study of a method and seed: what the comparison says, in a folder of its own."""
-    shared = config.model_dump(include=StudyConfig.model_fields.keys() & CompareConfig.model_fields)
-    own = {
-        "method": method,
-        "seed": seed,
-        "data": data,
-        "output": config.output / "studies" / f"{method}-{seed}",
-    }
-    return parse(StudyConfig, {**shared, **own}, "comparison")
+    output = config.output / "studies" / f"{method}-{seed}"
+    own = {"method": method, "seed": seed, "data": data, "output": output}
+    return derived(StudyConfig, config, "comparison", **own)
 
 
 def run_missing(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:

@@ -38,7 +38,7 @@ from vgid.config import (
     NoiseType,
     RequestConfig,
     TrialConfig,
-    parse,
+    derived,
 )
 from vgid.errors import InputError
 from vgid.files import write_atomically
@@ -123,9 +123,8 @@ class Bench(Config):
 
     def request(self, backbone: str, forget_ratio: ForgetRatio, seed: int) -> RequestConfig:
         """The forget request that all experiments of a group share."""
-        values = self.model_dump(exclude={"folder"})
-        values |= {"backbone": backbone, "forget_ratio": forget_ratio, "seed": seed}
-        return parse(RequestConfig, {**values, "store": self.folder / "store"}, "experiment")
+        own = {"backbone": backbone, "forget_ratio": forget_ratio, "seed": seed}
+        return derived(RequestConfig, self, "experiment", store=self.folder / "store", **own)
 
 
 class Outcome(Config):

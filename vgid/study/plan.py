@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vgid.cluster.resources import SlotShape, worker_bytes
-from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
+from vgid.config import RequestConfig, StudyConfig, TrialConfig, derived, parse
 from vgid.errors import InputError
 from vgid.results import LeftOut, describe_left_out
 from vgid.study.search_space import FOLDER, Choices, Range, SearchSpace
@@ -121,21 +121,11 @@ def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
             f"--data: {config.backbone} has no benchmark of its own; name a folder in the "
             "MLLMU-Bench layout with --data."
         )
-    shared = {
-        "backbone": config.backbone,
-        "model_path": config.model_path,
+    places = {
         "data": config.output / OWN_DATA if config.data is None else config.data,
-        "forget_ratio": config.forget_ratio,
         "store": config.output / "store",
-        "store_limit_gb": config.store_limit_gb,
-        "seed": config.seed,
-        "retain_people": config.retain_people,
-        "train_pairs": config.train_pairs,
-        "skip_defects": config.skip_defects,
-        "eval_batch_size": config.eval_batch_size,
-        "log_responses": config.log_responses,
     }
-    request = parse(RequestConfig, shared | ancestral, "study")
+    request = derived(RequestConfig, config, "study", **places | ancestral)
     benchmark = None if own_data else _checked_data(request, space)
     _check_output(config.output)
     return Plan(

@@ -1,9 +1,9 @@
-"""A study to pick from, out of its folder or out of MLflow alone.
+"""A finished study, read: to pick a trial of its front, or to compare methods.
 
 ``DIR`` is a study's output folder. ``mlflow:RUN`` is the parent run of a study on a tracking
 server: ``study.json`` and ``front.csv`` are its artifacts, the adapters those of its child runs,
-so the folder may be gone. Either way the front's settings come from ``front.csv`` and are checked
-like any other input, and no path in a file decides what is read.
+so the folder may be gone. Either way settings come from the tables and are checked like any other
+input, and no path in a file decides what is read.
 """
 
 import csv
@@ -13,35 +13,100 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vgid.config import RequestConfig, StudyConfig, TrialConfig, parse
+from vgid.config import Config, Method, RequestConfig, StudyConfig, TrialConfig, derived, parse
 from vgid.errors import InputError
 from vgid.files import refuse_links
 from vgid.models.adapter_files import FILES
+from vgid.pareto import hypervolume
 from vgid.report.records import TRIAL_FIELDS
-from vgid.results import OBJECTIVES, trial_order
+from vgid.results import OBJECTIVES, QuestionPart, Score, trial_order
 from vgid.study.plan import OWN_DATA
 
 MLFLOW = "mlflow:"
 
 
+PICK_SCORES = (
+    "forget_rougeL",
+    "retain_rougeL",
+    "test_rougeL",
+    "forget_cloze",
+    "celebrity_rougeL",
+)
+
+
+class BaseScores(Config):
+    """The base model's scores by part, as ``study.json`` holds them."""
+
+    search: dict[str, Score]
+    held_out: dict[str, Score]
+
+
 @dataclass(frozen=True)
-class FrontTrial:
-    """A trial of the front.
+class Trial:
+    """A trial that completed.
 
     Attributes:
         trial_id: four digits.
         config: its setting.
         point: forget reduction and retain ROUGE-L on the search questions.
         adapter: folder of its adapter.
+        held_out: ``PICK_SCORES`` on the held-out questions; None where it was not scored again.
     """
 
     trial_id: str
     config: TrialConfig
     point: tuple[float, float]
     adapter: Path
+    held_out: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class StudyFront:
+    """What one study found, as far as a comparison of methods needs it.
+
+    Attributes:
+        method: which.
+        seed: of the study.
+        base: the base model's scores.
+        trials: those that completed.
+    """
+
+    method: Method
+    seed: int
+    base: BaseScores
+    trials: tuple[Trial, ...]
+
+    def reference(self, part: QuestionPart) -> tuple[float, float]:
+        """Nothing forgotten, half the base's retain score; the same for all methods of a seed."""
+        return 0.0, 0.5 * getattr(self.base, part)["retain_rougeL"].value
+
+    @cached_property
+    def front(self) -> list[Trial]:
+        """The trials that were scored again: the front on the search questions."""
+        return [trial for trial in self.trials if trial.held_out is not None]
+
+    @cached_property
+    def held_out_points(self) -> list[tuple[float, float]]:
+        """The two objectives of the front's trials on the held-out questions."""
+        start = self.base.held_out["forget_rougeL"].value
+        scores = [trial.held_out for trial in self.trials if trial.held_out is not None]
+        return [(start - found["forget_rougeL"], found["retain_rougeL"]) for found in scores]
+
+    def hypervolume(self, part: QuestionPart) -> float:
+        """Of all trials on the search questions, or of the front's held-out points."""
+        search = part == "search"
+        points = [trial.point for trial in self.trials] if search else self.held_out_points
+        return hypervolume(points, self.reference(part)) if points else 0.0
+
+    def pick(self, retain_drop: float) -> Trial | None:
+        """The trial that forgets most at a bounded retain drop, both on the search questions."""
+        least = self.base.search["retain_rougeL"].value - retain_drop
+        allowed = [trial for trial in self.front if trial.point[1] >= least]
+        return max(allowed, key=lambda trial: trial.point) if allowed else None
 
 
 @dataclass(frozen=True)
@@ -55,6 +120,7 @@ class Source:
         origin: ``git_commit``, ``git_dirty`` and ``versions`` that the study was made with.
         data_sha256: of its benchmark.
         base_revision: of its base model.
+        base: its base model's scores.
         trials: the front, by trial id.
         folder: the study's folder, None if it is gone.
         tracking_uri: where the study is recorded.
@@ -66,7 +132,8 @@ class Source:
     origin: Mapping[str, Any]
     data_sha256: str
     base_revision: str
-    trials: tuple[FrontTrial, ...]
+    base: BaseScores
+    trials: tuple[Trial, ...]
     folder: Path | None
     tracking_uri: str
 
@@ -81,26 +148,20 @@ class Source:
         Raises:
             InputError: the benchmark is not where the study had it.
         """
-        config = self.config
-        place = data or config.data or (self.folder or config.output) / OWN_DATA
+        place = data or self.config.data or (self.folder or self.config.output) / OWN_DATA
         if not place.is_dir():
             raise InputError(
                 f"{self.name}: its benchmark {place} is not there; name it with --data."
             )
-        values = {
-            "backbone": config.backbone,
-            "model_path": model_path or config.model_path,
-            "data": place,
-            "forget_ratio": config.forget_ratio,
-            "store": store,
-            "store_limit_gb": config.store_limit_gb,
-            "seed": config.seed,
-            "retain_people": config.retain_people,
-            "train_pairs": config.train_pairs,
-            "skip_defects": config.skip_defects,
-            "eval_batch_size": config.eval_batch_size,
-        }
-        return parse(RequestConfig, values, self.name)
+        return derived(
+            RequestConfig,
+            self.config,
+            self.name,
+            model_path=model_path or self.config.model_path,
+            data=place,
+            store=store,
+            log_responses=False,
+        )
 
 
 def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
@@ -116,6 +177,33 @@ def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     """
     if name.startswith(MLFLOW):
         return _from_mlflow(name, tracking_uri, scratch)
+    source = _from_folder(name, tracking_uri)
+    for trial in source.trials:
+        if not trial.adapter.is_dir():
+            raise InputError(
+                f"{trial.adapter}: the adapter of a trial on the front is missing; restore it."
+            )
+    return source
+
+
+def read_study(folder: Path) -> StudyFront:
+    """Read all trials of a study that completed, and the front's held-out scores.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    try:
+        source = _from_folder(str(folder), None)
+        table = folder / "trials.csv"
+        completed = _trials(_text(table, str(folder)), str(table), folder / "adapters")
+    except InputError as error:
+        told = str(error).removesuffix(".")
+        raise InputError(f"{told}, or delete {folder} to run it again.") from None
+    trials = {trial.trial_id: trial for trial in (*completed, *source.trials)}
+    return StudyFront(source.config.method, source.config.seed, source.base, tuple(trials.values()))
+
+
+def _from_folder(name: str, tracking_uri: str | None) -> Source:
     folder = Path(name).expanduser().absolute()
     if not (folder / "study.json").is_file():
         raise InputError(
@@ -123,15 +211,9 @@ def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
             "mlflow:RUN."
         )
     refuse_links(folder)
-    summary = _read(folder / "study.json", name)
-    rows = _front(_text(folder / "front.csv", name), f"{folder / 'front.csv'}")
-    trials = [
-        FrontTrial(trial_id, config, point, folder / "adapters" / trial_id)
-        for trial_id, config, point in rows
-    ]
-    source = _source(name, summary, trials, folder, tracking_uri)
-    _check_adapters(source)
-    return source
+    table = folder / "front.csv"
+    trials = _trials(_text(table, name), str(table), folder / "adapters")
+    return _source(name, _read(folder / "study.json", name), trials, folder, tracking_uri)
 
 
 def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
@@ -163,20 +245,19 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     for artifact in ("study.json", "front.csv"):
         _download(client, run_id, artifact, scratch, where)
     summary = _read(scratch / "study.json", where)
-    rows = _front(_text(scratch / "front.csv", where), f"{where}, front.csv")
+    trials = _trials(_text(scratch / "front.csv", where), f"{where}, front.csv", scratch)
     children = search_runs(
         client, run.info.experiment_id, f"tags.`mlflow.parentRunId` = '{run_id}'"
     )
     runs = {child.data.tags.get("vgid.trial_id", ""): child.info.run_id for child in children}
-    trials = []
-    for trial_id, config, point in rows:
-        if trial_id not in runs:
-            raise InputError(f"{where}: trial {trial_id} of its front has no run; restore it.")
-        folder = scratch / trial_id
-        folder.mkdir()
+    for trial in trials:
+        if trial.trial_id not in runs:
+            raise InputError(
+                f"{where}: trial {trial.trial_id} of its front has no run; restore it."
+            )
+        trial.adapter.mkdir()
         for file in FILES:
-            _download(client, runs[trial_id], f"adapter/{file}", folder, where)
-        trials.append(FrontTrial(trial_id, config, point, folder))
+            _download(client, runs[trial.trial_id], f"adapter/{file}", trial.adapter, where)
     output = Path(str(summary.get("output", "")))
     there = (output / "study.json").is_file()
     same = there and _read(output / "study.json", where).get("study_id") == summary.get("study_id")
@@ -200,7 +281,7 @@ def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str)
 def _source(
     name: str,
     summary: Mapping[str, Any],
-    trials: list[FrontTrial],
+    trials: list[Trial],
     folder: Path | None,
     tracking_uri: str | None,
 ) -> Source:
@@ -214,6 +295,7 @@ def _source(
             origin={key: summary[key] for key in ("git_commit", "git_dirty", "versions")},
             data_sha256=summary["data_sha256"],
             base_revision=summary["base_sha256"],
+            base=parse(BaseScores, summary["base"], f"{name}: study.json, base"),
             trials=tuple(trials),
             folder=folder,
             tracking_uri=uri or f"sqlite:///{(folder or config.output) / 'mlflow.db'}",
@@ -224,33 +306,32 @@ def _source(
         ) from None
 
 
-def _front(text: str, where: str) -> list[tuple[str, TrialConfig, tuple[float, float]]]:
-    """Id, setting and search scores of each row of ``front.csv``, by id."""
-    rows = []
+def _trials(text: str, where: str, adapters: Path) -> list[Trial]:
+    """The completed trials of ``front.csv`` or ``trials.csv``, by id; adapters lie by id too."""
+    trials = []
     for row in csv.DictReader(io.StringIO(text)):
         trial_id = row.get("trial_id") or ""
         if re.fullmatch(r"\d{4,10}", trial_id) is None:
             raise InputError(f"{where}: a trial_id is no number; restore the file.")
+        if row.get("status") != "completed":
+            continue
         values: dict[str, Any] = {name: row[name] for name in TRIAL_FIELDS if row.get(name)}
         if "train_tasks" in values:
             values["train_tasks"] = tuple(values["train_tasks"].split("+"))
         config = parse(TrialConfig, values, f"{where}, trial {trial_id}")
+        again = {name: row.get(f"heldout_{name}") for name in PICK_SCORES}
         try:
             point = (float(row[OBJECTIVES[0]]), float(row[OBJECTIVES[1]]))
+            held_out = {name: float(value) for name, value in again.items() if value}
         except (KeyError, ValueError, TypeError):
             raise InputError(
                 f"{where}: trial {trial_id} lacks {' or '.join(OBJECTIVES)}; restore the file."
             ) from None
-        rows.append((trial_id, config, point))
-    return sorted(rows, key=lambda row: trial_order(row[0]))
-
-
-def _check_adapters(source: Source) -> None:
-    for trial in source.trials:
-        if not trial.adapter.is_dir():
-            raise InputError(
-                f"{trial.adapter}: the adapter of a trial on the front is missing; restore it."
-            )
+        scored = {"forget_rougeL", "retain_rougeL"} <= held_out.keys()
+        trials.append(
+            Trial(trial_id, config, point, adapters / trial_id, held_out if scored else None)
+        )
+    return sorted(trials, key=lambda trial: trial_order(trial.trial_id))
 
 
 def _read(path: Path, where: str) -> dict[str, Any]:
