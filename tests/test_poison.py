@@ -16,10 +16,10 @@ import yaml
 from torch import nn
 
 from vgid.config import StudyConfig, TrialConfig
-from vgid.deployment.placing import READY, staged
 from vgid.deployment.record import read_deployment
 from vgid.deployment.unlearn import UnlearnConfig, unlearn
 from vgid.errors import InputError
+from vgid.files import READY, staged
 from vgid.method.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from vgid.models.store import ContentStore, key_of
 from vgid.paper.settings import read_settings

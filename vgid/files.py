@@ -1,14 +1,39 @@
 """Files that the platform writes: whole or not at all, and inside their folder.
 
-It makes no symbolic links, and none may lead out: who can put a link into such a folder could
-otherwise have files elsewhere overwritten, moved or passed off as the study's own.
+One file (``write_atomically``), one folder (``appearing``), or several of both that belong together
+and replace others (``staged``). These are made in a hidden folder beside their places. When all of
+it is there, that folder gets another name in one step, and from then on the new ones are what will
+be: whatever moves are left then can be done by anyone, and are, by the next who reads or writes
+there (``recover``). A process that is killed before that step leaves what was there, and one that
+is killed behind it has placed the new; the old is deleted last. Files are taken away before
+folders and come after them, so at no moment does a record stand beside a folder that is not its
+own. ::
+
+    PLACE/.<pid>*.new/    being made, or to be deleted
+    PLACE/.ready/         made: what is still to be moved to its place
+    PLACE/.ready/.old/    what it replaces
+
+The platform makes no symbolic links, and none may lead out: who can put a link into such a folder
+could otherwise have files elsewhere overwritten, moved or passed off as the study's own.
 """
 
+import contextlib
 import os
+import secrets
+import shutil
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from vgid.errors import DiskError, InputError
+
+READY, OLD = ".ready", ".old"
+
+WAIT_S = 10.0
+"""For another process that is moving files, which takes a moment."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -31,6 +56,153 @@ def write_atomically(path: Path, content: bytes) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise unwritable(path, error) from None
+
+
+@contextmanager
+def appearing(folder: Path, replace: bool = False) -> Iterator[Path]:
+    """Yield a new folder beside another; it takes its place when the block is done, or vanishes.
+
+    Args:
+        folder: the place, where nothing is or an empty folder.
+        replace: whether a folder that is there is deleted then.
+
+    Raises:
+        OSError: the place is taken or cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if replace and folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def lock(file: Path, taken: str) -> FileLock:
+    """Lock a file against other processes until the lock is released.
+
+    Raises:
+        InputError: another process holds it: ``taken``.
+        OSError: the file cannot be written.
+    """
+    held = FileLock(file)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise InputError(taken) from None
+    return held
+
+
+@contextmanager
+def staged(place: Path, names: Sequence[str]) -> Iterator[Path]:
+    """Yield an empty folder; what the block leaves in it takes its place when the block is done.
+
+    If the block fails, nothing has changed.
+
+    Args:
+        place: the folder, made if need be.
+        names: files and folders that the block makes and that replace those of the same name.
+
+    Raises:
+        InputError: another process writes there, the folder cannot be written, or a link leads out
+            of it.
+    """
+    refuse_links(place, itself=True)
+    made = not place.exists()
+    staging = place / f".{os.getpid()}.new"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        held = lock(
+            place / ".lock",
+            f"{place}: another pick writes there; wait for it or name another --output.",
+        )
+        _finish(place)
+        for stray in place.glob(".*.new"):  # of a killed process
+            shutil.rmtree(stray)
+        staging.mkdir()
+    except OSError as error:
+        raise InputError(str(unwritable(place, error))) from None
+    try:
+        yield staging
+        for name in names:
+            (staging / name).stat()
+        staging.rename(place / READY)
+        done: list[tuple[Path, Path]] = []
+        try:
+            _finish(place, done)
+        except OSError:
+            # Only where a rename fails, on a full or read-only disk: what was moved goes back, the
+            # last move first.
+            for source, target in reversed(done):
+                target.rename(source)
+            (place / READY).rename(staging)
+            raise
+    except OSError as error:
+        raise InputError(str(unwritable(place, error))) from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        held.release()
+        left = [path for path in place.iterdir() if path.name != ".lock"]
+        if made and not left:
+            with contextlib.suppress(OSError):
+                (place / ".lock").unlink()
+                place.rmdir()
+
+
+def recover(place: Path) -> None:
+    """Bring into place what a killed process had ready; does nothing where there is no such thing.
+
+    Where that cannot be, it is left to the next one: a reader says best what it misses.
+
+    Raises:
+        InputError: a link leads out of what is ready.
+    """
+    ready = place / READY
+    if ready.is_dir():
+        refuse_links(ready, itself=True)
+        with contextlib.suppress(OSError), FileLock(place / ".lock", timeout=WAIT_S):
+            _finish(place)
+
+
+def _finish(place: Path, done: list[tuple[Path, Path]] | None = None) -> None:
+    """Move what is ready to its place, from wherever it was left.
+
+    Args:
+        place: the folder, its lock held.
+        done: gets every move, from where and to where.
+    """
+    ready = place / READY
+    if not ready.is_dir():
+        return
+    old = ready / OLD
+    old.mkdir(exist_ok=True)
+
+    def move(source: Path, target: Path) -> None:
+        source.rename(target)
+        if done is not None:
+            done.append((source, target))
+
+    # The deployment `b.yaml` with its folder `b` replaces another of that name, step by step:
+    #
+    #     b.yaml -> .old    the old record is gone before its adapter is
+    #     b      -> .old
+    #     .ready/b -> b     the new adapter is there before its record
+    #     .ready/b.yaml -> b.yaml
+    #
+    # Killed anywhere between, what is left in `.ready` says what is still to do.
+    new = sorted((p for p in ready.iterdir() if p != old), key=lambda p: (p.is_file(), p.name))
+    for path in reversed(new):
+        target = place / path.name
+        if target.exists():
+            move(target, old / f"{len(list(old.iterdir()))}-{path.name}")
+    for path in new:
+        move(path, place / path.name)
+    # In one step: half deleted, it would be taken for what is still to come.
+    discarded = place / f".{os.getpid()}.{secrets.token_hex(4)}.new"
+    ready.rename(discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
 
 
 def unwritable(path: Path, error: OSError) -> DiskError:

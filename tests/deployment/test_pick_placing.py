@@ -13,9 +13,9 @@ import pytest
 from tests.deployment.conftest import contents
 from tests.deployment.made_up_deployment import deploy
 from vgid.deployment.audit import report
-from vgid.deployment.placing import READY, recover, staged
 from vgid.deployment.record import hash_files, read_deployment
 from vgid.errors import InputError
+from vgid.files import READY, recover, staged
 from vgid.models.adapter_files import FILES
 
 NAMES = ("tiny", "tiny.yaml")

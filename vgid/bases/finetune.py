@@ -19,7 +19,6 @@ Shape legend: R response tokens over all samples, D hidden width, V vocabulary.
 import hashlib
 import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from vgid.bases.finetune_data import Sample, encode_samples, read_samples
 from vgid.config import Config, FinetuneConfig, TrialConfig, parse
 from vgid.data.benchmark import Benchmark
 from vgid.errors import InputError
+from vgid.files import appearing, write_atomically
 from vgid.method.checkpoint import load_checkpoint, save_checkpoint
 from vgid.method.distillation import draw_order, learning_rate_factor
 from vgid.models import adapters as adapter
@@ -314,10 +314,8 @@ class Training:
         optimizer: torch.optim.Optimizer,
     ) -> None:
         # Losses first: of more losses than epochs, the surplus is ignored.
-        self.checkpoint.mkdir(parents=True, exist_ok=True)
-        temporary = self.checkpoint / f"{_PROGRESS}.{os.getpid()}.tmp"
-        temporary.write_text(json.dumps({"key": self.key, "losses": self.losses}))
-        temporary.replace(self.checkpoint / _PROGRESS)
+        progress = json.dumps({"key": self.key, "losses": self.losses})
+        write_atomically(self.checkpoint / _PROGRESS, progress.encode())
         save_checkpoint(self.checkpoint, self.key, epochs_done, parameters, optimizer)
 
     def _not_finite(self, where: str) -> InputError:
@@ -331,9 +329,7 @@ class Training:
 
 def _write(backbone: Backbone, base: Path, record: dict[str, Any], output: Path) -> None:
     """Write the hub's layout: weights and config anew, all other files as the base has them."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with appearing(output) as temporary:
         save_weights(backbone.model, temporary)
         for path in sorted(base.iterdir()):
             index = path.name.endswith(".index.json")
@@ -342,6 +338,3 @@ def _write(backbone: Backbone, base: Path, record: dict[str, Any], output: Path)
         (temporary / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
         for path in temporary.iterdir():
             path.chmod(0o644)  # safetensors writes files that only their owner can read
-        temporary.replace(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

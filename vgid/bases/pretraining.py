@@ -19,9 +19,7 @@ One trainer for both architectures: what differs is behind ``pretraining_packs.A
 
 import json
 import math
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from vgid.bases.pretraining_packs import Architecture, PackEncoder
 from vgid.bases.recipe import REFUSALS, Pack, PackKind, Recipe, attribute_pictures, make_recipe
 from vgid.data.portraits import ATTRIBUTE_SIZES
 from vgid.errors import InputError
+from vgid.files import appearing
 from vgid.models.encoding import IGNORE
 from vgid.models.packing import rotary_positions
 
@@ -324,16 +323,12 @@ def write_measured(
     from vgid.bases.measure import measure, out_of_bounds
     from vgid.models.backbones import load
 
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        folder = Path(temporary) / out.name
+    with appearing(out, replace=True) as folder:
         ARCHITECTURES[backbone].save(model, processor, folder)
         scores = measure(load(backbone, str(folder)), provenance["data_seed"])
         misses = out_of_bounds(scores)
         record = {**provenance, "within_bounds": not misses, "scores": scores}
         (folder / "MEASURED.json").write_text(json.dumps(record, indent=2) + "\n")
-        if out.exists():
-            shutil.rmtree(out)
-        folder.replace(out)
     return scores, misses
 
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from vgid.data.check import Report, check_benchmark
 from vgid.data.layout import CONFIGS
 from vgid.errors import InputError
+from vgid.files import lock
 
 REPOSITORY = "MLLMMU/MLLMU-Bench"
 REVISION = "e91a01eb060b61be8dbde7edb48b121341bd0890"
@@ -166,15 +165,13 @@ def _download(
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the download of ``folder`` against other processes."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f".{folder.name}.lock")
+    file = folder.with_name(f".{folder.name}.lock")
+    held = lock(file, f"{folder}: another process is fetching it; wait for that one to end.")
     try:
-        with FileLock(lock, timeout=0):
-            yield
-            lock.unlink(missing_ok=True)
-    except Timeout:
-        raise InputError(
-            f"{folder}: another process is fetching it; wait for that one to end."
-        ) from None
+        yield
+        file.unlink(missing_ok=True)
+    finally:
+        held.release()
 
 
 def _make_sure_of_room(folder: Path, partial: Path, sizes: dict[str, int]) -> None:

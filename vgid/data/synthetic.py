@@ -7,8 +7,6 @@ look and what is asked about them comes from ``vgid.data.fictitious``.
 
 import io
 import json
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,6 +22,7 @@ from rich.progress import Progress
 from vgid.data import fictitious, layout
 from vgid.data.fictitious import FictitiousPerson
 from vgid.errors import InputError
+from vgid.files import appearing
 from vgid.prompts import Form
 from vgid.seeds import sample_generator
 
@@ -93,19 +92,15 @@ def _appearing_at(root: Path) -> Iterator[Path]:
     Raises:
         InputError: ``root`` is in use, the disk is full, or the parent is read-only.
     """
-    partial_root = root.parent / f".{root.name}.{uuid.uuid4().hex}.partial"
     try:
         _refuse_used(root)
-        partial_root.mkdir(parents=True)
-        yield partial_root
-        partial_root.rename(root)
+        with appearing(root) as folder:
+            yield folder
     except OSError as error:
         raise InputError(
             f"{root}: cannot write the benchmark there ({error.strerror or error}); "
             "free some space or name another folder."
         ) from None
-    finally:
-        shutil.rmtree(partial_root, ignore_errors=True)
 
 
 def _write(folder: Path, shards: Sequence[list[dict[str, Any]]], schema: pa.Schema) -> None:

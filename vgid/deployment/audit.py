@@ -14,10 +14,10 @@ from rich.console import Console
 
 from vgid.config import Config
 from vgid.deployment.card import CARD_SCORES
-from vgid.deployment.placing import READY, recover
 from vgid.deployment.record import Attack, Deployment, Pseudonym, read_deployment
 from vgid.errors import InputError
 from vgid.evaluation.suppression import is_suppressed
+from vgid.files import READY, recover
 from vgid.report.tables import Grid
 from vgid.results import Score
 

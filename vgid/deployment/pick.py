@@ -31,12 +31,12 @@ from vgid.deployment.lineage import Ancestor, ancestor_of
 from vgid.deployment.pick_comparison import COMPARISON, comparison_grid, write_comparison
 from vgid.deployment.pick_pictures import write_report
 from vgid.deployment.pick_report import PickReport, report_grid
-from vgid.deployment.placing import FOLDER, staged
-from vgid.deployment.record import Deployment, Pseudonym, write_deployment
+from vgid.deployment.record import FOLDER, Deployment, Pseudonym, write_deployment
 from vgid.deployment.recording import Setting, record
 from vgid.deployment.rules import RETAIN_DROP, REVERSE_RISE, Bounds, Choice, Rule, choose
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET
+from vgid.files import staged
 from vgid.flags import Flag
 from vgid.paths import UsablePath, WrittenFolder
 from vgid.study.finished import Source, open_source

@@ -24,11 +24,13 @@ import yaml
 from pydantic import Field, field_validator
 
 from vgid.config import PSEUDONYM, Config, ForgetRatio, TrainPairs, TrialConfig, parse
-from vgid.deployment.placing import recover
 from vgid.errors import InputError
 from vgid.evaluation.suppression import verdict
-from vgid.files import write_atomically
+from vgid.files import recover, write_atomically
 from vgid.results import QuestionPart, Score
+
+FOLDER = "deployments"
+"""Where deployments are in an output folder."""
 
 SCHEMA = Path(__file__).with_suffix(".schema.json")
 

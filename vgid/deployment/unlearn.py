@@ -32,10 +32,11 @@ from vgid.config import (
     parse,
 )
 from vgid.deployment.lineage import Ancestor, read_ancestor, refuse_to_replace
-from vgid.deployment.record import Deployment, Pseudonym, write_deployment
+from vgid.deployment.record import FOLDER, Deployment, Pseudonym, write_deployment
 from vgid.deployment.rules import Bounds, Marks
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
+from vgid.files import staged
 from vgid.flags import Flag, words
 from vgid.models.adapter_files import copy_adapter
 from vgid.paths import UsablePath, WrittenFolder
@@ -141,7 +142,6 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     """
     from vgid.cluster.resources import worker_threads
     from vgid.deployment.candidates import marks_of, pick_seeds, score_with_seeds
-    from vgid.deployment.placing import FOLDER, staged
     from vgid.deployment.recording import Setting, record
     from vgid.evaluation.rehearsal import rehearsed
     from vgid.results import describe_left_out

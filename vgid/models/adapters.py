@@ -5,8 +5,6 @@ frozen base, bit for bit.
 """
 
 import hashlib
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +15,7 @@ import torch
 
 from vgid.config import TrialConfig
 from vgid.errors import InputError
+from vgid.files import appearing
 from vgid.models.adapter_files import FILES, read_adapter
 from vgid.models.backbones import Backbone
 
@@ -121,12 +120,9 @@ def merge(backbone: Backbone, adapter: Path) -> None:
 
 def save(student: Any, folder: Path) -> None:
     """Write the adapter of a ``PeftModel``; the folder appears whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    student.save_pretrained(temporary)
-    (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.replace(folder)
+    with appearing(folder, replace=True) as temporary:
+        student.save_pretrained(temporary)
+        (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
 def sha256(folder: Path) -> str:

@@ -18,12 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from filelock import FileLock, Timeout
 from pydantic import Field, ValidationError, model_validator
 
 from vgid.config import Config, StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.files import refuse_links, write_atomically
+from vgid.files import lock, refuse_links, write_atomically
 from vgid.results import EpochReport, TrialResult, trial_order
 
 # A study that went on otherwise would compare trials that were made in two ways.
@@ -188,13 +187,11 @@ class Ledger:
         self._made = not output.exists()
         try:
             output.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(output / ".lock")
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            raise InputError(
+            self._lock = lock(
+                output / ".lock",
                 f"{output}: a study is running in this folder; wait for it or choose another "
-                "--output."
-            ) from None
+                "--output.",
+            )
         except OSError as error:
             raise InputError(
                 f"{output}: the output folder cannot be written ({error.strerror}); choose another "
