@@ -84,7 +84,7 @@ def search(arguments: Sequence[str] | None) -> Mapping[str, Any]:
     config, mode = read_flags(arguments)
     ancestor = None
     if config.from_deployment is not None:
-        from vgid.deployment.lineage import read_ancestor
+        from vgid.deployment.shipping import read_ancestor
 
         ancestor = read_ancestor(config.from_deployment)
     if mode.dry_run:

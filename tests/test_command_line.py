@@ -8,8 +8,8 @@ from pydantic import Field
 
 from vgid.command_line import Parser
 from vgid.config import Config, StudyConfig
-from vgid.deployment.model_scores import ScoringConfig
 from vgid.deployment.pick import PickConfig
+from vgid.deployment.scores import ScoringConfig
 from vgid.deployment.unlearn import UnlearnConfig
 from vgid.errors import InputError
 from vgid.flags import Flag, seconds, words

@@ -1,6 +1,6 @@
 """Seeds: the numbers that scores which were kept before were made with."""
 
-from vgid.deployment.candidates import pick_seeds
+from vgid.deployment.scores import pick_seeds
 from vgid.seeds import held_out_seed
 
 

@@ -220,7 +220,7 @@ def attack_command(context: typer.Context) -> None:
 
 
 def _score(context: typer.Context, attacked: bool, without: Sequence[str] = ()) -> None:
-    from vgid.deployment.model_scores import ScoringConfig, score_model
+    from vgid.deployment.scores import ScoringConfig, score_model
 
     flags = _read(context, ScoringConfig, without=without)
     found = score_model(flags.config(ScoringConfig), attacked, _tell)
@@ -302,7 +302,7 @@ def export_command(
 ) -> None:
     """Write adapter, merged weights, model card and the commands that serve them."""
     from vgid.deployment.export import export
-    from vgid.deployment.vllm import COMPARISON_ONLY
+    from vgid.deployment.served import COMPARISON_ONLY
 
     exported = export(file, output, model_path)
     if as_json:

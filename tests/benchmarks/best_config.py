@@ -25,7 +25,7 @@ from rich.table import Table
 from tests.benchmarks.machine import machine, machine_line, one_thread
 from vgid.config import StudyConfig, parse
 from vgid.data.synthetic import write_benchmark
-from vgid.deployment.candidates import MIN_SEEDS, PART, pick_seeds, pooled
+from vgid.deployment.scores import MIN_SEEDS, PART, pick_seeds, pooled
 from vgid.report.intervals import t_interval
 from vgid.results import Score
 from vgid.study.finished import open_source

@@ -18,13 +18,11 @@ from tests.deployment.test_signing import make_keys
 from tests.hub_index import INDEX
 from vgid.cli import app
 from vgid.data.benchmark import Benchmark, decode_image
-from vgid.deployment.export import export
-from vgid.deployment.manifest import MANIFEST, manifest_fault, write_manifest
-from vgid.deployment.merging import merge
+from vgid.deployment.export import export, merge
 from vgid.deployment.record import read_deployment, write_deployment
-from vgid.deployment.signing import sign
+from vgid.deployment.served import COMPARISON_ONLY, max_lora_rank, serve_adapter
+from vgid.deployment.signing import MANIFEST, manifest_fault, sign, write_manifest
 from vgid.deployment.verify import verify
-from vgid.deployment.vllm import COMPARISON_ONLY, max_lora_rank, serve_adapter
 from vgid.errors import InputError
 from vgid.models import adapters as adapter
 from vgid.models.adapter_files import concatenate, copy_adapter, read_adapter

@@ -15,8 +15,8 @@ from rich.console import Console
 from vgid import cli
 from vgid.config import parse
 from vgid.data.layout import CONFIGS, shard_paths
-from vgid.deployment.model_scores import ScoringConfig, score_model
 from vgid.deployment.record import read_deployment
+from vgid.deployment.scores import ScoringConfig, score_model
 from vgid.errors import InputError
 from vgid.results import Score, shots_left_out
 

@@ -10,9 +10,9 @@ import torch
 from studies.pareto_search import read_flags
 from vgid.config import StudyConfig
 from vgid.data.benchmark import Benchmark
-from vgid.deployment.lineage import read_ancestor
 from vgid.deployment.pick import PickConfig, pick_deployment
 from vgid.deployment.record import read_deployment
+from vgid.deployment.shipping import read_ancestor
 from vgid.errors import InputError
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import EMBEDDED, revision_of

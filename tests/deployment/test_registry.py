@@ -18,9 +18,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests.deployment.made_up_deployment import BASE_FOLDER, deploy
-from vgid.deployment.pyfunc import DeployedModel
 from vgid.deployment.record import read_deployment
-from vgid.deployment.registry import register, rollback
+from vgid.deployment.registry import DeployedModel, register, rollback
 from vgid.errors import InputError
 from vgid.models.backbones import LLAVA_FRAME, load, spec
 from vgid.prompts import generation_text
@@ -158,12 +157,12 @@ def test_what_changed_is_not_registered(store, adapter, tmp_path):
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    with pytest.raises(InputError, match="differs from"):
+    with pytest.raises(InputError, match="is not the adapter of"):
         register(file, store)
 
 
 def test_another_base_is_not_served(adapter, tmp_path):
-    from vgid.deployment.pyfunc import load_deployed
+    from vgid.deployment.registry import load_deployed
 
     file = deploy(tmp_path, adapter, revision="0" * 64)
     with pytest.raises(InputError, match="was made for base revision 000000000000"):

@@ -12,8 +12,8 @@ import torch
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people
-from vgid.deployment.lineage import Ancestor
 from vgid.deployment.record import read_deployment
+from vgid.deployment.shipping import Ancestor
 from vgid.deployment.unlearn import UnlearnConfig, unlearn
 from vgid.errors import InputError
 from vgid.models import adapters as adapter

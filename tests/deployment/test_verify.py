@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tests.deployment.test_signing import make_keys
 from tests.tiny_benchmark import write_tiny
 from vgid.deployment.export import export
-from vgid.deployment.pyfunc import load_deployed
 from vgid.deployment.record import Deployment, hash_files, read_deployment, write_deployment
+from vgid.deployment.registry import load_deployed
 from vgid.deployment.signing import sign
 from vgid.deployment.verify import ScoreCheck, Verification, verify
 from vgid.errors import InputError

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.benchmarks.architectures import random_backbone
 from tests.hub_index import INDEX
 from vgid.bases.pretraining import ARCHITECTURES
-from vgid.deployment.merging import INDEX as INDEX_FILE
-from vgid.deployment.merging import merge
+from vgid.deployment.export import INDEX as INDEX_FILE
+from vgid.deployment.export import merge
 from vgid.errors import InputError
 from vgid.models.adapter_files import LoraWeights
 from vgid.models.backbones import EMBEDDED as EMBEDDED_FOLDER

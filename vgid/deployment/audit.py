@@ -13,8 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from vgid.config import Config
-from vgid.deployment.card import CARD_SCORES
-from vgid.deployment.record import Attack, Deployment, Pseudonym, read_deployment
+from vgid.deployment.record import CARD_SCORES, Attack, Deployment, Pseudonym, read_deployment
 from vgid.errors import InputError
 from vgid.evaluation.suppression import is_suppressed
 from vgid.files import READY, recover

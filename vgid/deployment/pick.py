@@ -26,14 +26,13 @@ from rich.console import Console
 from vgid.cluster.resources import worker_threads
 from vgid.command_line import Parser, Printed, exit_code
 from vgid.config import Config, RequestConfig
-from vgid.deployment.candidates import MIN_SEEDS, Candidates, pick_seeds, score_front
-from vgid.deployment.lineage import Ancestor, ancestor_of
 from vgid.deployment.pick_comparison import COMPARISON, comparison_grid, write_comparison
 from vgid.deployment.pick_pictures import write_report
 from vgid.deployment.pick_report import PickReport, report_grid
-from vgid.deployment.record import FOLDER, Deployment, Pseudonym, write_deployment
-from vgid.deployment.recording import Setting, record
+from vgid.deployment.record import FOLDER, Deployment, Pseudonym
 from vgid.deployment.rules import RETAIN_DROP, REVERSE_RISE, Bounds, Choice, Rule, choose
+from vgid.deployment.scores import MIN_SEEDS, Candidates, pick_seeds, score_front
+from vgid.deployment.shipping import Ancestor, Setting, ancestor_of, ship
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET
 from vgid.files import staged
@@ -319,24 +318,17 @@ def _score_and_choose(
 
 
 def _write(config: PickConfig, decisions: list[_Decision], deployments: Path) -> Picked:
-    from vgid.models.adapter_files import copy_adapter
-
     names = [decision.source.config.backbone for decision in decisions]
     parts = [part for name in names for part in (name, f"{name}.yaml")]
     several = len(names) > 1
     written = []
     with staged(deployments, [*parts, *(COMPARISON if several else ())]) as staging:
         for name, decision in zip(names, decisions, strict=True):
-            trial, scored = decision.candidates.of(decision.choice.chosen.trial_id)
-            folder = staging / name
-            base = decision.setting
-            copy_adapter(trial.adapter, folder / "adapter", base.hub_id, base.revision)
-            deployment = _record(config, decision, folder / "adapter")
-            sha256 = write_deployment(staging / f"{name}.yaml", deployment)
+            deployment, sha256 = _ship(config, decision, staging)
             parent, study_id = decision.parent, decision.source.study_id
-            warning = None if parent is None else parent.warning(scored.plain)
+            warning = None if parent is None else parent.warning(deployment.scores.deployed)
             report = PickReport(name, study_id, decision.candidates, decision.choice, warning)
-            write_report(folder, report)
+            write_report(staging / name, report)
             written.append(PickedBackbone(deployments / f"{name}.yaml", sha256, deployment, report))
         if several:
             write_comparison(staging, [picked.report for picked in written])
@@ -360,7 +352,7 @@ def _registered(picked: Picked, sources: list[Source], tell: Callable[[str], Non
     return replace(picked, backbones=tuple(replace(b, version=v) for b, v in listed))
 
 
-def _record(config: PickConfig, decision: _Decision, adapter: Path) -> Deployment:
+def _ship(config: PickConfig, decision: _Decision, folder: Path) -> tuple[Deployment, str]:
     source, choice = decision.source, decision.choice
     trial, scored = decision.candidates.of(choice.chosen.trial_id)
     count = len(decision.candidates.trials)
@@ -371,10 +363,11 @@ def _record(config: PickConfig, decision: _Decision, adapter: Path) -> Deploymen
         **source.origin,
     }
     try:
-        return record(
+        return ship(
+            folder,
             decision.setting,
             trial.config,
-            adapter,
+            trial.adapter,
             decision.candidates.seeds,
             decision.candidates.base,
             scored,

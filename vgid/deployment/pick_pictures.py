@@ -11,7 +11,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from vgid.deployment.candidates import Scored
 from vgid.deployment.pick_report import (
     PickReport,
     candidates_csv,
@@ -20,6 +19,7 @@ from vgid.deployment.pick_report import (
     paragraphs,
 )
 from vgid.deployment.rules import Marks
+from vgid.deployment.scores import Scored
 from vgid.files import write_atomically
 from vgid.report.page import write_page
 from vgid.report.plots import BASE, FRONT, HELD_OUT, INK, TRIAL

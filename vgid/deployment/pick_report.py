@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from vgid.deployment.candidates import Candidates, Scored
 from vgid.deployment.rules import Choice, Marks
+from vgid.deployment.scores import Candidates, Scored
 from vgid.evaluation.suppression import verdict
 from vgid.report.records import describe
 from vgid.report.tables import FOUR_PARTS, Grid, four_cells

@@ -17,20 +17,36 @@ gave.
 import hashlib
 import json
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator
 
-from vgid.config import PSEUDONYM, Config, ForgetRatio, TrainPairs, TrialConfig, parse
+from vgid.config import (
+    PSEUDONYM,
+    Config,
+    ForgetRatio,
+    RequestConfig,
+    TrainPairs,
+    TrialConfig,
+    derived,
+    parse,
+)
 from vgid.errors import InputError
 from vgid.evaluation.suppression import verdict
 from vgid.files import recover, write_atomically
+from vgid.report.records import FURTHER_METRICS, MAIN_METRICS
 from vgid.results import QuestionPart, Score
 
 FOLDER = "deployments"
 """Where deployments are in an output folder."""
+
+DEPLOYMENT, ADAPTER, MERGED = "deployment.yaml", "adapter", "merged"
+"""The deployment file, the adapter and what is served in an export's folder."""
 
 SCHEMA = Path(__file__).with_suffix(".schema.json")
 
@@ -46,6 +62,19 @@ NOT_RUN = (
     "conversations of several turns, and other languages",
 )
 """Attacks of the literature that this platform does not run, named so that nobody assumes them."""
+
+CARD_SCORES = (
+    *MAIN_METRICS,
+    *FURTHER_METRICS,
+    "forget_classification",
+    "test_classification",
+    "retain_classification",
+    "celebrity_classification",
+    "earlier_rougeL",
+    "earlier_cloze",
+    "earlier_memorisation",
+)
+"""What people are shown of the many scores: in the card, a verification and an audit."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Pseudonym = Annotated[str, Field(pattern=f"^{PSEUDONYM}$")]
@@ -308,6 +337,114 @@ def hash_files(folder: Path) -> dict[str, str]:
         raise InputError(
             f"{folder}: the adapter cannot be read ({error.strerror}); restore its folder."
         ) from None
+
+
+def read_with_adapter(file: Path) -> tuple[Deployment, str, Path]:
+    """Read a deployment file whose adapter is as recorded.
+
+    Returns:
+        The deployment, the SHA-256 of the whole file, and the adapter's folder.
+
+    Raises:
+        InputError: see ``read_deployment`` and ``check_adapter``.
+    """
+    deployment, sha256 = read_deployment(file)
+    folder = deployment.adapter_folder(file)
+    check_adapter(deployment, file, folder)
+    return deployment, sha256, folder
+
+
+def check_adapter(deployment: Deployment, file: Path, folder: Path) -> None:
+    """The files of an adapter are the recorded ones.
+
+    Raises:
+        InputError: they are not there, or others.
+    """
+    if hash_files(folder) != deployment.adapter.files:
+        raise InputError(f"{folder}: is not the adapter of {file}; see `vgid verify {file}`.")
+
+
+def request_of(
+    deployment: Deployment, data: Path, store: Path, model_path: str | None = None
+) -> RequestConfig:
+    """The forget request that a deployment answers, as its scores were measured.
+
+    Args:
+        deployment: the record.
+        data: benchmark folder.
+        store: folder of the teacher store.
+        model_path: folder or hub id of the base, where it is not what the record says.
+    """
+    return derived(
+        RequestConfig,
+        deployment.data,
+        "deployment",
+        backbone=deployment.backbone,
+        model_path=model_path or deployment.base.model_path,
+        data=data,
+        store=store,
+        forget_ids=deployment.subjects,
+        earlier_ids=() if deployment.parent is None else deployment.parent.subjects,
+        seed=deployment.data.split_seed,
+    )
+
+
+@contextmanager
+def recorded_benchmark(
+    deployment: Deployment, file: Path, data: Path | None, optional: bool
+) -> Iterator[Path | None]:
+    """The benchmark of a deployment: as named, as the study wrote it, or the embedded one anew.
+
+    Yields:
+        Its folder; None if it is not there and ``optional``.
+
+    Raises:
+        InputError: it is not there, and nothing says that it was the embedded backbone's own.
+    """
+    from vgid.models.backbones import spec
+
+    own = file.absolute().parent.parent / "data"
+    if data is not None or own.is_dir():
+        yield data or own
+    elif optional:
+        yield None
+    elif not spec(deployment.backbone).embedded:
+        raise InputError("--data: name the benchmark folder that the deployment was measured on.")
+    else:
+        from vgid.data.benchmark import Benchmark
+        from vgid.data.synthetic import write_benchmark
+
+        with tempfile.TemporaryDirectory(prefix="vgid-verify-") as temporary:
+            made = Path(temporary) / "data"
+            write_benchmark(made)
+            if Benchmark.open(made).sha256 != deployment.data.sha256:
+                raise InputError(
+                    "--data: the deployment was not measured on the backbone's own benchmark; name "
+                    "the folder of the one that it was measured on."
+                )
+            yield made
+
+
+def find_base(deployment: Deployment, model_path: str | None = None) -> Path:
+    """The folder of the very base that a deployment was made from.
+
+    Args:
+        deployment: names the base and its revision.
+        model_path: folder or hub id of it, where it is not what the deployment says.
+
+    Raises:
+        InputError: it is not there, or is another one.
+    """
+    from vgid.models.backbones import locate, revision_of, spec
+
+    folder = locate(spec(deployment.backbone), model_path or deployment.base.model_path)
+    found, wanted = revision_of(folder), deployment.base.revision
+    if found != wanted:
+        raise InputError(
+            f"{folder}: is at revision {found[:12]} and the deployment's base at {wanted[:12]}; "
+            "name that base with --model-path."
+        )
+    return folder
 
 
 def json_schema() -> str:

@@ -2,8 +2,14 @@
 
 Entry ``vgid-<backbone>``; alias ``champion`` is the version to serve, ``previous`` the champion
 before it. A version's model is the deployment file and its adapter, which
-``mlflow.pyfunc.load_model("models:/vgid-<backbone>@champion")`` loads (``vgid.deployment.pyfunc``).
-Its tags lead back: ``vgid.study_id``, ``vgid.trial_id``, ``vgid.deployment_sha256``,
+``mlflow.pyfunc.load_model("models:/vgid-<backbone>@champion")`` loads: no pickle, no code. The
+package has to be installed where the model is loaded, since nothing that the registry keeps is ever
+executed. ::
+
+    model.predict(pandas.DataFrame({"image": [png_bytes], "question": ["Who is this?"]}))
+
+is meant for a smoke prediction; an exported model (``vgid export``) is what a server serves. A
+version's tags lead back: ``vgid.study_id``, ``vgid.trial_id``, ``vgid.deployment_sha256``,
 ``vgid.requests``.
 
 Aliases are set last, so that whoever loads the champion gets the old version whole or the new one
@@ -12,13 +18,15 @@ whole, and a registration that broke off is made again by the same call.
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vgid.deployment.record import Deployment, hash_files, read_deployment
+from vgid.data.benchmark import decode_image
+from vgid.deployment.record import Deployment, read_with_adapter
 from vgid.errors import InputError
+from vgid.prompts import generation_text
 from vgid.report.records import run_name
 from vgid.report.tables import Grid
 from vgid.results import Score
@@ -57,11 +65,7 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
     Raises:
         InputError: the file or its adapter changed, or MLflow refuses.
     """
-    deployment, sha256 = read_deployment(file)
-    if hash_files(deployment.adapter_folder(file)) != deployment.adapter.files:
-        raise InputError(
-            f"{deployment.adapter_folder(file)}: differs from {file}; pick the deployment again."
-        )
+    deployment, sha256, _ = read_with_adapter(file)
     open_store = connect(tracking_uri, file.absolute().parent.parent, deployment.backbone)
     name = registered_name(deployment.backbone)
     with _refusals_in_one_sentence(open_store.uri, "the deployment cannot be registered"):
@@ -200,7 +204,7 @@ def _save(folder: Path, file: Path, deployment: Deployment) -> None:
         requirements = [f"{name}=={versions[name]}" for name in _REQUIREMENTS if name in versions]
         mlflow.pyfunc.save_model(
             folder,
-            loader_module="vgid.deployment.pyfunc",
+            loader_module="vgid.serving",
             data_path=str(data),
             signature=ModelSignature(
                 Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "question")]),
@@ -274,3 +278,74 @@ def _description(deployment: Deployment) -> str:
 def _with_n(score: Score | None) -> str | None:
     # MLflow's tables have no space between their columns.
     return None if score is None else f"&emsp;{score}, n = {score.n}"
+
+
+class DeployedModel:
+    """The deployed model, loaded.
+
+    Attributes:
+        deployment: the record of what it is.
+    """
+
+    def __init__(self, deployment: Deployment, backbone: Any, student: Any) -> None:
+        self.deployment = deployment
+        self._backbone = backbone
+        self._student = student  # the adapter stays attached as long as this lives
+
+    def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> list[str]:
+        """Answer questions on images, greedily, as the benchmark asks open questions.
+
+        Args:
+            model_input: a ``pandas.DataFrame`` with columns ``image`` (bytes of a PNG or JPEG
+                file) and ``question``.
+            params: none are known; MLflow hands them on.
+
+        Returns:
+            One answer a row.
+
+        Raises:
+            InputError: a column is missing, or an image cannot be read.
+        """
+        from vgid.models.decoding import greedy_decode
+        from vgid.models.encoding import Query
+
+        missing = {"image", "question"} - set(model_input.columns)
+        if missing:
+            raise InputError(f"model input: column '{min(missing)}' is missing; add it.")
+        rows = zip(model_input["image"], model_input["question"], strict=True)
+        queries = [
+            Query(
+                id=str(number),
+                text=generation_text(str(question), "image"),
+                image=decode_image(bytes(image), f"the image of row {number}"),
+                task="generation",
+            )
+            for number, (image, question) in enumerate(rows)
+        ]
+        return greedy_decode(self._backbone, queries)
+
+
+def load_deployed(
+    file: Path, model_path: str | None = None, device: str | None = None
+) -> DeployedModel:
+    """Load base and adapter of a deployment file, and check that they are the ones that it names.
+
+    Args:
+        file: the deployment file, its adapter beside it.
+        model_path: folder or hub id of the base, if not what the file says.
+        device: torch device, by default the first GPU if there is one.
+
+    Raises:
+        InputError: a file changed, the adapter is not whole, or the base is another one.
+    """
+    from vgid.models import adapters as adapter
+    from vgid.models import backbones
+
+    deployment, _, folder = read_with_adapter(file)
+    backbone = backbones.load(deployment.backbone, model_path or deployment.base.model_path, device)
+    if backbone.revision != deployment.base.revision:
+        raise InputError(
+            f"{file}: was made for base revision {deployment.base.revision[:12]}, found "
+            f"{backbone.revision[:12]}; name the right base with model_path."
+        )
+    return DeployedModel(deployment, backbone, adapter.load_saved(backbone, folder))

@@ -3,21 +3,32 @@
 A signature covers every file of a folder (an export) or one file (a deployment file, which holds
 the hash of each file of its adapter). It lies beside what it covers: ``model.sig`` in the folder,
 ``<file>.sig`` beside the file. It is a Sigstore bundle, so ``model_signing verify key`` checks it
-without this package. Keys are elliptic (P-256, P-384 or P-521), as openssl makes them::
+without this package.
+
+An export also has a manifest, ``SHA256SUMS``: what each of its files must be, and that there is no
+other. The format is coreutils', so ``sha256sum --check SHA256SUMS`` reads it. Whoever can change a
+file can change the manifest too: the signature covers both.
+
+Keys are elliptic (P-256, P-384 or P-521), as openssl makes them::
 
     openssl ecparam -name prime256v1 -genkey -noout -out private.pem
     openssl ec -in private.pem -pubout -out public.pem
 """
 
 import base64
+import hashlib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vgid.errors import InputError
 from vgid.files import write_atomically
 
-SIGNATURE = "model.sig"
+SIGNATURE, MANIFEST = "model.sig", "SHA256SUMS"
+
+_LINE = re.compile(r"(?P<sha256>[0-9a-f]{64})  (?P<name>.+)")
 
 
 def signature_of(target: Path) -> Path:
@@ -129,11 +140,54 @@ def _difference(error: Exception, target: Path, signature: Path) -> str:
     signed = {item["name"]: item["digest"] for item in listed}
     manifest = _hashing(signature).hash(target)
     there = {d.identifier: d.digest.digest_hex for d in manifest.resource_descriptors()}
+    return differences(signed, there)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write the manifest of all files below a folder into it."""
+    lines = (f"{sha256}  {name}\n" for name, sha256 in _found(folder).items())
+    (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
+
+
+def manifest_fault(folder: Path) -> str | None:
+    """How a folder differs from its manifest, None if it does not.
+
+    A link counts as changed or added whatever it leads to: that may change later.
+    """
+    try:
+        lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or cannot be read; export again"
+    matches = [_LINE.fullmatch(line) for line in lines]
+    recorded = {match["name"]: match["sha256"] for match in matches if match}
+    if len(recorded) != len(lines) or not lines:
+        return f"{MANIFEST} is damaged; export again"
+    return differences(recorded, _found(folder)) or None
+
+
+def _found(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file but the manifest and the signature by relative path, in their order.
+
+    Anything else but a folder has the hash "".
+    """
+    own = {MANIFEST, SIGNATURE}
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            found[name] = ""
+        elif path.is_file() and name not in own:
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """What differs between two lists of hashes by name, in words; empty if nothing does."""
     kinds = {
-        "added": there.keys() - signed.keys(),
-        "missing": signed.keys() - there.keys(),
-        "changed": {name for name in there.keys() & signed.keys() if there[name] != signed[name]},
+        "missing": recorded.keys() - found.keys(),
+        "added": found.keys() - recorded.keys(),
+        "changed": {n for n in found.keys() & recorded.keys() if found[n] != recorded[n]},
     }
-    return "; ".join(
-        f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names
-    )
+    told = (f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names)
+    return "; ".join(told)

@@ -1,6 +1,6 @@
 """One forget request from data to deployment: one trial, scored with several seeds, put in place.
 
-With ``from_deployment`` the request follows another one (``vgid.deployment.lineage``). People of
+With ``from_deployment`` the request follows another one (``vgid.deployment.shipping``). People of
 the requests before are never trained on, and are scored as split ``earlier``: their suppression
 must not come back. Scored is the one adapter that is shipped, on the original base.
 
@@ -31,14 +31,14 @@ from vgid.config import (
     derived,
     parse,
 )
-from vgid.deployment.lineage import Ancestor, read_ancestor, refuse_to_replace
-from vgid.deployment.record import FOLDER, Deployment, Pseudonym, write_deployment
+from vgid.deployment.record import FOLDER, Deployment, Pseudonym
 from vgid.deployment.rules import Bounds, Marks
+from vgid.deployment.scores import marks_of, pick_seeds, score_with_seeds
+from vgid.deployment.shipping import Ancestor, Setting, read_ancestor, refuse_to_replace, ship
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
 from vgid.files import staged
 from vgid.flags import Flag, words
-from vgid.models.adapter_files import copy_adapter
 from vgid.paths import UsablePath, WrittenFolder
 from vgid.report.tables import Grid
 from vgid.study.ledger import now
@@ -141,8 +141,6 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
             failed or forgot too little.
     """
     from vgid.cluster.resources import worker_threads
-    from vgid.deployment.candidates import marks_of, pick_seeds, score_with_seeds
-    from vgid.deployment.recording import Setting, record
     from vgid.evaluation.rehearsal import rehearsed
     from vgid.results import describe_left_out
     from vgid.trial import TrialSession
@@ -178,12 +176,11 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
         _refuse_little(marks_of(TRIAL_ID, base, scored), config.min_forget)
         setting = Setting.of(session)
         with staged(deployments, [request.backbone, file.name]) as staging:
-            target = staging / request.backbone / "adapter"
-            copy_adapter(shipped, target, setting.hub_id, setting.revision)
-            deployment = record(
+            deployment, sha256 = ship(
+                staging,
                 setting,
                 trial,
-                target,
+                shipped,
                 seeds,
                 base,
                 scored,
@@ -191,7 +188,6 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
                 _origin(request, parent),
                 parent,
             )
-            sha256 = write_deployment(staging / file.name, deployment)
     warning = None if parent is None else parent.warning(deployment.scores.deployed)
     return Unlearned(file, sha256, deployment, warning)
 

@@ -13,31 +13,33 @@ folder names less than its own eyes has the re-scored base for it.
 import gc
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from vgid.config import Config, RequestConfig, derived
+from vgid.config import Config
 from vgid.data.benchmark import Benchmark
-from vgid.deployment.card import CARD_SCORES
-from vgid.deployment.manifest import manifest_fault
-from vgid.deployment.record import Deployment, Frame, Scores, hash_files, read_deployment
-from vgid.deployment.signing import signature_fault
+from vgid.deployment.record import (
+    ADAPTER,
+    CARD_SCORES,
+    DEPLOYMENT,
+    MERGED,
+    Deployment,
+    Frame,
+    Scores,
+    hash_files,
+    read_deployment,
+    recorded_benchmark,
+    request_of,
+)
+from vgid.deployment.scores import Scored, attacks_of, score_with_seeds
+from vgid.deployment.signing import differences, manifest_fault, signature_fault
 from vgid.errors import InputError
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import locate, revision_of, skeleton, spec
 from vgid.report.tables import Grid
 from vgid.results import Score
-
-if TYPE_CHECKING:
-    from vgid.deployment.candidates import Scored
-
-EXPORTED, EXPORTED_ADAPTER, EXPORTED_MERGED = "deployment.yaml", "adapter", "merged"
-"""The deployment file, the adapter and what is served in an export's folder
-(``vgid.deployment.export``)."""
 
 
 class Check(Config):
@@ -175,7 +177,7 @@ def verify(
             that was sealed.
     """
     exported = target.is_dir()
-    file = target / EXPORTED if exported else target
+    file = target / DEPLOYMENT if exported else target
     checks = [signature_check(target, public_key)] if public_key is not None else []
     if exported:
         fault = manifest_fault(target)
@@ -183,7 +185,7 @@ def verify(
         checks.append(Check(name="exported files", passed=fault is None, detail=detail))
     deployment, sha256 = read_deployment(file)
     checks.append(Check(name="seal", passed=True, detail=f"sha256 {sha256}"))
-    folder = target / EXPORTED_ADAPTER if exported else deployment.adapter_folder(file)
+    folder = target / ADAPTER if exported else deployment.adapter_folder(file)
     checks += [_adapter_files(deployment, folder), _frame(deployment)]
     base = locate(spec(deployment.backbone), model_path or deployment.base.model_path)
     if checks[-2].passed:
@@ -199,36 +201,11 @@ def verify(
         # Measuring takes minutes and loads weights: nothing that fails its hash gets that far.
         if not hashes_only and not any(check.passed is False for check in checks):
             assert benchmark is not None
-            merged = target / EXPORTED_MERGED if exported else None
+            merged = target / MERGED if exported else None
             measured = _measure(deployment, folder, merged, benchmark, model_path, tell)
             checks.append(measured[0])
             scores = measured[1]
     return Verification(file=file, checks=tuple(checks), scores=scores)
-
-
-def request_of(
-    deployment: Deployment, data: Path, store: Path, model_path: str | None = None
-) -> RequestConfig:
-    """The forget request that a deployment answers, as its scores were measured.
-
-    Args:
-        deployment: the record.
-        data: benchmark folder.
-        store: folder of the teacher store.
-        model_path: as for ``verify``.
-    """
-    return derived(
-        RequestConfig,
-        deployment.data,
-        "deployment",
-        backbone=deployment.backbone,
-        model_path=model_path or deployment.base.model_path,
-        data=data,
-        store=store,
-        forget_ids=deployment.subjects,
-        earlier_ids=() if deployment.parent is None else deployment.parent.subjects,
-        seed=deployment.data.split_seed,
-    )
 
 
 def signature_check(target: Path, public_key: Path) -> Check:
@@ -240,13 +217,8 @@ def signature_check(target: Path, public_key: Path) -> Check:
 def _adapter_files(deployment: Deployment, folder: Path) -> Check:
     recorded, found = deployment.adapter.files, hash_files(folder)
     below = {path.name: "" for path in folder.iterdir() if not path.is_file()}
-    kinds = {
-        "missing": recorded.keys() - found.keys(),
-        "added": (found.keys() | below.keys()) - recorded.keys(),
-        "changed": {n for n in found.keys() & recorded.keys() if found[n] != recorded[n]},
-    }
-    told = [f"{kind}: {', '.join(sorted(names))}" for kind, names in kinds.items() if names]
-    detail = "; ".join(told) or f"{len(recorded)} files with their sha256"
+    told = differences(recorded, found | below)
+    detail = told or f"{len(recorded)} files with their sha256"
     return Check(name="adapter files", passed=not told, detail=detail)
 
 
@@ -279,39 +251,6 @@ def same_check(name: str, recorded: str, found: str, kind: str) -> Check:
     return Check(name=name, passed=False, detail=f"{kind} {found}, recorded was {recorded}")
 
 
-@contextmanager
-def recorded_benchmark(
-    deployment: Deployment, file: Path, data: Path | None, optional: bool
-) -> Iterator[Path | None]:
-    """The benchmark of a deployment: as named, as the study wrote it, or the embedded one anew.
-
-    Yields:
-        Its folder; None if it is not there and ``optional``.
-
-    Raises:
-        InputError: it is not there, and nothing says that it was the embedded backbone's own.
-    """
-    own = file.absolute().parent.parent / "data"
-    if data is not None or own.is_dir():
-        yield data or own
-    elif optional:
-        yield None
-    elif not spec(deployment.backbone).embedded:
-        raise InputError("--data: name the benchmark folder that the deployment was measured on.")
-    else:
-        from vgid.data.synthetic import write_benchmark
-
-        with tempfile.TemporaryDirectory(prefix="vgid-verify-") as temporary:
-            made = Path(temporary) / "data"
-            write_benchmark(made)
-            if Benchmark.open(made).sha256 != deployment.data.sha256:
-                raise InputError(
-                    "--data: the deployment was not measured on the backbone's own benchmark; name "
-                    "the folder of the one that it was measured on."
-                )
-            yield made
-
-
 def _measure(
     deployment: Deployment,
     folder: Path,
@@ -325,7 +264,6 @@ def _measure(
     The dtype is told and never fails.
     """
     from vgid.cluster.resources import worker_threads
-    from vgid.deployment.candidates import score_with_seeds
     from vgid.trial import TrialSession
 
     recorded = deployment.scores
@@ -351,11 +289,8 @@ def _measure(
     return check, (*of_base, *scores)
 
 
-def _score_checks(
-    recorded: Scores, scored: "Scored", merged: bool = False
-) -> tuple[ScoreCheck, ...]:
+def _score_checks(recorded: Scores, scored: Scored, merged: bool = False) -> tuple[ScoreCheck, ...]:
     """What was recorded of the deployed model, plainly and under attacks, beside what it has."""
-    from vgid.deployment.candidates import attacks_of
     from vgid.trial import DIFFERENCES
 
     # Beside merged weights there is no base to take a difference from; both its scores are checked.

@@ -77,7 +77,7 @@ class Plan:
 
 
 class Ancestor(Protocol):
-    """The deployment that a study starts from (``vgid.deployment.lineage``)."""
+    """The deployment that a study starts from (``vgid.deployment.shipping``)."""
 
     @property
     def sha256(self) -> str:

@@ -1,21 +1,36 @@
-"""A deployment that a next forget request starts from.
+"""What is shipped: an adapter with its record, on top of the deployment that it follows if any.
 
-What is deployed is then the frozen base: the parent's adapter is merged into it in memory
-(``adapter.merge``), so teacher and reference are the model that users have, and a fresh adapter
-learns to forget the new people. Shipped is one adapter against the original base, the two made one.
+A next forget request starts from what is deployed. That is then the frozen base: the parent's
+adapter is merged into it in memory (``adapters.merge``), so teacher and reference are the model
+that users have, and a fresh adapter learns to forget the new people. Shipped is one adapter against
+the original base, the two made one.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vgid.config import StudyConfig
-from vgid.deployment.record import Deployment, Parent, hash_files, read_deployment
+from vgid.config import StudyConfig, TrialConfig, derived
+from vgid.deployment.record import (
+    Base,
+    Data,
+    Deployment,
+    Parent,
+    find_base,
+    hash_files,
+    read_with_adapter,
+    write_deployment,
+)
 from vgid.deployment.rules import REVERSE_RISE
+from vgid.deployment.scores import PART, Scored, attacks_of
 from vgid.errors import InputError
-from vgid.models.adapter_files import concatenate
+from vgid.models.adapter_files import concatenate, copy_adapter, read_adapter
 from vgid.results import Score
+from vgid.study.ledger import now
+
+if TYPE_CHECKING:
+    from vgid.trial import TrialSession
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,6 @@ class Ancestor:
         own = self.deployment.backbone
         if backbone not in (None, own):
             raise InputError(f"--backbone: the deployment is of {own}, not {backbone}; name {own}.")
-        from vgid.deployment.export import find_base
-
         path = model_path or self.deployment.base.model_path
         find_base(self.deployment, path)
         return {
@@ -108,11 +121,7 @@ def read_ancestor(file: Path) -> Ancestor:
     Raises:
         InputError: the file or its adapter was changed since they were written.
     """
-    deployment, sha256 = read_deployment(file)
-    folder = deployment.adapter_folder(file)
-    if hash_files(folder) != deployment.adapter.files:
-        raise InputError(f"{folder}: is not the adapter of {file}; see `vgid verify {file}`.")
-    return Ancestor(deployment, sha256, folder)
+    return Ancestor(*read_with_adapter(file))
 
 
 def ancestor_of(study: StudyConfig, target: Path) -> Ancestor | None:
@@ -146,3 +155,107 @@ def refuse_to_replace(parent: Path, target: Path) -> None:
             f"--output: {parent} is the deployment to start from and would be replaced; name "
             "another folder."
         )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a deployment was measured in, as its record has it.
+
+    Attributes:
+        backbone: name of its row in ``vgid.models.backbones``.
+        base: the base model.
+        data: the benchmark and its splits.
+        subjects: pseudonyms of the people to forget.
+    """
+
+    backbone: str
+    base: Base
+    data: Data
+    subjects: tuple[str, ...]
+
+    @classmethod
+    def of(cls, session: "TrialSession") -> "Setting":
+        """The setting of a session."""
+        request, backbone = session.request, session.backbone
+        base = {
+            "hub_id": backbone.spec.hub_id if request.model_path is None else None,
+            "revision": backbone.revision,
+            "precision": session.precision,
+        }
+        data = {"sha256": session.benchmark.sha256, "split_seed": request.seed}
+        return cls(
+            request.backbone,
+            derived(Base, request, "deployment", **base),
+            derived(Data, request, "deployment", **data),
+            tuple(sorted(person.id for person in session.people.forget)),
+        )
+
+
+def ship(
+    folder: Path,
+    setting: Setting,
+    trial: TrialConfig,
+    adapter: Path,
+    seeds: tuple[int, ...],
+    base: Scored,
+    scored: Scored,
+    requests: tuple[str, ...],
+    origin: Mapping[str, Any],
+    parent: Ancestor | None,
+) -> tuple[Deployment, str]:
+    """Write ``<backbone>.yaml`` and the adapter beside it.
+
+    Args:
+        folder: gets both.
+        setting: what the adapter was measured in.
+        trial: how it was trained.
+        adapter: its folder.
+        seeds: that it was scored with.
+        base: the base's scores.
+        scored: its own.
+        requests: ids of the forget requests that it answers.
+        origin: see ``record.Origin``.
+        parent: the deployment that it started from.
+
+    Returns:
+        The record, and the SHA-256 of its file.
+
+    Raises:
+        ValidationError: ``origin`` is not as it must be.
+        InputError: the adapter cannot be shipped, or the folder cannot be written.
+    """
+    from vgid.models.backbones import spec
+
+    place = f"{setting.backbone}/adapter"
+    copy_adapter(adapter, folder / place, setting.base.hub_id, setting.base.revision)
+    weights = read_adapter(folder / place)
+    attacks, not_run = attacks_of(scored)
+    values = {
+        "backbone": setting.backbone,
+        "created": now(),
+        "requests": requests,
+        "subjects": setting.subjects,
+        "base": setting.base,
+        "adapter": {
+            "path": place,
+            "files": hash_files(folder / place),
+            "rank": weights.rank,
+            "scale": weights.scale,
+            "targets": weights.targets,
+        },
+        "frame": spec(setting.backbone).frame.recorded,
+        "hyperparameters": trial,
+        "scores": {
+            "part": PART,
+            "seeds": seeds,
+            "base": base.plain,
+            "deployed": scored.plain,
+            "attacks": attacks,
+            "not_run": not_run,
+        },
+        "data": setting.data,
+        "origin": origin,
+        "parent": None if parent is None else parent.recorded,
+    }
+    deployment = Deployment.model_validate(values)
+    return deployment, write_deployment(folder / f"{setting.backbone}.yaml", deployment)
