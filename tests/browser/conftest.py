@@ -58,7 +58,7 @@ class Site:
         return self.page
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def servers(tmp_path_factory):
     """A server on SQLite and one on PostgreSQL, started side by side, each with the study."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("sqlite", "postgresql")}
@@ -76,9 +76,13 @@ def servers(tmp_path_factory):
             yield dict(zip(stores, pool.map(start, stores), strict=True))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def window():
-    """One page of a headless Chromium; errors of its scripts are collected in ``page.errors``."""
+    """One page of a headless Chromium; errors of its scripts are collected in ``page.errors``.
+
+    Playwright has an event loop running while it is there, beside which ``asyncio.run`` refuses to:
+    so it ends with the package, before other tests of the process.
+    """
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=programs.chromium(), args=FLAGS)
         context = browser.new_context(viewport={"width": 1600, "height": 1000})
@@ -88,7 +92,7 @@ def window():
         browser.close()
 
 
-@pytest.fixture(scope="session", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="package", params=["sqlite", "postgresql"])
 def site(request, servers, window) -> Site:
     address, recorded = servers[request.param]
     return Site(address, recorded, window)
