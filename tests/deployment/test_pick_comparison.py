@@ -78,10 +78,11 @@ def test_page_picture_and_table_show_every_backbone(reports, tmp_path):
     page = (tmp_path / "comparison.html").read_text()
     payload = re.search(r'<script id="payload" type="application/json">(.*?)</script>', page, re.S)
     data = json.loads(payload[1])["data"]
-    for found, trace in zip(reports, data, strict=False):
-        assert trace["name"] == found.backbone
-        assert trace["x"] == [x for _, x, _ in shares(found)]
-        assert "α1 β1" in trace["hovertext"][0]
+    for number, found in enumerate(reports):
+        others, deployed = data[2 * number : 2 * number + 2]
+        assert deployed["name"] == others["name"] == f"{found.backbone}, trial 0000"
+        assert deployed["x"] + others["x"] == [x for _, x, _ in shares(found)]
+        assert "α1 β1" in deployed["hovertext"][0]
         assert f"<h2>{found.backbone}</h2>" in page
     assert "retain drop 0.100 where 0.05 is allowed (0.050 too much)" in page
     with Image.open(tmp_path / "comparison.png") as picture:

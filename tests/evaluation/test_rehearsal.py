@@ -24,8 +24,8 @@ from vgid.method.teacher import Intervention
 from vgid.models import backbones
 from vgid.paper.first_tokens import first_token_scores
 from vgid.paper.run import PaperConfig, run_paper_tables
+from vgid.report.front import Front
 from vgid.report.note import NoteLinks, study_note
-from vgid.report.plots import Front
 from vgid.results import Score, TrialResult
 from vgid.study.plan import make_plan
 from vgid.trial import TrialSession

@@ -171,7 +171,8 @@ def test_a_failed_training_is_said_and_not_averaged():
     assert rows["GA"][3].startswith("0.500 [") and "(1 failed)" in rows["GA"][3]
     assert rows["NPO"][3] == "failed / 0.561"
     picture = trade_off(4, [table])
-    assert {point.key for point in picture.panels[0].points} == {"base", *METHOD_LABELS} - {"npo"}
+    labels = {label for method, label in METHOD_LABELS.items() if method != "npo"}
+    assert {series.name for series in picture.panels[0].drawn} == {"Base", *labels}
 
 
 def test_the_trade_off_is_paired_within_seeds():
@@ -179,10 +180,10 @@ def test_the_trade_off_is_paired_within_seeds():
     table = filled(
         seeds=(0, 1), trials={"vgid": TRIALS["vgid"]}, value=lambda key, seed: left[key][seed]
     )
-    points = {point.key: point for point in trade_off(4, [table]).panels[0].points}
-    assert points["vgid"].x.mean == pytest.approx(0.5)
-    assert points["vgid"].x.low == pytest.approx(0.5) == points["vgid"].x.high
-    assert points["base"].x.mean == 0.0
+    drawn = {series.name: series for series in trade_off(4, [table]).panels[0].drawn}
+    assert drawn["VGID"].x == pytest.approx([0.5])
+    assert drawn["VGID"].x_bounds[0] == pytest.approx((0.5, 0.5))
+    assert drawn["Base"].x == [0.0]
 
 
 def test_only_what_was_run_fills_a_table():

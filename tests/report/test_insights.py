@@ -1,6 +1,7 @@
 """What made the difference in a study: shares against known causes, and what is drawn."""
 
 import copy
+import io
 import json
 import math
 
@@ -9,16 +10,15 @@ import pytest
 from PIL import Image
 
 from vgid.config import TrialConfig
+from vgid.report.front import Front
 from vgid.report.insights import (
     MIN_TRIALS,
     axes,
     importances,
-    insights_figure,
+    insights,
     varied,
-    write_insights_html,
-    write_insights_png,
 )
-from vgid.report.plots import Front
+from vgid.report.page import write_page
 from vgid.report.records import TrialRecord, run_name
 from vgid.results import OBJECTIVES, Score, TrialResult
 
@@ -121,19 +121,23 @@ def test_fanova_looks_at_a_bounded_number_of_trials_and_says_so(monkeypatch):
     shares = importances(many)
     assert shares == importances(many[::10])
     assert shares[OBJECTIVES[0]]["alpha"] > 0.8
-    title = insights_figure(Front("t", many, BASE), shares)["layout"]["xaxis"]["title"]["text"]
-    assert "over 24 of the trials" in title
-    few = insights_figure(Front("t", made(24), BASE), shares)["layout"]["xaxis"]["title"]["text"]
-    assert "over the trials" in few
+    above, below = insights(Front("t", many, BASE), shares).panels
+    assert "over 24 of the trials" in above.title
+    assert below.title.startswith("The front and 24 of the trials")
+    above, below = insights(Front("t", made(24), BASE), shares).panels
+    assert "over the trials" in above.title
+    assert below.title.startswith("Every trial")
 
 
 @pytest.mark.parametrize("count", [0, 3, 12])
 def test_page_and_picture_are_drawn(tmp_path, count):
     front = Front("tiny <llava>", made(count), BASE)
     shares = importances(front.drawn)
-    figure = insights_figure(front, shares)
+    picture = insights(front, shares)
+    figure = picture.plotly()
     go.Figure(copy.deepcopy(figure))  # plotly's own validation of every attribute
-    lines = [trace for trace in figure["data"] if trace["type"] == "scatter"]
+    lines = [trace for trace in figure["data"] if trace["type"] == "scatter" and trace["x"]]
+    lines = [trace for trace in lines if "lines" in trace["mode"]]
     bars = [trace["name"] for trace in figure["data"] if trace["type"] == "bar"]
     assert len(lines) == min(count, 2)  # one trace a kind, however many trials
     drawn = [line for trace in lines for line in one_by_one(trace)]
@@ -141,14 +145,12 @@ def test_page_and_picture_are_drawn(tmp_path, count):
     assert bars == (["forget reduction", "retain ROUGE-L"] if count >= MIN_TRIALS else [])
     if count:
         assert lines[-1]["hovertext"][0].startswith(f"{count - 1:04d} · ")
-    for write, name in (
-        (write_insights_html, "insights.html"),
-        (write_insights_png, "insights.png"),
-    ):
-        write(tmp_path / name, front, shares)
-        first = (tmp_path / name).read_bytes()
-        write(tmp_path / name, front, shares)
-        assert (tmp_path / name).read_bytes() == first
-    assert Image.open(tmp_path / "insights.png").width == 720
+    assert picture.png() == (drawn := picture.png())
+    assert Image.open(io.BytesIO(drawn)).width == 720
+    write_page(tmp_path / "insights.html", picture)
     page = (tmp_path / "insights.html").read_text()
+    write_page(tmp_path / "insights.html", picture)
+    assert (tmp_path / "insights.html").read_text() == page
     assert json.dumps(figure, ensure_ascii=False).replace("<", "\\u003c") in page
+    said = {text["text"] for text in figure["layout"]["annotations"]}
+    assert {axis.high for axis in (axes(front.drawn) if count else ())} <= said | {""}

@@ -18,9 +18,9 @@ from tests.end_to_end.conftest import free_port
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.report.figures import FIGURES, write_figures
+from vgid.report.front import Front
 from vgid.report.mlflow_links import UI
 from vgid.report.note import NOTE_PICTURE, NoteLinks, note_links, recommended, study_note
-from vgid.report.plots import Front
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Ledger, Record, now

@@ -5,17 +5,14 @@ dominate (Grunert da Fonseca, Fonseca and Hall 2001). With one front a seed, lev
 case, the number of seeds the worst, and the level in between the median.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vgid.files import write_atomically
-from vgid.paper.figures import COLOURS, INK, write_page
+from vgid.paper.figures import COLOURS
+from vgid.report.drawing import INK, Panel, Picture, Scale, Series
 
 Points = Sequence[tuple[float, float]]
 
@@ -81,35 +78,46 @@ def surfaces(fronts: Mapping[str, Sequence[Points]], labels: Mapping[str, str]) 
     ]
 
 
-def write_attainment(
-    folder: Path,
+def attainment_picture(
     title: str,
     drawn: Sequence[Surfaces],
     corner: tuple[float, float],
     base: tuple[float, float],
-) -> list[str]:
-    """Write ``attainment.png`` and ``attainment.html``.
+) -> Picture:
+    """The surfaces; in the page a click on a method's name hides it.
 
     Args:
-        folder: where.
         title: headline.
         drawn: the methods.
         corner: where surfaces end, the reference point of the hypervolume.
         base: the base model's point.
-
-    Returns:
-        The names of both files.
-
-    Raises:
-        InputError: a file cannot be written.
     """
-    write_atomically(folder / "attainment.png", _png(title, drawn, corner, base))
-    write_page(folder, "attainment", plotly_figure(title, drawn, corner, base))
-    return ["attainment.png", "attainment.html"]
-
-
-X_LABEL = "reduction of forget ROUGE-L, held-out questions"
-Y_LABEL = "retain ROUGE-L, held-out questions"
+    series = []
+    for item in drawn:
+        colour = COLOURS.get(item.key, INK)
+        for name, surface in (("median", item.median), ("best", item.best), ("worst", item.worst)):
+            x, y = _staircase(surface, corner)
+            series.append(
+                Series(
+                    item.label,
+                    x,
+                    y,
+                    colour,
+                    "",
+                    opacity=1.0 if name == "median" else 0.6,
+                    line=2.5 if name == "median" else 1.0,
+                    dotted=name != "median",
+                    steps=True,
+                    hover=[f"{item.label}, {name}"] * len(x),
+                )
+            )
+    star = Series("Base", [base[0]], [base[1]], COLOURS["base"], "star", 18, hover=["Base"])
+    panel = Panel(
+        Scale("reduction of forget ROUGE-L, held-out questions"),
+        Scale("retain ROUGE-L, held-out questions"),
+        [*series, star],
+    )
+    return Picture(title, [panel], "median, and dotted best and worst", size=(8.4, 6))
 
 
 def _staircase(
@@ -122,82 +130,3 @@ def _staircase(
     x = [corner[0], *inside[:, 0].tolist(), inside[-1, 0]]
     y = [inside[0, 1], *inside[:, 1].tolist(), corner[1]]
     return x, y
-
-
-def _png(
-    title: str,
-    drawn: Sequence[Surfaces],
-    corner: tuple[float, float],
-    base: tuple[float, float],
-) -> bytes:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, 6), dpi=130, layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # no pyplot: no global state, no display
-    axes = figure.subplots()
-    for item in drawn:
-        colour = COLOURS.get(item.key, INK)
-        x, y = _staircase(item.median, corner)
-        axes.step(x, y, where="pre", color=colour, linewidth=2, label=item.label)
-        for surface in (item.best, item.worst):
-            x, y = _staircase(surface, corner)
-            axes.step(x, y, where="pre", color=colour, linewidth=0.8, alpha=0.55, linestyle=":")
-    axes.plot(*base, "*", color=COLOURS["base"], markersize=13, label="Base")
-    axes.set_xlabel(X_LABEL, color=INK)
-    axes.set_ylabel(Y_LABEL, color=INK)
-    axes.grid(color="#e6e9ed", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{title}: median, and dotted best and worst", fontsize=12, color=INK)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=8.5)
-    image = io.BytesIO()
-    canvas.print_png(image, metadata={"Software": None})
-    return image.getvalue()
-
-
-def plotly_figure(
-    title: str,
-    drawn: Sequence[Surfaces],
-    corner: tuple[float, float],
-    base: tuple[float, float],
-) -> dict[str, Any]:
-    """The interactive picture as plotly's JSON; a click on a method's name hides it."""
-    data: list[dict[str, Any]] = []
-    for item in drawn:
-        for name, surface in (("median", item.median), ("best", item.best), ("worst", item.worst)):
-            x, y = _staircase(surface, corner)
-            line: dict[str, Any] = {"shape": "vh", "color": COLOURS.get(item.key, INK)}
-            line |= {"width": 2.5} if name == "median" else {"width": 1, "dash": "dot"}
-            data.append(
-                {
-                    "type": "scatter",
-                    "mode": "lines",
-                    "name": item.label,
-                    "legendgroup": item.key,
-                    "showlegend": name == "median",
-                    "x": x,
-                    "y": y,
-                    "line": line,
-                    "hovertext": f"{item.label}, {name}",
-                }
-            )
-    data.append(
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "Base",
-            "x": [base[0]],
-            "y": [base[1]],
-            "marker": {"symbol": "star", "size": 14, "color": COLOURS["base"]},
-        }
-    )
-    axis = {"gridcolor": "#e6e9ed", "zeroline": False}
-    layout = {
-        "title": {"text": f"{title}: median, and dotted best and worst"},
-        "xaxis": {**axis, "title": {"text": X_LABEL}},
-        "yaxis": {**axis, "title": {"text": Y_LABEL}},
-        "plot_bgcolor": "white",
-        "font": {"family": "system-ui, sans-serif", "color": INK},
-        "legend": {"groupclick": "togglegroup"},
-    }
-    return {"data": data, "layout": layout}

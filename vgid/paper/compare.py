@@ -35,7 +35,8 @@ from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
 from vgid.files import write_atomically
 from vgid.flags import Flag, words
-from vgid.paper.attainment import Points, surfaces, write_attainment
+from vgid.paper.attainment import Points, attainment_picture, surfaces
+from vgid.paper.figures import write_picture
 from vgid.paper.settings import write_settings
 from vgid.paths import StudyFolder, UsablePath
 from vgid.provenance import provenance
@@ -286,7 +287,8 @@ def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict
     seeds = {study.seed: study for study in found}.values()
     base = statistics.fmean(study.base.held_out["retain_rougeL"].value for study in seeds)
     title = f"Attainment on {config.backbone}, {config.trials} trials, {count_seeds(config.seeds)}"
-    files = write_attainment(output, title, surfaces(fronts, labels), (0.0, base / 2), (0.0, base))
+    drawn = attainment_picture(title, surfaces(fronts, labels), (0.0, base / 2), (0.0, base))
+    files = write_picture(output, "attainment", drawn)
     write_settings(
         output / "settings.json", config.backbone, chosen_settings(found, config.retain_drop)
     )

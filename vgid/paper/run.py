@@ -274,12 +274,10 @@ def _write(
         grids += of_number
     images = []
     for name in config.backbones:
-        drawn = pictures(filled, name)
         figure_2 = first_tokens(name, range(config.seeds), outcomes) if 2 in config.tables else None
-        if figure_2 is not None and any(p.x.n for panel in figure_2.panels for p in panel.points):
-            drawn.insert(0, figure_2)
-        for picture in drawn:
-            stem = f"figure_{picture.number}_{name}"
+        drawn = {} if figure_2 is None else {2: figure_2}
+        for number, picture in (drawn | pictures(filled, name)).items():
+            stem = f"figure_{number}_{name}"
             files += write_picture(output, stem, picture)
             images.append((picture.title, stem))
     embedded = [name for name in config.backbones if backbones.spec(name).embedded]

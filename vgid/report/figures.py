@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from vgid.report.front_page import write_html
-from vgid.report.insights import importances, write_insights_html, write_insights_png
-from vgid.report.plots import Front, write_png
+from vgid.files import write_atomically
+from vgid.report.front import Front, write_html, write_png
+from vgid.report.insights import importances, insights
+from vgid.report.page import write_page
 
 FIGURES = ("front.html", "front.png", "insights.html", "insights.png")
 
@@ -25,7 +26,7 @@ def write_figures(folder: Path, front: Front) -> list[Path]:
     files = [folder / name for name in FIGURES]
     write_html(files[0], front)
     write_png(files[1], front)
-    shares = importances(front.drawn)
-    write_insights_html(files[2], front, shares)
-    write_insights_png(files[3], front, shares)
+    picture = insights(front, importances(front.drawn))
+    write_page(files[2], picture, style=".picture { min-height: 760px; }")
+    write_atomically(files[3], picture.png())
     return files

@@ -1,4 +1,4 @@
-"""What made the difference in a study: ``insights.html`` (plotly) and ``insights.png``.
+"""What made the difference in a study: ``insights.html`` and ``insights.png``.
 
 Above, how much of each objective's variance over the trials each hyperparameter explains (fANOVA,
 Hutter et al. 2014, as Optuna computes it). Below, every trial as a line from its hyperparameters
@@ -6,16 +6,13 @@ to its objectives, the front in colour. Both are read from the trials alone, so 
 search space and say nothing of values that were not tried.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-from vgid.files import write_atomically
-from vgid.report.page import write_page
-from vgid.report.plots import BASE, FRONT, HELD_OUT, INK, TRIAL, Front
+from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Bars, Panel, Picture, Scale, Series
+from vgid.report.front import Front
 from vgid.report.records import HYPERPARAMETERS, TrialRecord, run_name
 from vgid.results import OBJECTIVES
 
@@ -120,195 +117,87 @@ def axes(records: Sequence[TrialRecord]) -> list[Axis]:
     ]
 
 
-def write_insights_html(path: Path, front: Front, shares: Shares) -> None:
-    """Write ``insights.html``, self-contained.
+def insights(front: Front, shares: Shares) -> Picture:
+    """The picture of what made the difference.
 
     Args:
-        path: the file.
         front: the study's trials.
-        shares: their ``importances``.
-
-    Raises:
-        InputError: the file cannot be written.
+        shares: their ``importances``; there is no panel of them if empty.
     """
-    script = '  Plotly.newPlot("insights", payload.data, payload.layout, options);'
-    write_page(
-        path,
+    records = front.drawn
+    columns = axes(records) if records else []
+    others = sum(not record.on_front for record in records)
+    who = "Every trial" if others <= MAX_TRIALS else f"The front and {MAX_TRIALS} of the trials"
+    names = [column.label.replace("_", "\n").replace(" ", "\n") for column in columns]
+    ends = [(x, *end) for x, column in enumerate(columns) for end in _marks(column)]
+    values = Series(
+        "",
+        [x for x, _, _ in ends],
+        [y for _, y, _ in ends],
+        BASE,
+        "",
+        labels=[text for _, _, text in ends],
+        listed=False,
+    )
+    lines = Panel(
+        Scale(range=(-0.4, max(1, len(columns)) - 0.4), ticks=list(enumerate(names))),
+        Scale(range=(-0.12, 1.12), shown=False),
+        [*(_lines(records, columns, on_front) for on_front in (False, True)), values],
+        f"{who} from setting to scores, the front in colour",
+    )
+    panels = [_importances(records, shares), lines] if shares else [lines]
+    return Picture(
         f"{front.title}: what made the difference",
-        insights_figure(front, shares),
-        style="#insights { flex: 1; min-height: 640px; }",
-        body='<div id="insights"></div>',
-        script=script,
+        panels,
+        size=(7.2, 7.0 if shares else 4.0),
+        dpi=100,
+        stacked=True,
     )
 
 
-def write_insights_png(path: Path, front: Front, shares: Shares) -> None:
-    """Write ``insights.png``, the same as a picture.
-
-    Args:
-        path: the file.
-        front: the study's trials.
-        shares: their ``importances``.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    records = front.drawn
-    figure = Figure(figsize=(7.2, 6.2 if shares else 3.6), dpi=100, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    panels = figure.subplots(2 if shares else 1, 1, squeeze=False)[:, 0]
-    if shares:
-        _draw_importances(panels[0], shares, _shares_title(records))
-    _draw_parallel(panels[-1], records, axes(records) if records else [])
-    image = io.BytesIO()
-    canvas.print_png(image, metadata={"Software": None})
-    write_atomically(path, image.getvalue())
-
-
-def insights_figure(front: Front, shares: Shares) -> dict[str, Any]:
-    """The interactive picture as plotly's JSON: ``data`` and ``layout``."""
-    records = front.drawn
-    columns = axes(records) if records else []
-    traces: list[dict[str, Any]] = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": OBJECTIVE_LABELS[objective],
-            "y": list(by_name)[::-1],
-            "x": list(by_name.values())[::-1],
-            "marker": {"color": OBJECTIVE_COLOURS[objective]},
-            "hovertemplate": "%{y} explains %{x:.0%}<extra>%{fullData.name}</extra>",
-            "xaxis": "x",
-            "yaxis": "y",
-        }
+def _importances(records: Sequence[TrialRecord], shares: Shares) -> Panel:
+    names = list(next(iter(shares.values())))
+    some = f"{MAX_TRIALS} of " if len(records) > MAX_TRIALS else ""
+    bars = [
+        Bars(
+            OBJECTIVE_LABELS[objective],
+            list(by_name.values()),
+            OBJECTIVE_COLOURS[objective],
+            horizontal=True,
+            hover=[f"{name} explains {share:.0%}" for name, share in by_name.items()],
+        )
         for objective, by_name in shares.items()
     ]
-    for on_front in (False, True):
-        lines = _drawn(records, on_front)
-        if lines:
-            traces.append(_lines(records, lines, columns, on_front))
-    layout = _layout(records, columns, bool(shares))
-    return {"data": traces, "layout": layout}
+    return Panel(
+        Scale(percent=True),
+        Scale(range=(len(names) - 0.5, -0.5), ticks=list(enumerate(names))),
+        bars,
+        f"Share of each objective's variance over {some}the trials (fANOVA)",
+    )
 
 
-def _layout(
-    records: Sequence[TrialRecord], columns: Sequence[Axis], with_shares: bool
-) -> dict[str, Any]:
-    split = 0.52 if with_shares else 1.0
-    return {
-        "title": {
-            "text": "What made the difference",
-            "subtitle": {"text": _lines_title(records)},
-            "x": 0.02,
-            "xanchor": "left",
-        },
-        "barmode": "group",
-        "hovermode": "closest",
-        "xaxis": {
-            "domain": [0, 1],
-            "anchor": "y",
-            "tickformat": ".0%",
-            "rangemode": "tozero",
-            "title": {"text": _shares_title(records)},
-            "visible": with_shares,
-        },
-        "yaxis": {"domain": [0.68, 1], "anchor": "x", "visible": with_shares},
-        "xaxis2": {
-            "domain": [0, 1],
-            "anchor": "y2",
-            "tickvals": list(range(len(columns))),
-            "ticktext": [column.label.replace(" ", "<br>") for column in columns],
-            "showgrid": True,
-            "gridcolor": "#cfd6dd",
-            "zeroline": False,
-            "range": [-0.4, len(columns) - 0.6],
-        },
-        "yaxis2": {
-            "domain": [0, split - 0.02],
-            "anchor": "x2",
-            "range": [-0.12, 1.12],
-            "visible": False,
-        },
-        "annotations": [
-            {
-                "x": index,
-                "y": height,
-                "xref": "x2",
-                "yref": "y2",
-                "text": text,
-                "showarrow": False,
-                "xshift": 6,
-                "xanchor": "left",
-                "font": {"size": 11, "color": BASE},
-                "bgcolor": "rgba(255,255,255,0.8)",
-            }
-            for index, column in enumerate(columns)
-            for height, text in _marks(column)
-        ],
-        "legend": {"orientation": "h", "y": 1.04, "x": 0.35},
-        "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
-        "margin": {"l": 120, "r": 60, "t": 60, "b": 40},
-        "plot_bgcolor": "white",
-        "paper_bgcolor": "white",
-    }
-
-
-def _lines(
-    records: Sequence[TrialRecord], lines: Sequence[int], columns: Sequence[Axis], on_front: bool
-) -> dict[str, Any]:
-    """All lines of one kind as one trace, each ended by a gap: thousands would choke a browser."""
-    points: list[tuple[int | None, float | None, str]] = []
-    for number in lines:
+def _lines(records: Sequence[TrialRecord], columns: Sequence[Axis], on_front: bool) -> Series:
+    """All lines of one kind as one series: a trace for each of thousands would choke a browser."""
+    drawn = [n for n, record in enumerate(records) if record.on_front == on_front]
+    x: list[float | None] = []
+    y: list[float | None] = []
+    hover = []
+    for number in drawn if on_front else _some(drawn):
+        heights = [column.heights[number] for column in columns]
+        found = [(place, height) for place, height in enumerate(heights) if height is not None]
+        x += [*(place for place, _ in found), None]
+        y += [*(height for _, height in found), None]
         text = run_name(records[number].config, records[number].result.trial_id)
-        points += [(place, height, text) for place, height in _line(columns, number)]
-        points.append((None, None, ""))
-    x, y, texts = zip(*points, strict=True)
-    return {
-        "type": "scatter",
-        "mode": "lines+markers",
-        "x": list(x),
-        "y": list(y),
-        "line": {"color": FRONT if on_front else TRIAL, "width": 2 if on_front else 1},
-        "marker": {"size": 5},
-        "opacity": 1.0 if on_front else 0.4,
-        "hovertext": list(texts),
-        "hoverinfo": "text",
-        "showlegend": False,
-        "xaxis": "x2",
-        "yaxis": "y2",
-    }
+        hover += [*[text] * len(found), ""]
+    name = "trials on the front" if on_front else "other trials"
+    colour, line, opacity = (FRONT, 2, 1.0) if on_front else (TRIAL, 1, 0.4)
+    return Series(name, x, y, colour, "circle", 5, opacity, line, hover=hover, listed=bool(drawn))
 
 
 def _some(all_of_them: Sequence[T]) -> list[T]:
     """``MAX_TRIALS`` at most, evenly."""
     taken = min(len(all_of_them), MAX_TRIALS)
     return [all_of_them[number * len(all_of_them) // taken] for number in range(taken)]
-
-
-def _drawn(records: Sequence[TrialRecord], on_front: bool) -> list[int]:
-    """Which trials have a line: the whole front, and some of the others."""
-    lines = [n for n, record in enumerate(records) if record.on_front == on_front]
-    return lines if on_front else _some(lines)
-
-
-def _lines_title(records: Sequence[TrialRecord]) -> str:
-    others = sum(not record.on_front for record in records)
-    who = "Every trial" if others <= MAX_TRIALS else f"The front and {MAX_TRIALS} of the trials"
-    return f"{who} from setting to scores, the front in colour"
-
-
-def _line(columns: Sequence[Axis], number: int) -> list[tuple[int, float]]:
-    """A trial's places on the axes; an axis on which it has none is passed by."""
-    heights = [column.heights[number] for column in columns]
-    return [(place, height) for place, height in enumerate(heights) if height is not None]
-
-
-def _shares_title(records: Sequence[TrialRecord]) -> str:
-    some = f"{MAX_TRIALS} of " if len(records) > MAX_TRIALS else ""
-    return f"share of each objective's variance over {some}the trials (fANOVA)"
 
 
 def _distribution(name: str, records: Sequence[TrialRecord]) -> Any:
@@ -347,65 +236,3 @@ def _axis(label: str, values: Sequence[Any]) -> Axis:
 
 def _marks(column: Axis) -> list[tuple[float, str]]:
     return list(column.ticks) or [(0.0, column.low), (1.0, column.high)]
-
-
-def _draw_importances(panel: Any, shares: Shares, title: str) -> None:
-    names = list(next(iter(shares.values())))[::-1]
-    for index, (objective, by_name) in enumerate(shares.items()):
-        places = [place + 0.19 - 0.38 * index for place in range(len(names))]
-        panel.barh(
-            places,
-            [by_name[name] for name in names],
-            0.36,
-            color=OBJECTIVE_COLOURS[objective],
-            label=OBJECTIVE_LABELS[objective],
-        )
-    panel.set_yticks(range(len(names)), names, fontsize=9, color=INK)
-    panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    panel.tick_params(axis="x", labelsize=9, colors=INK)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.set_title(
-        title[0].upper() + title[1:],
-        fontsize=10.5,
-        color=INK,
-        loc="left",
-    )
-    panel.legend(frameon=False, fontsize=8.5)
-
-
-def _draw_parallel(panel: Any, records: Sequence[TrialRecord], columns: Sequence[Axis]) -> None:
-    from matplotlib.collections import LineCollection
-
-    places = range(len(columns))
-    styles: dict[bool, dict[str, Any]] = {
-        False: {"colors": TRIAL, "linewidths": 0.8, "alpha": 0.4, "zorder": 2},
-        True: {"colors": FRONT, "linewidths": 1.6, "alpha": 0.95, "zorder": 3},
-    }
-    for on_front, style in styles.items():
-        lines = [_line(columns, number) for number in _drawn(records, on_front)]
-        panel.add_collection(LineCollection(lines, joinstyle="round", **style))
-    for place, column in zip(places, columns, strict=True):
-        panel.axvline(place, color="#cfd6dd", linewidth=0.8, zorder=1)
-        for height, text in _marks(column):
-            panel.annotate(
-                text,
-                (place, height),
-                xytext=(4, 0),
-                textcoords="offset points",
-                fontsize=7.5,
-                color=BASE,
-                va="center",
-                zorder=4,
-                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
-            )
-    labels = [column.label.replace("_", "\n").replace(" ", "\n") for column in columns]
-    panel.set_xticks(places, labels, fontsize=8.5)
-    panel.set_yticks([])
-    panel.set_xlim(-0.2, max(1, len(columns)) - 0.4)
-    panel.spines[["top", "right", "left", "bottom"]].set_visible(False)
-    panel.set_title(
-        _lines_title(records),
-        fontsize=10.5,
-        color=INK,
-        loc="left",
-    )

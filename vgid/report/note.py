@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vgid.evaluation.suppression import MIN_FORGET, share_gone, verdict
+from vgid.report.front import Front
 from vgid.report.mlflow_links import chart_page, compare_page, run_page, table_page
-from vgid.report.plots import Front
 from vgid.report.records import TrialRecord, describe, held_out_scores
 from vgid.report.tables import Grid
 from vgid.results import OBJECTIVES, LeftOut, Verbatim, describe_left_out

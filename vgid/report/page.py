@@ -1,8 +1,9 @@
-"""A web page that draws with plotly and needs no network.
+"""A web page around a picture, drawn with plotly, that needs no network.
 
 plotly's JavaScript is kept compressed inside the page (a third of its size) and unpacked by the
-browser. The pages also have to work in MLflow's artifact viewer, which shows them in a frame that
-may run scripts and nothing else: no window of its own, no storage, no request to the server.
+browser, or lies once beside many pages. The pages also have to work in MLflow's artifact viewer,
+which shows them in a frame that may run scripts and nothing else: no window of its own, no
+storage, no request to the server.
 """
 
 import base64
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vgid.files import write_atomically
+from vgid.report.drawing import Picture
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -23,60 +25,96 @@ _PAGE = """<!DOCTYPE html>
 <style>
 html, body {{ height: 100%; margin: 0; background: white; }}
 body {{ display: flex; flex-direction: column; font: 13px system-ui, sans-serif; color: #333; }}
+.picture {{ flex: 1 0 auto; height: 0; min-height: 360px; }}
 {style}
 </style>
+<div id="{name}" class="picture"></div>
 {body}
 <script id="payload" type="application/json">{payload}</script>
-<script id="library" type="text/plain">{library}</script>
+{library}
 <script>
-const text = (id) => document.getElementById(id).textContent;
-const packed = Uint8Array.from(atob(text("library")), (c) => c.charCodeAt(0));
-const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-const options = {{ responsive: true, displaylogo: false }};
 function draw(payload) {{
+  const plot = document.getElementById("{name}");
+  const options = {{ responsive: true, displaylogo: false }};
+  Plotly.newPlot(plot, payload.data, payload.layout, options).then(() => {{
 {script}
+  }});
 }}
-new Response(unpacked).text().then((code) => {{
-  const script = document.createElement("script");
-  script.textContent = code;
-  document.head.append(script);
-  draw(JSON.parse(text("payload")));
-}}).catch((error) => {{
-  document.body.textContent =
-    `This picture needs a browser of 2023 or later (${{error}}); the PNG beside it shows the same.`;
-}});
+loaded.then(() => draw(JSON.parse(document.getElementById("payload").textContent)))
+  .catch((error) => {{
+    document.body.textContent =
+      `A browser of 2023 or later is needed (${{error}}); the PNG beside it shows the same.`;
+  }});
 </script>
 </html>
 """
 
+_INSIDE = """<script id="library" type="text/plain">{library}</script>
+<script>
+const code = atob(document.getElementById("library").textContent);
+const packed = new Blob([Uint8Array.from(code, (c) => c.charCodeAt(0))]);
+const unpacked = packed.stream().pipeThrough(new DecompressionStream("gzip"));
+const loaded = new Response(unpacked).text().then((text) => {{
+  const script = document.createElement("script");
+  script.textContent = text;
+  document.head.append(script);
+}});
+</script>"""
+
+_BESIDE = """<script src="plotly.min.js"></script>
+<script>
+const loaded = Promise.resolve();
+</script>"""
+
 
 def write_page(
-    path: Path, title: str, payload: Mapping[str, Any], *, style: str, body: str, script: str
+    path: Path,
+    picture: Picture,
+    payload: Mapping[str, Any] | None = None,
+    *,
+    style: str = "",
+    body: str = "",
+    script: str = "",
+    beside: bool = False,
 ) -> None:
-    """Write one self-contained page.
+    """Write one page that needs nothing from elsewhere.
 
     Args:
-        path: the file.
-        title: of the browser's window.
-        payload: plain data, given to ``script`` as ``payload``.
+        path: the file; its stem is the id of the picture's element, of class ``picture``.
+        picture: what to draw.
+        payload: further plain data for ``script``.
         style: CSS.
-        body: HTML before the scripts; nothing in it comes from a user.
-        script: JavaScript that draws, with ``Plotly``, ``payload`` and plotly's ``options`` at
-            hand.
+        body: HTML below the picture; what comes from a user is escaped in it.
+        script: JavaScript that runs once it is drawn, with the element ``plot`` and ``payload``
+            (plotly's ``data`` and ``layout`` among it) at hand.
+        beside: plotly's code lies beside the page as ``plotly.min.js``, put there if it is not,
+            instead of inside it.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: a file cannot be written.
     """
+    if beside and not (path.parent / "plotly.min.js").exists():
+        write_atomically(path.parent / "plotly.min.js", _plotly().encode())
     # "<" cannot stand in a script element's JSON as it is: "</script>" would end it.
-    data = json.dumps(payload, ensure_ascii=False).replace("<", "\\u003c")
+    data = json.dumps({**picture.plotly(), **(payload or {})}, ensure_ascii=False)
     page = _PAGE.format(
-        title=escape(title), style=style, body=body, payload=data, library=_library(), script=script
+        title=escape(picture.title),
+        name=path.stem,
+        style=style,
+        body=body,
+        payload=data.replace("<", "\\u003c"),
+        library=_BESIDE if beside else _INSIDE.format(library=_packed()),
+        script=script,
     )
     write_atomically(path, page.encode())
 
 
 @cache  # a second, and pages come in twos
-def _library() -> str:
+def _packed() -> str:
+    return base64.b64encode(gzip.compress(_plotly().encode(), 9, mtime=0)).decode()
+
+
+def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
-    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+    return str(get_plotlyjs())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vgid.models.store import info
 from vgid.provenance import provenance
-from vgid.report.plots import Front
+from vgid.report.front import Front
 from vgid.report.records import TrialRecord
 from vgid.results import TrialStatus, Verbatim
 from vgid.study.ending import Ending

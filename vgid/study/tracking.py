@@ -22,9 +22,9 @@ from typing import Any, Self
 from vgid.config import StudyConfig
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
+from vgid.report.front import Front, write_png
 from vgid.report.mlflow_links import run_page, view_tag
 from vgid.report.note import NOTE_PICTURE, note_links, study_note
-from vgid.report.plots import Front, write_png
 from vgid.report.records import MAIN_METRICS, TrialRecord, held_out_scores, run_name
 from vgid.report.tables import as_text
 from vgid.results import LeftOut, TrialResult, TrialStatus, Verbatim

@@ -15,8 +15,7 @@ import pytest
 from PIL import Image
 
 from vgid.config import TrialConfig
-from vgid.report.front_page import plotly_figure, write_html
-from vgid.report.plots import Front, write_png
+from vgid.report.front import Front, page_picture, write_html, write_png
 from vgid.report.records import TrialRecord
 from vgid.results import Score, TrialResult
 
@@ -52,7 +51,7 @@ def front():
 
 
 def traces(front):
-    figure = plotly_figure(front)
+    figure = page_picture(front).plotly()
     go.Figure(figure)  # plotly's own validation of every attribute
     return {trace["name"]: trace for trace in figure["data"]}
 
@@ -85,7 +84,9 @@ def test_a_base_that_may_never_have_known_is_said_in_every_picture(front):
     ignorant = replace(front, base=BASE | {"forget_rougeL": Score(value=0.2, n=9, low=0, high=1)})
     assert "ROUGE-L of 0.200" in ignorant.doubt
     assert ignorant.caption.endswith("; the base may never have known these people")
-    assert plotly_figure(ignorant)["layout"]["title"]["subtitle"]["text"] == ignorant.caption
+    assert (
+        page_picture(ignorant).plotly()["layout"]["title"]["subtitle"]["text"] == ignorant.caption
+    )
 
 
 def test_hovering_shows_the_configuration(front):
@@ -106,7 +107,7 @@ def test_the_page_needs_no_network_and_carries_its_data(tmp_path, front):
 
     payload = json.loads(element("payload"))
     figure = {name: payload[name] for name in ("data", "layout")}
-    assert figure == json.loads(json.dumps(plotly_figure(front)))
+    assert figure == json.loads(json.dumps(page_picture(front).plotly()))
     assert payload["trials"]["0004"]["name"].startswith("0004 · Gaussian-noise σ0.5 · polite · α1")
     assert "Plotly" in gzip.decompress(base64.b64decode(element("library"))).decode()
 

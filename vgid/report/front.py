@@ -1,0 +1,321 @@
+"""The front of a study: what its picture shows, ``front.png`` and ``front.html``.
+
+Axes as in the paper's figure 4: how much of the forget people's ROUGE-L is gone against what is
+left of the retain people's. The picture shows every completed trial, the front, the base model
+and the paper's default setting, and, where given, the front's held-out scores with their
+intervals. In the page hovering shows a trial's setting and scores. A click keeps them below the
+picture, names the trial's run on the tracking server and links to it; MLflow's artifact viewer
+lets no page open another, so there the click copies the run's address instead.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vgid.config import TrialConfig, is_paper_default
+from vgid.evaluation.suppression import doubt
+from vgid.files import write_atomically
+from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
+from vgid.report.page import write_page
+from vgid.report.records import NOISE_LABELS, TrialRecord, describe, held_out_scores, run_name
+from vgid.results import OBJECTIVES, Score
+
+X_LABEL = "Reduction of forget-set ROUGE-L  (higher: more is forgotten)"
+Y_LABEL = "Retain-set ROUGE-L  (higher: more is kept)"
+MARKS = {"random": "circle", "gaussian": "square", "white": "triangle-up", None: "circle"}
+"""Marks of trials by the noise of their teacher, None for methods without."""
+
+_STYLE = """#chosen { padding: 8px 20px 12px; border-top: 1px solid #e6e9ed; min-height: 42px; }
+#chosen div { margin-top: 3px; color: #555; }
+#address { color: #1f6f8b; }
+span#address { user-select: all; }"""
+
+_BODY = '<div id="chosen" aria-live="polite">Click a point to keep its trial here.</div>'
+
+_SCRIPT = """  const { data, trials, server } = payload;
+  const chosen = document.getElementById("chosen");
+  // Inside MLflow the page is a blob of the server's own address, shut off from everything else.
+  const framed = location.protocol === "blob:";
+  const address = (page) => (framed ? new URL(location.href.slice(5)).origin + "/" : server) + page;
+  const element = (kind, content, id) => {
+    const made = document.createElement(kind);
+    made.textContent = content;
+    if (id) made.id = id;
+    return made;
+  };
+  const copy = (content) => {
+    const area = element("textarea", content);
+    chosen.append(area);
+    area.select();
+    const done = document.execCommand("copy");
+    area.remove();
+    return done;
+  };
+  const choose = (point) => {
+    const trial = trials[point.customdata];
+    if (trial === undefined) return;
+    Plotly.restyle(plot, { x: [[point.x]], y: [[point.y]] }, [data.length - 1]);
+    chosen.replaceChildren(element("b", trial.name, "run"), element("div", trial.scores));
+    if (!trial.page) return;
+    const line = element("div", "");
+    if (framed) {
+      const copied = copy(address(trial.page));
+      line.append(copied ? "Address of its run, copied: " : "Address of its run: ");
+      line.append(element("span", address(trial.page), "address"));
+    } else {
+      const link = element("a", "Open its run", "address");
+      link.setAttribute("href", address(trial.page));
+      link.setAttribute("target", "_blank");
+      line.append(link);
+    }
+    chosen.append(line);
+  };
+  plot.on("plotly_click", (event) => choose(event.points[0]));"""
+
+
+@dataclass(frozen=True)
+class Front:
+    """What a picture shows.
+
+    Attributes:
+        title: its headline, such as the backbone and the number of trials.
+        records: the trials; those without both objectives are counted, not drawn.
+        base: the base model's scores on the search questions, by name.
+        base_held_out: its scores on the held-out questions, if the front was scored again.
+        pages: page of each trial's run by trial id, relative to the address of the tracking
+            server; see ``Tracker.pages``.
+        server: that address, ending in ``/``; empty if there is none.
+    """
+
+    title: str
+    records: Sequence[TrialRecord]
+    base: Mapping[str, Score]
+    base_held_out: Mapping[str, Score] | None = None
+    pages: Mapping[str, str] = field(default_factory=dict)
+    server: str = ""
+
+    @property
+    def drawn(self) -> list[TrialRecord]:
+        """The trials that have a place in the picture."""
+        return [record for record in self.records if record.point is not None]
+
+    @property
+    def front(self) -> list[TrialRecord]:
+        """The front, from least to most forgotten."""
+        return sorted((r for r in self.drawn if r.on_front), key=lambda r: r.point or (0.0, 0.0))
+
+    @property
+    def default(self) -> list[TrialRecord]:
+        """The trials that ran the paper's default setting."""
+        return [record for record in self.drawn if is_paper_default(record.config)]
+
+    @property
+    def base_point(self) -> tuple[float, float]:
+        """Nothing forgotten, everything retained."""
+        return 0.0, self.base["retain_rougeL"].value
+
+    def held_out(self) -> list[tuple[TrialRecord, Score, Score]]:
+        """Front trials with their two objectives on the held-out questions."""
+        found = []
+        for record in self.front:
+            scores = held_out_scores(record) or {}
+            if all(name in scores for name in OBJECTIVES):
+                found.append((record, scores[OBJECTIVES[0]], scores[OBJECTIVES[1]]))
+        return found
+
+    @property
+    def caption(self) -> str:
+        """How many trials are on the front, and how many have no place in the picture."""
+        missing = len(self.records) - len(self.drawn)
+        rest = f", {missing} not completed" if missing else ""
+        unsure = "" if self.doubt is None else "; the base may never have known these people"
+        return f"{len(self.front)} on the front{rest}{unsure}"
+
+    @property
+    def doubt(self) -> str | None:
+        """A sentence if the base may never have known its people."""
+        return doubt(self.base)
+
+
+def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
+    """Draw ``front.png``: the whole study on the left, its front from close by on the right.
+
+    Args:
+        path: the file.
+        front: what to draw.
+        whole_only: a small picture of the left half alone.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    whole = Panel(Scale(X_LABEL), Scale(Y_LABEL), _trials(front) + _front(front) + _marks(front))
+    picture = Picture(front.title, [whole], front.caption, (7.2, 5.4), dpi=100)
+    if not whole_only:
+        near = _trials(front) + _held_out(front) + _front(front, ids=True) + _marks(front)
+        x, y = _zoom(front)
+        panels = [
+            replace(whole, title="All trials"),
+            Panel(Scale(X_LABEL, x), Scale("", y), near, "The front, from close by"),
+        ]
+        picture = replace(picture, panels=panels, size=(11.5, 5.6), dpi=140)
+    write_atomically(path, picture.png())
+
+
+def write_html(path: Path, front: Front) -> None:
+    """Write ``front.html``.
+
+    Args:
+        path: the file.
+        front: what to draw, and where its trials' runs are.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    clicked = {"trials": _clicked(front), "server": front.server}
+    write_page(path, page_picture(front), clicked, style=_STYLE, body=_BODY, script=_SCRIPT)
+
+
+def page_picture(front: Front) -> Picture:
+    """The picture of ``front.html``; its last series is the ring around a clicked trial."""
+    ring = Series("chosen trial", [], [], FRONT, "circle-open", 26, listed=False)
+    drawn = [*_trials(front), *_held_out(front), *_front(front), *_marks(front), ring]
+    return Picture(front.title, [Panel(Scale(X_LABEL), Scale(Y_LABEL), drawn)], front.caption)
+
+
+def _trials(front: Front) -> list[Series]:
+    """The trials off the front, by their perturbation."""
+    found = []
+    for noise, mark in MARKS.items():
+        label = "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"
+        shown = [r for r in front.drawn if _noise(r) == noise and not r.on_front]
+        if shown:
+            found.append(replace(_of(label, shown), mark=mark, opacity=0.85))
+    return found
+
+
+def _front(front: Front, ids: bool = False) -> list[Series]:
+    """The front as steps, the border of what it dominates."""
+    line = front.front
+    marks = [MARKS[_noise(record)] for record in line]
+    labels = [record.result.trial_id for record in line] if ids else []
+    style: dict[str, Any] = {"colour": FRONT, "mark": marks, "size": 12, "line": 1.5, "steps": True}
+    return [replace(_of("front", line), labels=labels, **style)] if line else []
+
+
+def _of(name: str, records: Sequence[TrialRecord]) -> Series:
+    """A series of trials that are hovered over and clicked on."""
+    return Series(
+        name,
+        *_coordinates(records),
+        TRIAL,
+        hover=[_hover(record) for record in records],
+        keys=[record.result.trial_id for record in records],
+    )
+
+
+def _held_out(front: Front) -> list[Series]:
+    """The front on held-out questions with its intervals, each tied to the trial's own point."""
+    found = front.held_out()
+    if not found:
+        return []
+    name = "front, held-out questions (95 %)"
+    own = [record.point or (x.value, y.value) for record, x, y in found]
+    ties = [
+        place
+        for (a, b), (_, x, y) in zip(own, found, strict=True)
+        for place in ((a, b), (x.value, y.value), (None, None))
+    ]
+    ties_x, ties_y = zip(*ties, strict=True)
+    return [
+        Series(name, ties_x, ties_y, HELD_OUT, "", line=0.9, dotted=True, listed=False),
+        Series(
+            name,
+            [x.value for _, x, _ in found],
+            [y.value for _, _, y in found],
+            HELD_OUT,
+            "diamond",
+            7,
+            0.7,
+            x_bounds=[(x.low, x.high) for _, x, _ in found],
+            y_bounds=[(y.low, y.high) for _, _, y in found],
+            hover=[_hover(*row) for row in found],
+            keys=[record.result.trial_id for record, _, _ in found],
+        ),
+    ]
+
+
+def _marks(front: Front) -> list[Series]:
+    """Rings around the paper's default, and the base's star."""
+    default, (x, y) = _coordinates(front.default), front.base_point
+    ring = Series("the paper's default setting", *default, BASE, "circle-open", 21)
+    told = [f"base model\nretain ROUGE-L {y:.3f}"]
+    star = Series("base model", [x], [y], BASE, "star", 20, hover=told)
+    return [ring, star] if front.default else [star]
+
+
+def _zoom(front: Front) -> list[tuple[float, float]]:
+    """Ranges that hold the front and its held-out intervals with some room around them."""
+    shown = [record.point for record in front.front if record.point is not None]
+    for _, x, y in front.held_out():
+        shown += [(x.low, y.low), (x.high, y.high)]
+    ranges = []
+    for values in zip(*(shown or [front.base_point]), strict=True):
+        room = max(0.1 * (max(values) - min(values)), 0.015)
+        ranges.append((min(values) - room, max(values) + room))
+    return ranges
+
+
+def _coordinates(records: Iterable[TrialRecord]) -> tuple[list[float], list[float]]:
+    points = [record.point for record in records if record.point is not None]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _noise(record: TrialRecord) -> str | None:
+    """The trial's visual perturbation, None where its method has none."""
+    return record.config.used.get("noise_type")
+
+
+def _clicked(front: Front) -> dict[str, dict[str, str]]:
+    """What a click shows of each trial, by trial id."""
+    shown = {}
+    for record in front.drawn:
+        trial_id = record.result.trial_id
+        shown[trial_id] = {
+            "name": run_name(record.config, trial_id),
+            "scores": " · ".join(_score_lines(record)),
+            "page": front.pages.get(trial_id, ""),
+        }
+    return shown
+
+
+def _hover(record: TrialRecord, x: Score | None = None, y: Score | None = None) -> str:
+    config, name = record.config, f"trial {record.result.trial_id}"
+    if x is not None and y is not None:
+        return "\n".join(
+            [
+                f"{name} · held-out questions",
+                describe(config),
+                f"forget reduction {x.value:.3f}  [{x.low:.3f}, {x.high:.3f}], n = {x.n}",
+                f"retain ROUGE-L {y.value:.3f}  [{y.low:.3f}, {y.high:.3f}], n = {y.n}",
+            ]
+        )
+    return "\n".join([name, *setting_lines(config), *_score_lines(record)])
+
+
+def setting_lines(config: TrialConfig) -> list[str]:
+    """A trial's setting as hovering shows it, in two lines."""
+    source = config.used.get("response_source")
+    responses = "" if source is None else f" · {source} responses"
+    return [describe(config), f"rank {config.lora_rank} · {config.epochs} epochs{responses}"]
+
+
+def _score_lines(record: TrialRecord) -> list[str]:
+    metrics = record.result.metrics
+    labels = {
+        OBJECTIVES[0]: "forget reduction",
+        OBJECTIVES[1]: "retain ROUGE-L",
+        "test_rougeL": "test ROUGE-L",
+        "forget_cloze": "forget cloze",
+    }
+    return [f"{label} {metrics[key]:.3f}" for key, label in labels.items() if key in metrics]
