@@ -120,7 +120,6 @@ class Source:
         origin: ``git_commit``, ``git_dirty`` and ``versions`` that the study was made with.
         data_sha256: of its benchmark.
         base_revision: of its base model.
-        base: its base model's scores.
         trials: the front, by trial id.
         folder: the study's folder, None if it is gone.
         tracking_uri: where the study is recorded.
@@ -132,7 +131,6 @@ class Source:
     origin: Mapping[str, Any]
     data_sha256: str
     base_revision: str
-    base: BaseScores
     trials: tuple[Trial, ...]
     folder: Path | None
     tracking_uri: str
@@ -194,13 +192,15 @@ def read_study(folder: Path) -> StudyFront:
     """
     try:
         source = _from_folder(str(folder), None)
+        kept = _read(folder / "study.json", str(folder)).get("base", {})
+        base = parse(BaseScores, kept, f"{folder / 'study.json'}: base")
         table = folder / "trials.csv"
         completed = _trials(_text(table, str(folder)), str(table), folder / "adapters")
     except InputError as error:
         told = str(error).removesuffix(".")
         raise InputError(f"{told}, or delete {folder} to run it again.") from None
     trials = {trial.trial_id: trial for trial in (*completed, *source.trials)}
-    return StudyFront(source.config.method, source.config.seed, source.base, tuple(trials.values()))
+    return StudyFront(source.config.method, source.config.seed, base, tuple(trials.values()))
 
 
 def _from_folder(name: str, tracking_uri: str | None) -> Source:
@@ -295,7 +295,6 @@ def _source(
             origin={key: summary[key] for key in ("git_commit", "git_dirty", "versions")},
             data_sha256=summary["data_sha256"],
             base_revision=summary["base_sha256"],
-            base=parse(BaseScores, summary["base"], f"{name}: study.json, base"),
             trials=tuple(trials),
             folder=folder,
             tracking_uri=uri or f"sqlite:///{(folder or config.output) / 'mlflow.db'}",
