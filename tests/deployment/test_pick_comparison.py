@@ -9,8 +9,14 @@ import pytest
 from PIL import Image
 
 from vgid.config import TrialConfig
-from vgid.deployment.pick_comparison import COMPARISON, comparison_grid, shares, write_comparison
-from vgid.deployment.pick_report import PickReport, report_grid
+from vgid.deployment.pick_page import (
+    COMPARISON,
+    PickReport,
+    comparison_grid,
+    report_grid,
+    shares,
+    write_comparison,
+)
 from vgid.deployment.rules import Bounds, choose
 from vgid.deployment.scores import Candidates, Scored, attacks_of, marks_of, pooled
 from vgid.errors import InputError

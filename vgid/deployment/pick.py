@@ -26,9 +26,14 @@ from rich.console import Console
 from vgid.cluster.resources import worker_threads
 from vgid.command_line import Parser, Printed, exit_code
 from vgid.config import Config, RequestConfig
-from vgid.deployment.pick_comparison import COMPARISON, comparison_grid, write_comparison
-from vgid.deployment.pick_pictures import write_report
-from vgid.deployment.pick_report import PickReport, report_grid
+from vgid.deployment.pick_page import (
+    COMPARISON,
+    PickReport,
+    comparison_grid,
+    report_grid,
+    write_comparison,
+    write_report,
+)
 from vgid.deployment.record import FOLDER, Deployment, Pseudonym
 from vgid.deployment.rules import RETAIN_DROP, REVERSE_RISE, Bounds, Choice, Rule, choose
 from vgid.deployment.scores import MIN_SEEDS, Candidates, pick_seeds, score_front

@@ -21,7 +21,7 @@ Rules and the other bounds look at means over the seeds. Those bounds at the unf
 the intervals would refuse nearly everything where few people are forgotten (five people give cloze
 0.4 an interval of 0.1 to 0.7), so these ends are told beside every choice. What is chosen as the
 best of several on the very questions that it is scored on looks a little better than it is;
-``vgid.deployment.pick_report`` says so, with the numbers.
+``vgid.deployment.pick_page`` says so, with the numbers.
 """
 
 from collections.abc import Sequence
