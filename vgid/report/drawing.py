@@ -242,7 +242,7 @@ class Picture:
             "annotations": texts,
         }
         names: set[str] = set()
-        gap = 0 if len(self.panels) == 1 else 0.14 if self.stacked else 0.04
+        gap = 0 if len(self.panels) == 1 else 0.14 if self.stacked else 0.07
         for number, panel in enumerate(self.panels):
             start, end = (number + gap) / len(self.panels), (number + 1 - gap) / len(self.panels)
             x, y = [start, end], [0.0, 1.0]
