@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -158,7 +157,8 @@ def test_a_slot_outlives_kills_repeats_itself_and_keeps_its_memory_flat(request_
     # What the process holds after the first trials have warmed the caches.
     memory = [found[f"{n:04d}"][1].result.metrics["rss"] / 2**20 for n in range(MANY)]
     first_half, last_half = memory[: MANY // 2], memory[MANY // 2 :]
-    assert statistics.median(last_half) < statistics.median(first_half) + 15
+    # The least of each half: what malloc keeps comes and goes by 25 MiB, what leaks stays.
+    assert min(last_half) < min(first_half) + 10
 
 
 def test_two_workers_train_a_trial_as_one_does(request_config, tmp_path):
