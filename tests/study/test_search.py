@@ -379,7 +379,7 @@ def test_sigma_is_searched_and_not_drawn_at_random(space, sampler):
         far = abs(point.get("sigma", 1.9) - 0.9)
         random.tell(trial, [1 - far - 0.01 * point["alpha"], 1 - far + 0.01 * point["alpha"]])
     # Neither sampler draws sigma with the others once a trial lacks it: this is what they call.
-    asked, sigma = random.ask(), space.distributions()["sigma"]
+    asked, sigma = random.ask(), space.distributions({"noise_type": "gaussian"})["sigma"]
     proposed = [
         make_sampler(sampler, 99, 0, number).sample_independent(
             random, random.trials[asked.number], "sigma", sigma

@@ -10,7 +10,7 @@ from vgid.cluster.resources import SlotShape, worker_bytes
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, derived, parse
 from vgid.errors import InputError
 from vgid.results import LeftOut, describe_left_out
-from vgid.study.search_space import FOLDER, Choices, Range, SearchSpace
+from vgid.study.search_space import FOLDER, Choices, SearchSpace
 
 if TYPE_CHECKING:
     from vgid.data.benchmark import Benchmark
@@ -27,8 +27,6 @@ class Plan:
     """A checked study.
 
     Attributes:
-        config: as asked for.
-        space: the search space.
         request: what every trial of the study shares.
         shape: resources of a slot.
         benchmark: the data without what is left out; None where it is the embedded backbone's own
@@ -40,11 +38,6 @@ class Plan:
     request: RequestConfig
     shape: SlotShape
     benchmark: "Benchmark | None"
-
-    @property
-    def own_data(self) -> bool:
-        """Whether the benchmark is the embedded backbone's own and is to be written."""
-        return self.benchmark is None
 
     @property
     def left_out(self) -> LeftOut:
@@ -59,7 +52,7 @@ class Plan:
         lines = [
             f"Study of {config.trials} trials of {config.method} on {config.backbone}, "
             f"forgetting {config.forget_ratio} % of the people, seed {config.seed}",
-            f"Data: {self.request.data}{' (will be written)' if self.own_data else ''}",
+            f"Data: {self.request.data}{' (will be written)' if self.benchmark is None else ''}",
             *([f"Left out as defective: {describe_left_out(self.left_out)}"] * bool(self.left_out)),
             f"Output: {config.output}",
             f"Search space: {self.space.source}",
@@ -69,10 +62,8 @@ class Plan:
             f"First points ({len(self.space.first_points)}):",
         ]
         for point in self.space.first_points[: config.trials]:
-            values = ", ".join(
-                f"{name} {value}" for name, value in point.items() if name in self.space.searched
-            )
-            lines.append(f"  {values}")
+            values = (f"{k} {value}" for k, value in point.items() if k in self.space.searched)
+            lines.append(f"  {', '.join(values)}")
         return lines
 
 
@@ -102,10 +93,8 @@ def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
     ancestral: dict[str, Any] = {}
     if ancestor is not None:
         ancestral = ancestor.request_fields(config.backbone, config.model_path)
-        pinned = {
-            "from_deployment_sha256": ancestor.sha256,
-            "model_path": ancestral["model_path"],
-        }
+        model_path = ancestral["model_path"]
+        pinned = {"from_deployment_sha256": ancestor.sha256, "model_path": model_path}
         config = config.model_copy(update=pinned)
     row = backbones.spec(config.backbone)
     folder = backbones.locate(row, config.model_path)
@@ -113,36 +102,27 @@ def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
     space = SearchSpace.load(path, config.backbone, config.method)
     if config.method == "rmu":
         _check_layer(space, folder)
-    if config.workers_per_trial > 1:
-        _check_workers(space)
-    own_data = config.data is None
-    if own_data and not row.embedded:
+    # Not every trial is one that runs in one worker only; what is refused later is one trial.
+    if config.workers_per_trial > 1 and False not in space.domain("released"):
+        raise InputError(
+            f"{space.source}: released: the public script's variant runs in one worker only; leave "
+            "out --workers-per-trial."
+        )
+    if config.data is None and not row.embedded:
         raise InputError(
             f"--data: {config.backbone} has no benchmark of its own; name a folder in the "
             "MLLMU-Bench layout with --data."
         )
-    places = {
-        "data": config.output / OWN_DATA if config.data is None else config.data,
-        "store": config.output / "store",
-    }
+    places = {"data": config.data or config.output / OWN_DATA, "store": config.output / "store"}
     request = derived(RequestConfig, config, "study", **places | ancestral)
-    benchmark = None if own_data else _checked_data(request, space)
+    benchmark = None if config.data is None else _checked_data(request, space)
     _check_output(config.output)
-    return Plan(
-        config=config,
-        space=space,
-        request=request,
-        shape=_shape(config, space, folder),
-        benchmark=benchmark,
-    )
-
-
-def _shape(config: StudyConfig, space: SearchSpace, folder: Path) -> SlotShape:
-    """The resources of a slot, by the first of the trials."""
+    # By the first of the trials.
     trial = space.trial_config(next(iter(space.first_points), {}), config.seed)
     on_gpu = config.gpus_per_worker > 0
     memory = worker_bytes(config.backbone, config.model_path, folder, trial, on_gpu)
-    return SlotShape(config.workers_per_trial, config.gpus_per_worker, memory)
+    shape = SlotShape(config.workers_per_trial, config.gpus_per_worker, memory)
+    return Plan(config, space, request, shape, benchmark)
 
 
 def _check_layer(space: SearchSpace, folder: Path) -> None:
@@ -150,13 +130,9 @@ def _check_layer(space: SearchSpace, folder: Path) -> None:
     from transformers import AutoConfig
 
     depth = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers
-    domain = space.searched.get("rmu_layer")
-    if isinstance(domain, Range):
-        deepest = domain.high
-    elif isinstance(domain, Choices):
-        deepest = max(domain.choices)
-    else:
-        deepest = space.fixed.get("rmu_layer", 1)
+    domain = space.domain("rmu_layer")
+    layers = domain.choices if isinstance(domain, Choices) else (domain.high,)
+    deepest = max(layer or 1 for layer in layers)  # None is a third of the depth
     if deepest > depth:
         raise InputError(
             f"{space.source}: rmu_layer: {space.backbone} has {depth} layers, got {deepest:g}; "
@@ -164,29 +140,15 @@ def _check_layer(space: SearchSpace, folder: Path) -> None:
         )
 
 
-def _check_workers(space: SearchSpace) -> None:
-    """Not every trial is one that runs in one worker only; what is refused later is one trial."""
-    domain = space.searched.get("released")
-    if space.fixed.get("released") or (isinstance(domain, Choices) and False not in domain):
-        raise InputError(
-            f"{space.source}: released: the public script's variant runs in one worker only; leave "
-            "out --workers-per-trial."
-        )
-
-
 def _checked_data(request: RequestConfig, space: SearchSpace) -> "Benchmark":
     """Read and encode what the study does, so that a defect is named now and not by a worker."""
     from vgid.evaluation.rehearsal import rehearsed
 
-    choices = []
-    for name in ("train_tasks", "train_wording"):
-        domain = space.searched.get(name)
-        default = TrialConfig.model_fields[name].default
-        fixed = (space.fixed.get(name, default),)
-        choices.append(domain.choices if isinstance(domain, Choices) else fixed)
+    tasks, wordings = (space.domain(name) for name in ("train_tasks", "train_wording"))
+    assert isinstance(tasks, Choices) and isinstance(wordings, Choices)  # neither has an order
     trials = [
-        parse(TrialConfig, {"train_tasks": tuple(tasks), "train_wording": wording}, space.source)
-        for tasks, wording in product(*choices)
+        parse(TrialConfig, {"train_tasks": task, "train_wording": wording}, space.source)
+        for task, wording in product(tasks.choices, wordings.choices)
     ]
     return rehearsed(request, trials)
 

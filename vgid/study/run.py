@@ -366,7 +366,7 @@ class Study:
         from vgid.models import backbones
 
         config, request = self.plan.config, self.plan.request
-        if self.plan.own_data and not request.data.exists():
+        if self.plan.benchmark is None and not request.data.exists():
             from vgid.data.synthetic import write_benchmark
 
             write_benchmark(request.data)

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, create_model, model_validator
 
 from vgid.config import Config, Method, TrialConfig, paper_default, parse, uses
 from vgid.errors import InputError
@@ -57,15 +57,18 @@ _SET_ELSEWHERE = {
 MOST_STEPS = 1e9
 """Optuna counts the steps of a range in decimals of 28 digits."""
 
-_FORMER = ("method", "parameters", "first_points")
+# Each field by itself: what ``TrialConfig`` asks of fields together is a whole trial's affair.
+_FIELDS: type[Config] = create_model(
+    "Fields",
+    __base__=Config,
+    **{name: (field.annotation, field) for name, field in TrialConfig.model_fields.items()},  # type: ignore[call-overload]
+)
 
 
 class Range(Config):
     """Numbers from ``low`` to ``high``, both included; integers for an integer field.
 
     Attributes:
-        low: smallest value.
-        high: largest value.
         log: whether proposals are even in the logarithm.
         step: distance between neighbouring values, None for any value (1 for integers).
     """
@@ -74,6 +77,23 @@ class Range(Config):
     high: float
     log: bool = False
     step: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _has_values(self) -> Self:
+        low, high, step = self.low, self.high, self.step
+        if low > high:
+            raise ValueError(f"the range is empty, low {low:g} is above high {high:g}; swap them")
+        if self.log and low <= 0:
+            raise ValueError(f"'log' needs low above 0, got {low:g}; raise it or leave out 'log'")
+        if step is not None and self.log:
+            raise ValueError("'log' and 'step' exclude each other; leave one out")
+        if step is not None and (high - low) / step > MOST_STEPS:
+            raise ValueError(f"step: {step:g} is next to none; leave it out")
+        if step is not None and high not in self:
+            raise ValueError(
+                f"steps of {step:g} from {low:g} do not reach {high:g}; change step or high"
+            )
+        return self
 
     def __contains__(self, value: object) -> bool:
         if not isinstance(value, int | float) or not self.low <= value <= self.high:
@@ -88,9 +108,7 @@ class Range(Config):
         clamped = min(max(value, self.low), self.high)
         if self.step is None:
             return clamped
-        steps = round((clamped - self.low) / self.step)
-        last = int((self.high - self.low) / self.step + 1e-6)
-        return self.low + min(steps, last) * self.step
+        return self.low + round((clamped - self.low) / self.step) * self.step
 
     def __str__(self) -> str:
         steps = "" if self.step is None else f" in steps of {self.step:g}"
@@ -110,7 +128,7 @@ class Choices(Config):
         return value if value in self.choices else self.choices[0]
 
     def __str__(self) -> str:
-        return ", ".join(str(choice) for choice in self.choices)
+        return ", ".join(map(str, self.choices))
 
 
 class _Section(Config):
@@ -163,25 +181,39 @@ class SearchSpace:
         Raises:
             InputError: one sentence that names the file, the field and the remedy.
         """
+        from vgid.models import backbones
+
         chain = _chain(path)
         own = chain[0][1].backbone
-        _check_backbone(own, backbone, str(path))
-        raw, where, points = _merged(chain, method)
-        for name, place in where.items():
+        try:
+            backbones.spec(own)
+        except InputError as error:
+            raise InputError(f"{path}: backbone: {error}") from None
+        if backbone not in (None, own):
+            raise InputError(
+                f"{path}: backbone: the file is meant for '{own}' and the study runs '{backbone}'; "
+                "name the backbone's own file with --search-space."
+            )
+        given, points = _merged(chain, method)
+        for name, (place, _) in given.items():
             _check_name(name, place, method)
-
         searched: dict[str, Range | Choices] = {}
         fixed: dict[str, Any] = {}
         # TrialConfig's order: fixed across files, and noise_type comes before its sigma.
         for name in TrialConfig.model_fields:
-            value = raw.get(name)
+            place, value = given.get(name, ("", None))
             if isinstance(value, Mapping):
-                searched[name] = _parsed_domain(name, value, where[name], method)
+                searched[name] = _domain(name, value, place)
             elif value is not None:
-                fixed[name] = _valid_value(name, value, where[name], method)
+                fixed[name] = _valid(name, value, place)
         read = hashlib.sha256(b"".join(file.read_bytes() for file, _ in chain)).hexdigest()
         space = cls(f"{path}: methods.{method}", read, own, method, searched, fixed)
-        space._check_sigma()
+        needs_sigma = "gaussian" in space.domain("noise_type")
+        if needs_sigma and "sigma" not in searched and "sigma" not in fixed:
+            raise InputError(
+                f"{space.source}.parameters.sigma: noise type 'gaussian' needs a sigma; "
+                "add for example 'sigma: {low: 0.2, high: 1.0}'."
+            )
         space._check_some_proposal()
         return space._with_first_points(points)
 
@@ -191,13 +223,10 @@ class SearchSpace:
         searched = {k: v.model_dump(exclude_defaults=True) for k, v in self.searched.items()}
         return {"parameters": {**self.fixed, **searched}, "first_points": list(self.first_points)}
 
-    @property
-    def default_point(self) -> dict[str, Any] | None:
-        """The paper's setting as a complete point, None if it lies outside the space."""
-        default = paper_default(self.method)
-        if all(value in self._domain_of(name) for name, value in default.items()):
-            return self._complete(default)
-        return None
+    def domain(self, name: str) -> Range | Choices:
+        """What a field may be; a field that is not searched has one choice."""
+        fixed = self.fixed.get(name, TrialConfig.model_fields[name].default)
+        return self.searched.get(name, Choices(choices=(fixed,)))
 
     def suggest(self, trial: "optuna.trial.Trial") -> dict[str, Any]:
         """Ask Optuna for a point, sigma only where the noise is Gaussian.
@@ -219,15 +248,10 @@ class SearchSpace:
         return self._with_fixed(point)
 
     def distributions(
-        self, point: Mapping[str, Any] | None = None
-    ) -> dict[str, "optuna.distributions.BaseDistribution"]:
-        """The same space as Optuna distributions, for adding trials that are already done.
-
-        Args:
-            point: with a point, only the parameters that it was asked for.
-        """
-        names = self.searched if point is None else self._asked(point)
-        return {name: self._distribution(name) for name in names}
+        self, point: Mapping[str, Any]
+    ) -> "dict[str, optuna.distributions.BaseDistribution]":
+        """What a point was asked for, as Optuna distributions: for trials that are already done."""
+        return {name: self._distribution(name) for name in self._asked(point)}
 
     def _distribution(self, name: str) -> Any:
         from optuna import distributions
@@ -251,8 +275,6 @@ class SearchSpace:
         return parse(TrialConfig, values, self.source)
 
     def _is_gaussian(self, point: Mapping[str, Any]) -> bool:
-        if not uses(self.method, "noise_type"):
-            return False
         default = TrialConfig.model_fields["noise_type"].default
         return point.get("noise_type", self.fixed.get("noise_type", default)) == "gaussian"
 
@@ -265,26 +287,6 @@ class SearchSpace:
         if not self._is_gaussian(point):
             values.pop("sigma", None)
         return values
-
-    def _complete(self, point: Mapping[str, Any]) -> dict[str, Any]:
-        """Fill a point in: what it leaves out is the default, moved into the range if need be."""
-        filled = dict(point)
-        for name in self._asked(filled):
-            if name in filled:
-                continue
-            default = TrialConfig.model_fields[name].default
-            value = self.searched[name].nearest(1.0 if default is None else default)
-            filled[name] = int(value) if _is_integer(name) else value
-        return self._with_fixed(filled)
-
-    def _check_sigma(self) -> None:
-        noise = self.searched.get("noise_type")
-        gaussian = "gaussian" in noise if noise is not None else self._is_gaussian({})
-        if gaussian and "sigma" not in self.searched and "sigma" not in self.fixed:
-            raise InputError(
-                f"{self.source}.parameters.sigma: noise type 'gaussian' needs a sigma; "
-                "add for example 'sigma: {low: 0.2, high: 1.0}'."
-            )
 
     def _check_some_proposal(self) -> None:
         """Refuse a space in which fields exclude each other whatever is proposed."""
@@ -307,34 +309,37 @@ class SearchSpace:
         raise refused
 
     def _with_first_points(self, points: list[dict[str, Any]] | None) -> Self:
+        """The space with its first points; without any, the paper's setting if it lies inside."""
         if points is None:
-            points = [] if self.default_point is None else [paper_default(self.method)]
+            default = paper_default(self.method)
+            inside = all(value in self.domain(name) for name, value in default.items())
+            points = [default] if inside else []
         complete = []
         for number, point in enumerate(points, start=1):
             where = f"{self.source}.first_points, number {number}"
             for name in point:
                 _check_name(name, where, self.method)
-            valid = {
-                name: _valid_value(name, value, where, self.method)
-                for name, value in point.items()
-                if not (name == "sigma" and value is None)
-            }
+            valid = {name: _valid(name, value, where) for name, value in point.items()}
+            if valid.get("sigma", 0.0) is None:
+                del valid["sigma"]
             for name, value in valid.items():
-                domain = self._domain_of(name)
+                domain = self.domain(name)
                 if value not in domain:
                     raise InputError(
                         f"{where}: {name}: {value} lies outside the search space ({domain}); "
                         "change the point or the parameter."
                     )
-            filled = self._complete(valid)
+            filled = dict(valid)
+            # What a point leaves out is the default, moved into the range if need be.
+            for name in self._asked(filled):
+                if name not in filled:
+                    default = TrialConfig.model_fields[name].default
+                    value = self.searched[name].nearest(1.0 if default is None else default)
+                    filled[name] = int(value) if _is_integer(name) else value
+            filled = self._with_fixed(filled)
             parse(TrialConfig, {**filled, **valid, "method": self.method}, where)
             complete.append(filled)
         return replace(self, first_points=tuple(complete))
-
-    def _domain_of(self, name: str) -> Range | Choices:
-        """What a field may be; a field that is not searched has one choice."""
-        fixed = self.fixed.get(name, TrialConfig.model_fields[name].default)
-        return self.searched.get(name, Choices(choices=(fixed,)))
 
 
 def _check_name(name: str, where: str, method: Method) -> None:
@@ -346,19 +351,14 @@ def _check_name(name: str, where: str, method: Method) -> None:
     if name in _SET_ELSEWHERE:
         raise InputError(f"{where}: {name}: does not belong here; {_SET_ELSEWHERE[name]}.")
     if name not in TrialConfig.model_fields:
-        known = sorted(
-            field
-            for field in TrialConfig.model_fields.keys() - _SET_ELSEWHERE.keys()
-            if uses(method, field)
-        )
-        raise InputError(f"{where}: {name}: unknown parameter; known ones are {', '.join(known)}.")
+        used = {field for field in TrialConfig.model_fields if uses(method, field)}
+        known = ", ".join(sorted(used - _SET_ELSEWHERE.keys()))
+        raise InputError(f"{where}: {name}: unknown parameter; known ones are {known}.")
     if not uses(method, name):
         raise InputError(f"{where}: {name}: method '{method}' does not use it; leave it out.")
 
 
-def _parsed_domain(
-    name: str, raw: Mapping[str, Any], place: str, method: Method
-) -> Range | Choices:
+def _domain(name: str, raw: Mapping[str, Any], place: str) -> Range | Choices:
     """Parse ``{low, high, ...}`` or ``{choices}`` of a parameter.
 
     Raises:
@@ -367,7 +367,7 @@ def _parsed_domain(
     where = f"{place}.{name}"
     if "choices" in raw:
         listed = parse(Choices, raw, where).choices
-        valid = tuple(_valid_value(name, choice, place, method) for choice in listed)
+        valid = tuple(_valid(name, choice, place) for choice in listed)
         if any(isinstance(choice, tuple) for choice in valid):
             raise InputError(f"{where}: cannot be searched; write one list, which is then fixed.")
         if len(set(valid)) < len(valid):
@@ -376,29 +376,10 @@ def _parsed_domain(
     if TrialConfig.model_fields[name].annotation not in (int, float, int | None, float | None):
         raise InputError(f"{where}: has no order, so write 'choices: [...]' in place of a range.")
     domain = parse(Range, raw, where)
-    if domain.low > domain.high:
-        raise InputError(
-            f"{where}: the range is empty, low {domain.low:g} is above high {domain.high:g}; "
-            "swap them."
-        )
-    if domain.log and domain.low <= 0:
-        raise InputError(
-            f"{where}: a logarithmic range needs low above 0, got {domain.low:g}; "
-            "raise it or leave out 'log'."
-        )
-    if domain.log and domain.step is not None:
-        raise InputError(f"{where}: 'log' and 'step' exclude each other; leave one out.")
-    if domain.step is not None and (domain.high - domain.low) / domain.step > MOST_STEPS:
-        raise InputError(f"{where}: step: {domain.step:g} is next to none; leave it out.")
-    if domain.step is not None and domain.high not in domain:
-        raise InputError(
-            f"{where}: steps of {domain.step:g} from {domain.low:g} do not reach "
-            f"{domain.high:g}; change step or high."
-        )
     if _is_integer(name) and not float(domain.step or 1).is_integer():
         raise InputError(f"{where}: step: must be a whole number, got {domain.step:g}.")
     for bound in (domain.low, domain.high):
-        _valid_value(name, bound, place, method)
+        _valid(name, bound, place)
     return domain
 
 
@@ -407,32 +388,23 @@ def _is_integer(name: str) -> bool:
     return TrialConfig.model_fields[name].annotation in (int, int | None)
 
 
-def _valid_value(name: str, value: Any, where: str, method: Method) -> Any:
+def _valid(name: str, value: Any, where: str) -> Any:
     """The value of one parameter as ``TrialConfig`` understands it.
 
     Raises:
         InputError: it is no valid value.
     """
-    # A Gaussian trial needs a sigma and only a Gaussian trial has one: give each its partner.
-    partner: dict[str, Any] = {"method": method}
-    if name == "sigma":
-        partner["noise_type"] = "gaussian"
-    elif (name, value) == ("noise_type", "gaussian"):
-        partner["sigma"] = 1.0
-    return getattr(parse(TrialConfig, {**partner, name: value}, where), name)
+    return getattr(parse(_FIELDS, {name: value}, where), name)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _parsed(path: Path) -> _File:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError as error:
         raise InputError(
-            f"{path}: there is no such search space; name an existing file with --search-space."
+            f"{path}: cannot be read ({error.strerror}); name an existing file with --search-space."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"{path}: cannot be read ({reason}); check the file.") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-99-99
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-99-99, no text
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark is not None else ""
         raise InputError(
@@ -442,17 +414,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: must be a mapping with the keys {', '.join(_File.model_fields)}."
         )
-    return raw
-
-
-def _parsed(path: Path) -> _File:
-    raw = _read(path)
-    for key in _FORMER:
-        if key in raw:
-            raise InputError(
-                f"{path}: {key}: does not belong at the top; each method has a section with "
-                "'parameters' and 'first_points' under 'methods', as in search_spaces."
-            )
     return parse(_File, raw, str(path))
 
 
@@ -479,8 +440,8 @@ def _chain(path: Path) -> list[tuple[Path, _File]]:
 
 def _merged(
     chain: list[tuple[Path, _File]], method: Method
-) -> tuple[dict[str, Any], dict[str, str], list[dict[str, Any]] | None]:
-    """The parameters of a method, where each of them stands, and the first points."""
+) -> tuple[dict[str, tuple[str, Any]], list[dict[str, Any]] | None]:
+    """The parameters of a method by name, each with the place where it stands; the first points."""
     oldest_first = chain[::-1]
     sections = [(f, file.methods[method]) for f, file in oldest_first if method in file.methods]
     if not sections:
@@ -491,21 +452,6 @@ def _merged(
         )
     places = [(f"{path}: shared", file.shared) for path, file in oldest_first]
     places += [(f"{f}: methods.{method}.parameters", section.parameters) for f, section in sections]
-    raw = {name: value for _, given in places for name, value in given.items()}
-    where = {name: place for place, given in places for name in given}
+    given = {name: (place, value) for place, raw in places for name, value in raw.items()}
     points = [s.first_points for _, s in sections if "first_points" in s.model_fields_set]
-    return raw, where, points[-1] if points else None
-
-
-def _check_backbone(name: str, wanted: str | None, source: str) -> None:
-    from vgid.models import backbones
-
-    try:
-        backbones.spec(name)
-    except InputError as error:
-        raise InputError(f"{source}: backbone: {error}") from None
-    if wanted is not None and wanted != name:
-        raise InputError(
-            f"{source}: backbone: the file is meant for '{name}' and the study runs '{wanted}'; "
-            "name the backbone's own file with --search-space."
-        )
+    return given, points[-1] if points else None
