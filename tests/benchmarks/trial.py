@@ -57,7 +57,7 @@ def run_once(root: Path, started: float, settings: dict[str, Any]) -> list[dict[
     )
     session = TrialSession(request)
     opening = time.perf_counter()
-    tracker = Tracker.open(None, output, request.backbone)
+    tracker = Tracker(None, output, request.backbone)
     config = StudyConfig(output=output, data=request.data, trials=2)
     hashes = {"dataset": session.benchmark.sha256, "base": session.backbone.revision}
     tracker.start_study("benchmark", config, hashes)

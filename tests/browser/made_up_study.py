@@ -16,7 +16,7 @@ from vgid.report.front import Front
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Heard, Record
-from vgid.study.tracking import StudyOutcome, Tracker
+from vgid.study.tracking import Tracker
 
 TRIALS = 18
 FAILED = 7
@@ -128,7 +128,7 @@ def record_study(server: str, folder: Path) -> Recorded:
     """Record the study on a server, as ``vgid.study.run`` does."""
     study_id = "tiny-llava-2026-11-25T090000-0"
     records = draw_trials(folder)
-    tracker = Tracker.open(server, folder, "tiny-llava")
+    tracker = Tracker(server, folder, "tiny-llava")
     hashes = {"dataset": "d" * 64, "base": "b" * 64}
     tracker.start_study(study_id, StudyConfig(output=folder, trials=TRIALS), hashes)
     for record in records:
@@ -138,10 +138,20 @@ def record_study(server: str, folder: Path) -> Recorded:
     write_trials(folder / "trials.csv", records)
     write_front(folder / "front.csv", records)
     write_study(folder / "study.json", {"seed": 0})
-    tables = [folder / name for name in ("trials.csv", "front.csv", "study.json")]
-    files = [*write_figures(folder, front), *tables]
     phases = {"start-up": 12.0, "train": 80.0, "evaluate": 40.0}
-    tracker.finish_study(StudyOutcome(front, {"hypervolume": 0.87}, phases, files))
+    figures = [file.name for file in write_figures(folder, front)]
+    summary = {
+        "output": folder,
+        "files": [*figures, "trials.csv", "front.csv", "study.json"],
+        "hypervolume": 0.87,
+        "wall_s": 140.0,
+        "phases": {name: {"total_s": seconds} for name, seconds in phases.items()},
+        "counts": {},
+        "store": {},
+        "trained_verbatim": {},
+        "left_out": {},
+    }
+    tracker.finish_study(front, summary)
     return Recorded(
         front, tracker.experiment_id, tracker.study_run_id, study_id, dict(tracker.pages)
     )

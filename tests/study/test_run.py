@@ -54,8 +54,8 @@ class Told:
 
     pages, server = {}, ""
 
-    def finish_study(self, outcome, status, tell):
-        self.finished.append((status, [file.name for file in outcome.files]))
+    def finish_study(self, front, summary, status, tell):
+        self.finished.append((status, list(summary["files"])))
 
 
 class Running:

@@ -24,13 +24,24 @@ from vgid.report.note import NOTE_PICTURE, NoteLinks, note_links, recommended, s
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Ledger, Record, now
-from vgid.study.tracking import StudyOutcome, Tracker
+from vgid.study.tracking import Tracker
 
 SHA = "0" * 64
 HASHES = {"dataset": "d" * 64, "base": "b" * 64}
 BASE = {
     "forget_rougeL": Score(value=0.95, n=60, low=0.9, high=1.0),
     "retain_rougeL": Score(value=0.97, n=300, low=0.95, high=0.98),
+}
+SUMMARY = {  # of study.json, what MLflow is told
+    "hypervolume": 0.41,
+    "wall_s": 9.0,
+    "phases": {},
+    "counts": {"completed": 2, "failed": 1},
+    "store": {"hit_rate_after_first_trial": 0.75, "bytes": 12},
+    "output": Path(),
+    "files": (),
+    "trained_verbatim": {},
+    "left_out": {},
 }
 HELD_OUT = {
     "forget_rougeL": Score(value=0.05, n=50, low=0.02, high=0.08),
@@ -48,7 +59,7 @@ EPOCHS = [
 def store(tmp_path_factory):
     """A store made as the study makes it: by default URI, in a thread."""
     output = tmp_path_factory.mktemp("study")
-    thread = threading.Thread(target=lambda: Tracker.open(None, output, "tiny-llava"))
+    thread = threading.Thread(target=lambda: Tracker(None, output, "tiny-llava"))
     thread.start()
     thread.join()
     return output
@@ -65,7 +76,7 @@ def flat(value):
 
 
 def open_tracker(store, backbone):
-    return Tracker.open(f"sqlite:///{store / 'mlflow.db'}", store, backbone)
+    return Tracker(f"sqlite:///{store / 'mlflow.db'}", store, backbone)
 
 
 def client(store):
@@ -133,8 +144,8 @@ def run_study(tracker, output, study_id, records):
     write_study(output / "study.json", {"seed": 0})
     write_figures(output, front)
     names = (*FIGURES, "front.csv", "trials.csv", "study.json")
-    files = [output / name for name in names]
-    tracker.finish_study(StudyOutcome(front, {"hypervolume": 0.41}, {"train": 8.0}, files))
+    phases = {"train": {"total_s": 8.0}}
+    tracker.finish_study(front, SUMMARY | {"output": output, "files": names, "phases": phases})
 
 
 def end(ledger, result):
@@ -181,6 +192,8 @@ def test_a_study_reads_back_whole(store, output, monkeypatch):
     assert parent.data.tags["vgid.base_hash"] == HASHES["base"]
     assert parent.data.params["trials"] == "4"
     assert parent.data.metrics["hypervolume"] == 0.41
+    assert parent.data.metrics["trials_failed"] == 1
+    assert parent.data.metrics["store_hit_rate"] == 0.75
     assert parent.data.metrics["base_retain_rougeL"] == 0.97
     assert parent.data.metrics["seconds/train"] == 8.0
     (dataset,) = parent.inputs.dataset_inputs
@@ -362,7 +375,7 @@ def test_a_study_that_ends_early_leaves_nothing_running_and_goes_on(store, outpu
         again = statuses(client(store), second)
         for record in records[1:3]:
             assert second.log_trial(end(ledger, record.result))
-    second.finish_study(StudyOutcome(Front("t", records, BASE)))
+    second.finish_study(Front("t", records, BASE), SUMMARY)
     second.close("FAILED")  # as every path does; it has ended
 
     ended = {"0000": "FINISHED", "0003": "KILLED"}
@@ -400,7 +413,7 @@ def test_whatever_a_store_raises_is_told_at_the_end(store, output, monkeypatch):
     tracker._client.log_artifacts = refuse
     assert [tracker.log_trial(ended(record)) for record in records] == [False, True, True, True]
     with pytest.raises(InputError, match=r"'boto3'; 1 trials are missing.*--resume"):
-        tracker.finish_study(StudyOutcome(Front("t", records, BASE), {"hypervolume": 0.5}))
+        tracker.finish_study(Front("t", records, BASE), SUMMARY | {"hypervolume": 0.5})
     kept = {"0001": "FINISHED", "0002": "FAILED", "0003": "KILLED"}
     assert statuses(client(store), tracker) == ("FINISHED", {"0000": "KILLED"} | kept)
     assert client(store).get_run(tracker.study_run_id).data.metrics["hypervolume"] == 0.5
@@ -408,7 +421,7 @@ def test_whatever_a_store_raises_is_told_at_the_end(store, output, monkeypatch):
     again = open_tracker(store, "refused")
     again.start_study("refused", StudyConfig(output=output), HASHES)
     assert all(again.log_trial(ended(record)) for record in records)
-    again.finish_study(StudyOutcome(Front("t", records, BASE)))
+    again.finish_study(Front("t", records, BASE), SUMMARY)
     assert statuses(client(store), again) == ("FINISHED", {"0000": "FINISHED"} | kept)
     run = children_of(client(store), again)["0000"]
     assert artifacts(client(store), run.info.run_id, "adapter")
@@ -425,7 +438,7 @@ def test_a_server_that_is_away_costs_a_delay_only(output, monkeypatch):
     uri, port, told = f"sqlite:///{output / 'mlflow.db'}", free_port(), []
     with ExitStack() as stack, ledger_of(output) as ledger:
         server = stack.enter_context(mlflow_process(uri, output, port))
-        tracker = Tracker.open(f"http://127.0.0.1:{port}", output, "tiny-llava")
+        tracker = Tracker(f"http://127.0.0.1:{port}", output, "tiny-llava")
         tracker.start_study("away", ledger.header.config, HASHES)
         assert tracker.log_trial(ledger.start("0000", records[0].config))
 
@@ -443,12 +456,12 @@ def test_a_server_that_is_away_costs_a_delay_only(output, monkeypatch):
             assert not tracker.log_trial(ledger.end(name, record.result))
         front = Front("t", records[:2], BASE)
         with pytest.raises(InputError, match=r"2 trials are missing.*--resume"):
-            tracker.finish_study(StudyOutcome(front), "KILLED")
+            tracker.finish_study(front, SUMMARY, "KILLED")
         tracker.close("KILLED")
         monkeypatch.setattr("vgid.study.tracking.RETRY_SECONDS", 0.2)
         with ThreadPoolExecutor(1) as side:
             back = side.submit(stack.enter_context, mlflow_process(uri, output, port))
-            tracker.finish_study(StudyOutcome(front), tell=told.append)
+            tracker.finish_study(front, SUMMARY, tell=told.append)
             back.result()
         known = {
             name: [(e.report.step, e.report.metrics["loss"], to_ms(e.at)) for e in record.epochs]
@@ -543,12 +556,12 @@ def test_trials_that_could_not_be_sent_are_sent_at_the_end(store, output, caplog
         assert not tracker.log_trial(ended(records[2]))
     front = Front("tiny-llava", records, BASE)
     with pytest.raises(InputError, match="run the same command with --resume"):
-        tracker.finish_study(StudyOutcome(front))
+        tracker.finish_study(front, SUMMARY)
     database.execute("ALTER TABLE runs_away RENAME TO runs")
     database.close()
     assert caplog.text.count("does not record") == 1  # the server is not asked again at once
 
-    tracker.finish_study(StudyOutcome(front))
+    tracker.finish_study(front, SUMMARY)
     assert sorted(children_of(client(store), tracker)) == ["0000", "0001", "0002"]
 
 
@@ -565,7 +578,7 @@ def test_trials_that_could_not_be_sent_are_sent_at_the_end(store, output, caplog
 )
 def test_an_address_that_does_not_work_gets_one_sentence(tmp_path, uri):
     with pytest.raises(InputError) as caught:
-        Tracker.open(uri, tmp_path, "tiny-llava")
+        Tracker(uri, tmp_path, "tiny-llava")
     message = str(caught.value)
     assert "--tracking-uri" in message
     assert "secret" not in message

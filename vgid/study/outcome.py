@@ -5,20 +5,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vgid.models.store import info
 from vgid.provenance import provenance
-from vgid.report.front import Front
 from vgid.report.records import TrialRecord
 from vgid.results import TrialStatus, Verbatim
 from vgid.study.ending import Ending
 from vgid.study.ledger import Header, Record, now
 from vgid.study.plan import Plan
 from vgid.study.scoreboard import Scoreboard
-
-if TYPE_CHECKING:
-    from vgid.study.tracking import StudyOutcome
 
 TABLES = ("study.json", "trials.csv", "front.csv")
 TRIAL_PHASES = ("teacher", "train", "evaluate", "save")
@@ -154,25 +150,6 @@ def study_summary(
         "store": store,
         "files": TABLES,
     }
-
-
-def told_to_mlflow(front: Front, summary: Mapping[str, Any]) -> "StudyOutcome":
-    """What of the content of ``study.json`` goes to MLflow, with the trials and the front."""
-    from vgid.study.tracking import StudyOutcome
-
-    numbers = {"hypervolume": summary["hypervolume"], "wall_s": summary["wall_s"]}
-    if summary["store"].get("hit_rate_after_first_trial") is not None:
-        numbers["store_hit_rate"] = summary["store"]["hit_rate_after_first_trial"]
-        numbers["store_bytes"] = summary["store"]["bytes"]
-    numbers |= {f"trials_{status}": n for status, n in summary["counts"].items()}
-    return StudyOutcome(
-        front,
-        numbers,
-        {name: row["total_s"] for name, row in summary["phases"].items() if "total_s" in row},
-        [summary["output"] / name for name in summary["files"]],
-        summary["trained_verbatim"],
-        summary["left_out"],
-    )
 
 
 def shortfall(

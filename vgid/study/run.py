@@ -36,7 +36,6 @@ from vgid.study.outcome import (
     said_of_a_stop,
     store_use,
     study_summary,
-    told_to_mlflow,
 )
 from vgid.study.plan import Ancestor, Plan, make_plan
 from vgid.study.scoreboard import Scoreboard
@@ -393,7 +392,7 @@ class Study:
         from vgid.study.tracking import Tracker
 
         config, hashes = self.plan.config, self._material.result().hashes
-        tracker = Tracker.open(config.tracking_uri, config.output, config.backbone)
+        tracker = Tracker(config.tracking_uri, config.output, config.backbone)
         tracker.start_study(self.header.study_id, config, hashes)
         return tracker
 
@@ -469,13 +468,9 @@ class Study:
                     "is complete, and --resume tells the server the rest."
                 )
             stopped = self.summary["interrupted"] or self.ending.stopped is not None
-            outcome, status = (
-                told_to_mlflow(front, self.summary),
-                "KILLED" if stopped else "FINISHED",
-            )
-            self.ending.finishes(
-                side.submit(tracker.finish_study, outcome, status, self.console.say)
-            )
+            status = "KILLED" if stopped else "FINISHED"
+            told = (front, self.summary, status, self.console.say)
+            self.ending.finishes(side.submit(tracker.finish_study, *told))
         except InputError as error:
             if self.ending.interrupt.came:  # the last line will be of that
                 self.console.say(f"Warning: {error}")

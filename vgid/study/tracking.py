@@ -2,8 +2,8 @@
 
 Only the driver process writes, in batches. Runs are found by their tags before one is created, so
 a resumed study goes on in the runs that it has. Nothing here carries a name, a question or an
-answer. ``Tracker.open`` may run in a thread while the cluster starts: it imports MLflow and, for a
-new SQLite file, makes the tables, which takes seconds.
+answer. A ``Tracker`` may be made in a thread while the cluster starts: it imports MLflow and, for
+a new SQLite file, makes the tables, which takes seconds.
 """
 
 import json
@@ -12,12 +12,12 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from vgid.config import StudyConfig
 from vgid.credentials import without_credentials
@@ -27,7 +27,7 @@ from vgid.report.mlflow_links import run_page, view_tag
 from vgid.report.note import NOTE_PICTURE, note_links, study_note
 from vgid.report.records import MAIN_METRICS, TrialRecord, held_out_scores, run_name
 from vgid.report.tables import as_text
-from vgid.results import LeftOut, TrialResult, TrialStatus, Verbatim
+from vgid.results import TrialStatus
 from vgid.study.ledger import Record
 from vgid.study.mlflow_client import Connection, connect, first_line, is_http
 
@@ -40,9 +40,6 @@ STATUS: dict[TrialStatus, str] = {
     "lost": "KILLED",
 }
 """MLflow's terminal status for each of ours."""
-
-ENDING_TAGS = {"vgid.status", "vgid.error"}
-"""Tags that say how a trial ended."""
 
 FLUSH_SECONDS = 5.0
 """Epoch metrics wait at most this long for company: a commit costs more than a short epoch."""
@@ -85,27 +82,6 @@ class _Run:
     sent: float = 0.0
 
 
-@dataclass(frozen=True)
-class StudyOutcome:
-    """What came of a study.
-
-    Attributes:
-        front: all trials, the front and the base model's scores.
-        metrics: numbers of the study as a whole: hypervolume, wall time, counts.
-        phases: seconds by phase, in the order to show them.
-        files: figures and tables, kept as artifacts under their own names.
-        verbatim: which scored questions training sees (``splits.count_verbatim``).
-        left_out: what of the data was left out as defective.
-    """
-
-    front: Front
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    phases: Mapping[str, float] = field(default_factory=dict)
-    files: Sequence[Path] = ()
-    verbatim: Verbatim | None = None
-    left_out: LeftOut | None = None
-
-
 class TrialRuns:
     """The runs of a study's trials: children of the study's own run, found again by their tags.
 
@@ -139,15 +115,14 @@ class TrialRuns:
         """
         # By how much they hold, so that of two runs of one trial the fuller one is kept.
         for child in sorted(self._children(), key=lambda child: len(child.data.metrics)):
-            tags = dict(child.data.tags)
-            trial_id, told = tags.get("vgid.trial_id", ""), tags.get("vgid.status")
-            run = _Run(child.info.run_id, tags, dict(child.data.metrics))
-            run.running = child.info.status == "RUNNING"
-            # A run that was stopped says nothing of its trial, or was not recorded whole.
-            known = told is not None and STATUS.get(told) == child.info.status
-            run.outcome = told if known else None
+            tags, status = dict(child.data.tags), child.info.status
+            trial_id, told = tags["vgid.trial_id"], tags.get("vgid.status")
             if trial_id in self._runs:
                 self._client.delete_run(self._runs[trial_id].run_id)
+            run = _Run(child.info.run_id, tags, dict(child.data.metrics))
+            run.running = status == "RUNNING"
+            # A run that was stopped says nothing of its trial, or was not recorded whole.
+            run.outcome = told if told in STATUS and STATUS[told] == status else None
             self._runs[trial_id] = run
 
     def send(self, record: Record) -> None:
@@ -176,8 +151,10 @@ class TrialRuns:
         tags: list[Any] = []
         result, ended = record.result, _milliseconds(record.ended or record.started)
         if result is not None:
+            numbers = result.metrics | {f"seconds/{k}": v for k, v in result.seconds.items()}
+            numbers |= {f"store/{name}": float(count) for name, count in result.store.items()}
             # After a kill between two calls, what is there already is not sent again.
-            missing = {k: v for k, v in _outcome(result).items() if known.get(k) != v}
+            missing = {k: v for k, v in numbers.items() if known.get(k) != v}
             known |= missing
             metrics += [Metric(k, v, ended, max(last_step, 0)) for k, v in missing.items()]
             tags.append(RunTag("vgid.status", result.status))
@@ -200,10 +177,9 @@ class TrialRuns:
         run = self._runs.get(record.result.trial_id)
         if run is None:
             return
-        mark = "true" if record.on_front else "false"
-        scores = held_out_scores(record) or {}
+        mark = as_text(record.on_front)
         numbers: dict[str, float] = {}
-        for name, score in scores.items():
+        for name, score in (held_out_scores(record) or {}).items():
             numbers[f"heldout_{name}"] = score.value
             if name in MAIN_METRICS:  # front.csv has the other intervals
                 numbers |= {f"heldout_{name}_low": score.low, f"heldout_{name}_high": score.high}
@@ -216,10 +192,8 @@ class TrialRuns:
     def end_all(self) -> None:
         """End the runs of trials that have not ended."""
         if is_http(self._connection.uri):  # a request whose answer was lost may have made two
-            mine = set(self.ids.values())
-            for child in self._children():
-                if child.info.run_id not in mine:
-                    self._client.delete_run(child.info.run_id)
+            for id in {child.info.run_id for child in self._children()} - {*self.ids.values()}:
+                self._client.delete_run(id)
         for run in self._runs.values():
             if run.running:
                 self._client.set_terminated(run.run_id, "KILLED")
@@ -227,7 +201,7 @@ class TrialRuns:
 
     def _reopen(self, run: _Run) -> None:
         """Go on with a run that was stopped, and whose trial is in flight again."""
-        for tag in ENDING_TAGS & run.tags.keys():
+        for tag in {"vgid.status", "vgid.error"} & run.tags.keys():
             self._client.delete_tag(run.run_id, tag)
             del run.tags[tag]
         self._client.update_run(run.run_id, status="RUNNING")
@@ -262,7 +236,7 @@ class TrialRuns:
 
 
 class Tracker:
-    """Writes one study to an MLflow tracking server or SQLite file.
+    """Writes one study to an MLflow tracking server or SQLite file (``mlflow_client.connect``).
 
     Attributes:
         uri: where it writes, without credentials.
@@ -270,8 +244,8 @@ class Tracker:
         study_run_id: the parent run, empty before ``start_study``.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, uri: str | None, output: Path, backbone: str) -> None:
+        self._connection = connection = connect(uri, output, backbone)
         self._client = connection.client
         self._study_id = ""
         self._trials = TrialRuns(connection, "", {})
@@ -282,11 +256,6 @@ class Tracker:
         self.uri = connection.uri
         self.experiment_id = connection.experiment_id
         self.study_run_id = ""
-
-    @classmethod
-    def open(cls, uri: str | None, output: Path, backbone: str) -> Self:
-        """A tracker of a study in the folder ``output``: see ``mlflow_client.connect``."""
-        return cls(connect(uri, output, backbone))
 
     @property
     def server(self) -> str:
@@ -308,16 +277,13 @@ class Tracker:
         command = shlex.join([str(mlflow), "ui", "--backend-store-uri", self.uri])
         return f"{command}   (then open {self.server}{page})"
 
-    def start_study(self, study_id: str, config: StudyConfig, hashes: Mapping[str, str]) -> str:
+    def start_study(self, study_id: str, config: StudyConfig, hashes: Mapping[str, str]) -> None:
         """Find or create the parent run, and learn which trials it has.
 
         Args:
             study_id: the study's own id, the same after a resume.
             config: what the study runs.
             hashes: hashes by what they are of; ``dataset`` and ``base`` at least.
-
-        Returns:
-            The parent's run id.
 
         Raises:
             InputError: the server refuses, or artifacts cannot be kept.
@@ -343,7 +309,6 @@ class Tracker:
                 f"--tracking-uri {self.uri}: the study cannot be recorded ({first_line(error)}); "
                 "check the server or leave the option out."
             ) from None
-        return self.study_run_id
 
     def log_trial(self, record: Record) -> bool:
         """Record how far a trial has come: parameters, epochs and, once it has ended, its outcome.
@@ -366,7 +331,8 @@ class Tracker:
 
     def finish_study(
         self,
-        outcome: StudyOutcome,
+        front: Front,
+        summary: Mapping[str, Any],
         status: str = "FINISHED",
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -375,7 +341,8 @@ class Tracker:
         A server that does not answer is waited for, unless the study was stopped.
 
         Args:
-            outcome: what came of the study.
+            front: all trials, the front and the base model's scores.
+            summary: the content of ``study.json``; its ``files`` are kept as artifacts.
             status: ``FINISHED``, or ``KILLED`` if the study was stopped.
             tell: told what is waited for.
 
@@ -387,7 +354,7 @@ class Tracker:
         deadline = time.monotonic() + (PATIENCE_SECONDS if status == "FINISHED" else 0.0)
 
         def send() -> None:
-            self._send_outcome(outcome, now)
+            self._send_outcome(front, summary, now)
             self._end_runs(status)
 
         waited = False
@@ -454,25 +421,32 @@ class Tracker:
                 "permit what that place needs, or leave the option out."
             ) from None
 
-    def _send_outcome(self, outcome: StudyOutcome, now: int) -> None:
+    def _send_outcome(self, front: Front, summary: Mapping[str, Any], now: int) -> None:
         from mlflow.entities import Metric, RunTag
 
-        front, files = outcome.front, outcome.files
-        numbers = {
-            **outcome.metrics,
-            **{f"seconds/{phase}": seconds for phase, seconds in outcome.phases.items()},
-            **{f"base_{name}": score.value for name, score in front.base.items()},
-        }
+        phases = {name: row["total_s"] for name, row in summary["phases"].items()}
+        files = [summary["output"] / name for name in summary["files"]]
+        store = summary["store"]
+        numbers = {"hypervolume": summary["hypervolume"], "wall_s": summary["wall_s"]}
+        if store.get("hit_rate_after_first_trial") is not None:
+            numbers["store_hit_rate"] = store["hit_rate_after_first_trial"]
+            numbers["store_bytes"] = store["bytes"]
+        numbers |= {f"trials_{status}": count for status, count in summary["counts"].items()}
+        numbers |= {f"seconds/{phase}": seconds for phase, seconds in phases.items()}
+        numbers |= {f"base_{name}": score.value for name, score in front.base.items()}
         runs = self._trials.ids
         links = note_links(
             front, self.experiment_id, self.study_run_id, self._study_id, runs, files
         )
-        note = study_note(front, outcome.phases, links, outcome.verbatim, outcome.left_out)
+        note = study_note(front, phases, links, summary["trained_verbatim"], summary["left_out"])
         for record in front.records:
             self._trials.mark(record, now)
         for file in files:
             self._client.log_artifact(self.study_run_id, str(file))
-        self._log_note_picture(front)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / NOTE_PICTURE
+            write_png(path, front, whole_only=True)
+            self._client.log_artifact(self.study_run_id, str(path))
         self._client.set_experiment_tag(
             self.experiment_id, *view_tag(self._study_id, f"Study {self._study_id}", now)
         )
@@ -520,12 +494,6 @@ class Tracker:
         tags = [InputTag("mlflow.data.context", "unlearning")]
         self._client.log_inputs(self.study_run_id, [DatasetInput(dataset, tags)])
 
-    def _log_note_picture(self, front: Front) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / NOTE_PICTURE
-            write_png(path, front, whole_only=True)
-            self._client.log_artifact(self.study_run_id, str(path))
-
     def _try(self, send: Callable[[], None]) -> bool:
         """Send; a server that does not take it costs a wait, never the study."""
         try:
@@ -540,15 +508,6 @@ def _params(values: Mapping[str, Any]) -> list[Any]:
     from mlflow.entities import Param
 
     return [Param(name, as_text(value)) for name, value in values.items() if value is not None]
-
-
-def _outcome(result: TrialResult) -> dict[str, float]:
-    """A result's numbers by the names that they have on MLflow."""
-    return {
-        **result.metrics,
-        **{f"seconds/{phase}": seconds for phase, seconds in result.seconds.items()},
-        **{f"store/{name}": float(count) for name, count in result.store.items()},
-    }
 
 
 def _milliseconds(iso: str) -> int:
