@@ -113,7 +113,7 @@ class Driver:
             config.seed,
             1,
             losses,
-            on_start=self.bulletin.started,
+            on_start=self.bulletin.running,
         )
         self.listener = Listener(
             self.ledger, self.search, losses, self.bulletin, ending, None, study._seconds

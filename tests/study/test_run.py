@@ -167,7 +167,7 @@ def test_trials_lost_in_a_row_stop_the_study_and_stand_in_its_table_until_they_e
         assert not run.ending.is_over()
         run.ends(name, lost(name), None)
     assert run.ending.is_over()
-    run.listener.search_is_over(run.study.board)
+    run.bulletin.still_lost(run.losses.causes, run.ledger.records)
     records = run.study.board.trials()
     assert run.study.board.counts() == {"completed": 0, "pruned": 0, "failed": 0, "lost": IN_A_ROW}
     assert run.study.board.front() == []

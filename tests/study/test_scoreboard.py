@@ -7,6 +7,7 @@ import pytest
 from vgid.config import StudyConfig, TrialConfig
 from vgid.pareto import front_mask, hypervolume
 from vgid.results import OBJECTIVES, Score, TrialResult
+from vgid.study.console import Standing
 from vgid.study.ledger import Header, Ledger, trial_id
 from vgid.study.scoreboard import Scoreboard
 
@@ -54,7 +55,8 @@ def test_board_agrees_at_any_moment_with_what_all_trials_say_and_with_a_resumed_
         assert ended.on_front == named[ended.result.trial_id]
         ids = [name for name, on_front in named.items() if on_front]
         assert [t.result.trial_id for t in board.front()] == sorted(ids, key=int)
-        assert board.front_size == sum(marks)
+        board.show_on(standing := Standing(30))
+        assert standing.front == sum(marks)
         statuses = [trial.result.status for trial in trials]
         assert board.counts() == {s: statuses.count(s) for s in STATUSES}
         assert board.hypervolume == hypervolume(points, (0.0, 0.45))
@@ -86,7 +88,7 @@ def test_lost_trials_stand_among_the_ended_ones_until_they_end(ledger):
     assert (lost.config.alpha, lost.on_front) == (0.7, False)
     assert board.counts()["lost"] == 1
     board.add(ledger.end("0001", TrialResult(trial_id="0001", status="pruned")))
-    assert [t.result.trial_id for t in board.trials()] == ["0000", "0002", "0001"]
+    assert [t.result.trial_id for t in board.trials()] == ["0000", "0001", "0002"]
     assert board.counts()["lost"] == 0
 
 

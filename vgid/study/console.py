@@ -27,7 +27,7 @@ from vgid.command_line import duration
 from vgid.evaluation.suppression import doubt
 from vgid.report.records import TrialRecord, describe, held_out_scores
 from vgid.report.tables import Grid
-from vgid.results import EpochReport, QuestionPart, Score, TrialResult, trial_order
+from vgid.results import OBJECTIVES, EpochReport, QuestionPart, Score, TrialResult, trial_order
 
 
 @contextmanager
@@ -36,23 +36,23 @@ def libraries_silenced(log: Path) -> Iterator[TextIO]:
 
     By file descriptor, because Ray's C++ parts and child processes write there directly.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved_out, saved_err = os.dup(1), os.dup(2)
-    terminal = os.fdopen(os.dup(saved_out), "w", encoding="utf-8", errors="replace", buffering=1)
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.dup2(sink, 1)
-        os.dup2(sink, 2)
-        yield terminal
-    finally:
+
+    def lead(to_out: int, to_err: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.dup2(saved_out, 1)
-        os.dup2(saved_err, 2)
-        terminal.close()
-        for descriptor in (saved_out, saved_err, sink):
-            os.close(descriptor)
+        os.dup2(to_out, 1)
+        os.dup2(to_err, 2)
+
+    saved = os.dup(1), os.dup(2)
+    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace", buffering=1)
+    with terminal, log.open("ab") as sink:
+        lead(sink.fileno(), sink.fileno())
+        try:
+            yield terminal
+        finally:
+            lead(*saved)
+            for descriptor in saved:
+                os.close(descriptor)
 
 
 @contextmanager
@@ -79,7 +79,7 @@ class Standing:
     Attributes:
         trials: how many there are to be.
         slots: how many run at a time.
-        counts: ended trials by status.
+        counts: ended and lost trials by status.
         front: size of the front.
         hypervolume: of the front, None until the base model is scored.
         trial_s: seconds of the last trials that ended in this run.
@@ -128,9 +128,7 @@ class StudyConsole:
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._live = Live(
-                get_renderable=self._render, console=self._console, refresh_per_second=4
-            )
+            self._live = Live(get_renderable=self._render, console=self._console)
             self._live.start()
         return self
 
@@ -148,7 +146,7 @@ class StudyConsole:
         """Name what the study is doing now."""
         self._stage = name
         if self._live is None:
-            self.say(f"[{duration(self._elapsed())}] {name}")
+            self.say(f"[{duration(self._elapsed)}] {name}")
 
     def epoch(self, trial_id: str, label: str, report: EpochReport | None) -> None:
         """A trial started (no report) or reached the end of an epoch."""
@@ -159,19 +157,15 @@ class StudyConsole:
         self._running.pop(trial_id, None)
         if self._live is not None and result.status == "completed":
             return
-        metrics = result.metrics
-        parts = [f"trial {trial_id} {result.status}"]
+        line = f"[{duration(self._elapsed)}] trial {trial_id} {result.status}"
         if result.status == "completed":
-            parts[0] += (
-                f": forget reduction {metrics.get('forget_rougeL_reduction', float('nan')):.3f}, "
-                f"retain {metrics.get('retain_rougeL', float('nan')):.3f}"
-            )
+            reduction, retain = (result.metrics.get(name, float("nan")) for name in OBJECTIVES)
+            line += f": forget reduction {reduction:.3f}, retain {retain:.3f}"
         elif result.error is not None:
-            parts[0] += f": {result.error}"
-        if self._live is None:
-            parts.append(self._summary())
-        self.say(f"[{duration(self._elapsed())}] " + " | ".join(parts))
+            line += f": {result.error}"
+        self.say(line if self._live else f"{line} | {self._summary()}")
 
+    @property
     def _elapsed(self) -> float:
         return time.monotonic() - self._started
 
@@ -180,15 +174,12 @@ class StudyConsole:
         counts = [f"{standing.ended}/{standing.trials} ended"]
         if self._running:
             counts.append(f"{len(self._running)} running")
-        counts += [
-            f"{standing.counts[status]} {status}"
-            for status in ("failed", "pruned", "lost")
-            if standing.counts.get(status)
-        ]
+        troubled = ((standing.counts.get(name), name) for name in ("failed", "pruned", "lost"))
+        counts += [f"{count} {name}" for count, name in troubled if count]
         counts.append(f"front {standing.front}")
         if standing.hypervolume is not None:
             counts.append(f"hypervolume {standing.hypervolume:.4f}")
-        left = standing.left_s(self._elapsed())
+        left = standing.left_s(self._elapsed)
         if left is not None and standing.ended < standing.trials:
             counts.append(f"about {duration(left)} left")
         return ", ".join(counts)
@@ -199,12 +190,11 @@ class StudyConsole:
         head.add_row(
             Text(self._stage, style="bold"),
             ProgressBar(total=max(1, standing.trials), completed=standing.ended, width=30),
-            Text(f"{duration(self._elapsed())}"),
+            Text(duration(self._elapsed)),
         )
         lines: list[RenderableType] = [head, Text(self._summary())]
-        for name, (label, report) in sorted(
-            self._running.items(), key=lambda item: trial_order(item[0])
-        ):
+        for name in sorted(self._running, key=trial_order):
+            label, report = self._running[name]
             state = "waiting for its first epoch"
             if report is not None:
                 state = f"epoch {report.epoch}/{report.epochs}"
@@ -232,35 +222,35 @@ def print_summary(
         base: scores of the base model by part of the questions, as far as they are known.
         ui_command: the last line.
     """
-    width = None if stream.isatty() else 140
-    console = Console(file=stream, highlight=False, width=width)
+    console = Console(
+        file=stream, highlight=False, markup=False, width=None if stream.isatty() else 140
+    )
     counts = ", ".join(f"{count} {status}" for status, count in summary["counts"].items() if count)
     hypervolume = summary["hypervolume"]
     volume = "" if hypervolume is None else f", hypervolume {hypervolume:.4f}"
-    console.print(f"\nTrials: {counts or 'none ended'}{volume}", markup=False)
+    console.print(f"\nTrials: {counts or 'none ended'}{volume}")
     front = [record for record in records if record.on_front]
     if front:
-        console.print(front_table(front, base).rich())
+        console.print(_front_table(front, base).rich())
     unsure = doubt(base.get("search", {}))
     if unsure is not None:
-        console.print(f"Warning: {unsure}", markup=False)
-    if summary["phases"]:
-        console.print(phase_table(summary["phases"]).rich())
+        console.print(f"Warning: {unsure}")
+    phases = [(k, row["total_s"], row.get("median_s")) for k, row in summary["phases"].items()]
+    if phases:
+        console.print(Grid(("phase", "total s", "median s a trial"), phases, "Phases").rich())
     store = summary["store"]
     if store.get("hit_rate_after_first_trial") is not None:
         console.print(
             f"Teacher store: {store['hit_rate_after_first_trial']:.1%} of "
             f"{store['targets_after_first_trial']:,} targets were there after the first trial; "
-            f"{decimal(store['bytes'])} on disk.",
-            markup=False,
+            f"{decimal(store['bytes'])} on disk."
         )
-    console.print(f"Files in {summary['output']}:", markup=False, soft_wrap=True)
-    for name in summary["files"]:
-        console.print(f"  {name}", markup=False, soft_wrap=True)
-    console.print(ui_command, markup=False, soft_wrap=True)
+    files = (f"  {name}" for name in summary["files"])
+    last = [f"Files in {summary['output']}:", *files, ui_command]
+    console.print("\n".join(last), soft_wrap=True)
 
 
-def front_table(
+def _front_table(
     front: Sequence[TrialRecord], base: Mapping[QuestionPart, Mapping[str, Score]]
 ) -> Grid:
     """The front from least to most forgotten, with held-out scores where there are any.
@@ -268,9 +258,9 @@ def front_table(
     The base's row has what a reduction is of, and what the other scores were before.
     """
     search, held_out_base = base.get("search", {}), base.get("held_out", {})
-    scored = {"forget_rougeL_reduction": "forget red.", "retain_rougeL": "retain"}
-    scored["test_rougeL"] = "test"
-    again = {"forget_rougeL_reduction": "held-out red.", "retain_rougeL": "held-out retain"}
+    reduction, retain = OBJECTIVES
+    scored = {reduction: "forget red.", retain: "retain", "test_rougeL": "test"}
+    again = {reduction: "held-out red.", retain: "held-out retain"}
     if "celebrity_rougeL" in held_out_base:
         again["celebrity_rougeL"] = "held-out celebrities"
     rows: list[list[Any]] = []
@@ -294,12 +284,3 @@ def _before(base: Mapping[str, Score], name: str) -> str | float | None:
     if score is None:
         return None
     return f"of {score.value:.3f}" if name.endswith("_reduction") else score.value
-
-
-def phase_table(phases: Mapping[str, Mapping[str, Any]]) -> Grid:
-    """Where the time went: total seconds by phase, and the median of a trial."""
-    return Grid(
-        ("phase", "total s", "median s a trial"),
-        [(name, row.get("total_s"), row.get("median_s")) for name, row in phases.items()],
-        "Phases",
-    )

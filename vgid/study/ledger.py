@@ -42,20 +42,7 @@ MUST_AGREE = (
 )
 """Fields of a study that a resume must repeat."""
 
-MAY_CHANGE = (
-    "output",
-    "from_deployment",
-    "search_space",
-    "trials",
-    "sampler",
-    "time_budget_s",
-    "max_concurrent",
-    "gpus_per_worker",
-    "eval_batch_size",
-    "store_limit_gb",
-    "fresh_workers",
-    "log_responses",
-)
+MAY_CHANGE = tuple(name for name in StudyConfig.model_fields if name not in MUST_AGREE)
 """The others: how much and how fast, and where files lie whose content must agree."""
 
 CONTENT = {
@@ -79,7 +66,7 @@ class Header(Config):
         study_id: the study's name in MLflow and Ray, unique.
         config: the study as it was started.
         search_space_sha256: of the search-space file, which must not change in between.
-        started: UTC, ISO 8601.
+        started: UTC, ISO 8601, as all times here.
         vgid_version: of this package. This and what follows must not change in between either;
             None where it is not known yet, or was not recorded when the study was started.
         data_sha256: of the benchmark.
@@ -98,7 +85,7 @@ class Header(Config):
 
 
 class Heard(Config):
-    """An epoch's report, and when the driver heard it: UTC, ISO 8601."""
+    """An epoch's report, and when the driver heard it."""
 
     report: EpochReport
     at: str
@@ -109,12 +96,8 @@ class Record(Config):
 
     Attributes:
         trial_id: four digits, the trial's number in Optuna.
-        config: what is run.
-        started: UTC, ISO 8601.
         epochs: what it reported so far, by optimizer step.
-        ended: UTC, ISO 8601; None while in flight.
-        result: None while in flight.
-        slot: where it ran.
+        ended: None while in flight, as ``result``.
         failures: why earlier runs of it failed that were retried.
         overhead_s: seconds of the slot that went to neither training nor evaluation, counted from
             the end of the slot's job before; None for the slot's first.
@@ -182,6 +165,7 @@ class Ledger:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.folder = output / "trials"
+        self._file = self.folder / "study.json"
         self.header: Header | None = None
         self.records: dict[str, Record] = {}
         self._made = not output.exists()
@@ -206,7 +190,7 @@ class Ledger:
 
     def close(self) -> None:
         """Let go of the folder; an output folder in which nothing was begun is removed again."""
-        if not (self.folder / "study.json").exists():
+        if not self._file.exists():
             with contextlib.suppress(OSError):
                 if self.folder.exists():
                     self.folder.rmdir()
@@ -249,27 +233,23 @@ class Ledger:
                 f"{self.output}: the folder already holds a study; continue it with --resume or "
                 "choose another --output."
             )
+        self.folder.mkdir(exist_ok=True)
         # A killed process leaves its lock, and what it wrote of the header.
-        if not (self.folder / "study.json").exists() and (
-            any(entry.name not in (".lock", self.folder.name) for entry in self.output.iterdir())
-            or any(not entry.name.startswith(".") for entry in self._entries())
-        ):
+        mine = {self.folder, self.output / ".lock", *self.folder.glob(".*")}
+        there = {*self.output.iterdir(), *self.folder.iterdir()}
+        if not self._file.exists() and there - mine:
             raise InputError(
                 f"{self.output}: the folder is not empty and holds no study; choose another "
                 "--output."
             )
-        self.folder.mkdir(exist_ok=True)
         self._sweep()
         for path in started:  # proposals that nothing came of
             path.unlink()
-        self._write(self.folder / "study.json", header)
+        self._write(self._file, header)
         self.header = header
 
     def settle(self, **found: str) -> list[str]:
-        """Compare what the study is made of with what it was started with, and keep what is new.
-
-        Args:
-            **found: keys of ``CONTENT`` with what they are now.
+        """Compare keys of ``CONTENT`` with what the study was started with, and keep what is new.
 
         Returns:
             What older trials of the study may have had otherwise: nobody recorded it then.
@@ -291,7 +271,7 @@ class Ledger:
                 )
         if new:
             header = self.header.model_copy(update=new)
-            self._write(self.folder / "study.json", header)
+            self._write(self._file, header)
             self.header = header
         return [CONTENT[name][0] for name in new] if self.ended else []
 
@@ -306,19 +286,18 @@ class Ledger:
         Raises:
             InputError: no study here, a damaged record, or a study that is not the same.
         """
-        path = self.folder / "study.json"
-        if not path.exists():
+        if not self._file.exists():
             raise InputError(
                 f"{self.output}: the folder holds no study to resume; leave out --resume."
             )
-        header = self._read(path, Header)
+        header = self._read(self._file, Header)
         kept, wanted = header.config.model_dump(), config.model_dump()  # without credentials
         for field in MUST_AGREE:
-            before, asked = kept[field], wanted[field]
-            if before != asked:
+            if kept[field] != wanted[field]:
                 raise InputError(
-                    f"{self.output}: the study was started with {_flag(field)} {before} and cannot "
-                    f"go on with {asked}; repeat the first value or choose another --output."
+                    f"{self.output}: the study was started with {_flag(field)} {kept[field]} and "
+                    f"cannot go on with {wanted[field]}; repeat the first value or choose another "
+                    "--output."
                 )
         if header.search_space_sha256 != search_space_sha256:
             raise InputError(
@@ -327,8 +306,9 @@ class Ledger:
             )
         self._sweep()
         paths = sorted(self.folder.glob("[0-9]*.json"), key=lambda path: trial_order(path.stem))
-        records = [_without_scores(self._record(path)) for path in paths]
-        for number, record in enumerate(records):
+        self.records = {}
+        for number, path in enumerate(paths):
+            record = _without_scores(self._record(path))
             # A gap would move every later trial to another number in Optuna, which counts from 0
             # without gaps.
             if record.trial_id != trial_id(number):
@@ -336,8 +316,8 @@ class Ledger:
                     f"{self.folder / trial_id(number)}.json: the record of this trial is missing; "
                     "restore it or choose another --output."
                 )
+            self.records[record.trial_id] = record
         self.header = header
-        self.records = {record.trial_id: record for record in records}
         self.settle(vgid_version=version("vgid"))
         return self.header
 
@@ -362,9 +342,7 @@ class Ledger:
     def start(self, name: str, config: TrialConfig) -> Record:
         """Record a trial before it runs; a trial in flight keeps its record."""
         if name not in self.records:
-            record = Record(trial_id=name, config=config, started=now())
-            self._write(self.folder / f"{name}.json", record)
-            self.records[name] = record
+            self._keep(Record(trial_id=name, config=config, started=now()))
         return self.records[name]
 
     def epoch(self, name: str, report: EpochReport) -> Record:
@@ -374,19 +352,11 @@ class Ledger:
         # once.
         reached = record.epochs[-1].report.step if record.epochs else -1
         if record.result is None and report.step > reached:
-            epochs = (*record.epochs, Heard(report=report, at=now()))
-            record = record.model_copy(update={"epochs": epochs})
-            self._write(self.folder / f"{name}.json", record)
-            self.records[name] = record
-        return record
+            self._keep(record, epochs=(*record.epochs, Heard(report=report, at=now())))
+        return self.records[name]
 
     def end(self, name: str, result: TrialResult, **details: Any) -> Record:
-        """Record how a trial ended, and drop its checkpoints.
-
-        Args:
-            name: the trial id.
-            result: its result.
-            **details: further fields of ``Record``.
+        """Record how a trial ended, with further fields of ``Record``, and drop its checkpoints.
 
         Raises:
             ValueError: the trial has ended before; what is recorded then is final.
@@ -394,10 +364,7 @@ class Ledger:
         """
         if self.records[name].result is not None:
             raise ValueError(f"trial {name} has ended")
-        update = {"result": result, "ended": now(), **details}
-        record = self.records[name].model_copy(update=update)
-        self._write(self.folder / f"{name}.json", record)
-        self.records[name] = _without_scores(record)
+        record = self._keep(self.records[name], result=result, ended=now(), **details)
         # Only now: killed before, the record says in flight, and the checkpoint is what it goes on
         # from.
         shutil.rmtree(self.checkpoints(name), ignore_errors=True)
@@ -405,13 +372,11 @@ class Ledger:
 
     def retry_failed(self) -> None:
         """Put the trials that failed in flight again, under their ids; why they did is kept."""
-        for name, record in self.records.items():
-            if record.result is not None and record.result.status == "failed":
+        for record in self.ended:
+            if record.result and record.result.status == "failed":
                 failures = (*record.failures, record.result.error or "")
-                update = {"result": None, "ended": None, "slot": None, "overhead_s": None}
-                again = record.model_copy(update={**update, "failures": failures})
-                self._write(self.folder / f"{name}.json", again)
-                self.records[name] = again
+                undone = dict.fromkeys(("result", "ended", "slot", "overhead_s"))
+                self._keep(record, failures=failures, **undone)
 
     def checkpoints(self, name: str) -> Path:
         """Folder of a trial's resumable state."""
@@ -420,6 +385,13 @@ class Ledger:
     def adapter(self, name: str) -> Path:
         """Folder of a trial's adapter."""
         return self.output / "adapters" / name
+
+    def _keep(self, record: Record, **update: Any) -> Record:
+        """Write a trial's record, with some fields anew; returns it whole."""
+        record = record.model_copy(update=update)
+        self._write(self.folder / f"{record.trial_id}.json", record)
+        self.records[record.trial_id] = _without_scores(record)
+        return record
 
     def _record(self, path: Path) -> Record:
         """A trial's record, its adapter in this folder: no path in a file decides what is read."""
@@ -435,9 +407,6 @@ class Ledger:
             return True
         record = self._read(path, Record)
         return record.result is not None or bool(record.epochs or record.failures)
-
-    def _entries(self) -> list[Path]:
-        return list(self.folder.iterdir()) if self.folder.is_dir() else []
 
     def _sweep(self) -> None:
         """Remove what a killed process had written half."""

@@ -260,7 +260,7 @@ class Study:
                     slots.count,
                     losses,
                     out_of_time=ending.out_of_time,
-                    on_start=bulletin.started,
+                    on_start=bulletin.running,
                 )
             )
         )
@@ -280,7 +280,7 @@ class Study:
         ending.finishes(side.submit(search.close))
         ending.interrupt.check()
         ending.interrupt.result(base)
-        listener.search_is_over(self.board)
+        bulletin.still_lost(losses.causes, self.ledger.records)
         if ending.failure is not None:
             raise InputError(ending.failure)
 

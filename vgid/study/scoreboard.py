@@ -40,27 +40,22 @@ class Scoreboard:
 
     def add(self, record: Record) -> TrialRecord:
         """Take in a trial that has ended, once; returns it as it stands now."""
-        assert record.result is not None
-        trial = TrialRecord(record.config, record.result)
+        trial = self._trial(record)
         if trial.point is not None and self._front.add(record.trial_id, trial.point):
             # Computed anew only when the front changes: most trials of a long study are not on it.
             self._volume = None
-        self._counts[record.result.status] += 1
+        self._counts[trial.result.status] += 1
         return self._trial(record)
 
     def trials(self) -> list[TrialRecord]:
         """Ended and lost trials by id, with the front marked and held-out scores where known."""
         ended = [self._trial(record) for record in self._ledger.ended]
-        lost = self.lost_trials()
-        return sorted([*ended, *lost], key=_by_id) if lost else ended
+        return sorted([*ended, *self.lost_trials()], key=lambda t: trial_order(t.result.trial_id))
 
     def lost_trials(self) -> list[TrialRecord]:
         """Trials that were lost and have not ended, by id."""
         return [
-            TrialRecord(
-                record.config,
-                TrialResult(trial_id=record.trial_id, status="lost", error=cause),
-            )
+            TrialRecord(record.config, TrialResult(trial_id=name, status="lost", error=cause))
             for name, cause in self.lost.items()
             if (record := self._ledger.records[name]).result is None
         ]
@@ -78,11 +73,6 @@ class Scoreboard:
             found.append(trial if whole is None else replace(trial, result=whole))
         return found
 
-    @property
-    def front_size(self) -> int:
-        """How many trials no other trial dominates."""
-        return len(self._front)
-
     def counts(self) -> dict[str, int]:
         """Ended and lost trials by status."""
         return {**self._counts, "lost": len(self.lost_trials())}
@@ -90,7 +80,7 @@ class Scoreboard:
     def show_on(self, standing: Standing) -> None:
         """Bring the console's numbers up to date."""
         standing.counts = self.counts()
-        standing.front = self.front_size
+        standing.front = len(self._front)
         standing.hypervolume = self.hypervolume
 
     @property
@@ -116,7 +106,3 @@ class Scoreboard:
         return TrialRecord(
             record.config, record.result, name in self._front, self.held_out.get(name)
         )
-
-
-def _by_id(trial: TrialRecord) -> tuple[int, str]:
-    return trial_order(trial.result.trial_id)

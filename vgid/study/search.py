@@ -6,7 +6,6 @@ truth: at the start Optuna's journal is written anew from it, so both agree what
 when. The journal stays in the output folder and opens with Optuna's own tools.
 """
 
-import math
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from vgid.cluster.mailbox import Job
 from vgid.cluster.tune import JOB
 from vgid.config import Sampler, TrialConfig
 from vgid.errors import InputError
+from vgid.report.records import TrialRecord
 from vgid.results import OBJECTIVES, TrialResult
 from vgid.study.ledger import Ledger, Record, trial_id
 from vgid.study.search_space import SearchSpace
@@ -44,7 +44,7 @@ MAX_REFUSED = 200
 def make_sampler(
     kind: Sampler, trials: int, seed: int, number: int
 ) -> "optuna.samplers.BaseSampler":
-    """The sampler that proposes trial ``number``.
+    """The sampler that proposes trial ``number`` of a study of so many ``trials``.
 
     Its random state depends on the study's seed and the trial's number only, so a resumed study
     proposes what an uninterrupted one would have, given the same results.
@@ -53,12 +53,6 @@ def make_sampler(
     has under Gaussian noise only, it leaves to another sampler, by default a random one; here that
     is TPE, which learns from the trials that have a sigma. Since trials that differ in sigma alone
     look equal to the Gaussian process, objectives count as noisy.
-
-    Args:
-        kind: ``auto`` is the Gaussian process up to ``GP_UP_TO`` trials, TPE beyond.
-        trials: number of trials of the study.
-        seed: of the study.
-        number: of the trial.
     """
     from optuna import samplers
     from optuna.exceptions import ExperimentalWarning
@@ -81,14 +75,6 @@ def make_sampler(
     return samplers.GPSampler(seed=mixed, independent_sampler=tpe, warn_independent_sampling=False)
 
 
-def objectives(result: TrialResult) -> tuple[float, float] | None:
-    """The objectives of a completed trial; None if one is missing or not a finite number."""
-    if result.status != "completed":
-        return None
-    values = [result.metrics.get(name, math.nan) for name in OBJECTIVES]
-    return (values[0], values[1]) if all(math.isfinite(value) for value in values) else None
-
-
 def open_journal(output: Path) -> "optuna.storages.JournalStorage":
     """Open the Optuna journal of an output folder."""
     from optuna.storages import JournalStorage
@@ -98,10 +84,7 @@ def open_journal(output: Path) -> "optuna.storages.JournalStorage":
 
 
 def reconcile(
-    ledger: Ledger,
-    space: SearchSpace,
-    study_name: str,
-    trials: int,
+    ledger: Ledger, space: SearchSpace, study_name: str, trials: int
 ) -> "tuple[optuna.storages.JournalStorage, optuna.study.Study]":
     """Write Optuna's journal anew from the ledger.
 
@@ -118,28 +101,18 @@ def reconcile(
     for path in ledger.output.glob(f"{JOURNAL}*"):  # with the lock that a killed process left
         path.unlink()
     storage = open_journal(ledger.output)
-    study = optuna.create_study(
-        storage=storage,
-        study_name=study_name,
-        directions=["maximize"] * len(OBJECTIVES),
-    )
+    directions = ["maximize"] * len(OBJECTIVES)
+    study = optuna.create_study(storage=storage, study_name=study_name, directions=directions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(list(OBJECTIVES))
-    states = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED}
     for record in ledger.records.values():
-        params, distributions = _point(space, record.config)
-        values = None
-        state = TrialState.RUNNING
-        if record.result is not None:
-            values = objectives(record.result)
-            state = states.get(record.result.status, TrialState.FAIL)
-            if state == TrialState.COMPLETE and values is None:
-                state = TrialState.FAIL
+        distributions = space.distributions(record.config.model_dump())
+        state, values = (TrialState.RUNNING, None) if record.result is None else _end(record)
         trial = optuna.trial.create_trial(
             state=state,
             values=values,
-            params=params,
+            params={name: getattr(record.config, name) for name in distributions},
             distributions=distributions,
             user_attrs={} if record.result is None else _attributes(record.result),
         )
@@ -162,8 +135,8 @@ class ParetoSearch(Searcher):
 
     Args:
         ledger: the study's record; a trial is recorded before it is handed out.
-        space: the search space.
-        study_name: name of the Optuna study.
+        space: what is searched.
+        study_name: of the Optuna study.
         trials: number of trials of the study, over all its resumes.
         sampler: how points are proposed.
         seed: of the study, and of every trial: configurations are compared on the same draws.
@@ -191,7 +164,7 @@ class ParetoSearch(Searcher):
         self._space = space
         self._study_name = study_name
         self._trials = trials
-        self._kind: Sampler = sampler
+        self._sampler: Sampler = sampler
         self._seed = seed
         self._concurrent = concurrent
         self._losses = losses or Losses()
@@ -208,11 +181,6 @@ class ParetoSearch(Searcher):
         if not self._again:
             self._propose_ahead()
 
-    @property
-    def study(self) -> "optuna.study.Study":
-        """The Optuna study."""
-        return self._study
-
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial: one that a killed study left in flight, a lost one, or a new proposal.
 
@@ -224,11 +192,11 @@ class ParetoSearch(Searcher):
             return None
         if self._out_of_time():
             return Searcher.FINISHED
-        if self._again:
-            name = self._again.pop(0)
-            config = self._ledger.records[name].config
-        elif self._lost and not (self._new_first and self._next is not None):
-            name = self._lost.pop(0)
+        before = self._again
+        if not before and not (self._new_first and self._next is not None):
+            before = self._lost
+        if before:
+            name = before.pop(0)
             config = self._ledger.records[name].config
         elif self._next is not None:
             name, config = self._next.result()
@@ -271,8 +239,6 @@ class ParetoSearch(Searcher):
 
     def tell(self, record: Record) -> None:
         """Tell Optuna how a trial ended, from its record in the ledger."""
-        from optuna.trial import TrialState
-
         assert record.result is not None
         if self._next is not None:
             self._next.exception()  # waits: the proposal in the making must not see this result
@@ -284,13 +250,8 @@ class ParetoSearch(Searcher):
         trial = storage.get_trial_id_from_study_id_trial_number(study, number)
         for name, value in _attributes(record.result).items():
             storage.set_trial_user_attr(trial, name, value)
-        values = objectives(record.result)
-        if record.result.status == "pruned":
-            self._study.tell(number, state=TrialState.PRUNED)
-        elif values is None:
-            self._study.tell(number, state=TrialState.FAIL)
-        else:
-            self._study.tell(number, list(values))
+        state, values = _end(record)
+        self._study.tell(number, values, state)
 
     def close(self) -> None:
         """End the search; a proposal that was refused or never started leaves no trace."""
@@ -327,7 +288,7 @@ class ParetoSearch(Searcher):
 
         number = len(self._ledger.records)
         for attempt in range(MAX_REFUSED):
-            kind: Sampler = "random" if attempt else self._kind
+            kind: Sampler = "random" if attempt else self._sampler
             self._study.sampler = make_sampler(kind, self._trials, self._seed + attempt, number)
             trial = self._study.ask()
             try:
@@ -343,10 +304,15 @@ class ParetoSearch(Searcher):
         )
 
 
-def _point(space: SearchSpace, config: TrialConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A trial's searched parameters and their distributions."""
-    distributions = space.distributions(config.model_dump())
-    return {name: getattr(config, name) for name in distributions}, distributions
+def _end(record: Record) -> "tuple[optuna.trial.TrialState, tuple[float, float] | None]":
+    """A trial's state and values for Optuna; a completed one without an objective has failed."""
+    from optuna.trial import TrialState
+
+    assert record.result is not None
+    values = TrialRecord(record.config, record.result).point
+    if values is not None:
+        return TrialState.COMPLETE, values
+    return TrialState.PRUNED if record.result.status == "pruned" else TrialState.FAIL, None
 
 
 def _attributes(result: TrialResult) -> dict[str, Any]:

@@ -4,7 +4,7 @@
 again. ``Bulletin`` then tells people: on the console, on MLflow, in ``trials.csv``.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,7 @@ if TYPE_CHECKING:
 class Bulletin:
     """Tells of trials: the console at once, table and MLflow in a thread each, in order.
 
-    Args:
-        console: where progress is shown.
-        board: what the results amount to; it takes in each trial that ends.
-        table: ``trials.csv``.
-        tracker: writes to MLflow.
-        ending: told of a disk that is full.
+    The board takes in each trial that ends; ``ending`` is told of a disk that is full.
     """
 
     def __init__(
@@ -72,13 +67,8 @@ class Bulletin:
             self._mlflow.write(self._tracker.log_trial, record)
         self._board.show_on(self._console.standing)
 
-    def started(self, record: Record) -> None:
-        """A trial was put in flight."""
-        self._console.epoch(record.trial_id, describe(record.config), None)
-        self._mlflow.write(self._tracker.log_trial, record)
-
-    def epoch(self, record: Record, report: EpochReport) -> None:
-        """A trial reached the end of an epoch."""
+    def running(self, record: Record, report: EpochReport | None = None) -> None:
+        """A trial was put in flight, or reached the end of an epoch."""
         self._console.epoch(record.trial_id, describe(record.config), report)
         self._mlflow.write(self._tracker.log_trial, record)
 
@@ -102,15 +92,18 @@ class Bulletin:
         """The environment lost a trial, which stays in flight."""
         self._console.ended(trial_id, TrialResult(trial_id=trial_id, status="lost", error=cause))
 
-    def still_lost(self, record: Record, result: TrialResult) -> None:
-        """A trial that is lost now, when no more run, stands on MLflow as such."""
-        lost = record.model_copy(update={"result": result, "ended": now()})
-        self._mlflow.write(self._tracker.log_trial, lost)
+    def still_lost(self, causes: dict[str, str], records: Mapping[str, Record]) -> None:
+        """No more trials run: what is lost now stands in the tables and on MLflow as such."""
+        self._board.lost = causes
+        for trial in self._board.lost_trials():
+            ended = {"result": trial.result, "ended": now()}
+            lost = records[trial.result.trial_id].model_copy(update=ended)
+            self._mlflow.write(self._tracker.log_trial, lost)
 
     def close(self) -> None:
         """Wait until all is written; what a signal leaves MLflow no time for is left out."""
-        self._tables.submit(_nothing).result()
-        self._ending.finishes(self._mlflow.submit(_nothing))
+        self._tables.submit(lambda: None).result()
+        self._ending.finishes(self._mlflow.submit(lambda: None))
         self._mlflow.give_up()
 
     def _tabulate(self, write: Callable[[Any], None], what: Any) -> None:
@@ -125,11 +118,6 @@ class Listener:
     """Hears how trials go, and makes it so: first of all in the ledger.
 
     Args:
-        ledger: the study's record.
-        search: proposed them; told of their ends, and which of them to try again.
-        losses: what this run of the study has lost.
-        bulletin: tells people.
-        ending: told when nothing can go on.
         mailbox: handle of the mailbox actor.
         seconds: by phase of the study; ``load`` grows with each outcome.
     """
@@ -156,35 +144,29 @@ class Listener:
     def on_epoch(self, trial_id: str, report: EpochReport) -> None:
         """Record an epoch."""
         with kept_from_tune(self._ending):
-            self._bulletin.epoch(self._ledger.epoch(trial_id, report), report)
+            self._bulletin.running(self._ledger.epoch(trial_id, report), report)
 
     def on_end(self, trial_id: str, outcome: Outcome | None, report: EpochReport | None) -> None:
         """Record how a trial ended, if it did (see ``vgid.cluster.tune.Recorder``)."""
         if self._ledger.records[trial_id].result is not None:
             return  # Tune stumbled over a trial that had ended
-        if outcome is None and report is None:
-            outcome = Outcome(job_id=trial_id, error="its Ray Tune process died", lost=True)
-        if outcome is None:
-            assert report is not None
+        if outcome is None and report is not None:
             pruned = TrialResult(trial_id=trial_id, status="pruned", metrics=report.metrics)
             self._end(pruned)
             return
+        if outcome is None:
+            outcome = Outcome(job_id=trial_id, error="its Ray Tune process died", lost=True)
         outcome.log_trace()
+        cause = outcome.error or "for an unknown cause"
         if outcome.lost and outcome.fatal:
-            self._ending.stop(outcome.error or "for an unknown cause")
+            self._ending.stop(cause)
         elif outcome.lost:
-            self._lose(trial_id, outcome.error or "for an unknown cause")
+            self._lose(trial_id, cause)
         elif outcome.result is not None:
             self._seconds["load"] += outcome.load_s
             self._end(outcome.result, slot=outcome.slot, overhead_s=self._overhead(outcome))
         elif outcome.fatal and outcome.error is not None:  # otherwise it was interrupted
             self._ending.fail(outcome.error)
-
-    def search_is_over(self, board: Scoreboard) -> None:
-        """What is still lost now stands in the tables as such; the ledger has it in flight."""
-        board.lost = self._losses.causes
-        for trial in board.lost_trials():
-            self._bulletin.still_lost(self._ledger.records[trial.result.trial_id], trial.result)
 
     def _end(self, result: TrialResult, **details: Any) -> None:
         """Record an end and tell everyone; one who fails keeps it from nobody else."""
@@ -230,7 +212,3 @@ def kept_from_tune(ending: Ending) -> Iterator[None]:
             yield
     except Exception as error:
         log_place("Ignored", error)
-
-
-def _nothing() -> None:
-    """Work that is done when all before it is."""
