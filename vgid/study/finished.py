@@ -8,7 +8,6 @@ input, and no path in a file decides what is read.
 
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from vgid.config import Config, Method, RequestConfig, StudyConfig, TrialConfig, derived, parse
 from vgid.errors import InputError
@@ -27,7 +28,6 @@ from vgid.results import OBJECTIVES, QuestionPart, Score, trial_order
 from vgid.study.plan import OWN_DATA
 
 MLFLOW = "mlflow:"
-
 
 PICK_SCORES = (
     "forget_rougeL",
@@ -50,10 +50,7 @@ class Trial:
     """A trial that completed.
 
     Attributes:
-        trial_id: four digits.
-        config: its setting.
         point: forget reduction and retain ROUGE-L on the search questions.
-        adapter: folder of its adapter.
         held_out: ``PICK_SCORES`` on the held-out questions; None where it was not scored again.
     """
 
@@ -66,14 +63,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class StudyFront:
-    """What one study found, as far as a comparison of methods needs it.
-
-    Attributes:
-        method: which.
-        seed: of the study.
-        base: the base model's scores.
-        trials: those that completed.
-    """
+    """What one study found, as far as a comparison of methods needs it; ``trials`` completed."""
 
     method: Method
     seed: int
@@ -93,7 +83,7 @@ class StudyFront:
     def held_out_points(self) -> list[tuple[float, float]]:
         """The two objectives of the front's trials on the held-out questions."""
         start = self.base.held_out["forget_rougeL"].value
-        scores = [trial.held_out for trial in self.trials if trial.held_out is not None]
+        scores = [trial.held_out for trial in self.front if trial.held_out is not None]
         return [(start - found["forget_rougeL"], found["retain_rougeL"]) for found in scores]
 
     def hypervolume(self, part: QuestionPart) -> float:
@@ -109,39 +99,49 @@ class StudyFront:
         return max(allowed, key=lambda trial: trial.point) if allowed else None
 
 
-@dataclass(frozen=True)
-class Source:
-    """A study and its front.
+class Source(Config):
+    """A study and its front: what is read of ``study.json``, which has more, and where it is.
 
     Attributes:
-        name: as the user wrote it, for messages.
         study_id: the study's own id.
         config: what was run.
-        origin: ``git_commit``, ``git_dirty`` and ``versions`` that the study was made with.
         data_sha256: of its benchmark.
         base_revision: of its base model.
+        base: the base model's scores by part.
+        name: as the user wrote it, for messages.
         trials: the front, by trial id.
         folder: the study's folder, None if it is gone.
-        tracking_uri: where the study is recorded.
+        uri: where the study is recorded, if not where its config says.
     """
 
-    name: str
+    model_config = ConfigDict(extra="ignore")
+
     study_id: str
     config: StudyConfig
-    origin: Mapping[str, Any]
+    git_commit: str | None
+    git_dirty: bool
+    versions: dict[str, str]
     data_sha256: str
-    base_revision: str
+    base_revision: str = Field(alias="base_sha256")
+    base: dict[str, Any] = Field(default_factory=dict)
+    name: str
     trials: tuple[Trial, ...]
     folder: Path | None
-    tracking_uri: str
+    uri: str | None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Versions and commit that the study was made with."""
+        return self.model_dump(include={"git_commit", "git_dirty", "versions"})
+
+    @property
+    def tracking_uri(self) -> str:
+        """Where the study is recorded."""
+        own = f"sqlite:///{(self.folder or self.config.output) / 'mlflow.db'}"
+        return self.uri or self.config.tracking_uri or own
 
     def request(self, store: Path, data: Path | None, model_path: str | None) -> RequestConfig:
-        """The study's forget request, its benchmark and weights where they are now.
-
-        Args:
-            store: folder of the scores that are kept.
-            data: benchmark folder in place of the study's.
-            model_path: weights in place of the study's.
+        """The study's forget request, with ``data`` and ``model_path`` in place of the study's own.
 
         Raises:
             InputError: the benchmark is not where the study had it.
@@ -192,8 +192,7 @@ def read_study(folder: Path) -> StudyFront:
     """
     try:
         source = _from_folder(str(folder), None)
-        kept = _read(folder / "study.json", str(folder)).get("base", {})
-        base = parse(BaseScores, kept, f"{folder / 'study.json'}: base")
+        base = parse(BaseScores, source.base, f"{folder / 'study.json'}: base")
         table = folder / "trials.csv"
         completed = _trials(_text(table, str(folder)), str(table), folder / "adapters")
     except InputError as error:
@@ -213,7 +212,8 @@ def _from_folder(name: str, tracking_uri: str | None) -> Source:
     refuse_links(folder)
     table = folder / "front.csv"
     trials = _trials(_text(table, name), str(table), folder / "adapters")
-    return _source(name, _read(folder / "study.json", name), trials, folder, tracking_uri)
+    summary = _read(folder / "study.json", name)
+    return _source(summary, name, trials=trials, folder=folder, uri=tracking_uri)
 
 
 def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
@@ -246,9 +246,8 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
         _download(client, run_id, artifact, scratch, where)
     summary = _read(scratch / "study.json", where)
     trials = _trials(_text(scratch / "front.csv", where), f"{where}, front.csv", scratch)
-    children = search_runs(
-        client, run.info.experiment_id, f"tags.`mlflow.parentRunId` = '{run_id}'"
-    )
+    query = f"tags.`mlflow.parentRunId` = '{run_id}'"
+    children = search_runs(client, run.info.experiment_id, query)
     runs = {child.data.tags.get("vgid.trial_id", ""): child.info.run_id for child in children}
     for trial in trials:
         if trial.trial_id not in runs:
@@ -261,7 +260,7 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     output = Path(str(summary.get("output", "")))
     there = (output / "study.json").is_file()
     same = there and _read(output / "study.json", where).get("study_id") == summary.get("study_id")
-    return _source(name, summary, trials, output if same else None, uri)
+    return _source(summary, name, trials=trials, folder=output if same else None, uri=uri)
 
 
 def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str) -> None:
@@ -278,31 +277,12 @@ def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str)
         ) from None
 
 
-def _source(
-    name: str,
-    summary: Mapping[str, Any],
-    trials: list[Trial],
-    folder: Path | None,
-    tracking_uri: str | None,
-) -> Source:
+def _source(summary: dict[str, Any], name: str, **own: Any) -> Source:
     try:
-        config = parse(StudyConfig, summary["config"], f"{name}: study.json, config")
-        uri = tracking_uri or config.tracking_uri
-        return Source(
-            name=name,
-            study_id=summary["study_id"],
-            config=config,
-            origin={key: summary[key] for key in ("git_commit", "git_dirty", "versions")},
-            data_sha256=summary["data_sha256"],
-            base_revision=summary["base_sha256"],
-            trials=tuple(trials),
-            folder=folder,
-            tracking_uri=uri or f"sqlite:///{(folder or config.output) / 'mlflow.db'}",
-        )
-    except (KeyError, TypeError):
-        raise InputError(
-            f"{name}: study.json is not that of a whole study; finish it with --resume."
-        ) from None
+        return parse(Source, {**summary, "name": name, **own}, f"{name}: study.json")
+    except InputError as error:
+        told = str(error).removesuffix(".")
+        raise InputError(f"{told}; restore it, or finish it with --resume.") from None
 
 
 def _trials(text: str, where: str, adapters: Path) -> list[Trial]:
@@ -335,12 +315,9 @@ def _trials(text: str, where: str, adapters: Path) -> list[Trial]:
 
 def _read(path: Path, where: str) -> dict[str, Any]:
     try:
-        content = json.loads(_text(path, where))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{where}: study.json is damaged; restore it.")
-    return content
+        return TypeAdapter(dict[str, Any]).validate_json(_text(path, where))
+    except ValidationError:
+        raise InputError(f"{where}: study.json is damaged; restore it.") from None
 
 
 def _text(path: Path, where: str) -> str:
