@@ -289,7 +289,7 @@ def _decide(
             replace(trial, adapter=parent.ship(trial.adapter, scratch / trial.trial_id))
             for trial in source.trials
         ]
-        source = replace(source, trials=tuple(shipped))
+        source = source.model_copy(update={"trials": tuple(shipped)})
     tell(f"Loading {source.config.backbone}")
     with worker_threads(), warnings.catch_warnings():
         # Of libraries to each other; a terminal is for what the user can act on.
