@@ -146,7 +146,10 @@ class Slots:
         self._held = [self._host.hold.remote(slot, *self._run) for slot in range(self.count)]
 
     def close(self, timeout_s: float = 10.0) -> None:
-        """Send the workers home, wait for their Train runs to end, and end those that do not."""
+        """Send the workers home, wait for their Train runs to end, and end those that do not.
+
+        The mailbox ends too, which would live as long as the Ray job; that may run many studies.
+        """
         with contextlib.suppress(ray.exceptions.RayError):
             ray.get(self.mailbox.close.remote(), timeout=timeout_s)
             if timeout_s > 0:
@@ -154,6 +157,8 @@ class Slots:
         ray.kill(self._host)
         with contextlib.suppress(ray.exceptions.RayError):
             _give_back(self._shape)
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.kill(self.mailbox)
 
 
 # Starting a run costs a dozen seconds and a trial on tiny-llava seven, so a run a trial would spend

@@ -12,7 +12,7 @@ from vgid.provenance import provenance
 from vgid.report.records import TrialRecord
 from vgid.results import TrialStatus, Verbatim
 from vgid.study.ending import Ending
-from vgid.study.ledger import Header, Record, now
+from vgid.study.ledger import Ledger, Record, now
 from vgid.study.plan import Plan
 from vgid.study.scoreboard import Scoreboard
 
@@ -24,58 +24,40 @@ Phases = dict[str, dict[str, float]]
 
 
 def phases(ended: Sequence[Record], study_s: Mapping[str, float]) -> Phases:
-    """Where the time went.
+    """Where the time went, by phase; ``study_s`` has the study's own.
 
-    Args:
-        ended: the ended trials.
-        study_s: seconds of the study's own phases: start-up, load, log, re-score.
-
-    Returns:
-        Seconds by phase. ``teacher`` is the part of training that the teacher store may spare.
-        ``overhead`` is everything of a trial after its slot's first that is neither train nor
-        evaluate: the teacher, saving, reporting, and waiting for the next trial.
+    ``teacher`` is the part of training that the teacher store may spare. ``overhead`` is everything
+    of a trial after its slot's first that is neither train nor evaluate: the teacher, saving,
+    reporting, and waiting for the next trial.
     """
-    found: Phases = {
-        "start-up": {"total_s": study_s["start-up"]},
-        "load": {"total_s": study_s["load"]},
-    }
     seconds = [record.result.seconds for record in ended if record.result is not None]
-    for name in TRIAL_PHASES:
-        spent = [by_phase[name] for by_phase in seconds if name in by_phase]
-        if spent:
-            found[name] = {"total_s": sum(spent), "median_s": statistics.median(spent)}
-    found["log"] = {"total_s": study_s["log"]}
+    spent = {name: [row[name] for row in seconds if name in row] for name in TRIAL_PHASES}
+    spent["overhead"] = [r.overhead_s for r in ended if r.overhead_s is not None]
+    found: Phases = {
+        name: {"total_s": sum(each), "median_s": statistics.median(each)}
+        for name, each in spent.items()
+        if each
+    }
+    found |= {name: {"total_s": total} for name, total in study_s.items()}
     if ended:
         found["log"]["median_s"] = study_s["log"] / len(ended)
-    found["re-score"] = {"total_s": study_s["re-score"]}
-    overhead = [record.overhead_s for record in ended if record.overhead_s is not None]
-    if overhead:
-        found["overhead"] = {"total_s": sum(overhead), "median_s": statistics.median(overhead)}
-    return found
+    order = ("start-up", "load", *TRIAL_PHASES, "log", "re-score", "overhead")
+    return {name: found[name] for name in order if name in found}
 
 
 def store_use(ended: Sequence[Record], store: Path) -> dict[str, Any]:
-    """What the store holds, and how often it spared a teacher after the study's first trial.
-
-    Args:
-        ended: the ended trials.
-        store: folder of the store.
-    """
-    found = [r.result.store for r in ended if r.result and r.result.store]
-    if not found:
+    """What the store in a folder holds, and how often it spared a teacher after the first trial."""
+    # The first trial fills an empty store, and would hide how well the store serves the others.
+    used = [r.result.store for r in ended if r.result and r.result.store]
+    if not used:
         return {}
-
-    def later(name: str) -> int:
-        # The first trial fills an empty store, and would hide how well the store serves the others.
-        return sum(use[name] for use in found[1:])
-
-    hits = later("teacher_hits")
-    asked = hits + later("teacher_misses")
+    later = sum(map(Counter, used[1:]), Counter[str]())
+    asked = later["teacher_hits"] + later["teacher_misses"]
     held = info(store)
     return {
-        "hit_rate_after_first_trial": hits / asked if asked else None,
+        "hit_rate_after_first_trial": later["teacher_hits"] / asked if asked else None,
         "targets_after_first_trial": asked,
-        "vision_passes_after_first_trial": later("vision_misses"),
+        "vision_passes_after_first_trial": later["vision_misses"],
         "bytes": held.bytes,
         "entries": held.entries,
         "limit_bytes": held.limit_bytes,
@@ -97,26 +79,16 @@ class Material:
 
 
 def study_summary(
-    header: Header,
     plan: Plan,
+    ledger: Ledger,
     board: Scoreboard,
     material: Material,
     ending: Ending,
-    phases: Phases,
-    store: Mapping[str, Any],
+    study_s: Mapping[str, float],
 ) -> dict[str, Any]:
-    """The content of ``study.json``.
-
-    Args:
-        header: what the ledger says the study is.
-        plan: what it was to do.
-        board: what came of it.
-        material: what it is made of.
-        ending: whether something ended it early.
-        phases: see ``phases``.
-        store: see ``store_use``.
-    """
-    trials = board.trials()
+    """The content of ``study.json``; ``study_s`` are seconds of the study's own phases."""
+    header, trials = ledger.header, board.trials()
+    assert header is not None
     metrics = [trial.result.metrics for trial in trials]
     shown = [found["retain_seen_shown"] for found in metrics if "retain_seen_shown" in found]
     return {
@@ -146,8 +118,8 @@ def study_summary(
         "started": header.started,
         "ended": now(),
         "wall_s": ending.elapsed_s,
-        "phases": phases,
-        "store": store,
+        "phases": phases(ledger.ended, study_s),
+        "store": store_use(ledger.ended, plan.config.output / "store"),
         "files": TABLES,
     }
 

@@ -1,16 +1,15 @@
 """The main job: a Pareto study from a checked plan to a front that one can look at.
 
-``run_study`` is the story, and its steps are all that a ``Study`` offers. What the steps stand on
-are parts that know their own data only: what ends a study early and who waits (``ending``), what
-hears trials and tells of them (``trials``), what the results amount to (``scoreboard``), what is
-left of it (``outcome``). All but the ledger, written as trials start and end, can be made again
-from it.
+``run_study`` is the story, and its steps are all that a ``Study`` offers. They stand on parts that
+know their own data only: what ends a study early and who waits (``ending``), what hears trials and
+tells of them (``trials``), what the results amount to (``scoreboard``), what is left of it
+(``outcome``). All but the ledger, written as trials start and end, can be made again from it.
 """
 
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,13 +29,7 @@ from vgid.seeds import held_out_seed
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.study.ending import Ending
 from vgid.study.ledger import Header, Ledger, changes, now
-from vgid.study.outcome import (
-    Material,
-    phases,
-    said_of_a_stop,
-    store_use,
-    study_summary,
-)
+from vgid.study.outcome import Material, said_of_a_stop, study_summary
 from vgid.study.plan import Ancestor, Plan, make_plan
 from vgid.study.scoreboard import Scoreboard
 from vgid.study.trials import Bulletin, Listener
@@ -91,13 +84,7 @@ def begin(
     """Record the study, show it, and have its data and MLflow's parent run made in a thread.
 
     However the block ends, the folder is let go of and nothing is left running on MLflow; when it
-    ends well, the study's summary is printed.
-
-    Args:
-        plan: the checked study.
-        ending: what may end it early.
-        resume: continue the study that the output folder holds.
-        retry_failed: put its failed trials in flight again.
+    ends well, the study's summary is printed. ``retry_failed`` puts failed trials in flight again.
 
     Raises:
         InputError: the folder cannot hold this study, or holds none to resume.
@@ -129,13 +116,6 @@ def begin(
 
 class Study:
     """The steps of one run of a study, in the order in which they stand here.
-
-    Args:
-        plan: the checked study.
-        ledger: its open record.
-        header: what the record says the study is.
-        console: where progress is shown.
-        ending: what may end it early.
 
     Attributes:
         board: what the results amount to.
@@ -174,14 +154,9 @@ class Study:
         self.console.standing.slots = count
         mailbox = start_mailbox()
         self.console.stage(f"Starting {count} slot(s), by {decider}, and loading the base model")
+        storage, session = config.output / RAY_FILES, session or trial_session
         slots = Slots(
-            mailbox,
-            self.plan.request,
-            shape,
-            count,
-            config.output / RAY_FILES,
-            config.fresh_workers,
-            session or trial_session,
+            mailbox, self.plan.request, shape, count, storage, config.fresh_workers, session
         )
         slots.start()
         watchdog = Watchdog(mailbox, self.console.say, lambda: capacity(shape), ending.out_of_time)
@@ -197,7 +172,6 @@ class Study:
             if self._bulletin is not None:
                 self._bulletin.close()
             slots.close(timeout_s=0.0 if ending.interrupt.came else 10.0)
-            _end(mailbox)
 
     def score_base(self, slots: "Slots") -> "Future[None]":
         """Have the base model scored; the trials queue up behind.
@@ -430,16 +404,11 @@ class Study:
         records = self.board.trials()
         write_trials(output / "trials.csv", records)
         write_front(output / "front.csv", records)
-        ended = self.ledger.ended
         log_s = 0.0 if self._bulletin is None else self._bulletin.seconds
+        material = made(self._material) or Material()
+        seconds = {**self._seconds, "log": log_s}
         self.summary = study_summary(
-            self.header,
-            self.plan,
-            self.board,
-            made(self._material) or Material(),
-            self.ending,
-            phases(ended, {**self._seconds, "log": log_s}),
-            store_use(ended, output / "store"),
+            self.plan, self.ledger, self.board, material, self.ending, seconds
         )
         write_study(output / "study.json", self.summary)
         return records
@@ -447,12 +416,14 @@ class Study:
     def _show(self, records: Sequence[TrialRecord]) -> None:
         """Figures, and what MLflow is told."""
         tracker, side, output = made(self._tracker), Background("outcome"), self.plan.config.output
+        pages, server = ({}, "") if tracker is None else (tracker.pages, tracker.server)
         front = Front(
             f"{self.plan.config.backbone}, {len(records)} trials",
             self.board.with_scores(records),
             self.board.base["search"],
             self.board.base.get("held_out"),
-            *(() if tracker is None else (tracker.pages, tracker.server)),
+            pages,
+            server,
         )
         if not self.ending.finishes(side.submit(write_figures, output, front)):
             return
@@ -461,14 +432,14 @@ class Study:
             return
         for fault in [] if self._bulletin is None else self._bulletin.faults:
             self.console.say(f"Warning: not all was written while trials ran ({fault}).")
+        stopped = self.summary["interrupted"] or self.ending.stopped is not None
+        status = "KILLED" if stopped else "FINISHED"
         try:
             if self._bulletin is not None and self._bulletin.busy:
                 raise InputError(
                     f"--tracking-uri {tracker.uri}: the server does not answer; the output folder "
                     "is complete, and --resume tells the server the rest."
                 )
-            stopped = self.summary["interrupted"] or self.ending.stopped is not None
-            status = "KILLED" if stopped else "FINISHED"
             told = (front, self.summary, status, self.console.say)
             self.ending.finishes(side.submit(tracker.finish_study, *told))
         except InputError as error:
@@ -502,11 +473,3 @@ def base_unscored(error: str, log: Path, gpus: bool) -> str:
             fewer += ", give each worker a whole GPU with --gpus-per-worker"
         remedy = f"if memory was short, lower --eval-batch-size or {fewer}"
     return f"the base model could not be scored ({error.rstrip('.')}); {remedy}"
-
-
-def _end(mailbox: Any) -> None:
-    """Without this it lives as long as the Ray job, which may run many studies."""
-    import ray
-
-    with suppress(ray.exceptions.RayError):
-        ray.kill(mailbox)
