@@ -44,21 +44,17 @@ def blame(job: Job, error: Exception, has_session: bool, folders: Sequence[Path]
         has_session: whether model and data had been loaded by then.
         folders: where the job writes, to name the one that is full.
     """
-    trace = "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__}\n"])
-    return _outcome(job, error, has_session, folders).model_copy(update={"trace": trace})
-
-
-def _outcome(job: Job, error: Exception, has_session: bool, folders: Sequence[Path]) -> Outcome:
+    own = has_session and (job.kind == "rescore" or isinstance(error, SettingError))
     # Once, it may be the neighbour on the card; a job for which memory is short again is too large
     # itself, and fails as any other trial does.
     if _is_environments(error) or (is_a(error, NO_MEMORY_LEFT) and job.attempt == 1):
-        return failure(job, _cause(error, folders), lost=True)
-    if isinstance(error, InputError):
-        own = has_session and (job.kind == "rescore" or isinstance(error, SettingError))
-        if own:
-            return failure(job, str(error))
-        return Outcome(job_id=job.id, error=str(error), fatal=True)
-    return failure(job, where(error))
+        outcome = failure(job, _cause(error, folders), lost=True)
+    elif isinstance(error, InputError) and not own:
+        outcome = Outcome(job_id=job.id, error=str(error), fatal=True)
+    else:
+        outcome = failure(job, str(error) if isinstance(error, InputError) else where(error))
+    trace = "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__}\n"])
+    return outcome.model_copy(update={"trace": trace})
 
 
 def is_a(error: BaseException, name: str) -> bool:
@@ -94,9 +90,7 @@ def _cause(error: Exception, folders: Sequence[Path]) -> str:
     if isinstance(error, OSError):
         return disk_sentence(error, folders)
     code = re.search(r"\(os error (\d+)\)", str(error))
-    if code is not None and int(code[1]) in FULL:
-        return _full(folders)
-    return where(error)
+    return _full(folders) if code is not None and int(code[1]) in FULL else where(error)
 
 
 def _full(folders: Sequence[Path]) -> str:

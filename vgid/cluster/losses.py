@@ -29,9 +29,9 @@ class Losses:
         self.causes: dict[str, str] = {}
         self._attempts: Counter[str] = Counter()
         self._cause = ""
-        self._row: set[str] = set()
-        self._steps = 0
-        self._begun: dict[str, int] = {}
+        self._row: set[str] = set()  # of trials that were lost one after the other
+        self._steps = 0  # how many things that died one after the other it takes to explain it
+        self._begun: dict[str, int] = {}  # after how many of them a trial was put in flight
 
     def begin(self, trial_id: str) -> int:
         """A trial is put in flight; returns which attempt of this run it is, from 1."""
@@ -74,11 +74,7 @@ def outcome_of(
 ) -> Outcome:
     """Wait for the outcome of a scoring; one that was lost is asked for again, so many times.
 
-    Args:
-        mailbox: handle of the mailbox actor.
-        job: the scoring, submitted.
-        is_over: whether the study ends; the wait does so soon after, whatever the slots are about.
-        out_of_time: whether it is too late to ask again.
+    If ``is_over``, the wait ends soon, whatever the slots are about.
     """
     import ray
 

@@ -5,7 +5,6 @@ too high: a slot that is counted as too large costs a study time, and at worst r
 have run.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,9 +37,7 @@ class SlotShape:
     """The resources of one slot: ``workers`` processes with ``gpus_per_worker`` GPUs each.
 
     Attributes:
-        workers: processes.
-        gpus_per_worker: may be a fraction.
-        worker_bytes: memory of a worker, see ``worker_bytes``.
+        worker_bytes: memory of a worker, see the function of that name.
     """
 
     workers: int = 1
@@ -82,17 +79,10 @@ def worker_threads() -> Iterator[None]:
 def worker_bytes(
     backbone: str, model_path: str | None, folder: Path, trial: TrialConfig, on_gpu: bool
 ) -> int:
-    """Memory of its node that a worker takes.
+    """Memory of its node that a worker takes whose base is in ``folder``.
 
     Weights pass through the node's memory on their way to a GPU. Without one they stay there, in
     fp32, and so does what a step of distillation keeps (``vgid.models.cost_model``).
-
-    Args:
-        backbone: name of its row.
-        model_path: local folder or hub id in place of the row's own source.
-        folder: where the base is.
-        trial: whose batches and LoRA a step has.
-        on_gpu: whether the worker has a GPU.
 
     Raises:
         InputError: a file of weights is damaged.
@@ -108,14 +98,12 @@ def worker_bytes(
 
 def _elements(path: Path) -> int:
     """How many numbers a safetensors file holds, by its header alone."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            length = min(int.from_bytes(file.read(8), "little"), path.stat().st_size)
-            header = json.loads(file.read(length))
-        return sum(
-            math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with safe_open(path, "np") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):
         raise InputError(
             f"{path}: is no safetensors file, or is damaged; restore it or name another folder "
             "with --model-path."
@@ -142,9 +130,6 @@ def _step_bytes(backbone: str, model_path: str | None, trial: TrialConfig) -> in
         portraits = math.ceil(part / together)
         data = synthetic_set(shape, portraits, min(part, together), 0)
         pack = share(shape, data, range(len(data.prompts)), 0)[0].packed
-        kept.append(
-            activation_bytes(
-                text, [pack], rank, trial.gradient_checkpointing, trial.lora_dropout > 0
-            )
-        )
+        checkpointed, dropout = trial.gradient_checkpointing, trial.lora_dropout > 0
+        kept.append(activation_bytes(text, [pack], rank, checkpointed, dropout))
     return adapter_bytes(text, rank) + vocabulary_bytes(text) + max(kept)

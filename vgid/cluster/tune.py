@@ -111,8 +111,7 @@ class Recorder(_Live, tune.Callback):
     ) -> None:
         """Pass an epoch report on."""
         if REPORT in result:
-            report = EpochReport.model_validate_json(result[REPORT])
-            self._on_epoch(_job(trial).id, report)
+            self._on_epoch(_job(trial).id, EpochReport.model_validate_json(result[REPORT]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Pass the outcome of a trial on; Tune, which keeps every trial, need not keep it."""
@@ -127,19 +126,22 @@ class Recorder(_Live, tune.Callback):
         self._on_end(_job(trial).id, None, None)
 
 
-class StopWhen(_Live, tune.Stopper):
-    """Stops the whole search as soon as ``stopped()`` is true."""
+class _StopWhenOver(_Live, tune.Stopper):
+    """Stops the whole search as soon as it is over, and wakes everyone who waits for a trial."""
 
-    def __init__(self, stopped: Callable[[], bool]) -> None:
-        self._stopped = stopped
+    def __init__(self, is_over: Callable[[], bool], mailbox: Any) -> None:
+        self._is_over = is_over
+        self._mailbox = mailbox
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Never stops a single trial."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether the search is over."""
-        return self._stopped()
+        if not self._is_over():
+            return False
+        with contextlib.suppress(ray.exceptions.RayError):  # without a mailbox nobody waits for it
+            ray.get(self._mailbox.cancel_all.remote(), timeout=CANCEL_S)
+        return True
 
 
 def run_trials(
@@ -156,21 +158,13 @@ def run_trials(
         search: the ``Searcher``.
         mailbox: handle of the mailbox actor.
         recorder: hears how trials go.
-        is_over: whether all is to end now; then everyone who waits for a trial is woken.
+        is_over: whether all is to end now.
         storage: folder for Tune's own files.
         at_a_time: trials that run side by side.
 
     Raises:
         OSError: Tune cannot write its own files.
     """
-
-    def stopped() -> bool:
-        if not is_over():
-            return False
-        with contextlib.suppress(ray.exceptions.RayError):  # without a mailbox nobody waits for it
-            ray.get(mailbox.cancel_all.remote(), timeout=CANCEL_S)
-        return True
-
     # With a searcher of one's own Tune lets one trial at a time wait for its process, and
     # slots would come to work one after the other.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_a_time)
@@ -191,7 +185,7 @@ def run_trials(
             storage_path=str(storage),
             verbose=0,
             callbacks=[recorder],
-            stop=StopWhen(stopped),
+            stop=_StopWhenOver(is_over, mailbox),
         ),
     ).fit()
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any
 
 from vgid.cluster.mailbox import Traffic
@@ -74,27 +75,19 @@ class Watchdog:
 
         while not self._over.wait(LOOK_S):
             traffic: Traffic | None = None
-            try:
+            with suppress(ray.exceptions.RayError):
                 traffic = ray.get(self._mailbox.traffic.remote(), timeout=LOOK_S)
-                still = self.look(traffic, time.monotonic())
+            still = self.look(traffic, time.monotonic())
+            with suppress(ray.exceptions.RayError):
                 if still is not None:
-                    self._say(sentence(traffic, still, self._room()))
-                if self._out_of_time() and time.monotonic() - self._since >= PATIENCE_S:
+                    self._say(sentence(traffic, still, 0 if traffic is None else self._room()))
+                stuck = time.monotonic() - self._since >= PATIENCE_S
+                if traffic is not None and stuck and self._out_of_time():
                     self._mailbox.drop_waiting.remote("the time budget ended before a slot was up")
-            except ray.exceptions.RayError:
-                still = self.look(None, time.monotonic())
-                if still is not None:
-                    self._say(sentence(None, still, 0))
 
 
 def sentence(traffic: Traffic | None, still_s: float, room: int) -> str:
-    """What a study waits for, in one sentence.
-
-    Args:
-        traffic: where its jobs are, None where the mailbox does not answer.
-        still_s: seconds since anything moved.
-        room: how many of its slots the cluster's nodes have room for now.
-    """
+    """What a study waits for, in one sentence; its nodes have room for ``room`` of its slots."""
     parts = []
     if traffic is None:
         parts.append("the study's mailbox does not answer")
@@ -118,12 +111,11 @@ def sentence(traffic: Traffic | None, still_s: float, room: int) -> str:
     return f"Nothing has moved for {duration(still_s)}: {'; '.join(parts)}."
 
 
-def _names(jobs: Sequence[str]) -> str:
-    more = f" and {len(jobs) - NAMED} more" if len(jobs) > NAMED else ""
-    return ", ".join(jobs[:NAMED]) + more
+def _names(named: Sequence[object]) -> str:
+    more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+    return ", ".join(map(str, named[:NAMED])) + more
 
 
 def _slots(numbers: Collection[int]) -> str:
-    listed = ", ".join(str(number) for number in sorted(numbers)[:NAMED])
-    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-    return f"slot {listed} is" if len(numbers) == 1 else f"slots {listed}{more} are"
+    listed = _names(sorted(numbers))
+    return f"slot {listed} is" if len(numbers) == 1 else f"slots {listed} are"

@@ -17,18 +17,23 @@ from vgid.errors import InputError
 PROBE_SECONDS = 2.0
 """How long a server may take to say that it is there; its requests may take longer."""
 
+SETTINGS = {  # before MLflow is imported
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # so that a dead server is noticed soon
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+
 MAX_METRICS = 800
 """In one request; MLflow takes 1,000 items, parameters and tags among them."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """An open tracking store.
+    """An open tracking store, with its ``MlflowClient``, and the backbone's experiment in it.
 
     Attributes:
-        client: the ``mlflow.tracking.MlflowClient``.
         uri: where it writes, without credentials, for messages and commands.
-        experiment_id: the backbone's experiment.
     """
 
     client: Any
@@ -38,10 +43,6 @@ class Connection:
     def answers(self) -> bool:
         """Whether a server gives a sign of life; a database is taken to."""
         return not is_http(self.uri) or _no_answer(self.uri, PROBE_SECONDS) is None
-
-    def search(self, query: str) -> list[Any]:
-        """All runs of the experiment that meet ``query``."""
-        return search_runs(self.client, self.experiment_id, query)
 
     def log(
         self,
@@ -58,13 +59,7 @@ class Connection:
 
 
 def open_client(uri: str) -> tuple[Any, str]:
-    """Open a store that is there.
-
-    Args:
-        uri: MLflow tracking URI.
-
-    Returns:
-        The ``MlflowClient``, and the URI without credentials.
+    """Open a store that is there: its ``MlflowClient``, and the URI without credentials.
 
     Raises:
         InputError: the URI is none, nobody answers there, or the database is not there.
@@ -75,8 +70,8 @@ def open_client(uri: str) -> tuple[Any, str]:
             f"--tracking-uri {without_credentials(uri)}: no database is there; name the one that "
             "a study wrote."
         )
-    with _usable(uri) as shown:
-        return _client(uri), shown
+    with _usable(uri) as opened:
+        return opened
 
 
 def connect(uri: str | None, output: Path, backbone: str) -> Connection:
@@ -97,8 +92,7 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
     if uri is None:
         output.mkdir(parents=True, exist_ok=True)
         uri = f"sqlite:///{output / 'mlflow.db'}"
-    with _usable(uri) as shown:
-        client = _client(uri)
+    with _usable(uri) as (client, shown):
         found = client.get_experiment_by_name(backbone)
         # It is found by its name all the same, and then refuses every run.
         if found is not None and found.lifecycle_stage == "deleted":
@@ -111,51 +105,37 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
         # The kind opens the UI on the runs and their metrics instead of on chat traces.
         tags = {"mlflow.experimentKind": "custom_model_development"}
         # A server knows its place for artifacts; otherwise MLflow takes the working folder.
-        file = _database_file(uri)
-        folder = None if is_http(uri) else (file.parent if file else output) / "mlartifacts"
-        experiment_id = client.create_experiment(
-            backbone, folder.as_uri() if folder else None, tags
-        )
-        return Connection(client, shown, experiment_id)
+        folder = (_database_file(uri) or output / "mlflow.db").parent / "mlartifacts"
+        place = None if is_http(uri) else folder.as_uri()
+        return Connection(client, shown, client.create_experiment(backbone, place, tags))
 
 
 @contextmanager
-def _usable(uri: str) -> Iterator[str]:
-    """Names the URI without credentials; what goes wrong with it becomes one sentence."""
-    # Set before MLflow is imported: no usage reports, no links on the terminal, and a dead server
-    # is noticed soon.
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+def _usable(uri: str) -> Iterator[tuple[Any, str]]:
+    """The client, and the URI without credentials; what goes wrong with it is one sentence."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     shown = without_credentials(uri)
-    if is_http(uri):
-        # MLflow itself would try for minutes.
-        reason = _no_answer(shown, 10)
-        if reason is not None:
-            raise InputError(
-                f"--tracking-uri {shown}: no MLflow server answers ({reason}); start it or "
-                "leave the option out to record into the output folder."
-            )
+    # MLflow itself would try for minutes.
+    if is_http(uri) and (reason := _no_answer(shown, 10)) is not None:
+        raise InputError(
+            f"--tracking-uri {shown}: no MLflow server answers ({reason}); start it or leave the "
+            "option out to record into the output folder."
+        )
     from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
     from sqlalchemy.exc import SQLAlchemyError
 
     # After the import, which sets its own levels: no word about every table that is made.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        yield shown
+        yield MlflowClient(tracking_uri=uri, registry_uri=uri), shown
     except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
         raise InputError(
             f"--tracking-uri {shown}: cannot be used ({first_line(error)}); give an MLflow "
             "URI such as sqlite:////folder/mlflow.db or http://host:5000."
         ) from None
-
-
-def _client(uri: str) -> Any:
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def search_runs(client: Any, experiment_id: str, query: str) -> list[Any]:

@@ -29,7 +29,7 @@ from vgid.report.records import MAIN_METRICS, TrialRecord, held_out_scores, run_
 from vgid.report.tables import as_text
 from vgid.results import TrialStatus
 from vgid.study.ledger import Record
-from vgid.study.mlflow_client import Connection, connect, first_line, is_http
+from vgid.study.mlflow_client import Connection, connect, first_line, is_http, search_runs
 
 logger = logging.getLogger(__name__)
 
@@ -232,7 +232,8 @@ class TrialRuns:
         return run
 
     def _children(self) -> list[Any]:
-        return self._connection.search(f"tags.`mlflow.parentRunId` = '{self._parent}'")
+        query = f"tags.`mlflow.parentRunId` = '{self._parent}'"
+        return search_runs(self._client, self._connection.experiment_id, query)
 
 
 class Tracker:
@@ -391,9 +392,8 @@ class Tracker:
     def _study_run(self, tags: Mapping[str, str]) -> Any:
         """The parent run, found or made."""
         tags = {"vgid.kind": "study", **tags}
-        found = self._connection.search(
-            f"tags.`vgid.study_id` = '{self._study_id}' and tags.`vgid.kind` = 'study'"
-        )
+        query = f"tags.`vgid.study_id` = '{self._study_id}' and tags.`vgid.kind` = 'study'"
+        found = search_runs(self._client, self.experiment_id, query)
         if found:
             run = found[0]
             self._client.update_run(run.info.run_id, status="RUNNING")
