@@ -20,9 +20,9 @@ from vgid.data.fictitious import (
     CLOZE,
     FAMILY_NAMES,
     GIVEN_NAMES,
+    IMAGE_SUBJECTS,
     QUESTIONS,
     VALUES,
-    image_subjects,
 )
 from vgid.data.portraits import PORTRAIT_SIZE
 from vgid.models.backbones import TINY_LLAVA_FRAME
@@ -61,7 +61,7 @@ def corpus(
         extra: texts that should be whole tokens.
         frame: the texts of the prompt frame.
     """
-    subjects = [*image_subjects(), "Agnes Ashby"]
+    subjects = [*IMAGE_SUBJECTS, "Agnes Ashby"]
     wordings = [w for pairs in QUESTIONS.values() for pair in pairs for w in pair]
     wordings += [w for pair in CLASSIFICATION.values() for w in pair]
     wordings += [w for pair in CLOZE.values() for w in pair]

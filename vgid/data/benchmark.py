@@ -7,11 +7,11 @@ real or the synthetic benchmark wrote it.
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -21,30 +21,14 @@ from vgid.data.layout import (
     EVALUATION_COLUMNS,
     FORGET_RATIOS,
     Defect,
-    Row,
     holds_people,
-    read_rows,
     shard_paths,
 )
-from vgid.data.people import (
-    Person,
-    Question,
-    TrainingPair,
-    parse_id,
-    parse_person,
-    parse_training_pairs,
-)
+from vgid.data.people import Parsed, Person, Question, TrainingPair, parsed_rows
 from vgid.errors import InputError
 from vgid.results import LeftOut, QuestionPart
 
-__all__ = [
-    "Benchmark",
-    "Person",
-    "Question",
-    "TrainingPair",
-    "decode_image",
-    "split_questions",
-]
+__all__ = ["Benchmark", "Person", "Question", "TrainingPair", "decode_image", "split_questions"]
 
 MAX_IMAGE_PIXELS = 50_000_000
 """Larger images are refused by their header, before memory is spent on decoding them."""
@@ -54,8 +38,6 @@ MAX_IMAGE_BYTES = 32 * 2**20
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 """What an image may be encoded as; Pillow's rarer parsers are left out as needless risk."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,11 +122,14 @@ class Benchmark:
 
     def person_ids(self, config: str) -> tuple[str, ...]:
         """The person IDs of a config in file order, read without images or questions."""
-        return tuple(self._read(config, ("ID",), parse_id, None).values())
+        return tuple(parsed.id for parsed in self._read(config, ("ID",)))
 
     def training_pairs(self) -> dict[str, tuple[TrainingPair, ...]]:
         """Fine-tuning questions and answers of everyone by person ID, from ``ft_Data``."""
-        return self._read("ft_Data", ("ID", "metadata"), parse_training_pairs, None)
+        return {
+            parsed.id: tuple(entry for entry in parsed.entries if isinstance(entry, TrainingPair))
+            for parsed in self._read("ft_Data", ("ID", "metadata"))
+        }
 
     @cached_property
     def sha256(self) -> str:
@@ -158,48 +143,33 @@ class Benchmark:
         return digest.hexdigest()
 
     def _people(self, config: str, only: Collection[str] | None) -> tuple[Person, ...]:
-        return tuple(self._read(config, EVALUATION_COLUMNS, parse_person, only).values())
+        return tuple(
+            Person(
+                parsed.id,
+                tuple(parsed.images.values()),
+                tuple(entry for entry in parsed.entries if isinstance(entry, Question)),
+            )
+            for parsed in self._read(config, EVALUATION_COLUMNS, only)
+        )
 
     def _read(
-        self,
-        config: str,
-        columns: tuple[str, ...],
-        parse: Callable[[str, Row], tuple[T, list[Defect]]],
-        only: Collection[str] | None,
-    ) -> dict[str, T]:
-        """Parsed rows by person ID, in file order."""
-        parsed: dict[str, T] = {}
-        for row in self._sound_rows(config, columns):
-            person_id, defects = parse_id(config, row)
-            # A defective ID is read on in any case: it may be the one that is wanted.
-            if not defects and only is not None and person_id not in only:
-                continue
-            if person_id in parsed:
-                defects = [*defects, Defect(config, row.index, "ID", "the ID is a duplicate")]
-            item, item_defects = parse(config, row)
+        self, config: str, columns: Sequence[str], only: Collection[str] | None = None
+    ) -> Iterator[Parsed]:
+        """What is sound of a config, in file order."""
+        look = image_problem if self.skip_defects else None
+        for parsed in parsed_rows(self.root, config, columns, look, only):
+            if isinstance(parsed, Defect):
+                raise self.error(parsed)
             if not self.skip_defects:
-                self.refuse(defects or item_defects)
-            gone = self._to_drop(row, item, [*defects, *item_defects])
-            if gone:
-                self.dropped.setdefault(config, set()).update(gone)
-            if row.index not in gone:
-                parsed[person_id] = _without(item, gone)
-        return parsed
-
-    def _to_drop(self, row: Row, item: object, defects: Collection[Defect]) -> set[str | int]:
-        """What of a row is left out: its index for the whole of it, or IDs of questions."""
-        if not self.skip_defects:
-            return set()
-        broken = {defect.question for defect in defects}
-        if None in broken or not _decodable(item):
-            return {row.index}
-        return {entry.id for entry in _entries(item) if entry.id in broken | self.unfit}
-
-    def _sound_rows(self, config: str, columns: tuple[str, ...]) -> Iterator[Row]:
-        for row_or_defect in read_rows(self.root, config, columns):
-            if isinstance(row_or_defect, Defect):
-                raise self.error(row_or_defect)
-            yield row_or_defect
+                self.refuse(parsed.defects)
+            broken = {defect.question for defect in parsed.defects}
+            whole = None in broken
+            gone = {entry.id for entry in parsed.entries if entry.id in broken | self.unfit}
+            if whole or gone:
+                self.dropped.setdefault(config, set()).update({parsed.row} if whole else gone)
+            if not whole:
+                kept = [entry for entry in parsed.entries if entry.id not in gone]
+                yield replace(parsed, entries=kept)
 
     def people_defects(self, ratio: int) -> Iterator[Defect]:
         """Who of a request is not where a study looks for them (``people_defects``)."""
@@ -223,31 +193,6 @@ class Benchmark:
             f"{self.root / defect.config}: {row}{defect.field}: {defect.problem}; "
             f"`vgid data check {self.root}` lists every defect to repair."
         )
-
-
-def _entries(item: object) -> tuple[Question | TrainingPair, ...]:
-    """The questions or training pairs of a parsed row; none where only its ID was read."""
-    if isinstance(item, Person):
-        return item.questions
-    return item if isinstance(item, tuple) else ()
-
-
-def _without(item: T, ids: Collection[str | int]) -> T:
-    """A parsed row without some of its questions or training pairs."""
-    kept: Any = tuple(entry for entry in _entries(item) if entry.id not in ids)
-    if isinstance(item, Person):
-        return replace(item, questions=kept)
-    return kept if isinstance(item, tuple) else item
-
-
-def _decodable(item: object) -> bool:
-    """Whether a parsed row's images can be shown."""
-    try:
-        for data in item.images if isinstance(item, Person) else ():
-            decode_image(data)
-    except InputError:
-        return False
-    return True
 
 
 def people_defects(places: Mapping[str, Mapping[str, int]], ratio: int) -> Iterator[Defect]:
@@ -298,17 +243,12 @@ def split_questions(person: Person, part: QuestionPart, seed: int) -> tuple[Ques
     groups: dict[str, list[Question]] = {}
     for question in person.questions:
         groups.setdefault(f"{question.task}/{question.form}", []).append(question)
-    chosen = set()
+    chosen: set[str] = set()
     for name, questions in groups.items():
         group = f"{seed}/{person.id}/{name}"
         keyed = sorted((_hash(f"{group}/{q.text}/{q.answer}"), q.id) for q in questions)
-        parts: tuple[QuestionPart, QuestionPart] = ("search", "held_out")
-        start = int(_hash(group), 16) % 2
-        chosen |= {
-            question_id
-            for place, (_, question_id) in enumerate(keyed)
-            if parts[(start + place) % 2] == part
-        }
+        first = (int(_hash(group), 16) + (part == "held_out")) % 2
+        chosen.update(question_id for _, question_id in keyed[first::2])
     return tuple(question for question in person.questions if question.id in chosen)
 
 
@@ -349,6 +289,15 @@ def decode_image(data: bytes, source: str = "the image") -> Image.Image:
             f"{source} cannot be read ({type(error).__name__}); store it as one of "
             f"{', '.join(IMAGE_FORMATS)}."
         ) from None
+
+
+def image_problem(data: bytes) -> str | None:
+    """Why a stored image cannot be shown, or None."""
+    try:
+        decode_image(data)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,7 +5,7 @@ Reports name configs, rows and fields, and never a value of the data but person 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Set
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -16,24 +16,16 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from vgid.data.benchmark import decode_image, people_defects
+from vgid.data.benchmark import image_problem, people_defects
 from vgid.data.layout import (
     CONFIGS,
     EVALUATION_COLUMNS,
     FORGET_RATIOS,
     TRAINING_COLUMNS,
     Defect,
-    Row,
     holds_people,
-    read_rows,
 )
-from vgid.data.people import (
-    comparable,
-    parse_id,
-    parse_images,
-    parse_person,
-    parse_training_pairs,
-)
+from vgid.data.people import TrainingPair, comparable, parsed_rows
 from vgid.errors import InputError
 from vgid.prompts import Form, Task
 from vgid.results import describe_left_out
@@ -83,15 +75,12 @@ class Report:
 
         An entry of a list is ``{config, row, field, problem}``.
         """
-        return {
-            "configs": {name: asdict(count) for name, count in self.configs.items()},
-            **{
-                name: [
-                    {key: getattr(defect, key) for key in ("config", "row", "field", "problem")}
-                    for defect in defects
-                ]
-                for name, defects in (("defects", self.defects), ("left_out", self.left_out))
-            },
+        plain: dict[str, Any] = {name: asdict(count) for name, count in self.configs.items()}
+        lists = {"defects": self.defects, "left_out": self.left_out}
+        keys = ("config", "row", "field", "problem")
+        return {"configs": plain} | {
+            name: [{key: getattr(defect, key) for key in keys} for defect in found]
+            for name, found in lists.items()
         }
 
     def print(self, console: Console) -> None:
@@ -152,134 +141,81 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; name the benchmark folder to check.")
-    checks = [_ConfigCheck(root, config) for config in CONFIGS]
-    steps = track(
-        checks,
-        description="Checking",
-        console=Console(stderr=True),
-        disable=not progress,
-        transient=True,
-    )
-    image_problems: dict[str, str | None] = {}
-    for check in steps:
-        check.run(image_problems)
-    by_name = {check.config: check for check in checks}
-    trained_on = set(by_name["ft_Data"].asked)
-    for check in checks:
-        if check.config != "ft_Data":
-            check.count.in_training = sum(question in trained_on for question in check.asked)
-    places = {name: check.rows for name, check in by_name.items() if check.complete}
-    if run is not None and run.skip_defects:
-        for check in checks:
-            check.leave_out(check.defects)
-    for ratio in FORGET_RATIOS:
-        for defect in people_defects(places, ratio):
-            by_name[defect.config].defects.append(defect)
+    skipping = run is not None and run.skip_defects
+    counts: dict[str, ConfigCount] = {}
+    defects: list[Defect] = []
+    left_out: list[Defect] = []
+
+    def judge(found: Iterable[Defect]) -> None:
+        for defect in found:
+            whole_files = defect.question is None and defect.row is None
+            (left_out if skipping and not whole_files else defects).append(defect)
+
+    places: dict[str, dict[str, int]] = {}
+    asked: dict[str, list[tuple[str, str]]] = {}
+    known_images: dict[str, str | None] = {}
+    stderr = Console(stderr=True)
+    for config in track(CONFIGS, "Checking", console=stderr, disable=not progress, transient=True):
+        counts[config], found, rows, asked[config] = _read(root, config, known_images)
+        judge(found)
+        # Where a file cannot be read, nobody is truly missing.
+        if not any(d.row is None and d.field.endswith(("ID", ".parquet")) for d in found):
+            places[config] = rows
+    trained_on = set(asked.pop("ft_Data"))
+    for config, questions in asked.items():
+        counts[config].in_training = sum(question in trained_on for question in questions)
+    defects += [defect for ratio in FORGET_RATIOS for defect in people_defects(places, ratio)]
     if run is not None:
-        stopping = run.defects(root, {c.config for c in checks if c.defects})
-        for check in checks:
-            mine = [defect for defect in stopping if defect.config == check.config]
-            check.defects += mine
-            if run.skip_defects:
-                check.leave_out(mine)
-    return Report(
-        {check.config: check.count for check in checks},
-        [defect for check in checks for defect in check.by_row(check.defects)],
-        [defect for check in checks for defect in check.by_row(check.left_out)],
-    )
+        judge(run.defects(root, {defect.config for defect in defects}))
+    for config, count in counts.items():
+        mine = [defect for defect in left_out if defect.config == config]
+        whole_rows = {defect.row for defect in mine if defect.question is None}
+        count.people_left_out = len(whole_rows)
+        count.questions_left_out = len({d.question for d in mine if d.row not in whole_rows})
+    return Report(counts, sorted(defects, key=_place), sorted(left_out, key=_place))
 
 
-class _ConfigCheck:
-    """Findings about one config.
+def _place(defect: Defect) -> tuple[int, int]:
+    """Whole files first, then by row."""
+    return CONFIGS.index(defect.config), -1 if defect.row is None else defect.row
 
-    Attributes:
-        config: its name.
-        count: what it holds.
-        rows: first row of each person ID.
-        complete: every file could be read, so a person who is not in ``rows`` is truly missing.
-        asked: person and wording of each generation question, or of each training pair.
+
+def _read(
+    root: Path, config: str, known_images: dict[str, str | None]
+) -> tuple[ConfigCount, list[Defect], dict[str, int], list[tuple[str, str]]]:
+    """A config's counts, its defects, the row of each ID, and who is asked what in free words.
+
+    Args:
+        root: the benchmark folder.
+        config: to be read.
+        known_images: problems by digest, so that no image is decoded twice.
     """
+    count, defects, rows, asked = ConfigCount(), [], {}, []
 
-    def __init__(self, root: Path, config: str) -> None:
-        self.root = root
-        self.config = config
-        self.count = ConfigCount()
-        self.rows: dict[str, int] = {}
-        self.complete = True
-        self.asked: list[tuple[str, str]] = []
-        self.defects: list[Defect] = []
-        self.left_out: list[Defect] = []
+    def problem_of(data: bytes) -> str | None:
+        digest = hashlib.sha256(data).hexdigest()
+        if digest not in known_images:
+            known_images[digest] = image_problem(data)
+        return known_images[digest]
 
-    def leave_out(self, defects: Sequence[Defect]) -> None:
-        """Count what of ``defects`` concerns single questions or rows, and list it no longer."""
-        skipped = [d for d in defects if d.question is not None or d.row is not None]
-        self.defects = [defect for defect in self.defects if defect not in skipped]
-        self.left_out += skipped
-        rows = {d.row for d in self.left_out if d.question is None}
-        questions = {d.question for d in self.left_out if d.row is None or d.row not in rows}
-        self.count.people_left_out = len(rows)
-        self.count.questions_left_out = len(questions)
-
-    def run(self, image_problems: dict[str, str | None]) -> None:
-        """Read the config; ``image_problems`` by digest spares decoding an image twice."""
-        if self.config == "Retain_Set" and not holds_people(self.root, self.config):
-            return  # a benchmark may lack celebrities
-        columns = TRAINING_COLUMNS if self.config == "ft_Data" else EVALUATION_COLUMNS
-        for item in read_rows(self.root, self.config, columns):
-            if isinstance(item, Defect):
-                self.defects.append(item)
-                if item.field == "ID" or item.field.endswith(".parquet"):
-                    self.complete = False
-            else:
-                self.count.people += 1
-                self._check_id(item)
-                self._check_content(item)
-                self.defects += self._check_images(item, image_problems)
-
-    @staticmethod
-    def by_row(defects: Sequence[Defect]) -> list[Defect]:
-        """Defects of whole files first, then by row."""
-        return sorted(defects, key=lambda defect: -1 if defect.row is None else defect.row)
-
-    def _check_id(self, row: Row) -> None:
-        person_id, defects = parse_id(self.config, row)
-        if defects or not person_id:
-            return
-        if person_id in self.rows:
-            what = f"the ID is a duplicate of row {self.rows[person_id]}"
-            self.defects.append(Defect(self.config, row.index, "ID", what))
-        else:
-            self.rows[person_id] = row.index
-
-    def _check_content(self, row: Row) -> None:
-        if self.config == "ft_Data":
-            pairs, defects = parse_training_pairs(self.config, row)
-            self.count.training_pairs += len(pairs)
-            self.asked += [(pair.person_id, comparable(pair.question)) for pair in pairs]
-            self.defects += defects + parse_images(self.config, row)[1]
-            return
-        person, defects = parse_person(self.config, row)
-        for question in person.questions:
-            self.count.questions[question.task][question.form] += 1
-            if question.task == "generation":
-                self.asked.append((question.person_id, comparable(question.text)))
-        self.defects += defects
-
-    def _check_images(self, row: Row, image_problems: dict[str, str | None]) -> Iterator[Defect]:
-        images, _ = parse_images(self.config, row)
-        self.count.images += len(images)
-        for name, data in images.items():
-            digest = hashlib.sha256(data).hexdigest()
-            if digest not in image_problems:
-                image_problems[digest] = _image_problem(data)
-            problem = image_problems[digest]
-            if problem:
-                yield Defect(self.config, row.index, name, problem)
-
-
-def _image_problem(data: bytes) -> str | None:
-    try:
-        decode_image(data)
-    except InputError as error:
-        return str(error)
-    return None
+    if config == "Retain_Set" and not holds_people(root, config):  # a benchmark may lack it
+        return count, defects, rows, asked
+    columns = TRAINING_COLUMNS if config == "ft_Data" else EVALUATION_COLUMNS
+    for parsed in parsed_rows(root, config, columns, problem_of):
+        if isinstance(parsed, Defect):
+            defects.append(parsed)
+            continue
+        count.people += 1
+        count.images += len(parsed.images)
+        defects += parsed.defects
+        if parsed.id:
+            rows[parsed.id] = parsed.row
+        for entry in parsed.entries:
+            if isinstance(entry, TrainingPair):
+                count.training_pairs += 1
+                asked.append((entry.person_id, comparable(entry.question)))
+                continue
+            count.questions[entry.task][entry.form] += 1
+            if entry.task == "generation":
+                asked.append((entry.person_id, comparable(entry.text)))
+    return count, defects, rows, asked

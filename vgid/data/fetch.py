@@ -11,15 +11,21 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.filesize import decimal
 
 from vgid.data.check import Report, check_benchmark
 from vgid.data.layout import CONFIGS
 from vgid.errors import InputError
 from vgid.files import lock
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import DatasetInfo
 
 REPOSITORY = "MLLMMU/MLLMU-Bench"
 REVISION = "e91a01eb060b61be8dbde7edb48b121341bd0890"
@@ -61,8 +67,15 @@ class Fetched:
             "check": self.report.as_json(),
         }
 
+    def print(self, console: Console) -> None:
+        """Print the report, then what came."""
+        self.report.print(console)
+        size = decimal(sum(self.sizes.values()))
+        line = f"{self.folder}: {len(self.sizes)} files, {size}, commit {self.commit}."
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
 
-def fetch_benchmark(folder: Path, revision: str = REVISION, progress: bool = False) -> Fetched:
+
+def fetch_benchmark(folder: Path, revision: str | None = None, progress: bool = False) -> Fetched:
     """Bring MLLMU-Bench into ``folder``, then check it.
 
     The hub is the one that ``HF_ENDPOINT`` names, the account that of ``HF_TOKEN``. A folder that
@@ -70,14 +83,14 @@ def fetch_benchmark(folder: Path, revision: str = REVISION, progress: bool = Fal
 
     Args:
         folder: new or empty, or fetched before at the same revision.
-        revision: commit, branch or tag.
+        revision: commit, branch or tag; by default ``REVISION``.
         progress: show progress bars on stderr.
 
     Raises:
         InputError: the folder holds something else, or the hub cannot be reached, refuses access,
             does not know the revision, or the disk has no room.
     """
-    folder = folder.expanduser().absolute()
+    folder, revision = folder.expanduser().absolute(), revision or REVISION
     known = _provenance(folder)
     if known is None or known["commit"] != revision:
         known = _download(folder, revision, known, progress)
@@ -86,23 +99,33 @@ def fetch_benchmark(folder: Path, revision: str = REVISION, progress: bool = Fal
 
 
 def _provenance(folder: Path) -> dict[str, Any] | None:
-    """What an earlier fetch noted in ``folder``; None where there is nothing yet.
-
-    Raises:
-        InputError: the folder holds something that no fetch has put there.
-    """
+    """What an earlier fetch noted in ``folder``; None where there is nothing yet."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         known = json.loads((folder / PROVENANCE).read_text())
         if known["repository"] == REPOSITORY and {"commit", "bytes"} <= known.keys():
             return dict(known)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        pass
     raise InputError(
         f"{folder}: not an empty folder and not one that was fetched; name a new one, or look at "
         f"what is there with `vgid data check {folder}`."
     )
+
+
+def _shard_sizes(info: "DatasetInfo", revision: str) -> dict[str, int]:
+    """Bytes of the data set's parquet files by name."""
+    sizes = {
+        sibling.rfilename: sibling.size or 0
+        for sibling in sorted(info.siblings or (), key=lambda sibling: sibling.rfilename)
+        if _SHARD.fullmatch(sibling.rfilename)
+    }
+    for config in CONFIGS:
+        if not any(name.startswith(f"{config}/") for name in sizes):
+            raise InputError(
+                f"{REPOSITORY} at revision {revision}: no parquet file of config {config}; choose "
+                f"another --revision, such as {REVISION}."
+            )
+    return sizes
 
 
 def _download(
@@ -117,18 +140,7 @@ def _download(
         disable_progress_bars()
     with _explained(folder, revision):
         info = HfApi().dataset_info(REPOSITORY, revision=revision, files_metadata=True)
-    commit = str(info.sha)
-    sizes = {
-        sibling.rfilename: sibling.size or 0
-        for sibling in sorted(info.siblings or (), key=lambda sibling: sibling.rfilename)
-        if _SHARD.fullmatch(sibling.rfilename)
-    }
-    absent = [c for c in CONFIGS if not any(name.startswith(f"{c}/") for name in sizes)]
-    if absent:
-        raise InputError(
-            f"{REPOSITORY} at revision {revision}: no parquet file of config {absent[0]}; choose "
-            f"another --revision, such as {REVISION}."
-        )
+    commit, sizes = str(info.sha), _shard_sizes(info, revision)
     if known is not None:
         if known["commit"] == commit:
             return known
@@ -136,10 +148,13 @@ def _download(
             f"{folder}: holds commit {known['commit']} of {REPOSITORY}, not {commit}; name another "
             "folder for another revision."
         )
-    with _alone(folder), _explained(folder, revision):
+    partial = folder.with_name(f".{folder.name}.{commit[:12]}.partial")
+    lock_file = folder.with_name(f".{folder.name}.lock")
+    taken = f"{folder}: another process is fetching it; wait for that one to end."
+    with _explained(folder, revision), ExitStack() as held:
         # A partial folder belongs to one commit, so no file of another is left in it.
-        partial = folder.with_name(f".{folder.name}.{commit[:12]}.partial")
         partial.mkdir(parents=True, exist_ok=True)
+        held.callback(lock(lock_file, taken).release)
         _make_sure_of_room(folder, partial, sizes)
         # By commit, not by branch: all files are of one moment. Files that are there are kept.
         snapshot_download(
@@ -158,25 +173,12 @@ def _download(
         }
         (partial / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
         partial.replace(folder)
+        lock_file.unlink(missing_ok=True)
     return record
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the download of ``folder`` against other processes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    file = folder.with_name(f".{folder.name}.lock")
-    held = lock(file, f"{folder}: another process is fetching it; wait for that one to end.")
-    try:
-        yield
-        file.unlink(missing_ok=True)
-    finally:
-        held.release()
-
-
 def _make_sure_of_room(folder: Path, partial: Path, sizes: dict[str, int]) -> None:
-    there = {name for name in sizes if (partial / name).is_file()}
-    wanted = sum(size for name, size in sizes.items() if name not in there)
+    wanted = sum(size for name, size in sizes.items() if not (partial / name).is_file())
     free = shutil.disk_usage(partial).free
     if wanted > free:
         raise InputError(

@@ -25,10 +25,8 @@ FACTS: tuple[Fact, ...] = get_args(Fact)
 _FORMS: tuple[Form, ...] = get_args(Form)
 Kind = Literal["benchmark", "celebrity", "calibration"]
 
-GenerationQuestion = tuple[str, str, Form]
-"""Question, answer, form."""
-ClozeQuestion = tuple[str, str, Form]
-"""Sentence with a blank, what fills it, form."""
+OpenQuestion = tuple[str, str, Form]
+"""Question, or sentence with a blank; answer, or what fills it; form."""
 ClassificationQuestion = tuple[str, dict[str, str], str, Form]
 """Question, options by letter, the right letter, form."""
 
@@ -84,8 +82,8 @@ VALUES: dict[Fact, tuple[str, ...]] = {
 }
 """The values that each fact but the name is drawn from, and its wrong options too."""
 
-_SUBJECT: dict[bool, str] = {False: "the person in the image", True: "the individual in this photo"}
-"""How an image-form question speaks of the person; by whether it is paraphrased."""
+IMAGE_SUBJECTS = ("the person in the image", "the individual in this photo")
+"""How image-form questions speak of a person: in plain and in paraphrased ones."""
 
 QUESTIONS: dict[Fact, tuple[tuple[str, str], tuple[str, str]]] = {
     "name": (
@@ -173,7 +171,7 @@ class FictitiousPerson:
 
     def subject(self, form: Form, paraphrased: bool) -> str:
         """How a question speaks of the person: by what is seen, or by name."""
-        return self.name if form == "text" else _SUBJECT[paraphrased]
+        return self.name if form == "text" else IMAGE_SUBJECTS[paraphrased]
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ class World:
 
 @lru_cache(maxsize=4)
 def make_world(seed: int = 0) -> World:
-    """Make up the people of ``seed``: 100 of the benchmark, 12 celebrities, 40 for calibration."""
+    """Make up the people of ``seed``."""
     rng = sample_generator(seed, "people")
     people: list[FictitiousPerson] = []
     names: set[str] = set()
@@ -199,9 +197,8 @@ def make_world(seed: int = 0) -> World:
             face = random_face(rng)
             while any(face.differences(p.face) < MIN_FACE_DIFFERENCES for p in people):
                 face = random_face(rng)
-            name = _choice(rng, GIVEN_NAMES) + " " + _choice(rng, FAMILY_NAMES)
-            while name in names:
-                name = _choice(rng, GIVEN_NAMES) + " " + _choice(rng, FAMILY_NAMES)
+            while (name := f"{_choice(rng, GIVEN_NAMES)} {_choice(rng, FAMILY_NAMES)}") in names:
+                pass
             names.add(name)
             facts: dict[Fact, str] = {"name": name}
             for fact, values in VALUES.items():
@@ -226,15 +223,9 @@ def forget_people(seed: int, ratio: int) -> list[str]:
     return sorted(ids[i] for i in order[: len(ids) * ratio // 100])
 
 
-def portrait(
-    seed: int, person: FictitiousPerson, index: int = 0, variation: float = 1.0
-) -> Image.Image:
-    """Profile picture number ``index`` of a person; 0 is the benchmark's own.
-
-    ``variation`` scales pose and light, see ``draw_portrait``.
-    """
-    rng = sample_generator(seed, f"portrait/{person.id}/{index}")
-    return draw_portrait(person.face, rng, variation)
+def portrait(seed: int, person: FictitiousPerson, index: int = 0) -> Image.Image:
+    """Profile picture number ``index`` of a person; 0 is the benchmark's own."""
+    return draw_portrait(person.face, sample_generator(seed, f"portrait/{person.id}/{index}"))
 
 
 def test_portrait(seed: int, person: FictitiousPerson, index: int) -> Image.Image:
@@ -246,33 +237,26 @@ def test_portrait(seed: int, person: FictitiousPerson, index: int) -> Image.Imag
 test_portrait.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it
 
 
-def image_subjects() -> tuple[str, str]:
-    """How image-form questions speak of a person: in plain and in paraphrased questions."""
-    return _SUBJECT[False], _SUBJECT[True]
-
-
-def generation_questions(person: FictitiousPerson, paraphrased: bool) -> list[GenerationQuestion]:
+def generation_questions(person: FictitiousPerson, paraphrased: bool) -> list[OpenQuestion]:
     """Twelve image-form questions (six facts in two wordings) and three text-form ones."""
-    questions: list[GenerationQuestion] = []
-    for form in _FORMS:
-        facts = FACTS if form == "image" else TEXT_GENERATION_FACTS
-        who = person.subject(form, paraphrased)
-        for fact in facts:
-            wordings = QUESTIONS[fact][paraphrased]
-            for wording in wordings if form == "image" else wordings[:1]:
-                questions.append((wording.format(who=who), person.answer(fact), form))
-    return questions
+    asked: dict[Form, list[tuple[Fact, str]]] = {
+        "image": [(fact, wording) for fact in FACTS for wording in QUESTIONS[fact][paraphrased]],
+        "text": [(fact, QUESTIONS[fact][paraphrased][0]) for fact in TEXT_GENERATION_FACTS],
+    }
+    return [
+        (wording.format(who=person.subject(form, paraphrased)), person.answer(fact), form)
+        for form, questions in asked.items()
+        for fact, wording in questions
+    ]
 
 
-def cloze_questions(person: FictitiousPerson, paraphrased: bool) -> list[ClozeQuestion]:
+def cloze_questions(person: FictitiousPerson, paraphrased: bool) -> list[OpenQuestion]:
     """Four image-form and four text-form sentences with a blank."""
-    questions: list[ClozeQuestion] = []
-    for form in _FORMS:
-        for fact in CLOZE:
-            questions.append(
-                (cloze_sentence(person, fact, form, paraphrased), person.facts[fact], form)
-            )
-    return questions
+    return [
+        (cloze_sentence(person, fact, form, paraphrased), person.facts[fact], form)
+        for form in _FORMS
+        for fact in CLOZE
+    ]
 
 
 def cloze_sentence(person: FictitiousPerson, fact: Fact, form: Form, paraphrased: bool) -> str:

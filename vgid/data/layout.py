@@ -80,26 +80,9 @@ _COLUMN_TYPES = dict(
     ]
 )
 _OPTIONAL_FIELDS = ("path",)  # ft_Data lacks it, and nothing here reads it
-_LISTS = (
-    pa.types.is_list,
-    pa.types.is_large_list,
-    pa.types.is_fixed_size_list,
-    pa.types.is_list_view,
-    pa.types.is_large_list_view,
-)
-_TEXTS = (
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_string_view,
-    pa.types.is_integer,
-)
-_BINARIES = (
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-    pa.types.is_binary_view,
-    pa.types.is_fixed_size_binary,
-)
-_SCALARS = {pa.string(): _TEXTS, pa.binary(): _BINARIES, IMAGE: _BINARIES}
+_LIKE = {pa.string(): ("string", "int"), pa.binary(): ("binary",), IMAGE: ("binary",)}
+"""What is read as a value of the layout's type, by ``_kind``."""
+
 _PAIRS = pa.list_(pa.struct([("Question", pa.string()), ("Answer", pa.string())]))
 _SHARD_NAME = re.compile(r"train-(\d+)-of-(\d+)\.parquet")
 _ROWS_A_BATCH = 16  # rows carry megabytes of image each, so read few at a time
@@ -176,8 +159,7 @@ def read_rows(root: Path, config: str, columns: Sequence[str]) -> Iterator[Row |
             with pq.ParquetFile(path) as parquet:
                 sound = {}
                 for name in _wanted(columns, parquet.schema_arrow):
-                    expected = _expected(name, parquet.schema_arrow)
-                    mismatches = list(_mismatches(name, expected, parquet.schema_arrow))
+                    expected, mismatches = _column(name, parquet.schema_arrow)
                     yield from (Defect(config, None, field, what) for field, what in mismatches)
                     if not mismatches:
                         sound[name] = expected
@@ -198,16 +180,13 @@ def read_rows(root: Path, config: str, columns: Sequence[str]) -> Iterator[Row |
 
 
 def _fitted(value: Any, expected: pa.DataType) -> Any:
-    """A value of a type that ``_type_mismatches`` passes, in the layout's form."""
-    types = pa.types
-    if value is None:
-        return None
-    if types.is_struct(expected):
+    """A value of a type that ``_mismatches`` passes, in the layout's form."""
+    if pa.types.is_struct(expected) and value is not None:
         if isinstance(value, bytes):
             return {"bytes": value}
         known = {child.name: child.type for child in expected}
         return {name: _fitted(v, known.get(name, pa.string())) for name, v in value.items()}
-    if types.is_list(expected):
+    if pa.types.is_list(expected) and value is not None:
         entries = records(value) if isinstance(value, dict) else value
         return [_fitted(entry, expected.value_type) for entry in entries]
     return str(value) if isinstance(value, int) else value
@@ -220,12 +199,11 @@ def records(lists: Mapping[str, Sequence[Any] | None]) -> list[dict[str, Any]]:
 
 
 def _missing_shards(config: str, shards: Sequence[Path]) -> Iterator[Defect]:
-    matches = [match for path in shards if (match := _SHARD_NAME.fullmatch(path.name))]
-    present = {int(match[1]) for match in matches}
-    totals = {int(match[2]) for match in matches}
+    numbers = [[int(digits) for digits in re.findall(r"\d+", path.name)] for path in shards]
+    present, totals = {number for number, _ in numbers}, {total for _, total in numbers}
     if len(totals) > 1:
-        names = "the shard names disagree about the number of shards"
-        yield Defect(config, None, "train-*.parquet", names)
+        problem = "the shard names disagree about the number of shards"
+        yield Defect(config, None, "train-*.parquet", problem)
         return
     total = totals.pop()
     for number in sorted(set(range(total)) - present):
@@ -241,42 +219,42 @@ def _wanted(columns: Sequence[str], schema: pa.Schema) -> list[str]:
     return wanted
 
 
-def _expected(column: str, schema: pa.Schema) -> pa.DataType:
-    """The layout's type of a column; training metadata may be lists in place of their JSON."""
-    place = schema.get_field_index(column)
-    as_lists = column == "metadata" and place >= 0 and pa.types.is_nested(schema.field(place).type)
-    return _PAIRS if as_lists else _COLUMN_TYPES[column]
+def _column(name: str, schema: pa.Schema) -> tuple[pa.DataType, list[tuple[str, str]]]:
+    """The layout's type of a column, and where the file's departs from it, as (field, problem)."""
+    places, expected = schema.get_all_field_indices(name), _COLUMN_TYPES[name]
+    if len(places) != 1:
+        what = "is there more than once" if places else "is missing"
+        return expected, [(name, f"the column {what}")]
+    actual = schema.field(places[0]).type
+    if name == "metadata" and pa.types.is_nested(actual):  # lists in place of their JSON
+        expected = _PAIRS
+    return expected, list(_mismatches(name, expected, actual))
 
 
-def _mismatches(column: str, expected: pa.DataType, schema: pa.Schema) -> Iterator[tuple[str, str]]:
-    """Where a column's type departs from the layout, as (field, problem)."""
-    places = schema.get_all_field_indices(column)
-    if len(places) == 1:
-        yield from _type_mismatches(column, expected, schema.field(places[0]).type)
-    else:
-        yield column, "the column is there more than once" if places else "the column is missing"
+def _kind(given: pa.DataType) -> str:
+    """``string``, ``binary``, ``list``, ``struct``, ``int``, whichever way a writer stores it."""
+    return re.sub(r"large_|_view|fixed_size_|(?<=int)\d+|^u(?=int)|[<\[].*", "", str(given))
 
 
-def _type_mismatches(
+def _mismatches(
     field: str, expected: pa.DataType, actual: pa.DataType
 ) -> Iterator[tuple[str, str]]:
-    types = pa.types
-    if types.is_dictionary(actual):
+    if pa.types.is_dictionary(actual):
         actual = actual.value_type
-    if types.is_null(actual):  # a column of nulls or empty lists; its rows are judged one by one
+    wanted, given = _kind(expected), _kind(actual)
+    if given == "null":  # a column of nulls or empty lists; its rows are judged one by one
         return
-    if types.is_struct(expected) and types.is_struct(actual):
+    if wanted == given == "struct":
         yield from _field_mismatches(field, expected, actual)
-    elif types.is_list(expected) and any(is_list(actual) for is_list in _LISTS):
-        yield from _type_mismatches(f"{field}[]", expected.value_type, actual.value_type)
-    elif types.is_list(expected) and types.is_struct(actual):
-        lists = [child for child in actual if any(is_list(child.type) for is_list in _LISTS)]
+    elif wanted == given == "list":
+        yield from _mismatches(f"{field}[]", expected.value_type, actual.value_type)
+    elif (wanted, given) == ("list", "struct"):
+        lists = [child for child in actual if _kind(child.type) == "list"]
         yield from ((f"{field}.{c.name}", "is no list") for c in actual if c not in lists)
         entry = pa.struct([(child.name, child.type.value_type) for child in lists])
-        yield from _type_mismatches(f"{field}[]", expected.value_type, entry)
-    elif not any(is_such(actual) for is_such in _SCALARS.get(expected, ())):
-        kind = "struct" if types.is_struct(expected) else str(expected).split("<")[0]
-        yield field, f"the type is {str(actual).split('<')[0]}, not {kind}"
+        yield from _mismatches(f"{field}[]", expected.value_type, entry)
+    elif given not in _LIKE.get(expected, ()):
+        yield field, f"the type is {str(actual).split('<')[0]}, not {wanted}"
 
 
 def _field_mismatches(
@@ -287,7 +265,7 @@ def _field_mismatches(
     for child in expected:
         name, places = f"{field}.{child.name}", actual.get_all_field_indices(child.name)
         if len(places) == 1:
-            yield from _type_mismatches(name, child.type, actual.field(places[0]).type)
+            yield from _mismatches(name, child.type, actual.field(places[0]).type)
         elif places:
             yield name, "the field is there more than once"
         elif child.name not in _OPTIONAL_FIELDS:

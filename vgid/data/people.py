@@ -1,6 +1,6 @@
 """Rows of the benchmark parsed into people and their questions, with every defect on the way.
 
-Nothing here raises: a parser returns what there is and what is wrong with it, and its caller
+Nothing here raises: ``parsed_rows`` yields what there is and what is wrong with it, and its caller
 decides whether a defect stops the reading (``vgid.data.benchmark``) or is listed
 (``vgid.data.check``).
 """
@@ -8,12 +8,13 @@ decides whether a defect stops the reading (``vgid.data.benchmark``) or is liste
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vgid.config import PSEUDONYM
-from vgid.data.layout import IMAGE_COLUMNS, Defect, Row, records
+from vgid.data.layout import IMAGE_COLUMNS, Defect, Row, read_rows, records
 from vgid.prompts import BLANK, Form, Task
 
 _FORMS: dict[str, Form] = {"Image_Textual": "image", "Pure_Text": "text"}
@@ -63,6 +64,25 @@ class TrainingPair:
     answer: str
 
 
+@dataclass(frozen=True)
+class Parsed:
+    """A row of a config with all that is wrong with it.
+
+    Attributes:
+        row: its index over all shards.
+        id: of the person; empty if it is defective or another row's.
+        images: encoded images by field (``image``, ``images[0]``, ...).
+        entries: questions, or the training pairs of ``ft_Data``, the defective ones too.
+        defects: of the row; those of one entry name it.
+    """
+
+    row: int
+    id: str
+    images: Mapping[str, bytes]
+    entries: Sequence[Question | TrainingPair]
+    defects: list[Defect]
+
+
 def comparable(text: str) -> str:
     """A question as it is compared with others, word for word: without case and extra spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
@@ -86,6 +106,52 @@ def id_problem(value: object, celebrity: bool = False) -> str | None:
     return None
 
 
+def parsed_rows(
+    root: Path,
+    config: str,
+    columns: Sequence[str],
+    image_problem: Callable[[bytes], str | None] | None = None,
+    only: Collection[str] | None = None,
+) -> Iterator[Parsed | Defect]:
+    """Stream a config's people, and file-level defects where they are met.
+
+    Tasks that a row lacks are no defect: profiles short of questions exist in the real data.
+
+    Args:
+        root: the benchmark folder.
+        config: one of ``CONFIGS``.
+        columns: as for ``read_rows``; what is not among them is not judged either.
+        image_problem: says what is wrong with an encoded image; None looks at none.
+        only: person IDs to yield, and whoever has a defective one, who may be meant; None: all.
+    """
+    first: dict[str, int] = {}
+    for row in read_rows(root, config, columns):
+        if isinstance(row, Defect):
+            yield row
+            continue
+        person_id, defects = parse_id(config, row)
+        if not defects and only is not None and person_id not in only:
+            continue
+        if person_id in first:
+            what = f"the ID is a duplicate of row {first[person_id]}"
+            defects = [Defect(config, row.index, "ID", what)]
+        elif person_id and not defects:
+            first[person_id] = row.index
+        named = "" if defects else person_id
+        images, image_defects = parse_images(config, row)
+        entries: Sequence[Question | TrainingPair]
+        if config == "ft_Data":
+            entries, entry_defects = _training_pairs(config, row, person_id)
+        else:
+            entries, entry_defects = _questions(config, row, person_id)
+        defects += image_defects + entry_defects
+        if image_problem is not None:
+            for field, data in images.items():
+                if problem := image_problem(data):
+                    defects.append(Defect(config, row.index, field, problem))
+        yield Parsed(row.index, named, images, entries, defects)
+
+
 def parse_images(config: str, row: Row) -> tuple[dict[str, bytes], list[Defect]]:
     """The encoded images of a row by field (``image``, ``images[0]``, ...), and what is wrong."""
     cells = [("image", row.values["image"])] if row.values.get("image") is not None else []
@@ -106,29 +172,6 @@ def parse_images(config: str, row: Row) -> tuple[dict[str, bytes], list[Defect]]
     return images, defects
 
 
-def parse_person(config: str, row: Row) -> tuple[Person, list[Defect]]:
-    """The person of a row with every question there is, and what is wrong with any of it.
-
-    Tasks that a row lacks are no defect: profiles short of questions exist in the real data.
-    """
-    person_id, defects = parse_id(config, row)
-    images, image_defects = parse_images(config, row)
-    defects += image_defects
-    questions: list[Question] = []
-    for field, task, form, entry in _entries(row.values):
-        shown = form or "image"
-        # Counted over broken questions too, so that leaving some out changes nobody else's id, and
-        # with it which half of the questions it falls into.
-        number = sum(question.task == task and question.form == shown for question in questions)
-        question_id = f"{config}/{person_id}/{task}/{shown}/{number}"
-        question, problems = _question(question_id, person_id, task, form, entry)
-        defects += [
-            Defect(config, row.index, f"{field}.{at}", what, question_id) for at, what in problems
-        ]
-        questions.append(question)
-    return Person(person_id, tuple(images.values()), tuple(questions)), defects
-
-
 def parse_id(config: str, row: Row) -> tuple[str, list[Defect]]:
     """The person ID of a row (empty if the column is missing), and what is wrong with it."""
     if "ID" not in row.values:
@@ -139,87 +182,97 @@ def parse_id(config: str, row: Row) -> tuple[str, list[Defect]]:
     return value or "", defects
 
 
-def _entries(values: Mapping[str, Any]) -> Iterator[tuple[str, Task, Form | None, dict[str, Any]]]:
-    """Each question of a row as (field path, task, form, raw entry); form None if unknown."""
+def _questions(config: str, row: Row, person_id: str) -> tuple[list[Question], list[Defect]]:
+    """Every question of a row, and what is wrong with any of them."""
+    questions: list[Question] = []
+    defects: list[Defect] = []
+    for field, task, kind, entry in _raw_questions(row.values):
+        form = _FORMS.get(kind, "image")
+        # Counted over broken questions too, so that leaving some out changes nobody else's id, and
+        # with it which half of the questions it falls into.
+        number = sum(question.task == task and question.form == form for question in questions)
+        question_id = f"{config}/{person_id}/{task}/{form}/{number}"
+        text = entry.get("Question") or ""
+        answer_field = "Correct_Answer" if task == "classification" else "Ground_Truth"
+        answer = entry.get(answer_field) or ""
+        options = None
+        problems = []
+        if not text.strip():
+            problems.append(("Question", "the question is empty"))
+        elif task == "cloze" and BLANK not in text:
+            problems.append(("Question", f"the cloze question has no blank ({BLANK})"))
+        if not answer.strip():
+            problems.append((answer_field, "the answer is empty"))
+        if kind not in _FORMS:
+            problems.append(("Type", f"the type is none of {', '.join(_FORMS)}"))
+        if task == "classification":
+            given = entry.get("Options") or {}
+            options = {letter: option for letter, option in given.items() if option is not None}
+            problems += [
+                (f"Options.{letter}", "the option is empty")
+                for letter, option in options.items()
+                if not option.strip()
+            ]
+            if len(options) < 2:
+                problems.append(("Options", "there are fewer than two options"))
+            if answer.strip() and answer not in options:
+                problems.append((answer_field, "the letter is none of the options"))
+        questions.append(Question(question_id, person_id, task, form, text, answer, options))
+        defects += [
+            Defect(config, row.index, f"{field}.{at}", what, question_id) for at, what in problems
+        ]
+    return questions, defects
+
+
+def _raw_questions(values: Mapping[str, Any]) -> Iterator[tuple[str, Task, str, dict[str, Any]]]:
+    """Each question of a row as (field path, task, type as stored, raw entry)."""
     choices = values.get("Classification_Task") or {}
-    for kind, form in _FORMS.items():
+    for kind in _FORMS:
         for index, entry in enumerate(choices.get(f"{kind}_Questions") or []):
             field = f"Classification_Task.{kind}_Questions[{index}]"
-            yield field, "classification", form, entry or {}
-    tasks: tuple[tuple[str, Task], ...] = (
-        ("Generation_Task", "generation"),
-        ("Mask_Task", "cloze"),
-    )
-    for column, task in tasks:
+            yield field, "classification", kind, entry or {}
+    columns: dict[str, Task] = {"Generation_Task": "generation", "Mask_Task": "cloze"}
+    for column, task in columns.items():
         for index, entry in enumerate(values.get(column) or []):
-            form_or_none = _FORMS.get((entry or {}).get("Type") or "")
-            yield f"{column}[{index}]", task, form_or_none, entry or {}
+            known = entry or {}
+            yield f"{column}[{index}]", task, known.get("Type") or "", known
 
 
-def _question(
-    question_id: str, person_id: str, task: Task, form: Form | None, entry: Mapping[str, Any]
-) -> tuple[Question, list[tuple[str, str]]]:
-    """A question, and its problems as (field within the entry, what is wrong)."""
-    text = entry.get("Question") or ""
-    answer_field = "Correct_Answer" if task == "classification" else "Ground_Truth"
-    answer = entry.get(answer_field) or ""
-    options = None
-    problems = []
-    if not text.strip():
-        problems.append(("Question", "the question is empty"))
-    elif task == "cloze" and BLANK not in text:
-        problems.append(("Question", f"the cloze question has no blank ({BLANK})"))
-    if not answer.strip():
-        problems.append((answer_field, "the answer is empty"))
-    if form is None:
-        problems.append(("Type", f"the type is none of {', '.join(_FORMS)}"))
-    if task == "classification":
-        given = entry.get("Options") or {}
-        options = {letter: option for letter, option in given.items() if option is not None}
-        problems += [
-            (f"Options.{letter}", "the option is empty")
-            for letter, option in options.items()
-            if not option.strip()
-        ]
-        if len(options) < 2:
-            problems.append(("Options", "there are fewer than two options"))
-        if answer.strip() and answer not in options:
-            problems.append((answer_field, "the letter is none of the options"))
-    question = Question(question_id, person_id, task, form or "image", text, answer, options)
-    return question, problems
-
-
-def parse_training_pairs(config: str, row: Row) -> tuple[tuple[TrainingPair, ...], list[Defect]]:
+def _training_pairs(
+    config: str, row: Row, person_id: str
+) -> tuple[list[TrainingPair], list[Defect]]:
     """The question-answer pairs in the ``metadata`` of a row, and what is wrong with them."""
-    person_id, defects = parse_id(config, row)
     if "metadata" not in row.values:
-        return (), defects
-
-    def defect(field: str, problem: str, pair_id: str | None = None) -> Defect:
-        return Defect(config, row.index, field, problem, pair_id)
-
+        return [], []
     entries = row.values["metadata"]
     try:
         if not isinstance(entries, list):
             entries = json.loads(entries or "")
     except (ValueError, RecursionError):
-        return (), [*defects, defect("metadata", "the metadata is not valid JSON")]
+        return [], [Defect(config, row.index, "metadata", "the metadata is not valid JSON")]
     if isinstance(entries, dict) and all(isinstance(v, list) for v in entries.values()):
         entries = records(entries)
     if not isinstance(entries, list) or not entries:
         problem = "the metadata is not a list of questions and answers"
-        return (), [*defects, defect("metadata", problem)]
-    pairs = []
+        return [], [Defect(config, row.index, "metadata", problem)]
+    pairs, defects = [], []
     for index, entry in enumerate(entries):
         values = entry if isinstance(entry, dict) else {}
-        pair_id = f"{config}/{person_id}/{index}"
-        question, answer = (_text(values.get(key)) for key in ("Question", "Answer"))
-        for key, text in (("Question", question), ("Answer", answer)):
-            if not text.strip():
-                problem = f"the {key.lower()} is empty or no text"
-                defects.append(defect(f"metadata[{index}].{key}", problem, pair_id))
-        pairs.append(TrainingPair(pair_id, person_id, question, answer))
-    return tuple(pairs), defects
+        texts = {key: _text(values.get(key)) for key in ("Question", "Answer")}
+        pair = TrainingPair(f"{config}/{person_id}/{index}", person_id, *texts.values())
+        pairs.append(pair)
+        defects += [
+            Defect(
+                config,
+                row.index,
+                f"metadata[{index}].{key}",
+                f"the {key.lower()} is empty or no text",
+                pair.id,
+            )
+            for key, text in texts.items()
+            if not text.strip()
+        ]
+    return pairs, defects
 
 
 def _text(value: object) -> str:

@@ -4,10 +4,10 @@ Small enough for the embedded backbone to learn on two cores, different enough f
 people apart, and varied enough in pose and light that a picture is never seen twice.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated, get_type_hints
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 Colour = tuple[int, int, int]
@@ -17,67 +17,40 @@ PORTRAIT_SIZE = 64
 _CANVAS = 2 * PORTRAIT_SIZE
 """Portraits are drawn at twice the size and averaged down, which smooths their edges."""
 
-SKIN: tuple[Colour, ...] = (
-    (252, 222, 198),
-    (238, 198, 162),
-    (212, 162, 118),
-    (172, 118, 78),
-    (122, 80, 54),
-    (82, 54, 38),
-)
-HAIR: tuple[Colour, ...] = (
-    (28, 24, 24),
-    (96, 58, 34),
-    (168, 108, 48),
-    (234, 200, 114),
-    (188, 64, 34),
-    (188, 188, 196),
-    (74, 62, 152),
-)
-IRIS: tuple[Colour, ...] = ((72, 46, 28), (48, 110, 188), (58, 138, 72), (130, 130, 138))
-CLOTHES: tuple[Colour, ...] = (
-    (198, 42, 52),
-    (42, 72, 168),
-    (42, 138, 82),
-    (238, 238, 238),
-    (42, 42, 46),
-    (228, 150, 34),
-    (132, 62, 150),
-    (122, 92, 62),
-)
-BACKGROUND: tuple[Colour, ...] = (
-    (234, 234, 222),
-    (122, 170, 218),
-    (142, 198, 142),
-    (228, 160, 122),
-    (198, 142, 198),
-    (92, 102, 122),
-    (238, 214, 112),
-    (122, 208, 208),
-)
+
+def _colours(codes: str) -> tuple[Colour, ...]:
+    """Colours as hexadecimal RGB."""
+    return tuple((code[0], code[1], code[2]) for code in map(bytes.fromhex, codes.split()))
+
+
+SKIN = _colours("fcdec6 eec6a2 d4a276 ac764e 7a5036 523626")
+HAIR = _colours("1c1818 603a22 a86c30 eac872 bc4022 bcbcc4 4a3e98")
+IRIS = _colours("482e1c 306ebc 3a8a48 82828a")
+CLOTHES = _colours("c62a34 2a48a8 2a8a52 eeeeee 2a2a2e e49622 843e96 7a5c3e")
+BACKGROUND = _colours("eaeade 7aaada 8ec68e e4a07a c68ec6 5c667a eed670 7ad0d0")
 HEAD_SHAPES = ((30, 38), (36, 36), (27, 42))
 """Half width and half height of the head, canvas pixels."""
 
 
 @dataclass(frozen=True)
 class Face:
-    """What stays the same over all portraits of one person.
+    """What stays the same over all portraits of one person: twelve indices.
 
-    Every attribute is an index below its entry of ``ATTRIBUTE_SIZES``.
+    Beside each stands how many values it has.
     """
 
-    skin: int
-    hair: int
-    style: int
-    eyes: int
-    glasses: int
-    beard: int
-    hat: int
-    clothes: int
-    collar: int
-    background: int
-    pattern: int
-    shape: int
+    skin: Annotated[int, len(SKIN)]
+    hair: Annotated[int, len(HAIR)]
+    style: Annotated[int, 6]
+    eyes: Annotated[int, len(IRIS)]
+    glasses: Annotated[int, 3]
+    beard: Annotated[int, 3]
+    hat: Annotated[int, 3]
+    clothes: Annotated[int, len(CLOTHES)]
+    collar: Annotated[int, 3]
+    background: Annotated[int, len(BACKGROUND)]
+    pattern: Annotated[int, 4]
+    shape: Annotated[int, len(HEAD_SHAPES)]
 
     def differences(self, other: "Face") -> int:
         """Number of the twelve attributes in which two faces differ."""
@@ -85,22 +58,9 @@ class Face:
 
 
 ATTRIBUTE_SIZES: dict[str, int] = {
-    "skin": len(SKIN),
-    "hair": len(HAIR),
-    "style": 6,
-    "eyes": len(IRIS),
-    "glasses": 3,
-    "beard": 3,
-    "hat": 3,
-    "clothes": len(CLOTHES),
-    "collar": 3,
-    "background": len(BACKGROUND),
-    "pattern": 4,
-    "shape": len(HEAD_SHAPES),
+    name: hint.__metadata__[0] for name, hint in get_type_hints(Face, include_extras=True).items()
 }
 """Number of values of each attribute of ``Face``, in its order."""
-
-assert list(ATTRIBUTE_SIZES) == [field.name for field in fields(Face)]
 
 
 def random_face(rng: np.random.Generator) -> Face:
@@ -129,16 +89,12 @@ class _Pen:
 
 
 def draw_portrait(face: Face, rng: np.random.Generator, variation: float = 1.0) -> Image.Image:
-    """Draw one portrait of ``face``.
+    """Draw one portrait of ``face``: RGB, 64 by 64 pixels.
 
     Args:
         face: what the person looks like.
         rng: source of the pose, the light and the grain of this one picture.
-        variation: scale of pose and light; 1.0 for a profile picture, 1.8 for the pictures of the
-            test set.
-
-    Returns:
-        RGB image of 64 by 64 pixels.
+        variation: scale of pose and light; 1.0 for a profile picture, 1.8 for the test set.
     """
 
     def jitter(extent: float) -> float:
@@ -163,11 +119,7 @@ def draw_portrait(face: Face, rng: np.random.Generator, variation: float = 1.0) 
     pixels_HWC = pixels_HWC * (1 + jitter(0.14))
     pixels_HWC = pixels_HWC * [1 + jitter(0.05) for _ in range(3)]
     pixels_HWC += rng.normal(0.0, 5.0, pixels_HWC.shape)
-    return Image.fromarray(_to_bytes(pixels_HWC))
-
-
-def _to_bytes(pixels_HWC: NDArray[np.float64]) -> NDArray[np.uint8]:
-    return np.rint(pixels_HWC.clip(0, 255)).astype(np.uint8)
+    return Image.fromarray(np.rint(pixels_HWC.clip(0, 255)).astype(np.uint8))
 
 
 def _shade(colour: Colour, factor: float) -> Colour:

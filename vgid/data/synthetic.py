@@ -7,9 +7,8 @@ look and what is asked about them comes from ``vgid.data.fictitious``.
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +49,13 @@ def write_benchmark(root: Path, seed: int = 0, progress: bool = False) -> None:
     root = root.expanduser().resolve()
     world = fictitious.make_world(seed)
     people = world.of_kind("benchmark")
-    drawn = len(people) * (1 + TEST_PORTRAITS) + len(world.of_kind("celebrity"))
     with (
         _appearing_at(root) as folder,
         Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar,
     ):
-        task = bar.add_task("Drawing portraits", total=drawn)
-        advance = partial(bar.advance, task)
-        rows = {p.id: _evaluation_row(seed, p, advance) for p in people}
-        celebrities = [_evaluation_row(seed, p, advance) for p in world.of_kind("celebrity")]
-        test_rows = [_test_row(seed, p, advance) for p in people]
+        rows = {p.id: _evaluation_row(seed, p) for p in bar.track(people, description="Portraits")}
+        celebrities = [_evaluation_row(seed, p) for p in world.of_kind("celebrity")]
+        test_rows = [_test_row(seed, p) for p in bar.track(people, description="Test portraits")]
         evaluation = layout.EVALUATION_SCHEMA
         _write(folder / "Full_Set", [list(rows.values())], evaluation)
         _write(folder / "Retain_Set", [celebrities], evaluation)
@@ -76,15 +72,6 @@ def write_benchmark(root: Path, seed: int = 0, progress: bool = False) -> None:
         _write(folder / "ft_Data", [training], layout.TRAINING_SCHEMA)
 
 
-def _refuse_used(root: Path) -> None:
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise InputError(
-            f"{root}: exists and is not an empty folder; name a new folder for the benchmark."
-        )
-    if root == Path.cwd():  # taking its place would leave the caller in a folder that is gone
-        raise InputError(f"{root}: is the current folder; name a new folder, such as benchmark.")
-
-
 @contextmanager
 def _appearing_at(root: Path) -> Iterator[Path]:
     """A folder beside ``root`` that takes its place when the block ends, and vanishes if it fails.
@@ -93,7 +80,14 @@ def _appearing_at(root: Path) -> Iterator[Path]:
         InputError: ``root`` is in use, the disk is full, or the parent is read-only.
     """
     try:
-        _refuse_used(root)
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise InputError(
+                f"{root}: exists and is not an empty folder; name a new folder for the benchmark."
+            )
+        if root == Path.cwd():  # taking its place would leave the caller in a folder that is gone
+            raise InputError(
+                f"{root}: is the current folder; name a new folder, such as benchmark."
+            )
         with appearing(root) as folder:
             yield folder
     except OSError as error:
@@ -110,21 +104,16 @@ def _write(folder: Path, shards: Sequence[list[dict[str, Any]]], schema: pa.Sche
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
-def _evaluation_row(
-    seed: int, person: FictitiousPerson, advance: Callable[[], None]
-) -> dict[str, Any]:
-    portrait = fictitious.portrait(seed, person)
-    advance()
-    image = {"bytes": _png(portrait), "path": f"{person.id}.png"}
+def _evaluation_row(seed: int, person: FictitiousPerson) -> dict[str, Any]:
+    image = _image(fictitious.portrait(seed, person), f"{person.id}.png")
     return {"image": image, **_profile(seed, person, paraphrased=False)}
 
 
-def _test_row(seed: int, person: FictitiousPerson, advance: Callable[[], None]) -> dict[str, Any]:
-    images = []
-    for index in range(TEST_PORTRAITS):
-        portrait = fictitious.test_portrait(seed, person, index)
-        images.append({"bytes": _png(portrait), "path": f"{person.id}_{index}.png"})
-        advance()
+def _test_row(seed: int, person: FictitiousPerson) -> dict[str, Any]:
+    images = [
+        _image(fictitious.test_portrait(seed, person, index), f"{person.id}_{index}.png")
+        for index in range(TEST_PORTRAITS)
+    ]
     return {"images": images, **_profile(seed, person, paraphrased=True)}
 
 
@@ -163,7 +152,7 @@ def _open_questions(questions: Iterable[tuple[str, str, Form]]) -> list[dict[str
     ]
 
 
-def _png(image: Image.Image) -> bytes:
+def _image(portrait: Image.Image, name: str) -> dict[str, Any]:
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+    portrait.save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": name}
