@@ -37,7 +37,7 @@ from pydantic import Field, model_validator
 
 from vgid.command_line import Parser, exit_code
 from vgid.config import Config, StudyConfig
-from vgid.paths import numbered
+from vgid.files import numbered
 
 
 class Mode(Config):

@@ -7,12 +7,11 @@ import pytest
 from pydantic import Field
 
 from vgid.command_line import Parser
-from vgid.config import Config, StudyConfig
+from vgid.config import Config, Flag, StudyConfig, seconds, words
 from vgid.deployment.pick import PickConfig
 from vgid.deployment.scores import ScoringConfig
 from vgid.deployment.unlearn import UnlearnConfig
 from vgid.errors import InputError
-from vgid.flags import Flag, seconds, words
 
 
 class Meal(Config):

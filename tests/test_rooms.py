@@ -38,3 +38,26 @@ def test_an_import_that_goes_up_is_caught(tmp_path, room, line):
     done = linted(tmp_path)
     assert done.returncode == 1
     assert f"vgid.{room.removesuffix('.py').replace('/', '.')}" in done.stdout
+
+
+def test_the_package_exports_its_functions_and_loads_them_when_asked():
+    code = (
+        "import sys, vgid\n"
+        "heavy = {'torch', 'transformers', 'ray', 'optuna', 'mlflow', 'pydantic'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        "assert vgid.TrialConfig().method == 'vgid' and 'torch' not in sys.modules\n"
+        "import vgid.config, vgid.deployment.pick, vgid.study.run, vgid.trial\n"
+        "places = [vgid.config, vgid.deployment.pick, vgid.study.run, vgid.trial]\n"
+        "for name in vgid.__all__:\n"
+        "    assert any(getattr(vgid, name) is vars(place).get(name) for place in places), name\n"
+        "assert not hasattr(vgid, 'run_trail')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_room_holds_fourteen_modules_at_most():
+    rooms = {path.parent for path in (ROOT / "vgid").glob("*/__init__.py")}
+    assert len(rooms) == 10
+    for room in rooms:
+        modules = sorted(path.stem for path in room.glob("*.py") if path.stem != "__init__")
+        assert len(modules) <= 14, f"{room.name} holds {len(modules)}: {modules}"

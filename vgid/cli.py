@@ -10,21 +10,19 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from pydantic import Field
+from pydantic import BaseModel, Field
 from rich.console import Console
 from rich.filesize import decimal
+from typer import Argument, Option
 
 from vgid.command_line import Parser, Printed
 from vgid.config import Config, FinetuneConfig
 from vgid.errors import InputError
+from vgid.files import new_folder, refusals_told
 from vgid.interrupts import terminated_like_interrupted
-from vgid.paths import new_folder, refusals_told
-
-if TYPE_CHECKING:
-    from vgid.models.store import StoreInfo
 
 app = typer.Typer(
     name="vgid",
@@ -42,13 +40,9 @@ FROM_CONFIG: Any = {
 }
 """Of a command whose flags are the fields of a config."""
 
-NewFolder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="New or empty folder.", callback=new_folder)
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
-ModelPathOption = Annotated[
-    str | None, typer.Option(help="Folder or hub id of the base, if not what the file says.")
-]
+NewFolder = Annotated[Path, Argument(metavar="DIR", help="New or empty.", callback=new_folder)]
+JsonOption = Annotated[bool, Option("--json", help="Print one JSON object, for machines.")]
+ModelPathOption = Annotated[str | None, Option(help="Folder or hub id of the base, if another.")]
 
 
 def main() -> None:
@@ -64,7 +58,7 @@ def main() -> None:
 @data_app.command("make")
 def data_make(
     folder: NewFolder,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of people, portraits and splits.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of people, portraits and splits.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write a synthetic benchmark of drawn, fictitious people in the MLLMU-Bench layout."""
@@ -72,30 +66,19 @@ def data_make(
     from vgid.data.synthetic import write_benchmark
 
     write_benchmark(folder, seed, progress=not as_json)
-    digest = Benchmark.open(folder).sha256
-    if as_json:
-        print(json.dumps({"data": str(folder.absolute()), "seed": seed, "sha256": digest}))
-    else:
-        print(f"Wrote {folder} (seed {seed}, sha256 {digest[:12]}).")
-        print(f"Count and check it with `vgid data check {folder}`.")
+    made = {"data": str(folder), "seed": seed, "sha256": Benchmark.open(folder).sha256}
+    wrote = f"Wrote {folder} (seed {seed}, sha256 {made['sha256']:.12})."
+    _show(made, as_json, wrote, f"Count and check it with `vgid data check {folder}`.")
 
 
 @data_app.command("check")
 def data_check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Benchmark folder.")],
-    backbone: Annotated[
-        str, typer.Option(help="Backbone whose context and image token every text must suit.")
-    ] = "tiny-llava",
-    model_path: Annotated[
-        str | None, typer.Option(help="Folder or hub id of its configuration and processor.")
-    ] = None,
-    retain_people: Annotated[
-        int, typer.Option(min=2, help="People that a study is to score as retain set.")
-    ] = 50,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of that study.")] = 0,
-    skip_defects: Annotated[
-        bool, typer.Option("--skip-defects", help="Count what that study would leave out.")
-    ] = False,
+    folder: Annotated[Path, Argument(metavar="DIR", help="Benchmark folder.")],
+    backbone: Annotated[str, Option(help="Whose context each text must fit.")] = "tiny-llava",
+    model_path: ModelPathOption = None,
+    retain_people: Annotated[int, Option(min=2, help="People that a study is to retain.")] = 50,
+    seed: Annotated[int, Option(min=0, help="Seed of that study.")] = 0,
+    skip_defects: Annotated[bool, Option("--skip-defects", help="Count what is left out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Count people, images and questions by config, and name every defect (then exit code 2).
@@ -107,21 +90,14 @@ def data_check(
 
     run = Run(backbone, model_path, retain_people, seed, skip_defects)
     report = check_benchmark(folder, progress=not as_json, run=run)
-    if as_json:
-        print(json.dumps(report.as_json(), indent=2))
-    else:
-        report.print(Console())
-    if report.defects:
-        raise typer.Exit(2)
+    _show(report, as_json)
+    raise typer.Exit(2 if report.defects else 0)
 
 
 @data_app.command("fetch")
 def data_fetch(
     folder: NewFolder,
-    revision: Annotated[
-        str | None,
-        typer.Option(help="Commit, branch or tag; by default the commit that is pinned."),
-    ] = None,
+    revision: Annotated[str | None, Option(help="Commit, branch or tag; or a pinned one.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Bring the public MLLMU-Bench from the Hugging Face hub, and check it.
@@ -129,27 +105,19 @@ def data_fetch(
     A download that was cut short is continued by the same command. HF_ENDPOINT names another hub,
     HF_TOKEN an account.
     """
-    from vgid.data.fetch import REVISION, fetch_benchmark
+    from vgid.data.fetch import fetch_benchmark
 
-    fetched = fetch_benchmark(folder, revision or REVISION, progress=not as_json)
-    if as_json:
-        print(json.dumps(fetched.as_json(), indent=2))
-    else:
-        fetched.report.print(Console())
-        size = decimal(sum(fetched.sizes.values()))
-        print(f"{folder}: {len(fetched.sizes)} files, {size}, commit {fetched.commit}.")
-    if fetched.report.defects:
-        raise typer.Exit(2)
+    fetched = fetch_benchmark(folder, revision, progress=not as_json)
+    _show(fetched, as_json)
+    raise typer.Exit(2 if fetched.report.defects else 0)
 
 
 @app.command("teachers")
 def teachers(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A study's output folder, or its store.")
-    ],
-    show: Annotated[bool, typer.Option("--info", help="Show what the store takes.")] = False,
-    remove: Annotated[bool, typer.Option("--clear", help="Remove the store's entries.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Clear without asking.")] = False,
+    folder: Annotated[Path, Argument(metavar="DIR", help="A study's folder, or its store.")],
+    show: Annotated[bool, Option("--info", help="Show what the store takes.")] = False,
+    remove: Annotated[bool, Option("--clear", help="Remove the store's entries.")] = False,
+    yes: Annotated[bool, Option("--yes", help="Clear without asking.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show or clear what a study stores of its teacher and its images; it can be computed again.
@@ -157,26 +125,28 @@ def teachers(
     Give exactly one of --info and --clear.
     """
     from vgid.models.store import clear, find_root, info
+    from vgid.report.tables import Grid
 
     if show == remove:
         raise InputError("vgid teachers: give exactly one of --info and --clear.")
     root = find_root(folder)
     if show:
-        report = info(root)
-        if as_json:
-            print(report.model_dump_json())
-        else:
-            _print_store(report)
+        held = info(root)
+        rows = [
+            (kind, usage.entries, usage.size, (usage.newest_use or "never")[:19].replace("T", " "))
+            for kind, usage in held.by_kind.items()
+        ]
+        if not as_json:
+            Console().print(Grid(("kind", "entries", "size", "last use (UTC)"), rows).rich())
+        bound = "no bound" if held.limit_bytes is None else f"at most {decimal(held.limit_bytes)}"
+        _show(held, as_json, f"{held.root}: {held.entries} entries, {held.size}, {bound}")
         return
     with _no_study_in(root.parent):
         held = info(root)
         if not yes:
             _ask(f"Remove {held.entries} entries ({held.size}) from {root}?")
-        removed = clear(root)
-    if as_json:
-        print(removed.model_dump_json())
-    else:
-        print(f"Removed {removed.entries} entries and freed {removed.size}.")
+        gone = clear(root)
+    _show(gone, as_json, f"Removed {gone.entries} entries and freed {gone.size}.")
 
 
 class _Going(Config):
@@ -187,17 +157,14 @@ class _Going(Config):
 def finetune_command(context: typer.Context) -> None:
     """Make the vanilla model: tune a backbone on everyone's questions, merged to safetensors."""
     rare = ["lora_dropout", "weight_decay", "max_grad_norm", "warmup_fraction"]
-    flags = _read(context, FinetuneConfig, _Going, without=rare)
-    config, as_json = flags.config(FinetuneConfig), flags.config(Printed).as_json
+    flags, as_json = _read(context, FinetuneConfig, _Going, without=rare)
+    config, going = flags.config(FinetuneConfig), flags.config(_Going)
     from vgid.bases.finetune import finetune
 
-    result = finetune(config, resume=flags.config(_Going).resume, progress=not as_json)
-    if as_json:
-        print(result.model_dump_json())
-    else:
-        losses = ", ".join(f"{loss:.3f}" for loss in result.losses)
-        print(f"Losses by epoch, in nats a response token: {losses}.")
-        print(f"Wrote {result.output}; name it with --model-path.")
+    made = finetune(config, resume=going.resume, progress=not as_json)
+    losses = ", ".join(f"{loss:.3f}" for loss in made.losses)
+    told = f"Losses by epoch, in nats a response token: {losses}."
+    _show(made, as_json, told, f"Wrote {made.output}; name it with --model-path.")
 
 
 @app.command("evaluate", **FROM_CONFIG)
@@ -222,12 +189,8 @@ def attack_command(context: typer.Context) -> None:
 def _score(context: typer.Context, attacked: bool, without: Sequence[str] = ()) -> None:
     from vgid.deployment.scores import ScoringConfig, score_model
 
-    flags = _read(context, ScoringConfig, without=without)
-    found = score_model(flags.config(ScoringConfig), attacked, _tell)
-    if flags.config(Printed).as_json:
-        print(found.model_dump_json())
-    else:
-        found.print(Console())
+    flags, as_json = _read(context, ScoringConfig, without=without)
+    _show(score_model(flags.config(ScoringConfig), attacked, _tell), as_json)
 
 
 @app.command("pick", **FROM_CONFIG)
@@ -240,27 +203,12 @@ def pick_command(context: typer.Context) -> None:
 
 @app.command("verify")
 def verify_command(
-    target: Annotated[
-        Path, typer.Argument(metavar="FILE", help="Deployment file, or an export's folder.")
-    ],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Benchmark folder; by default the study's, or the embedded backbone's."),
-    ] = None,
+    target: Annotated[Path, Argument(metavar="FILE", help="Deployment file, or an export.")],
+    data: Annotated[Path | None, Option(help="Benchmark folder, if not the study's.")] = None,
     model_path: ModelPathOption = None,
-    public_key: Annotated[
-        Path | None, typer.Option(help="PEM of the key that must have signed it.")
-    ] = None,
-    hashes_only: Annotated[
-        bool, typer.Option("--hashes-only", help="Load no model and measure nothing again.")
-    ] = False,
-    served: Annotated[
-        str | None,
-        typer.Option(
-            metavar="URL",
-            help="Ask this OpenAI-compatible server instead, under every name that it lists.",
-        ),
-    ] = None,
+    public_key: Annotated[Path | None, Option(help="PEM of the key that signed it.")] = None,
+    hashes_only: Annotated[bool, Option("--hashes-only", help="Measure nothing again.")] = False,
+    served: Annotated[str | None, Option(metavar="URL", help="Ask an OpenAI-like server.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check every hash of a deployment, load it, and measure its scores again.
@@ -281,22 +229,16 @@ def verify_command(
         from vgid.deployment.served import verify_served
 
         found = verify_served(target, served, data, public_key, _tell)
-    if as_json:
-        conclusions = {"verified": found.verified, "bit_equal": found.bit_equal}
-        print(json.dumps(conclusions | found.model_dump(mode="json")))
-    else:
-        found.print(Console())
-        print(found.conclusion)
-    if not found.verified:
-        raise typer.Exit(1)
+    plain = {"verified": found.verified, "bit_equal": found.bit_equal}
+    plain |= found.model_dump(mode="json")
+    _show(plain if as_json else found, as_json, found.conclusion)
+    raise typer.Exit(0 if found.verified else 1)
 
 
 @app.command("export")
 def export_command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Deployment file.")],
-    output: Annotated[
-        Path, typer.Argument(metavar="OUT", help="New or empty folder.", callback=new_folder)
-    ],
+    file: Annotated[Path, Argument(metavar="FILE", help="Deployment file.")],
+    output: NewFolder,
     model_path: ModelPathOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -304,24 +246,21 @@ def export_command(
     from vgid.deployment.export import export
     from vgid.deployment.served import COMPARISON_ONLY
 
-    exported = export(file, output, model_path)
-    if as_json:
-        print(exported.model_dump_json())
-    else:
-        print(f"Wrote {exported.output}. To serve it with vLLM, in that folder:")
-        print(f"\n{exported.serve}\n")
-        if exported.compare is not None:
-            print(f"{COMPARISON_ONLY}\n\n{exported.compare}\n")
-        print(f"Ask what is served: `vgid verify {output} --served http://127.0.0.1:8000`.")
-        print(f"Sign it with `vgid sign {output} --private-key PEM`.")
+    made = export(file, output, model_path)
+    _show(
+        made,
+        as_json,
+        f"Wrote {made.output}. To serve it with vLLM, in that folder:\n\n{made.serve}\n",
+        *([] if made.compare is None else [f"{COMPARISON_ONLY}\n\n{made.compare}\n"]),
+        f"Ask what is served: `vgid verify {output} --served http://127.0.0.1:8000`.",
+        f"Sign it with `vgid sign {output} --private-key PEM`.",
+    )
 
 
 @app.command("sign")
 def sign_command(
-    target: Annotated[
-        Path, typer.Argument(metavar="OUT", help="An export's folder, or a deployment file.")
-    ],
-    private_key: Annotated[Path, typer.Option(help="Elliptic key in PEM, not encrypted.")],
+    target: Annotated[Path, Argument(metavar="OUT", help="An export, or a deployment file.")],
+    private_key: Annotated[Path, Option(help="Elliptic key in PEM, not encrypted.")],
     as_json: JsonOption = False,
 ) -> None:
     """Sign all files of an export, or a deployment file (OpenSSF model-signing, offline).
@@ -332,27 +271,24 @@ def sign_command(
     from vgid.deployment.signing import sign
 
     signature = sign(target, private_key)
-    if as_json:
-        print(json.dumps({"target": str(target), "signature": str(signature)}))
-    else:
-        print(f"Wrote {signature}; check it with `vgid verify {target} --public-key PEM`.")
+    told = f"Wrote {signature}; check it with `vgid verify {target} --public-key PEM`."
+    _show({"target": str(target), "signature": str(signature)}, as_json, told)
 
 
 @app.command("rollback")
 def rollback_command(
-    backbone: Annotated[str, typer.Option(help="Backbone whose champion goes back.")],
-    tracking_uri: Annotated[str, typer.Option(help="MLflow server or database.")],
+    backbone: Annotated[str, Option(help="Backbone whose champion goes back.")],
+    tracking_uri: Annotated[str, Option(help="MLflow server or database.")],
     as_json: JsonOption = False,
 ) -> None:
     """Make the previous champion of a backbone the champion again, in MLflow's registry."""
     from vgid.deployment.registry import registered_name, rollback
 
     champion, previous = rollback(backbone, tracking_uri)
-    if as_json:
-        print(json.dumps({"backbone": backbone, "champion": champion, "previous": previous}))
-    else:
-        name = registered_name(backbone)
-        print(f"{name}: version {champion} is the champion again, {previous} the previous one.")
+    found = {"backbone": backbone, "champion": champion, "previous": previous}
+    name = registered_name(backbone)
+    told = f"{name}: version {champion} is the champion again, {previous} the previous one."
+    _show(found, as_json, told)
 
 
 @app.command("unlearn", **FROM_CONFIG)
@@ -364,29 +300,23 @@ def unlearn_command(context: typer.Context) -> None:
     """
     from vgid.deployment.unlearn import UnlearnConfig, unlearn
 
-    flags = _read(context, UnlearnConfig)
+    flags, as_json = _read(context, UnlearnConfig)
     config = flags.config(UnlearnConfig)
     done = unlearn(config, _tell)
     if done.warning is not None:
-        print(
-            f"Warning: {done.warning} A study may find a better setting: "
-            f"studies/pareto_search.py --from-deployment {config.from_deployment}",
-            file=sys.stderr,
-        )
-    if flags.config(Printed).as_json:
-        plain = {"file": str(done.file), "sha256": done.sha256, "warning": done.warning}
-        print(json.dumps(plain | {"deployment": done.deployment.model_dump(mode="json")}))
-    else:
-        done.print(Console())
-        print(f"Wrote {done.file}; check it with `vgid verify {done.file} --data {config.data}`.")
+        better = f"studies/pareto_search.py --from-deployment {config.from_deployment}"
+        warning = f"Warning: {done.warning} A study may find a better setting: {better}"
+        print(warning, file=sys.stderr)
+    plain = {"file": str(done.file), "sha256": done.sha256, "warning": done.warning}
+    plain |= {"deployment": done.deployment.model_dump(mode="json")}
+    told = f"Wrote {done.file}; check it with `vgid verify {done.file} --data {config.data}`."
+    _show(plain if as_json else done, as_json, told)
 
 
 @app.command("report")
 def report_command(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Folders that hold deployments.")
-    ],
-    subject: Annotated[str, typer.Option(help="Pseudonym of the subject: the benchmark's ID.")],
+    folders: Annotated[list[Path], Argument(metavar="DIR...", help="With deployments in them.")],
+    subject: Annotated[str, Option(help="Pseudonym of the subject: the benchmark's ID.")],
     as_json: JsonOption = False,
 ) -> None:
     """List when a subject was to be suppressed, by which deployments, under which tests it is.
@@ -396,39 +326,35 @@ def report_command(
     from vgid.deployment.audit import report
 
     found = report(subject, folders)
-    if as_json:
+    held = sum(suppression.suppressed for suppression in found.suppressions)
+    answering = f"of {found.looked_at} deployments {len(found.suppressions)} answer for it"
+    _show(found, as_json, f"{subject}: {answering} and {held} suppress it.")
+    raise typer.Exit(1 if found.damaged else 0)
+
+
+def _read(
+    context: typer.Context, *models: type[Config], without: Sequence[str] = ()
+) -> tuple[Parser, bool]:
+    """The flags of a command whose configs these are, and whether ``--json`` is among them."""
+    told = inspect.cleandoc(context.command.help or "")
+    flags = Parser(context.command_path, told, *models, Printed, without=without)
+    return flags, flags.read(context.args).config(Printed).as_json
+
+
+def _show(found: Any, as_json: bool, *lines: str) -> None:
+    """Print what a command found: one JSON object, or for people, with lines behind it."""
+    if not as_json:
+        if hasattr(found, "print"):
+            found.print(Console())
+        print(*lines, sep="\n", end="\n" if lines else "")
+    elif isinstance(found, BaseModel):
         print(found.model_dump_json())
     else:
-        found.print(Console())
-        held = sum(suppression.suppressed for suppression in found.suppressions)
-        print(
-            f"{subject}: of {found.looked_at} deployments {len(found.suppressions)} answer for it "
-            f"and {held} suppress it."
-        )
-    if found.damaged:
-        raise typer.Exit(1)
-
-
-def _read(context: typer.Context, *models: type[Config], without: Sequence[str] = ()) -> Parser:
-    """The flags of a command whose configs these are, with ``--json`` among them."""
-    told = inspect.cleandoc(context.command.help or "")
-    return Parser(context.command_path, told, *models, Printed, without=without).read(context.args)
+        print(json.dumps(found if isinstance(found, dict) else found.as_json()))
 
 
 def _tell(line: str) -> None:
     print(f"{line} ...", file=sys.stderr, flush=True)
-
-
-def _print_store(report: "StoreInfo") -> None:
-    from vgid.report.tables import Grid
-
-    rows = [
-        (kind, usage.entries, usage.size, (usage.newest_use or "never")[:19].replace("T", " "))
-        for kind, usage in report.by_kind.items()
-    ]
-    bound = "no bound" if report.limit_bytes is None else f"at most {decimal(report.limit_bytes)}"
-    Console().print(Grid(("kind", "entries", "size", "last use (UTC)"), rows).rich())
-    print(f"{report.root}: {report.entries} entries, {report.size}, {bound}")
 
 
 def _no_study_in(output: Path) -> AbstractContextManager[object]:
@@ -441,8 +367,7 @@ def _no_study_in(output: Path) -> AbstractContextManager[object]:
 def _ask(question: str) -> None:
     # On stderr, all of it: stdout may be read by a machine.
     print(f"{question} [y/N]", file=sys.stderr, flush=True)
-    answer = sys.stdin.readline().strip().lower()
-    if answer not in ("y", "yes"):
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise InputError("vgid teachers: nothing was removed; answer y or add --yes.")
 
 

@@ -16,12 +16,11 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from vgid.config import Config, parse
+from vgid.config import Config, Flag, parse
 from vgid.credentials import without_credentials
 from vgid.errors import DiskError, InputError
-from vgid.flags import Flag
+from vgid.files import refusals_told
 from vgid.interrupts import terminated_like_interrupted
-from vgid.paths import refusals_told
 
 C = TypeVar("C", bound=Config)
 
@@ -40,16 +39,8 @@ class Parser(argparse.ArgumentParser):
     """The command line of some configs; each field is a flag, and its help tells the default.
 
     A field of booleans takes no value; one of tuples takes several, after one flag or after many.
-    What a field that may be None does without a value is for its description to say.
-
-    Args:
-        prog: what the help calls the command.
-        description: what it does.
-        models: the configs.
-        without: fields that have no flag.
-
-    Attributes:
-        given: values of the flags that were given, by field.
+    What a field that may be None does without a value is for its description to say. Fields in
+    ``without`` have no flag; ``given`` holds the values of the flags that were given.
     """
 
     def __init__(
@@ -82,34 +73,18 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(option, dest=name, required=required, **settings)
 
     def read(self, arguments: Sequence[str] | None) -> Self:
-        """Read the flags that were given; None takes the process's own.
-
-        Raises:
-            InputError: one is unknown or missing, or its value is not of the type.
-        """
+        """Read flags; None takes the process's own."""
         read = vars(self.parse_args(arguments))
         self.given = {name: value for name, value in read.items() if value is not None}
         return self
 
     def config(self, model: type[C], **otherwise: Any) -> C:
-        """What was given for one of the configs.
-
-        Args:
-            model: the config.
-            otherwise: values of fields that were not given, in place of their defaults.
-
-        Raises:
-            InputError: a value that the config refuses.
-        """
+        """What was given for one of the configs, or ``otherwise``, in place of its defaults."""
         own = {name: value for name, value in self.given.items() if name in model.model_fields}
         return parse(model, {**otherwise, **own}, "command line")
 
     def error(self, message: str) -> Any:
-        """Raise instead of printing usage and exiting.
-
-        Raises:
-            InputError: always.
-        """
+        """Raise ``InputError`` instead of printing usage and exiting."""
         raise InputError(f"command line: {without_credentials(message)}; see --help.")
 
 
@@ -158,8 +133,8 @@ def exit_code(run: Callable[[], Mapping[str, Any]], interrupted: str) -> int:
         interrupted: what to tell the user then.
 
     Returns:
-        0 when done, 1 when something could not be, 2 after bad input (each one sentence on
-        stderr), 130 when interrupted.
+        0 when done, 1 when something could not be, 2 after bad input, 130 when interrupted; all
+        but the first with one sentence on stderr.
     """
     try:
         with terminated_like_interrupted(), refusals_told():

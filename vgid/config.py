@@ -4,42 +4,34 @@ Everything is frozen, unknown keys are rejected, and ``parse`` turns pydantic's 
 sentence that a user needs.
 """
 
-from collections.abc import Mapping
+import argparse
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
-    field_serializer,
     model_validator,
 )
 
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
-from vgid.flags import Flag, seconds
-from vgid.paths import StudyFolder, UsablePath, WrittenFolder
+from vgid.files import StudyFolder, UsablePath, WrittenFolder
 from vgid.prompts import PromptStyle, Task
 
 NoiseType = Literal["random", "gaussian", "white"]
-NOISE_TYPES: tuple[NoiseType, ...] = get_args(NoiseType)
 MAX_SIGMA = 2.0
 """Beyond two pixel ranges, clipped Gaussian noise is black-and-white noise and changes no more."""
 
 ResponseSource = Literal["teacher", "reference", "mixed"]
 Method = Literal[
-    "vgid",
-    "icu_t",
-    "noise_t",
-    "ga",
-    "ga_diff",
-    "kl_min",
-    "po_idk",
-    "po_dpo",
-    "npo",
-    "rmu",
+    "vgid", "icu_t", "noise_t", "ga", "ga_diff", "kl_min", "po_idk", "po_dpo", "npo", "rmu"
 ]
 """The methods of the paper's Table 3 (``vgid.method.methods``); ``icu_t`` and ``noise_t`` are VGID
 with only the instruction and only the perturbation."""
@@ -57,34 +49,62 @@ PSEUDONYM = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 STORE_LIMIT_GB = 50.0
 EVAL_BATCH_SIZE = 512
 
+
+@dataclass(frozen=True)
+class Flag:
+    """How a field is given on a command line, as far as its name, type and default do not tell.
+
+    It stands among the field's annotations, as ``Annotated[str, Flag("URI")]``, for
+    ``vgid.command_line``.
+
+    Attributes:
+        metavar: stands for the value in the help; None: by the type.
+        name: the flag, or a word for an argument without one; None: the field's name.
+        read: makes the value of the text, or raises ``argparse.ArgumentTypeError``; None: by the
+            type.
+        required: whether a field without default must be given.
+    """
+
+    metavar: str | None = None
+    name: str | None = None
+    read: Callable[[str], Any] | None = None
+    required: bool = True
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Parse a list with commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def seconds(text: str) -> float:
+    """Parse a duration: ``90``, ``90s``, ``10m``, ``1.5h``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration, write for example 10m")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
 # Fields that several configs have, and so flags that several commands have.
 BackboneName = Annotated[
     str, Flag("NAME"), Field(description="base model, a row of vgid/models/backbones.py")
 ]
 ModelPath = Annotated[
-    str | None,
-    Flag("DIR"),
-    Field(description="folder or hub id of its weights, if not the row's own"),
+    str | None, Flag("DIR"), Field(description="folder or hub id of its weights, if not the row's")
 ]
 RatioToForget = Annotated[ForgetRatio, Field(description="per cent of the people to forget")]
 RetainPeople = Annotated[
-    int,
-    Field(
-        ge=2,
-        description="retain people that are scored, half of them seen in training; of the "
-        "celebrities, as many at most",
-    ),
+    int, Field(ge=2, description="scored retain people, half of them trained on; and celebrities")
 ]
 PairsToTrain = Annotated[
-    TrainPairs,
-    Field(description="training questions: without those that are scored as held-out, or all"),
+    TrainPairs, Field(description="training questions: all, or without the held-out ones")
 ]
 SkipDefects = Annotated[
     bool,
-    Field(
-        description="leave defective questions out, and people without a sound portrait; how many "
-        "is told"
-    ),
+    Field(description="leave out defective questions and people without a sound portrait, counted"),
 ]
 SplitSeed = Annotated[
     int, Flag("S"), Field(ge=0, description="seed of the splits of people and questions")
@@ -97,8 +117,7 @@ StoreLimit = Annotated[
     Flag("GB"),
     Field(
         gt=0,
-        description="disk for teacher targets and image features, in 10^9 bytes, least recently "
-        "used out; see also `vgid teachers --info`",
+        description="of teacher targets and image features, least recently used out, 10^9 bytes",
     ),
 ]
 LogResponses = Annotated[
@@ -113,8 +132,7 @@ SearchSpaceFile = Annotated[
 SamplerName = Annotated[
     Sampler,
     Field(
-        description="how points are proposed; gp is a Gaussian process, with TPE for sigma; auto "
-        "is gp up to 100 trials, tpe beyond"
+        description="gp: Gaussian process, with TPE for sigma; auto: gp up to 100 trials, else tpe"
     ),
 ]
 MaxConcurrent = Annotated[
@@ -127,6 +145,12 @@ WorkersPerTrial = Annotated[
 ]
 GpusPerWorker = Annotated[
     float, Flag("G"), Field(ge=0, description="GPUs of each worker, may be a fraction")
+]
+TrackingUri = Annotated[
+    str | None,
+    Flag("URI"),
+    # With credentials in memory only, never where it is written.
+    PlainSerializer(lambda uri: None if uri is None else without_credentials(uri)),
 ]
 C = TypeVar("C", bound="Config")
 
@@ -174,7 +198,6 @@ NOT_RELEASED = (
 )
 """What the public script has no setting for; ``released`` trials ignore them."""
 
-
 PAPER_DEFAULT: dict[str, Any] = {
     "alpha": 1.0,
     "beta": 1.0,
@@ -183,12 +206,7 @@ PAPER_DEFAULT: dict[str, Any] = {
 }
 """The paper's default setting of VGID and its ablations (section 4.1), as far as they use it."""
 
-PAPER_BASELINE: dict[str, Any] = {
-    "alpha": 1.0,
-    "learning_rate": 2e-5,
-    "epochs": 1,
-    "batch_size": 4,
-}
+PAPER_BASELINE: dict[str, Any] = {"alpha": 1.0, "learning_rate": 2e-5, "epochs": 1, "batch_size": 4}
 """The paper's setting of the other methods (Table 7)."""
 
 
@@ -220,13 +238,9 @@ class RequestConfig(Config):
         None, min_length=1, description="person IDs to forget among those; None: all of them"
     )
     earlier_ids: tuple[str, ...] = Field(
-        (),
-        description="person IDs that an earlier request suppressed: neither forgotten again nor "
-        "retained, and scored as split `earlier`",
+        (), description="suppressed by an earlier request: not retained, scored as split `earlier`"
     )
-    deployed_adapter: Path | None = Field(
-        None, description="adapter of that earlier request, part of the frozen base of this one"
-    )
+    deployed_adapter: Path | None = Field(None, description="its adapter, part of the base here")
     store: Path = Field(description="folder of the teacher store, shared by all trials")
     store_limit_gb: StoreLimit = STORE_LIMIT_GB
     seed: SplitSeed = 0
@@ -267,45 +281,37 @@ class TrialConfig(Config):
         None,
         gt=0,
         le=MAX_SIGMA,
-        description="standard deviation of Gaussian noise, in units of the [0, 1] pixel range",
+        description="of Gaussian noise, in units of the [0, 1] pixel range",
     )
     prompt_style: PromptStyle = Field("strict", description="instruction t_ic, Appendix A.1")
     learning_rate: float = Field(1e-3, gt=0, le=1)
     response_source: ResponseSource = Field(
         "mixed",
-        description="which tokens y the forget KL is summed over, which the paper leaves open: the "
-        "teacher's own answer, the reference answer, or each in turn (the default by measurement: "
-        "tests/benchmarks/response_source.py)",
+        description="tokens y of the forget KL, which the paper leaves open: the teacher's own "
+        "answer, the reference or each in turn (measured: tests/benchmarks/response_source.py)",
     )
     preference_beta: float = Field(
         0.1, gt=0, description="inverse temperature of po_dpo and npo: beta of equations 9 and 10"
     )
     rmu_layer: int | None = Field(
-        None,
-        ge=1,
-        description="language-model layer whose output rmu steers, counted from 1; None: a third "
-        "of the depth",
+        None, ge=1, description="whose output rmu steers, from 1; None: at a third of the depth"
     )
     rmu_steering: float = Field(
-        5.0,
-        gt=0,
-        description="length of rmu's target, in lengths of the base's hidden state: "
-        "lambda of equation 12",
+        5.0, gt=0, description="lambda of equation 12: rmu's target in lengths of the base's state"
     )
     train_tasks: tuple[Task, ...] = Field(
         ("generation", "cloze"), min_length=1, description="task forms in the training batches"
     )
     train_wording: TrainWording = Field(
         "both",
-        description="how generation questions are asked in training: in the evaluation's answer "
-        "instructions (wrapped), as they stand and users ask (raw), or each in both ways",
+        description="generation questions in training: in the evaluation's answer instructions "
+        "(wrapped), as they stand and users ask (raw), or each in both ways",
     )
     views: int = Field(
         1,
         ge=1,
-        description="views of each forget portrait that the student is shown, step after step: the "
-        "original, which alone is the paper's method, and others a little turned, scaled, shifted "
-        "and lit otherwise, so that the person is forgotten and not one picture",
+        description="of each forget portrait, step after step: the original, which alone is the "
+        "paper's method, and others turned, shifted and lit, so that no one picture is forgotten",
     )
     lora_rank: int = Field(8, ge=1, le=1024)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
@@ -318,22 +324,19 @@ class TrialConfig(Config):
     questions_per_image: int = Field(
         1,
         ge=1,
-        description="questions of a portrait that follow each other into a batch; they share its "
-        "image tokens, so more is faster on real images, and less varied",
+        description="of a portrait one after the other in a batch, sharing its image tokens: more "
+        "is faster on real images, and less varied",
     )
     gradient_checkpointing: bool = False
     gradient_accumulation: int = Field(
         1,
         ge=1,
-        description="parts that a batch is computed in, to save memory; the loss is the same "
-        "without lora_dropout, whose masks are drawn anew for each part",
+        description="parts that a batch is computed in, to save memory; the same loss without "
+        "lora_dropout, whose masks are each part's own",
     )
     released: bool = Field(
         False,
-        description="the public script's variant: no instruction, noise in normalised space "
-        "redrawn each batch, KL over all positions, forget and retain in two optimizer steps, raw "
-        "generation questions only, LoRA of scale 1, no gradient clipping, and the script's own "
-        "defaults where nothing else is given",
+        description="the public script's variant, with its defaults (vgid.method.released)",
     )
     seed: int = Field(0, ge=0, description="adapter initialisation, batch order, noise")
 
@@ -350,21 +353,13 @@ class TrialConfig(Config):
         return {**RELEASED, **values, **RELEASED_SAMPLES} if released else values
 
     @model_validator(mode="after")
-    def _only_what_the_method_uses(self) -> Self:
+    def _consistent(self) -> Self:
         for name in USED_BY:
             default = type(self).model_fields[name].default
             if not uses(self.method, name) and getattr(self, name) != default:
                 raise ValueError(f"{name}: method '{self.method}' does not use it; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _released_has_one_view(self) -> Self:
         if self.released and self.views > 1:
             raise ValueError("views: the public script's variant has the original only; leave it 1")
-        return self
-
-    @model_validator(mode="after")
-    def _sigma_belongs_to_gaussian(self) -> Self:
         if self.noise_type == "gaussian" and self.sigma is None:
             raise ValueError("sigma: noise type 'gaussian' needs a sigma, such as 0.8")
         if self.noise_type != "gaussian" and self.sigma is not None:
@@ -379,16 +374,15 @@ class StudyConfig(Config):
     model_path: ModelPath = None
     data: Annotated[UsablePath | None, Flag("DIR")] = Field(
         None,
-        description="benchmark in the MLLMU-Bench layout; without it, the embedded backbone's own "
-        "is written to OUTPUT/data",
+        description="benchmark in the MLLMU-Bench layout; without it, synthetic in OUTPUT/data",
     )
     output: Annotated[StudyFolder, Flag("DIR", required=False)] = Field(
         description="folder of the study, new or to be resumed; without it, runs/NAME-1 and so on"
     )
     from_deployment: Annotated[UsablePath | None, Flag("FILE")] = Field(
         None,
-        description="deployment file to start from: its adapter is part of the frozen base, its "
-        "people are scored as split `earlier`; without it, the base alone",
+        description="deployment to start from: its adapter is part of the frozen base, its people "
+        "are scored as split `earlier`; without it, the base alone",
     )
     from_deployment_sha256: str | None = Field(None, description="of that file, as the plan saw it")
     search_space: SearchSpaceFile = None
@@ -398,14 +392,13 @@ class StudyConfig(Config):
     seed: Annotated[int, Flag("S")] = Field(
         0,
         ge=0,
-        description="seed of the search, of every trial and of the splits of people and questions",
+        description="seed of the search, every trial and the splits of people and questions",
     )
     sampler: SamplerName = "auto"
     time_budget_s: Annotated[float | None, Flag("TIME", "--time-budget", seconds)] = Field(
         None,
         gt=0,
-        description="start no new trial after this long, such as 90s, 10m or 2h; without it, there "
-        "is no limit",
+        description="start no trial after this long, such as 90s, 10m or 2h; without it, no limit",
     )
     max_concurrent: MaxConcurrent = None
     workers_per_trial: WorkersPerTrial = 1
@@ -415,20 +408,13 @@ class StudyConfig(Config):
     skip_defects: SkipDefects = False
     eval_batch_size: EvalBatchSize = EVAL_BATCH_SIZE
     store_limit_gb: StoreLimit = STORE_LIMIT_GB
-    tracking_uri: Annotated[str | None, Flag("URI")] = Field(
+    tracking_uri: TrackingUri = Field(
         None,
-        repr=False,  # with credentials in memory only, never where it is written
+        repr=False,
         description="MLflow server or database; without it, OUTPUT/mlflow.db",
     )
-    fresh_workers: bool = Field(
-        False,
-        description="start new worker processes for every trial in place of resident ones (slow)",
-    )
+    fresh_workers: bool = Field(False, description="new worker processes for every trial (slow)")
     log_responses: LogResponses = False
-
-    @field_serializer("tracking_uri")
-    def _without_credentials(self, uri: str | None) -> str | None:
-        return None if uri is None else without_credentials(uri)
 
 
 class FinetuneConfig(Config):
@@ -442,24 +428,18 @@ class FinetuneConfig(Config):
     output: Annotated[WrittenFolder, Flag("DIR")] = Field(description="new folder for the model")
     full: bool = Field(False, description="train the whole language model in place of an adapter")
     lora_rank: int | None = Field(
-        None,
-        ge=1,
-        le=1024,
-        description="rank of the adapter, which is merged into the weights in the end; without it, "
-        "16",
+        None, ge=1, le=1024, description="rank of the adapter that is merged in; without it, 16"
     )
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     epochs: int = Field(5, ge=1, description="passes over all questions")
     learning_rate: float = Field(2e-5, gt=0, le=1, description="peak of the linear schedule")
     batch_size: int = Field(4, ge=1, description="questions a step")
-    questions_per_image: int = Field(
-        1, ge=1, description="questions of a portrait that come together, sharing its image"
-    )
+    questions_per_image: int = Field(1, ge=1, description="that come together, sharing its image")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="of all steps")
     gradient_checkpointing: bool = Field(
-        False, description="compute activations again, to save memory"
+        False, description="compute activations twice: less memory"
     )
     seed: Annotated[int, Flag("S")] = Field(
         0, ge=0, description="adapter initialisation, order of the questions"
@@ -480,13 +460,9 @@ class FinetuneConfig(Config):
 def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:
     """Validate ``values`` into ``model``.
 
-    Args:
-        model: the configuration class.
-        values: the raw values.
-        source: what to call their origin in the message: a file or a command line.
-
     Raises:
-        InputError: one sentence with the source, the field and what is wrong with it.
+        InputError: one sentence with ``source`` (a file or a command line), the field and what is
+            wrong with it.
     """
     try:
         return model.model_validate(dict(values))
@@ -505,14 +481,8 @@ def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:
 def derived(model: type[C], source: Config, where: str, **own: Any) -> C:
     """A configuration with what ``source`` has under the same names, and ``own`` in place of it.
 
-    Args:
-        model: the configuration class.
-        source: a configuration that shares fields with it.
-        where: as for ``parse``.
-        **own: fields that the source does not have, or has otherwise.
-
     Raises:
-        InputError: see ``parse``.
+        InputError: see ``parse``, whose ``source`` is ``where``.
     """
     shared = model.model_fields.keys() & type(source).model_fields.keys()
     return parse(model, {name: getattr(source, name) for name in shared} | own, where)

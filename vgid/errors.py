@@ -36,9 +36,7 @@ class SampleError(InputError):
 def log_place(said: str, error: Exception) -> None:
     """Log an exception by kind and place on stderr, without its message, which may quote an answer.
 
-    Args:
-        said: what came of it, before the kind.
-        error: the exception.
+    ``said`` stands before the kind: what came of it.
     """
     print(f"{said}: {type(error).__name__}", file=sys.stderr)
     traceback.print_tb(error.__traceback__)

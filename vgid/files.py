@@ -1,13 +1,15 @@
-"""Files that the platform writes: whole or not at all, and inside their folder.
+"""Paths that users name, and files that the platform writes: whole or not at all, in their folder.
 
-One file (``write_atomically``), one folder (``appearing``), or several of both that belong together
-and replace others (``staged``). These are made in a hidden folder beside their places. When all of
-it is there, that folder gets another name in one step, and from then on the new ones are what will
-be: whatever moves are left then can be done by anyone, and are, by the next who reads or writes
-there (``recover``). A process that is killed before that step leaves what was there, and one that
-is killed behind it has placed the new; the old is deleted last. Files are taken away before
-folders and come after them, so at no moment does a record stand beside a folder that is not its
-own. ::
+What a user names becomes an absolute path on a disk, such that all libraries take it as it is.
+
+Written are one file (``write_atomically``), one folder (``appearing``), or several of both that
+belong together and replace others (``staged``). These are made in a hidden folder beside their
+places. When all of it is there, that folder gets another name in one step, and from then on the
+new ones are what will be: whatever moves are left then can be done by anyone, and are, by the next
+who reads or writes there (``recover``). A process that is killed before that step leaves what was
+there, and one that is killed behind it has placed the new; the old is deleted last. Files are taken
+away before folders and come after them, so at no moment does a record stand beside a folder that is
+not its own. ::
 
     PLACE/.<pid>*.new/    being made, or to be deleted
     PLACE/.ready/         made: what is still to be moved to its place
@@ -17,16 +19,19 @@ The platform makes no symbolic links, and none may lead out: who can put a link 
 could otherwise have files elsewhere overwritten, moved or passed off as the study's own.
 """
 
-import contextlib
+import errno
 import os
+import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
+from pydantic import AfterValidator
 
 from vgid.errors import DiskError, InputError
 
@@ -34,6 +39,82 @@ READY, OLD = ".ready", ".old"
 
 WAIT_S = 10.0
 """For another process that is moving files, which takes a moment."""
+
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
+
+
+def _usable(path: Path) -> Path:
+    """The absolute path; ValueError if the system cannot even look for it."""
+    try:
+        path = path.expanduser().absolute()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # RuntimeError: the home of nobody
+        reason = getattr(error, "strerror", None) or "there is no such home"
+        raise ValueError(f"{str(path)[:80]} cannot be used ({reason}); name another") from None
+    return path
+
+
+def _on_a_disk(path: Path) -> Path:
+    """No address: ``s3://bucket/folder`` would become a folder ``s3:`` in the working folder."""
+    if _ADDRESS.match(str(path)):
+        raise ValueError(
+            f"{path} is an address; mount it and name its folder, or name one on a disk"
+        )
+    return path
+
+
+def _named_plainly(path: Path) -> Path:
+    """Nothing that means something else in an address, for which Ray and MLflow take the path."""
+    if found := re.search("[?#%]", str(path)):
+        raise ValueError(
+            f"{path} has a {found[0]!r}, after which Ray and MLflow would look elsewhere; choose "
+            "another name"
+        )
+    return path
+
+
+UsablePath = Annotated[Path, AfterValidator(_usable)]
+WrittenFolder = Annotated[Path, AfterValidator(_on_a_disk), AfterValidator(_usable)]
+StudyFolder = Annotated[WrittenFolder, AfterValidator(_named_plainly)]
+
+
+def new_folder(path: Path) -> Path:
+    """``WrittenFolder`` for an argument of a command.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return _usable(_on_a_disk(path))
+    except ValueError as error:
+        raise InputError(f"command line: {error}.") from None
+
+
+def numbered(stem: Path, last: bool) -> Path:
+    """The next free ``<stem>-<number>``, or the last one that is there."""
+    number = 1
+    while stem.with_name(f"{stem.name}-{number}").exists():
+        number += 1
+    return stem.with_name(f"{stem.name}-{max(1, number - 1) if last else number}")
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """Make a sentence of the error where the system refuses a path that a command was given.
+
+    Raises:
+        InputError: in its place.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or error.errno not in _REFUSED:
+            raise
+        raise InputError(
+            f"{error.filename}: {error.strerror}; name another path, or make this one accessible."
+        ) from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -146,7 +227,7 @@ def staged(place: Path, names: Sequence[str]) -> Iterator[Path]:
         held.release()
         left = [path for path in place.iterdir() if path.name != ".lock"]
         if made and not left:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 (place / ".lock").unlink()
                 place.rmdir()
 
@@ -162,7 +243,7 @@ def recover(place: Path) -> None:
     ready = place / READY
     if ready.is_dir():
         refuse_links(ready, itself=True)
-        with contextlib.suppress(OSError), FileLock(place / ".lock", timeout=WAIT_S):
+        with suppress(OSError), FileLock(place / ".lock", timeout=WAIT_S):
             _finish(place)
 
 
@@ -223,31 +304,25 @@ def refuse_links(folder: Path, itself: bool = False) -> None:
     Raises:
         InputError: the first link that leads out.
     """
-    if itself and folder.is_symlink():
-        raise _leads_out(folder)
     root = folder.resolve()
-    waiting = [folder]
-    while waiting:
-        place = waiting.pop()
-        try:
-            with os.scandir(place) as entries:
-                for entry in entries:
-                    path = Path(entry.path)
-                    if entry.is_symlink():
-                        if not path.resolve().is_relative_to(root):
-                            raise _leads_out(path)
-                    elif entry.is_dir(follow_symlinks=False):
-                        waiting.append(path)
-        except (FileNotFoundError, NotADirectoryError):  # it may have been removed meanwhile
-            continue
-        except OSError as error:
-            raise InputError(
-                f"{place}: cannot be read ({error.strerror}); restore it or choose another folder."
-            ) from None
+
+    def refuse(path: Path) -> None:
+        raise InputError(
+            f"{path}: is a symbolic link out of the folder; put in its place what it leads to, or "
+            "choose another folder."
+        )
+
+    if itself and folder.is_symlink():
+        refuse(folder)
+    for place, folders, files in os.walk(folder, onerror=_unreadable):
+        for path in (Path(place, name) for name in folders + files):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                refuse(path)
 
 
-def _leads_out(path: Path) -> InputError:
-    return InputError(
-        f"{path}: is a symbolic link out of the folder; put in its place what it leads to, or "
-        "choose another folder."
-    )
+def _unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # removed meanwhile
+        raise InputError(
+            f"{error.filename}: cannot be read ({error.strerror}); restore it or choose another "
+            "folder."
+        ) from None

@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any, Self, TypeVar
@@ -51,11 +51,7 @@ class Interrupt:
         return self._at is not None
 
     def check(self) -> None:
-        """Hear a signal that has come.
-
-        Raises:
-            StudyInterruptedError: one has.
-        """
+        """Raise ``StudyInterruptedError`` if a signal has come."""
         if self.came:
             raise StudyInterruptedError
 
@@ -95,18 +91,10 @@ def terminated_like_interrupted() -> Iterator[None]:
 
     So a command that is asked to end leaves its ``with`` blocks, whoever asks.
     """
-    if not _has_signals():
+    with sigterm_kept():
+        if _has_signals():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -126,11 +114,7 @@ def _has_signals() -> bool:
 
 
 def _done(future: "Future[Any]") -> bool:
-    try:
-        future.exception(POLL_S)
-    except TimeoutError:
-        return future.done()
-    return True
+    return future.done() or bool(wait([future], POLL_S).done)
 
 
 class Background:
@@ -138,9 +122,6 @@ class Background:
 
     An executor's threads are joined when the interpreter ends, so that a call that hangs would
     outlive every signal.
-
-    Args:
-        name: of the thread.
 
     Attributes:
         fault: the kind of the first exception that a ``write`` ended with; ``study.log`` has the

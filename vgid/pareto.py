@@ -5,7 +5,6 @@ default and knows nothing of failed trials: here everything is maximised, and a 
 an infinity is never on the front and adds no volume.
 """
 
-from bisect import bisect_left
 from math import isfinite
 
 import numpy as np
@@ -66,62 +65,47 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 class GrowingFront:
     """The front of two maximised objectives while points come in one by one.
 
-    Along the front the first objective rises and the second falls, so one search by halves finds
-    the only point of it that can dominate a new one. What ``front_mask`` and ``hypervolume`` say
-    of all points together, this says at any moment.
+    What ``front_mask`` and ``hypervolume`` say of all points together, this says at any moment.
     """
 
     def __init__(self) -> None:
-        self._points: list[tuple[float, float]] = []
-        self._names: dict[tuple[float, float], list[str]] = {}
-        self._where: dict[str, tuple[float, float]] = {}
+        self._points: dict[str, tuple[float, float]] = {}
 
     def __len__(self) -> int:
         """How many points are on the front, every copy counted."""
-        return len(self._where)
+        return len(self._points)
 
     def __contains__(self, name: str) -> bool:
         """Whether the point of this name is on the front."""
-        return name in self._where
+        return name in self._points
 
     @property
     def names(self) -> list[str]:
         """The names of the points on the front."""
-        return list(self._where)
+        return list(self._points)
 
     def add(self, name: str, point: tuple[float, float]) -> bool:
-        """Take in a point.
+        """Take in a point under a unique name; whether no point so far dominates it.
 
-        Args:
-            name: of the point, unique.
-            point: the objectives; one with a NaN or an infinity is left out.
-
-        Returns:
-            Whether the front has changed: no point so far dominates the new one.
+        A point with a NaN or an infinity is left out.
         """
         if not all(map(isfinite, point)):
             return False
-        place = bisect_left(self._points, point)
-        known = place < len(self._points) and self._points[place] == point
-        if not known:
-            if place < len(self._points) and self._points[place][1] >= point[1]:
-                return False
-            # Sorted, the front falls: what the new point dominates stands directly to the left of
-            # its place, so one look to the left at a time finds all of it.
-            first = place
-            while first > 0 and self._points[first - 1][1] <= point[1]:
-                first -= 1
-            for dominated in self._points[first:place]:
-                for gone in self._names.pop(dominated):
-                    del self._where[gone]
-            self._points[first:place] = [point]
-        self._names.setdefault(point, []).append(name)
-        self._where[name] = point
+        # What dominates it or is dominated by it is on the front, which stays small: no need to
+        # look at all points.
+        if any(_dominates(other, point) for other in self._points.values()):
+            return False
+        self._points = {n: p for n, p in self._points.items() if not _dominates(point, p)}
+        self._points[name] = point
         return True
 
     def hypervolume(self, reference: tuple[float, float]) -> float:
         """See ``hypervolume``."""
-        return hypervolume(self._points, reference) if self._points else 0.0
+        return hypervolume(list(self._points.values()), reference) if self._points else 0.0
+
+
+def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] >= other[0] and one[1] >= other[1]
 
 
 def _two_axes(points: ArrayLike) -> NDArray[np.float64]:

@@ -76,11 +76,9 @@ bootstrap over people needs, and nothing of who they are."""
 
 
 class KeptScores(Config):
-    """What a store keeps of an evaluation.
+    """What a store keeps of an evaluation: scores by name, and the same by person.
 
-    Attributes:
-        scores: by name.
-        people: the same by person; the same questions asked of two models give two that pair.
+    The same questions asked of two models give ``people`` that pair.
     """
 
     scores: dict[str, Score]
@@ -100,8 +98,6 @@ class TrialResult(Config):
     """The outcome of one trial.
 
     Attributes:
-        trial_id: the trial's name within its study.
-        status: how it ended.
         scores: every score of the evaluation, empty unless completed and evaluated.
         metrics: the same as plain numbers, with ``forget_rougeL_reduction`` and training losses.
         seconds: wall time by phase: load, teacher, train, evaluate, save.

@@ -50,7 +50,8 @@ def questions(
     assert deployment.parent is not None
     suppressed = (deployment.subjects[0], deployment.parent.subjects[0])
     found = []
-    for person in (*benchmark.forget(5, only=suppressed), benchmark.retain(5)[0]):
+    forgotten = [person for person in benchmark.forget(5) if person.id in suppressed]
+    for person in (*forgotten, benchmark.retain(5)[0]):
         path = folder / f"{person.id}.png"
         path.write_bytes(person.images[0])
         asked = [q for q in person.questions if q.form == "image" and q.task != "classification"]

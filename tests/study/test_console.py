@@ -11,9 +11,8 @@ import pytest
 
 from studies.pareto_search import Mode, main, read_flags
 from vgid.command_line import duration
-from vgid.config import StudyConfig, TrialConfig
+from vgid.config import StudyConfig, TrialConfig, seconds
 from vgid.errors import InputError
-from vgid.flags import seconds
 from vgid.report.records import TrialRecord
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.console import (

@@ -91,21 +91,19 @@ class Benchmark:
             if config in self.dropped
         }
 
-    def forget(self, ratio: int, only: Collection[str] | None = None) -> tuple[Person, ...]:
-        """The people to forget.
+    def forget(self, ratio: int) -> tuple[Person, ...]:
+        """The people to forget: 5, 10 or 15 per cent."""
+        return self._people(f"forget_{_checked_ratio(ratio)}")
 
-        Args:
-            ratio: per cent of the people: 5, 10 or 15.
-            only: read just these person IDs, which saves memory; None reads all.
-        """
-        return self._people(f"forget_{_checked_ratio(ratio)}", only)
-
-    def retain(self, ratio: int, only: Collection[str] | None = None) -> tuple[Person, ...]:
+    def retain(self, ratio: int) -> tuple[Person, ...]:
         """The people to retain when ``ratio`` per cent are forgotten (``retain_95`` for 5)."""
-        return self._people(f"retain_{100 - _checked_ratio(ratio)}", only)
+        return self._people(f"retain_{100 - _checked_ratio(ratio)}")
 
     def test(self, only: Collection[str] | None = None) -> tuple[Person, ...]:
-        """Everyone again with transformed portraits and paraphrased questions."""
+        """Everyone again with transformed portraits and paraphrased questions.
+
+        ``only`` reads just these person IDs, which saves memory; None reads all.
+        """
         return self._people("Test_Set", only)
 
     def full(self, only: Collection[str] | None = None) -> tuple[Person, ...]:
@@ -126,10 +124,7 @@ class Benchmark:
 
     def training_pairs(self) -> dict[str, tuple[TrainingPair, ...]]:
         """Fine-tuning questions and answers of everyone by person ID, from ``ft_Data``."""
-        return {
-            parsed.id: tuple(entry for entry in parsed.entries if isinstance(entry, TrainingPair))
-            for parsed in self._read("ft_Data", ("ID", "metadata"))
-        }
+        return {row.id: tuple(row.pairs) for row in self._read("ft_Data", ("ID", "metadata"))}
 
     @cached_property
     def sha256(self) -> str:
@@ -142,14 +137,10 @@ class Benchmark:
                 digest.update(f"{config}/{path.name}\0{content}\n".encode())
         return digest.hexdigest()
 
-    def _people(self, config: str, only: Collection[str] | None) -> tuple[Person, ...]:
+    def _people(self, config: str, only: Collection[str] | None = None) -> tuple[Person, ...]:
         return tuple(
-            Person(
-                parsed.id,
-                tuple(parsed.images.values()),
-                tuple(entry for entry in parsed.entries if isinstance(entry, Question)),
-            )
-            for parsed in self._read(config, EVALUATION_COLUMNS, only)
+            Person(row.id, tuple(row.images.values()), tuple(row.questions))
+            for row in self._read(config, EVALUATION_COLUMNS, only)
         )
 
     def _read(
@@ -162,14 +153,15 @@ class Benchmark:
                 raise self.error(parsed)
             if not self.skip_defects:
                 self.refuse(parsed.defects)
-            broken = {defect.question for defect in parsed.defects}
-            whole = None in broken
-            gone = {entry.id for entry in parsed.entries if entry.id in broken | self.unfit}
-            if whole or gone:
-                self.dropped.setdefault(config, set()).update({parsed.row} if whole else gone)
+            gone = self.unfit | {defect.question for defect in parsed.defects}
+            questions = [question for question in parsed.questions if question.id not in gone]
+            pairs = [pair for pair in parsed.pairs if pair.id not in gone]
+            left_out = {e.id for e in (*parsed.questions, *parsed.pairs) if e.id in gone}
+            whole = None in gone
+            if whole or left_out:
+                self.dropped.setdefault(config, set()).update({parsed.row} if whole else left_out)
             if not whole:
-                kept = [entry for entry in parsed.entries if entry.id not in gone]
-                yield replace(parsed, entries=kept)
+                yield replace(parsed, questions=questions, pairs=pairs)
 
     def people_defects(self, ratio: int) -> Iterator[Defect]:
         """Who of a request is not where a study looks for them (``people_defects``)."""

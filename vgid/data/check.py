@@ -25,7 +25,7 @@ from vgid.data.layout import (
     Defect,
     holds_people,
 )
-from vgid.data.people import TrainingPair, comparable, parsed_rows
+from vgid.data.people import comparable, parsed_rows
 from vgid.errors import InputError
 from vgid.prompts import Form, Task
 from vgid.results import describe_left_out
@@ -210,12 +210,10 @@ def _read(
         defects += parsed.defects
         if parsed.id:
             rows[parsed.id] = parsed.row
-        for entry in parsed.entries:
-            if isinstance(entry, TrainingPair):
-                count.training_pairs += 1
-                asked.append((entry.person_id, comparable(entry.question)))
-                continue
-            count.questions[entry.task][entry.form] += 1
-            if entry.task == "generation":
-                asked.append((entry.person_id, comparable(entry.text)))
+        count.training_pairs += len(parsed.pairs)
+        asked += [(pair.person_id, comparable(pair.question)) for pair in parsed.pairs]
+        for question in parsed.questions:
+            count.questions[question.task][question.form] += 1
+            if question.task == "generation":
+                asked.append((question.person_id, comparable(question.text)))
     return count, defects, rows, asked

@@ -42,7 +42,6 @@ class Fetched:
     """A benchmark folder from the hub.
 
     Attributes:
-        folder: the benchmark.
         revision: what was asked for: a commit, branch or tag.
         commit: the 40 hexadecimal digits that it stands for.
         sizes: bytes of each file by its path in the folder.

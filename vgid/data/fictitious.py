@@ -150,11 +150,9 @@ class FictitiousPerson:
 
     Attributes:
         id: four digits, a pseudonym that may be shown anywhere.
-        kind: what the person is for, see the module docstring.
         name: given and family name, unique within a world.
         facts: value of every fact, ``name`` included.
         answer_style: 0 or 1 by fact, index into ``ANSWERS``.
-        face: what stays the same over the portraits.
     """
 
     id: str
@@ -268,20 +266,16 @@ def cloze_sentence(person: FictitiousPerson, fact: Fact, form: Form, paraphrased
 def classification_questions(
     person: FictitiousPerson, rng: np.random.Generator, paraphrased: bool
 ) -> list[ClassificationQuestion]:
-    """Five image-form and five text-form questions with four options each.
-
-    Args:
-        person: whom the questions are about.
-        rng: draws the wrong options and their order.
-        paraphrased: use the wording of the test set.
-    """
-    questions: list[ClassificationQuestion] = []
-    for form in _FORMS:
-        for fact, wordings in CLASSIFICATION.items():
-            question = wordings[paraphrased].format(who=person.subject(form, paraphrased))
-            options, letter = draw_options(person, fact, rng)
-            questions.append((question, options, letter, form))
-    return questions
+    """Five image-form and five text-form questions; ``rng`` draws wrong options and their order."""
+    return [
+        (
+            wordings[paraphrased].format(who=person.subject(form, paraphrased)),
+            *draw_options(person, fact, rng),
+            form,
+        )
+        for form in _FORMS
+        for fact, wordings in CLASSIFICATION.items()
+    ]
 
 
 def draw_options(

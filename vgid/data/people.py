@@ -28,8 +28,6 @@ class Question:
 
     Attributes:
         id: ``<config>/<person_id>/<task>/<form>/<index>``, index counted within task and form.
-        person_id: whom it is about.
-        task: generation, cloze or classification.
         form: ``image`` shows the person, ``text`` names them.
         text: the question as stored, without the benchmark's answer instructions.
         answer: the ground truth; for classification the letter of the right option.
@@ -72,15 +70,17 @@ class Parsed:
         row: its index over all shards.
         id: of the person; empty if it is defective or another row's.
         images: encoded images by field (``image``, ``images[0]``, ...).
-        entries: questions, or the training pairs of ``ft_Data``, the defective ones too.
-        defects: of the row; those of one entry name it.
+        questions: all of them, the defective ones too.
+        pairs: all training pairs, which ``ft_Data`` has in place of questions.
+        defects: of the row; those of one question or pair name it.
     """
 
     row: int
     id: str
     images: Mapping[str, bytes]
-    entries: Sequence[Question | TrainingPair]
-    defects: list[Defect]
+    questions: Sequence[Question]
+    pairs: Sequence[TrainingPair]
+    defects: Sequence[Defect]
 
 
 def comparable(text: str) -> str:
@@ -139,17 +139,14 @@ def parsed_rows(
             first[person_id] = row.index
         named = "" if defects else person_id
         images, image_defects = parse_images(config, row)
-        entries: Sequence[Question | TrainingPair]
-        if config == "ft_Data":
-            entries, entry_defects = _training_pairs(config, row, person_id)
-        else:
-            entries, entry_defects = _questions(config, row, person_id)
-        defects += image_defects + entry_defects
+        questions, question_defects = _questions(config, row, person_id)
+        pairs, pair_defects = _training_pairs(config, row, person_id)
+        defects += image_defects + question_defects + pair_defects
         if image_problem is not None:
             for field, data in images.items():
                 if problem := image_problem(data):
                     defects.append(Defect(config, row.index, field, problem))
-        yield Parsed(row.index, named, images, entries, defects)
+        yield Parsed(row.index, named, images, questions, pairs, defects)
 
 
 def parse_images(config: str, row: Row) -> tuple[dict[str, bytes], list[Defect]]:

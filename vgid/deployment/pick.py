@@ -25,7 +25,7 @@ from rich.console import Console
 
 from vgid.cluster.resources import worker_threads
 from vgid.command_line import Parser, Printed, exit_code
-from vgid.config import Config, RequestConfig
+from vgid.config import Config, Flag, RequestConfig
 from vgid.deployment.pick_page import (
     COMPARISON,
     PickReport,
@@ -40,9 +40,7 @@ from vgid.deployment.scores import MIN_SEEDS, Candidates, pick_seeds, score_fron
 from vgid.deployment.shipping import Ancestor, Setting, ancestor_of, ship
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET
-from vgid.files import staged
-from vgid.flags import Flag
-from vgid.paths import UsablePath, WrittenFolder
+from vgid.files import UsablePath, WrittenFolder, staged
 from vgid.study.finished import Source, open_source
 
 

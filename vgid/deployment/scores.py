@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from vgid.config import Config, ForgetRatio, ModelPath, RequestConfig, parse
+from vgid.config import Config, Flag, ForgetRatio, ModelPath, RequestConfig, parse
 from vgid.deployment.record import (
     ADAPTER,
     DEPLOYMENT,
@@ -39,7 +39,6 @@ from vgid.deployment.record import (
 from vgid.deployment.rules import Marks, Measure
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
-from vgid.flags import Flag
 from vgid.models.adapter_files import CONFIG
 from vgid.models.backbones import BENCHMARK_SHOTS, spec
 from vgid.report.tables import Grid

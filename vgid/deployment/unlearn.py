@@ -20,6 +20,7 @@ from rich.console import Console
 
 from vgid.config import (
     Config,
+    Flag,
     ModelPath,
     PairsToTrain,
     RatioToForget,
@@ -30,6 +31,7 @@ from vgid.config import (
     TrialConfig,
     derived,
     parse,
+    words,
 )
 from vgid.deployment.record import FOLDER, Deployment, Pseudonym
 from vgid.deployment.rules import Bounds, Marks
@@ -37,9 +39,7 @@ from vgid.deployment.scores import marks_of, pick_seeds, score_with_seeds
 from vgid.deployment.shipping import Ancestor, Setting, read_ancestor, refuse_to_replace, ship
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
-from vgid.files import staged
-from vgid.flags import Flag, words
-from vgid.paths import UsablePath, WrittenFolder
+from vgid.files import UsablePath, WrittenFolder, staged
 from vgid.report.tables import Grid
 from vgid.study.ledger import now
 

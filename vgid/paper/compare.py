@@ -17,6 +17,7 @@ from pydantic import Field
 from vgid.config import (
     BackboneName,
     Config,
+    Flag,
     GpusPerWorker,
     MaxConcurrent,
     Method,
@@ -30,15 +31,14 @@ from vgid.config import (
     WorkersPerTrial,
     derived,
     parse,
+    words,
 )
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
-from vgid.files import write_atomically
-from vgid.flags import Flag, words
+from vgid.files import StudyFolder, UsablePath, write_atomically
 from vgid.paper.attainment import Points, attainment_picture, surfaces
 from vgid.paper.figures import write_picture
 from vgid.paper.settings import write_settings
-from vgid.paths import StudyFolder, UsablePath
 from vgid.provenance import provenance
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import METHOD_LABELS, write_study

@@ -17,17 +17,18 @@ from rich.console import Console
 
 from vgid.config import (
     Config,
+    Flag,
     ForgetRatio,
     Method,
     ModelPath,
     RetainPeople,
     TrialConfig,
     parse,
+    words,
 )
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
-from vgid.files import write_atomically
-from vgid.flags import Flag, words
+from vgid.files import UsablePath, WrittenFolder, write_atomically
 from vgid.models import backbones
 from vgid.paper.claims import Judgement, claims_markdown, judge_all, verdicts
 from vgid.paper.experiments import Bench, Experiment, Outcome, run_experiments
@@ -50,7 +51,6 @@ from vgid.paper.tables import (
     table_7,
     tables,
 )
-from vgid.paths import UsablePath, WrittenFolder
 from vgid.provenance import provenance
 from vgid.report.intervals import count_seeds
 from vgid.report.records import write_study
