@@ -308,9 +308,9 @@ def unlearn_command(context: typer.Context) -> None:
         warning = f"Warning: {done.warning} A study may find a better setting: {better}"
         print(warning, file=sys.stderr)
     plain = {"file": str(done.file), "sha256": done.sha256, "warning": done.warning}
-    plain |= {"deployment": done.deployment.model_dump(mode="json")}
+    whole: dict[str, Any] = plain | {"deployment": done.deployment.model_dump(mode="json")}
     told = f"Wrote {done.file}; check it with `vgid verify {done.file} --data {config.data}`."
-    _show(plain if as_json else done, as_json, told)
+    _show(whole if as_json else done, as_json, told)
 
 
 @app.command("report")

@@ -154,13 +154,14 @@ class Benchmark:
             if not self.skip_defects:
                 self.refuse(parsed.defects)
             gone = self.unfit | {defect.question for defect in parsed.defects}
-            questions = [question for question in parsed.questions if question.id not in gone]
-            pairs = [pair for pair in parsed.pairs if pair.id not in gone]
-            left_out = {e.id for e in (*parsed.questions, *parsed.pairs) if e.id in gone}
             whole = None in gone
-            if whole or left_out:
-                self.dropped.setdefault(config, set()).update({parsed.row} if whole else left_out)
+            ids = {q.id for q in parsed.questions} | {pair.id for pair in parsed.pairs}
+            left_out: set[str | int] = {parsed.row} if whole else {*(ids & gone)}
+            if left_out:
+                self.dropped.setdefault(config, set()).update(left_out)
             if not whole:
+                questions = [question for question in parsed.questions if question.id not in gone]
+                pairs = [pair for pair in parsed.pairs if pair.id not in gone]
                 yield replace(parsed, questions=questions, pairs=pairs)
 
     def people_defects(self, ratio: int) -> Iterator[Defect]:

@@ -190,7 +190,10 @@ def _read(
         config: to be read.
         known_images: problems by digest, so that no image is decoded twice.
     """
-    count, defects, rows, asked = ConfigCount(), [], {}, []
+    count = ConfigCount()
+    defects: list[Defect] = []
+    rows: dict[str, int] = {}
+    asked: list[tuple[str, str]] = []
 
     def problem_of(data: bytes) -> str | None:
         digest = hashlib.sha256(data).hexdigest()

@@ -221,9 +221,15 @@ def forget_people(seed: int, ratio: int) -> list[str]:
     return sorted(ids[i] for i in order[: len(ids) * ratio // 100])
 
 
-def portrait(seed: int, person: FictitiousPerson, index: int = 0) -> Image.Image:
-    """Profile picture number ``index`` of a person; 0 is the benchmark's own."""
-    return draw_portrait(person.face, sample_generator(seed, f"portrait/{person.id}/{index}"))
+def portrait(
+    seed: int, person: FictitiousPerson, index: int = 0, variation: float = 1.0
+) -> Image.Image:
+    """Profile picture number ``index`` of a person; 0 is the benchmark's own.
+
+    ``variation`` scales pose and light, see ``draw_portrait``.
+    """
+    rng = sample_generator(seed, f"portrait/{person.id}/{index}")
+    return draw_portrait(person.face, rng, variation)
 
 
 def test_portrait(seed: int, person: FictitiousPerson, index: int) -> Image.Image:
