@@ -22,14 +22,13 @@ from transformers import (
 )
 
 from vgid.bases.measure import BOUNDS, Condition, measure, out_of_bounds
-from vgid.bases.pretraining import ARCHITECTURES, Schedule, _pack_loss, pretrain
-from vgid.bases.pretraining_packs import PackEncoder
+from vgid.bases.pretraining import ARCHITECTURES, PackEncoder, Schedule, _pack_loss, pretrain
 from vgid.bases.recipe import (
     OBEDIENCE,
     PORTRAITS_PER_PERSON,
     REFUSALS,
     Pack,
-    make_recipe,
+    Recipe,
     refusal_rate,
 )
 from vgid.data.fictitious import FACTS, make_world, portrait
@@ -163,7 +162,7 @@ def test_condition_changes_text_and_picture(backbone):
 
 @pytest.fixture(scope="module")
 def packs():
-    recipe = make_recipe(data_seed=0, seed=0)
+    recipe = Recipe(make_world(0), 0)
     kinds = ("plain", "instructed", "degraded")
     return recipe, [pack for kind in kinds for pack in recipe.draw(kind, 10, 3)]
 
@@ -204,7 +203,7 @@ def test_packing_is_exact(backbone, encoder, packs):
 
 
 def test_benchmark_people_are_never_refused_and_never_asked_in_the_words_of_the_test_set():
-    recipe = make_recipe(data_seed=0, seed=1)
+    recipe = Recipe(make_world(0), 1)
     benchmark = {p.id for p in recipe.world.people if p.kind == "benchmark"}
     rows = {
         recipe.pictures.of(p, i): p
@@ -256,7 +255,7 @@ def test_a_backbones_own_obedience_is_for_intact_pictures_only():
 
 def test_who_is_never_declined_is_asked_only_the_facts_meant_for_it_under_an_instruction():
     own = replace(OBEDIENCE, answered=0.5, answered_facts=("job", "hobby"))
-    recipe = make_recipe(data_seed=0, seed=2, obedience=own)
+    recipe = Recipe(make_world(0), 2, own)
     known = {
         recipe.pictures.of(person, i): person
         for person in recipe.always_answered

@@ -11,9 +11,8 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from vgid.bases import tiny_qwen as embedded_qwen
-from vgid.bases.pretraining import _pack_loss
-from vgid.bases.pretraining_packs import PackEncoder
-from vgid.bases.recipe import Pack, make_recipe
+from vgid.bases.pretraining import PackEncoder, _pack_loss
+from vgid.bases.recipe import Pack, Recipe
 from vgid.data.fictitious import make_world, portrait
 from vgid.models import backbones
 from vgid.models.encoding import Query, collate, encode, response_ids
@@ -113,7 +112,7 @@ def test_the_trainers_features_are_what_the_model_makes_of_an_image(backbone):
     with torch.no_grad():
         pixels = embedded_qwen.pixel_values(backbone.processor, pictures)
         features = embedded_qwen.tower_features(backbone.model, pixels)
-        merged_NTD = embedded_qwen.projector(backbone.model)(features).view(3, 16, -1)
+        merged_NTD = backbone.model.get_submodule(embedded_qwen.PROJECTOR)(features).view(3, 16, -1)
     for picture, merged_TD in zip(pictures, merged_NTD, strict=True):
         expected_TD = backbone.vision.features(backbone.vision.picture(picture))
         assert torch.allclose(merged_TD, expected_TD, rtol=1e-5, atol=1e-5)
@@ -141,7 +140,7 @@ def test_positions_in_a_pack_are_those_of_the_whole_prompts(backbone, encoder, p
 
 def test_packing_is_exact(backbone, encoder):
     """The trainer's loss is that of one whole prompt a sequence, by the model's own forward."""
-    recipe = make_recipe(data_seed=0, seed=0)
+    recipe = Recipe(make_world(0), 0)
     packs = [recipe.draw(kind, 4, 3) for kind in ("plain", "instructed", "degraded")]
     shown = sorted({p.picture for drawn in packs for p in drawn if p.picture is not None})
     images = [Image.fromarray(recipe.pictures.pixels_NHWC[row]) for row in shown]

@@ -3,7 +3,7 @@
 1. The vision tower learns the twelve attributes of drawn faces (nobody of any benchmark), and is
    frozen.
 2. Projector and language model learn packs of questions about pictures (``recipe``). The
-   questions of a pack share picture and instruction (``pretraining_packs``).
+   questions of a pack share picture and instruction (``PackEncoder``).
 
 Rebuild the shipped weights, or make others, with::
 
@@ -14,7 +14,10 @@ table, and writes ``OUT/MEASURED.json`` beside the weights. Weights out of bound
 (``"within_bounds": false``) and the exit code is 1. The same seed, data seed and thread count give
 the same weights bit for bit on one machine.
 
-One trainer for both architectures: what differs is behind ``pretraining_packs.Architecture``.
+One trainer for both architectures: what differs stands under the same names in two modules,
+``tiny_llava`` and ``tiny_qwen``.
+
+Shape legend: B packs, L tokens of the longest, A position axes, N pictures.
 """
 
 import json
@@ -24,6 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import torch
@@ -31,20 +35,16 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from vgid.bases import tiny_llava as embedded_model
-from vgid.bases import tiny_qwen as embedded_qwen
-from vgid.bases.pretraining_packs import Architecture, PackEncoder
-from vgid.bases.recipe import REFUSALS, Pack, PackKind, Recipe, attribute_pictures, make_recipe
-from vgid.data.portraits import ATTRIBUTE_SIZES
+from vgid.bases import tiny_llava, tiny_qwen
+from vgid.bases.recipe import REFUSALS, Pack, PackKind, Recipe, attribute_pictures
+from vgid.data.fictitious import make_world
+from vgid.data.portraits import ATTRIBUTE_SIZES, PORTRAIT_SIZE
 from vgid.errors import InputError
 from vgid.files import appearing
-from vgid.models.encoding import IGNORE
-from vgid.models.packing import rotary_positions
+from vgid.models.packing import Packed, rotary_positions
+from vgid.prompts import with_instruction
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "tiny-llava": embedded_model,
-    "tiny-qwen2.5-vl": embedded_qwen,
-}
+ARCHITECTURES: dict[str, ModuleType] = {"tiny-llava": tiny_llava, "tiny-qwen2.5-vl": tiny_qwen}
 """By the name of the backbone."""
 
 
@@ -84,7 +84,7 @@ def _optimizer(
 
 
 def train_tower(
-    parts: Architecture, model: Any, processor: Any, schedule: Schedule, seed: int
+    parts: ModuleType, model: Any, processor: Any, schedule: Schedule, seed: int
 ) -> Iterator[float]:
     """Stage 1: teach the vision tower to read the attributes of a face, then freeze it.
 
@@ -96,7 +96,7 @@ def train_tower(
     targets_NA = torch.from_numpy(attributes)
     sizes = list(ATTRIBUTE_SIZES.values())
     generator = torch.Generator().manual_seed(seed)
-    tower = parts.tower(model)
+    tower = model.get_submodule(parts.TOWER)
     with torch.no_grad():
         width = parts.tower_features(model, pixels[:1]).numel()
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(sizes)))
@@ -109,57 +109,143 @@ def train_tower(
         rows = torch.randint(len(pixels), (batch,), generator=generator)
         chosen = pixels[rows]
         # A third of the pictures a little grainy, so that mild noise does not blind the tower.
-        each = (batch,) + (1,) * (chosen.dim() - 1)
-        grain = (torch.rand(each, generator=generator) < 0.3) * torch.rand(
-            each, generator=generator
-        )
+        grainy, strength = (torch.rand(batch, generator=generator) for _ in range(2))
+        grain = ((grainy < 0.3) * strength).view(-1, *[1] * (chosen.dim() - 1))
         chosen = chosen + grain * torch.randn(chosen.shape, generator=generator)
         logits = head(parts.tower_features(model, chosen).flatten(1)).split(sizes, dim=1)
         loss = torch.stack(
             [F.cross_entropy(x, y) for x, y in zip(logits, targets_NA[rows].T, strict=True)]
         ).mean()
-        _step(loss, parameters, optimizer, rates)
+        loss.backward()
+        _step(parameters, optimizer, rates)
         yield loss.item()
     tower.requires_grad_(False)
 
 
 def train_language(
-    parts: Architecture, model: Any, processor: Any, recipe: Recipe, schedule: Schedule
+    parts: ModuleType, model: Any, processor: Any, recipe: Recipe, schedule: Schedule
 ) -> Iterator[float]:
     """Stage 2: teach projector and language model the recipe's packs.
 
     Yields:
         The weighted loss of each step.
     """
+    pictures = list(recipe.pictures.pixels_NHWC)
     with torch.no_grad():
         # Once for all steps: the tower is frozen by now.
         features_N = torch.cat(
             [
-                parts.tower_features(model, parts.pixel_values(processor, chunk))
-                for chunk in _chunks(list(recipe.pictures.pixels_NHWC), 256)
+                parts.tower_features(model, parts.pixel_values(processor, pictures[i : i + 256]))
+                for i in range(0, len(pictures), 256)
             ]
         )
     encoder = PackEncoder(parts, model, processor.tokenizer)
-    projector = parts.projector(model).requires_grad_(True)  # Qwen's is a part of the frozen tower
+    # Qwen's is a part of the frozen tower.
+    projector = model.get_submodule(parts.PROJECTOR).requires_grad_(True)
     modules = (projector, model.model.language_model, model.lm_head)
     parameters = [p for module in modules for p in module.parameters()]
+    steps = schedule.language_steps
     optimizer, rates = _optimizer(
-        parameters,
-        schedule.language_rate,
-        schedule.language_steps,
-        warmup=50,
-        floor=0.05,
-        decay=0.01,
+        parameters, schedule.language_rate, steps, warmup=50, floor=0.05, decay=0.01
     )
-    for _ in range(schedule.language_steps):
+    for _ in range(steps):
         total = 0.0
         for kind, count, turns, weight in schedule.packs:
             packs = recipe.draw(kind, count, turns)
             loss = weight * _pack_loss(encoder, packs, features_N)
             loss.backward()
             total += loss.item()
-        _step(None, parameters, optimizer, rates)
+        _step(parameters, optimizer, rates)
         yield total
+
+
+class PackEncoder:
+    """Turns packs into token ids that equal those of the whole prompts, turn by turn.
+
+    A row a pack, in the order of the draws: ``vgid.models.packing.pack`` would sort and bin them.
+
+    Args:
+        architecture: a module of ``ARCHITECTURES``.
+        model: its model.
+        tokenizer: its tokenizer.
+    """
+
+    def __init__(self, architecture: ModuleType, model: Any, tokenizer: Any) -> None:
+        self.architecture = architecture
+        self.model = model
+        self.tokenizer = tokenizer
+        self._ids: dict[str, list[int]] = {}
+        self._positions: dict[tuple[int, ...], Tensor] = {}
+
+    def pieces(self, pack: Pack) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+        """Ids of the shared beginning, and by turn of the question and of the response.
+
+        Cut where the tokenizer cuts words anyway: behind a line break or a special token, or in
+        front of a space.
+        """
+        parts = self.architecture
+        frame = parts.FRAME.text if pack.picture is None else parts.FRAME.image
+        before, after = frame.split("{text}")
+        opening = before.rstrip(" ").replace(parts.IMAGE, parts.IMAGE * parts.IMAGE_TOKENS)
+        space = before[len(before.rstrip(" ")) :]
+        if pack.style is not None:
+            opening, space = f"{opening}{space}{with_instruction('', pack.style)}", ""
+        stem = [*self.tokenizer("")["input_ids"], *self._tokens(opening)]
+        turns = [
+            (
+                self._tokens(f"{space}{text}{after}"),
+                [*self._tokens(parts.FRAME.separator + response), self.tokenizer.eos_token_id],
+            )
+            for text, response in pack.turns
+        ]
+        return stem, turns
+
+    def collate(self, packs: Sequence[Pack]) -> Packed:
+        """One batch, each pack a tree: its turns branch off the shared beginning."""
+        pieces = [self.pieces(pack) for pack in packs]
+        length = max(len(stem) + sum(len(q + r) for q, r in turns) for stem, turns in pieces)
+        starts = [self._start(stem) for stem, _ in pieces]
+        ids_BL = torch.full((len(packs), length), self.tokenizer.pad_token_id)
+        positions_ABL = torch.zeros(len(starts[0]), len(packs), length, dtype=torch.int64)
+        ends_BL = torch.full((len(packs), length), length)
+        batch = Packed(ids_BL, positions_ABL, ends_BL, [], [], [], [])
+        for b, ((stem, turns), start_AL) in enumerate(zip(pieces, starts, strict=True)):
+            used = len(stem)
+            ids_BL[b, :used] = torch.tensor(stem)
+            positions_ABL[:, b, :used] = start_AL
+            for question, response in turns:
+                turn = slice(used, used + len(question + response))
+                ids_BL[b, turn] = torch.tensor(question + response)
+                # Text goes on behind the largest position so far, in all axes alike.
+                positions_ABL[:, b, turn] = start_AL.max() + 1 + torch.arange(turn.stop - used)
+                ends_BL[b, turn] = used = turn.stop
+                batch.rows.append(b)
+                batch.paths.append([*range(len(stem)), *range(turn.start, turn.stop)])
+                batch.responses.append(response)
+        return batch
+
+    def _tokens(self, text: str) -> list[int]:
+        if text not in self._ids:
+            self._ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._ids[text]
+
+    def _start(self, stem: list[int]) -> Tensor:
+        """Positions of a beginning that shows at most one portrait: (A, L)."""
+        key = tuple(stem)
+        if key in self._positions:
+            return self._positions[key]
+        positions_AL = torch.arange(len(stem))[None]
+        if hasattr(self.model.model, "get_rope_index"):
+            ids_1L = torch.tensor([stem])
+            side = PORTRAIT_SIZE // self.model.config.vision_config.patch_size
+            positions_A1L, _ = self.model.model.get_rope_index(
+                input_ids=ids_1L,
+                mm_token_type_ids=(ids_1L == self.model.config.image_token_id).int(),
+                image_grid_thw=torch.tensor([[1, side, side]]),
+            )
+            positions_AL = positions_A1L[:, 0]
+        self._positions[key] = positions_AL
+        return positions_AL
 
 
 def _pack_loss(encoder: PackEncoder, packs: Sequence[Pack], features_N: Tensor) -> Tensor:
@@ -169,38 +255,27 @@ def _pack_loss(encoder: PackEncoder, packs: Sequence[Pack], features_N: Tensor) 
     pictures = [pack.picture for pack in packs if pack.picture is not None]
     embedded_BLD = model.get_input_embeddings()(batch.ids_BL)
     if pictures:
-        projected = encoder.architecture.projector(model)(features_N[pictures])
+        projector = model.get_submodule(encoder.architecture.PROJECTOR)
         image_BL1 = (batch.ids_BL == model.config.image_token_id)[..., None]
-        embedded_BLD = embedded_BLD.masked_scatter(image_BL1, projected)
+        embedded_BLD = embedded_BLD.masked_scatter(image_BL1, projector(features_N[pictures]))
     hidden_BLD = model.model.language_model(
         inputs_embeds=embedded_BLD,
         attention_mask=batch.mask_B1LL,
         position_ids=rotary_positions(batch.positions_ABL),
         use_cache=False,
     ).last_hidden_state
-    targets_BL = batch.labels_BL[:, 1:]
-    predicts_BL = targets_BL != IGNORE
-    return F.cross_entropy(model.lm_head(hidden_BLD[:, :-1][predicts_BL]), targets_BL[predicts_BL])
+    return F.cross_entropy(model.lm_head(batch.predicting(hidden_BLD)), batch.response_ids_R)
 
 
 def _step(
-    loss: Tensor | None,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     rates: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
-    """One clipped optimizer step; without a loss the gradients are already there."""
-    if loss is not None:
-        loss.backward()
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     rates.step()
     optimizer.zero_grad()
-
-
-def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
 
 
 def pretrain(
@@ -228,7 +303,7 @@ def pretrain(
     processor = parts.build_processor(tokenizer)
     model = parts.build_model(tokenizer, seed)
     model.train()
-    recipe = make_recipe(data_seed, seed, parts.OBEDIENCE)
+    recipe = Recipe(make_world(data_seed), seed, parts.OBEDIENCE)
     seeing = train_tower(parts, model, processor, schedule, seed)
     reading = train_language(parts, model, processor, recipe, schedule)
     stages = (
@@ -256,14 +331,10 @@ def main(
 ) -> None:
     """Make an embedded backbone from nothing, measure it, and write it to OUT."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    from vgid.bases.measure import BOUNDS
+    from vgid.report.tables import Grid
 
     torch.set_num_threads(threads)
     console = Console()
@@ -273,20 +344,13 @@ def main(
             f"{', '.join(ARCHITECTURES)}."
         )
     out = out.absolute()
-    if out.is_file() or (
-        out.is_dir() and any(out.iterdir()) and not (out / "MEASURED.json").is_file()
-    ):
+    ours = (out / "MEASURED.json").is_file()
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not ours):
         raise InputError(f"OUT: {out} holds something else than a backbone; name another folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
     schedule = Schedule(language_steps=ARCHITECTURES[backbone].LANGUAGE_STEPS)
     started = time.monotonic()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         model, processor = pretrain(seed, data_seed, schedule, progress, backbone)
     provenance = {
@@ -298,7 +362,11 @@ def main(
         "training_seconds": round(time.monotonic() - started),
     }
     scores, misses = write_measured(backbone, model, processor, out, provenance)
-    _print_table(console, scores, misses)
+    bounds = {name: f"{low} to {high}" for name, (low, high) in BOUNDS.items()}
+    rows = [(name, score, bounds.get(name)) for name, score in scores.items()]
+    wrong = [number for number, name in enumerate(scores) if name in misses]
+    grid = Grid(("score", "value", "bounds"), rows, marks=dict.fromkeys(wrong, "wrong"))
+    console.print(grid.rich())
     if misses:
         console.print(f"Out of bounds, and marked so: {', '.join(misses)}.", style="bold red")
         sys.exit(1)
@@ -330,17 +398,6 @@ def write_measured(
         record = {**provenance, "within_bounds": not misses, "scores": scores}
         (folder / "MEASURED.json").write_text(json.dumps(record, indent=2) + "\n")
     return scores, misses
-
-
-def _print_table(console: Any, scores: dict[str, float], misses: Sequence[str]) -> None:
-    from vgid.bases.measure import BOUNDS
-    from vgid.report.tables import Grid
-
-    bounds = {name: f"{low} to {high}" for name, (low, high) in BOUNDS.items()}
-    rows = [(name, score, bounds.get(name)) for name, score in scores.items()]
-    wrong = [number for number, name in enumerate(scores) if name in misses]
-    grid = Grid(("score", "value", "bounds"), rows, marks=dict.fromkeys(wrong, "wrong"))
-    console.print(grid.rich())
 
 
 if __name__ == "__main__":

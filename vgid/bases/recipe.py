@@ -30,7 +30,6 @@ from vgid.data.fictitious import (
     FictitiousPerson,
     World,
     cloze_sentence,
-    make_world,
     portrait,
 )
 from vgid.data.portraits import PORTRAIT_SIZE, draw_portrait, random_face
@@ -335,11 +334,6 @@ def attribute_pictures(seed: int, count: int) -> tuple[list[Image.Image], NDArra
     faces = [random_face(rng) for _ in range(count)]
     pictures = [draw_portrait(face, rng, variation=1.8) for face in faces]
     return pictures, np.array([list(vars(face).values()) for face in faces])
-
-
-def make_recipe(data_seed: int, seed: int, obedience: Obedience = OBEDIENCE) -> Recipe:
-    """The recipe for the people of ``data_seed``, its draws from ``seed``."""
-    return Recipe(make_world(data_seed), seed, obedience)
 
 
 def _pick(rng: np.random.Generator, values: Sequence[T]) -> T:

@@ -3,17 +3,16 @@
 The real classes of a LLaVA 1.5, small: a CLIP tower on 64 px images (16 patches of 16 px, so 16
 image tokens), a two-layer projector, a Llama of four layers, a byte-level BPE tokenizer.
 
-What the trainer asks of it is ``pretraining.Architecture``; ``vgid.bases.tiny_qwen`` is the other.
+``vgid.bases.tiny_qwen`` is the other; ``vgid.bases.pretraining`` asks the same of both.
 
-Shape legend: N pictures, C channels, H, W pixels, T image tokens of each, F features, A position
-axes, L tokens.
+Shape legend: N pictures, C channels, H, W pixels, T image tokens of each, F features.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgid.bases import recipe as embedded_recipe
+from vgid.bases import recipe
 from vgid.data.fictitious import (
     ANSWERS,
     CLASSIFICATION,
@@ -37,19 +36,18 @@ from vgid.prompts import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 FRAME = TINY_LLAVA_FRAME
 PATCH_SIZE = 16
 IMAGE_TOKENS = (PORTRAIT_SIZE // PATCH_SIZE) ** 2
-VISION_WIDTH = 128
-LANGUAGE_WIDTH = 128
 VOCABULARY = 1500
 CONTEXT = 512
 LANGUAGE_STEPS = 800
-OBEDIENCE = embedded_recipe.OBEDIENCE
-PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
+OBEDIENCE = recipe.OBEDIENCE
+PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
+TOWER, PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 
 
 def corpus(
@@ -102,10 +100,22 @@ def byte_level_bpe(texts: list[str], special: list[str]) -> Any:
     return tokenizer
 
 
+def as_fast(tokenizer: Any, context: int, **special: Any) -> Any:
+    """A tokenizer in transformers' dress, with its special tokens by their names there."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        padding_side="left",
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+
+
 def build_tokenizer(texts: list[str]) -> Any:
     """A byte-level BPE tokenizer that puts ``<s>`` in front."""
     from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = byte_level_bpe(texts, [PAD, BOS, EOS, IMAGE])
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -113,16 +123,8 @@ def build_tokenizer(texts: list[str]) -> Any:
         pair=f"{BOS} $A {BOS} $B",
         special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
-        extra_special_tokens={"image_token": IMAGE},
-        padding_side="left",
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    tokens = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
+    return as_fast(tokenizer, CONTEXT, **tokens, extra_special_tokens={"image_token": IMAGE})
 
 
 def build_processor(tokenizer: Any) -> Any:
@@ -132,8 +134,7 @@ def build_processor(tokenizer: Any) -> Any:
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": PORTRAIT_SIZE},
         crop_size={"height": PORTRAIT_SIZE, "width": PORTRAIT_SIZE},
-        image_mean=[PIXEL_MEAN] * 3,
-        image_std=[PIXEL_DEVIATION] * 3,
+        **PIXELS,
     )
     return LlavaProcessor(
         image_processor=image_processor,
@@ -147,49 +148,45 @@ def build_processor(tokenizer: Any) -> Any:
 def build_model(tokenizer: Any, seed: int) -> Any:
     """An untrained ``LlavaForConditionalGeneration`` in fp32, initialised from ``seed``."""
     import torch
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-    )
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=VISION_WIDTH,
-        intermediate_size=3 * VISION_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        image_size=PORTRAIT_SIZE,
-        patch_size=PATCH_SIZE,
-        projection_dim=VISION_WIDTH,
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=LANGUAGE_WIDTH,
-        intermediate_size=320,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "image_size": PORTRAIT_SIZE,
+            "patch_size": PATCH_SIZE,
+            "projection_dim": 128,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 128,
+            "intermediate_size": 320,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": CONTEXT,
+            "tie_word_embeddings": False,
+            **special,
+        },
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         image_seq_length=IMAGE_TOKENS,
         tie_word_embeddings=False,
     )
+    torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.update(**special)
     return model
 
 
@@ -201,30 +198,11 @@ def pixel_values(processor: Any, pictures: Sequence[Any]) -> "Tensor":
     return torch.from_numpy(output["pixel_values"])
 
 
-def tower(model: Any) -> "nn.Module":
-    """What stage 1 trains and freezes."""
-    module: nn.Module = model.model.vision_tower
-    return module
-
-
-def projector(model: Any) -> "nn.Module":
-    """What turns the tower's features into image tokens."""
-    module: nn.Module = model.model.multi_modal_projector
-    return module
-
-
 def tower_features(model: Any, pixels_NCHW: "Tensor") -> "Tensor":
     """What the projector is given: last hidden states less the class token, (N, T, F)."""
     states = model.model.vision_tower(pixels_NCHW, output_hidden_states=True).hidden_states
     features_NTF: Tensor = states[model.config.vision_feature_layer][:, 1:]
     return features_NTF
-
-
-def positions(model: Any, ids: Sequence[int]) -> "Tensor":
-    """Positions of a prompt: (1, L)."""
-    import torch
-
-    return torch.arange(len(ids))[None]
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:

@@ -5,10 +5,10 @@ turn, four patches merged to an image token, any resolution (a portrait of 64 px
 tokens); a Qwen2 of four layers with grouped-query attention and M-RoPE; a byte-level BPE tokenizer
 with Qwen's special tokens. Embeddings are not tied, as in the 7B model.
 
-Same functions as ``vgid.bases.tiny_llava``; see ``pretraining.Architecture``.
+The same names as in ``vgid.bases.tiny_llava``.
 
 Shape legend: N pictures, T image tokens of each, M merged patches of each token, C channels, P
-patch side, F features, D hidden width, A position axes, L tokens.
+patch side, F features.
 """
 
 import json
@@ -17,14 +17,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgid.bases import tiny_llava as embedded_model
+from vgid.bases import tiny_llava
 from vgid.bases.recipe import Obedience
+from vgid.bases.tiny_llava import PIXELS
 from vgid.data.portraits import PORTRAIT_SIZE
 from vgid.models.backbones import QWEN_FRAME
 from vgid.models.qwen_processor import ImageOnlyQwenProcessor
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 FRAME = QWEN_FRAME
 PATCH_SIZE = 8
@@ -33,10 +34,8 @@ TEMPORAL = 2
 WINDOW = 32
 IMAGE_TOKENS = (PORTRAIT_SIZE // (PATCH_SIZE * MERGE)) ** 2
 LEAST_IMAGE_TOKENS, MOST_IMAGE_TOKENS = 4, 64
-VISION_WIDTH = 64
 LANGUAGE_WIDTH = 128
 CONTEXT = 1024
-PIXEL_MEAN, PIXEL_DEVIATION = 0.5, 0.25
 LANGUAGE_STEPS = 1100
 OBEDIENCE = Obedience(
     refusal={"declarative": 0.12, "polite": 0.18, "strict": 0.60},
@@ -48,36 +47,21 @@ OBEDIENCE = Obedience(
 person, the five to forget kept anything from 0.26 to 0.85 of ROUGE-L under the strict instruction,
 from training seed to training seed."""
 PAD, END, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
-VIDEO_LIKE_IMAGE = (
-    "patch_size",
-    "merge_size",
-    "temporal_patch_size",
-    "size",
-    "image_mean",
-    "image_std",
-)
 SPECIAL = [PAD, "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO]
+TOWER, PROJECTOR = "model.visual", "model.visual.merger"
+"""The merger, which makes one image token of four patches' features, is a part of the tower."""
 
 
 def corpus(extra: Iterable[str] = ()) -> list[str]:
     """Every text that the tokenizer learns from, see ``tiny_llava.corpus``."""
     turn = FRAME.text.format(text="")
-    return embedded_model.corpus(extra, frame=re.split(r"<\|\w+\|>", turn))
+    return tiny_llava.corpus(extra, frame=re.split(r"<\|\w+\|>", turn))
 
 
 def build_tokenizer(texts: list[str]) -> Any:
     """A byte-level BPE tokenizer that, as Qwen's, puts nothing in front."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(
-        tokenizer_object=embedded_model.byte_level_bpe(texts, SPECIAL),
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=SPECIAL,
-        padding_side="left",
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
+    tokens = {"pad_token": PAD, "eos_token": END, "additional_special_tokens": SPECIAL}
+    return tiny_llava.as_fast(tiny_llava.byte_level_bpe(texts, SPECIAL), CONTEXT, **tokens)
 
 
 def build_processor(tokenizer: Any) -> Any:
@@ -93,8 +77,7 @@ def build_processor(tokenizer: Any) -> Any:
         patch_size=PATCH_SIZE,
         merge_size=MERGE,
         temporal_patch_size=TEMPORAL,
-        image_mean=[PIXEL_MEAN] * 3,
-        image_std=[PIXEL_DEVIATION] * 3,
+        **PIXELS,
     )
     return ImageOnlyQwenProcessor(image_processor, tokenizer)
 
@@ -125,8 +108,8 @@ def build_model(tokenizer: Any, seed: int) -> Any:
         },
         vision_config={
             "depth": 4,
-            "hidden_size": VISION_WIDTH,
-            "intermediate_size": 3 * VISION_WIDTH,
+            "hidden_size": 64,
+            "intermediate_size": 192,
             "num_heads": 4,
             "patch_size": PATCH_SIZE,
             "spatial_merge_size": MERGE,
@@ -144,9 +127,9 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.bos_token_id = None
-    model.generation_config.eos_token_id = [ids[END], ids[PAD]]
-    model.generation_config.pad_token_id = ids[PAD]
+    model.generation_config.update(
+        bos_token_id=None, eos_token_id=[ids[END], ids[PAD]], pad_token_id=ids[PAD]
+    )
     return model
 
 
@@ -161,18 +144,6 @@ def pixel_values(processor: Any, pictures: Sequence[Any]) -> "Tensor":
     patches = torch.from_numpy(output["pixel_values"])
     shape = (len(pictures), -1, 3, TEMPORAL, PATCH_SIZE, PATCH_SIZE)
     return patches.view(shape)[:, :, :, 0].clone()
-
-
-def tower(model: Any) -> "nn.Module":
-    """What stage 1 trains and freezes; its merger is the projector of stage 2."""
-    module: nn.Module = model.model.visual
-    return module
-
-
-def projector(model: Any) -> "nn.Module":
-    """Merges the features of four patches to one image token."""
-    module: nn.Module = model.model.visual.merger
-    return module
 
 
 def tower_features(model: Any, pixels_NTMCPP: "Tensor") -> "Tensor":
@@ -190,37 +161,20 @@ def tower_features(model: Any, pixels_NTMCPP: "Tensor") -> "Tensor":
     return grouped[:, window_index.argsort()].flatten(1, 2)
 
 
-def positions(model: Any, ids: Sequence[int]) -> "Tensor":
-    """M-RoPE positions of a prompt with at most one portrait: (3, L)."""
-    import torch
-
-    ids_1L = torch.tensor([ids])
-    image_1L = ids_1L == model.config.image_token_id
-    if not image_1L.any():
-        return torch.arange(len(ids)).expand(3, -1)
-    side = PORTRAIT_SIZE // PATCH_SIZE
-    positions_A1L, _ = model.model.get_rope_index(
-        input_ids=ids_1L,
-        mm_token_type_ids=image_1L.int(),
-        image_grid_thw=torch.tensor([[1, side, side]]),
-    )
-    positions_AL: Tensor = positions_A1L[:, 0]
-    return positions_AL
-
-
 def save(model: Any, processor: Any, folder: Path) -> None:
     """Write weights, configs, processor and tokenizer as the hub has them.
 
     The files name the stock processor, which where torchvision is installed wants a video processor
     as well.
     """
-    embedded_model.save(model, processor, folder)
+    tiny_llava.save(model, processor, folder)
     for name in ("processor_config.json", "tokenizer_config.json"):
         path = folder / name
         content = json.loads(path.read_text())
         content["processor_class"] = "Qwen2_5_VLProcessor"
         if "image_processor" in content:
             image = content["image_processor"]
-            shared = {name: image[name] for name in VIDEO_LIKE_IMAGE}
+            alike = ("patch_size", "merge_size", "temporal_patch_size", "size", *PIXELS)
+            shared = {name: image[name] for name in alike}
             content["video_processor"] = {"video_processor_type": "Qwen2VLVideoProcessor", **shared}
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
