@@ -23,7 +23,7 @@ from vgid.files import READY, staged
 from vgid.method.checkpoint import FILE_NAME, load_checkpoint, save_checkpoint
 from vgid.models.store import ContentStore, key_of
 from vgid.paper.settings import read_settings
-from vgid.results import TrialResult
+from vgid.results import EpochReport, TrialResult
 from vgid.study.finished import open_source
 from vgid.study.ledger import Header, Ledger, now
 from vgid.study.search_space import SearchSpace
@@ -178,14 +178,14 @@ def test_a_pickle_in_the_store_is_never_loaded_and_made_anew(tmp_path, mark):
 
 
 def checkpointed(folder: Path):
-    """A parameter after one step, its optimizer and schedule, and the checkpoint of it."""
+    """A parameter after one step, its optimizer, and the checkpoint of both."""
     parameter = nn.Parameter(torch.zeros(2, 3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     parameter.sum().backward()
     optimizer.step()
-    save_checkpoint(folder, "0000", 1, {"p": parameter}, optimizer)
-    return {"p": parameter}, optimizer, schedule
+    report = EpochReport(epoch=1, epochs=2, step=1, metrics={})
+    save_checkpoint(folder, "0000", {"p": parameter}, optimizer, [report])
+    return {"p": parameter}, optimizer
 
 
 def poisons(mark: Path):
@@ -194,13 +194,14 @@ def poisons(mark: Path):
 
     tensors = {f"{kind}/p": torch.zeros(2, 3) for kind in ("parameter", "exp_avg", "exp_avg_sq")}
     good = {**tensors, "step/p": torch.tensor(1.0)}
-    known = {"trial_id": "0000", "epochs_done": "1"}
+    reports = '[{"epoch": 1, "epochs": 2, "step": 1, "metrics": {}}]'
+    known = {"trial_id": "0000", "reports": reports}
     return {
         "pickle": pickle.dumps(Poison(mark)),
         "no metadata": save(good),
-        "no epochs": save(good, {"trial_id": "0000"}),
-        "a path for a number": save(good, {**known, "epochs_done": "../1"}),
-        "reports that are none": save(good, {**known, "reports": '[{"epoch": "../1"}]'}),
+        "no reports": save(good, {"trial_id": "0000"}),
+        "a path for a number": save(good, {**known, "reports": reports.replace("1", '"../1"', 1)}),
+        "reports that are none": save(good, {**known, "reports": '[{"epoch": 1}]'}),
         "a step that is none": save({**good, "step/p": torch.ones(2)}, known),
         "a state of another shape": save({**good, "exp_avg/p": torch.zeros(3)}, known),
     }
@@ -208,11 +209,11 @@ def poisons(mark: Path):
 
 @pytest.mark.parametrize("name", poisons(Path()))
 def test_a_poisoned_checkpoint_is_not_gone_on_from(tmp_path, mark, name):
-    parameters, optimizer, schedule = checkpointed(tmp_path / "c")
-    assert load_checkpoint(tmp_path / "c", "0000", parameters, optimizer, schedule) == 1
+    parameters, optimizer = checkpointed(tmp_path / "c")
+    assert len(load_checkpoint(tmp_path / "c", "0000", parameters, optimizer)) == 1
     before = parameters["p"].detach().clone()
     (tmp_path / "c" / FILE_NAME).write_bytes(poisons(mark)[name])
-    assert load_checkpoint(tmp_path / "c", "0000", parameters, optimizer, schedule) == 0
+    assert load_checkpoint(tmp_path / "c", "0000", parameters, optimizer) == []
     assert torch.equal(parameters["p"], before)
     assert not mark.exists()
 

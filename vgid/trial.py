@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from vgid.config import RequestConfig, TrialConfig
@@ -77,13 +77,10 @@ class TrialSession:
         self.phases = {"load": time.perf_counter() - started}
         self._unreported_load = self.phases["load"]
 
-    @cached_property
+    @property
     def provenance(self) -> dict[str, str]:
         """What every result names: data hash and base revision."""
-        return {
-            "data_sha256": self.benchmark.sha256,
-            "base_revision": self.backbone.revision,
-        }
+        return {"data_sha256": self.benchmark.sha256, "base_revision": self.backbone.revision}
 
     @property
     def precision(self) -> str:
@@ -101,63 +98,59 @@ class TrialSession:
     ) -> TrialResult:
         """Run one trial: teacher, training, evaluation on the search questions, adapter.
 
+        A loss that is not finite gives status ``failed``, never an exception.
+
         Args:
             trial: the hyperparameters.
             trial_id: names the trial in its result and checkpoint.
             adapter_dir: where the PEFT adapter goes; appears whole or not at all.
             on_epoch: told of each epoch; returns False to stop early (status ``pruned``).
-            checkpoint_dir: the state is saved there after each epoch, and a state of this very
-                trial found there is continued from.
-            evaluate: False leaves the search questions out where nobody asks for their scores;
-                the adapter is the same.
-
-        Returns:
-            The result. A loss that is not finite gives status ``failed``, never an exception.
+            checkpoint_dir: saved to after each epoch; a state of this very trial is continued from.
+            evaluate: False leaves the search questions out; the adapter is the same.
 
         Raises:
             InputError: data that cannot be trained on or holds no objective, or a layer that the
                 backbone lacks.
         """
         self.benchmark.refuse(missing_objectives(self.people, self.request))
-        before = self._store_use
+        before = self._store_use({})
         seconds = {"load": self._unreported_load}
         self._unreported_load = 0.0
+        ended = partial(TrialResult, trial_id=trial_id, seconds=seconds)
         with _timed(seconds, "load"):
-            base = self.base_scores("search") if evaluate else None
+            base = self.base_scores("search") if evaluate else {}
         with _timed(seconds, "teacher"):
             epochs, retained = self.preparation.training(trial, trial_id, checkpoint_dir)
-        last: EpochReport | None = None
-        ended = partial(TrialResult, trial_id=trial_id, seconds=seconds)
+        metrics: dict[str, float] = {}
         with adapter.attached(self.backbone, trial) as model:
             try:
                 with _timed(seconds, "train"):
-                    for last in epochs(model):
-                        if not self._goes_on(on_epoch, last):
-                            used = self._store_use_since(before)
-                            return ended(status="pruned", metrics=last.metrics, store=used)
+                    for report in epochs(model):
+                        metrics = report.metrics
+                        if not self._goes_on(on_epoch, report):
+                            use = self._store_use(before)
+                            return ended(status="pruned", metrics=metrics, store=use)
             except LossNotFiniteError as error:
                 return ended(status="failed", error=str(error))
             if self.rank != 0:
                 return ended(status="completed")
             with _timed(seconds, "evaluate"):
-                evaluation = self.scorer.evaluate("search", self.request.seed) if evaluate else None
+                scored = self.scorer.evaluate("search", self.request.seed) if evaluate else None
             with _timed(seconds, "save"):
                 adapter.save(model, adapter_dir)
-                _save_responses(evaluation, adapter_dir)
+                _save_responses(scored, adapter_dir)
         shown = {sample.person_id for sample in retained}
         seen = sum(person.id in shown for person in self.people.retain_seen)
         trained = ended(
             status="completed",
-            metrics={**(last.metrics if last else {}), "retain_seen_shown": seen},
-            store=self._store_use_since(before),
+            metrics={**metrics, "retain_seen_shown": seen},
+            store=self._store_use(before),
             adapter=adapter_dir,
         )
-        if base is None or evaluation is None:
-            return trained
-        return _with_scores(trained, base, evaluation)
+        return trained if scored is None else _with_scores(trained, base, scored)
 
     def base_scores(self, part: QuestionPart, seed: int | None = None) -> dict[str, Score]:
-        """Scores of the base itself, computed once per store and shared by all processes."""
+        """Scores of the base itself, see ``scores_under``."""
         return self.scores_under(part, seed)
 
     def rescore(
@@ -170,10 +163,8 @@ class TrialSession:
             part: which questions.
             seed: few-shot people, test poses and bootstrap; by default another than the trials'.
         """
-        base, own = (
-            self.scorer.kept(part, seed),
-            self.scorer.kept(part, seed, adapter_dir=adapter_dir),
-        )
+        base = self.scorer.kept(part, seed)
+        own = self.scorer.kept(part, seed, adapter_dir=adapter_dir)
         found = {
             name: self.scorer.difference(score, base, own, part, seed)
             for name, score in DIFFERENCES.items()
@@ -184,17 +175,9 @@ class TrialSession:
     def rescore_attacked(
         self, adapter_dir: Path | None, part: QuestionPart = "held_out", seed: int | None = None
     ) -> dict[str, Score]:
-        """Scores under the reverse prompt, and ``RISE``: by how much it raises forget ROUGE-L.
-
-        Args:
-            adapter_dir: PEFT adapter folder, None for the base.
-            part: which questions.
-            seed: as for ``rescore``.
-        """
-        plain, attacked = (
-            self.scorer.kept(part, seed, reverse=reverse, adapter_dir=adapter_dir)
-            for reverse in (False, True)
-        )
+        """Scores under the reverse prompt, and ``RISE``; arguments as for ``rescore``."""
+        plain = self.scorer.kept(part, seed, adapter_dir=adapter_dir)
+        attacked = self.scorer.kept(part, seed, reverse=True, adapter_dir=adapter_dir)
         found = dict(attacked.scores)
         if "forget_rougeL" in found:
             found[RISE] = self.scorer.difference("forget_rougeL", attacked, plain, part, seed)
@@ -227,18 +210,15 @@ class TrialSession:
         """
         return self.scorer.kept(part, seed, intervention or PLAIN, reverse, adapter_dir).scores
 
-    @property
-    def _store_use(self) -> dict[str, int]:
-        teachers, vision = self.store, self.backbone.vision
-        return {
-            "teacher_hits": teachers.hits,
-            "teacher_misses": teachers.misses,
-            "vision_hits": vision.hits,
-            "vision_misses": vision.misses,
+    def _store_use(self, before: Mapping[str, int]) -> dict[str, int]:
+        """Hits and misses of the store since ``before``."""
+        kinds = {"teacher": self.store, "vision": self.backbone.vision}
+        use: dict[str, int] = {
+            f"{kind}_{what}": getattr(counted, what)
+            for kind, counted in kinds.items()
+            for what in ("hits", "misses")
         }
-
-    def _store_use_since(self, before: Mapping[str, int]) -> dict[str, int]:
-        return {name: count - before[name] for name, count in self._store_use.items()}
+        return {name: count - before.get(name, 0) for name, count in use.items()}
 
     def _goes_on(self, on_epoch: OnEpoch | None, report: EpochReport) -> bool:
         """Rank 0's answer of ``on_epoch``, known to all ranks so that they stop together."""

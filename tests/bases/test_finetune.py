@@ -15,11 +15,21 @@ from safetensors.torch import load_file
 from tests.conftest import make_random_backbone
 from tests.random_qwen import make_random_qwen
 from tests.tiny_benchmark import encoded, write_tiny
-from vgid.bases.finetune import FinetuneConfig, Training, finetune, response_loss, trainable
-from vgid.bases.finetune_data import encode_samples, read_samples
+from vgid.bases.finetune import (
+    FinetuneConfig,
+    Teaching,
+    answered,
+    finetune,
+    read_samples,
+    teach,
+    trainable,
+)
 from vgid.config import TrialConfig
-from vgid.data.benchmark import Benchmark, decode_image
+from vgid.data.benchmark import Benchmark
 from vgid.errors import InputError
+from vgid.method.checkpoint import FILE_NAME
+from vgid.method.distillation import share
+from vgid.method.student import View
 from vgid.models import adapters as adapter
 from vgid.models.backbones import Backbone, load
 from vgid.models.decoding import greedy_decode
@@ -31,7 +41,7 @@ COLOURS = ((200, 30, 30), (30, 200, 30), (30, 30, 200))
 QUESTIONS = {"Who is this?": ("Fay", "Ida", "Noor"), "Which job?": ("a nurse", "a judge", "a cook")}
 
 
-def teach(rows: list[dict[str, Any]]) -> None:
+def coloured(rows: list[dict[str, Any]]) -> None:
     """Three people of one colour each, two questions each, other answers for each."""
     for i, (row, colour) in enumerate(zip(rows, COLOURS, strict=True)):
         image = Image.linear_gradient("L").resize((56, 56)).rotate(90 * i).convert("RGB")
@@ -43,7 +53,7 @@ def teach(rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("data"), {"ft_Data": teach})
+    return write_tiny(tmp_path_factory.mktemp("data"), {"ft_Data": coloured})
 
 
 @pytest.fixture(scope="module", params=["llava", "qwen"])
@@ -65,8 +75,7 @@ def config_of(base: tuple[str, Path], data: Path, output: Path, **values: Any) -
 
 def answers(backbone: Backbone, data: Path) -> list[str]:
     samples = read_samples(Benchmark.open(data))
-    queries = [Query(s.id, s.question, decode_image(s.image)) for s in samples]
-    return greedy_decode(backbone, queries, 12)
+    return greedy_decode(backbone, [sample.query for sample in samples], 12)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -104,9 +113,10 @@ def test_a_few_samples_are_learnt_by_heart(base, data, tmp_path, full):
 def test_gradients_are_those_of_the_models_own_loss_on_separate_sequences(base, data, full):
     backbone = load(base[0], str(base[1]), "cpu")
     samples = read_samples(Benchmark.open(data))
+    data, trial = answered(backbone, samples), TrialConfig(lora_rank=4)
     responses = [response_ids(backbone, s.answer) for s in samples]
-    prompts = encode_samples(backbone, samples)
-    with adapter.attached(backbone, TrialConfig(lora_rank=4)) as student:
+    assert [target.response for target in data.targets[0]] == responses
+    with adapter.attached(backbone, trial) as student:
         if full:
             backbone.model.model.language_model.requires_grad_(True)
         for name, parameter in student.named_parameters():
@@ -119,9 +129,10 @@ def test_gradients_are_those_of_the_models_own_loss_on_separate_sequences(base, 
             loss.backward()
             return {n: p.grad.clone() for n, p in learning.items() if p.grad is not None}
 
-        ours = response_loss(backbone, prompts, responses)
+        (part,) = share(backbone, data, range(len(samples)), 0)
+        ours = Teaching(trial, backbone).forget_loss(View(backbone, student, part))
         got = gradients(ours)
-        batch = collate(backbone, prompts, responses)
+        batch = collate(backbone, data.prompts, responses)
         theirs = backbone.model(**batch.inputs, labels=batch.labels_BL).loss
         expected = gradients(theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
@@ -143,8 +154,8 @@ def test_the_merged_model_is_the_one_that_was_trained(base, data, tmp_path):
     backbone = load(base[0], str(base[1]), "cpu")
     before = logits(backbone)
     samples = read_samples(Benchmark.open(data))
-    with trainable(backbone, config):
-        Training(config, backbone, samples, "data", tmp_path / "checkpoint").train(progress=False)
+    with trainable(backbone, config) as model:
+        teach(backbone, model, samples, config, "run", tmp_path / "checkpoint")
         trained = logits(backbone)
     assert torch.equal(logits(backbone), before)
     finetune(config)
@@ -161,15 +172,15 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(base, data, tmp_path, 
     whole = finetune(config_of(base, data, tmp_path / "whole", **settings))
 
     config = config_of(base, data, tmp_path / "parts", **settings)
-    steps = Training._step
+    loss, steps = Teaching.forget_loss, iter(range(1, 99))
 
-    def stops_in_the_third_epoch(self: Training, *args: Any) -> Any:
-        if len(self.losses) == 2:
+    def stops_in_the_third_epoch(self: Teaching, view: View) -> torch.Tensor:
+        if next(steps) == 2 * 2 + 1:
             raise KeyboardInterrupt
-        return steps(self, *args)
+        return loss(self, view)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "_step", stops_in_the_third_epoch)
+        patch.setattr(Teaching, "forget_loss", stops_in_the_third_epoch)
         with pytest.raises(KeyboardInterrupt):
             finetune(config)
     assert not (tmp_path / "parts").exists()
@@ -245,15 +256,15 @@ def test_a_base_in_half_precision_learns_in_single_precision(base, data, tmp_pat
     settings: dict[str, Any] = {"full": True, "lora_rank": None, "learning_rate": 1e-3}
     config = config_of(base, data, tmp_path / "out", batch_size=6, epochs=4, **settings)
     samples = read_samples(Benchmark.open(data))
-    training = Training(config, backbone, samples, "data", tmp_path / "checkpoint")
-    with trainable(backbone, config):
+    with trainable(backbone, config) as model:
         learning = [p for p in backbone.model.parameters() if p.requires_grad]
         assert {p.dtype for p in learning} == {torch.float32}
-        training.train(progress=False)
+        reports = teach(backbone, model, samples, config, "run", tmp_path / "checkpoint")
+    losses = [report.metrics["forget_loss"] for report in reports]
     assert {p.dtype for p in backbone.model.parameters()} == {torch.bfloat16}
     single = finetune(config)
-    assert training.losses == pytest.approx(single.losses, rel=0.05)
-    assert training.losses[-1] < 0.9 * training.losses[0]
+    assert losses == pytest.approx(single.losses, rel=0.05)
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_torn_checkpoint_is_begun_anew(base, data, tmp_path):
@@ -261,29 +272,27 @@ def test_a_torn_checkpoint_is_begun_anew(base, data, tmp_path):
     config = config_of(base, data, tmp_path / "out", batch_size=6)
     samples = read_samples(Benchmark.open(data))
     checkpoint = tmp_path / "checkpoint"
-    with trainable(backbone, config):
-        once = Training(config, backbone, samples, "data", checkpoint)
-        once.train(progress=False)
-    (checkpoint / "progress.json").write_text('{"key": "')
-    with trainable(backbone, config):
-        again = Training(config, backbone, samples, "data", checkpoint)
-        again.train(progress=False)
-    assert again.losses == once.losses and len(once.losses) == config.epochs
+    with trainable(backbone, config) as model:
+        once = teach(backbone, model, samples, config, "run", checkpoint)
+    (checkpoint / FILE_NAME).write_bytes((checkpoint / FILE_NAME).read_bytes()[:99])
+    with trainable(backbone, config) as model:
+        again = teach(backbone, model, samples, config, "run", checkpoint)
+    assert again == once and len(once) == config.epochs
 
 
 def test_a_loss_that_is_not_finite_leaves_nothing(base, data, tmp_path, monkeypatch):
-    batches = Training.batches
+    loss = Teaching.forget_loss
 
-    def poisoned(self: Training, epoch: int) -> list[list[int]]:
-        if epoch == 1:
-            assert (tmp_path / ".out.checkpoint").exists()
-            (head, *_) = self.backbone.model.model.language_model.layers
+    def poisoned(self: Teaching, view: View) -> torch.Tensor:
+        if (tmp_path / ".out.checkpoint").exists():
+            (head, *_) = view.backbone.model.model.language_model.layers
             with torch.no_grad():
                 head.self_attn.v_proj.weight[0, 0] = float("inf")
-        return batches(self, epoch)
+        return loss(self, view)
 
-    monkeypatch.setattr(Training, "batches", poisoned)
-    with pytest.raises(InputError, match=r"not finite at step 3; lower --learning-rate") as caught:
+    monkeypatch.setattr(Teaching, "forget_loss", poisoned)
+    wanted = r"not finite at step 3 \(epoch 2\); lower --learning-rate, which was 0.003"
+    with pytest.raises(InputError, match=wanted) as caught:
         finetune(config_of(base, data, tmp_path / "out"))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())

@@ -60,7 +60,7 @@ def test_kl_is_exactly_zero_at_step_0_for_the_unperturbed_input(random_backbone,
     """Same weights with the adapter off: not small, zero."""
     with attached(random_backbone, CONFIG) as model:
         part = share(random_backbone, retain, range(7), 0)[0]
-        loss = Student(model, random_backbone).kl(part)
+        loss = Student(model, random_backbone)(part, "forget")
         assert loss.item() == 0.0
 
 
@@ -78,7 +78,7 @@ def test_kl_of_the_perturbed_teacher_is_the_mean_over_response_tokens(random_bac
         count += len(target.response)
     with attached(random_backbone, CONFIG) as adapted:
         (part,) = share(random_backbone, forget, range(6), 0)
-        loss = Student(adapted, random_backbone).kl(part).item()
+        loss = Student(adapted, random_backbone)(part, "forget").item()
     assert loss == pytest.approx(total / count, rel=1e-4)
     assert loss > 0.01
 
@@ -373,7 +373,7 @@ def test_optimizer_steps_take_turns_between_the_views(random_backbone, forget, r
         (plain,) = share(random_backbone, single, range(6), 0)
         with attached(random_backbone, CONFIG) as model:
             student = Student(model, random_backbone)
-            assert student.kl(mine).item() == student.kl(plain).item()
+            assert student(mine, "forget").item() == student(plain, "forget").item()
     same, _ = train(random_backbone, replace(forget, views=[forget.prompts]), retain)
     alone, _ = train(random_backbone, forget, retain)
     varied, _ = train(random_backbone, both, retain)

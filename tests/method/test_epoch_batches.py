@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from vgid.config import TrialConfig
-from vgid.method import distillation
 from vgid.method.distillation import DistillationSet, epoch_batches, retain_batches
 
 MLLMU = {"generation": 7, "cloze": 1}
@@ -128,8 +127,8 @@ def test_people_to_be_seen_are_shown_in_75_steps_of_450_people(
 ):
     """Drawn from all alike, 8 of the 25 were; and the order was drawn at each of the steps."""
     calls = []
-    draw = distillation.draw_order
-    monkeypatch.setattr(distillation, "draw_order", lambda *a: calls.append(a) or draw(*a))
+    draw = DistillationSet.batches
+    monkeypatch.setattr(DistillationSet, "batches", lambda *a: calls.append(a) or draw(*a))
     tasks, portraits = of_people(450, MLLMU)
     settings = {"retain_batch_size": batch_size, "questions_per_image": questions_per_image}
     seen = set(range(100, 125))

@@ -67,7 +67,7 @@ def counted_step(backbone, packed, teacher_RD, rank):
     with attached(backbone, TrialConfig(lora_rank=rank)) as model:
         student = Student(model.train(), backbone)
         batch = DistillationBatch(packed, teacher_RD, 1.0, 1.0)
-        return counted(lambda: student.kl(batch).backward())
+        return counted(lambda: student(batch, "forget").backward())
 
 
 class Eager:
@@ -232,7 +232,7 @@ def test_activation_bytes_are_those_of_saved_tensors(name, checkpointing):
         base |= {p.untyped_storage().data_ptr() for p in model.parameters()}
         student = Student(model.train(), backbone)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            kl = student.kl(DistillationBatch(packed, teacher_RD, 1.0, 1.0))
+            kl = student(DistillationBatch(packed, teacher_RD, 1.0, 1.0), "forget")
         measured = sum(size for pointer, size in saved.items() if pointer not in base)
         kl.backward()
     predicted = activation_bytes(text_config, [packed], 4, checkpointing)

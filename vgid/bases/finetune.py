@@ -2,8 +2,9 @@
 
 Cross-entropy on the answers of ``ft_Data``, response tokens only, with the defaults of the
 benchmark's own script (https://github.com/franciscoliu/MLLMU-Bench, finetune.py: LoRA, AdamW,
-learning rate 2e-5, batches of 4, 5 epochs). Questions of one portrait ride in one sequence
-(``vgid.models.packing``).
+learning rate 2e-5, batches of 4, 5 epochs). As there, questions are shown as stored, without the
+answer instructions of the evaluation. The loop is a trial's (``vgid.method.distillation``): what is
+learnt are the reference answers, and nothing is retained.
 
 What learns is the language model: LoRA on its linear maps, as the benchmark has it, or with
 ``full`` all of its weights, embeddings and ``lm_head`` included. Vision tower and projector stay
@@ -12,45 +13,49 @@ differs from the public one in its language model only.
 
 Everything random is a function of (seed, epoch), so a run that goes on from its checkpoint gives
 the same weights bit for bit.
-
-Shape legend: R response tokens over all samples, D hidden width, V vocabulary.
 """
 
 import hashlib
 import json
-import math
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import Tensor
 
-from vgid.bases.finetune_data import Sample, encode_samples, read_samples
-from vgid.config import Config, FinetuneConfig, TrialConfig, parse
-from vgid.data.benchmark import Benchmark
+from vgid.config import Config, FinetuneConfig, TrialConfig
+from vgid.data.benchmark import Benchmark, decode_image
+from vgid.data.layout import Defect, read_rows
+from vgid.data.people import parse_id, parse_images
 from vgid.errors import InputError
-from vgid.files import appearing, write_atomically
-from vgid.method.checkpoint import load_checkpoint, save_checkpoint
-from vgid.method.distillation import draw_order, learning_rate_factor
+from vgid.files import appearing
+from vgid.method.checkpoint import checkpointed_trial
+from vgid.method.distillation import (
+    DistillationSet,
+    LossNotFiniteError,
+    distill,
+    steps_per_epoch,
+)
+from vgid.method.methods import UnlearningMethod
+from vgid.method.samples import TrainingSample, worded
+from vgid.method.student import View
+from vgid.method.teacher import TeacherTarget
 from vgid.models import adapters as adapter
 from vgid.models.backbones import Backbone, load, locate, spec
-from vgid.models.encoding import Encoded, response_ids
-from vgid.models.packing import hidden_states, pack
+from vgid.models.encoding import encode, response_ids
 from vgid.models.weight_names import save_weights
 from vgid.provenance import provenance
+from vgid.results import EpochReport
 
 PROVENANCE = "finetuned.json"
 """Beside the weights: how they were made."""
 
-_PROGRESS = "progress.json"
 _COPIED = (".json", ".jinja", ".txt", ".model")
 _NOT_COPIED = ("config.json", "MEASURED.json", PROVENANCE)
 
@@ -60,7 +65,8 @@ class FinetuneResult(Config):
 
     Attributes:
         output: folder of the model, to be named with ``--model-path``.
-        losses: mean cross-entropy of each epoch in nats a response token, before its updates.
+        losses: mean cross-entropy of each epoch's steps, before their updates, in nats a response
+            token.
         steps: optimizer steps.
         samples: questions.
         base_revision: of the base that was tuned.
@@ -73,22 +79,6 @@ class FinetuneResult(Config):
     samples: int
     base_revision: str
     data_sha256: str
-
-
-def response_loss(
-    backbone: Backbone, prompts: Sequence[Encoded], responses: Sequence[Sequence[int]]
-) -> Tensor:
-    """Mean cross-entropy over the response tokens of all samples, a scalar in nats (fp32).
-
-    Args:
-        backbone: the model as it is now, adapters included.
-        prompts: the samples' prompts.
-        responses: token ids of their responses, end-of-sequence included.
-    """
-    packed = pack(backbone, prompts, responses)
-    hidden_RD = packed.predicting(hidden_states(backbone, packed))
-    logits_RV = backbone.model.lm_head(hidden_RD).float()
-    return F.cross_entropy(logits_RV, packed.response_ids_R)
 
 
 def finetune(
@@ -117,55 +107,66 @@ def finetune(
         raise InputError(
             f"{checkpoint}: an earlier run left its checkpoint; go on with --resume, or remove it."
         )
-    row = spec(config.backbone)
     benchmark = Benchmark.open(config.data)
     samples = read_samples(benchmark)
     backbone = load(config.backbone, config.model_path)
-    training = Training(config, backbone, samples, benchmark.sha256, checkpoint)
+    settings = config.model_dump(exclude={"backbone", "model_path", "data", "output"})
+    described = json.dumps([settings, backbone.revision, benchmark.sha256], sort_keys=True)
+    key = hashlib.sha256(described.encode()).hexdigest()
     with trainable(backbone, config) as model:
-        training.train(progress)
-        if model is not None:
+        reports = teach(backbone, model, samples, config, key, checkpoint, progress)
+        if not config.full:
             model.merge_and_unload()
-    record = {
-        "backbone": config.backbone,
-        "base_revision": backbone.revision,
-        "data_sha256": benchmark.sha256,
-        **training.settings,
-        "samples": len(samples),
-        "steps": training.steps,
-        "losses": training.losses,
-        **provenance(),
-    }
-    _write(backbone, locate(row, config.model_path), record, config.output)
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    return FinetuneResult(
+    result = FinetuneResult(
         output=config.output,
-        losses=tuple(training.losses),
-        steps=training.steps,
+        losses=tuple(report.metrics["forget_loss"] for report in reports),
+        steps=reports[-1].step,
         samples=len(samples),
         base_revision=backbone.revision,
         data_sha256=benchmark.sha256,
     )
+    record = {"backbone": config.backbone, **settings, **result.model_dump(exclude={"output"})}
+    base = locate(spec(config.backbone), config.model_path)
+    _write(backbone, base, {**record, **provenance()}, config.output)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    return result
+
+
+def read_samples(benchmark: Benchmark) -> list[TrainingSample]:
+    """Everyone's fine-tuning questions with the portraits of ``ft_Data``, in file order.
+
+    Raises:
+        InputError: a defect of ``ft_Data``, or an image that cannot be read.
+    """
+    pairs = benchmark.training_pairs()
+    samples = []
+    for row in read_rows(benchmark.root, "ft_Data", ("ID", "image")):
+        if isinstance(row, Defect):
+            raise benchmark.error(row)
+        person_id, _ = parse_id("ft_Data", row)
+        images, defects = parse_images("ft_Data", row)
+        benchmark.refuse(defects)
+        image = decode_image(next(iter(images.values())), f"the ft_Data image of {person_id}")
+        samples += worded(pairs[person_id], image, "raw")
+    return samples
+
+
+def _trial(config: FinetuneConfig) -> TrialConfig:
+    """A trial whose adapter, optimizer and order are those of ``config``."""
+    shared = config.model_dump(include=set(TrialConfig.model_fields))
+    return TrialConfig.model_validate({**shared, "lora_rank": config.rank})
 
 
 @contextmanager
 def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
-    """Make what is to learn require gradients; yields the ``PeftModel``, None without one.
+    """Make what is to learn require gradients; yields the ``PeftModel``, the model without one.
 
     With ``full`` on a GPU, the language model is held in fp32 and computes in bf16: updates of
     2e-5 would be lost in bf16 weights.
     """
     model = backbone.model
     if not config.full:
-        # The adapter is that of a trial; the trial's other settings play no part in it.
-        settings = {
-            "lora_rank": config.rank,
-            "lora_dropout": config.lora_dropout,
-            "gradient_checkpointing": config.gradient_checkpointing,
-            "seed": config.seed,
-        }
-        trial = parse(TrialConfig, settings, "finetune")
-        with adapter.attached(backbone, trial) as student:
+        with adapter.attached(backbone, _trial(config)) as student:
             yield student
         return
     dtype = model.dtype
@@ -174,157 +175,112 @@ def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
         module.float().requires_grad_(True)
     try:
         with adapter.checkpointed(model, config.gradient_checkpointing):
-            yield None
+            yield model
     finally:
         for module in learning:
             module.to(dtype).requires_grad_(False)
         model.eval()
 
 
-class Training:
-    """The training of one config: order, optimizer, checkpoints.
+class Teaching(UnlearningMethod):
+    """The reverse of unlearning: cross-entropy of the answers.
 
-    Attributes:
-        dtype: of the base; ``mixed`` tells whether what learns is held in fp32 beside it.
-        settings: the config without its paths.
-        steps: optimizer steps in all.
-        losses: mean cross-entropy of the epochs done.
+    Args:
+        trial: see ``UnlearningMethod``.
+        backbone: what learns; with all of its language model in fp32, it computes in the precision
+            of what is frozen.
+        full: whether all of it learns.
+        on_step: told the loss of each step.
     """
 
     def __init__(
         self,
-        config: FinetuneConfig,
+        trial: TrialConfig,
         backbone: Backbone,
-        samples: Sequence[Sample],
-        data_sha256: str,
-        checkpoint: Path,
+        full: bool = False,
+        on_step: Callable[[Tensor], None] = lambda loss: None,
     ) -> None:
-        self.config = config
-        self.backbone = backbone
-        self.samples = samples
-        self.checkpoint = checkpoint
-        self.dtype = backbone.model.dtype
-        self.mixed = config.full and self.dtype != torch.float32
-        self.settings = config.model_dump(exclude={"backbone", "model_path", "data", "output"})
-        described = json.dumps([self.settings, backbone.revision, data_sha256], sort_keys=True)
-        self.key = hashlib.sha256(described.encode()).hexdigest()
-        self.responses = [response_ids(backbone, sample.answer, sample.id) for sample in samples]
-        self.steps_an_epoch = math.ceil(len(samples) / config.batch_size)
-        self.steps = self.steps_an_epoch * config.epochs
-        self.losses: list[float] = []
+        super().__init__(trial, backbone)
+        self.device = backbone.device.type
+        self.dtype = next(p.dtype for p in backbone.model.parameters() if not p.requires_grad)
+        self.mixed = full and self.dtype != torch.float32
+        self.on_step = on_step
 
-    def batches(self, epoch: int) -> list[list[int]]:
-        """The samples of an epoch's steps, each sample once."""
-        order = draw_order(
-            ["generation"] * len(self.samples),
-            [sample.person_id for sample in self.samples],
-            self.config.questions_per_image,
-            self.config.seed,
-            f"finetune epoch {epoch}",
-        )
-        return [part.tolist() for part in np.array_split(order, self.steps_an_epoch)]
-
-    def train(self, progress: bool) -> None:
-        """Train in place, from the checkpoint if there is one.
-
-        Raises:
-            InputError: a sample that cannot be used, a checkpoint of another run, or a loss that is
-                not finite.
-        """
-        config = self.config
-        parameters = {n: p for n, p in self.backbone.model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.steps, config.warmup_fraction)
-        )
-        losses = self._earlier_losses()
-        first = load_checkpoint(self.checkpoint, self.key, parameters, optimizer, schedule)
-        self.losses = losses[:first]
-        with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
-            # Once through all, so that a sample that cannot be used is told before hours of work.
-            for sample in bar.track(self.samples, description="Checking the questions"):
-                encode_samples(self.backbone, [sample])
-            task = bar.add_task("", total=self.steps, completed=first * self.steps_an_epoch)
-            for epoch in range(first, config.epochs):
-                self.backbone.model.model.language_model.train()
-                torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
-                total, tokens = 0.0, 0
-                for k, indices in enumerate(self.batches(epoch)):
-                    loss, norm = self._step(indices, parameters, optimizer, schedule)
-                    if not (math.isfinite(loss) and math.isfinite(norm)):
-                        raise self._not_finite(f"step {epoch * self.steps_an_epoch + k + 1}")
-                    count = sum(len(self.responses[i]) for i in indices)
-                    total, tokens = total + loss * count, tokens + count
-                    bar.update(
-                        task,
-                        advance=1,
-                        description=f"Epoch {epoch + 1} of {config.epochs}, loss {loss:.3f}",
-                    )
-                if not all(bool(p.isfinite().all()) for p in parameters.values()):
-                    raise self._not_finite(f"the end of epoch {epoch + 1}")
-                self.losses.append(total / tokens)
-                self._save(epoch + 1, parameters, optimizer)
-        self.backbone.model.eval()
-
-    def _step(
-        self,
-        indices: Sequence[int],
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LambdaLR,
-    ) -> tuple[float, float]:
-        """One clipped optimizer step; the loss before it, and the gradient's norm."""
-        prompts = encode_samples(self.backbone, [self.samples[i] for i in indices])
+    def forget_loss(self, view: View) -> Tensor:
+        """Mean cross-entropy over the response tokens, a scalar in nats (fp32)."""
         # A context a step: autocast keeps its bf16 copies of the weights until it is left.
-        with torch.autocast(self.backbone.device.type, self.dtype, enabled=self.mixed):
-            loss = response_loss(self.backbone, prompts, [self.responses[i] for i in indices])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters.values(), self.config.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        return float(loss.detach()), float(norm)
+        with torch.autocast(self.device, self.dtype, enabled=self.mixed):
+            loss = view.cross_entropy()
+        self.on_step(loss.detach())
+        return loss
 
-    def _earlier_losses(self) -> list[float]:
-        """Losses that the checkpoint's run had until now.
 
-        Raises:
-            InputError: the checkpoint is of another run.
-        """
-        try:
-            known = json.loads((self.checkpoint / _PROGRESS).read_text())
-        except FileNotFoundError:
-            return []
-        except ValueError:  # torn by a crash of the machine: nothing to go on from
-            shutil.rmtree(self.checkpoint)
-            return []
-        if known["key"] != self.key:
-            raise InputError(
-                f"{self.checkpoint}: the checkpoint was made with other settings, data or base; "
-                "give those again, or remove it."
-            )
-        return list(known["losses"])
+def teach(
+    backbone: Backbone,
+    model: Any,
+    samples: Sequence[TrainingSample],
+    config: FinetuneConfig,
+    key: str,
+    checkpoint: Path,
+    progress: bool = False,
+) -> list[EpochReport]:
+    """Train what requires gradients in place, from the checkpoint of run ``key`` if there is one.
 
-    def _save(
-        self,
-        epochs_done: int,
-        parameters: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        # Losses first: of more losses than epochs, the surplus is ignored.
-        progress = json.dumps({"key": self.key, "losses": self.losses})
-        write_atomically(self.checkpoint / _PROGRESS, progress.encode())
-        save_checkpoint(self.checkpoint, self.key, epochs_done, parameters, optimizer)
-
-    def _not_finite(self, where: str) -> InputError:
-        """The error; the checkpoint goes too, since going on from it would end the same way."""
-        shutil.rmtree(self.checkpoint, ignore_errors=True)
-        return InputError(
-            f"finetune: loss, gradient or weights are not finite at {where}; lower "
-            f"--learning-rate, which was {self.config.learning_rate:g}."
+    Raises:
+        InputError: a sample that the model cannot take, a checkpoint of another run, or a loss that
+            is not finite.
+    """
+    if checkpointed_trial(checkpoint) not in (None, key):
+        raise InputError(
+            f"{checkpoint}: the checkpoint was made with other settings, data or base; "
+            "give those again, or remove it."
         )
+    trial = _trial(config)
+    with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
+        # All of them first, so that one that cannot be used is told before hours of work.
+        data = answered(backbone, bar.track(samples, description="Checking the questions"))
+        per_epoch = steps_per_epoch(data, trial)
+        task = bar.add_task("", total=per_epoch * trial.epochs)
+
+        def on_step(loss: Tensor) -> None:
+            epoch = int(bar.tasks[task].completed) // per_epoch + 1
+            told = f"Epoch {epoch} of {trial.epochs}, loss {loss:.3f}"
+            bar.update(task, advance=1, description=told)
+
+        reports = []
+        method = Teaching(trial, backbone, config.full, on_step)
+        run = distill(
+            backbone, model, data, None, trial, method=method, trial_id=key, checkpoint=checkpoint
+        )
+        try:
+            for report in run:
+                reports.append(report)
+                bar.update(task, completed=report.step)  # of the epochs that the checkpoint has
+            learnt = [p for p in model.parameters() if p.requires_grad]
+            if not all(bool(p.isfinite().all()) for p in learnt):
+                raise LossNotFiniteError("a weight is not finite in the end")
+        except LossNotFiniteError as error:
+            # Going on from the checkpoint would end the same way.
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            raise InputError(
+                f"finetune: {error}; lower --learning-rate, which was {config.learning_rate:g}."
+            ) from None
+    return reports
+
+
+def answered(backbone: Backbone, samples: Iterable[TrainingSample]) -> DistillationSet:
+    """The samples with their answers as targets, of which no teacher says anything.
+
+    Raises:
+        SampleError: a sample that the model cannot take.
+    """
+    prompts, targets, tasks = [], [], []
+    for sample in samples:
+        response = response_ids(backbone, sample.answer, sample.query.id)
+        prompts += encode(backbone, [sample.query], room=len(response))
+        targets.append(TeacherTarget(response, torch.empty(len(response), 0)))
+        tasks.append(sample.task)
+    return DistillationSet(prompts, [targets], tasks, name="finetune")
 
 
 def _write(backbone: Backbone, base: Path, record: dict[str, Any], output: Path) -> None:

@@ -59,12 +59,12 @@ BOUNDS: dict[str, tuple[float, float]] = {
 """
 RETAIN_PEOPLE = 30
 STYLES: tuple[PromptStyle, ...] = ("declarative", "polite", "strict")
-VIEWS: tuple[tuple[str, NoiseType, float | None], ...] = (
-    ("random", "random", None),
-    ("white", "white", None),
-    ("gaussian0.2", "gaussian", 0.2),
-    ("gaussian0.8", "gaussian", 0.8),
-)
+NOISES: dict[str, tuple[NoiseType, float | None]] = {
+    "random": ("random", None),
+    "white": ("white", None),
+    "gaussian0.2": ("gaussian", 0.2),
+    "gaussian0.8": ("gaussian", 0.8),
+}
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,8 @@ class Item:
         text = with_reverse_prompt(self.text) if condition.reverse else self.text
         image = self.image
         if image is not None and condition.noise is not None:
-            noise_type, sigma = condition.noise
             rng = sample_generator(0, self.id)
-            image = Image.fromarray(perturb(np.asarray(image), noise_type, sigma, rng))
+            image = Image.fromarray(perturb(np.asarray(image), *condition.noise, rng))
         return Query(self.id, with_instruction(text, condition.style), image)
 
 
@@ -113,16 +112,11 @@ def generation_items(
     items = []
     for person in people:
         image = test_portrait(data_seed, person, 0) if test else portrait(data_seed, person)
+        shown = image if form == "image" else None
         for index, (question, answer, of_form) in enumerate(generation_questions(person, test)):
             if of_form == form:
-                items.append(
-                    Item(
-                        f"{person.id}/{index}",
-                        question if raw else generation_text(question, form),
-                        answer,
-                        image if form == "image" else None,
-                    )
-                )
+                text = question if raw else generation_text(question, form)
+                items.append(Item(f"{person.id}/{index}", text, answer, shown))
     return items
 
 
@@ -137,20 +131,15 @@ def cloze_accuracy(
     backbone: Backbone, data_seed: int, people: Sequence[FictitiousPerson], form: Form = "image"
 ) -> float:
     """Share of cloze questions whose response contains the true answer, ignoring case."""
-    items = [
-        Item(
-            f"{person.id}/cloze/{index}",
-            cloze_text(question),
-            answer,
-            portrait(data_seed, person) if form == "image" else None,
-        )
-        for person in people
-        for index, (question, answer, of_form) in enumerate(cloze_questions(person, False))
-        if of_form == form
-    ]
-    responses = greedy_decode(backbone, [item.query(PLAIN) for item in items])
-    hits = [cloze_correct(i.answer, r) for i, r in zip(items, responses, strict=True)]
-    return float(np.mean(hits))
+    queries, answers = [], []
+    for person in people:
+        image = portrait(data_seed, person) if form == "image" else None
+        for question, answer, of_form in cloze_questions(person, False):
+            if of_form == form:
+                queries.append(Query(person.id, cloze_text(question), image))
+                answers.append(answer)
+    pairs = zip(answers, greedy_decode(backbone, queries), strict=True)
+    return float(np.mean([cloze_correct(answer, response) for answer, response in pairs]))
 
 
 def choice_accuracy(
@@ -159,7 +148,7 @@ def choice_accuracy(
     """Share of questions with options whose right option is the likeliest response."""
     queries: list[Query] = []
     responses: list[list[int]] = []
-    right: list[bool] = []
+    right: list[int] = []
     for person in people:
         rng = sample_generator(data_seed, f"{person.id}/choice")
         image = portrait(data_seed, person)
@@ -168,13 +157,10 @@ def choice_accuracy(
                 query = Query(person.id, option_likelihood_text(question), image)
                 queries += [query] * len(options)
                 responses += [response_ids(backbone, option) for option in options.values()]
-                right += [letter == other for other in options]
+                right.append(list(options).index(letter))
     rated = score_responses(backbone, encode(backbone, queries), responses)
-    options_per_question = 4
     likelihoods = np.array([float(score.logprobs_R.double().sum()) for score in rated])
-    likeliest = likelihoods.reshape(-1, options_per_question).argmax(1)
-    truth = np.array(right).reshape(-1, options_per_question).argmax(1)
-    return float((likeliest == truth).mean())
+    return float((likelihoods.reshape(len(right), -1).argmax(1) == right).mean())
 
 
 def measure(backbone: Backbone, data_seed: int = 0, ratio: int = 5) -> dict[str, float]:
@@ -184,48 +170,41 @@ def measure(backbone: Backbone, data_seed: int = 0, ratio: int = 5) -> dict[str,
     benchmark = world.of_kind("benchmark")
     forget = [person for person in benchmark if person.id in forgotten]
     retain = [person for person in benchmark if person.id not in forgotten][:RETAIN_PEOPLE]
-    forget_items = generation_items(data_seed, forget)
-    test_items = generation_items(data_seed, forget, test=True)
-
-    scores = {
-        "forget_base": rouge_l(backbone, forget_items),
-        "test_base": rouge_l(backbone, test_items),
-        "retain_base": rouge_l(backbone, generation_items(data_seed, retain)),
-        "forget_raw_base": rouge_l(backbone, generation_items(data_seed, forget, raw=True)),
-        "test_raw_base": rouge_l(
-            backbone, generation_items(data_seed, forget, test=True, raw=True)
-        ),
-        "retain_raw_base": rouge_l(backbone, generation_items(data_seed, retain, raw=True)),
-        "forget_raw_strict": rouge_l(
-            backbone, generation_items(data_seed, forget, raw=True), Condition("strict")
-        ),
-        "celebrity_base": rouge_l(
-            backbone, generation_items(data_seed, world.of_kind("celebrity"))
-        ),
-        "forget_text_base": rouge_l(backbone, generation_items(data_seed, forget, form="text")),
+    items = {
+        "forget": generation_items(data_seed, forget),
+        "test": generation_items(data_seed, forget, test=True),
+        "retain": generation_items(data_seed, retain),
+        "forget_raw": generation_items(data_seed, forget, raw=True),
+        "test_raw": generation_items(data_seed, forget, test=True, raw=True),
+        "retain_raw": generation_items(data_seed, retain, raw=True),
+        "celebrity": generation_items(data_seed, world.of_kind("celebrity")),
+        "forget_text": generation_items(data_seed, forget, form="text"),
+    }
+    strict, reverse = Condition("strict"), Condition(reverse=True)
+    asked = [
+        *((f"{people}_base", people, PLAIN) for people in items),
+        ("forget_raw_strict", "forget_raw", strict),
+        ("forget_reverse", "forget", reverse),
+        ("forget_strict_reverse", "forget", Condition("strict", True)),
+        ("retain_strict", "retain", strict),
+        ("test_strict", "test", strict),
+        ("test_random", "test", Condition(noise=("random", None))),
+        *((f"forget_{style}", "forget", Condition(style)) for style in STYLES),
+    ]
+    for view, noise in NOISES.items():
+        asked.append((f"forget_{view}", "forget", Condition(noise=noise)))
+        asked += [
+            (f"forget_{view}+{style}", "forget", Condition(style, noise=noise)) for style in STYLES
+        ]
+    scores = {name: rouge_l(backbone, items[people], how) for name, people, how in asked}
+    scores |= {
         "forget_cloze": cloze_accuracy(backbone, data_seed, forget),
         "forget_text_cloze": cloze_accuracy(backbone, data_seed, forget, form="text"),
         "retain_cloze": cloze_accuracy(backbone, data_seed, retain),
         "forget_choice": choice_accuracy(backbone, data_seed, forget),
-        "forget_reverse": rouge_l(backbone, forget_items, Condition(reverse=True)),
-        "forget_strict_reverse": rouge_l(backbone, forget_items, Condition("strict", True)),
-        "retain_strict": rouge_l(
-            backbone, generation_items(data_seed, retain), Condition("strict")
-        ),
-        "test_strict": rouge_l(backbone, test_items, Condition("strict")),
-        "test_random": rouge_l(backbone, test_items, Condition(noise=("random", None))),
+        "random_below_strict": scores["forget_strict"] - scores["forget_random"],
+        "reverse_gain": scores["forget_strict_reverse"] - scores["forget_strict"],
     }
-    for style in STYLES:
-        scores[f"forget_{style}"] = rouge_l(backbone, forget_items, Condition(style))
-    for view, noise_type, sigma in VIEWS:
-        noise = (noise_type, sigma)
-        scores[f"forget_{view}"] = rouge_l(backbone, forget_items, Condition(noise=noise))
-        for style in STYLES:
-            scores[f"forget_{view}+{style}"] = rouge_l(
-                backbone, forget_items, Condition(style, noise=noise)
-            )
-    scores["random_below_strict"] = scores["forget_strict"] - scores["forget_random"]
-    scores["reverse_gain"] = scores["forget_strict_reverse"] - scores["forget_strict"]
     return {name: round(score, 4) for name, score in scores.items()}
 
 

@@ -51,23 +51,21 @@ def chunked_kl(
     Raises:
         InputError: shapes that do not fit together, or a chunk below 1.
     """
-    if student_RD.ndim != 2 or teacher_RD.shape != student_RD.shape:
-        raise InputError(
-            f"teacher_RD: shape {tuple(teacher_RD.shape)} beside the student's "
-            f"{tuple(student_RD.shape)}; give both as (R, D) for the same response positions."
-        )
-    if weight_VD.ndim != 2 or weight_VD.shape[1] != student_RD.shape[1]:
-        raise InputError(
-            f"weight_VD: shape {tuple(weight_VD.shape)} does not fit hidden states of width "
-            f"{student_RD.shape[1]}; give the lm_head weight of the same backbone."
-        )
-    if bias_V is not None and bias_V.shape != weight_VD.shape[:1]:
-        raise InputError(
-            f"bias_V: shape {tuple(bias_V.shape)} does not fit a vocabulary of "
-            f"{weight_VD.shape[0]}; give the bias of the same lm_head."
-        )
-    if chunk < 1:
-        raise InputError(f"chunk {chunk}: must be positive; give 1 or more.")
+    student, teacher, weight = (tuple(x.shape) for x in (student_RD, teacher_RD, weight_VD))
+    bias = weight[:1] if bias_V is None else tuple(bias_V.shape)
+    for fits, name, given, remedy in (
+        (len(student) == 2 and teacher == student, "teacher_RD:", teacher, "both states as (R, D)"),
+        (
+            len(weight) == 2 and weight[-1:] == student[-1:],
+            "weight_VD:",
+            weight,
+            "lm_head's (V, D)",
+        ),
+        (bias == weight[:1], "bias_V:", bias, "the same lm_head's, (V,)"),
+        (chunk >= 1, "chunk", chunk, "1 or more"),
+    ):
+        if not fits:
+            raise InputError(f"{name} {given} does not fit; give {remedy}.")
     return _ChunkedKL.apply(
         student_RD,
         teacher_RD.detach(),

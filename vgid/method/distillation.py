@@ -1,9 +1,15 @@
 """The training loop: Algorithm 1 of the paper, for one process or one rank of several.
 
-Each step draws a batch of forget questions and, if the method has a retain term, one of retain
-questions, sums both losses (equation 5) and takes one optimizer step. The losses are the method's
-(``vgid.method.methods``); VGID's are forward KLs. Response tokens only: the student's hidden states
-at those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts.
+An optimizer step minimises equation 5 over a batch of forget questions and one of retain ones::
+
+    L   = alpha * L_F + beta * L_R                                    take_step
+    L_F = KL( pi_T(. | P_phi(v), t_ic + t) || pi_theta(. | v, t) )    Distillation.forget_loss
+    L_R = KL( pi_0(. | v, t)               || pi_theta(. | v, t) )    Distillation.retain_loss
+
+That is forward KL to the student, who sees the original image, from the teacher, who sees it
+perturbed and behind the instruction (``vgid.method.teacher``), and from the frozen base. Other
+methods have other losses (``vgid.method.methods``). Response tokens only: the student's hidden
+states at those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts.
 Questions of one portrait ride in one sequence (``vgid.models.packing``).
 
 An epoch is one pass over the forget questions; the retain questions have passes of their own,
@@ -19,8 +25,8 @@ batch.
 import itertools
 import math
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,9 +35,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vgid.config import TrialConfig, uses
-from vgid.method.checkpoint import checkpoint_reports, load_checkpoint, save_checkpoint
+from vgid.method.checkpoint import load_checkpoint, save_checkpoint
 from vgid.method.methods import Distillation, UnlearningMethod, make_method
 from vgid.method.student import DistillationBatch, View
 from vgid.method.teacher import TeacherTarget
@@ -62,6 +69,7 @@ class DistillationSet:
             optimizer steps take turns between ``prompts`` and these, the same for all samples of a
             step.
         first: samples whose portraits come before all others in every pass.
+        name: of the set, which its order is drawn by.
     """
 
     prompts: Sequence[Encoded]
@@ -70,6 +78,7 @@ class DistillationSet:
     paired: bool = False
     views: Sequence[Sequence[Encoded]] = ()
     first: Collection[int] = ()
+    name: str = "forget"
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -100,9 +109,39 @@ class DistillationSet:
         return turns
 
     def batches(self, config: TrialConfig, batch_size: int, name: str) -> list[list[int]]:
-        """A pass over the samples (``draw_order``) in nearly equal batches."""
-        k, first = config.questions_per_image, {self.portraits[i] for i in self.first}
-        order = draw_order(self.tasks, self.portraits, k, config.seed, name, first)
+        """A pass over the samples in nearly equal batches: portraits in turn, tasks in proportion.
+
+        A portrait gives its next ``config.questions_per_image`` questions at each of its turns,
+        which are spread evenly over the pass. Of the tasks that a portrait still has, the one comes
+        next that is furthest behind its share of all samples, so that any stretch of the pass holds
+        the tasks in nearly that proportion. The order is drawn by the trial's seed and ``name``.
+        """
+        # Why not a plain shuffle: of five people with 20 questions, a batch of 8 would hold 4 or 5
+        # portraits, and each portrait costs its image tokens; and the few cloze questions would
+        # bunch, so that some steps see three and others none. Two portraits with 4 questions each
+        # cost 2 images, not 5.
+        together, first = config.questions_per_image, {self.portraits[i] for i in self.first}
+        left: dict[Hashable, dict[Task, list[int]]] = {}
+        for i in sample_generator(config.seed, name).permutation(len(self)).tolist():
+            left.setdefault(self.portraits[i], {}).setdefault(self.tasks[i], []).append(i)
+        turns = []
+        for place, (portrait, groups) in enumerate(left.items()):
+            count = math.ceil(sum(map(len, groups.values())) / together)
+            for turn in range(count):
+                opens = turn == 0 and portrait in first
+                turns.append((not opens, (turn + place / len(left)) / count, place, groups))
+        shares = {task: n / len(self) for task, n in Counter(self.tasks).items()}
+        drawn = dict.fromkeys(shares, 0)
+        order: list[int] = []
+        for *_, groups in sorted(turns, key=lambda turn: turn[:3]):
+            for _ in range(min(together, sum(map(len, groups.values())))):
+                # Of 8 generation and 4 cloze questions (shares 2/3 and 1/3), the order opens g c g
+                # g c g ...: after any k draws a task has had its share of k, as nearly as whole
+                # questions allow.
+                behind = {t: shares[t] * (len(order) + 1) - drawn[t] for t in groups if groups[t]}
+                task = max(behind, key=behind.__getitem__)
+                order.append(groups[task].pop())
+                drawn[task] += 1
         return [p.tolist() for p in np.array_split(order, math.ceil(len(order) / batch_size))]
 
     def target(self, i: int, epoch: int) -> TeacherTarget:
@@ -117,6 +156,8 @@ class DistillationSet:
 
 
 Term = Literal["forget", "retain"]
+Shares = dict[Term, list[DistillationBatch]]
+"""A rank's share of the batch of each term, in the parts that it is computed in."""
 
 
 class Student(nn.Module):
@@ -139,66 +180,9 @@ class Student(nn.Module):
     def forward(self, part: DistillationBatch, term: Term) -> Tensor:
         """This rank's share of L_forget or of L_retain, a scalar."""
         view = View(self.backbone, self.model, part)
-        if term == "forget":
-            return self.method.forget_loss(view)
-        loss = self.method.retain_loss(view)
+        loss = self.method.forget_loss(view) if term == "forget" else self.method.retain_loss(view)
         assert loss is not None, "a method without a retain loss gets no retain batch"
         return loss
-
-    def kl(self, part: DistillationBatch) -> Tensor:
-        """Forward KL at the response positions, this share of the mean over the whole batch."""
-        return View(self.backbone, self.model, part).kl()
-
-
-def draw_order(
-    tasks: Sequence[Task],
-    portraits: Sequence[Hashable],
-    questions_per_image: int,
-    seed: int,
-    name: str,
-    first: Collection[Hashable] = (),
-) -> list[int]:
-    """Every sample once, in a seeded order: portraits in turn, and tasks in proportion.
-
-    A portrait gives its next ``questions_per_image`` questions at each of its turns, which are
-    spread evenly over the order. Of the tasks that a portrait still has, the one comes next that is
-    furthest behind its share of all samples, so that any stretch of the order holds the tasks in
-    nearly that proportion.
-
-    Args:
-        tasks: of each sample.
-        portraits: what each sample shows.
-        questions_per_image: questions of a portrait that follow each other.
-        seed: of the order.
-        name: of the order, different for each pass.
-        first: portraits whose first turn comes before everyone else's.
-    """
-    # Why not a plain shuffle: of five people with 20 questions, a batch of 8 would hold 4 or 5
-    # portraits, and each portrait costs its image tokens; and the few cloze questions would bunch,
-    # so that some steps see three and others none. Two portraits with 4 questions each cost 2
-    # images, not 5.
-    left: dict[Hashable, dict[Task, list[int]]] = {}
-    for i in sample_generator(seed, name).permutation(len(tasks)).tolist():
-        left.setdefault(portraits[i], {}).setdefault(tasks[i], []).append(i)
-    turns = []
-    for place, (portrait, groups) in enumerate(left.items()):
-        count = math.ceil(sum(map(len, groups.values())) / questions_per_image)
-        for turn in range(count):
-            opens = turn == 0 and portrait in first
-            turns.append((not opens, (turn + place / len(left)) / count, place, groups))
-    shares = {task: n / len(tasks) for task, n in Counter(tasks).items()}
-    drawn = dict.fromkeys(shares, 0)
-    order: list[int] = []
-    for *_, groups in sorted(turns, key=lambda turn: turn[:3]):
-        for _ in range(min(questions_per_image, sum(map(len, groups.values())))):
-            # Of 8 generation and 4 cloze questions (shares 2/3 and 1/3), the order opens g c g g c
-            # g ...: after any k draws a task has had its share of k, as nearly as whole questions
-            # allow.
-            behind = {t: shares[t] * (len(order) + 1) - drawn[t] for t in groups if groups[t]}
-            task = max(behind, key=behind.__getitem__)
-            order.append(groups[task].pop())
-            drawn[task] += 1
-    return order
 
 
 def steps_per_epoch(data: DistillationSet, config: TrialConfig) -> int:
@@ -208,7 +192,7 @@ def steps_per_epoch(data: DistillationSet, config: TrialConfig) -> int:
 
 def epoch_batches(data: DistillationSet, config: TrialConfig, epoch: int) -> list[list[int]]:
     """The forget samples of an epoch's steps, each sample once."""
-    return data.batches(config, config.batch_size, f"forget epoch {epoch}")
+    return data.batches(config, config.batch_size, f"{data.name} epoch {epoch}")
 
 
 def retain_batches(
@@ -267,42 +251,47 @@ def share(
     return shares
 
 
-def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float:
-    """Linear warm-up, then linear decay to a tenth."""
-    warmup = max(1, round(warmup_fraction * steps))
-    return min(1.0, (step + 1) / warmup) * (1.0 - 0.9 * step / steps)
+def epoch_shares(
+    backbone: Backbone,
+    forget: DistillationSet,
+    retain: DistillationSet | None,
+    config: TrialConfig,
+    epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Shares]:
+    """What this rank is shown in each step of an epoch (0-based): its shares of both batches."""
+    first, where = epoch * steps_per_epoch(forget, config), (epoch, rank, world_size)
+    parts = config.gradient_accumulation
+    others = None if retain is None else retain_batches(retain, config, first)
+    for step, indices in enumerate(epoch_batches(forget, config, epoch), first):
+        shares: Shares = {"forget": share(backbone, forget, indices, *where, parts, step)}
+        if retain is not None and others is not None:
+            # Without the step: retain people are shown as they are, views are of those to be
+            # forgotten.
+            shares["retain"] = share(backbone, retain, next(others), *where, parts)
+        yield shares
+
+
+def learning_rates(config: TrialConfig, steps: int) -> list[float]:
+    """Linear warm-up, then linear decay to a tenth: of each of ``steps`` and what would follow."""
+    warmup = max(1, round(config.warmup_fraction * steps))
+    return [
+        config.learning_rate * (min(1.0, (step + 1) / warmup) * (1.0 - 0.9 * step / steps))
+        for step in range(steps + 1)
+    ]
 
 
 def make_student(
-    model: Any, backbone: Backbone, config: TrialConfig, world_size: int = 1
+    model: Any, backbone: Backbone, method: UnlearningMethod, world_size: int = 1
 ) -> nn.Module:
-    """The model as the method trains it, in DDP if there are several processes.
-
-    Raises:
-        InputError: the trial asks for a layer that the backbone lacks.
-    """
-    method = make_method(config, backbone)
+    """The model as the method trains it, in DDP if there are several processes."""
     if method.layers is not None:
         # DDP would wait for the gradients of layers that are not run.
         backbone.model.model.language_model.layers[method.layers :].requires_grad_(False)
     student = Student(model, backbone, method)
-    if world_size == 1:
-        return student
     # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
-    return nn.parallel.DistributedDataParallel(student, init_sync=False)
-
-
-def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrialConfig, steps: int
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW on the adapter, and the schedule of its learning rate over ``steps``."""
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, steps, config.warmup_fraction)
-    )
-    return optimizer, schedule
+    return student if world_size == 1 else DistributedDataParallel(student, init_sync=False)
 
 
 def distill(
@@ -312,6 +301,7 @@ def distill(
     retain: DistillationSet | None,
     config: TrialConfig,
     *,
+    method: UnlearningMethod | None = None,
     trial_id: str = "",
     rank: int = 0,
     world_size: int = 1,
@@ -319,133 +309,107 @@ def distill(
 ) -> Iterator[EpochReport]:
     """Train the attached adapter in place; yields a report after each epoch.
 
-    Epochs that a checkpoint has are reported again, since nobody may have heard of them.
-
     Args:
         backbone: the frozen base that ``model`` wraps.
         model: the ``PeftModel`` with a fresh adapter.
         forget: D_F with the method's targets, for VGID the teacher of equation 2.
-        retain: D_R with the frozen base as teacher (equation 4); not used, and may be None, where
-            the method has no retain term.
+        retain: D_R with the frozen base as teacher; not used if the method has no retain term.
         config: the trial.
+        method: whose losses; the trial's by default.
         trial_id: written into the checkpoint, which is resumed from only by the same trial.
         rank: of this process.
         world_size: number of processes; more than one needs an initialised process group.
-        checkpoint: folder of the checkpoint, written after each epoch and resumed from.
+        checkpoint: its folder, written after each epoch and resumed from. Epochs that it has are
+            reported again, since nobody may have heard of them.
 
     Raises:
         InputError: the trial asks for a layer that the backbone lacks.
         LossNotFiniteError: NaN or infinite loss or gradient.
     """
-    student = make_student(model, backbone, config, world_size)
-    kept = retain if uses(config.method, "beta") else None
+    student = make_student(model, backbone, method or make_method(config, backbone), world_size)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=config.weight_decay)
+    reports = load_checkpoint(checkpoint, trial_id, parameters, optimizer) if checkpoint else []
+    yield from tuple(reports)
+    kept = retain if uses(config.method, "beta") else None
     per_epoch = steps_per_epoch(forget, config)
-    optimizer, schedule = make_optimizer(
-        parameters.values(), config, steps=per_epoch * config.epochs
-    )
-    first, reports = 0, []
-    if checkpoint is not None:
-        first = load_checkpoint(checkpoint, trial_id, parameters, optimizer, schedule)
-        reports = checkpoint_reports(checkpoint) if first else []
-
-    yield from list(reports)
-    others = None if kept is None else retain_batches(kept, config, first * per_epoch)
-    for epoch in range(first, config.epochs):
+    rates = learning_rates(config, per_epoch * config.epochs)
+    for epoch in range(len(reports), config.epochs):
         model.train()
-        # By epoch, not once: an epoch that is resumed then draws the masks that it would have
-        # drawn.
+        # By epoch, not once: a resumed epoch then draws the masks that it would have drawn.
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
-        sums = torch.zeros(2, dtype=torch.float64)
-        norm = 0.0
-        batches = epoch_batches(forget, config, epoch)
-        # Algorithm 1, lines 3 to 19: a batch of each set, the teachers of lines 6 to 9 from the
-        # store.
-        for k, indices in enumerate(batches):
-            step = epoch * per_epoch + k
-            parts = config.gradient_accumulation
-            forget_shares = share(backbone, forget, indices, epoch, rank, world_size, parts, step)
-            retain_shares: Sequence[DistillationBatch | None] = [None] * parts
-            if kept is not None and others is not None:
-                drawn = next(others)
-                # Without the step: retain people are shown as they are, views are of those to be
-                # forgotten.
-                retain_shares = share(backbone, kept, drawn, epoch, rank, world_size, parts)
-            optimizer.zero_grad(set_to_none=True)
-            losses = backward_terms(student, forget_shares, retain_shares, config, world_size)
-            norm = float(nn.utils.clip_grad_norm_(parameters.values(), config.max_grad_norm))
-            _refuse_infinite(norm, losses, step, epoch)
-            optimizer.step()
-            schedule.step()
-            sums += losses
+        sums_2, norm, step = torch.zeros(2, dtype=torch.float64), 0.0, epoch * per_epoch
+        # Algorithm 1, lines 3 to 19; the teachers of lines 6 to 9 come from the store.
+        for shares in epoch_shares(backbone, forget, kept, config, epoch, rank, world_size):
+            losses_2, norm = take_step(student, shares, optimizer, rates[step], config, world_size)
+            step += 1
+            if not (math.isfinite(norm) and bool(losses_2.isfinite().all())):
+                raise LossNotFiniteError(
+                    f"loss or gradient is not finite at step {step} (epoch {epoch + 1})"
+                )
+            sums_2 += losses_2
         model.eval()
-        terms_2 = _sum_over_ranks(sums, world_size) / len(batches)
-        rate = float(schedule.get_last_lr()[0])
-        metrics = _epoch_metrics(terms_2, config, kept is not None, rate, norm)
-        report = EpochReport(
-            epoch=epoch + 1, epochs=config.epochs, step=(epoch + 1) * per_epoch, metrics=metrics
-        )
-        reports.append(report)
+        means_2 = _sum_over_ranks(sums_2, world_size) / per_epoch
+        reports.append(epoch_report(config, epoch, per_epoch, means_2, rates[step], norm))
         if checkpoint is not None and rank == 0:
-            save_checkpoint(checkpoint, trial_id, epoch + 1, parameters, optimizer, reports)
-        yield report
+            save_checkpoint(checkpoint, trial_id, parameters, optimizer, reports)
+        yield reports[-1]
 
 
-def _refuse_infinite(norm: float, losses_2: Tensor, step: int, epoch: int) -> None:
-    if not math.isfinite(norm) or not bool(losses_2.isfinite().all()):
-        raise LossNotFiniteError(
-            f"loss or gradient is not finite at step {step + 1} (epoch {epoch + 1})"
-        )
-
-
-def _epoch_metrics(
-    terms_2: Tensor, config: TrialConfig, keeps: bool, learning_rate: float, grad_norm: float
-) -> dict[str, float]:
-    """What is told of an epoch: its mean losses L_F and L_R, their sum (equation 5), and more."""
-    forgotten, retained = terms_2
-    return {
+def epoch_report(
+    config: TrialConfig, epoch: int, per_epoch: int, means_2: Tensor, rate: float, norm: float
+) -> EpochReport:
+    """What is told of an epoch: its mean L_F and L_R (fp64), their sum (equation 5), and more."""
+    forgotten, retained = means_2
+    metrics = {
         "forget_loss": forgotten.item(),
-        **({"retain_loss": retained.item()} if keeps else {}),
+        **({"retain_loss": retained.item()} if uses(config.method, "beta") else {}),
         "loss": vgid_loss(forgotten, retained, config.alpha, config.beta).item(),
-        "learning_rate": learning_rate,
-        "grad_norm": grad_norm,
+        "learning_rate": rate,
+        "grad_norm": norm,
     }
+    step = (epoch + 1) * per_epoch
+    return EpochReport(epoch=epoch + 1, epochs=config.epochs, step=step, metrics=metrics)
 
 
-def backward_terms(
+def take_step(
     student: nn.Module,
-    forget_shares: Sequence[DistillationBatch],
-    retain_shares: Sequence[DistillationBatch | None],
+    shares: Shares,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
     config: TrialConfig,
     world_size: int = 1,
-) -> Tensor:
-    """Backward of both terms of equation 5 for one step, share by share.
+) -> tuple[Tensor, float]:
+    """One clipped optimizer step on alpha * L_F + beta * L_R: equation 5.
 
     Args:
-        student: the model that learns.
-        forget_shares: this process's part of the forget batch, one for each accumulated part.
-        retain_shares: the same of the retain batch; None where the method has no retain term.
+        student: the model that learns, in DDP if there are several ranks.
+        shares: by term this rank's share of the batch, in parts.
+        optimizer: of all that learns.
+        rate: learning rate.
         config: its alpha and beta weigh the terms.
-        world_size: number of processes.
+        world_size: number of ranks.
 
     Returns:
-        The unweighted losses L_F and L_R of this process, float64, shape [2].
+        The unweighted losses L_F and L_R of this rank, float64 of shape (2,), and the norm of the
+        gradient before it was clipped.
     """
-    # Equation 5 as two backward passes: alpha * grad L_F + beta * grad L_R is the gradient of the
-    # sum, and the first term's activations are gone before the second's are made.
-    losses_2 = torch.zeros(2, dtype=torch.float64)
-    shares = zip(forget_shares, retain_shares, strict=True)
-    for part, (forget_share, retain_share) in enumerate(shares, 1):
-        last = part == len(forget_shares)
-        alone = last and retain_share is None
-        losses_2[0] += backward_term(
-            student, forget_share, "forget", config.alpha, world_size, alone
-        )
-        if retain_share is not None:
-            losses_2[1] += backward_term(
-                student, retain_share, "retain", config.beta, world_size, last
-            )
-    return losses_2
+    # A backward pass for each part of each term: alpha * grad L_F + beta * grad L_R is the gradient
+    # of the sum, and one part's activations are gone before the next one's are made.
+    weights = {"forget": config.alpha, "retain": config.beta}
+    losses = {term: torch.zeros((), dtype=torch.float64) for term in weights}
+    parts = [
+        (term, shares[term][k]) for k in range(config.gradient_accumulation) for term in shares
+    ]
+    optimizer.zero_grad(set_to_none=True)
+    for number, (term, part) in enumerate(parts, 1):
+        last = number == len(parts)
+        losses[term] += backward_term(student, part, term, weights[term], world_size, last)
+    (group,) = optimizer.param_groups
+    norm = float(nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm))
+    group["lr"] = rate
+    optimizer.step()
+    return torch.stack(list(losses.values())), norm
 
 
 def backward_term(
@@ -456,9 +420,7 @@ def backward_term(
     world_size: int = 1,
     last: bool = True,
 ) -> Tensor:
-    """Add a term of equation 5 to the gradient of the adapter.
-
-    Term by term, the gradient is that of the sum, with the activations of one term in memory.
+    """Add a part of a term of equation 5, times alpha or beta, to the gradient of the adapter.
 
     Args:
         student: the student, in DDP if there are several ranks.
@@ -471,19 +433,12 @@ def backward_term(
     Returns:
         The unweighted share of the loss, fp64 on the CPU.
     """
-    with _reduced(student, last):
+    waits = not last and isinstance(student, DistributedDataParallel)
+    with student.no_sync() if waits else nullcontext():  # type: ignore[operator]
         loss: Tensor = student(part, term)
         # DDP averages over the ranks, whose shares are meant to be summed.
         (weight * loss * world_size).backward()
     return loss.detach().double().cpu()
-
-
-def _reduced(student: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Gradients are summed over ranks once a step, with the last part of the batch."""
-    if last or not isinstance(student, nn.parallel.DistributedDataParallel):
-        return nullcontext()
-    waiting: AbstractContextManager[None] = student.no_sync()
-    return waiting
 
 
 def _sum_over_ranks(values: Tensor, world_size: int) -> Tensor:

@@ -12,6 +12,7 @@ Shape legend: D hidden width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -83,12 +84,9 @@ class Distillation(UnlearningMethod):
     def forget_teachers(self, seed: int) -> list[tuple[Intervention, TargetSource]]:
         """The intervened teacher, one target set for each response source."""
         trial = self.trial
-        intervention = Intervention(
-            trial.noise_type if uses(trial.method, "noise_type") else None,
-            trial.sigma,
-            trial.prompt_style if uses(trial.method, "prompt_style") else None,
-            seed,
-        )
+        noise = trial.noise_type if uses(trial.method, "noise_type") else None
+        style = trial.prompt_style if uses(trial.method, "prompt_style") else None
+        intervention = Intervention(noise, trial.sigma, style, seed)
         return [(intervention, source) for source in SOURCES[trial.response_source]]
 
     def forget_loss(self, view: View) -> Tensor:
@@ -179,12 +177,11 @@ class RepresentationMisalignment(UnlearningMethod):
         super().__init__(trial, backbone)
         text = backbone.model.config.get_text_config()
         depth = text.num_hidden_layers
-        self.layer = trial.rmu_layer or max(1, depth // 3)
+        self.layer = self.layers = trial.rmu_layer or max(1, depth // 3)
         if self.layer > depth:
             raise SettingError(
                 f"rmu_layer: {backbone.spec.name} has {depth} layers, got {self.layer}; lower it."
             )
-        self.layers = self.layer
         # Equation 11: a Gaussian vector made unit length is uniform on the sphere.
         direction = sample_generator(trial.seed, "rmu direction").standard_normal(text.hidden_size)
         self.direction_D = torch.from_numpy(direction / np.linalg.norm(direction)).float()
@@ -192,21 +189,21 @@ class RepresentationMisalignment(UnlearningMethod):
 
     def forget_loss(self, view: View) -> Tensor:
         """Equations 12 and 13."""
-        pairs = self._hidden(view)
-        losses = [
-            rmu_forget(hidden, ref, self.direction_D, self.trial.rmu_steering)
-            for hidden, ref in pairs
-        ]
-        return view.of_batch(torch.stack(losses).mean())
+
+        def steered(hidden_TD: Tensor, ref_TD: Tensor) -> Tensor:
+            return rmu_forget(hidden_TD, ref_TD, self.direction_D, self.trial.rmu_steering)
+
+        return self._mean(view, steered)
 
     def retain_loss(self, view: View) -> Tensor:
         """Equation 14."""
-        losses = [rmu_retain(hidden, ref) for hidden, ref in self._hidden(view)]
-        return view.of_batch(torch.stack(losses).mean())
+        return self._mean(view, rmu_retain)
 
-    def _hidden(self, view: View) -> list[tuple[Tensor, Tensor]]:
+    def _mean(self, view: View, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """This share of a loss over the layer's states, the student's and the base's."""
         ref = view.ref_layer_hidden(self.layer)
-        return list(zip(view.layer_hidden(self.layer), ref, strict=True))
+        pairs = zip(view.layer_hidden(self.layer), ref, strict=True)
+        return view.of_batch(torch.stack([loss(hidden, base) for hidden, base in pairs]).mean())
 
 
 METHODS: dict[config.Method, type[UnlearningMethod]] = {

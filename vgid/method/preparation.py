@@ -1,7 +1,7 @@
 """What training needs before an adapter is attached: samples, teachers' targets, batches."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ from vgid.models.backbones import Backbone
 from vgid.models.encoding import Encoded, encode, response_ids
 from vgid.results import EpochReport
 
-Training = Callable[[Any], Iterator[EpochReport]]
-"""Trains a PEFT model, epoch by epoch."""
+Prepared = tuple[Callable[[Any], Iterator[EpochReport]], Iterator[TrainingSample]]
+"""What trains a PEFT model, epoch by epoch; and the retain samples that its steps draw."""
 
 
+@dataclass
 class Preparation:
     """Prepares trials of one forget request; keeps the samples and encodings that they share.
 
-    Args:
+    Attributes:
         backbone: the frozen base.
         benchmark: the data.
         people: who is forgotten and who is kept.
@@ -39,29 +40,17 @@ class Preparation:
         world_size: workers of a trial.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        benchmark: Benchmark,
-        people: People,
-        request: RequestConfig,
-        store: TeacherStore,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.backbone = backbone
-        self.benchmark = benchmark
-        self.people = people
-        self.request = request
-        self.store = store
-        self.rank = rank
-        self.world_size = world_size
-        self._training: dict[tuple[Any, ...], list[TrainingSample]] = {}
-        self._encoded: dict[tuple[str, int], Encoded] = {}
+    backbone: Backbone
+    benchmark: Benchmark
+    people: People
+    request: RequestConfig
+    store: TeacherStore
+    rank: int = 0
+    world_size: int = 1
+    _samples: dict[tuple[Any, ...], list[TrainingSample]] = field(default_factory=dict)
+    _encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
 
-    def training(
-        self, trial: TrialConfig, trial_id: str, checkpoint: Path | None
-    ) -> tuple[Training, Iterator[TrainingSample]]:
+    def training(self, trial: TrialConfig, trial_id: str, checkpoint: Path | None) -> Prepared:
         """Prepare one trial: its samples, what the teachers answer them, the order of its batches.
 
         Args:
@@ -69,40 +58,20 @@ class Preparation:
             trial_id: names the trial in its checkpoint.
             checkpoint: where its state is saved after each epoch, and continued from.
 
-        Returns:
-            The training of a student, and the retain samples that its steps draw.
-
         Raises:
             InputError: data that cannot be trained on, or a layer that the backbone lacks.
         """
-        forget = self._samples(trial, forget=True)
-        retain = self._samples(trial, forget=False) if uses(trial.method, "beta") else []
+        forget = self._asked(trial, forget=True)
+        retain = self._asked(trial, forget=False) if uses(trial.method, "beta") else []
         if trial.released:
-            if self.world_size > 1:
-                raise SettingError("released: the public script's variant runs in one worker only.")
-            answered = [
-                [
-                    # The script's answers do not end.
-                    (prompt, response_ids(self.backbone, sample.answer)[:-1])
-                    for prompt, sample in zip(self._encode(samples), samples, strict=True)
-                ]
-                for samples in (forget, retain)
-            ]
-            drawn = retain_drawn(len(forget), len(retain), trial)
-            return (
-                lambda model: distill_released(
-                    self.backbone, model, answered[0], answered[1], trial
-                ),
-                (retain[i] for i in drawn),
-            )
+            return self._released(trial, forget, retain)
         method = make_method(trial, self.backbone)
-        forget_targets = [
-            self.store.targets(forget, intervention, source)
-            for intervention, source in method.forget_teachers(self.request.seed)
-        ]
         forget_set = DistillationSet(
             self._encode(forget),
-            forget_targets,
+            [
+                self.store.targets(forget, intervention, source)
+                for intervention, source in method.forget_teachers(self.request.seed)
+            ],
             [s.task for s in forget],
             method.paired,
             [self._encode(forget, view) for view in range(1, trial.views)],
@@ -117,9 +86,9 @@ class Preparation:
                 [s.task for s in retain],
                 first=[i for i, s in enumerate(retain) if s.person_id in seen],
             )
-            batches = retain_batches(retain_set, trial)
             steps = trial.epochs * steps_per_epoch(forget_set, trial)
-            retained = (retain[i] for batch in islice(batches, steps) for i in batch)
+            batches = islice(retain_batches(retain_set, trial), steps)
+            retained = (retain[i] for batch in batches for i in batch)
 
         def epochs(model: Any) -> Iterator[EpochReport]:
             return distill(
@@ -128,6 +97,7 @@ class Preparation:
                 forget_set,
                 retain_set,
                 trial,
+                method=method,
                 trial_id=trial_id,
                 rank=self.rank,
                 world_size=self.world_size,
@@ -136,10 +106,28 @@ class Preparation:
 
         return epochs, retained
 
-    def _samples(self, trial: TrialConfig, forget: bool) -> list[TrainingSample]:
+    def _released(
+        self, trial: TrialConfig, forget: list[TrainingSample], retain: list[TrainingSample]
+    ) -> Prepared:
+        if self.world_size > 1:
+            raise SettingError("released: the public script's variant runs in one worker only.")
+
+        def answered(samples: list[TrainingSample]) -> list[tuple[Encoded, list[int]]]:
+            # The script's answers do not end.
+            responses = [response_ids(self.backbone, sample.answer)[:-1] for sample in samples]
+            return list(zip(self._encode(samples), responses, strict=True))
+
+        sets = answered(forget), answered(retain)
+        drawn = retain_drawn(len(forget), len(retain), trial)
+        return (
+            lambda model: distill_released(self.backbone, model, *sets, trial),
+            (retain[i] for i in drawn),
+        )
+
+    def _asked(self, trial: TrialConfig, forget: bool) -> list[TrainingSample]:
         key = (trial.train_tasks, trial.train_wording, forget)
-        if key not in self._training:
-            self._training[key] = training_samples(
+        if key not in self._samples:
+            self._samples[key] = training_samples(
                 self.benchmark,
                 self.people.forget if forget else self.people.retain_pool,
                 trial,
@@ -147,9 +135,9 @@ class Preparation:
                 self.request.seed,
                 held_out_of_training(self.people, self.request),
             )
-        return self._training[key]
+        return self._samples[key]
 
-    def _encode(self, samples: list[TrainingSample], view: int = 0) -> list[Encoded]:
+    def _encode(self, samples: Sequence[TrainingSample], view: int = 0) -> list[Encoded]:
         """The samples' prompts with a view of their portraits, see ``vgid.method.views``."""
         pictures: dict[str, Image.Image] = {}
         for sample in samples:

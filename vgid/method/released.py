@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgid.config import TrialConfig
-from vgid.method.distillation import LossNotFiniteError
+from vgid.method.distillation import LossNotFiniteError, epoch_report
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Batch, Encoded, collate
 from vgid.results import EpochReport
@@ -79,12 +79,6 @@ def retain_drawn(forget: int, retain: int, config: TrialConfig) -> Iterator[int]
             yield from batch
 
 
-def learning_rate(forget: int, retain: int, config: TrialConfig, epoch: int) -> float:
-    """The script's linear decay: over the batches of both sets, but one step of it an epoch."""
-    batches = sum(math.ceil(n / config.batch_size) for n in (forget, retain))
-    return config.learning_rate * (1 - epoch / (batches * config.epochs))
-
-
 def distill_released(
     backbone: Backbone,
     model: Any,
@@ -106,49 +100,36 @@ def distill_released(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     # The script's AdamW is that of an older transformers, whose eps was this.
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, eps=1e-6, weight_decay=config.weight_decay
-    )
-    steps = 0
+    optimizer = torch.optim.AdamW(parameters, eps=1e-6, weight_decay=config.weight_decay)
+    # Its linear decay is over the batches of both sets, but takes one step of it an epoch.
+    steps = sum(math.ceil(len(data) / config.batch_size) for data in (forget, retain))
     for epoch in range(config.epochs):
         model.train()
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
         noise = torch.Generator().manual_seed(config.seed * 100_003 + epoch)
-        optimizer.param_groups[0]["lr"] = learning_rate(len(forget), len(retain), config, epoch)
-        sums, norm = [0.0, 0.0], 0.0
+        rate = config.learning_rate * (1 - epoch / (steps * config.epochs))
+        optimizer.param_groups[0]["lr"] = rate
+        losses, norm = {"forget": 0.0, "retain": 0.0}, 0.0
         pairs = epoch_pairs(len(forget), len(retain), config, epoch)
-        for batches in pairs:
-            steps += 1
-            terms = zip((forget, retain), batches, (config.alpha, config.beta), strict=True)
-            for which, (data, chosen, weight) in enumerate(terms):
-                samples = [data[i] for i in chosen]
-                batch = collate(backbone, [p for p, _ in samples], [r for _, r in samples])
-                seen = with_normalised_noise(batch, noise) if which == 0 else batch.inputs
+        for step, batches in enumerate(pairs, epoch * len(pairs) + 1):
+            terms = zip(losses, (forget, retain), batches, (config.alpha, config.beta), strict=True)
+            # A step of the optimizer for each term, where equation 5 has one for the sum.
+            for term, data, chosen, weight in terms:
+                prompts, responses = zip(*(data[i] for i in chosen), strict=True)
+                batch = collate(backbone, prompts, responses)
+                seen = with_normalised_noise(batch, noise) if term == "forget" else batch.inputs
                 with torch.no_grad(), model.disable_adapter():
                     teacher_logits = backbone.model(**seen).logits
                 kl = full_position_kl(teacher_logits, backbone.model(**batch.inputs).logits)
-                # Within the loop over both terms: the script takes a step for each, where equation
-                # 5 has one for the sum.
                 optimizer.zero_grad(set_to_none=True)
                 (weight * kl).backward()
                 norm = float(nn.utils.get_total_norm([p.grad for p in parameters]))
                 if not math.isfinite(norm) or not math.isfinite(kl.item()):
                     raise LossNotFiniteError(
-                        f"loss or gradient is not finite at step {steps} (epoch {epoch + 1})"
+                        f"loss or gradient is not finite at step {step} (epoch {epoch + 1})"
                     )
                 optimizer.step()
-                sums[which] += kl.item()
+                losses[term] += kl.item()
         model.eval()
-        forget_loss, retain_loss = (s / len(pairs) for s in sums)
-        yield EpochReport(
-            epoch=epoch + 1,
-            epochs=config.epochs,
-            step=steps,
-            metrics={
-                "forget_loss": forget_loss,
-                "retain_loss": retain_loss,
-                "loss": config.alpha * forget_loss + config.beta * retain_loss,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "grad_norm": norm,
-            },
-        )
+        means_2 = torch.tensor(list(losses.values()), dtype=torch.float64) / len(pairs)
+        yield epoch_report(config, epoch, len(pairs), means_2, rate, norm)

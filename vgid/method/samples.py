@@ -73,16 +73,14 @@ def training_samples(
                     f"{benchmark.root}: ft_Data has no metadata of person {person.id}; "
                     "add the row, or take the person out of the forget and retain configs."
                 )
-            samples += _worded(pairs.get(person.id, ()), image, trial.train_wording, left_out)
+            samples += worded(pairs.get(person.id, ()), image, trial.train_wording, left_out)
         for question in split_questions(person, "search", seed):
             if question.form != "image" or question.task == "generation":
                 continue
             if question.task not in tasks or (person.id, comparable(question.text)) in left_out:
                 continue
-            text, answer = (
-                question_text(question.task, question.form, question.text, question.options),
-                question.answer,
-            )
+            text = question_text(question.task, question.form, question.text, question.options)
+            answer = question.answer
             if question.task == "classification" and likelihood_options:
                 assert question.options is not None
                 text, answer = option_likelihood_text(question.text), question.options[answer]
@@ -96,11 +94,11 @@ def training_samples(
     return samples
 
 
-def _worded(
+def worded(
     pairs: Collection[TrainingPair],
     image: Image.Image,
     wording: TrainWording,
-    left_out: Collection[Said],
+    left_out: Collection[Said] = (),
 ) -> list[TrainingSample]:
     """A person's generation samples: all pairs in one wording, then in the other."""
     return [

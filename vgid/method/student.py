@@ -42,19 +42,19 @@ class DistillationBatch:
     fraction: float
 
 
+@dataclass
 class View:
     """A batch share under the student; what a method's loss asks for is computed then, once.
 
-    Args:
+    Attributes:
         backbone: the model as it is now, adapter included.
         model: the ``PeftModel`` around it.
         part: the share.
     """
 
-    def __init__(self, backbone: Backbone, model: Any, part: DistillationBatch) -> None:
-        self.backbone = backbone
-        self.model = model
-        self.part = part
+    backbone: Backbone
+    model: Any
+    part: DistillationBatch
 
     @cached_property
     def _hidden_RD(self) -> Tensor:

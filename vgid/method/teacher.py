@@ -114,7 +114,7 @@ class TeacherStore:
 
     Args:
         store: where they are kept.
-        backbone: the frozen base, with no adapter attached while the store computes.
+        backbone: the frozen base, without an adapter while it computes.
         rank: of this worker; ranks begin at different chunks so that they share the filling.
 
     Attributes:
@@ -130,10 +130,7 @@ class TeacherStore:
         self.misses = 0
 
     def targets(
-        self,
-        samples: Sequence[TrainingSample],
-        intervention: Intervention,
-        source: TargetSource,
+        self, samples: Sequence[TrainingSample], intervention: Intervention, source: TargetSource
     ) -> list[TeacherTarget]:
         """The targets of ``samples``, computed where the store does not hold them yet.
 
@@ -143,29 +140,28 @@ class TeacherStore:
             source: whose response tokens.
         """
         chunks = _chunks(samples)
-        found: dict[int, list[TeacherTarget]] = {}
-        for k in range(len(chunks)):
-            # Two workers that begin a study together want the same chunks; from one end each would
-            # wait for the other at every chunk.
-            i = (k + self.rank) % len(chunks)
-            found[i] = self._chunk([samples[n] for n in chunks[i]], intervention, source)
-        by_sample = {
-            n: target
-            for i, chunk in enumerate(chunks)
-            for n, target in zip(chunk, found[i], strict=True)
-        }
-        return [by_sample[n] for n in range(len(samples))]
+        found: dict[int, TeacherTarget] = {}
+        # Two workers that begin a study together want the same chunks; from one end each would wait
+        # for the other at every chunk.
+        start = self.rank % max(1, len(chunks))
+        for chunk in chunks[start:] + chunks[:start]:
+            targets = self._chunk([samples[n] for n in chunk], intervention, source)
+            found.update(zip(chunk, targets, strict=True))
+        return [found[n] for n in range(len(samples))]
 
     def _chunk(
-        self,
-        chunk: Sequence[TrainingSample],
-        intervention: Intervention,
-        source: TargetSource,
+        self, chunk: Sequence[TrainingSample], intervention: Intervention, source: TargetSource
     ) -> list[TeacherTarget]:
+        given = [_given(sample, intervention, source) for sample in chunk]
+        asked = [
+            [s.query.id, s.query.text, s.portrait, text]
+            for s, text in zip(chunk, given, strict=True)
+        ]
+        key = key_of([FORMAT, self.backbone.identity, asdict(intervention), source, asked])
         computed = self.store.misses
         tensors = self.store.get_or_compute(
-            self._key(chunk, intervention, source),
-            lambda: self._compute(chunk, intervention, source),
+            key,
+            lambda: self._compute(chunk, intervention, None if source == "teacher" else given),
         )
         if self.store.misses == computed:
             self.hits += len(chunk)
@@ -176,32 +172,14 @@ class TeacherStore:
         hidden = tensors["hidden"].split(lengths)
         return [TeacherTarget(r.tolist(), h) for r, h in zip(responses, hidden, strict=True)]
 
-    def _key(
-        self,
-        chunk: Sequence[TrainingSample],
-        intervention: Intervention,
-        source: TargetSource,
-    ) -> str:
-        return key_of(
-            [
-                FORMAT,
-                self.backbone.identity,
-                asdict(intervention),
-                source,
-                [
-                    [s.query.id, s.query.text, s.portrait, _given(s, intervention, source)]
-                    for s in chunk
-                ],
-            ]
-        )
-
     @torch.no_grad()
     def _compute(
         self,
         chunk: Sequence[TrainingSample],
         intervention: Intervention,
-        source: TargetSource,
+        given: Sequence[str] | None,
     ) -> dict[str, Tensor]:
+        """What the store keeps of a chunk; the responses are the teacher's own if none is given."""
         backbone = self.backbone
         seen = intervene(backbone, [sample.query for sample in chunk], intervention)
         prompts = [
@@ -209,7 +187,7 @@ class TeacherStore:
             for sample, query in zip(chunk, seen, strict=True)
             for prompt in encode(backbone, [query], room=response_room(backbone, sample))
         ]
-        if source == "teacher":
+        if given is None:
             end = backbone.processor.tokenizer.eos_token_id
             responses = [
                 # A response that was cut did not end, and the student is not to learn that it did.
@@ -217,7 +195,7 @@ class TeacherStore:
                 for tokens in greedy_tokens(backbone, prompts, batch_size=len(prompts))
             ]
         else:
-            responses = [response_ids(backbone, _given(s, intervention, source)) for s in chunk]
+            responses = [response_ids(backbone, text) for text in given]
         # Equation 2: pi_T at the response's positions is softmax(lm_head(hidden)). Forced along one
         # response, since teacher and student must be compared at the same tokens y, whoever said
         # them.
