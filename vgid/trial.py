@@ -139,11 +139,10 @@ class TrialSession:
             with _timed(seconds, "save"):
                 adapter.save(model, adapter_dir)
                 _save_responses(scored, adapter_dir)
-        shown = {sample.person_id for sample in retained}
-        seen = sum(person.id in shown for person in self.people.retain_seen)
+        seen = {s.person_id for s in retained} & {p.id for p in self.people.retain_seen}
         trained = ended(
             status="completed",
-            metrics={**metrics, "retain_seen_shown": seen},
+            metrics={**metrics, "retain_seen_shown": len(seen)},
             store=self._store_use(before),
             adapter=adapter_dir,
         )
