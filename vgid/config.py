@@ -288,7 +288,7 @@ class TrialConfig(Config):
     response_source: ResponseSource = Field(
         "mixed",
         description="tokens y of the forget KL, which the paper leaves open: the teacher's own "
-        "answer, the reference or each in turn (measured: tests/benchmarks/response_source.py)",
+        "answer, the reference or each in turn (measured: tests/benchmarks/choices.py)",
     )
     preference_beta: float = Field(
         0.1, gt=0, description="inverse temperature of po_dpo and npo: beta of equations 9 and 10"

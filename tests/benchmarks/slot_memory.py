@@ -25,8 +25,6 @@ PAUSE_S = 3.0
 TIMEOUT_S = 600
 RAY_OF_A_SLOT = (
     "ray::TrainController",
-    "ray::PlacementGroupCleaner",
-    "ray::DatasetManager",
     "ray::SynchronizationActor",
     "ray::ResourceTrainable",
 )

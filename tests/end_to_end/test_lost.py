@@ -74,7 +74,7 @@ def test_a_full_disk_fails_no_trial_and_a_missing_adapter_costs_its_own_scores(t
             study.start("--resume", "--retry-failed")
             assert study.finish() == 1
         *_, said = study.shown().splitlines()
-        assert "No held-out scores for 1 trials of the front, such as 0000: " in said
+        assert "No held-out scores for 1 of the base and the front, such as 0000: " in said
         (output / "moved").rename(gone)
         study.assert_consistent()
         front = pd.read_csv(output / "front.csv", dtype={"trial_id": str}).set_index("trial_id")

@@ -293,6 +293,10 @@ def test_an_interrupted_study_ends_in_order(data, space, tmp_path):
     (served,) = [p for p in family if "dashboard/dashboard.py" in " ".join(p.cmdline())]
     (port,) = {port for _, port in open_to[served] if 8265 <= port <= 8315}
     assert_asks_for_its_token(port)  # although nobody has set one
+    lines = [" ".join(process.cmdline()) for process in family]
+    for idle in ("DatasetManager", "PlacementGroupCleaner"):
+        assert not [line for line in lines if idle in line]
+    assert [line for line in lines if "SynchronizationActor" in line]  # so they would be seen
     token = Path("~/.ray/auth_token").expanduser()
     assert token.stat().st_mode & 0o077 == 0
     driver.send_signal(signal.SIGTERM)

@@ -69,7 +69,7 @@ def connected() -> Iterator[bool]:
             else:
                 context = ray.init(
                     address="local",
-                    include_dashboard=True,  # without it, Train's controllers were taken for dead
+                    include_dashboard=False,
                     dashboard_host="127.0.0.1",
                     object_store_memory=OBJECT_STORE_BYTES,
                     logging_level=logging.ERROR,

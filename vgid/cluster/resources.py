@@ -23,8 +23,8 @@ CPUS_PER_WORKER = 1
 where trials share the cores."""
 
 RAY_BYTES = 650 * 10**6
-"""Ray's processes beside the workers of one slot: Train's controller, placement group cleaner,
-dataset manager and synchronisation actor, and Tune's trainable: 605 in the sum of their
+"""Ray's processes beside the workers of one slot: Train's controller and
+synchronisation actor, and Tune's trainable: 605 in the sum of their
 proportional set sizes (``python -m tests.benchmarks.slot_memory``), and some to spare."""
 
 WORKER_BYTES = 900 * 10**6

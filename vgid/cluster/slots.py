@@ -172,6 +172,12 @@ class _SlotHost:
     """Holds the Train runs, a thread each. When it dies they die too, and it starts them again."""
 
     def __init__(self, shape: SlotShape) -> None:
+        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+            get_or_create_autoscaling_coordinator,
+        )
+
+        # Controllers ask for it one after the other, and wait a second until it has come up.
+        get_or_create_autoscaling_coordinator()
         # Once and not in each thread: Ray's packages import each other in circles.
         self._trainer = _trainer(shape.workers)
         self._shape = shape
@@ -249,9 +255,28 @@ def _give_back(shape: SlotShape, but: Collection[str] = ()) -> None:
 
 def _trainer(workers: int) -> Any:
     """Ray Train's trainer; one worker has no use for a process group, nor Ray for torch then."""
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import (
+        PlacementGroupCleanerCallback,
+    )
+
     if workers > 1:
-        return importlib.import_module("ray.train.torch").TorchTrainer
-    return importlib.import_module("ray.train.v2.api.data_parallel_trainer").DataParallelTrainer
+        plain = importlib.import_module("ray.train.torch").TorchTrainer
+    else:
+        plain = importlib.import_module(
+            "ray.train.v2.api.data_parallel_trainer"
+        ).DataParallelTrainer
+
+    class Trainer(plain):  # type: ignore[valid-type,misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            # Each holds a process of 120 MB a slot, and a second of a core before the first trial.
+            # There are no Ray datasets here, and what dead controllers leave `_give_back` gives
+            # back; Ray's own cleaner takes a controller that a second cluster of the machine does
+            # not know for dead.
+            idle = DatasetsCallback, PlacementGroupCleanerCallback
+            return [each for each in super()._create_default_callbacks() if type(each) not in idle]
+
+    return Trainer
 
 
 def _tells(host: Any, mailbox: Any, slot: int) -> Any:

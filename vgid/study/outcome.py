@@ -132,7 +132,7 @@ def shortfall(
     Args:
         trials: ended and lost trials.
         stopped: what of the environment ended it, if something did.
-        unscored: why trials of the front have no held-out scores, by trial id.
+        unscored: why the base or trials of the front have no held-out scores, by name.
     """
     status = Counter(trial.result.status for trial in trials)
     if stopped is not None:
@@ -149,7 +149,7 @@ def shortfall(
     if unscored:
         name, cause = next(iter(unscored.items()))
         return (
-            f"No held-out scores for {len(unscored)} trials of the front, such as {name}: "
+            f"No held-out scores for {len(unscored)} of the base and the front, such as {name}: "
             f"{_clause(cause)}."
         )
     return None

@@ -24,7 +24,7 @@ from vgid.interrupts import Background, StudyInterruptedError, made
 from vgid.report.figures import FIGURES, write_figures
 from vgid.report.front import Front
 from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study, write_trials
-from vgid.results import shots_left_out
+from vgid.results import QuestionPart, shots_left_out
 from vgid.seeds import held_out_seed
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.study.ending import Ending
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 RAY_FILES = ".ray"
 """What Ray Train and Tune want to keep in the output folder while they run."""
+
+BASE = "base"
+"""Stands beside trial ids where the base is scored with them."""
 
 
 def run_study(
@@ -187,20 +190,9 @@ class Study:
         # Only now: data and weights were read while the slots started, which takes longer.
         self.ending.interrupt.result(self._material)
         seed = self.plan.config.seed
-        # In the queue before the trials, whose reductions are measured against these scores: a
-        # worker finds them in the store then, and need not make them itself.
-        jobs = [
-            Job(id="base-search", kind="base", part="search", seed=seed),
-            Job(
-                id="base-held_out",
-                kind="base",
-                part="held_out",
-                seed=held_out_seed(seed, study=True),
-            ),
-        ]
-        for job in jobs:
-            ray.get(slots.mailbox.submit.remote(job))
-        return Background("base").submit(self._take_base, slots.mailbox, jobs)
+        job = Job(id="base-search", kind="base", part="search", seed=seed)
+        ray.get(slots.mailbox.submit.remote(job))
+        return Background("base").submit(self._take_base, slots.mailbox, job)
 
     def search(self, slots: "Slots", base: "Future[None]") -> None:
         """Run the trials that Optuna proposes, and those that an earlier run left in flight.
@@ -259,9 +251,9 @@ class Study:
             raise InputError(ending.failure)
 
     def score_front(self, slots: "Slots") -> None:
-        """Score the trials of the front again, on held-out questions and with another seed.
+        """Score the base and the front again, on held-out questions and with another seed.
 
-        A trial that cannot be scored keeps the others from nothing.
+        One that cannot be scored keeps the others from nothing.
         """
         import ray
 
@@ -273,26 +265,28 @@ class Study:
             self.console.stage(
                 f"Scoring the {len(front)} trials of the front on held-out questions"
             )
-        jobs = {}
+        seed = held_out_seed(self.plan.config.seed, study=True)
+        part: QuestionPart = "held_out"
+        # The base here and not before the trials, which would wait for it.
+        jobs = {BASE: Job(id=f"base-{part}", kind="base", part=part, seed=seed)}
         for trial_id in front:
+            adapter = self.ledger.adapter(trial_id)
             jobs[trial_id] = Job(
-                id=f"rescore-{trial_id}",
-                kind="rescore",
-                adapter=self.ledger.adapter(trial_id),
-                part="held_out",
-                seed=held_out_seed(self.plan.config.seed, study=True),
+                id=f"rescore-{trial_id}", kind="rescore", adapter=adapter, part=part, seed=seed
             )
-            ray.get(slots.mailbox.submit.remote(jobs[trial_id]))
-        for trial_id, job in jobs.items():
+        ray.get([slots.mailbox.submit.remote(job) for job in jobs.values()])
+        for name, job in jobs.items():
             outcome = outcome_of(slots.mailbox, job, self.ending.is_over, self.ending.out_of_time)
             if outcome.error is not None and self.ending.is_over():
                 self.ending.interrupt.check()
                 break
             if outcome.error is not None:
-                self.board.unscored[trial_id] = outcome.error
-                self.console.say(f"trial {trial_id} could not be scored again: {outcome.error}")
-                continue
-            self.board.held_out[trial_id] = outcome.scores
+                self.board.unscored[name] = outcome.error
+                self.console.say(f"{name} could not be scored again: {outcome.error}")
+            elif name == BASE:
+                self.board.base[part] = outcome.scores
+            else:
+                self.board.held_out[name] = outcome.scores
         self._seconds["re-score"] = self.ending.elapsed_s - began
 
     def write(self) -> dict[str, Any]:
@@ -370,32 +364,30 @@ class Study:
         tracker.start_study(self.header.study_id, config, hashes)
         return tracker
 
-    def _take_base(self, mailbox: Any, jobs: Sequence[Job]) -> None:
-        """Take in the base's scores as they come; one that does not come ends the study."""
+    def _take_base(self, mailbox: Any, job: Job) -> None:
+        """Take in the base's scores; if they do not come, the study ends."""
         ending, config = self.ending, self.plan.config
-        for job in jobs:
-            outcome = outcome_of(mailbox, job, ending.is_over, ending.out_of_time)
-            if outcome.error is not None:
-                outcome.log_trace()
-                gpus = config.gpus_per_worker > 0
-                said = base_unscored(outcome.error, config.output / "study.log", gpus)
-                if outcome.lost:
-                    ending.stop(outcome.error if outcome.fatal else said)
-                elif not ending.is_over():
-                    ending.fail(outcome.error if outcome.fatal else said_of_a_stop(said))
-                return
-            with ending.heeded():
-                self._settle(**outcome.content)
-            if ending.failure is not None:
-                return
-            self.board.base[job.part] = outcome.scores
-            self._seconds["load"] += outcome.load_s
-            if job.part == "search":
-                for line in (doubt(outcome.scores), shots_left_out(outcome.scores)):
-                    if line is not None:
-                        self.console.say(f"Warning: {line}")
-                self._seconds["start-up"] = ending.elapsed_s
-                self.console.stage("Running trials")
+        outcome = outcome_of(mailbox, job, ending.is_over, ending.out_of_time)
+        if outcome.error is not None:
+            outcome.log_trace()
+            gpus = config.gpus_per_worker > 0
+            said = base_unscored(outcome.error, config.output / "study.log", gpus)
+            if outcome.lost:
+                ending.stop(outcome.error if outcome.fatal else said)
+            elif not ending.is_over():
+                ending.fail(outcome.error if outcome.fatal else said_of_a_stop(said))
+            return
+        with ending.heeded():
+            self._settle(**outcome.content)
+        if ending.failure is not None:
+            return
+        self.board.base[job.part] = outcome.scores
+        self._seconds["load"] += outcome.load_s
+        for line in (doubt(outcome.scores), shots_left_out(outcome.scores)):
+            if line is not None:
+                self.console.say(f"Warning: {line}")
+        self._seconds["start-up"] = ending.elapsed_s
+        self.console.stage("Running trials")
         self.board.show_on(self.console.standing)
 
     def _write_tables(self) -> list[TrialRecord]:

@@ -23,7 +23,7 @@ class Scoreboard:
         base: scores of the base model by part of the questions, as far as they are known.
         held_out: held-out scores of trials on the front, by trial id.
         lost: why trials are lost that have not ended, by trial id; known when the study stops.
-        unscored: why trials of the front have no held-out scores, by trial id.
+        unscored: why the base or trials of the front have no held-out scores, by name.
     """
 
     def __init__(self, ledger: Ledger) -> None:
