@@ -49,7 +49,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog,
             description=description,
+            # What was not given is absent, so that a config or a caller has the default.
             argument_default=argparse.SUPPRESS,
+            # An abbreviation in somebody's script would break with the next flag of that beginning.
             allow_abbrev=False,
         )
         self.given: dict[str, Any] = {}

@@ -26,8 +26,8 @@ from vgid.files import StudyFolder, UsablePath, WrittenFolder
 from vgid.prompts import PromptStyle, Task
 
 NoiseType = Literal["random", "gaussian", "white"]
+# Beyond two pixel ranges, clipped Gaussian noise is black-and-white noise and changes no more.
 MAX_SIGMA = 2.0
-"""Beyond two pixel ranges, clipped Gaussian noise is black-and-white noise and changes no more."""
 
 ResponseSource = Literal["teacher", "reference", "mixed"]
 Method = Literal[
@@ -103,8 +103,7 @@ PairsToTrain = Annotated[
     TrainPairs, Field(description="training questions: all, or without the held-out ones")
 ]
 SkipDefects = Annotated[
-    bool,
-    Field(description="leave out defective questions and people without a sound portrait, counted"),
+    bool, Field(description="leave out and count what is defective: questions, people's portraits")
 ]
 SplitSeed = Annotated[
     int, Flag("S"), Field(ge=0, description="seed of the splits of people and questions")
@@ -113,32 +112,19 @@ EvalBatchSize = Annotated[
     int, Field(ge=1, description="questions answered together at most; fewer take less memory")
 ]
 StoreLimit = Annotated[
-    float,
-    Flag("GB"),
-    Field(
-        gt=0,
-        description="of teacher targets and image features, least recently used out, 10^9 bytes",
-    ),
+    float, Flag("GB"), Field(gt=0, description="disk for teacher targets and image features")
 ]
 LogResponses = Annotated[
-    bool,
-    Field(description="keep questions and responses beside the adapters; they hold personal data"),
+    bool, Field(description="keep questions and responses, personal data, beside the adapters")
 ]
 SearchSpaceFile = Annotated[
-    UsablePath | None,
-    Flag("FILE"),
-    Field(description="what is searched; without it, search_spaces/NAME.yaml"),
+    UsablePath | None, Flag("FILE"), Field(description="searched, if not search_spaces/NAME.yaml")
 ]
 SamplerName = Annotated[
-    Sampler,
-    Field(
-        description="gp: Gaussian process, with TPE for sigma; auto: gp up to 100 trials, else tpe"
-    ),
+    Sampler, Field(description="gp: Gaussian process, TPE for sigma; auto: gp up to 100 trials")
 ]
 MaxConcurrent = Annotated[
-    int | None,
-    Flag("K"),
-    Field(ge=1, description="trials at a time; without it, as many as the cluster holds"),
+    int | None, Flag("K"), Field(ge=1, description="trials at a time, if not all that fit")
 ]
 WorkersPerTrial = Annotated[
     int, Flag("W"), Field(ge=1, description="data-parallel workers of a trial")
@@ -467,6 +453,7 @@ def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
+        # The first is enough: what is wrong behind it often follows from it.
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")

@@ -2,6 +2,7 @@
 
 import re
 
+# To the last @, since a password may hold some itself; three slashes begin a path.
 _USER = re.compile(r"(?<=://)(?!/)\S*@")
 _PARAMETER = re.compile(r"(?i)([?&][^=&\s]*(?:passw|pwd|token|secret)[^=&\s]*=)[^&\s]*")
 

@@ -37,8 +37,8 @@ from vgid.errors import DiskError, InputError
 
 READY, OLD = ".ready", ".old"
 
+# For another process that is moving files, which takes a moment.
 WAIT_S = 10.0
-"""For another process that is moving files, which takes a moment."""
 
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -129,6 +129,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
+            # On the disk before the rename is, or a power cut leaves an empty file of that name.
             stream.flush()
             os.fsync(stream.fileno())
         Path(temporary).chmod(0o644)  # mkstemp lets nobody else read

@@ -11,11 +11,11 @@ from typing import Any, Self, TypeVar
 
 from vgid.errors import log_place
 
+# How long after a signal a study may go on with what it would like to have: figures, MLflow.
 GRACE_S = 3.0
-"""How long after a signal a study may go on with what it would like to have: figures, MLflow."""
 
+# How often a wait looks whether a signal has come, which its handler only notes.
 POLL_S = 0.1
-"""How often a wait looks whether a signal has come."""
 
 T = TypeVar("T")
 

@@ -13,6 +13,7 @@ def image_digest(image: Image.Image) -> str:
 
 def sample_generator(seed: int, sample_id: str) -> np.random.Generator:
     """A generator that depends on the seed and the sample only, never on batch order."""
+    # Not `hash`, which differs from process to process.
     digest = hashlib.sha256(f"{seed}:{sample_id}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 

@@ -30,14 +30,14 @@ from vgid.results import LeftOut, QuestionPart
 
 __all__ = ["Benchmark", "Person", "Question", "TrainingPair", "decode_image", "split_questions"]
 
+# Larger images are refused by their header, before memory is spent on decoding them.
 MAX_IMAGE_PIXELS = 50_000_000
-"""Larger images are refused by their header, before memory is spent on decoding them."""
 
+# Larger encoded images are not even opened.
 MAX_IMAGE_BYTES = 32 * 2**20
-"""Larger encoded images are not even opened."""
 
+# What an image may be encoded as; Pillow's rarer parsers are left out as needless risk.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-"""What an image may be encoded as; Pillow's rarer parsers are left out as needless risk."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ class Benchmark:
         self, config: str, columns: Sequence[str], only: Collection[str] | None = None
     ) -> Iterator[Parsed]:
         """What is sound of a config, in file order."""
+        # Decoding everything takes a while, and whoever needs an image names what is wrong with it.
         look = image_problem if self.skip_defects else None
         for parsed in parsed_rows(self.root, config, columns, look, only):
             if isinstance(parsed, Defect):
@@ -240,6 +241,7 @@ def split_questions(person: Person, part: QuestionPart, seed: int) -> tuple[Ques
     for name, questions in groups.items():
         group = f"{seed}/{person.id}/{name}"
         keyed = sorted((_hash(f"{group}/{q.text}/{q.answer}"), q.id) for q in questions)
+        # Either part may begin, or one of them would have the odd question of every person.
         first = (int(_hash(group), 16) + (part == "held_out")) % 2
         chosen.update(question_id for _, question_id in keyed[first::2])
     return tuple(question for question in person.questions if question.id in chosen)

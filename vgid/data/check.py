@@ -151,6 +151,7 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
             whole_files = defect.question is None and defect.row is None
             (left_out if skipping and not whole_files else defects).append(defect)
 
+    # A person is missing elsewhere only where that config could be read whole.
     places: dict[str, dict[str, int]] = {}
     asked: dict[str, list[tuple[str, str]]] = {}
     known_images: dict[str, str | None] = {}
@@ -158,14 +159,15 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
     for config in track(CONFIGS, "Checking", console=stderr, disable=not progress, transient=True):
         counts[config], found, rows, asked[config] = _read(root, config, known_images)
         judge(found)
-        # Where a file cannot be read, nobody is truly missing.
         if not any(d.row is None and d.field.endswith(("ID", ".parquet")) for d in found):
             places[config] = rows
     trained_on = set(asked.pop("ft_Data"))
     for config, questions in asked.items():
         counts[config].in_training = sum(question in trained_on for question in questions)
+    # Never left out: a person on both sides would be forgotten and retained at once.
     defects += [defect for ratio in FORGET_RATIOS for defect in people_defects(places, ratio)]
     if run is not None:
+        # After the data's own defects: what is broken cannot be asked, and is known already.
         judge(run.defects(root, {defect.config for defect in defects}))
     for config, count in counts.items():
         mine = [defect for defect in left_out if defect.config == config]

@@ -32,8 +32,9 @@ ClassificationQuestion = tuple[str, dict[str, str], str, Form]
 
 PEOPLE: dict[Kind, int] = {"benchmark": 100, "celebrity": 12, "calibration": 40}
 FIRST_ID: dict[Kind, int] = {"benchmark": 1, "celebrity": 501, "calibration": 901}
+# Any two faces of a world differ in at least this many of their twelve attributes, so that a small
+# model can tell them apart.
 MIN_FACE_DIFFERENCES = 5
-"""Any two faces of a world differ in at least this many of their twelve attributes."""
 LETTERS = "ABCD"
 
 GIVEN_NAMES = (

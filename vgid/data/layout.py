@@ -80,8 +80,8 @@ _COLUMN_TYPES = dict(
     ]
 )
 _OPTIONAL_FIELDS = ("path",)  # ft_Data lacks it, and nothing here reads it
+# What is read as a value of the layout's type, by ``_kind``.
 _LIKE = {pa.string(): ("string", "int"), pa.binary(): ("binary",), IMAGE: ("binary",)}
-"""What is read as a value of the layout's type, by ``_kind``."""
 
 _PAIRS = pa.list_(pa.struct([("Question", pa.string()), ("Answer", pa.string())]))
 _SHARD_NAME = re.compile(r"train-(\d+)-of-(\d+)\.parquet")
@@ -148,6 +148,7 @@ def read_rows(root: Path, config: str, columns: Sequence[str]) -> Iterator[Row |
         like it, their values in the layout's form; and a defect for a missing config or shard, a
         torn file, a missing, doubled or ill-typed column, or a config without rows.
     """
+    # A generator of both, not an exception a defect: a torn shard must not hide the next one.
     shards = shard_paths(root, config)
     if not shards:
         yield Defect(config, None, "train-*.parquet", "the config has no parquet file")

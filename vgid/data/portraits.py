@@ -14,8 +14,9 @@ Colour = tuple[int, int, int]
 
 PORTRAIT_SIZE = 64
 """Pixels a side."""
+# Portraits are drawn at twice the size and averaged down, since Pillow's shapes have hard edges,
+# which would move by whole pixels with the pose.
 _CANVAS = 2 * PORTRAIT_SIZE
-"""Portraits are drawn at twice the size and averaged down, which smooths their edges."""
 
 
 def _colours(codes: str) -> tuple[Colour, ...]:
@@ -111,8 +112,6 @@ def draw_portrait(face: Face, rng: np.random.Generator, variation: float = 1.0) 
     _draw_features(pen, face, half_width, half_height, turn)
     _draw_hat(pen, face, half_width, half_height)
     canvas = canvas.rotate(jitter(7), Image.Resampling.BILINEAR, fillcolor=background)
-    # Drawn larger and averaged down: Pillow's shapes have hard edges, which would move by whole
-    # pixels with the pose.
     canvas = canvas.resize((PORTRAIT_SIZE, PORTRAIT_SIZE), Image.Resampling.BOX)
 
     pixels_HWC = np.asarray(canvas, dtype=np.float64)

@@ -12,6 +12,7 @@ where the request says ``train_pairs: all``. ``count_verbatim`` tells how many a
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from vgid.config import Method, RequestConfig, uses
 from vgid.data.benchmark import Benchmark, Person, split_questions
@@ -66,7 +67,7 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
     forget_ids = {person.id for person in forget}
     earlier_ids = set(request.earlier_ids)
     earlier = benchmark.full(only=earlier_ids) if earlier_ids else ()
-    _check_known(request.earlier_ids, earlier, benchmark, "Full_Set")
+    _check_known(request.earlier_ids, earlier, benchmark.root / "Full_Set")
     suppressed = forget_ids | earlier_ids
     retain = [p for p in benchmark.retain(request.forget_ratio) if p.id not in suppressed]
     if len(retain) < request.retain_people + 4:
@@ -81,6 +82,12 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
     # between their scores is what distillation kept and otherwise would not have been.
     seen, unseen = shuffled[:half], shuffled[half : request.retain_people]
     others = shuffled[request.retain_people :]
+    celebrities: tuple[Person, ...] = ()
+    if benchmark.has_celebrities():
+        # As many as scored retain people at most: the benchmark's 153 would take longest.
+        ids = benchmark.person_ids("Retain_Set")
+        order = sample_generator(request.seed, "celebrities").permutation(len(ids))
+        celebrities = benchmark.celebrities(only={ids[i] for i in order[: request.retain_people]})
     return People(
         forget=forget,
         test=benchmark.test(only=forget_ids),
@@ -90,42 +97,30 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
         # Nobody who is scored: a turn with a person's answers would give the next question's away.
         few_shot=tuple(others),
         earlier=earlier,
-        celebrities=_celebrities(benchmark, request),
+        celebrities=celebrities,
     )
 
 
-def _celebrities(benchmark: Benchmark, request: RequestConfig) -> tuple[Person, ...]:
-    """As many as there are scored retain people at most: the benchmark's 153 would take longest."""
-    if not benchmark.has_celebrities():
-        return ()
-    ids = benchmark.person_ids("Retain_Set")
-    order = sample_generator(request.seed, "celebrities").permutation(len(ids))
-    return benchmark.celebrities(only={ids[i] for i in order[: request.retain_people]})
-
-
 def _forget(benchmark: Benchmark, request: RequestConfig) -> tuple[Person, ...]:
-    config = f"forget_{request.forget_ratio}"
+    place = benchmark.root / f"forget_{request.forget_ratio}"
     people = benchmark.forget(request.forget_ratio)
     if request.forget_ids is not None:
-        _check_known(request.forget_ids, people, benchmark, config)
+        _check_known(request.forget_ids, people, place)
         people = tuple(person for person in people if person.id in request.forget_ids)
     people = tuple(person for person in people if person.id not in request.earlier_ids)
     if not people:
         raise InputError(
-            f"{benchmark.root / config}: an earlier request suppressed everyone in it; choose a "
-            "larger --forget-ratio or other --forget-ids."
+            f"{place}: an earlier request suppressed everyone in it; choose a larger "
+            "--forget-ratio or other --forget-ids."
         )
     return people
 
 
-def _check_known(
-    ids: tuple[str, ...], people: tuple[Person, ...], benchmark: Benchmark, config: str
-) -> None:
-    unknown = sorted(set(ids) - {person.id for person in people})
-    if unknown:
+def _check_known(ids: Collection[str], people: Collection[Person], place: Path) -> None:
+    for unknown in sorted(set(ids) - {person.id for person in people}):
         raise InputError(
-            f"{benchmark.root / config}: holds no person {unknown[0]}; name the benchmark that the "
-            "ids are of with --data."
+            f"{place}: holds no person {unknown}; name the benchmark that the ids are of with "
+            "--data."
         )
 
 
@@ -149,12 +144,7 @@ def count_verbatim(
 ) -> Verbatim:
     """How many of the scored generation questions training sees word for word, wrapped or raw.
 
-    Args:
-        benchmark: the data.
-        people: who is scored and trained on.
-        request: what is left out of training, and the split of the questions.
-        method: trains on the retain people too if it has a retain term.
-        tasks: that are trained on.
+    ``method`` trains on the retain people too if it has a retain term, and on ``tasks`` only.
     """
     left_out = held_out_of_training(people, request)
     trained = people.forget + (people.retain_pool if uses(method, "beta") else ())
