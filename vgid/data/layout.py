@@ -34,27 +34,21 @@ CONFIGS = (
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """One encoded image (PNG, JPEG, ...) and the file name it had, which may be null."""
 
-_CHOICES = pa.list_(
-    pa.struct(
-        [
-            ("Question", pa.string()),
-            ("Options", pa.struct([(letter, pa.string()) for letter in "ABCD"])),
-            ("Correct_Answer", pa.string()),
-        ]
-    )
-)
-_OPEN_QUESTIONS = pa.list_(
-    pa.struct([("Question", pa.string()), ("Ground_Truth", pa.string()), ("Type", pa.string())])
-)
+
+def _texts(*names: str) -> list[tuple[str, pa.DataType]]:
+    return [(name, pa.string()) for name in names]
+
+
+_OPTIONS = ("Options", pa.struct(_texts(*"ABCD")))
+_CHOICES = pa.list_(pa.struct([*_texts("Question"), _OPTIONS, *_texts("Correct_Answer")]))
+_OPEN_QUESTIONS = pa.list_(pa.struct(_texts("Question", "Ground_Truth", "Type")))
+_FORMS = [(f"{form}_Questions", _CHOICES) for form in ("Image_Textual", "Pure_Text")]
 _TASK_FIELDS = [
-    (
-        "Classification_Task",
-        pa.struct([(f"{form}_Questions", _CHOICES) for form in ("Image_Textual", "Pure_Text")]),
-    ),
+    ("Classification_Task", pa.struct(_FORMS)),
     ("Generation_Task", _OPEN_QUESTIONS),
     ("Mask_Task", _OPEN_QUESTIONS),
 ]
-_PROFILE_FIELDS = [(name, pa.string()) for name in ("ID", "biography", "question", "answer")]
+_PROFILE_FIELDS = _texts("ID", "biography", "question", "answer")
 
 EVALUATION_SCHEMA = pa.schema([("image", IMAGE), *_PROFILE_FIELDS, *_TASK_FIELDS])
 """Columns of the forget, retain, full and celebrity configs."""
@@ -63,7 +57,7 @@ TEST_SCHEMA = pa.schema([("images", pa.list_(IMAGE)), *_PROFILE_FIELDS, *_TASK_F
 """Columns of ``Test_Set``: several poses a person."""
 
 TRAINING_SCHEMA = pa.schema(
-    [("image", pa.struct([("bytes", pa.binary())])), ("ID", pa.string()), ("metadata", pa.string())]
+    [("image", pa.struct([("bytes", pa.binary())])), *_texts("ID", "metadata")]
 )
 """Columns of ``ft_Data``; ``metadata`` is a JSON list of ``{"Question", "Answer"}``."""
 
@@ -72,18 +66,15 @@ EVALUATION_COLUMNS = ("ID", *IMAGE_COLUMNS, *(name for name, _ in _TASK_FIELDS))
 TRAINING_COLUMNS = ("ID", *IMAGE_COLUMNS, "metadata")
 """What is read. The profile (``biography``, ``question``, ``answer``) is not."""
 
-_COLUMN_TYPES = dict(
-    [
-        ("images", pa.list_(IMAGE)),
-        ("metadata", pa.string()),
-        *zip(EVALUATION_SCHEMA.names, EVALUATION_SCHEMA.types, strict=True),
-    ]
-)
+# The last wins: the evaluation's image has a path too, which may be missing (`_OPTIONAL_FIELDS`).
+_COLUMN_TYPES = {
+    column.name: column.type for column in (*TRAINING_SCHEMA, *TEST_SCHEMA, *EVALUATION_SCHEMA)
+}
 _OPTIONAL_FIELDS = ("path",)  # ft_Data lacks it, and nothing here reads it
 # What is read as a value of the layout's type, by ``_kind``.
 _LIKE = {pa.string(): ("string", "int"), pa.binary(): ("binary",), IMAGE: ("binary",)}
 
-_PAIRS = pa.list_(pa.struct([("Question", pa.string()), ("Answer", pa.string())]))
+_PAIRS = pa.list_(pa.struct(_texts("Question", "Answer")))
 _SHARD_NAME = re.compile(r"train-(\d+)-of-(\d+)\.parquet")
 _ROWS_A_BATCH = 16  # rows carry megabytes of image each, so read few at a time
 
