@@ -291,14 +291,13 @@ def test_a_slot_that_restarts_too_often_is_given_up_and_without_any_the_study_en
         assert await mailbox.take(0, "w") is None
         assert (await mailbox.traffic()).given_up == (0,)
         assert await mailbox.wants(1)
-        assert await mailbox.error() is None
         await mailbox.free(1)
         for _ in range(MAX_RESTARTS + 1):  # not even a worker comes up
             clock.now += 1
             await mailbox.free(1, "ImportError at y.py:2")
-        assert "every slot" in await mailbox.error()
-        assert "ImportError at y.py:2" in await mailbox.error()
         outcome = await mailbox.next_message("0049")
+        assert "every slot" in outcome.error
+        assert "ImportError at y.py:2" in outcome.error
         assert (outcome.fatal, outcome.lost, outcome.result) == (True, True, None)
 
     async def lose_another(mailbox, number):
@@ -353,7 +352,6 @@ def test_a_fatal_error_ends_all_jobs_and_those_to_come():
         for name in ("0000", "0001", "0002"):
             outcome = await mailbox.next_message(name)
             assert (outcome.error, outcome.fatal) == ("no weights", True)
-        assert await mailbox.error() == "no weights"
 
     run(scenario)
 

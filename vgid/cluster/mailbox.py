@@ -10,7 +10,7 @@ new listener to a job takes the place of the one before.
 import asyncio
 import sys
 import time
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -35,10 +35,8 @@ class Job(Config):
         id: unique within the study; for a trial, its trial id.
         kind: ``trial`` runs and scores ``trial``; ``base`` scores the base model on ``part``;
             ``rescore`` scores the adapter in ``adapter`` on ``part``.
-        trial: the configuration of a trial.
         adapter: folder that the adapter is written to (trial) or read from (rescore).
         checkpoints: folder of the trial's resumable state.
-        part: which questions to score on, for base and rescore.
         seed: of few-shot people, test poses and bootstrap, for base and rescore.
         attempt: which one of this run of the study it is.
     """
@@ -57,17 +55,14 @@ class Outcome(Config):
     """How a job ended.
 
     Attributes:
-        job_id: the job.
-        result: of a trial.
         scores: of a base scoring or a re-scoring.
         content: of a base scoring: ``precision`` of the weights (``vgid.study.ledger.CONTENT``).
         error: one sentence, if it failed.
         fatal: the error is in what all jobs share (model, data), so no job can succeed.
         lost: the error is the environment's, not the job's own (``vgid.cluster.blame``), and the
-            job may succeed when it is tried again. A lost trial has no result: it has not ended.
+            job may succeed when it is tried again. A lost trial has no result.
         trace: where its exception came from, without the message, for ``study.log``.
         load_s: seconds that the worker spent on loading model and data for this job.
-        slot: the slot that did it.
         served: how many jobs the slot had finished before.
         cycle_s: seconds from the end of the slot's job before to the end of this one; None for
             the slot's first.
@@ -99,7 +94,6 @@ class Traffic(Config):
         moves: how often a job was taken, reported or ended; what stands still does not count.
         waiting: ids of jobs that wait for a slot, the next one first.
         held: the job that each busy slot holds.
-        idle: slots whose worker waits for a job.
         down: slots that are starting, or starting again.
         given_up: slots that lost their workers too often.
     """
@@ -182,7 +176,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._tickets: dict[str, _Ticket] = {}
         self._waiting: deque[_Ticket] = deque()
-        self._slots: dict[int, _Slot] = {}
+        self._slots: defaultdict[int, _Slot] = defaultdict(_Slot)
         self._changed = asyncio.Condition()
         self._closed = False
         self._stopped = False
@@ -203,8 +197,7 @@ class Mailbox:
         if ticket is not None and ticket.caller != caller and not ticket.cancelled:
             # Taken over, not refused: a trial whose Tune process died is handed out again under its
             # id.
-            ticket.caller = caller
-            heard = ticket.heard
+            ticket.caller, heard = caller, ticket.heard
             if heard is not None and not (isinstance(heard, Outcome) and heard.lost):
                 ticket.messages.appendleft(heard)
             if not ticket.ended or ticket.messages:
@@ -234,12 +227,11 @@ class Mailbox:
         if ticket.asking is not None and not ticket.asking.done():
             ticket.asking.set_result(None)
         ticket.heard = None
-        message: EpochReport | Outcome | None
         if ticket.messages:
-            message = ticket.messages.popleft()
-        else:
-            ticket.asking = asyncio.get_running_loop().create_future()
-            message = await ticket.asking
+            ticket.heard = ticket.messages.popleft()
+            return ticket.heard
+        ticket.asking = asyncio.get_running_loop().create_future()
+        message = await ticket.asking
         if message is None:
             return forgotten
         ticket.heard = message
@@ -280,18 +272,15 @@ class Mailbox:
 
     async def traffic(self) -> Traffic:
         """Where the jobs are."""
-        idle: list[int] = []
-        down: list[int] = []
-        for number, slot in self._slots.items():
-            if slot.holds is None and not slot.given_up:
-                (idle if slot.worker else down).append(number)
+        slots = self._slots.items()
+        free = [(n, slot) for n, slot in slots if slot.holds is None and not slot.given_up]
         return Traffic(
             moves=self._moves,
             waiting=tuple(ticket.job.id for ticket in self._waiting),
-            held={n: slot.holds.job.id for n, slot in self._slots.items() if slot.holds},
-            idle=tuple(idle),
-            down=tuple(down),
-            given_up=tuple(n for n, slot in self._slots.items() if slot.given_up),
+            held={n: slot.holds.job.id for n, slot in slots if slot.holds},
+            idle=tuple(n for n, slot in free if slot.worker),
+            down=tuple(n for n, slot in free if not slot.worker),
+            given_up=tuple(n for n, slot in slots if slot.given_up),
         )
 
     async def fail(self, error: str, lost: bool = False) -> None:
@@ -301,10 +290,6 @@ class Mailbox:
         for ticket in list(self._tickets.values()):
             if not ticket.ended:
                 self._end(ticket, self._last_word(ticket.job.id))
-
-    async def error(self) -> str | None:
-        """The sentence that ended the study, if one did."""
-        return self._error
 
     async def close(self) -> None:
         """Send the workers home."""
@@ -318,7 +303,7 @@ class Mailbox:
 
         A new ``worker`` in the slot means that the one before is gone.
         """
-        state = self._slots.setdefault(slot, _Slot())
+        state = self._slots[slot]
         if state.holds is not None or state.worker not in ("", worker):
             await self.free(slot)
         state.worker = worker
@@ -352,15 +337,11 @@ class Mailbox:
         Called once before a slot first starts, and whenever it is about to start again. More than
         ``MAX_RESTARTS`` in ``RESTART_WINDOW_S`` end the slot, and without any slot the study. Not
         counted is a restart after a job that has ended: its failure may have asked for it.
-
-        Args:
-            slot: the slot.
-            cause: what ended its workers, in few words without anything private.
+        ``cause`` tells nothing private.
         """
-        if slot not in self._slots:
-            self._slots[slot] = _Slot()
+        known, state = slot in self._slots, self._slots[slot]
+        if not known:
             return
-        state = self._slots[slot]
         ticket, state.holds = state.holds, None
         if ticket is not None or not state.useful:
             _count_restart(state, None if ticket is None else ticket.job.id)
@@ -385,7 +366,7 @@ class Mailbox:
 
     async def wants(self, slot: int) -> bool:
         """Whether a slot is to serve jobs, now or later."""
-        return self._wants(self._slots.setdefault(slot, _Slot()))
+        return self._wants(self._slots[slot])
 
     async def report(self, slot: int, job_id: str, report: EpochReport) -> bool:
         """An epoch is over; waits for the decision and returns whether to go on.
@@ -394,7 +375,7 @@ class Mailbox:
         that was reported before its worker died is not reported again. A slot that does not hold
         the job, which then runs elsewhere, is to stop.
         """
-        state = self._slots.setdefault(slot, _Slot())
+        state = self._slots[slot]
         ticket = state.holds
         if ticket is None or ticket.job.id != job_id or ticket.ended or ticket.cancelled:
             return False
@@ -410,7 +391,7 @@ class Mailbox:
 
     async def finish(self, slot: int, outcome: Outcome) -> None:
         """A job is done; only the slot that holds it can say so, and only once."""
-        state = self._slots.setdefault(slot, _Slot())
+        state = self._slots[slot]
         if outcome.fatal and outcome.error is not None:
             await self.fail(outcome.error)
         ticket = state.holds
