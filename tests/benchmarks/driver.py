@@ -87,12 +87,12 @@ class Driver:
     def __init__(self, config: StudyConfig, mlflow: int, resume: bool = False) -> None:
         plan = make_plan(config)
         self.ledger = Ledger(config.output)
-        header = self.ledger.open(plan.config, plan.space.sha256, resume)
+        self.ledger.open(plan.config, plan.space.sha256, resume)
         standing = Standing(config.trials)
         self._stream = (config.output / "console").open("w")
         console = StudyConsole(self._stream, standing)
         ending = Ending(None)
-        self.study = study = Study(plan, self.ledger, header, console, ending)
+        self.study = study = Study(plan, self.ledger, console, ending)
         study.board.base["search"] = {
             name: Score(value=value, n=60, low=value, high=value) for name, value in BASE.items()
         }
@@ -107,10 +107,7 @@ class Driver:
         self.search = ParetoSearch(
             self.ledger,
             plan.space,
-            header.study_id,
-            config.trials,
-            config.sampler,
-            config.seed,
+            config,
             1,
             losses,
             on_start=self.bulletin.running,

@@ -87,11 +87,11 @@ def study(tmp_path):
     """A study before its first step, with one trial in flight."""
     plan = make_plan(StudyConfig(output=tmp_path / "study"))
     with Ledger(plan.config.output) as ledger:
-        header = ledger.open(plan.config, plan.space.sha256, resume=False)
+        ledger.open(plan.config, plan.space.sha256, resume=False)
         with (tmp_path / "console").open("w") as stream:
             console = StudyConsole(stream, Standing(1))
             ledger.start("0000", TrialConfig())
-            yield Study(plan, ledger, header, console, Ending(None))
+            yield Study(plan, ledger, console, Ending(None))
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ def test_other_data_and_other_weights_are_refused_on_a_resume(study, monkeypatch
     def resumed():
         ledger = study.ledger
         ledger.resume(study.plan.config, study.plan.space.sha256)
-        return Study(study.plan, ledger, header, study.console, Ending(None))
+        return Study(study.plan, ledger, study.console, Ending(None))
 
     resumed()._prepare()  # the same again
     shard = next((study.plan.config.output / "data").glob("Test_Set/*.parquet"))

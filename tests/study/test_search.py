@@ -9,6 +9,7 @@ from ray.tune.experiment import Experiment
 from ray.tune.progress_reporter import _get_progress_table_data
 from ray.tune.search import Searcher, SearchGenerator
 
+from vgid.cluster.losses import Losses
 from vgid.cluster.mailbox import Job
 from vgid.cluster.tune import JOB, SlotTrial
 from vgid.config import StudyConfig, TrialConfig
@@ -49,7 +50,8 @@ def ledger(tmp_path):
 
 
 def search(ledger, space, trials=6, sampler="random", seed=0, concurrent=1, **options):
-    return ParetoSearch(ledger, space, "s", trials, sampler, seed, concurrent, **options)
+    config = StudyConfig(output=ledger.output, trials=trials, sampler=sampler, seed=seed)
+    return ParetoSearch(ledger, space, config, concurrent, Losses(), **options)
 
 
 def end(ledger, searcher, tune_id, name, status="completed", **metrics):

@@ -166,7 +166,7 @@ class Ledger:
         self.output = output
         self.folder = output / "trials"
         self._file = self.folder / "study.json"
-        self.header: Header | None = None
+        self.header: Header  # once it is open
         self.records: dict[str, Record] = {}
         self._made = not output.exists()
         try:
@@ -257,7 +257,6 @@ class Ledger:
         Raises:
             InputError: something differs.
         """
-        assert self.header is not None
         new = {}
         for name, value in found.items():
             before = getattr(self.header, name)

@@ -88,7 +88,6 @@ def study_summary(
 ) -> dict[str, Any]:
     """The content of ``study.json``; ``study_s`` are seconds of the study's own phases."""
     header, trials = ledger.header, board.trials()
-    assert header is not None
     metrics = [trial.result.metrics for trial in trials]
     shown = [found["retain_seen_shown"] for found in metrics if "retain_seen_shown" in found]
     return {

@@ -28,7 +28,7 @@ from vgid.results import QuestionPart, shots_left_out
 from vgid.seeds import held_out_seed
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.study.ending import Ending
-from vgid.study.ledger import Header, Ledger, changes, now
+from vgid.study.ledger import Ledger, changes, now
 from vgid.study.outcome import Material, said_of_a_stop, study_summary
 from vgid.study.plan import Ancestor, Plan, make_plan
 from vgid.study.scoreboard import Scoreboard
@@ -104,7 +104,7 @@ def begin(
                 for change in changes(header.config, plan.config):
                     console.say(f"Goes on with {change}")
                 console.stage("Starting Ray and preparing the data")
-                study = Study(plan, ledger, header, console, ending)
+                study = Study(plan, ledger, console, ending)
                 try:
                     with ending.interrupt, study._prepared_aside():
                         yield study
@@ -125,12 +125,9 @@ class Study:
         summary: the content of ``study.json``, once it is written.
     """
 
-    def __init__(
-        self, plan: Plan, ledger: Ledger, header: Header, console: StudyConsole, ending: Ending
-    ) -> None:
+    def __init__(self, plan: Plan, ledger: Ledger, console: StudyConsole, ending: Ending) -> None:
         self.plan = plan
         self.ledger = ledger
-        self.header = header
         self.console = console
         self.ending = ending
         self.board = Scoreboard(ledger)
@@ -219,10 +216,7 @@ class Study:
                 lambda: ParetoSearch(
                     self.ledger,
                     self.plan.space,
-                    self.header.study_id,
-                    config.trials,
-                    config.sampler,
-                    config.seed,
+                    config,
                     slots.count,
                     losses,
                     out_of_time=ending.out_of_time,
@@ -361,7 +355,7 @@ class Study:
 
         config, hashes = self.plan.config, self._material.result().hashes
         tracker = Tracker(config.tracking_uri, config.output, config.backbone)
-        tracker.start_study(self.header.study_id, config, hashes)
+        tracker.start_study(self.ledger.header.study_id, config, hashes)
         return tracker
 
     def _take_base(self, mailbox: Any, job: Job) -> None:

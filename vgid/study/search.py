@@ -18,7 +18,7 @@ from ray.tune.search import Searcher
 from vgid.cluster.losses import Losses
 from vgid.cluster.mailbox import Job
 from vgid.cluster.tune import JOB
-from vgid.config import Sampler, TrialConfig
+from vgid.config import Sampler, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.report.records import TrialRecord
 from vgid.results import OBJECTIVES, TrialResult
@@ -84,7 +84,7 @@ def open_journal(output: Path) -> "optuna.storages.JournalStorage":
 
 
 def reconcile(
-    ledger: Ledger, space: SearchSpace, study_name: str, trials: int
+    ledger: Ledger, space: SearchSpace, trials: int
 ) -> "tuple[optuna.storages.JournalStorage, optuna.study.Study]":
     """Write Optuna's journal anew from the ledger.
 
@@ -102,7 +102,8 @@ def reconcile(
         path.unlink()
     storage = open_journal(ledger.output)
     directions = ["maximize"] * len(OBJECTIVES)
-    study = optuna.create_study(storage=storage, study_name=study_name, directions=directions)
+    name = ledger.header.study_id
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(list(OBJECTIVES))
@@ -134,12 +135,10 @@ class ParetoSearch(Searcher):
     so that with one trial at a time the same seed gives the same study.
 
     Args:
-        ledger: the study's record; a trial is recorded before it is handed out.
+        ledger: the study's record, open; a trial is recorded before it is handed out.
         space: what is searched.
-        study_name: of the Optuna study.
-        trials: number of trials of the study, over all its resumes.
-        sampler: how points are proposed.
-        seed: of the study, and of every trial: configurations are compared on the same draws.
+        config: how many trials there are over all resumes, how points are proposed, and the seed:
+            of the search, and of every trial, since trials are compared on the same draws.
         concurrent: how many trials may run at a time.
         losses: what was lost in this run; counts the attempts of each trial.
         out_of_time: no new trial once this is true.
@@ -150,29 +149,23 @@ class ParetoSearch(Searcher):
         self,
         ledger: Ledger,
         space: SearchSpace,
-        study_name: str,
-        trials: int,
-        sampler: Sampler,
-        seed: int,
+        config: StudyConfig,
         concurrent: int,
-        losses: Losses | None = None,
+        losses: Losses,
         out_of_time: Callable[[], bool] = lambda: False,
         on_start: Callable[[Record], None] = lambda record: None,
     ) -> None:
         super().__init__(metric=list(OBJECTIVES), mode=["max", "max"])
         self._ledger = ledger
         self._space = space
-        self._study_name = study_name
-        self._trials = trials
-        self._sampler: Sampler = sampler
-        self._seed = seed
+        self._config = config
         self._concurrent = concurrent
-        self._losses = losses or Losses()
+        self._losses = losses
         self._lost: list[str] = []
         self._new_first = False
         self._out_of_time = out_of_time
         self._on_start = on_start
-        self._storage, self._study = reconcile(ledger, space, study_name, trials)
+        self._storage, self._study = reconcile(ledger, space, config.trials)
         self._again = [record.trial_id for record in ledger.in_flight]
         self._numbers: dict[str, int] = {}  # in Optuna, where refused proposals have some as well
         self._running: dict[str, str] = {}
@@ -246,7 +239,7 @@ class ParetoSearch(Searcher):
         # part.
         number = self._numbers.get(record.trial_id, int(record.trial_id))
         storage = self._storage
-        study = storage.get_study_id_from_name(self._study_name)
+        study = storage.get_study_id_from_name(self._study.study_name)
         trial = storage.get_trial_id_from_study_id_trial_number(study, number)
         for name, value in _attributes(record.result).items():
             storage.set_trial_user_attr(trial, name, value)
@@ -260,7 +253,7 @@ class ParetoSearch(Searcher):
         # From then on a trial's number in the journal is its id again, which is what a reader
         # expects.
         if self._next is not None or shifted:
-            self._storage, self._study = reconcile(self._ledger, self._space, self._study_name, 0)
+            self._storage, self._study = reconcile(self._ledger, self._space, trials=0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its parts at the start; the study lives in the ledger, not in a pickle."""
@@ -276,7 +269,7 @@ class ParetoSearch(Searcher):
         """Nothing to restore, see ``reconcile``."""
 
     def _propose_ahead(self) -> None:
-        if self._next is None and len(self._ledger.records) < self._trials:
+        if self._next is None and len(self._ledger.records) < self._config.trials:
             self._next = self._thread.submit(self._propose)
 
     def _propose(self) -> tuple[str, TrialConfig]:
@@ -286,19 +279,20 @@ class ParetoSearch(Searcher):
         """
         from optuna.trial import TrialState
 
-        number = len(self._ledger.records)
+        number, config = len(self._ledger.records), self._config
         for attempt in range(MAX_REFUSED):
-            kind: Sampler = "random" if attempt else self._sampler
-            self._study.sampler = make_sampler(kind, self._trials, self._seed + attempt, number)
+            kind: Sampler = "random" if attempt else config.sampler
+            seed = config.seed + attempt
+            self._study.sampler = make_sampler(kind, config.trials, seed, number)
             trial = self._study.ask()
             try:
-                config = self._space.trial_config(self._space.suggest(trial), self._seed)
+                proposed = self._space.trial_config(self._space.suggest(trial), config.seed)
             except InputError as error:
                 refused = error
                 self._study.tell(trial, state=TrialState.FAIL)
             else:
                 self._numbers[trial_id(number)] = trial.number
-                return trial_id(number), config
+                return trial_id(number), proposed
         raise InputError(
             f"{refused} {MAX_REFUSED} proposals in a row were refused; search less of it."
         )
