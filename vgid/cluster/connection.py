@@ -101,14 +101,10 @@ def connected() -> Iterator[bool]:
 
 
 def capacity(shape: SlotShape, names: Iterable[str] | None = None) -> int:
-    """How many slots of this shape the nodes hold now; a slot may span nodes.
+    """How many slots of this shape the nodes hold now, by the resources of these names or by all.
 
-    Memory is what was free on a node when Ray started there, by the limit of its container if it
-    has one.
-
-    Args:
-        shape: resources of a slot.
-        names: count these resources only, None counts all.
+    A slot may span nodes. Memory is what was free on a node when Ray started there, by the limit of
+    its container if it has one.
     """
     import ray
 
@@ -121,33 +117,20 @@ def capacity(shape: SlotShape, names: Iterable[str] | None = None) -> int:
     return workers // shape.workers
 
 
-def scarcest(shape: SlotShape) -> str:
-    """The resource that fewer slots could be had of than of any other, in words."""
-    words = {"CPU": "cores", "GPU": "GPUs", "memory": "memory"}
-    return words[min(shape.per_worker, key=lambda name: capacity(shape, [name]))]
-
-
 def slot_count(shape: SlotShape, wanted: int | None, trials: int, joined: bool) -> tuple[int, str]:
-    """How many slots a study gets: what it wants, what the cluster holds, one a trial at most.
+    """How many slots a study gets, and what decided it, in words.
 
-    On a cluster that was joined, today's capacity does not limit what is wanted: nodes may come up
-    on demand, and until then trials wait for the slots that there are.
-
-    Args:
-        shape: resources of a slot.
-        wanted: ``--max-concurrent``.
-        trials: trials still to run.
-        joined: whether the cluster was there before the study.
-
-    Returns:
-        The number, and what decided it, in words.
+    It gets what is ``wanted`` (``--max-concurrent``) and the cluster holds, one a trial that is
+    still to run at most. On a cluster that was ``joined``, today's capacity does not limit what is
+    wanted: nodes may come up on demand, and until then trials wait for the slots that there are.
 
     Raises:
         InputError: not a single slot fits.
     """
     held = capacity(shape)
+    words = {"CPU": "cores", "GPU": "GPUs", "memory": "memory"}
+    short = words[min(shape.per_worker, key=lambda name: capacity(shape, [name]))]
     if held == 0 and not (joined and wanted):
-        short = scarcest(shape)
         remedy = "free some memory, or " if short == "memory" else ""
         raise InputError(
             f"ray: the cluster has too little {short} for a trial of {shape.workers} worker(s) "
@@ -159,6 +142,6 @@ def slot_count(shape: SlotShape, wanted: int | None, trials: int, joined: bool) 
     if wanted is not None:
         limits["--max-concurrent"] = wanted
     if wanted is None or not joined:
-        limits[scarcest(shape)] = held
+        limits[short] = held
     decider = min(limits, key=lambda name: limits[name])
     return limits[decider], decider

@@ -84,12 +84,9 @@ def trial_session(request: RequestConfig, rank: int, world_size: int) -> Session
 # On the driver's node, since a study cannot outlive that one anyway: on another node the mailbox
 # would be one more thing to lose.
 def start_mailbox() -> Any:
-    """Start the study's mailbox on this node, outside all resource counting.
+    """The handle of the study's mailbox, on this node and outside all resource counting.
 
     When its process dies Ray starts it again, and repeats the calls that were under way.
-
-    Returns:
-        The actor's handle.
     """
     return ray.remote(max_concurrency=CALLS, **_immortal())(Mailbox).remote()
 
@@ -109,8 +106,6 @@ class Slots:
     Args:
         mailbox: handle of the mailbox actor.
         request: what every session is made from.
-        shape: resources of one slot.
-        count: number of slots.
         storage: folder for Ray Train's own files, shared by all nodes.
         fresh: start a new Train run after every trial instead of keeping one.
         session: makes the workers' sessions.
@@ -237,11 +232,7 @@ def _give_back(shape: SlotShape, but: Collection[str] = ()) -> None:
 
     Ray does so when the whole job ends, which may run further studies; its Train does so for
     groups whose workers came up. A group that is starting meanwhile may be hit; Ray Train starts
-    it again.
-
-    Args:
-        shape: of the slots.
-        but: ids of placement groups that are in use.
+    it again. Those of the ids ``but`` are in use.
     """
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -321,11 +312,16 @@ def serve(config: dict[str, Any]) -> None:
                 load_s = time.monotonic() - started
             outcome = _do(job, session, line)
         except Exception as error:
-            outcome = blame(job, error, session is not None, _written_to(job, config["request"]))
+            folders = [config["request"].store]
+            if job.adapter is not None:
+                folders.append(job.adapter.parent.parent)
+            outcome = blame(job, error, session is not None, folders)
             if outcome.lost or not isinstance(error, InputError):
                 traceback.print_tb(error.__traceback__)
                 session = None
-                _give_back_gpu_memory()
+                torch = sys.modules.get("torch")
+                if torch is not None and torch.cuda.is_available():
+                    torch.cuda.empty_cache()
             if world_size > 1 or is_a(error, BROKEN_ACCELERATOR):
                 line.finish(outcome, any_rank=True)
                 raise RankFailedError(where(error)) from None
@@ -387,15 +383,3 @@ def _do(job: Job, session: Session, line: _Line) -> Outcome:
 
 class RankFailedError(Exception):
     """A worker cannot go on; says where it was, without the message of what it met."""
-
-
-def _give_back_gpu_memory() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _written_to(job: Job, request: RequestConfig) -> list[Path]:
-    """Folders that a job writes to."""
-    output = [] if job.adapter is None else [job.adapter.parent.parent]
-    return [*output, request.store]

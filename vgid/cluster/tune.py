@@ -94,8 +94,8 @@ class Recorder(_Live, tune.Callback):
 
     Args:
         on_epoch: called with the trial id and each epoch report.
-        on_end: called with the trial id and its outcome; None for a trial that the
-            scheduler stopped (its last report is given instead) or whose process died.
+        on_end: called with the trial id and its outcome; None for a trial that the scheduler
+            stopped (its last report is given instead) or whose process died.
     """
 
     def __init__(
@@ -152,15 +152,7 @@ def run_trials(
     storage: Path,
     at_a_time: int,
 ) -> None:
-    """Have Ray Tune run what the search proposes, until it proposes no more.
-
-    Args:
-        search: the ``Searcher``.
-        mailbox: handle of the mailbox actor.
-        recorder: hears how trials go.
-        is_over: whether all is to end now.
-        storage: folder for Tune's own files.
-        at_a_time: trials that run side by side.
+    """Have Ray Tune run what the search proposes, until it proposes no more or all is over.
 
     Raises:
         OSError: Tune cannot write its own files.

@@ -13,10 +13,8 @@ from vgid.interrupts import Interrupt
 class Ending:
     """What may end a study: a signal, bad input, the environment, its time budget.
 
-    Whoever waits in a study waits for this too. Of several causes the first is told.
-
-    Args:
-        budget_s: seconds from now after which no new trial starts, None for no limit.
+    Whoever waits in a study waits for this too. Of several causes the first is told. After
+    ``budget_s`` seconds no new trial starts.
 
     Attributes:
         interrupt: the signals.

@@ -163,10 +163,10 @@ class Source(Config):
 
 
 def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
-    """Open a study.
+    """Open a study by its folder, or by ``mlflow:`` and the id of its parent run.
 
     Args:
-        name: a folder, or ``mlflow:`` and the id of a study's parent run.
+        name: see above.
         tracking_uri: where ``mlflow:`` runs are; also in place of the folder's own.
         scratch: empty folder for what MLflow sends.
 

@@ -128,10 +128,7 @@ def shortfall(
 ) -> str | None:
     """Why a study has not all that it should have, in one sentence; None if it has.
 
-    Args:
-        trials: ended and lost trials.
-        stopped: what of the environment ended it, if something did.
-        unscored: why the base or trials of the front have no held-out scores, by name.
+    ``stopped`` is what of the environment ended it, ``unscored`` why there are no held-out scores.
     """
     status = Counter(trial.result.status for trial in trials)
     if stopped is not None:

@@ -81,9 +81,7 @@ class Ancestor(Protocol):
 def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
     """Check a study: backbone, weights, data, search space, output folder, free space.
 
-    Args:
-        config: the study.
-        ancestor: what ``config.from_deployment`` holds, where it names a file.
+    ``ancestor`` is what ``config.from_deployment`` holds, where it names a file.
 
     Raises:
         InputError: one sentence that names what is wrong and the remedy.

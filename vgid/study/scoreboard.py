@@ -14,10 +14,7 @@ class Scoreboard:
     """Results as the ledger and the scorings give them.
 
     Each ended trial is taken in once, so that what a trial costs does not grow with the study;
-    the trials themselves are the ledger's.
-
-    Args:
-        ledger: the study's record, opened.
+    the trials themselves are the ledger's, which is open.
 
     Attributes:
         base: scores of the base model by part of the questions, as far as they are known.

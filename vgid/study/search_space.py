@@ -154,8 +154,6 @@ class SearchSpace:
     Attributes:
         source: the file and the section, for messages.
         sha256: of the file, followed by those that it extends.
-        backbone: name of the backbone that the ranges are meant for.
-        method: unlearning method.
         searched: the open parameters, in the order in which they are asked for.
         fixed: fields of ``TrialConfig`` that the section fixes.
         first_points: complete points (searched and fixed fields) to try first, in this order.
@@ -171,12 +169,7 @@ class SearchSpace:
 
     @classmethod
     def load(cls, path: Path, backbone: str | None = None, method: Method = "vgid") -> Self:
-        """Read a search-space file and check the section of a method.
-
-        Args:
-            path: the YAML file.
-            backbone: the backbone that the study runs, if the file must be meant for it.
-            method: the method that the study runs.
+        """Read a file and check the section of a method; it must be meant for ``backbone``, if any.
 
         Raises:
             InputError: one sentence that names the file, the field and the remedy.
@@ -229,11 +222,7 @@ class SearchSpace:
         return self.searched.get(name, Choices(choices=(fixed,)))
 
     def suggest(self, trial: "optuna.trial.Trial") -> dict[str, Any]:
-        """Ask Optuna for a point, sigma only where the noise is Gaussian.
-
-        Returns:
-            Fields of ``TrialConfig``, searched and fixed.
-        """
+        """Ask Optuna for a point: fields of ``TrialConfig``, searched and fixed."""
         from optuna.distributions import CategoricalDistribution, IntDistribution
 
         point: dict[str, Any] = {}

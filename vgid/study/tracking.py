@@ -85,10 +85,7 @@ class _Run:
 class TrialRuns:
     """The runs of a study's trials: children of the study's own run, found again by their tags.
 
-    Args:
-        connection: the open store.
-        parent: id of the study's run.
-        tags: what every run of the study carries: its id and the hashes.
+    Every run of the study carries ``tags``: its id and the hashes.
     """
 
     def __init__(self, connection: Connection, parent: str, tags: Mapping[str, str]) -> None:
@@ -279,12 +276,9 @@ class Tracker:
         return f"{command}   (then open {self.server}{page})"
 
     def start_study(self, study_id: str, config: StudyConfig, hashes: Mapping[str, str]) -> None:
-        """Find or create the parent run, and learn which trials it has.
+        """Find or create the parent run of that id, and learn which trials it has.
 
-        Args:
-            study_id: the study's own id, the same after a resume.
-            config: what the study runs.
-            hashes: hashes by what they are of; ``dataset`` and ``base`` at least.
+        The hashes are those of ``dataset`` and ``base``.
 
         Raises:
             InputError: the server refuses, or artifacts cannot be kept.
@@ -339,13 +333,8 @@ class Tracker:
     ) -> None:
         """Record the study's outcome on the parent, and held-out scores on the front's trials.
 
-        A server that does not answer is waited for, unless the study was stopped.
-
-        Args:
-            front: all trials, the front and the base model's scores.
-            summary: the content of ``study.json``; its ``files`` are kept as artifacts.
-            status: ``FINISHED``, or ``KILLED`` if the study was stopped.
-            tell: told what is waited for.
+        A server that does not answer is waited for and ``tell`` told, unless ``status`` is
+        ``KILLED``. The files of ``summary``, the content of ``study.json``, are kept as artifacts.
 
         Raises:
             InputError: not everything could be recorded; the output folder is complete all the
@@ -381,8 +370,7 @@ class Tracker:
     def close(self, status: str) -> None:
         """Leave no run as running, if the server can be told; after ``finish_study`` all are told.
 
-        Args:
-            status: of the study: ``FAILED``, or ``KILLED`` if it was stopped.
+        The study's own ends as ``FAILED``, or ``KILLED`` if it was stopped.
         """
         if self._closed or not self.study_run_id or not self._connection.answers():
             return
