@@ -22,7 +22,6 @@ from vgid.cluster.losses import Losses
 from vgid.cluster.mailbox import Job, Outcome
 from vgid.cluster.tune import JOB
 from vgid.config import StudyConfig, TrialConfig
-from vgid.report.records import TrialsTable
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
 from vgid.study.ending import Ending
@@ -31,7 +30,7 @@ from vgid.study.outcome import Material
 from vgid.study.plan import make_plan
 from vgid.study.run import Study
 from vgid.study.search import ParetoSearch
-from vgid.study.trials import Bulletin, Listener
+from vgid.study.trials import Listener
 
 MARKS = (1000, 3000, 10_000)
 SCORES = 160
@@ -100,9 +99,7 @@ class Driver:
         self._none: Any = NoTracker()
         self._mlflow = mlflow
         study._tracker.set_result(study._open_tracker() if mlflow and not resume else self._none)
-        table, tracker = TrialsTable(config.output / "trials.csv"), study._tracker.result()
-        self.bulletin = Bulletin(console, study.board, table, tracker, ending)
-        study._bulletin = self.bulletin
+        self.bulletin = study._bulletin
         losses = Losses()
         self.search = ParetoSearch(
             self.ledger,
@@ -115,7 +112,7 @@ class Driver:
         self.listener = Listener(
             self.ledger, self.search, losses, self.bulletin, ending, None, study._seconds
         )
-        self.bulletin.catch_up(self.ledger.records.values())
+        self.bulletin.catch_up(self.ledger.records.values(), study._tracker.result())
         self.proposal_s = 0.0
         propose = self.search._propose
 

@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -21,7 +20,7 @@ from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.interrupts import StudyInterruptedError
 from vgid.report.figures import FIGURES
-from vgid.report.records import TrialRecord, TrialsTable
+from vgid.report.records import TrialRecord
 from vgid.results import Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
 from vgid.study.ending import Ending
@@ -29,7 +28,7 @@ from vgid.study.ledger import Ledger
 from vgid.study.outcome import TABLES, shortfall
 from vgid.study.plan import make_plan
 from vgid.study.run import Study, base_unscored
-from vgid.study.trials import Bulletin, Listener
+from vgid.study.trials import Listener
 
 
 class Told:
@@ -66,9 +65,8 @@ class Running:
         self.output = study.plan.config.output
         self.search, self.tracker, self.mailbox = Told(), Told(), Mock()
         self.losses = Losses()
-        table = TrialsTable(self.output / "trials.csv")
-        self.bulletin = Bulletin(study.console, study.board, table, self.tracker, study.ending)
-        study._bulletin, study._tracker = self.bulletin, Future()
+        self.bulletin = study._bulletin
+        self.bulletin._tracker = self.tracker
         study._tracker.set_result(self.tracker)
         self.listener = Listener(
             self.ledger,

@@ -134,7 +134,8 @@ class Study:
         self.summary: dict[str, Any] = {}
         self._material: Future[Material] = Future()
         self._tracker: Future[Tracker] = Future()
-        self._bulletin: Bulletin | None = None
+        table = TrialsTable(plan.config.output / "trials.csv")
+        self._bulletin = Bulletin(console, self.board, table, ending)
         self._seconds = {"start-up": 0.0, "load": 0.0, "re-score": 0.0}
 
     @contextmanager
@@ -169,8 +170,7 @@ class Study:
             raise
         finally:
             watchdog.close()
-            if self._bulletin is not None:
-                self._bulletin.close()
+            self._bulletin.close()
             slots.close(timeout_s=0.0 if ending.interrupt.came else 10.0)
 
     def score_base(self, slots: "Slots") -> "Future[None]":
@@ -206,10 +206,8 @@ class Study:
 
         config, ending = self.plan.config, self.ending
         tracker = ending.interrupt.result(self._tracker)
-        table = TrialsTable(config.output / "trials.csv")
-        bulletin = Bulletin(self.console, self.board, table, tracker, ending)
-        self._bulletin = bulletin
-        bulletin.catch_up(self.ledger.records.values())
+        bulletin = self._bulletin
+        bulletin.catch_up(self.ledger.records.values(), tracker)
         losses, side = Losses(), Background("search")
         search = ending.interrupt.result(
             side.submit(
@@ -390,9 +388,8 @@ class Study:
         records = self.board.trials()
         write_trials(output / "trials.csv", records)
         write_front(output / "front.csv", records)
-        log_s = 0.0 if self._bulletin is None else self._bulletin.seconds
         material = made(self._material) or Material()
-        seconds = {**self._seconds, "log": log_s}
+        seconds = {**self._seconds, "log": self._bulletin.seconds}
         self.summary = study_summary(
             self.plan, self.ledger, self.board, material, self.ending, seconds
         )
@@ -416,12 +413,12 @@ class Study:
         self._write_again(FIGURES)
         if tracker is None:
             return
-        for fault in [] if self._bulletin is None else self._bulletin.faults:
+        for fault in self._bulletin.faults:
             self.console.say(f"Warning: not all was written while trials ran ({fault}).")
         stopped = self.summary["interrupted"] or self.ending.stopped is not None
         status = "KILLED" if stopped else "FINISHED"
         try:
-            if self._bulletin is not None and self._bulletin.busy:
+            if self._bulletin.busy:
                 raise InputError(
                     f"--tracking-uri {tracker.uri}: the server does not answer; the output folder "
                     "is complete, and --resume tells the server the rest."
@@ -446,7 +443,7 @@ class Study:
     def _close(self) -> None:
         """Leave nothing on MLflow as running, however the study ended."""
         tracker = made(self._tracker)
-        if tracker is not None and not (self._bulletin is not None and self._bulletin.busy):
+        if tracker is not None and not self._bulletin.busy:
             tracker.close("KILLED" if self.ending.interrupt.came else "FAILED")
 
 

@@ -21,7 +21,7 @@ from vgid.cluster.tune import JOB
 from vgid.config import Sampler, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.report.records import TrialRecord
-from vgid.results import OBJECTIVES, TrialResult
+from vgid.results import OBJECTIVES
 from vgid.study.ledger import Ledger, Record, trial_id
 from vgid.study.search_space import SearchSpace
 
@@ -95,7 +95,6 @@ def reconcile(
         The storage, and the Optuna study in it; a trial's number there is its trial id.
     """
     import optuna
-    from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     for path in ledger.output.glob(f"{JOURNAL}*"):  # with the lock that a killed process left
@@ -109,13 +108,13 @@ def reconcile(
         study.set_metric_names(list(OBJECTIVES))
     for record in ledger.records.values():
         distributions = space.distributions(record.config.model_dump())
-        state, values = (TrialState.RUNNING, None) if record.result is None else _end(record)
+        state, values, attributes = _standing(record)
         trial = optuna.trial.create_trial(
             state=state,
             values=values,
             params={name: getattr(record.config, name) for name in distributions},
             distributions=distributions,
-            user_attrs={} if record.result is None else _attributes(record.result),
+            user_attrs=attributes,
         )
         trial.datetime_start = _local(record.started)
         trial.datetime_complete = None if record.ended is None else _local(record.ended)
@@ -168,7 +167,7 @@ class ParetoSearch(Searcher):
         self._storage, self._study = reconcile(ledger, space, config.trials)
         self._again = [record.trial_id for record in ledger.in_flight]
         self._numbers: dict[str, int] = {}  # in Optuna, where refused proposals have some as well
-        self._running: dict[str, str] = {}
+        self._running: set[str] = set()
         self._next: Future[tuple[str, TrialConfig]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="proposal")
         if not self._again:
@@ -199,7 +198,7 @@ class ParetoSearch(Searcher):
             # Not finished while trials run: one of them may be lost and come back, and a search
             # that has said FINISHED is not asked again.
             return None if self._running else Searcher.FINISHED
-        self._running[trial_id] = name
+        self._running.add(trial_id)
         self._on_start(self._ledger.start(name, config))
         if not self._again:
             self._propose_ahead()
@@ -218,7 +217,7 @@ class ParetoSearch(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Free the trial's place; ``tell`` gives Optuna its result."""
-        self._running.pop(trial_id, None)
+        self._running.discard(trial_id)
 
     def try_again(self, name: str) -> None:
         """Put a lost trial in flight again, under its id; Optuna does not hear of it.
@@ -232,7 +231,6 @@ class ParetoSearch(Searcher):
 
     def tell(self, record: Record) -> None:
         """Tell Optuna how a trial ended, from its record in the ledger."""
-        assert record.result is not None
         if self._next is not None:
             self._next.exception()  # waits: the proposal in the making must not see this result
         # A proposal that was refused has a number in Optuna and no trial here, so the two counts
@@ -241,9 +239,9 @@ class ParetoSearch(Searcher):
         storage = self._storage
         study = storage.get_study_id_from_name(self._study.study_name)
         trial = storage.get_trial_id_from_study_id_trial_number(study, number)
-        for name, value in _attributes(record.result).items():
+        state, values, attributes = _standing(record)
+        for name, value in attributes.items():
             storage.set_trial_user_attr(trial, name, value)
-        state, values = _end(record)
         self._study.tell(number, values, state)
 
     def close(self) -> None:
@@ -253,7 +251,7 @@ class ParetoSearch(Searcher):
         # From then on a trial's number in the journal is its id again, which is what a reader
         # expects.
         if self._next is not None or shifted:
-            self._storage, self._study = reconcile(self._ledger, self._space, trials=0)
+            reconcile(self._ledger, self._space, trials=0)
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its parts at the start; the study lives in the ledger, not in a pickle."""
@@ -261,12 +259,6 @@ class ParetoSearch(Searcher):
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing to save with Tune's snapshots: the ledger is written as trials start and end."""
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing to save, see ``save_to_dir``."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing to restore, see ``reconcile``."""
 
     def _propose_ahead(self) -> None:
         if self._next is None and len(self._ledger.records) < self._config.trials:
@@ -298,23 +290,23 @@ class ParetoSearch(Searcher):
         )
 
 
-def _end(record: Record) -> "tuple[optuna.trial.TrialState, tuple[float, float] | None]":
-    """A trial's state and values for Optuna; a completed one without an objective has failed."""
+def _standing(
+    record: Record,
+) -> "tuple[optuna.trial.TrialState, tuple[float, float] | None, dict[str, Any]]":
+    """A trial's state and values for Optuna, and what it is to keep beside: cost, partial values.
+
+    A completed trial without an objective has failed.
+    """
     from optuna.trial import TrialState
 
-    assert record.result is not None
-    values = TrialRecord(record.config, record.result).point
-    if values is not None:
-        return TrialState.COMPLETE, values
-    return TrialState.PRUNED if record.result.status == "pruned" else TrialState.FAIL, None
-
-
-def _attributes(result: TrialResult) -> dict[str, Any]:
-    """What Optuna is to keep beside the objectives: cost, partial values, the error."""
+    if (result := record.result) is None:
+        return TrialState.RUNNING, None, {}
+    values = TrialRecord(record.config, result).point
+    state = TrialState.PRUNED if result.status == "pruned" else TrialState.FAIL
     attributes: dict[str, Any] = {"metrics": result.metrics, "seconds": result.seconds}
     if result.error is not None:
         attributes["error"] = result.error
-    return attributes
+    return state if values is None else TrialState.COMPLETE, values, attributes
 
 
 def _local(iso: str) -> datetime:

@@ -31,17 +31,12 @@ class Bulletin:
     """
 
     def __init__(
-        self,
-        console: StudyConsole,
-        board: Scoreboard,
-        table: TrialsTable,
-        tracker: "Tracker",
-        ending: Ending,
+        self, console: StudyConsole, board: Scoreboard, table: TrialsTable, ending: Ending
     ) -> None:
         self._console = console
         self._board = board
         self._table = table
-        self._tracker = tracker
+        self._tracker: Tracker  # from ``catch_up`` on
         self._ending = ending
         self._tables, self._mlflow = Background("tables"), Background("mlflow")
 
@@ -60,8 +55,9 @@ class Bulletin:
         """Spent on writing."""
         return self._tables.seconds + self._mlflow.seconds
 
-    def catch_up(self, records: Iterable[Record]) -> None:
+    def catch_up(self, records: Iterable[Record], tracker: "Tracker") -> None:
         """Bring table and MLflow in line with what the ledger has of earlier runs."""
+        self._tracker = tracker
         self._tabulate(self._table.write, self._board.trials())
         for record in records:
             self._mlflow.write(self._tracker.log_trial, record)
