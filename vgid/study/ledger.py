@@ -171,16 +171,11 @@ class Ledger:
         self._made = not output.exists()
         try:
             output.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(
-                output / ".lock",
-                f"{output}: a study is running in this folder; wait for it or choose another "
-                "--output.",
-            )
+            running = _refusal(output, "a study is running in this folder", "wait for it")
+            self._lock = lock(output / ".lock", str(running))
         except OSError as error:
-            raise InputError(
-                f"{output}: the output folder cannot be written ({error.strerror}); choose another "
-                "--output."
-            ) from None
+            what = f"the output folder cannot be written ({error.strerror})"
+            raise _refusal(output, what, "free it") from None
 
     def __enter__(self) -> Self:
         return self
@@ -229,19 +224,15 @@ class Ledger:
         """
         started = list(self.folder.glob("[0-9]*.json"))
         if any(self._has_worked(path) for path in started):
-            raise InputError(
-                f"{self.output}: the folder already holds a study; continue it with --resume or "
-                "choose another --output."
-            )
+            what = "the folder already holds a study"
+            raise _refusal(self.output, what, "continue it with --resume")
         self.folder.mkdir(exist_ok=True)
         # A killed process leaves its lock, and what it wrote of the header.
         mine = {self.folder, self.output / ".lock", *self.folder.glob(".*")}
         there = {*self.output.iterdir(), *self.folder.iterdir()}
         if not self._file.exists() and there - mine:
-            raise InputError(
-                f"{self.output}: the folder is not empty and holds no study; choose another "
-                "--output."
-            )
+            what = "the folder is not empty and holds no study"
+            raise _refusal(self.output, what, "empty it")
         self._sweep()
         for path in started:  # proposals that nothing came of
             path.unlink()
@@ -264,10 +255,7 @@ class Ledger:
             if before is None:
                 new[name] = value
             elif before != value:
-                raise InputError(
-                    f"{self.output}: the study was started with {what} {before[:12]} and cannot "
-                    f"go on with {value[:12]}; {remedy} or choose another --output."
-                )
+                raise _other(self.output, what, before[:12], value[:12], remedy)
         if new:
             header = self.header.model_copy(update=new)
             self._write(self._file, header)
@@ -279,30 +267,20 @@ class Ledger:
 
         Of the study's content only the version of vgid is compared here; see ``settle``.
 
-        Returns:
-            The header, with its original study id.
-
         Raises:
             InputError: no study here, a damaged record, or a study that is not the same.
         """
         if not self._file.exists():
-            raise InputError(
-                f"{self.output}: the folder holds no study to resume; leave out --resume."
-            )
+            raise _refusal(self.output, "the folder holds no study to resume", "leave out --resume")
         header = self._read(self._file, Header)
         kept, wanted = header.config.model_dump(), config.model_dump()  # without credentials
         for field in MUST_AGREE:
             if kept[field] != wanted[field]:
-                raise InputError(
-                    f"{self.output}: the study was started with {_flag(field)} {kept[field]} and "
-                    f"cannot go on with {wanted[field]}; repeat the first value or choose another "
-                    "--output."
-                )
+                remedy = "repeat the first value"
+                raise _other(self.output, _flag(field), kept[field], wanted[field], remedy)
         if header.search_space_sha256 != search_space_sha256:
-            raise InputError(
-                f"{self.output}: the search space has changed since the study was started; "
-                "restore the file or choose another --output."
-            )
+            what = "the search space has changed since the study was started"
+            raise _refusal(self.output, what, "restore the file")
         self._sweep()
         paths = sorted(self.folder.glob("[0-9]*.json"), key=lambda path: trial_order(path.stem))
         self.records = {}
@@ -311,10 +289,8 @@ class Ledger:
             # A gap would move every later trial to another number in Optuna, which counts from 0
             # without gaps.
             if record.trial_id != trial_id(number):
-                raise InputError(
-                    f"{self.folder / trial_id(number)}.json: the record of this trial is missing; "
-                    "restore it or choose another --output."
-                )
+                missing = self.folder / f"{trial_id(number)}.json"
+                raise _refusal(missing, "the record of this trial is missing", "restore it")
             self.records[record.trial_id] = record
         self.header = header
         self.settle(vgid_version=version("vgid"))
@@ -419,9 +395,16 @@ class Ledger:
         try:
             return model.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValidationError):
-            raise InputError(
-                f"{path}: the record is damaged; restore it or choose another --output."
-            ) from None
+            raise _refusal(path, "the record is damaged", "restore it") from None
+
+
+def _refusal(place: Path, what: str, remedy: str) -> InputError:
+    return InputError(f"{place}: {what}; {remedy} or choose another --output.")
+
+
+def _other(output: Path, what: str, before: Any, asked: Any, remedy: str) -> InputError:
+    told = f"the study was started with {what} {before} and cannot go on with {asked}"
+    return _refusal(output, told, remedy)
 
 
 def _without_scores(record: Record) -> Record:
