@@ -9,7 +9,7 @@ from vgid.pareto import front_mask, hypervolume
 from vgid.results import OBJECTIVES, Score, TrialResult
 from vgid.study.console import Standing
 from vgid.study.ledger import Header, Ledger, trial_id
-from vgid.study.scoreboard import Scoreboard
+from vgid.study.outcome import Scoreboard
 
 STATUSES = ("completed", "pruned", "failed", "lost")
 NOWHERE = (float("nan"), float("nan"))

@@ -4,12 +4,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from vgid.errors import DiskError, InputError
 from vgid.interrupts import Interrupt
 
 
+@dataclass
 class Ending:
     """What may end a study: a signal, bad input, the environment, its time budget.
 
@@ -24,14 +26,13 @@ class Ending:
         left: whether the driver is leaving with an exception of its own.
     """
 
-    def __init__(self, budget_s: float | None) -> None:
-        self.interrupt = Interrupt()
-        self.failure: str | None = None
-        self.stopped: str | None = None
-        self.cut_short = False
-        self.left = False
-        self._budget_s = budget_s
-        self._started = time.monotonic()
+    budget_s: float | None
+    interrupt: Interrupt = field(default_factory=Interrupt, init=False)
+    failure: str | None = field(default=None, init=False)
+    stopped: str | None = field(default=None, init=False)
+    cut_short: bool = field(default=False, init=False)
+    left: bool = field(default=False, init=False)
+    _started: float = field(default_factory=time.monotonic, init=False)
 
     @property
     def elapsed_s(self) -> float:
@@ -45,7 +46,7 @@ class Ending:
 
     def out_of_time(self) -> bool:
         """Whether the time budget is over: no new trial starts, what runs goes on."""
-        return self._budget_s is not None and self.elapsed_s > self._budget_s
+        return self.budget_s is not None and self.elapsed_s > self.budget_s
 
     def stop(self, cause: str) -> None:
         """End the study for what is no trial's fault; a resume goes on from there."""

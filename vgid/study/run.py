@@ -2,14 +2,15 @@
 
 ``run_study`` is the story, and its steps are all that a ``Study`` offers. They stand on parts that
 know their own data only: what ends a study early and who waits (``ending``), what hears trials and
-tells of them (``trials``), what the results amount to (``scoreboard``), what is left of it
-(``outcome``). All but the ledger, written as trials start and end, can be made again from it.
+tells of them (``trials``), what the results amount to (``outcome``). All but the ledger, written as
+trials start and end, can be made again from it.
 """
 
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +30,8 @@ from vgid.seeds import held_out_seed
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.study.ending import Ending
 from vgid.study.ledger import Ledger, changes, now
-from vgid.study.outcome import Material, said_of_a_stop, study_summary
+from vgid.study.outcome import Material, Scoreboard, said_of_a_stop, study_summary
 from vgid.study.plan import Ancestor, Plan, make_plan
-from vgid.study.scoreboard import Scoreboard
 from vgid.study.trials import Bulletin, Listener
 
 if TYPE_CHECKING:
@@ -109,9 +109,10 @@ def begin(
                     with ending.interrupt, study._prepared_aside():
                         yield study
                 finally:
-                    study._close()
+                    tracker = made(study._tracker)
+                    if tracker is not None and not study._bulletin.busy:
+                        tracker.close("KILLED" if ending.interrupt.came else "FAILED")
             shutil.rmtree(output / RAY_FILES, ignore_errors=True)
-            tracker = made(study._tracker)
             ui_command = "" if tracker is None else tracker.ui_command
             board = study.board
             print_summary(terminal, study.summary, board.trials(), board.base, ui_command)
@@ -208,31 +209,16 @@ class Study:
         tracker = ending.interrupt.result(self._tracker)
         bulletin = self._bulletin
         bulletin.catch_up(self.ledger.records.values(), tracker)
-        losses, side = Losses(), Background("search")
-        search = ending.interrupt.result(
-            side.submit(
-                lambda: ParetoSearch(
-                    self.ledger,
-                    self.plan.space,
-                    config,
-                    slots.count,
-                    losses,
-                    out_of_time=ending.out_of_time,
-                    on_start=bulletin.running,
-                )
-            )
-        )
-        listener = Listener(
-            self.ledger, search, losses, bulletin, ending, slots.mailbox, self._seconds
-        )
+        losses, side, mailbox = Losses(), Background("search"), slots.mailbox
+        begin = partial(ParetoSearch, self.ledger, self.plan.space, config, slots.count, losses)
+        search = ending.interrupt.result(side.submit(begin, ending.out_of_time, bulletin.running))
+        listener = Listener(self.ledger, search, losses, bulletin, ending, mailbox, self._seconds)
         if len(self.ledger.ended) < config.trials:
             recorder = Recorder(listener.on_epoch, listener.on_end)
             storage = config.output / RAY_FILES
             try:
                 with ending.heeded():
-                    run_trials(
-                        search, slots.mailbox, recorder, ending.is_over, storage, slots.count
-                    )
+                    run_trials(search, mailbox, recorder, ending.is_over, storage, slots.count)
             except OSError as error:
                 ending.stop(disk_sentence(error, [config.output]))
         ending.finishes(side.submit(search.close))
@@ -439,12 +425,6 @@ class Study:
             "files": [*self.summary["files"], *files],
         }
         write_study(self.plan.config.output / "study.json", self.summary)
-
-    def _close(self) -> None:
-        """Leave nothing on MLflow as running, however the study ended."""
-        tracker = made(self._tracker)
-        if tracker is not None and not self._bulletin.busy:
-            tracker.close("KILLED" if self.ending.interrupt.came else "FAILED")
 
 
 def base_unscored(error: str, log: Path, gpus: bool) -> str:

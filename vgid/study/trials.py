@@ -6,6 +6,7 @@ again. ``Bulletin`` then tells people: on the console, on MLflow, in ``trials.cs
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vgid.cluster.losses import Losses
@@ -17,27 +18,27 @@ from vgid.results import EpochReport, TrialResult
 from vgid.study.console import StudyConsole
 from vgid.study.ending import Ending
 from vgid.study.ledger import Ledger, Record, now
-from vgid.study.scoreboard import Scoreboard
+from vgid.study.outcome import Scoreboard
 
 if TYPE_CHECKING:
     from vgid.study.search import ParetoSearch
     from vgid.study.tracking import Tracker
 
 
+@dataclass
 class Bulletin:
     """Tells of trials: the console at once, table and MLflow in a thread each, in order.
 
     The board takes in each trial that ends; ``ending`` is told of a disk that is full.
     """
 
-    def __init__(
-        self, console: StudyConsole, board: Scoreboard, table: TrialsTable, ending: Ending
-    ) -> None:
-        self._console = console
-        self._board = board
-        self._table = table
+    console: StudyConsole
+    board: Scoreboard
+    table: TrialsTable
+    ending: Ending
+
+    def __post_init__(self) -> None:
         self._tracker: Tracker  # from ``catch_up`` on
-        self._ending = ending
         self._tables, self._mlflow = Background("tables"), Background("mlflow")
 
     @property
@@ -58,40 +59,40 @@ class Bulletin:
     def catch_up(self, records: Iterable[Record], tracker: "Tracker") -> None:
         """Bring table and MLflow in line with what the ledger has of earlier runs."""
         self._tracker = tracker
-        self._tabulate(self._table.write, self._board.trials())
+        self._tabulate(self.table.write, self.board.trials())
         for record in records:
             self._mlflow.write(self._tracker.log_trial, record)
-        self._board.show_on(self._console.standing)
+        self.board.show_on(self.console.standing)
 
     def running(self, record: Record, report: EpochReport | None = None) -> None:
         """A trial was put in flight, or reached the end of an epoch."""
-        self._console.epoch(record.trial_id, describe(record.config), report)
+        self.console.epoch(record.trial_id, describe(record.config), report)
         self._mlflow.write(self._tracker.log_trial, record)
 
     def ended(self, record: Record) -> None:
         """A trial ended; a console that fails keeps it from nobody else."""
         result = record.result
         assert result is not None
-        trial = self._board.add(record)
-        with kept_from_tune(self._ending):
+        trial = self.board.add(record)
+        with kept_from_tune(self.ending):
             if result.seconds:
-                self._console.standing.trial_s.append(sum(result.seconds.values()))
-            self._board.show_on(self._console.standing)
-            self._console.ended(record.trial_id, result)
+                self.console.standing.trial_s.append(sum(result.seconds.values()))
+            self.board.show_on(self.console.standing)
+            self.console.ended(record.trial_id, result)
         self._mlflow.write(self._tracker.log_trial, record)
-        if self._table.holds(trial):
-            self._tabulate(self._table.add, trial)
+        if self.table.holds(trial):
+            self._tabulate(self.table.add, trial)
         else:
-            self._tabulate(self._table.write, self._board.trials())
+            self._tabulate(self.table.write, self.board.trials())
 
     def lost(self, trial_id: str, cause: str) -> None:
         """The environment lost a trial, which stays in flight."""
-        self._console.ended(trial_id, TrialResult(trial_id=trial_id, status="lost", error=cause))
+        self.console.ended(trial_id, TrialResult(trial_id=trial_id, status="lost", error=cause))
 
     def still_lost(self, causes: dict[str, str], records: Mapping[str, Record]) -> None:
         """No more trials run: what is lost now stands in the tables and on MLflow as such."""
-        self._board.lost = causes
-        for trial in self._board.lost_trials():
+        self.board.lost = causes
+        for trial in self.board.lost_trials():
             ended = {"result": trial.result, "ended": now()}
             lost = records[trial.result.trial_id].model_copy(update=ended)
             self._mlflow.write(self._tracker.log_trial, lost)
@@ -99,52 +100,43 @@ class Bulletin:
     def close(self) -> None:
         """Wait until all is written; what a signal leaves MLflow no time for is left out."""
         self._tables.submit(lambda: None).result()
-        self._ending.finishes(self._mlflow.submit(lambda: None))
+        self.ending.finishes(self._mlflow.submit(lambda: None))
         self._mlflow.give_up()
 
     def _tabulate(self, write: Callable[[Any], None], what: Any) -> None:
         def heed() -> None:
-            with self._ending.heeded():
+            with self.ending.heeded():
                 write(what)
 
         self._tables.write(heed)
 
 
+@dataclass
 class Listener:
     """Hears how trials go, and makes it so: first of all in the ledger.
 
-    Args:
+    Attributes:
         mailbox: handle of the mailbox actor.
         seconds: by phase of the study; ``load`` grows with each outcome.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        search: "ParetoSearch",
-        losses: Losses,
-        bulletin: Bulletin,
-        ending: Ending,
-        mailbox: Any,
-        seconds: dict[str, float],
-    ) -> None:
-        self._ledger = ledger
-        self._search = search
-        self._losses = losses
-        self._bulletin = bulletin
-        self._ending = ending
-        self._mailbox = mailbox
-        self._seconds = seconds
-        self._slots_used: set[int] = set()
+    ledger: Ledger
+    search: "ParetoSearch"
+    losses: Losses
+    bulletin: Bulletin
+    ending: Ending
+    mailbox: Any
+    seconds: dict[str, float]
+    _slots_used: set[int] = field(default_factory=set, init=False)
 
     def on_epoch(self, trial_id: str, report: EpochReport) -> None:
         """Record an epoch."""
-        with kept_from_tune(self._ending):
-            self._bulletin.running(self._ledger.epoch(trial_id, report), report)
+        with kept_from_tune(self.ending):
+            self.bulletin.running(self.ledger.epoch(trial_id, report), report)
 
     def on_end(self, trial_id: str, outcome: Outcome | None, report: EpochReport | None) -> None:
         """Record how a trial ended, if it did (see ``vgid.cluster.tune.Recorder``)."""
-        if self._ledger.records[trial_id].result is not None:
+        if self.ledger.records[trial_id].result is not None:
             return  # Tune stumbled over a trial that had ended
         if outcome is None and report is not None:
             pruned = TrialResult(trial_id=trial_id, status="pruned", metrics=report.metrics)
@@ -155,36 +147,36 @@ class Listener:
         outcome.log_trace()
         cause = outcome.error or "for an unknown cause"
         if outcome.lost and outcome.fatal:
-            self._ending.stop(cause)
+            self.ending.stop(cause)
         elif outcome.lost:
             self._lose(trial_id, cause)
         elif outcome.result is not None:
-            self._seconds["load"] += outcome.load_s
+            self.seconds["load"] += outcome.load_s
             self._end(outcome.result, slot=outcome.slot, overhead_s=self._overhead(outcome))
         elif outcome.fatal and outcome.error is not None:  # otherwise it was interrupted
-            self._ending.fail(outcome.error)
+            self.ending.fail(outcome.error)
 
     def _end(self, result: TrialResult, **details: Any) -> None:
         """Record an end and tell everyone; one who fails keeps it from nobody else."""
-        with kept_from_tune(self._ending):
-            record = self._ledger.end(result.trial_id, result, **details)
+        with kept_from_tune(self.ending):
+            record = self.ledger.end(result.trial_id, result, **details)
             # The ledger has the result by now: whatever fails below, a resume makes good.
-            self._losses.end(result.trial_id)
-            with kept_from_tune(self._ending):
-                self._search.tell(record)
-            self._bulletin.ended(record)
+            self.losses.end(result.trial_id)
+            with kept_from_tune(self.ending):
+                self.search.tell(record)
+            self.bulletin.ended(record)
 
     def _lose(self, trial_id: str, cause: str) -> None:
         """The environment lost a trial: it stays in flight, and is tried again so many times."""
         error = cause
-        if self._losses.lose(trial_id, cause):
-            self._search.try_again(trial_id)
+        if self.losses.lose(trial_id, cause):
+            self.search.try_again(trial_id)
             error = f"{cause.rstrip('.')}; it is tried again"
         else:
-            self._mailbox.cancel.remote(trial_id)  # a slot may still be at it, for nobody
-        self._bulletin.lost(trial_id, error)
-        if self._losses.hopeless is not None:
-            self._ending.stop(self._losses.hopeless)
+            self.mailbox.cancel.remote(trial_id)  # a slot may still be at it, for nobody
+        self.bulletin.lost(trial_id, error)
+        if self.losses.hopeless is not None:
+            self.ending.stop(self.losses.hopeless)
 
     def _overhead(self, outcome: Outcome) -> float | None:
         """Seconds of the slot that went to neither training nor evaluation."""
