@@ -119,7 +119,6 @@ def test_a_slot_outlives_kills_repeats_itself_and_keeps_its_memory_flat(request_
     slots = Slots(
         mailbox, request_config, SlotShape(), 1, tmp_path / "ray", session=sessions.Mortal
     )
-    slots.start()
     first, other = TrialConfig(**FEW), TrialConfig(alpha=0.5, noise_type="white", **FEW)
     jobs = [
         sessions.trial_job(tmp_path, name, config)
@@ -168,7 +167,6 @@ def test_two_workers_train_a_trial_as_one_does(request_config, tmp_path):
         mailbox = start_mailbox()
         shape = SlotShape(workers=workers)
         slots = Slots(mailbox, request_config, shape, 1, tmp_path / f"ray{workers}")
-        slots.start()
         names = ("a", "b")[:workers]
         jobs = [sessions.trial_job(tmp_path, f"{workers}-{n}", config) for n in names]
         found = outcomes(mailbox, jobs)
@@ -206,7 +204,6 @@ def test_what_one_of_two_workers_meets_ends_the_job_for_both_and_stays_with_it(
     mailbox = start_mailbox()
     shape = SlotShape(workers=2)
     slots = Slots(mailbox, request_config, shape, 1, tmp_path / "ray", session=OneRankFails)
-    slots.start()
     names = ("bug", "killed", "input")
     jobs = [sessions.trial_job(tmp_path, name, TrialConfig(**FEW)) for name in names]
     found = {name: outcome for name, (_, outcome) in outcomes(mailbox, jobs).items()}
@@ -346,7 +343,6 @@ def test_what_a_lost_node_held_is_done_by_another(two_nodes, request_config, tmp
     (request_config.store / "doomed").write_text(node.node_id)
     mailbox = start_mailbox()
     slots = Slots(mailbox, request_config, SlotShape(), 2, tmp_path / "ray", session=Endless)
-    slots.start()
     one = TrialConfig(epochs=1)
     jobs = {name: sessions.trial_job(tmp_path, name, one) for name in ("0000", "0001")}
     for job in jobs.values():

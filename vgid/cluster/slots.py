@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,15 +58,12 @@ class Session(Protocol):
         checkpoint_dir: Path | None = None,
     ) -> TrialResult:
         """Run and score one trial."""
-        ...
 
     def base_scores(self, part: QuestionPart, seed: int) -> dict[str, Score]:
         """Scores of the base model."""
-        ...
 
     def rescore(self, adapter_dir: Path, part: QuestionPart, seed: int) -> dict[str, Score]:
         """Scores of a finished adapter."""
-        ...
 
 
 SessionFactory = Callable[[RequestConfig, int, int], Session]
@@ -101,7 +99,7 @@ class Slots:
     """The slots of a study; their Ray Train runs are held by one actor outside the driver.
 
     So the driver imports no torch for them, and can end or be interrupted at any moment: what
-    Ray Train has started dies with the actor.
+    Ray Train has started dies with the actor. They start at once, and serve jobs as they come up.
 
     Args:
         mailbox: handle of the mailbox actor.
@@ -133,12 +131,7 @@ class Slots:
         # tell.
         actor = ray.remote(max_concurrency=count + 1, runtime_env=environment, **_immortal())
         self._host = actor(_SlotHost).remote(shape)
-        self._run = (storage, loop)
-        self._held: list[Any] = []
-
-    def start(self) -> None:
-        """Start all slots; returns at once, jobs are served as the slots come up."""
-        self._held = [self._host.hold.remote(slot, *self._run) for slot in range(self.count)]
+        self._held = [self._host.hold.remote(slot, storage, loop) for slot in range(count)]
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Send the workers home, wait for their Train runs to end, and end those that do not.
@@ -301,7 +294,7 @@ def serve(config: dict[str, Any]) -> None:
 
     context = get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    line = _Line(config["mailbox"], config["slot"], rank, world_size)
+    line = _Line(config["mailbox"], config["slot"], rank, alone=world_size == 1)
     session: Session | None = None
     while (job := line.take()) is not None:
         started = time.monotonic()
@@ -332,21 +325,21 @@ def serve(config: dict[str, Any]) -> None:
 
 # The token tells the mailbox a new process of a slot from the one before, whose last poll may still
 # be open: a job that is handed to the dead is lost for as long as the study runs.
+@dataclass
 class _Line:
     """A worker's line to the mailbox, the same on every rank."""
 
-    def __init__(self, mailbox: Any, slot: int, rank: int, world_size: int) -> None:
-        self._mailbox = mailbox
-        self._slot = slot
-        self._rank = rank
-        self._alone = world_size == 1
-        self._worker = secrets.token_hex(8)
+    mailbox: Any
+    slot: int
+    rank: int
+    alone: bool
+    worker: str = field(default_factory=lambda: secrets.token_hex(8))
 
     def take(self) -> Job | None:
         job: Job | None = None
-        if self._rank == 0:
-            job = ray.get(self._mailbox.take.remote(self._slot, self._worker))
-        if self._alone:
+        if self.rank == 0:
+            job = ray.get(self.mailbox.take.remote(self.slot, self.worker))
+        if self.alone:
             return job
         # Ray's own broadcast has no timeout: an idle slot may wait for hours.
         from ray.train.collective import broadcast_from_rank_zero
@@ -354,11 +347,11 @@ class _Line:
         return broadcast_from_rank_zero(job)
 
     def report(self, job_id: str, report: EpochReport) -> bool:
-        return bool(ray.get(self._mailbox.report.remote(self._slot, job_id, report)))
+        return bool(ray.get(self.mailbox.report.remote(self.slot, job_id, report)))
 
     def finish(self, outcome: Outcome, any_rank: bool = False) -> None:
-        if self._rank == 0 or any_rank:
-            ray.get(self._mailbox.finish.remote(self._slot, outcome))
+        if self.rank == 0 or any_rank:
+            ray.get(self.mailbox.finish.remote(self.slot, outcome))
 
 
 def _do(job: Job, session: Session, line: _Line) -> Outcome:

@@ -160,7 +160,6 @@ class Study:
         slots = Slots(
             mailbox, self.plan.request, shape, count, storage, config.fresh_workers, session
         )
-        slots.start()
         watchdog = Watchdog(mailbox, self.console.say, lambda: capacity(shape), ending.out_of_time)
         try:
             yield slots
@@ -210,8 +209,8 @@ class Study:
         bulletin = self._bulletin
         bulletin.catch_up(self.ledger.records.values(), tracker)
         losses, side, mailbox = Losses(), Background("search"), slots.mailbox
-        begin = partial(ParetoSearch, self.ledger, self.plan.space, config, slots.count, losses)
-        search = ending.interrupt.result(side.submit(begin, ending.out_of_time, bulletin.running))
+        make = partial(ParetoSearch, self.ledger, self.plan.space, config, slots.count, losses)
+        search = ending.interrupt.result(side.submit(make, ending.out_of_time, bulletin.running))
         listener = Listener(self.ledger, search, losses, bulletin, ending, mailbox, self._seconds)
         if len(self.ledger.ended) < config.trials:
             recorder = Recorder(listener.on_epoch, listener.on_end)
