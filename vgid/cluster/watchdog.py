@@ -54,10 +54,9 @@ class Watchdog:
         self._thread.join()
 
     def look(self, traffic: Traffic | None, now: float) -> float | None:
-        """Take notice of the traffic, None where the mailbox does not answer.
+        """For how many seconds nothing has moved, if that is long enough to be told.
 
-        Returns:
-            For how many seconds nothing has moved, if that is long enough to be told.
+        There is no traffic where the mailbox does not answer.
         """
         if traffic is not None:
             busy = traffic.waiting or traffic.held

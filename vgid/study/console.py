@@ -111,12 +111,7 @@ class Standing:
 
 
 class StudyConsole:
-    """The display of one study; use as a context manager.
-
-    Args:
-        stream: the terminal or file to write to.
-        standing: what to show, kept up to date by the study.
-    """
+    """The display of one study, which keeps ``standing`` up to date; use as a context manager."""
 
     def __init__(self, stream: TextIO, standing: Standing) -> None:
         self._console = Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
@@ -215,12 +210,7 @@ def print_summary(
 ) -> None:
     """Print the front, the phases and the files; the last line says how to open the MLflow UI.
 
-    Args:
-        stream: the terminal or file to write to.
-        summary: the content of ``study.json``.
-        records: all trials.
-        base: scores of the base model by part of the questions, as far as they are known.
-        ui_command: the last line.
+    ``summary`` is the content of ``study.json``, ``base`` the base model's scores as far as known.
     """
     console = Console(
         file=stream, highlight=False, markup=False, width=None if stream.isatty() else 140

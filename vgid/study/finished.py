@@ -29,13 +29,7 @@ from vgid.study.plan import OWN_DATA
 
 MLFLOW = "mlflow:"
 
-PICK_SCORES = (
-    "forget_rougeL",
-    "retain_rougeL",
-    "test_rougeL",
-    "forget_cloze",
-    "celebrity_rougeL",
-)
+PICK_SCORES = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_cloze", "celebrity_rougeL")
 
 
 class BaseScores(Config):
@@ -193,8 +187,7 @@ def read_study(folder: Path) -> StudyFront:
     try:
         source = _from_folder(str(folder), None)
         base = parse(BaseScores, source.base, f"{folder / 'study.json'}: base")
-        table = folder / "trials.csv"
-        completed = _trials(_text(table, str(folder)), str(table), folder / "adapters")
+        completed = _trials(folder / "trials.csv", str(folder), folder / "adapters")
     except InputError as error:
         told = str(error).removesuffix(".")
         raise InputError(f"{told}, or delete {folder} to run it again.") from None
@@ -210,8 +203,7 @@ def _from_folder(name: str, tracking_uri: str | None) -> Source:
             "mlflow:RUN."
         )
     refuse_links(folder)
-    table = folder / "front.csv"
-    trials = _trials(_text(table, name), str(table), folder / "adapters")
+    trials = _trials(folder / "front.csv", name, folder / "adapters")
     summary = _read(folder / "study.json", name)
     return _source(summary, name, trials=trials, folder=folder, uri=tracking_uri)
 
@@ -245,18 +237,15 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     for artifact in ("study.json", "front.csv"):
         _download(client, run_id, artifact, scratch, where)
     summary = _read(scratch / "study.json", where)
-    trials = _trials(_text(scratch / "front.csv", where), f"{where}, front.csv", scratch)
+    trials = _trials(scratch / "front.csv", where, scratch)
     query = f"tags.`mlflow.parentRunId` = '{run_id}'"
     children = search_runs(client, run.info.experiment_id, query)
     runs = {child.data.tags.get("vgid.trial_id", ""): child.info.run_id for child in children}
     for trial in trials:
-        if trial.trial_id not in runs:
-            raise InputError(
-                f"{where}: trial {trial.trial_id} of its front has no run; restore it."
-            )
         trial.adapter.mkdir()
+        of_trial = runs.get(trial.trial_id, f"of trial {trial.trial_id}, which is gone,")
         for file in FILES:
-            _download(client, runs[trial.trial_id], f"adapter/{file}", trial.adapter, where)
+            _download(client, of_trial, f"adapter/{file}", trial.adapter, where)
     output = Path(str(summary.get("output", "")))
     there = (output / "study.json").is_file()
     same = there and _read(output / "study.json", where).get("study_id") == summary.get("study_id")
@@ -285,10 +274,12 @@ def _source(summary: dict[str, Any], name: str, **own: Any) -> Source:
         raise InputError(f"{told}; restore it, or finish it with --resume.") from None
 
 
-def _trials(text: str, where: str, adapters: Path) -> list[Trial]:
+def _trials(table: Path, where: str, adapters: Path) -> list[Trial]:
     """The completed trials of ``front.csv`` or ``trials.csv``, by id; adapters lie by id too."""
     trials = []
-    for row in csv.DictReader(io.StringIO(text)):
+    rows = csv.DictReader(io.StringIO(_text(table, where)))
+    where = f"{where}: {table.name}"
+    for row in rows:
         trial_id = row.get("trial_id") or ""
         if re.fullmatch(r"\d{4,10}", trial_id) is None:
             raise InputError(f"{where}: a trial_id is no number; restore the file.")

@@ -242,8 +242,7 @@ class Ledger:
     def settle(self, **found: str) -> list[str]:
         """Compare keys of ``CONTENT`` with what the study was started with, and keep what is new.
 
-        Returns:
-            What older trials of the study may have had otherwise: nobody recorded it then.
+        Returned is what older trials may have had otherwise, since nobody recorded it then.
 
         Raises:
             InputError: something differs.

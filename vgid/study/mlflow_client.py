@@ -78,12 +78,8 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
     """Open the store, and find or create the backbone's experiment.
 
     Importing MLflow and making the tables of a new SQLite file take seconds, so callers do this in
-    a thread. It must be done before other processes open the file.
-
-    Args:
-        uri: MLflow tracking URI; None for ``mlflow.db`` and ``mlartifacts`` in ``output``.
-        output: the study's folder.
-        backbone: name of the experiment.
+    a thread. It must be done before other processes open the file. Without a URI the file is
+    ``mlflow.db`` in ``output``, the study's folder, and ``mlartifacts`` is beside it.
 
     Raises:
         InputError: the URI is none, nobody answers there, or the database cannot be opened.

@@ -141,12 +141,7 @@ class Study:
 
     @contextmanager
     def slots(self, joined: bool, session: "SessionFactory | None" = None) -> Iterator["Slots"]:
-        """Start the slots, in which the base model is loaded; a signal ends the block in order.
-
-        Args:
-            joined: whether the cluster was there before.
-            session: makes the sessions of the workers, the real ones if None.
-        """
+        """Start the slots, in which the base model is loaded; a signal ends the block in order."""
         from vgid.cluster.connection import capacity, slot_count
         from vgid.cluster.slots import Slots, start_mailbox, trial_session
 
@@ -174,10 +169,7 @@ class Study:
             slots.close(timeout_s=0.0 if ending.interrupt.came else 10.0)
 
     def score_base(self, slots: "Slots") -> "Future[None]":
-        """Have the base model scored; the trials queue up behind.
-
-        Returns:
-            Done when it is scored, or cannot be: the study ends then.
+        """Have the base model scored; done when it is, or cannot be, which ends the study.
 
         Raises:
             InputError: the data or weights are not those that the study was started with.
@@ -194,9 +186,7 @@ class Study:
     def search(self, slots: "Slots", base: "Future[None]") -> None:
         """Run the trials that Optuna proposes, and those that an earlier run left in flight.
 
-        Args:
-            slots: where they run.
-            base: done when the base model is scored, which is waited for at last.
+        That the ``base`` is scored is waited for at last.
 
         Raises:
             InputError: what no trial can get past.
@@ -269,10 +259,7 @@ class Study:
     def write(self) -> dict[str, Any]:
         """Write tables and ``study.json``, then figures, then MLflow's parent run.
 
-        What a signal leaves no time for is missing, and said in ``study.json``.
-
-        Returns:
-            The content of ``study.json``.
+        What a signal leaves no time for is missing, and said in ``study.json``, which is returned.
 
         Raises:
             DiskError: a file cannot be written.

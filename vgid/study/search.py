@@ -89,10 +89,7 @@ def reconcile(
     """Write Optuna's journal anew from the ledger.
 
     Ended trials come back with their state and values, trials in flight as running, and the first
-    points that were not started yet as enqueued.
-
-    Returns:
-        The storage, and the Optuna study in it; a trial's number there is its trial id.
+    points that were not started yet as enqueued. A trial's number there is its trial id.
     """
     import optuna
 

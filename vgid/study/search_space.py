@@ -49,10 +49,7 @@ in the working folder if the package was installed away from it."""
 PROPOSALS_TRIED = 1000
 """So many points at the ends of the ranges must all be refused before a space is."""
 
-_SET_ELSEWHERE = {
-    "method": "it is the name of the section",
-    "seed": "the study derives it from its own seed",
-}
+_SET_ELSEWHERE = {"method": "the name of the section", "seed": "the study's own"}
 
 MOST_STEPS = 1e9
 """Optuna counts the steps of a range in decimals of 28 digits."""
@@ -332,13 +329,9 @@ class SearchSpace:
 
 
 def _check_name(name: str, where: str, method: Method) -> None:
-    """Check that a parameter exists, and that ``method`` uses it.
-
-    Raises:
-        InputError: it does not, at ``where`` in the file.
-    """
+    """Check that a parameter exists, and that ``method`` uses it."""
     if name in _SET_ELSEWHERE:
-        raise InputError(f"{where}: {name}: does not belong here; {_SET_ELSEWHERE[name]}.")
+        raise InputError(f"{where}: {name}: does not belong here; it is {_SET_ELSEWHERE[name]}.")
     if name not in TrialConfig.model_fields:
         used = {field for field in TrialConfig.model_fields if uses(method, field)}
         known = ", ".join(sorted(used - _SET_ELSEWHERE.keys()))
@@ -348,11 +341,7 @@ def _check_name(name: str, where: str, method: Method) -> None:
 
 
 def _domain(name: str, raw: Mapping[str, Any], place: str) -> Range | Choices:
-    """Parse ``{low, high, ...}`` or ``{choices}`` of a parameter.
-
-    Raises:
-        InputError: it is malformed, or a bound or choice is no valid value.
-    """
+    """Parse ``{low, high, ...}`` or ``{choices}`` of a parameter."""
     where = f"{place}.{name}"
     if "choices" in raw:
         listed = parse(Choices, raw, where).choices
@@ -378,11 +367,7 @@ def _is_integer(name: str) -> bool:
 
 
 def _valid(name: str, value: Any, where: str) -> Any:
-    """The value of one parameter as ``TrialConfig`` understands it.
-
-    Raises:
-        InputError: it is no valid value.
-    """
+    """The value of one parameter as ``TrialConfig`` understands it."""
     return getattr(parse(_FIELDS, {name: value}, where), name)
 
 

@@ -306,13 +306,10 @@ class Tracker:
             ) from None
 
     def log_trial(self, record: Record) -> bool:
-        """Record how far a trial has come: parameters, epochs and, once it has ended, its outcome.
+        """Record how far a trial has come, its outcome too; whether it is recorded up to now.
 
         Safe to repeat: what is recorded is left alone. Epochs wait up to ``FLUSH_SECONDS``. What
         the server does not take is kept, and sent in order by a later call that reaches it.
-
-        Returns:
-            Whether the trial is recorded up to now.
         """
         if record.result is None and self._trials.is_fresh(record.trial_id):
             return False
@@ -392,11 +389,7 @@ class Tracker:
         return run
 
     def _leave_artifact(self, run: Any, config: StudyConfig) -> None:
-        """Keep a first artifact: most of what can be wrong with their place shows only then.
-
-        Raises:
-            InputError: it cannot be kept.
-        """
+        """Keep a first artifact: most of what can be wrong with their place shows only then."""
         try:
             there = {file.path for file in self._client.list_artifacts(run.info.run_id)}
             if STUDY_FILE not in there:
