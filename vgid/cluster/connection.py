@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from vgid.cluster.resources import SlotShape
 from vgid.errors import InputError
@@ -37,8 +38,13 @@ ALONE = {
 TOKEN = Path("~/.ray/auth_token")
 """The token that Ray makes where there is none, and writes for everyone on the machine to read."""
 
-OBJECT_STORE_BYTES = 256 * 2**20
-"""Messages between actors are small; Ray would otherwise reserve a third of the memory."""
+LOCAL: dict[str, Any] = {
+    "address": "local",
+    "include_dashboard": False,
+    "dashboard_host": "127.0.0.1",
+    # Messages between actors are small; Ray would otherwise reserve a third of the memory.
+    "object_store_memory": 256 * 2**20,
+}
 
 
 @contextmanager
@@ -64,28 +70,17 @@ def connected() -> Iterator[bool]:
         return
     try:
         with sigterm_kept():  # Ray takes it for itself when it starts
-            if before:
-                context = ray.init(logging_level=logging.ERROR, log_to_driver=False)
-            else:
-                context = ray.init(
-                    address="local",
-                    include_dashboard=False,
-                    dashboard_host="127.0.0.1",
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                )
+            local = {} if before else LOCAL
+            context = ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
     except Exception as error:  # a bare one where Ray's own patience is over
         ray.shutdown()
-        if before:
-            raise InputError(
-                f"ray: the cluster at RAY_ADDRESS {before} cannot be reached "
-                f"({type(error).__name__}); check it with `ray status`."
-            ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(
-            f"ray: a local Ray cluster did not start ({reason}); the machine may be busy, or short "
-            "of memory or of space in the temporary folder. Give the same command again."
+            f"ray: the cluster at RAY_ADDRESS {before} cannot be reached ({type(error).__name__}); "
+            "check it with `ray status`."
+            if before
+            else f"ray: a local Ray cluster did not start ({reason}); the machine may be busy, or "
+            "short of memory or of space in the temporary folder. Give the same command again."
         ) from None
     if not before:
         with contextlib.suppress(OSError):  # another is in use, or none
