@@ -1,12 +1,19 @@
-"""cluster.yaml: valid for Ray's launcher, of one version with the project, closed to the world."""
+"""cluster.yaml: valid for Ray's launcher, of one version with the project, closed to the world.
+
+And what joins a cluster or starts one.
+"""
 
 import copy
+import os
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+
+from vgid.cluster.connection import ALONE, QUIET, connected
 
 ROOT = Path(__file__).parents[2]
 RAW = (ROOT / "cluster.yaml").read_text()
@@ -108,3 +115,27 @@ def test_what_is_copied_exists_and_is_what_an_installation_needs(cluster):
     needed = {"vgid", "studies", "search_spaces", "pyproject.toml", "constraints.txt", "README.md"}
     assert {f"/home/ray/project/{name}" for name in needed} <= set(cluster["file_mounts"])
     assert any("--editable ~/project" in line for line in cluster["setup_commands"])
+
+
+@pytest.mark.parametrize(("before", "joins"), [(None, False), ("", False), ("10.0.0.1:6379", True)])
+def test_a_cluster_is_joined_where_an_address_names_one(monkeypatch, before, joins):
+    asked = []
+
+    def init(**settings):
+        asked.append(settings.get("address"))
+        return SimpleNamespace(address_info={"gcs_address": "127.0.0.1:1"})
+
+    for name in (*QUIET, *ALONE, "RAY_ADDRESS"):
+        monkeypatch.setenv(name, "")  # comes back as it was
+        monkeypatch.delenv(name)
+    if before is not None:
+        monkeypatch.setenv("RAY_ADDRESS", before)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("vgid.cluster.connection.TOKEN", Path("/nowhere"))
+    with connected() as joined:
+        assert joined == joins
+        assert os.environ["RAY_ADDRESS"] == (before or "127.0.0.1:1")
+    assert asked == [None if joins else "local"]
+    assert os.environ.get("RAY_ADDRESS") == (before or None)

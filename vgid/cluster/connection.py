@@ -60,7 +60,7 @@ def connected() -> Iterator[bool]:
     Raises:
         InputError: the cluster cannot be reached, or does not start.
     """
-    before = os.environ.get("RAY_ADDRESS")
+    before = os.environ.get("RAY_ADDRESS") or None  # set and empty, it names no cluster
     for name, value in (QUIET if before else QUIET | ALONE).items():
         os.environ.setdefault(name, value)
     import ray
