@@ -142,6 +142,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
         },
     }
     summary = {
+        "base": base,
         "counts": {"completed": 3, "pruned": 0, "failed": 1},
         "hypervolume": 0.5,
         "phases": {
@@ -157,7 +158,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
         "files": ["study.json", "front.html"],
     }
     stream = io.StringIO()
-    print_summary(stream, summary, [record], base, "mlflow ui --backend-store-uri sqlite:///x.db")
+    print_summary(stream, summary, [record], "mlflow ui --backend-store-uri sqlite:///x.db")
     text = stream.getvalue()
     assert "3 completed, 1 failed, hypervolume 0.5000" in text
     assert "0.875 [0.750, 1.000]" in text  # held-out reduction

@@ -202,15 +202,11 @@ class StudyConsole:
 
 
 def print_summary(
-    stream: TextIO,
-    summary: Mapping[str, Any],
-    records: Sequence[TrialRecord],
-    base: Mapping[QuestionPart, Mapping[str, Score]],
-    ui_command: str,
+    stream: TextIO, summary: Mapping[str, Any], front: Sequence[TrialRecord], ui_command: str
 ) -> None:
     """Print the front, the phases and the files; the last line says how to open the MLflow UI.
 
-    ``summary`` is the content of ``study.json``, ``base`` the base model's scores as far as known.
+    ``summary`` is the content of ``study.json``.
     """
     console = Console(
         file=stream, highlight=False, markup=False, width=None if stream.isatty() else 140
@@ -219,10 +215,9 @@ def print_summary(
     hypervolume = summary["hypervolume"]
     volume = "" if hypervolume is None else f", hypervolume {hypervolume:.4f}"
     console.print(f"\nTrials: {counts or 'none ended'}{volume}")
-    front = [record for record in records if record.on_front]
     if front:
-        console.print(_front_table(front, base).rich())
-    unsure = doubt(base.get("search", {}))
+        console.print(_front_table(front, summary["base"]).rich())
+    unsure = doubt(summary["base"].get("search", {}))
     if unsure is not None:
         console.print(f"Warning: {unsure}")
     phases = [(k, row["total_s"], row.get("median_s")) for k, row in summary["phases"].items()]

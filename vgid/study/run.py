@@ -114,8 +114,7 @@ def begin(
                         tracker.close("KILLED" if ending.interrupt.came else "FAILED")
             shutil.rmtree(output / RAY_FILES, ignore_errors=True)
             ui_command = "" if tracker is None else tracker.ui_command
-            board = study.board
-            print_summary(terminal, study.summary, board.trials(), board.base, ui_command)
+            print_summary(terminal, study.summary, study.board.front(), ui_command)
 
 
 class Study:
