@@ -17,7 +17,7 @@ OBJECTIVES = ("forget_rougeL_reduction", "retain_rougeL")
 
 TrialStatus = Literal["completed", "pruned", "failed", "lost"]
 """``pruned``: stopped early on request. ``failed``: by the trial's own fault. ``lost``: by the
-environment's (``vgid.cluster.blame``); in a study's tables only, as a lost trial has not ended."""
+environment's (``vgid.cluster.losses``); in a study's tables only, as a lost trial has not ended."""
 
 QuestionPart = Literal["search", "held_out", "all"]
 """Trials are chosen on ``search`` questions and reported on ``held_out`` ones; together ``all``."""

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from vgid.cluster.blame import blame, where
+from vgid.cluster.losses import blame, where
 from vgid.cluster.mailbox import Job
 from vgid.errors import DiskError, InputError, SettingError
 from vgid.files import write_atomically

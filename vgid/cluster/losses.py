@@ -1,14 +1,29 @@
-"""What the environment lost: how often each job is tried again, and when that is no use.
+"""What becomes of a job that ended with an exception: whose fault it is, and whether it runs again.
 
-A lost trial has not ended: its record stays in flight, its checkpoint stays, and Optuna is told
-nothing. Whose fault an error is says ``vgid.cluster.blame``.
+The fault is its own, the environment's, or the input's. The environment's is what would not have
+happened to the same job elsewhere or later: a worker, slot, node or mailbox that died, a full disk,
+any error of the operating system, of Ray or between the workers of a trial, memory that is not
+there. An accelerator's memory may be short because of a neighbour; if it is short again at the
+job's next attempt, it is the job that is too large. All else that a trial's own code raises is the
+trial's.
+
+What the environment lost has not ended: a lost trial's record stays in flight, its checkpoint
+stays, and Optuna is told nothing.
 """
 
+import errno
+import os
+import re
+import shutil
+import tempfile
+import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from vgid.cluster.mailbox import Job, Outcome
+from vgid.cluster.mailbox import Job, Outcome, failure
+from vgid.errors import DiskError, InputError, SettingError
 from vgid.interrupts import POLL_S
 
 RETRIES = 3
@@ -16,6 +31,86 @@ RETRIES = 3
 
 IN_A_ROW = 3
 """So many different trials lost one after the other, of one cause, and the study stops."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+# Classes of Ray and torch go by their names: neither need be there.
+
+NO_MEMORY_LEFT = "torch.OutOfMemoryError"
+"""Of an accelerator."""
+
+BROKEN_ACCELERATOR = "torch.AcceleratorError"
+"""After it, the accelerator does nothing any more for this process."""
+
+ENVIRONMENTS = ("ray.exceptions.RayError", "torch.distributed.DistError", BROKEN_ACCELERATOR)
+
+TOLD_BY_MESSAGE = re.compile(r"\(os error \d+\)|DefaultCPUAllocator|gloo/")
+"""Errors of the system, of memory and between workers that come as another kind of exception."""
+
+
+def blame(job: Job, error: Exception, has_session: bool, folders: Sequence[Path] = ()) -> Outcome:
+    """The outcome of a job that ended with an exception.
+
+    Args:
+        job: the job.
+        error: what it raised.
+        has_session: whether model and data had been loaded by then.
+        folders: where the job writes, to name the one that is full.
+    """
+    own = has_session and (job.kind == "rescore" or isinstance(error, SettingError))
+    # Once, it may be the neighbour on the card; a job for which memory is short again is too large
+    # itself, and fails as any other trial does.
+    if _is_environments(error) or (is_a(error, NO_MEMORY_LEFT) and job.attempt == 1):
+        outcome = failure(job, _cause(error, folders), lost=True)
+    elif isinstance(error, InputError) and not own:
+        outcome = Outcome(job_id=job.id, error=str(error), fatal=True)
+    else:
+        outcome = failure(job, str(error) if isinstance(error, InputError) else where(error))
+    trace = "".join([*traceback.format_tb(error.__traceback__), f"{type(error).__name__}\n"])
+    return outcome.model_copy(update={"trace": trace})
+
+
+def is_a(error: BaseException, name: str) -> bool:
+    """Whether an exception is of the class of that full name, or of one derived from it."""
+    return any(f"{kind.__module__}.{kind.__qualname__}" == name for kind in type(error).__mro__)
+
+
+def where(error: BaseException) -> str:
+    """Name an exception by its kind and place; its message may quote a question or an answer."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
+
+
+def disk_sentence(error: OSError, folders: Sequence[Path]) -> str:
+    """Says which of the folders is full, if one is, else what the system refused."""
+    if error.errno in FULL:
+        return _full(folders)
+    return f"{where(error)} ({os.strerror(error.errno)})" if error.errno else where(error)
+
+
+def _is_environments(error: Exception) -> bool:
+    if isinstance(error, (OSError, MemoryError, DiskError)):
+        return True
+    if any(is_a(error, name) for name in ENVIRONMENTS):
+        return True
+    return not isinstance(error, InputError) and bool(TOLD_BY_MESSAGE.search(str(error)))
+
+
+def _cause(error: Exception, folders: Sequence[Path]) -> str:
+    if isinstance(error, DiskError):
+        return str(error)
+    if isinstance(error, OSError):
+        return disk_sentence(error, folders)
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    return _full(folders) if code is not None and int(code[1]) in FULL else where(error)
+
+
+def _full(folders: Sequence[Path]) -> str:
+    """The disk that is full: that with the least left of those that a job writes to."""
+    there = [folder for folder in (*folders, Path(tempfile.gettempdir())) if folder.is_dir()]
+    folder = min(there, key=lambda folder: shutil.disk_usage(folder).free)
+    return f"{folder}: its disk is full; free some space."
 
 
 class Losses:

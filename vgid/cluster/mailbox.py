@@ -59,7 +59,7 @@ class Outcome(Config):
         content: of a base scoring: ``precision`` of the weights (``vgid.study.ledger.CONTENT``).
         error: one sentence, if it failed.
         fatal: the error is in what all jobs share (model, data), so no job can succeed.
-        lost: the error is the environment's, not the job's own (``vgid.cluster.blame``), and the
+        lost: the error is the environment's, not the job's own (``vgid.cluster.losses``), and the
             job may succeed when it is tried again. A lost trial has no result.
         trace: where its exception came from, without the message, for ``study.log``.
         load_s: seconds that the worker spent on loading model and data for this job.

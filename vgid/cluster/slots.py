@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import ray
 
-from vgid.cluster.blame import BROKEN_ACCELERATOR, blame, is_a, where
+from vgid.cluster.losses import BROKEN_ACCELERATOR, blame, is_a, where
 from vgid.cluster.mailbox import Job, Mailbox, Outcome
 from vgid.cluster.resources import CPUS_PER_WORKER, SlotShape
 from vgid.config import RequestConfig, TrialConfig
@@ -288,7 +288,7 @@ def serve(config: dict[str, Any]) -> None:
     ranks do the same. An exception fails the job, not the slot: the next job gets a new session.
     With several workers the others may hang in a collective then, whatever it was, so the rank
     that has it ends the job and then itself, and the whole group restarts. Whose fault an
-    exception is says ``vgid.cluster.blame``.
+    exception is says ``vgid.cluster.losses``.
     """
     from ray.train import get_context
 

@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgid.cluster.blame import disk_sentence
-from vgid.cluster.losses import Losses, outcome_of
+from vgid.cluster.losses import Losses, disk_sentence, outcome_of
 from vgid.cluster.mailbox import Job
 from vgid.cluster.watchdog import Watchdog
 from vgid.config import StudyConfig, TrialConfig
