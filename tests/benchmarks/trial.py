@@ -45,6 +45,7 @@ def run_once(root: Path, started: float, settings: dict[str, Any]) -> list[dict[
     from vgid.config import RequestConfig, StudyConfig, TrialConfig
     from vgid.results import EpochReport
     from vgid.study.ledger import Heard, Record, now, trial_id
+    from vgid.study.mlflow_client import connect
     from vgid.study.tracking import Tracker
     from vgid.trial import TrialSession
 
@@ -57,10 +58,9 @@ def run_once(root: Path, started: float, settings: dict[str, Any]) -> list[dict[
     )
     session = TrialSession(request)
     opening = time.perf_counter()
-    tracker = Tracker(None, output, request.backbone)
     config = StudyConfig(output=output, data=request.data, trials=2)
     hashes = {"dataset": session.benchmark.sha256, "base": session.backbone.revision}
-    tracker.start_study("benchmark", config, hashes)
+    tracker = Tracker(connect(None, output, request.backbone), "benchmark", config, hashes)
     opened = time.perf_counter() - opening
     trial = TrialConfig(**settings.get("trial", {}))
     found = []

@@ -16,6 +16,7 @@ from vgid.report.front import Front
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Heard, Record
+from vgid.study.mlflow_client import connect
 from vgid.study.tracking import Tracker
 
 TRIALS = 18
@@ -128,9 +129,9 @@ def record_study(server: str, folder: Path) -> Recorded:
     """Record the study on a server, as ``vgid.study.run`` does."""
     study_id = "tiny-llava-2026-11-25T090000-0"
     records = draw_trials(folder)
-    tracker = Tracker(server, folder, "tiny-llava")
     hashes = {"dataset": "d" * 64, "base": "b" * 64}
-    tracker.start_study(study_id, StudyConfig(output=folder, trials=TRIALS), hashes)
+    config = StudyConfig(output=folder, trials=TRIALS)
+    tracker = Tracker(connect(server, folder, "tiny-llava"), study_id, config, hashes)
     for record in records:
         assert tracker.log_trial(as_ended(record))
     title = f"tiny-llava, {TRIALS} trials"

@@ -24,6 +24,7 @@ from vgid.report.note import NOTE_PICTURE, NoteLinks, note_links, recommended, s
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Ledger, Record, now
+from vgid.study.mlflow_client import connect
 from vgid.study.tracking import Tracker
 
 SHA = "0" * 64
@@ -59,7 +60,7 @@ EPOCHS = [
 def store(tmp_path_factory):
     """A store made as the study makes it: by default URI, in a thread."""
     output = tmp_path_factory.mktemp("study")
-    thread = threading.Thread(target=lambda: Tracker(None, output, "tiny-llava"))
+    thread = threading.Thread(target=lambda: connect(None, output, "tiny-llava"))
     thread.start()
     thread.join()
     return output
@@ -75,8 +76,8 @@ def flat(value):
     return Score(value=value, n=10, low=value, high=value)
 
 
-def open_tracker(store, backbone):
-    return Tracker(f"sqlite:///{store / 'mlflow.db'}", store, backbone)
+def opened(store, backbone):
+    return connect(f"sqlite:///{store / 'mlflow.db'}", store, backbone)
 
 
 def client(store):
@@ -129,9 +130,10 @@ def ledger_of(output):
         yield ledger
 
 
-def run_study(tracker, output, study_id, records):
+def run_study(connection, output, study_id, records):
+    """A whole study; its tracker."""
     with ledger_of(output) as ledger:
-        tracker.start_study(study_id, ledger.header.config, HASHES)
+        tracker = Tracker(connection, study_id, ledger.header.config, HASHES)
         for record in records:
             name = record.result.trial_id
             tracker.log_trial(ledger.start(name, record.config))
@@ -146,6 +148,7 @@ def run_study(tracker, output, study_id, records):
     names = (*FIGURES, "front.csv", "trials.csv", "study.json")
     phases = {"train": {"total_s": 8.0}}
     tracker.finish_study(front, SUMMARY | {"output": output, "files": names, "phases": phases})
+    return tracker
 
 
 def end(ledger, result):
@@ -180,8 +183,7 @@ def test_a_study_reads_back_whole(store, output, monkeypatch):
     working_folder.mkdir()
     monkeypatch.chdir(working_folder)
     records = make_records(output)
-    tracker = open_tracker(store, "tiny-llava")
-    run_study(tracker, output, "study-one", records)
+    tracker = run_study(opened(store, "tiny-llava"), output, "study-one", records)
     mlflow = client(store)
 
     assert mlflow.get_experiment_by_name("tiny-llava").experiment_id == tracker.experiment_id
@@ -252,11 +254,9 @@ def test_a_study_reads_back_whole(store, output, monkeypatch):
 
 def test_a_resumed_study_doubles_nothing(store, output):
     records = make_records(output)
-    first = open_tracker(store, "resumed")
-    run_study(first, output, "study-two", records[:2])
-    second = open_tracker(store, "resumed")
-    run_study(second, output, "study-two", records)
-    run_study(open_tracker(store, "resumed"), output, "study-two", records)
+    first = run_study(opened(store, "resumed"), output, "study-two", records[:2])
+    second = run_study(opened(store, "resumed"), output, "study-two", records)
+    run_study(opened(store, "resumed"), output, "study-two", records)
 
     assert second.study_run_id == first.study_run_id
     mlflow = client(store)
@@ -293,8 +293,7 @@ def test_a_trial_cut_short_has_its_whole_curve(store, output, monkeypatch, flush
     record = make_records(output)[0]
     name = f"cut short {flush_s} {heard} {cut}"
     with ledger_of(output) as ledger:
-        first = open_tracker(store, name)
-        first.start_study(name, ledger.header.config, HASHES)
+        first = Tracker(opened(store, name), name, ledger.header.config, HASHES)
         first.log_trial(ledger.start("0000", record.config))
         for report in EPOCHS[:heard]:
             first.log_trial(ledger.epoch("0000", report))
@@ -304,8 +303,7 @@ def test_a_trial_cut_short_has_its_whole_curve(store, output, monkeypatch, flush
             ledger.end("0000", record.result)
 
     with ledger_of(output) as ledger:
-        second = open_tracker(store, name)
-        second.start_study(name, ledger.header.config, HASHES)
+        second = Tracker(opened(store, name), name, ledger.header.config, HASHES)
         second.log_trial(ledger.records["0000"])
         for report in EPOCHS:  # a trial in flight starts over
             second.log_trial(ledger.epoch("0000", report))
@@ -325,8 +323,7 @@ def test_what_is_sent_twice_is_there_once(store, output):
     """The server did what it was asked to, and its answer was lost."""
     record = make_records(output)[0]
     with ledger_of(output) as ledger:
-        tracker = open_tracker(store, "twice")
-        tracker.start_study("twice", ledger.header.config, HASHES)
+        tracker = Tracker(opened(store, "twice"), "twice", ledger.header.config, HASHES)
         tracker.log_trial(ledger.start("0000", record.config))
         for report in EPOCHS:
             ledger.epoch("0000", report)
@@ -359,8 +356,7 @@ def test_a_study_that_ends_early_leaves_nothing_running_and_goes_on(store, outpu
     with ledger_of(output) as ledger:
         for number in range(4):
             ledger.start(f"{number:04d}", records[number].config)
-        first = open_tracker(store, "early")
-        first.start_study(f"early {status}", ledger.header.config, HASHES)
+        first = Tracker(opened(store, "early"), f"early {status}", ledger.header.config, HASHES)
         for record in ledger.records.values():
             first.log_trial(record)
         assert first.log_trial(end(ledger, records[0].result))
@@ -368,8 +364,7 @@ def test_a_study_that_ends_early_leaves_nothing_running_and_goes_on(store, outpu
         first.close(status)
         early = statuses(client(store), first)
 
-        second = open_tracker(store, "early")
-        second.start_study(f"early {status}", ledger.header.config, HASHES)
+        second = Tracker(opened(store, "early"), f"early {status}", ledger.header.config, HASHES)
         for record in ledger.records.values():
             assert second.log_trial(record)
         again = statuses(client(store), second)
@@ -390,18 +385,18 @@ def test_a_study_that_ends_early_leaves_nothing_running_and_goes_on(store, outpu
 def test_artifacts_that_cannot_be_kept_are_told_before_the_first_trial(store, output):
     """Where they go to S3, the client's own library is missing."""
     client(store).create_experiment("bucket", "s3://nobody:secret@bucket/artifacts")
-    tracker = open_tracker(store, "bucket")
+    connection = opened(store, "bucket")
     with pytest.raises(InputError, match=r"artifacts cannot be kept at s3://bucket/.*boto") as told:
-        tracker.start_study("bucket", StudyConfig(output=output), HASHES)
+        Tracker(connection, "bucket", StudyConfig(output=output), HASHES)
     assert "secret" not in str(told.value)
-    assert statuses(client(store), tracker) == ("FAILED", {})
+    (run,) = client(store).search_runs([connection.experiment_id])
+    assert run.info.status == "FAILED"
 
 
 def test_whatever_a_store_raises_is_told_at_the_end(store, output, monkeypatch):
     """One trial's adapter finds no place: all else is recorded, and a resume sends it."""
     records = make_records(output)
-    tracker = open_tracker(store, "refused")
-    tracker.start_study("refused", StudyConfig(output=output), HASHES)
+    tracker = Tracker(opened(store, "refused"), "refused", StudyConfig(output=output), HASHES)
     monkeypatch.setattr("vgid.study.tracking.RETRY_SECONDS", 0.0)
     log_artifacts = tracker._client.log_artifacts
 
@@ -418,8 +413,7 @@ def test_whatever_a_store_raises_is_told_at_the_end(store, output, monkeypatch):
     assert statuses(client(store), tracker) == ("FINISHED", {"0000": "KILLED"} | kept)
     assert client(store).get_run(tracker.study_run_id).data.metrics["hypervolume"] == 0.5
 
-    again = open_tracker(store, "refused")
-    again.start_study("refused", StudyConfig(output=output), HASHES)
+    again = Tracker(opened(store, "refused"), "refused", StudyConfig(output=output), HASHES)
     assert all(again.log_trial(ended(record)) for record in records)
     again.finish_study(Front("t", records, BASE), SUMMARY)
     assert statuses(client(store), again) == ("FINISHED", {"0000": "FINISHED"} | kept)
@@ -438,8 +432,8 @@ def test_a_server_that_is_away_costs_a_delay_only(output, monkeypatch):
     uri, port, told = f"sqlite:///{output / 'mlflow.db'}", free_port(), []
     with ExitStack() as stack, ledger_of(output) as ledger:
         server = stack.enter_context(mlflow_process(uri, output, port))
-        tracker = Tracker(f"http://127.0.0.1:{port}", output, "tiny-llava")
-        tracker.start_study("away", ledger.header.config, HASHES)
+        connection = connect(f"http://127.0.0.1:{port}", output, "tiny-llava")
+        tracker = Tracker(connection, "away", ledger.header.config, HASHES)
         assert tracker.log_trial(ledger.start("0000", records[0].config))
 
         os.killpg(server.pid, signal.SIGSTOP)
@@ -489,11 +483,10 @@ def test_a_study_cut_short_before_its_parameters_gets_them(store, output, monkey
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("vgid.study.tracking.Tracker._log_dataset", killed)
-        open_tracker(store, "cut-shorter").start_study("study-cut", config, HASHES)
-    second = open_tracker(store, "cut-shorter")
-    second.start_study("study-cut", config, HASHES)
-    third = open_tracker(store, "cut-shorter")  # another number of trials is no conflict
-    third.start_study("study-cut", config.model_copy(update={"trials": 99}), HASHES)
+        Tracker(opened(store, "cut-shorter"), "study-cut", config, HASHES)
+    second = Tracker(opened(store, "cut-shorter"), "study-cut", config, HASHES)
+    more = config.model_copy(update={"trials": 99})  # another number is no conflict
+    third = Tracker(opened(store, "cut-shorter"), "study-cut", more, HASHES)
     assert third.study_run_id == second.study_run_id
     run = client(store).get_run(second.study_run_id)
     assert run.data.params["seed"] == "3" and run.data.params["trials"] != "99"
@@ -503,8 +496,7 @@ def test_a_study_cut_short_before_its_parameters_gets_them(store, output, monkey
 def test_more_metrics_than_one_request_holds_are_all_recorded(store, output):
     record = make_records(output)[0]
     many = {f"metric_{i}": float(i) for i in range(1700)}
-    tracker = open_tracker(store, "many")
-    tracker.start_study("study-many", StudyConfig(output=output), HASHES)
+    tracker = Tracker(opened(store, "many"), "study-many", StudyConfig(output=output), HASHES)
     result = record.result.model_copy(update={"metrics": many})
     assert tracker.log_trial(ended(replace(record, result=result)))
     (run,) = children_of(client(store), tracker).values()
@@ -513,10 +505,9 @@ def test_more_metrics_than_one_request_holds_are_all_recorded(store, output):
 
 def test_a_trial_that_left_the_front_loses_its_mark(store, output):
     records = make_records(output)
-    run_study(open_tracker(store, "left"), output, "study-four", records)
-    tracker = open_tracker(store, "left")
+    run_study(opened(store, "left"), output, "study-four", records)
     demoted = TrialRecord(records[0].config, records[0].result)
-    run_study(tracker, output, "study-four", [demoted, *records[1:]])
+    tracker = run_study(opened(store, "left"), output, "study-four", [demoted, *records[1:]])
     children = children_of(client(store), tracker)
     assert children["0000"].data.tags["vgid.on_front"] == "false"
     assert children["0001"].data.tags["vgid.on_front"] == "true"
@@ -530,8 +521,9 @@ def test_a_trial_in_flight_again_goes_on_in_its_run(store, output, status, shown
     )
 
     def kept(record):
-        tracker = open_tracker(store, "again")
-        tracker.start_study(f"study-{status}", StudyConfig(output=output), HASHES)
+        tracker = Tracker(
+            opened(store, "again"), f"study-{status}", StudyConfig(output=output), HASHES
+        )
         assert tracker.log_trial(record)
         (run,) = children_of(client(store), tracker).values()
         return run.info.run_id, run.info.status, run.data.tags.get("vgid.error")
@@ -546,8 +538,7 @@ def test_a_trial_in_flight_again_goes_on_in_its_run(store, output, status, shown
 
 def test_trials_that_could_not_be_sent_are_sent_at_the_end(store, output, caplog):
     records = make_records(output)
-    tracker = open_tracker(store, "outage")
-    tracker.start_study("study-five", StudyConfig(output=output), HASHES)
+    tracker = Tracker(opened(store, "outage"), "study-five", StudyConfig(output=output), HASHES)
     assert tracker.log_trial(ended(records[0]))
     database = sqlite3.connect(store / "mlflow.db")
     database.execute("ALTER TABLE runs RENAME TO runs_away")
@@ -578,7 +569,7 @@ def test_trials_that_could_not_be_sent_are_sent_at_the_end(store, output, caplog
 )
 def test_an_address_that_does_not_work_gets_one_sentence(tmp_path, uri):
     with pytest.raises(InputError) as caught:
-        Tracker(uri, tmp_path, "tiny-llava")
+        connect(uri, tmp_path, "tiny-llava")
     message = str(caught.value)
     assert "--tracking-uri" in message
     assert "secret" not in message
@@ -587,16 +578,16 @@ def test_an_address_that_does_not_work_gets_one_sentence(tmp_path, uri):
 
 
 def test_a_deleted_experiment_gets_one_sentence(store):
-    tracker = open_tracker(store, "deleted")
-    client(store).delete_experiment(tracker.experiment_id)
+    client(store).delete_experiment(opened(store, "deleted").experiment_id)
     with pytest.raises(InputError, match="restore it with"):
-        open_tracker(store, "deleted")
+        opened(store, "deleted")
 
 
 def test_credentials_are_not_recorded(store, output):
     secret = "http://user:secret@example.org"
-    tracker = open_tracker(store, "secret")
-    tracker.start_study("s", StudyConfig(output=output, tracking_uri=secret), HASHES)
+    tracker = Tracker(
+        opened(store, "secret"), "s", StudyConfig(output=output, tracking_uri=secret), HASHES
+    )
     run = client(store).get_run(tracker.study_run_id)
     assert "secret" not in str(run.data.params) + str(run.data.tags)
 

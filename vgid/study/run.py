@@ -319,12 +319,12 @@ class Study:
 
     def _open_tracker(self) -> "Tracker":
         """The tracker, with the study's parent run; of a study that is refused there is none."""
+        from vgid.study.mlflow_client import connect
         from vgid.study.tracking import Tracker
 
         config, hashes = self.plan.config, self._material.result().hashes
-        tracker = Tracker(config.tracking_uri, config.output, config.backbone)
-        tracker.start_study(self.ledger.header.study_id, config, hashes)
-        return tracker
+        connection = connect(config.tracking_uri, config.output, config.backbone)
+        return Tracker(connection, self.ledger.header.study_id, config, hashes)
 
     def _take_base(self, mailbox: Any, job: Job) -> None:
         """Take in the base's scores; if they do not come, the study ends."""

@@ -2,8 +2,7 @@
 
 Only the driver process writes, in batches. Runs are found by their tags before one is created, so
 a resumed study goes on in the runs that it has. Nothing here carries a name, a question or an
-answer. A ``Tracker`` may be made in a thread while the cluster starts: it imports MLflow and, for
-a new SQLite file, makes the tables, which takes seconds.
+answer.
 """
 
 import json
@@ -29,7 +28,7 @@ from vgid.report.records import MAIN_METRICS, TrialRecord, held_out_scores, run_
 from vgid.report.tables import as_text
 from vgid.results import TrialStatus
 from vgid.study.ledger import Record
-from vgid.study.mlflow_client import Connection, connect, first_line, is_http, search_runs
+from vgid.study.mlflow_client import Connection, first_line, is_http, search_runs
 
 logger = logging.getLogger(__name__)
 
@@ -234,26 +233,53 @@ class TrialRuns:
 
 
 class Tracker:
-    """Writes one study to an MLflow tracking server or SQLite file (``mlflow_client.connect``).
+    """Writes one study to an MLflow tracking server or SQLite file.
+
+    It finds or creates the study's parent run and learns which trials that has. The hashes are
+    those of ``dataset`` and ``base``.
 
     Attributes:
         uri: where it writes, without credentials.
         experiment_id: the backbone's experiment.
-        study_run_id: the parent run, empty before ``start_study``.
+        study_run_id: the parent run.
+
+    Raises:
+        InputError: the server refuses, or artifacts cannot be kept.
     """
 
-    def __init__(self, uri: str | None, output: Path, backbone: str) -> None:
-        self._connection = connection = connect(uri, output, backbone)
+    def __init__(
+        self, connection: Connection, study_id: str, config: StudyConfig, hashes: Mapping[str, str]
+    ) -> None:
+        self._connection = connection
         self._client = connection.client
-        self._study_id = ""
-        self._trials = TrialRuns(connection, "", {})
+        self._study_id = study_id
         self._behind: dict[str, Record] = {}
         self._silent_until = 0.0
         self._refusal: str | None = None
         self._closed = False
+        self.study_run_id = ""
         self.uri = connection.uri
         self.experiment_id = connection.experiment_id
-        self.study_run_id = ""
+        tags = {"vgid.study_id": study_id}
+        tags |= {f"vgid.{name}_hash": value for name, value in hashes.items()}
+        try:
+            run = self._study_run(tags)
+            self.study_run_id = run.info.run_id
+            self._trials = TrialRuns(connection, self.study_run_id, tags)
+            self._trials.adopt()
+            self._leave_artifact(run, config)
+            if not run.data.params:  # they go last: a run that has them has the data set too
+                self._log_dataset(config, hashes["dataset"])
+                values = config.model_dump(exclude={"tracking_uri"})
+                connection.log(self.study_run_id, params=_params(values))
+        except Exception as error:  # a store's client raises its own kinds, or is not installed
+            self.close("FAILED")
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"--tracking-uri {self.uri}: the study cannot be recorded ({first_line(error)}); "
+                "check the server or leave the option out."
+            ) from None
 
     @property
     def server(self) -> str:
@@ -274,36 +300,6 @@ class Tracker:
         mlflow = Path(sys.executable).parent / "mlflow"
         command = shlex.join([str(mlflow), "ui", "--backend-store-uri", self.uri])
         return f"{command}   (then open {self.server}{page})"
-
-    def start_study(self, study_id: str, config: StudyConfig, hashes: Mapping[str, str]) -> None:
-        """Find or create the parent run of that id, and learn which trials it has.
-
-        The hashes are those of ``dataset`` and ``base``.
-
-        Raises:
-            InputError: the server refuses, or artifacts cannot be kept.
-        """
-        self._study_id = study_id
-        tags = {"vgid.study_id": study_id}
-        tags |= {f"vgid.{name}_hash": value for name, value in hashes.items()}
-        try:
-            run = self._study_run(tags)
-            self._trials = TrialRuns(self._connection, self.study_run_id, tags)
-            self._trials.adopt()
-            self._leave_artifact(run, config)
-            if not run.data.params:  # they go last: a run that has them has the data set too
-                self._log_dataset(config, hashes["dataset"])
-                values = config.model_dump(exclude={"tracking_uri"})
-                self._connection.log(self.study_run_id, params=_params(values))
-        except InputError:
-            self.close("FAILED")
-            raise
-        except Exception as error:  # a store's client raises its own kinds, or is not installed
-            self.close("FAILED")
-            raise InputError(
-                f"--tracking-uri {self.uri}: the study cannot be recorded ({first_line(error)}); "
-                "check the server or leave the option out."
-            ) from None
 
     def log_trial(self, record: Record) -> bool:
         """Record how far a trial has come, its outcome too; whether it is recorded up to now.
@@ -379,14 +375,11 @@ class Tracker:
         tags = {"vgid.kind": "study", **tags}
         query = f"tags.`vgid.study_id` = '{self._study_id}' and tags.`vgid.kind` = 'study'"
         found = search_runs(self._client, self.experiment_id, query)
-        if found:
-            run = found[0]
-            self._client.update_run(run.info.run_id, status="RUNNING")
-        else:
+        if not found:
             name = f"study {self._study_id}"
-            run = self._client.create_run(self.experiment_id, tags=tags, run_name=name)
-        self.study_run_id = run.info.run_id
-        return run
+            return self._client.create_run(self.experiment_id, tags=tags, run_name=name)
+        self._client.update_run(found[0].info.run_id, status="RUNNING")
+        return found[0]
 
     def _leave_artifact(self, run: Any, config: StudyConfig) -> None:
         """Keep a first artifact: most of what can be wrong with their place shows only then."""
