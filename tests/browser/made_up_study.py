@@ -11,8 +11,8 @@ import numpy as np
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.pareto import front_mask
-from vgid.report.figures import write_figures
 from vgid.report.front import Front
+from vgid.report.insights import write_figures
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Heard, Record

@@ -9,12 +9,12 @@ from vgid.paper.claims import (
     BASELINES,
     CLAIMS,
     Judgement,
-    OurEvidence,
-    PaperEvidence,
     claims_markdown,
     judge,
     judge_all,
     on_all,
+    our_evidence,
+    paper_evidence,
 )
 from vgid.paper.experiments import Outcome
 from vgid.paper.tables import ALL_NINE, SIGMAS, STYLES, FilledTable, tables
@@ -23,7 +23,7 @@ from vgid.results import Score
 
 TABLES = tables({method: TrialConfig(method=method) for method in METHOD_LABELS})
 BY_ID = {claim.id: claim for claim in CLAIMS}
-PAPER = PaperEvidence(TABLES, "LLaVA-1.5-7B")
+PAPER = paper_evidence(TABLES, "LLaVA-1.5-7B")
 
 IDEAL = {
     1: {"base": 0.9, "icu_declarative": 0.8, "icu_polite": 0.75, "icu_strict": 0.7},
@@ -43,7 +43,11 @@ IDEAL = {
 IDEAL |= {8: IDEAL[3], 9: IDEAL[3]}
 
 
-def evidence(forget, retain=None, seeds=4, noise=0.005, names=None):
+def evidence(forget, **how):
+    return our_evidence(made_up(forget, **how))
+
+
+def made_up(forget, retain=None, seeds=4, noise=0.005, names=None):
     """Tables whose forget and test scores are ``forget[table][row]`` with a little noise."""
     rng = np.random.default_rng(0)
     retain = retain or {}
@@ -66,7 +70,7 @@ def evidence(forget, retain=None, seeds=4, noise=0.005, names=None):
                 by_seed.append(Outcome(scores=scores, seconds=0, provenance={}))
             outcomes[row.key] = tuple(by_seed)
         made[number] = FilledTable(table, "tiny-llava", tuple(range(seeds)), outcomes)
-    return OurEvidence(made)
+    return made
 
 
 def judged(claim, found):
@@ -107,9 +111,9 @@ def test_a_claim_falls_with_what_it_is_about(claim):
 
 
 def test_claims_on_retain_fall_with_the_retain_set():
-    assert judged("c2", evidence(IDEAL, {"vgid": 0.5})).verdict == "not held"
+    assert judged("c2", evidence(IDEAL, retain={"vgid": 0.5})).verdict == "not held"
     kept = dict.fromkeys(("ga", "ga_diff", "kl_min"), 0.95)
-    assert judged("k", evidence(IDEAL, kept)).verdict == "not held"
+    assert judged("k", evidence(IDEAL, retain=kept)).verdict == "not held"
 
 
 @pytest.mark.parametrize("claim", BY_ID)
@@ -122,7 +126,7 @@ def test_one_seed_decides_nothing(claim):
 def test_noise_larger_than_the_difference_is_undecided():
     flat = {n: dict.fromkeys(rows, 0.5) for n, rows in IDEAL.items()}
     flat[5] = dict.fromkeys(IDEAL[5], 0.5)
-    found = evidence(flat, dict.fromkeys(IDEAL[3], 0.8), seeds=5, noise=0.1)
+    found = evidence(flat, retain=dict.fromkeys(IDEAL[3], 0.8), seeds=5, noise=0.1)
     assert judged("h", found).verdict == "undecided"
     assert judged("e", found).verdict == "undecided"
 
@@ -135,14 +139,13 @@ class Drawn:
         self._rng, self._means, self._noise = rng, means or {}, noise or {}
         self._gaps, self._drawn = gaps, {}
 
-    def values(self, table, key, metric):
+    def __call__(self, table, key, metric):
         place = table, key, metric
         if place not in self._drawn:
             spread = self._noise.get(key, 0.02)
             drawn = self._rng.normal(self._means.get(key, 0.5), spread, self.seeds).tolist()
-            self._drawn[place] = [
-                None if (key, seed) in self._gaps else value for seed, value in enumerate(drawn)
-            ]
+            gap = [(key, seed) in self._gaps for seed in range(self.seeds)]
+            self._drawn[place] = np.where(gap, np.nan, drawn)
         return self._drawn[place]
 
 
@@ -220,7 +223,7 @@ def test_missing_rows_leave_a_claim_open_and_do_not_break_the_others():
     assert judged("b", found).verdict == "held"
     assert list(judged("c1", found).by_seed) == ["ga"]  # over the baselines that there are
     assert judged("c1", found).verdict == "held"
-    assert judged("b", OurEvidence({})).verdict == "undecided"
+    assert judged("b", our_evidence({})).verdict == "undecided"
 
 
 def test_ascent_that_forgets_nothing_says_nothing():
@@ -236,7 +239,7 @@ def test_the_paper_s_own_numbers():
     assert judged("h", evidence(IDEAL)).paper == pytest.approx((0.518 - 0.462) - 0.02)
     slope = np.polyfit(SIGMAS, [0.561, 0.553, 0.486, 0.409], 1)[0]
     assert judged("e", evidence(IDEAL)).paper == pytest.approx(-slope)
-    styles = [PAPER.values(5, style, "forget_rougeL")[0] for style in STYLES]
+    styles = [PAPER(5, style, "forget_rougeL")[0] for style in STYLES]
     assert judged("g1", evidence(IDEAL)).paper == pytest.approx(max(styles) - min(styles))
 
 
@@ -272,7 +275,7 @@ def test_all_on_both_architectures_is_corrected_for_all_of_its_comparisons():
 
 
 def test_the_report_names_every_claim_and_what_is_built_in():
-    filled = list(evidence(IDEAL).tables.values())
+    filled = list(made_up(IDEAL).values())
     found = judge_all(filled, TABLES, {"tiny-llava": "LLaVA-1.5-7B"})
     assert [judgement.claim.id for judgement in found] == list(BY_ID)
     text = claims_markdown(found, ["tiny-llava"])

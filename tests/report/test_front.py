@@ -140,7 +140,7 @@ def test_a_study_without_a_completed_trial_still_has_its_picture(tmp_path, recor
 
 def test_importing_is_light():
     code = (
-        "import sys, vgid.report.figures\n"
+        "import sys, vgid.report.insights\n"
         "heavy = ('matplotlib', 'plotly', 'torch', 'pandas', 'optuna', 'mlflow')\n"
         "print([name for name in heavy if name in sys.modules])"
     )

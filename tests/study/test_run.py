@@ -19,7 +19,7 @@ from vgid.command_line import exit_code
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.interrupts import StudyInterruptedError
-from vgid.report.figures import FIGURES
+from vgid.report.insights import FIGURES
 from vgid.report.records import TrialRecord
 from vgid.results import Score, TrialResult
 from vgid.study.console import Standing, StudyConsole

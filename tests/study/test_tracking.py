@@ -17,8 +17,8 @@ from tests.browser.servers import mlflow_process
 from tests.end_to_end.conftest import free_port
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.report.figures import FIGURES, write_figures
 from vgid.report.front import Front
+from vgid.report.insights import FIGURES, write_figures
 from vgid.report.mlflow_links import UI
 from vgid.report.note import NOTE_PICTURE, NoteLinks, note_links, recommended, study_note
 from vgid.report.records import TrialRecord, write_front, write_study, write_trials

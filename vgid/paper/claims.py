@@ -24,25 +24,24 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from vgid.paper.printed import paper_row
-from vgid.paper.tables import (
-    ALL_NINE,
-    SIGMAS,
-    STYLES,
-    FilledTable,
-    Table,
-)
+from vgid.paper.tables import ALL_NINE, SIGMAS, STYLES, FilledTable, Table
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import METHOD_LABELS
 from vgid.report.tables import Grid
 
 Verdict = Literal["held", "not held", "undecided"]
-Statistic = list[float | None]
-"""One number a seed, positive where the claim holds; None where the seed cannot tell."""
-Comparisons = dict[str, Statistic]
+Statistic = NDArray[np.float64]
+"""One number a seed, positive where the claim holds; NaN where the seed cannot tell."""
+Comparisons = Mapping[str, Statistic]
 """A claim's statistics by what is compared with (a row's key); "" for a claim that has one."""
+Evidence = Callable[[int, str, str], Statistic]
+"""A cell's values, one a seed, by number of the table, key of the row, and score; NaN if none."""
 
 BASELINES = ("ga", "ga_diff", "kl_min", "po_dpo", "po_idk", "npo", "rmu")
 ASCENDING = ("ga", "ga_diff", "kl_min")
@@ -50,46 +49,34 @@ SINGLE_TEACHERS = ("icu_t", "noise_t")
 OTHER_METHODS = (*BASELINES, *SINGLE_TEACHERS)
 GAUSSIAN = tuple(f"gaussian_{sigma}" for sigma in SIGMAS)
 OTHER_NOISES = ("white", *GAUSSIAN)
+FORGET, RETAIN, TEST = "forget_rougeL", "retain_rougeL", "test_rougeL"
 MOST = 0.5
 """A model "leaves most knowledge" if more than this share of the base's ROUGE-L is left."""
 FORGETS = 0.1
 """A method "forgets" if it takes at least this share of the base's forget ROUGE-L away."""
 
 
-class Evidence(Protocol):
-    """Where values come from: our tables, or the paper's."""
-
-    def values(self, table: int, key: str, metric: str) -> list[float | None]:
-        """One value a seed of a cell; Nones if there is no such table or row."""
-
-
-@dataclass(frozen=True)
-class OurEvidence:
+def our_evidence(filled: Mapping[int, FilledTable]) -> Evidence:
     """The filled tables of one backbone, by number."""
+    seeds = max((len(table.seeds) for table in filled.values()), default=0)
 
-    tables: Mapping[int, FilledTable]
+    def values(table: int, key: str, metric: str) -> Statistic:
+        found = filled[table].values(key, metric) if table in filled else [None] * seeds
+        return np.array(found, dtype=np.float64)
 
-    def values(self, table: int, key: str, metric: str) -> list[float | None]:
-        """One value a seed of a cell."""
-        if table not in self.tables:
-            return [None] * max((len(t.seeds) for t in self.tables.values()), default=0)
-        return self.tables[table].values(key, metric)
+    return values
 
 
-@dataclass(frozen=True)
-class PaperEvidence:
-    """The paper's own tables for one of its backbones; rows are found by our keys."""
+def paper_evidence(tables: Mapping[int, Table], backbone: str) -> Evidence:
+    """The paper's own numbers for one of its backbones, as one seed; rows go by our keys."""
 
-    tables: Mapping[int, Table]
-    backbone: str
+    def values(table: int, key: str, metric: str) -> Statistic:
+        rows = [row for row in tables[table].rows if row.key == key] if table in tables else []
+        found = [paper_row(table, backbone, row.paper, row.setting) for row in rows]
+        printed = [math.nan if row is None else row.scores.get(metric, math.nan) for row in found]
+        return np.array(printed or [math.nan])
 
-    def values(self, table: int, key: str, metric: str) -> list[float | None]:
-        """The one number of a cell."""
-        for row in self.tables[table].rows if table in self.tables else ():
-            if row.key == key:
-                found = paper_row(table, self.backbone, row.paper, row.setting)
-                return [None if found is None else found.scores.get(metric)]
-        return [None]
+    return values
 
 
 @dataclass(frozen=True)
@@ -129,13 +116,13 @@ class Judgement:
 
     claim: Claim
     backbone: str
-    by_seed: Mapping[str, Sequence[float | None]]
+    by_seed: Mapping[str, Sequence[float] | Statistic]
     paper: float | None = None
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
         """The 95 % interval of each comparison."""
-        return {name: t_interval(values) for name, values in self.by_seed.items()}
+        return self.corrected_for(1)
 
     @cached_property
     def corrected(self) -> dict[str, Interval]:
@@ -160,8 +147,9 @@ class Judgement:
     @property
     def decisive(self) -> str:
         """The comparison that decides, or is farthest from letting the claim hold."""
-        if self.claim.about == "some":
-            return max(self.corrected, key=lambda name: _distance(self.corrected[name]))
+        if self.claim.about == "some":  # the farthest from zero
+            far = {k: max(_bound(i.low), _bound(-i.high)) for k, i in self.corrected.items()}
+            return max(far, key=far.__getitem__)
         if self.verdict == "not held":
             return min(self.corrected, key=lambda name: _bound(self.corrected[name].high))
         return min(self.intervals, key=lambda name: _bound(self.intervals[name].low))
@@ -173,9 +161,7 @@ class Judgement:
         interval = self.intervals[name]
         if interval.n == 0:
             return "not measured"
-        if len(self.by_seed) == 1 and not name:
-            return str(interval)
-        return f"{interval} ({_label(name)}, of {len(self.by_seed)})"
+        return f"{interval} ({_label(name)}, of {len(self.by_seed)})" if name else str(interval)
 
 
 def _bound(value: float) -> float:
@@ -183,131 +169,91 @@ def _bound(value: float) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-def _distance(interval: Interval) -> float:
-    """How far an interval is from zero, negative where it holds zero."""
-    return max(_bound(interval.low), _bound(-interval.high))
-
-
 def _label(name: str) -> str:
     """What a comparison is called: methods as in the tables, other rows by their key."""
-    return next((label for method, label in METHOD_LABELS.items() if method == name), name)
+    labels: Mapping[str, str] = dict(METHOD_LABELS)
+    return labels.get(name, name)
 
 
 def judge(claim: Claim, backbone: str, evidence: Evidence, paper: Evidence) -> Judgement:
     """Evaluate one claim on one backbone's tables, and on the paper's."""
-    printed = [value for (value,) in claim.compare(paper).values() if value is not None]
+    printed = [float(v) for (v,) in claim.compare(paper).values() if not math.isnan(v)]
     if claim.about == "some":
-        least = max(map(abs, printed), default=None)
-    else:
-        least = min(printed, default=None)
-    return Judgement(claim, backbone, claim.compare(evidence), least)
-
-
-def _each(function: Callable[..., float | None], *columns: Sequence[float | None]) -> Statistic:
-    """Apply a function seed by seed; a seed in which any value is missing cannot tell."""
-    found: Statistic = []
-    for values in zip(*columns, strict=True):
-        known = [value for value in values if value is not None]
-        found.append(function(*known) if len(known) == len(values) else None)
-    return found
-
-
-def _icu_leaves_most(evidence: Evidence) -> Comparisons:
-    base = evidence.values(1, "base", "forget_rougeL")
-    return {
-        style: _each(
-            lambda known, left: left / known - MOST if known > 0 else None,
-            base,
-            evidence.values(1, f"icu_{style}", "forget_rougeL"),
-        )
-        for style in STYLES
-    }
+        printed = [max(map(abs, printed))] if printed else []
+    return Judgement(claim, backbone, claim.compare(evidence), min(printed, default=None))
 
 
 def _leads(
-    evidence: Evidence, table: int, own: str, others: Sequence[str], metric: str
-) -> Comparisons:
+    table: int, own: str, others: Sequence[str], metric: str
+) -> Callable[[Evidence], Comparisons]:
     """By how much a row is better than each other: more is better on the retain set, else less."""
     sign = 1.0 if metric.startswith("retain") else -1.0
-    mine = evidence.values(table, own, metric)
-    return {
-        other: _each(lambda a, b: sign * (a - b), mine, evidence.values(table, other, metric))
+    return lambda values: {
+        other: sign * (values(table, own, metric) - values(table, other, metric))
         for other in others
     }
 
 
-def _vgid_leads(evidence: Evidence, table: int, methods: Sequence[str], metric: str) -> Comparisons:
+def _vgid_leads(
+    table: int, methods: Sequence[str], metric: str
+) -> Callable[[Evidence], Comparisons]:
     """VGID's leads over other methods; those that have no value at all are left out."""
-    values = {method: evidence.values(table, method, metric) for method in methods}
-    run = [method for method in methods if any(value is not None for value in values[method])]
-    return _leads(evidence, table, "vgid", run or methods, metric)
+
+    def compare(values: Evidence) -> Comparisons:
+        run = [method for method in methods if not np.isnan(values(table, method, metric)).all()]
+        return _leads(table, "vgid", run or methods, metric)(values)
+
+    return compare
 
 
-def _forgetting_grows_with_sigma(evidence: Evidence) -> Comparisons:
-    columns = [evidence.values(4, key, "forget_rougeL") for key in GAUSSIAN]
+def _icu_leaves_most(values: Evidence) -> Comparisons:
+    base = values(1, "base", FORGET)
+    known = np.where(base > 0, base, math.nan)
+    return {style: values(1, f"icu_{style}", FORGET) / known - MOST for style in STYLES}
+
+
+def _forgetting_grows_with_sigma(values: Evidence) -> Comparisons:
     # A slope over all sigmas and not each step: with few seeds a single step up and down would
     # decide.
-    centre = sum(SIGMAS) / len(SIGMAS)
-    spread = sum((sigma - centre) ** 2 for sigma in SIGMAS)
-
-    def minus_slope(*left: float) -> float:
-        products = ((s - centre) * value for s, value in zip(SIGMAS, left, strict=True))
-        return -math.fsum(products) / spread
-
-    return {"": _each(minus_slope, *columns)}
+    away = np.array(SIGMAS) - np.mean(SIGMAS)
+    return {"": -(away @ np.stack([values(4, key, FORGET) for key in GAUSSIAN])) / (away @ away)}
 
 
-def _styles_differ(evidence: Evidence) -> Comparisons:
-    columns = {style: evidence.values(5, style, "forget_rougeL") for style in STYLES}
+def _styles_differ(values: Evidence) -> Comparisons:
     return {
-        f"{a} and {b}": _each(lambda x, y: x - y, columns[a], columns[b])
+        f"{a} and {b}": values(5, a, FORGET) - values(5, b, FORGET)
         for a, b in itertools.combinations(STYLES, 2)
     }
 
 
-def _strict_is_most_stable(evidence: Evidence) -> Comparisons:
+def _strict_is_most_stable(values: Evidence) -> Comparisons:
     """How much better strict is than each other style, mean over the nine scores.
 
     The mean distance to the best style, score by score, differs between two styles by just that.
     """
     others = [style for style in STYLES if style != "strict"]
-    leads = [_leads(evidence, 5, "strict", others, metric) for metric in ALL_NINE]
-    return {
-        style: _each(
-            lambda *of_score: math.fsum(of_score) / len(ALL_NINE), *(lead[style] for lead in leads)
-        )
-        for style in others
-    }
+    leads = [_leads(5, "strict", others, metric)(values) for metric in ALL_NINE]
+    return {style: np.mean([lead[style] for lead in leads], axis=0) for style in others}
 
 
-def _vgid_rises_less(evidence: Evidence) -> Comparisons:
-    keys = ("icu", "icu_reverse", "vgid", "vgid_reverse")
-    columns = [evidence.values(6, key, "forget_rougeL") for key in keys]
-    return {"": _each(lambda icu, icu_r, vgid, vgid_r: (icu_r - icu) - (vgid_r - vgid), *columns)}
+def _vgid_rises_less(values: Evidence) -> Comparisons:
+    icu, vgid = (values(6, f"{k}_reverse", FORGET) - values(6, k, FORGET) for k in ("icu", "vgid"))
+    return {"": icu - vgid}
 
 
-def _test_falls(evidence: Evidence) -> Comparisons:
-    columns = [evidence.values(3, key, "test_rougeL") for key in ("base", "vgid")]
-    return {"": _each(lambda base, vgid: base - vgid, *columns)}
+def _test_falls(values: Evidence) -> Comparisons:
+    return {"": values(3, "base", TEST) - values(3, "vgid", TEST)}
 
 
-def _ascent_loses_retain(evidence: Evidence) -> Comparisons:
+def _ascent_loses_retain(values: Evidence) -> Comparisons:
     """Mean further retain loss over those of GA, GA_Diff and KL_Min that forget in the seed."""
-    base, kept = (evidence.values(3, "base", f"{s}_rougeL") for s in ("forget", "retain"))
-    own = evidence.values(3, "vgid", "retain_rougeL")
-    found: Statistic = []
-    for seed, (forget, retain, vgid) in enumerate(zip(base, kept, own, strict=True)):
-        losses = []
-        for method in ASCENDING:
-            left = evidence.values(3, method, "forget_rougeL")[seed]
-            after = evidence.values(3, method, "retain_rougeL")[seed]
-            if forget is None or left is None or after is None:
-                continue
-            if left <= (1 - FORGETS) * forget:
-                losses.append(after)
-        known = retain is not None and vgid is not None and losses
-        found.append((vgid or 0.0) - sum(losses) / len(losses) if known else None)
-    return {"": found}
+    left, kept = (
+        np.stack([values(3, method, metric) for method in ASCENDING]) for metric in (FORGET, RETAIN)
+    )
+    kept[~(left <= (1 - FORGETS) * values(3, "base", FORGET))] = math.nan
+    forget = (~np.isnan(kept)).sum(axis=0)
+    mean = np.nansum(kept, axis=0) / np.where(forget, forget, math.nan)
+    return {"": values(3, "vgid", RETAIN) - mean}
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -320,29 +266,29 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("b", "Both interventions together suppress more than text or image alone.",
           "section 3.3, Table 2",
           "forget ROUGE-L of each single intervention minus that of both",
-          lambda tables: _leads(tables, 2, "dual", ("icu_strict", "visual"), "forget_rougeL"),
+          _leads(2, "dual", ("icu_strict", "visual"), FORGET),
           "On an embedded backbone the order of the raw teachers is built in by its training mix, "
           "so this checks the code and is no evidence for the paper."),
     Claim("c1", "VGID forgets more than each baseline.", "section 4.2, Table 3",
           "lead in forget ROUGE-L over each of GA, GA_Diff, KL_Min, PO, NPO, RMU",
-          lambda tables: _vgid_leads(tables, 3, BASELINES, "forget_rougeL")),
+          _vgid_leads(3, BASELINES, FORGET)),
     Claim("c2", "VGID loses no more of the retain set than each baseline.",
           "section 4.3, Figure 4",
           "lead in retain ROUGE-L over each of the same",
-          lambda tables: _vgid_leads(tables, 3, BASELINES, "retain_rougeL"),
+          _vgid_leads(3, BASELINES, RETAIN),
           "Taken literally: a baseline that forgets nothing keeps everything, so this fails "
           "wherever one does, in the paper's numbers too; see the fronts of a fair comparison "
           "for the trade-off."),
     Claim("d", "A teacher with one intervention (ICU-T, Noise-T) makes the student forget less "
           "than VGID's.", "section 4.4, Table 3",
           "forget ROUGE-L of each of both minus VGID's",
-          lambda tables: _vgid_leads(tables, 3, SINGLE_TEACHERS, "forget_rougeL")),
+          _vgid_leads(3, SINGLE_TEACHERS, FORGET)),
     Claim("e", "Forgetting grows with the strength of Gaussian noise.", "section 4.5, Table 4",
           "minus the least-squares slope of forget ROUGE-L over sigma",
           _forgetting_grows_with_sigma),
     Claim("f", "Random noise forgets more than white and Gaussian images.", "section 4.5, Table 4",
           "forget ROUGE-L of each other minus that of random noise",
-          lambda tables: _leads(tables, 4, "random", OTHER_NOISES, "forget_rougeL")),
+          _leads(4, "random", OTHER_NOISES, FORGET)),
     Claim("g1", "Prompt styles make a difference to what VGID forgets.", "section 4.6, Table 5",
           "difference in forget ROUGE-L of each two styles, of which some is to differ from zero",
           _styles_differ, about="some"),
@@ -358,10 +304,10 @@ CLAIMS: tuple[Claim, ...] = (
           "section 4.2, Table 3", "test ROUGE-L of the base minus VGID's", _test_falls),
     Claim("j1", "VGID forgets most at 10 % too.", "appendix A.3.5, Table 8",
           "lead in forget ROUGE-L over each other method",
-          lambda tables: _vgid_leads(tables, 8, OTHER_METHODS, "forget_rougeL")),
+          _vgid_leads(8, OTHER_METHODS, FORGET)),
     Claim("j2", "VGID forgets most at 15 % too.", "appendix A.3.5, Table 9",
           "lead in forget ROUGE-L over each other method",
-          lambda tables: _vgid_leads(tables, 9, OTHER_METHODS, "forget_rougeL")),
+          _vgid_leads(9, OTHER_METHODS, FORGET)),
     Claim("k", "Gradient-ascent baselines lose retain performance where they forget.",
           "section 4.3, Figure 4",
           f"VGID's retain ROUGE-L minus the mean of those of GA, GA_Diff, KL_Min that take at "
@@ -400,14 +346,12 @@ def judge_all(
         tables: the tables by number, for finding the paper's rows.
         paper_backbones: which of the paper's backbones each of ours is held against.
     """
-    backbones = list(dict.fromkeys(table.backbone for table in filled))
-    found = []
-    for claim in CLAIMS:
-        for backbone in backbones:
-            ours = {t.table.number: t for t in filled if t.backbone == backbone}
-            printed = PaperEvidence(tables, paper_backbones[backbone])
-            found.append(judge(claim, backbone, OurEvidence(ours), printed))
-    return found
+    evidence = {}
+    for backbone in dict.fromkeys(table.backbone for table in filled):
+        ours = {t.table.number: t for t in filled if t.backbone == backbone}
+        printed = paper_evidence(tables, paper_backbones[backbone])
+        evidence[backbone] = our_evidence(ours), printed
+    return [judge(claim, name, *both) for claim in CLAIMS for name, both in evidence.items()]
 
 
 def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) -> str:

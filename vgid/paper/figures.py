@@ -11,7 +11,7 @@ from pathlib import Path
 from vgid.files import write_atomically
 from vgid.paper.experiments import Arm, Experiment, Outcome
 from vgid.paper.tables import COMPARISONS, METRIC_LABELS, FilledTable
-from vgid.report.drawing import INK, Bars, Panel, Picture, Scale, Series
+from vgid.report.drawing import INK, Panel, Picture, Scale, Series
 from vgid.report.intervals import Interval, t_interval
 from vgid.report.page import write_page
 
@@ -94,11 +94,13 @@ def first_tokens(
                 found.append(t_interval([None if s is None else s.value for s in scores]))
             known += sum(interval.n for interval in found)
             drawn.append(
-                Bars(
+                Series(
                     f"{kind} tokens",
+                    range(len(found)),
                     [interval.mean if interval.n else 0.0 for interval in found],
                     colour,
-                    bounds=[_bounds(interval) for interval in found],
+                    "bar",
+                    y_bounds=[_bounds(interval) for interval in found],
                     hover=[f"{kind} tokens\n{y_label} {interval}" for interval in found],
                 )
             )

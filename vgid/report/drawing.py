@@ -1,17 +1,17 @@
 """The drawing kit: a picture is declared once, and drawn as a PNG and for a browser.
 
-A ``Picture`` is panels side by side or one above the other; a panel holds series of marks and
-lines, and bars, on two scales. matplotlib draws ``Picture.png``, plotly
-``Picture.plotly`` (``vgid.report.page`` makes a page of it); both are imported when something is
-drawn. All texts are plain: what would be markup to plotly is escaped here.
+A ``Picture`` is panels side by side or one above the other; a panel holds series of marks, lines
+or bars on two scales. matplotlib draws ``Picture.png``, plotly ``Picture.plotly``
+(``vgid.report.page`` makes a page of it); both are imported when something is drawn. All texts are
+plain: what would be markup to plotly is escaped here.
 """
 
 import io
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,23 +31,27 @@ MARKERS = {
 }
 """The kinds of marks, as plotly and as matplotlib call them; an open one is a ring."""
 
+BARS = {"bar": "v", "bar-right": "h"}
+"""Marks that are bars, upwards or to the right, and plotly's names of these directions."""
+
 POINTS_PER_PIXEL = 0.65
 """A mark of one pixel in a page has this diameter in a PNG, whose figures are a bit smaller."""
 
 Places = Sequence[float | None]
 Bounds = Sequence[tuple[float, float]]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Series:
-    """Marks, a line through them, or both.
+    """Marks, a line through them, or both; or bars, beside those of the panel's other series.
 
     Attributes:
         name: in the legend, where all series of one name are one entry.
         x: places of the points; None ends a line, and what follows begins another.
         y: the same upwards.
         colour: as ``#rrggbb``.
-        mark: a key of ``MARKERS``, or one for each point; empty for a line alone.
+        mark: a key of ``MARKERS``, or one for each point; empty for a line alone; or of ``BARS``.
         size: a mark's diameter in pixels of a page.
         opacity: from 0 to 1.
         line: width of the line in pixels, 0 for none.
@@ -79,39 +83,15 @@ class Series:
     listed: bool = True
 
     @property
-    def marks(self) -> list[str]:
-        """The mark of each point; none for a line alone."""
-        if isinstance(self.mark, str):
-            return [self.mark] * len(self.x) if self.mark else []
-        return list(self.mark)
-
-    @property
     def points(self) -> list[tuple[float, float]]:
         """The places of its points."""
         pairs = zip(self.x, self.y, strict=True)
         return [(x, y) for x, y in pairs if x is not None and y is not None]
 
-
-@dataclass(frozen=True)
-class Bars:
-    """Bars at 0, 1, 2 and so on of a scale; those of several ``Bars`` stand beside each other.
-
-    Attributes:
-        name: in the legend.
-        values: their lengths.
-        colour: as ``#rrggbb``.
-        horizontal: they lie along the x axis.
-        bounds: low and high end of each value's interval; empty for none.
-        hover: what hovering over each bar shows, as in ``Series``.
-    """
-
-    name: str
-    values: Sequence[float]
-    colour: str
-    horizontal: bool = False
-    bounds: Bounds = ()
-    hover: Sequence[str] = ()
-    listed: bool = True
+    @property
+    def bars(self) -> str:
+        """Direction of its bars, as plotly calls it; empty where its marks are no bars."""
+        return BARS.get(self.mark, "") if isinstance(self.mark, str) else ""
 
 
 @dataclass(frozen=True)
@@ -137,18 +117,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
-
-    Attributes:
-        x: the scale to the right.
-        y: the scale upwards.
-        drawn: its content, what comes later above what came before.
-        title: above it.
-    """
+    """One pair of axes; of what is drawn, what comes later lies above what came before."""
 
     x: Scale
     y: Scale
-    drawn: Sequence[Series | Bars]
+    drawn: Sequence[Series]
     title: str = ""
 
     def ends(self, axis: str) -> tuple[float, float]:
@@ -156,23 +129,21 @@ class Panel:
         scale: Scale = getattr(self, axis)
         if scale.range is not None:
             return scale.range
-        found = [0.0, 1.0]
-        series = [item for item in self.drawn if isinstance(item, Series)]
-        values = [value for item in series for value in getattr(item, axis) if value is not None]
-        for item in series:
+        values = [value for item in self.drawn for value in getattr(item, axis)]
+        for item in self.drawn:
             values += [end for pair in getattr(item, f"{axis}_bounds") for end in pair]
-        found = values or found
-        room = 0.05 * (max(found) - min(found))
+        found = [value for value in values if value is not None] or [0.0, 1.0]
+        room = 0.05 * (max(found) - min(found)) or 0.5
         return min(found) - room, max(found) + room
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, drawn by ``png`` and ``plotly``.
+    """A figure.
 
     Attributes:
         title: its headline.
-        panels: from left to right, or from top to bottom.
+        panels: from left to right, or from top to bottom where they are stacked.
         subtitle: a second headline.
         size: width and height of the PNG in inches.
         dpi: its pixels an inch.
@@ -193,8 +164,9 @@ class Picture:
 
         figure = Figure(figsize=self.size, dpi=self.dpi, layout="constrained")
         canvas = FigureCanvasAgg(figure)  # no pyplot: no global state, no display
-        shape = (len(self.panels), 1) if self.stacked else (1, len(self.panels))
-        pairs = list(zip(figure.subplots(*shape, squeeze=False).flat, self.panels, strict=True))
+        pairs = list(
+            zip(figure.subplots(*self._shape, squeeze=False).flat, self.panels, strict=True)
+        )
         headline = " · ".join(filter(None, (self.title, self.subtitle)))
         letters = int(11 * self.size[0])  # on one line
         figure.suptitle(
@@ -223,42 +195,39 @@ class Picture:
 
     def plotly(self) -> dict[str, Any]:
         """The interactive picture as plotly's JSON: ``data`` and ``layout``."""
-        traces: list[dict[str, Any]] = []
-        texts: list[dict[str, Any]] = []
-        layout: dict[str, Any] = {
-            "title": {
-                "text": _markup(self.title),
-                "subtitle": {"text": _markup(self.subtitle)},
-                "x": 0.02,
-                "xanchor": "left",
-            },
-            "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
-            "legend": {"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom"},
-            "hoverlabel": {"bgcolor": "white", "align": "left", "font": {"color": INK}},
-            "hovermode": "closest",
-            "barmode": "group",
-            "margin": {"l": 70, "r": 30, "t": 115, "b": 60},
-            "plot_bgcolor": "white",
-            "annotations": texts,
-        }
+        from plotly.subplots import make_subplots
+
+        rows, columns = self._shape
+        figure = make_subplots(
+            rows, columns, horizontal_spacing=0.14 / columns, vertical_spacing=0.28 / rows
+        )
+        title = {"text": _markup(self.title), "subtitle": {"text": _markup(self.subtitle)}}
+        figure.update_layout(
+            template="none",
+            title={**title, "x": 0.02, "xanchor": "left"},
+            font={"family": "system-ui, sans-serif", "size": 13, "color": INK},
+            legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom"},
+            hoverlabel={"bgcolor": "white", "align": "left", "font": {"color": INK}},
+            hovermode="closest",
+            margin={"l": 70, "r": 30, "t": 115, "b": 60},
+        )
         names: set[str] = set()
-        gap = 0 if len(self.panels) == 1 else 0.14 if self.stacked else 0.07
         for number, panel in enumerate(self.panels):
-            start, end = (number + gap) / len(self.panels), (number + 1 - gap) / len(self.panels)
-            x, y = [start, end], [0.0, 1.0]
-            if self.stacked:
-                x, y = y, [1 - end, 1 - start]
-            suffix = str(number + 1) if number else ""
-            refs = {"xaxis": f"x{suffix}", "yaxis": f"y{suffix}"}
-            layout[f"xaxis{suffix}"] = _plotly_scale(panel.x, x, refs["yaxis"])
-            layout[f"yaxis{suffix}"] = _plotly_scale(panel.y, y, refs["xaxis"])
-            texts += _plotly_texts(panel, x, y, suffix)
+            row, column = divmod(number, columns)
+            place = {"row": row + 1, "col": column + 1}
+            figure.update_xaxes(_plotly_scale(panel.x), **place)
+            figure.update_yaxes(_plotly_scale(panel.y), **place)
             for item in panel.drawn:
-                trace = _plotly_series(item) if isinstance(item, Series) else _plotly_bars(item)
                 listed = item.listed and item.name not in names
                 names |= {item.name} if listed else set()
-                traces.append({**trace, **_told(item), **refs, "showlegend": listed})
-        return {"data": traces, "layout": layout}
+                figure.add_trace(_plotly_trace(item) | {"showlegend": listed}, **place)
+            for text in _plotly_texts(panel, np.array((1150 / columns, 500 / rows))):
+                figure.add_annotation(text, **place)
+        return dict(figure.to_dict())
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return (len(self.panels), 1) if self.stacked else (1, len(self.panels))
 
 
 def _draw_panel(axes: Any, panel: Panel) -> None:
@@ -267,12 +236,12 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9)
-    bars = [item for item in panel.drawn if isinstance(item, Bars)]
+    bars = [item for item in panel.drawn if item.bars]
     for order, item in enumerate(panel.drawn):
-        if isinstance(item, Series):
-            _draw_series(axes, item, 2 + order / 100)
+        if item.bars:
+            _draw_bars(axes, item, (bars.index(item) + 0.5) / len(bars) - 0.5, len(bars))
         else:
-            _draw_bars(axes, item, bars.index(item), len(bars))
+            _draw_series(axes, item, 2 + order / 100)
     for name, scale, side in (("x", panel.x, "bottom"), ("y", panel.y, "left")):
         axis = getattr(axes, f"{name}axis")
         axis.set_label_text(scale.label, color=INK)
@@ -291,7 +260,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
 
 
 def _draw_series(axes: Any, series: Series, order: float) -> None:
-    x, y = (np.array(values, dtype=np.float64) for values in (series.x, series.y))
+    x, y = np.array((series.x, series.y), dtype=np.float64)
     paint: dict[str, Any] = {"color": series.colour, "alpha": series.opacity, "zorder": order}
     line = {
         **paint,
@@ -302,54 +271,42 @@ def _draw_series(axes: Any, series: Series, order: float) -> None:
     # One by one, so that lines through each other are seen as several.
     for path in np.split(np.column_stack((x, y)), np.flatnonzero(np.isnan(x))):
         axes.plot(path[:, 0], path[:, 1], **line)
-    reach = {
-        f"{name}err": np.abs(np.array(bounds).T - middle)
-        for name, bounds, middle in (("x", series.x_bounds, x), ("y", series.y_bounds, y))
-        if bounds
-    }
-    if reach:
-        axes.errorbar(x, y, **reach, fmt="none", elinewidth=0.9, **paint)
-    for mark in dict.fromkeys(series.marks):
+    if series.x_bounds or series.y_bounds:
+        axes.errorbar(x, y, **_reaches(series), fmt="none", elinewidth=0.9, **paint)
+    marks = np.array([series.mark] * len(x) if isinstance(series.mark, str) else series.mark)
+    for mark in dict.fromkeys(marks[marks != ""].tolist()):
         edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.7}
         if mark.endswith("-open"):
             edge = {"markerfacecolor": "none", "markeredgewidth": 1.5}
         elif series.opacity < 1 or series.size < 8:
             edge = {"markeredgewidth": 0}
         shape = {"marker": MARKERS[mark], "markersize": POINTS_PER_PIXEL * series.size, **edge}
-        chosen = np.array(series.marks) == mark
-        axes.plot(x[chosen], y[chosen], **paint, **shape, linestyle="")
+        axes.plot(x[marks == mark], y[marks == mark], **paint, **shape, linestyle="")
         line = shape | line  # the legend shows the first of several marks
     if series.listed:
         axes.plot([], [], **line, label=series.name)
 
 
-def _draw_bars(axes: Any, bars: Bars, index: int, count: int) -> None:
-    draw, direction = (axes.barh, "x") if bars.horizontal else (axes.bar, "y")
-    reach = np.abs(np.array(bars.bounds).T - bars.values) if bars.bounds else None
-    draw(
-        np.arange(len(bars.values)) + 0.8 * ((index + 0.5) / count - 0.5),
-        bars.values,
-        0.76 / count,
-        color=bars.colour,
-        label=bars.name,
-        error_kw={"elinewidth": 0.8},
-        **{f"{direction}err": reach},
-    )
+def _draw_bars(axes: Any, bars: Series, side: float, beside: int) -> None:
+    draw, at, values = axes.bar, bars.x, bars.y
+    if bars.bars == "h":
+        draw, at, values = axes.barh, bars.y, bars.x
+    style = {"color": bars.colour, "label": bars.name, "error_kw": {"elinewidth": 0.8}}
+    draw(np.array(at) + 0.8 * side, values, 0.76 / beside, **style, **_reaches(bars))
+
+
+def _reaches(series: Series) -> dict[str, Floats | None]:
+    """How far intervals reach to either side, as matplotlib takes them."""
+    pairs = (("xerr", series.x_bounds, series.x), ("yerr", series.y_bounds, series.y))
+    return {key: np.abs(np.array(b).T - np.array(at)) if b else None for key, b, at in pairs}
 
 
 def _write_labels(axes: Any, panel: Panel) -> None:
     """Write the labels of a panel whose layout stands."""
     from matplotlib.patheffects import withStroke
 
-    to_points = 72 / axes.figure.dpi
-    box = axes.bbox
-
-    def place(points: NDArray[np.float64]) -> NDArray[np.float64]:
-        moved = axes.transData.transform(points) - (box.x0, box.y0)
-        return np.asarray(moved * to_points, dtype=np.float64)
-
-    frame = np.array((box.width, box.height)) * to_points
-    for label in _labels(panel, place, frame, 7.5):
+    frame = np.array(axes.bbox.size) * 72 / axes.figure.dpi
+    for label in _labels(panel, np.array((axes.get_xlim(), axes.get_ylim())), frame, 7.5):
         axes.annotate(
             label.text,
             label.at,
@@ -370,8 +327,7 @@ def _write_labels(axes: Any, panel: Panel) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Label:
+class _Label(NamedTuple):
     """A text beside its point; ``offset`` is how far its middle lies to the right and above."""
 
     text: str
@@ -381,30 +337,24 @@ class _Label:
     far: bool
 
 
-def _labels(
-    panel: Panel,
-    place: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    frame: NDArray[np.float64],
-    font: float,
-) -> Iterator[_Label]:
+def _labels(panel: Panel, ends: Floats, frame: Floats, font: float) -> Iterator[_Label]:
     """The labels of a panel, each near its point, and over no other or mark if there is room.
 
     Args:
         panel: what has labels.
-        place: from coordinates of the data to lengths from the panel's lower left corner.
-        frame: width and height of the panel in these lengths.
-        font: height of the letters in these lengths.
+        ends: of its two scales, (2, 2), the first at the left and at the bottom.
+        frame: width and height of the panel, in whatever length.
+        font: height of the letters in the same.
     """
-    series = [item for item in panel.drawn if isinstance(item, Series)]
-    marks = [at for item in series if item.mark for at in item.points]
-    points = place(np.array(marks or [(np.nan, np.nan)], dtype=np.float64))
+    marks = [at for item in panel.drawn if item.mark for at in item.points]
+    points = _placed(marks or [(np.nan, np.nan)], ends, frame)
     # The corners first, which no interval crosses; and all that farther and farther off.
     sides = np.array([(1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)])
     gaps = font * np.array([0.4, 1.3, 2.5, 3.7, 5.1, 6.7, 8.5])
     taken = np.empty((0, 4))
-    for item in series:
+    for item in panel.drawn:
         for text, at in zip(item.labels, item.points, strict=False):
-            own = place(np.array([at]))[0]
+            own = _placed([at], ends, frame)[0]
             if (own < 0).any() or (own > frame).any():
                 continue
             half = np.array((0.32 * len(text) + 0.1, 0.6)) * font
@@ -420,31 +370,34 @@ def _labels(
             yield _Label(text, at, (right, above), item.colour, bool(ring[best]))
 
 
-def _told(item: Series | Bars) -> dict[str, Any]:
-    """What plotly's legend and hovering say of a trace."""
-    name = _markup(item.name)
-    if not item.hover:
-        return {"name": name, "legendgroup": name, "hoverinfo": "skip"}
-    texts = []
-    for text in item.hover:
-        first, *rest = _markup(text).split("<br>")
-        texts.append("<br>".join([f"<b>{first}</b>", *rest]) if rest else first)
-    return {"name": name, "legendgroup": name, "hoverinfo": "text", "hovertext": texts}
+def _placed(points: Sequence[tuple[float, float]], ends: Floats, frame: Floats) -> Floats:
+    """Where points lie in a panel, from its lower left corner, (N, 2)."""
+    return np.asarray((np.array(points) - ends[:, 0]) / (ends[:, 1] - ends[:, 0]) * frame)
 
 
-def _plotly_series(series: Series) -> dict[str, Any]:
-    open_mark = isinstance(series.mark, str) and series.mark.endswith("-open")
-    return {
-        "type": "scatter",
-        "mode": "+".join(["lines"] * bool(series.line) + ["markers"] * bool(series.mark)) or "none",
+def _plotly_trace(series: Series) -> dict[str, Any]:
+    name = _markup(series.name)
+    trace: dict[str, Any] = {
+        "type": "bar" if series.bars else "scatter",
+        "name": name,
+        "legendgroup": name,
         "x": list(series.x),
         "y": list(series.y),
-        "error_x": _plotly_reach(series.x_bounds, series.x, series.colour),
-        "error_y": _plotly_reach(series.y_bounds, series.y, series.colour),
+        "error_x": _plotly_reach(series.x_bounds, series.x, series),
+        "error_y": _plotly_reach(series.y_bounds, series.y, series),
         "opacity": series.opacity,
-        "customdata": list(series.keys),
+        "hoverinfo": "text" if series.hover else "skip",
+        "hovertext": [_told(text) for text in series.hover] or None,
+        "customdata": list(series.keys) or None,
+    }
+    if series.bars:
+        bars = {"orientation": series.bars, "marker": {"color": series.colour}}
+        return trace | bars
+    open_mark = isinstance(series.mark, str) and series.mark.endswith("-open")
+    return trace | {
+        "mode": "+".join(["lines"] * bool(series.line) + ["markers"] * bool(series.mark)) or "none",
         "marker": {
-            "symbol": series.mark or "circle",
+            "symbol": series.mark or None,
             "size": series.size,
             "color": series.colour,
             "line": {"width": 2 if open_mark else 0},
@@ -458,75 +411,57 @@ def _plotly_series(series: Series) -> dict[str, Any]:
     }
 
 
-def _plotly_bars(bars: Bars) -> dict[str, Any]:
-    along, across = ("x", "y") if bars.horizontal else ("y", "x")
-    return {
-        "type": "bar",
-        "orientation": "h" if bars.horizontal else "v",
-        across: list(range(len(bars.values))),
-        along: list(bars.values),
-        f"error_{along}": _plotly_reach(bars.bounds, bars.values, INK),
-        "marker": {"color": bars.colour},
-    }
+def _told(text: str) -> str:
+    first, *rest = _markup(text).split("<br>")
+    return "<br>".join([f"<b>{first}</b>", *rest]) if rest else first
 
 
-def _plotly_reach(bounds: Bounds, middles: Places, colour: str) -> dict[str, Any]:
-    pairs = list(zip(bounds, middles, strict=False))
+def _plotly_reach(bounds: Bounds, middles: Places, series: Series) -> dict[str, Any] | None:
+    if not bounds:
+        return None
+    pairs = list(zip(bounds, middles, strict=True))
     return {
-        "visible": bool(bounds),
-        "type": "data",
         "symmetric": False,
         "array": [high - x for (_, high), x in pairs if x is not None],
         "arrayminus": [x - low for (low, _), x in pairs if x is not None],
         "thickness": 1,
         "width": 3,
-        "color": colour,
+        "color": INK if series.bars else series.colour,
     }
 
 
-def _plotly_scale(scale: Scale, domain: list[float], anchor: str) -> dict[str, Any]:
-    texts = [_markup(text) for _, text in scale.ticks]
+def _plotly_scale(scale: Scale) -> dict[str, Any]:
     marked = _markup(scale.marked)
-    ticks = {
-        "tickvals": [place for place, _ in scale.ticks],
-        "ticktext": [f"<b>{text}</b>" if text == marked else text for text in texts],
-    }
+    texts = [_markup(text) for _, text in scale.ticks]
     return {
-        "domain": domain,
-        "anchor": anchor,
         "title": {"text": _markup(scale.label)},
         "range": scale.range,
-        "tickformat": ".0%" if scale.percent else "",
+        "tickformat": ".0%" if scale.percent else None,
+        "tickvals": [place for place, _ in scale.ticks] or None,
+        "ticktext": [f"<b>{text}</b>" if text == marked else text for text in texts] or None,
         "gridcolor": GRID,
         "zeroline": False,
         "visible": scale.shown,
         "automargin": True,
-        **(ticks if texts else {}),
     }
 
 
-def _plotly_texts(
-    panel: Panel, x: Sequence[float], y: Sequence[float], suffix: str
-) -> list[dict[str, Any]]:
+def _plotly_texts(panel: Panel, frame: Floats) -> Iterator[dict[str, Any]]:
     """Title and labels; the labels keep their distance on a panel of the usual size."""
-    frame = np.array((1150 * (x[1] - x[0]), 500 * (y[1] - y[0])))
-    low, high = np.array([panel.ends("x"), panel.ends("y")]).T
-    span = np.where(high == low, 1.0, high - low)
-
-    def place(points: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray((points - low) / span * frame, dtype=np.float64)
-
-    title = {"x": x[0], "y": y[1], "xref": "paper", "yref": "paper", "font": {"size": 14}}
-    title |= {"xanchor": "left", "yanchor": "bottom", "yshift": 4, "showarrow": False}
-    return [{**title, "text": _markup(panel.title)}] + [
-        {
+    yield {
+        "text": _markup(panel.title),
+        **{"x": 0, "xref": "x domain", "xanchor": "left"},
+        **{"y": 1, "yref": "y domain", "yanchor": "bottom", "yshift": 4},
+        "showarrow": False,
+        "font": {"size": 14},
+    }
+    for label in _labels(panel, np.array((panel.ends("x"), panel.ends("y"))), frame, 11):
+        yield {
+            "text": _markup(label.text),
             "x": label.at[0],
             "y": label.at[1],
-            "xref": f"x{suffix}",
-            "yref": f"y{suffix}",
             "ax": label.offset[0],
             "ay": -label.offset[1],  # plotly counts pixels downwards
-            "text": _markup(label.text),
             "font": {"size": 11, "color": label.colour},
             "bgcolor": "rgba(255,255,255,0.7)",
             "borderpad": 0,
@@ -534,8 +469,6 @@ def _plotly_texts(
             "arrowwidth": 0.7,
             "arrowcolor": label.colour if label.far else "rgba(0,0,0,0)",
         }
-        for label in _labels(panel, place, frame, 11)
-    ]
 
 
 def _markup(text: str) -> str:

@@ -8,7 +8,7 @@ picture, names the trial's run on the tracking server and links to it; MLflow's 
 lets no page open another, so there the click copies the run's address instead.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from vgid.evaluation.suppression import doubt
 from vgid.files import write_atomically
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
 from vgid.report.page import write_page
-from vgid.report.records import NOISE_LABELS, TrialRecord, describe, held_out_scores, run_name
+from vgid.report.records import NOISE_LABELS, TrialRecord, describe, run_name
 from vgid.results import OBJECTIVES, Score
 
 X_LABEL = "Reduction of forget-set ROUGE-L  (higher: more is forgotten)"
@@ -117,12 +117,9 @@ class Front:
 
     def held_out(self) -> list[tuple[TrialRecord, Score, Score]]:
         """Front trials with their two objectives on the held-out questions."""
-        found = []
-        for record in self.front:
-            scores = held_out_scores(record) or {}
-            if all(name in scores for name in OBJECTIVES):
-                found.append((record, scores[OBJECTIVES[0]], scores[OBJECTIVES[1]]))
-        return found
+        first, second = OBJECTIVES
+        scored = [(record, record.held_out or {}) for record in self.front]
+        return [(r, s[first], s[second]) for r, s in scored if s.keys() >= set(OBJECTIVES)]
 
     @property
     def caption(self) -> str:
@@ -149,10 +146,11 @@ def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    whole = Panel(Scale(X_LABEL), Scale(Y_LABEL), _trials(front) + _front(front) + _marks(front))
+    trials, marks = _trials(front), _marks(front)
+    whole = Panel(Scale(X_LABEL), Scale(Y_LABEL), [*trials, *_front(front), *marks])
     picture = Picture(front.title, [whole], front.caption, (7.2, 5.4), dpi=100)
     if not whole_only:
-        near = _trials(front) + _held_out(front) + _front(front, ids=True) + _marks(front)
+        near = [*trials, *_held_out(front), *_front(front, ids=True), *marks]
         x, y = _zoom(front)
         panels = [
             replace(whole, title="All trials"),
@@ -165,15 +163,19 @@ def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
 def write_html(path: Path, front: Front) -> None:
     """Write ``front.html``.
 
-    Args:
-        path: the file.
-        front: what to draw, and where its trials' runs are.
-
     Raises:
         InputError: the file cannot be written.
     """
-    clicked = {"trials": _clicked(front), "server": front.server}
-    write_page(path, page_picture(front), clicked, style=_STYLE, body=_BODY, script=_SCRIPT)
+    trials = {
+        record.result.trial_id: {
+            "name": run_name(record.config, record.result.trial_id),
+            "scores": " · ".join(_score_lines(record)),
+            "page": front.pages.get(record.result.trial_id, ""),
+        }
+        for record in front.drawn
+    }
+    payload = {"trials": trials, "server": front.server}
+    write_page(path, page_picture(front), payload, style=_STYLE, body=_BODY, script=_SCRIPT)
 
 
 def page_picture(front: Front) -> Picture:
@@ -187,10 +189,10 @@ def _trials(front: Front) -> list[Series]:
     """The trials off the front, by their perturbation."""
     found = []
     for noise, mark in MARKS.items():
-        label = "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"
         shown = [r for r in front.drawn if _noise(r) == noise and not r.on_front]
         if shown:
-            found.append(replace(_of(label, shown), mark=mark, opacity=0.85))
+            label = "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"
+            found.append(_of(label, shown, TRIAL, mark=mark, opacity=0.85))
     return found
 
 
@@ -199,19 +201,18 @@ def _front(front: Front, ids: bool = False) -> list[Series]:
     line = front.front
     marks = [MARKS[_noise(record)] for record in line]
     labels = [record.result.trial_id for record in line] if ids else []
-    style: dict[str, Any] = {"colour": FRONT, "mark": marks, "size": 12, "line": 1.5, "steps": True}
-    return [replace(_of("front", line), labels=labels, **style)] if line else []
+    style = {"mark": marks, "size": 12, "line": 1.5, "steps": True, "labels": labels}
+    return [_of("front", line, FRONT, **style)] if line else []
 
 
-def _of(name: str, records: Sequence[TrialRecord]) -> Series:
+def _of(name: str, records: Sequence[TrialRecord], colour: str, **style: Any) -> Series:
     """A series of trials that are hovered over and clicked on."""
-    return Series(
-        name,
-        *_coordinates(records),
-        TRIAL,
-        hover=[_hover(record) for record in records],
-        keys=[record.result.trial_id for record in records],
-    )
+    ids = [record.result.trial_id for record in records]
+    hover = [
+        "\n".join([f"trial {trial_id}", *setting_lines(record.config), *_score_lines(record)])
+        for trial_id, record in zip(ids, records, strict=True)
+    ]
+    return Series(name, *_places(records), colour, hover=hover, keys=ids, **style)
 
 
 def _held_out(front: Front) -> list[Series]:
@@ -220,34 +221,37 @@ def _held_out(front: Front) -> list[Series]:
     if not found:
         return []
     name = "front, held-out questions (95 %)"
-    own = [record.point or (x.value, y.value) for record, x, y in found]
-    ties = [
-        place
-        for (a, b), (_, x, y) in zip(own, found, strict=True)
-        for place in ((a, b), (x.value, y.value), (None, None))
+    records, x, y = zip(*found, strict=True)
+    ties = []
+    for own, again in zip(_places(records), (x, y), strict=True):
+        pairs = zip(own, again, strict=True)
+        ties.append([end for place, score in pairs for end in (place, score.value, None)])
+    hover = [
+        f"trial {record.result.trial_id} · held-out questions\n{describe(record.config)}\n"
+        f"forget reduction {x}, n = {x.n}\nretain ROUGE-L {y}, n = {y.n}"
+        for record, x, y in found
     ]
-    ties_x, ties_y = zip(*ties, strict=True)
     return [
-        Series(name, ties_x, ties_y, HELD_OUT, "", line=0.9, dotted=True, listed=False),
+        Series(name, *ties, HELD_OUT, "", line=0.9, dotted=True, listed=False),
         Series(
             name,
-            [x.value for _, x, _ in found],
-            [y.value for _, _, y in found],
+            [score.value for score in x],
+            [score.value for score in y],
             HELD_OUT,
             "diamond",
             7,
             0.7,
-            x_bounds=[(x.low, x.high) for _, x, _ in found],
-            y_bounds=[(y.low, y.high) for _, _, y in found],
-            hover=[_hover(*row) for row in found],
-            keys=[record.result.trial_id for record, _, _ in found],
+            x_bounds=[(score.low, score.high) for score in x],
+            y_bounds=[(score.low, score.high) for score in y],
+            hover=hover,
+            keys=[record.result.trial_id for record in records],
         ),
     ]
 
 
 def _marks(front: Front) -> list[Series]:
     """Rings around the paper's default, and the base's star."""
-    default, (x, y) = _coordinates(front.default), front.base_point
+    default, (x, y) = _places(front.default), front.base_point
     ring = Series("the paper's default setting", *default, BASE, "circle-open", 21)
     told = [f"base model\nretain ROUGE-L {y:.3f}"]
     star = Series("base model", [x], [y], BASE, "star", 20, hover=told)
@@ -266,41 +270,14 @@ def _zoom(front: Front) -> list[tuple[float, float]]:
     return ranges
 
 
-def _coordinates(records: Iterable[TrialRecord]) -> tuple[list[float], list[float]]:
-    points = [record.point for record in records if record.point is not None]
-    return [x for x, _ in points], [y for _, y in points]
+def _places(records: Sequence[TrialRecord]) -> list[list[float]]:
+    """Places to the right and upwards of trials that have both objectives."""
+    return [[record.result.metrics[name] for record in records] for name in OBJECTIVES]
 
 
 def _noise(record: TrialRecord) -> str | None:
     """The trial's visual perturbation, None where its method has none."""
     return record.config.used.get("noise_type")
-
-
-def _clicked(front: Front) -> dict[str, dict[str, str]]:
-    """What a click shows of each trial, by trial id."""
-    shown = {}
-    for record in front.drawn:
-        trial_id = record.result.trial_id
-        shown[trial_id] = {
-            "name": run_name(record.config, trial_id),
-            "scores": " · ".join(_score_lines(record)),
-            "page": front.pages.get(trial_id, ""),
-        }
-    return shown
-
-
-def _hover(record: TrialRecord, x: Score | None = None, y: Score | None = None) -> str:
-    config, name = record.config, f"trial {record.result.trial_id}"
-    if x is not None and y is not None:
-        return "\n".join(
-            [
-                f"{name} · held-out questions",
-                describe(config),
-                f"forget reduction {x.value:.3f}  [{x.low:.3f}, {x.high:.3f}], n = {x.n}",
-                f"retain ROUGE-L {y.value:.3f}  [{y.low:.3f}, {y.high:.3f}], n = {y.n}",
-            ]
-        )
-    return "\n".join([name, *setting_lines(config), *_score_lines(record)])
 
 
 def setting_lines(config: TrialConfig) -> list[str]:

@@ -8,13 +8,18 @@ search space and say nothing of values that were not tried.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
-from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Bars, Panel, Picture, Scale, Series
-from vgid.report.front import Front
+from vgid.files import write_atomically
+from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
+from vgid.report.front import Front, write_html, write_png
+from vgid.report.page import write_page
 from vgid.report.records import HYPERPARAMETERS, TrialRecord, run_name
 from vgid.results import OBJECTIVES
+
+FIGURES = ("front.html", "front.png", "insights.html", "insights.png")
+"""All figures of a study."""
 
 MIN_TRIALS = 8
 """Completed trials below which shares of variance are noise and are not shown."""
@@ -32,23 +37,33 @@ OBJECTIVE_COLOURS = {OBJECTIVES[0]: FRONT, OBJECTIVES[1]: HELD_OUT}
 LOGARITHMIC = ("alpha", "beta", "learning_rate")
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """One vertical axis of the parallel coordinates.
 
     Attributes:
         label: what is on it.
         heights: place of each trial on it between 0 and 1, None where the trial has no value.
-        low: what stands at its lower end.
-        high: what stands at its upper end.
-        ticks: further places with what stands there, for values without an order.
+        ticks: heights and what stands there: both ends, or every value of those without an order.
     """
 
     label: str
     heights: tuple[float | None, ...]
-    low: str
-    high: str
-    ticks: tuple[tuple[float, str], ...] = ()
+    ticks: tuple[tuple[float, str], ...]
+
+
+def write_figures(folder: Path, front: Front) -> list[Path]:
+    """Write all figures of a study; the files, in the order of ``FIGURES``.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    files = [folder / name for name in FIGURES]
+    write_html(files[0], front)
+    write_png(files[1], front)
+    picture = insights(front, importances(front.drawn))
+    write_page(files[2], picture, style=".picture { min-height: 760px; }")
+    write_atomically(files[3], picture.png())
+    return files
 
 
 def varied(records: Sequence[TrialRecord]) -> list[str]:
@@ -73,30 +88,25 @@ def importances(records: Sequence[TrialRecord]) -> Shares:
         The shares; empty with fewer than ``MIN_TRIALS`` trials.
     """
     records = _some(records)
-    names = [
-        name
-        for name in varied(records)
-        if all(record.config.used.get(name) is not None for record in records)
-    ]
+    used = [record.config.used for record in records]
+    names = [name for name in varied(records) if all(u.get(name) is not None for u in used)]
     if len(records) < MIN_TRIALS or not names:
         return {}
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions = {name: _distribution(name, records) for name in names}
+    distributions = {name: _distribution(name, [u[name] for u in used]) for name in names}
     study = optuna.create_study(directions=["maximize"] * len(OBJECTIVES))
-    for record in records:
+    points = [list(record.point or ()) for record in records]
+    for settings, values in zip(used, points, strict=True):
+        params = {name: settings[name] for name in names}
         study.add_trial(
-            optuna.trial.create_trial(
-                params={name: record.config.used[name] for name in names},
-                distributions=distributions,
-                values=list(record.point or ()),
-            )
+            optuna.trial.create_trial(params=params, distributions=distributions, values=values)
         )
     found = {}
     for index, objective in enumerate(OBJECTIVES):
-        values = [(record.point or ())[index] for record in records]
-        if max(values) - min(values) < 1e-12:  # nothing to explain
+        reached = [values[index] for values in points]
+        if max(reached) - min(reached) < 1e-12:  # nothing to explain
             found[objective] = dict.fromkeys(names, 0.0)
             continue
         shares = optuna.importance.get_param_importances(
@@ -129,26 +139,18 @@ def insights(front: Front, shares: Shares) -> Picture:
     others = sum(not record.on_front for record in records)
     who = "Every trial" if others <= MAX_TRIALS else f"The front and {MAX_TRIALS} of the trials"
     names = [column.label.replace("_", "\n").replace(" ", "\n") for column in columns]
-    ends = [(x, *end) for x, column in enumerate(columns) for end in _marks(column)]
-    values = Series(
-        "",
-        [x for x, _, _ in ends],
-        [y for _, y, _ in ends],
-        BASE,
-        "",
-        labels=[text for _, _, text in ends],
-        listed=False,
-    )
+    ticks = [(x, *tick) for x, column in enumerate(columns) for tick in column.ticks]
+    x, y, texts = zip(*ticks, strict=True) if ticks else ((), (), ())
+    values = Series("", x, y, BASE, "", labels=texts, listed=False)
     lines = Panel(
         Scale(range=(-0.4, max(1, len(columns)) - 0.4), ticks=list(enumerate(names))),
         Scale(range=(-0.12, 1.12), shown=False),
         [*(_lines(records, columns, on_front) for on_front in (False, True)), values],
         f"{who} from setting to scores, the front in colour",
     )
-    panels = [_importances(records, shares), lines] if shares else [lines]
     return Picture(
         f"{front.title}: what made the difference",
-        panels,
+        [_importances(records, shares), lines] if shares else [lines],
         size=(7.2, 7.0 if shares else 4.0),
         dpi=100,
         stacked=True,
@@ -156,14 +158,15 @@ def insights(front: Front, shares: Shares) -> Picture:
 
 
 def _importances(records: Sequence[TrialRecord], shares: Shares) -> Panel:
-    names = list(next(iter(shares.values())))
+    names = list(shares[OBJECTIVES[0]])
     some = f"{MAX_TRIALS} of " if len(records) > MAX_TRIALS else ""
     bars = [
-        Bars(
+        Series(
             OBJECTIVE_LABELS[objective],
             list(by_name.values()),
+            range(len(names)),
             OBJECTIVE_COLOURS[objective],
-            horizontal=True,
+            "bar-right",
             hover=[f"{name} explains {share:.0%}" for name, share in by_name.items()],
         )
         for objective, by_name in shares.items()
@@ -200,39 +203,26 @@ def _some(all_of_them: Sequence[T]) -> list[T]:
     return [all_of_them[number * len(all_of_them) // taken] for number in range(taken)]
 
 
-def _distribution(name: str, records: Sequence[TrialRecord]) -> Any:
+def _distribution(name: str, values: Sequence[Any]) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    values = [record.config.used[name] for record in records]
     if all(isinstance(value, int) for value in values):
         return IntDistribution(min(values), max(values))
     if all(isinstance(value, float) for value in values):
-        return FloatDistribution(
-            min(values), max(values), log=name in LOGARITHMIC and min(values) > 0
-        )
+        logarithmic = name in LOGARITHMIC and min(values) > 0
+        return FloatDistribution(min(values), max(values), log=logarithmic)
     return CategoricalDistribution(sorted(set(values)))
 
 
 def _axis(label: str, values: Sequence[Any]) -> Axis:
-    present = [value for value in values if value is not None]
-    if any(isinstance(value, str) for value in present):
-        kinds = sorted(set(present))
-        places = {kind: index / max(1, len(kinds) - 1) for index, kind in enumerate(kinds)}
-        heights = tuple(None if value is None else places[value] for value in values)
-        return Axis(label, heights, "", "", tuple((places[kind], kind) for kind in kinds))
-    low, high = min(present), max(present)
-    logarithmic = label in LOGARITHMIC and low > 0
-
-    def height(value: float) -> float:
-        if high <= low:
-            return 0.5
-        if logarithmic:
-            return math.log(value / low) / math.log(high / low)
-        return (value - low) / (high - low)
-
-    heights = tuple(None if value is None else height(value) for value in values)
-    return Axis(label, heights, f"{low:.3g}", f"{high:.3g}")
-
-
-def _marks(column: Axis) -> list[tuple[float, str]]:
-    return list(column.ticks) or [(0.0, column.low), (1.0, column.high)]
+    present = sorted({value for value in values if value is not None})
+    low, high = present[0], present[-1]
+    if isinstance(low, str):
+        places = {kind: index / max(1, len(present) - 1) for index, kind in enumerate(present)}
+        ticks = tuple((place, kind) for kind, place in places.items())
+    else:
+        scale = math.log if label in LOGARITHMIC and low > 0 else float
+        span = scale(high) - scale(low)
+        places = {value: (scale(value) - scale(low)) / span if span else 0.5 for value in present}
+        ticks = ((0.0, f"{low:.3g}"), (1.0, f"{high:.3g}"))
+    return Axis(label, tuple(places.get(value) for value in values), ticks)

@@ -21,8 +21,8 @@ from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import DiskError, InputError
 from vgid.evaluation.suppression import doubt
 from vgid.interrupts import Background, StudyInterruptedError, made
-from vgid.report.figures import FIGURES, write_figures
 from vgid.report.front import Front
+from vgid.report.insights import FIGURES, write_figures
 from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study, write_trials
 from vgid.results import QuestionPart, shots_left_out
 from vgid.seeds import held_out_seed
