@@ -6,13 +6,14 @@ case, the number of seeds the worst, and the level in between the median.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vgid.config import Method
 from vgid.paper.figures import COLOURS
-from vgid.report.drawing import INK, Panel, Picture, Scale, Series
+from vgid.report.drawing import Panel, Picture, Scale, Series
+from vgid.report.records import METHOD_LABELS
 
 Points = Sequence[tuple[float, float]]
 
@@ -53,62 +54,33 @@ def median_level(runs: int) -> int:
     return (runs + 1) // 2
 
 
-@dataclass(frozen=True)
-class Surfaces:
-    """Best, median and worst surface of one method over its seeds."""
-
-    key: str
-    label: str
-    best: NDArray[np.float64]
-    median: NDArray[np.float64]
-    worst: NDArray[np.float64]
-
-
-def surfaces(fronts: Mapping[str, Sequence[Points]], labels: Mapping[str, str]) -> list[Surfaces]:
-    """The three surfaces of each method that has fronts."""
-    return [
-        Surfaces(
-            key,
-            labels[key],
-            attainment_surface(runs, 1),
-            attainment_surface(runs, median_level(len(runs))),
-            attainment_surface(runs, len(runs)),
-        )
-        for key, runs in fronts.items()
-    ]
-
-
 def attainment_picture(
-    title: str,
-    drawn: Sequence[Surfaces],
-    corner: tuple[float, float],
-    base: tuple[float, float],
+    title: str, fronts: Mapping[Method, Sequence[Points]], base: tuple[float, float]
 ) -> Picture:
-    """The surfaces; in the page a click on a method's name hides it.
+    """Best, median and worst surface of each method over its seeds.
 
-    Args:
-        title: headline.
-        drawn: the methods.
-        corner: where surfaces end, the reference point of the hypervolume.
-        base: the base model's point.
+    Surfaces end at the reference point of the hypervolume, half the base's second objective. In the
+    page a click on a method's name hides it.
     """
     series = []
-    for item in drawn:
-        colour = COLOURS.get(item.key, INK)
-        for name, surface in (("median", item.median), ("best", item.best), ("worst", item.worst)):
-            x, y = _staircase(surface, corner)
+    for method, runs in fronts.items():
+        label = METHOD_LABELS[method]
+        levels = {"median": median_level(len(runs)), "best": 1, "worst": len(runs)}
+        for name, level in levels.items():
+            median = name == "median"
+            x, y = _staircase(attainment_surface(runs, level), (0.0, base[1] / 2))
             series.append(
                 Series(
-                    item.label,
+                    label,
                     x,
                     y,
-                    colour,
+                    COLOURS[method],
                     "",
-                    opacity=1.0 if name == "median" else 0.6,
-                    line=2.5 if name == "median" else 1.0,
-                    dotted=name != "median",
+                    opacity=1.0 if median else 0.6,
+                    line=2.5 if median else 1.0,
+                    dotted=not median,
                     steps=True,
-                    hover=[f"{item.label}, {name}"] * len(x),
+                    hover=[f"{label}, {name}"] * len(x),
                 )
             )
     star = Series("Base", [base[0]], [base[1]], COLOURS["base"], "star", 18, hover=["Base"])
@@ -124,9 +96,8 @@ def _staircase(
     corners: NDArray[np.float64], corner: tuple[float, float]
 ) -> tuple[list[float], list[float]]:
     """A surface as a line, from the left edge of the picture down to its bottom."""
-    inside = corners[(corners[:, 0] > corner[0]) & (corners[:, 1] > corner[1])]
+    inside = corners[(corners > corner).all(axis=1)]
     if not len(inside):
         return [], []
-    x = [corner[0], *inside[:, 0].tolist(), inside[-1, 0]]
-    y = [inside[0, 1], *inside[:, 1].tolist(), corner[1]]
-    return x, y
+    x, y = inside.T.tolist()
+    return [corner[0], *x, x[-1]], [y[0], *y, corner[1]]

@@ -36,11 +36,11 @@ from vgid.config import (
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
 from vgid.files import StudyFolder, UsablePath, write_atomically
-from vgid.paper.attainment import Points, attainment_picture, surfaces
+from vgid.paper.attainment import Points, attainment_picture
 from vgid.paper.figures import write_picture
 from vgid.paper.settings import write_settings
 from vgid.provenance import provenance
-from vgid.report.intervals import Interval, count_seeds, t_interval
+from vgid.report.intervals import Interval, count_seeds, paired_interval, t_interval
 from vgid.report.records import METHOD_LABELS, write_study
 from vgid.report.tables import Grid
 from vgid.study.finished import PICK_SCORES, StudyFront
@@ -98,16 +98,16 @@ def run_missing(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:
     Raises:
         InputError: bad input; nothing was started if it is in what can be checked before.
     """
-    from vgid.study.plan import make_plan
-
     missing = [study for study in studies if not _done(study)]
     if not missing:
         return None
-    for study in missing:
-        if study.seed == 0:
-            make_plan(study)
     from vgid.cluster.connection import connected
+    from vgid.study.plan import make_plan
     from vgid.study.run import run_study
+
+    for study in missing:
+        if study.seed == 0:  # what is wrong with one seed's is wrong with all
+            make_plan(study)
 
     with connected():  # the studies join it and save a start each
         for number, study in enumerate(missing, start=1):
@@ -166,6 +166,11 @@ class Standing:
     picks: tuple[dict[str, float] | None, ...]
 
     @property
+    def name(self) -> str:
+        """What people call the method."""
+        return METHOD_LABELS[self.method]
+
+    @property
     def volume(self) -> Interval:
         """Held-out hypervolume over the seeds."""
         return t_interval(self.held_out)
@@ -177,40 +182,42 @@ class Standing:
 
 def standings(found: Sequence[StudyFront], retain_drop: float) -> list[Standing]:
     """Every method's standing, by mean held-out hypervolume, the largest first."""
-    by_method: dict[Method, list[StudyFront]] = {}
-    for study in sorted(found, key=lambda study: study.seed):
-        by_method.setdefault(study.method, []).append(study)
+    by_method = _by_method(found)
     volumes = {
         method: tuple(study.hypervolume("held_out") for study in studies)
         for method, studies in by_method.items()
     }
-    own = volumes.get("vgid")
-    listed = []
-    for method, studies in by_method.items():
-        lead = None
-        if own is not None and method != "vgid":
-            lead = t_interval([a - b for a, b in zip(own, volumes[method], strict=True)])
-        listed.append(
-            Standing(
-                method,
-                t_interval([study.hypervolume("search") for study in studies]),
-                volumes[method],
-                lead,
-                tuple(_pick_scores(study, retain_drop) for study in studies),
-            )
+    compared = volumes.keys() - {"vgid"} if "vgid" in volumes else set()
+    listed = [
+        Standing(
+            method,
+            t_interval([study.hypervolume("search") for study in studies]),
+            volumes[method],
+            paired_interval(volumes["vgid"], volumes[method]) if method in compared else None,
+            tuple(_pick_scores(study, retain_drop) for study in studies),
         )
+        for method, studies in by_method.items()
+    ]
     return sorted(listed, key=lambda standing: -standing.volume.mean)
+
+
+def _by_method(found: Sequence[StudyFront]) -> dict[Method, list[StudyFront]]:
+    """Every method's studies by seed."""
+    by_method: dict[Method, list[StudyFront]] = {}
+    for study in sorted(found, key=lambda study: study.seed):
+        by_method.setdefault(study.method, []).append(study)
+    return by_method
 
 
 def _pick_scores(study: StudyFront, retain_drop: float) -> dict[str, float] | None:
     trial = study.pick(retain_drop)
     if trial is None or trial.held_out is None:
         return None
-    base = study.base.held_out
+    scores, base = trial.held_out, study.base.held_out
     return {
-        **trial.held_out,
-        "forget_reduction_share": 1 - trial.held_out["forget_rougeL"] / base["forget_rougeL"].value,
-        "retain_drop": base["retain_rougeL"].value - trial.held_out["retain_rougeL"],
+        **scores,
+        "forget_reduction_share": 1 - scores["forget_rougeL"] / base["forget_rougeL"].value,
+        "retain_drop": base["retain_rougeL"].value - scores["retain_rougeL"],
     }
 
 
@@ -221,20 +228,15 @@ def chosen_settings(found: Sequence[StudyFront], retain_drop: float) -> dict[Met
     questions are looked at.
     """
     chosen: dict[Method, TrialConfig] = {}
-    for method in dict.fromkeys(study.method for study in found):
-        mine = [study for study in found if study.method == method]
-        picks = [pick for study in mine if (pick := study.pick(retain_drop)) is not None]
+    for method, studies in _by_method(found).items():
+        picks = [pick for study in studies if (pick := study.pick(retain_drop)) is not None]
+        every = [(study, trial) for study in studies for trial in study.front]
         if picks:
             middle = statistics.median_high(pick.point[0] for pick in picks)
             chosen[method] = next(p.config for p in picks if p.point[0] == middle)
-            continue
-        closest = [
-            (study.base.search["retain_rougeL"].value - trial.point[1], i, j, trial.config)
-            for i, study in enumerate(mine)
-            for j, trial in enumerate(study.front)
-        ]
-        if closest:
-            chosen[method] = min(closest)[3]
+        elif every:
+            drops = [s.base.search["retain_rougeL"].value - trial.point[1] for s, trial in every]
+            chosen[method] = every[drops.index(min(drops))][1].config
     return chosen
 
 
@@ -247,28 +249,19 @@ def verdict(listed: Sequence[Standing]) -> str:
     """
     if len(listed) < 2:
         return "One method only: there is nothing to compare it with."
-    first, second = listed[0], listed[1]
-    leads = {
-        other.method: t_interval(
-            [a - b for a, b in zip(first.held_out, other.held_out, strict=True)]
-        )
-        for other in listed[1:]
-    }
+    first, second, *_ = listed
+    leads = {other.name: paired_interval(first.held_out, other.held_out) for other in listed[1:]}
     opening = (
-        f"{_name(first)} has the largest mean held-out hypervolume, {first.volume.mean:.4f}, "
-        f"before {_name(second)} with {second.volume.mean:.4f}; paired difference "
-        f"{leads[second.method]}."
+        f"{first.name} has the largest mean held-out hypervolume, {first.volume.mean:.4f}, "
+        f"before {second.name} with {second.volume.mean:.4f}; paired difference "
+        f"{leads[second.name]}."
     )
     if len(first.held_out) < 2:
         return f"{opening} One seed cannot tell whether that is chance."
-    close = [_name(other) for other in listed[1:] if not leads[other.method].low > 0]
+    close = [name for name, lead in leads.items() if not lead.low > 0]
     if not close:
         return f"{opening} The interval of its lead over each other method lies above zero."
     return f"{opening} The seeds do not tell it from {', '.join(close)}: the interval holds zero."
-
-
-def _name(standing: Standing) -> str:
-    return METHOD_LABELS[standing.method]
 
 
 def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict[str, Any]:
@@ -279,19 +272,16 @@ def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict
     """
     _check_same_questions(found)
     output = config.output
-    listed = standings(found, config.retain_drop)
-    fronts: dict[str, list[Points]] = {
-        s.method: [f.held_out_points for f in found if f.method == s.method] for s in listed
+    listed, by_method = standings(found, config.retain_drop), _by_method(found)
+    fronts: dict[Method, list[Points]] = {
+        s.method: [study.held_out_points for study in by_method[s.method]] for s in listed
     }
-    labels: dict[str, str] = {standing.method: _name(standing) for standing in listed}
     seeds = {study.seed: study for study in found}.values()
     base = statistics.fmean(study.base.held_out["retain_rougeL"].value for study in seeds)
     title = f"Attainment on {config.backbone}, {config.trials} trials, {count_seeds(config.seeds)}"
-    drawn = attainment_picture(title, surfaces(fronts, labels), (0.0, base / 2), (0.0, base))
-    files = write_picture(output, "attainment", drawn)
-    write_settings(
-        output / "settings.json", config.backbone, chosen_settings(found, config.retain_drop)
-    )
+    files = write_picture(output, "attainment", attainment_picture(title, fronts, (0.0, base)))
+    settings = chosen_settings(found, config.retain_drop)
+    write_settings(output / "settings.json", config.backbone, settings)
     write_atomically(output / "comparison.csv", _csv(listed))
     write_atomically(output / "comparison.md", _report(config, found, listed).encode())
     summary = {
@@ -319,12 +309,6 @@ def _csv(listed: Sequence[Standing]) -> bytes:
     return Grid(["method", "measure", "mean", "low", "high", "seeds"], rows).csv()
 
 
-def _doubts(found: Sequence[StudyFront]) -> dict[int, str]:
-    """Of each seed whose base may never have known its people, a sentence."""
-    told = {study.seed: doubt(study.base.search) for study in found}
-    return {seed: line for seed, line in told.items() if line is not None}
-
-
 def _picks(config: CompareConfig, listed: Sequence[Standing]) -> Grid:
     """The methods' best points; nothing is left out, so a method that forgets nothing shows it."""
     titles = {
@@ -339,10 +323,9 @@ def _picks(config: CompareConfig, listed: Sequence[Standing]) -> Grid:
         del titles["celebrity_rougeL"]
     rows = []
     for s in listed:
-        found = [pick["forget_reduction_share"] for pick in s.picks if pick is not None]
-        enough = sum(share >= MIN_FORGET for share in found)
-        counts = f"{len(found)} of {len(s.picks)}", enough
-        rows.append((_name(s), *counts, *(s.pick(name) for name in titles)))
+        shares = [pick["forget_reduction_share"] for pick in s.picks if pick is not None]
+        counts = f"{len(shares)} of {len(s.picks)}", sum(share >= MIN_FORGET for share in shares)
+        rows.append((s.name, *counts, *(s.pick(name) for name in titles)))
     return Grid(
         ("method", "seeds with one", f"forgetting {MIN_FORGET:.0%}", *titles.values()),
         rows,
@@ -357,28 +340,25 @@ def _picks(config: CompareConfig, listed: Sequence[Standing]) -> Grid:
 def _report(config: CompareConfig, found: Sequence[StudyFront], listed: Sequence[Standing]) -> str:
     volumes = Grid(
         ("method", "held-out questions", "search questions", "VGID's lead, held-out"),
-        [(_name(s), s.volume, s.search, s.lead or "–") for s in listed],
+        [(s.name, s.volume, s.search, s.lead or "–") for s in listed],
         "Hypervolume",
         ("Mean over the seeds with its 95 % t interval; the lead is paired within seeds.",),
     )
-    picks = _picks(config, listed)
-    return "\n".join(
-        [
-            f"# Methods on {config.backbone}, each with {config.trials} trials",
-            "",
-            verdict(listed),
-            "",
-            *(f"Seed {seed}. {line}\n" for seed, line in sorted(_doubts(found).items())),
-            f"{count_seeds(config.seeds)}, forget ratio {config.forget_ratio} %, sampler "
-            f"{config.sampler}; every study of a seed has the same people, questions and reference "
-            "point (nothing forgotten, half the base's retain ROUGE-L). Ranges that are searched "
-            "stand in search_spaces and differ by method, as their parameters do.",
-            "",
-            volumes.markdown(),
-            picks.markdown(),
-            "![attainment surfaces](attainment.png) [interactive](attainment.html)",
-            "",
-            "settings.json holds one setting a method for `paper_tables.py --settings`.",
-            "",
-        ]
-    )
+    # Of each seed whose base may never have known its people, a sentence.
+    doubts = {study.seed: doubt(study.base.search) for study in found}
+    warnings = "".join(f"Seed {seed}. {told}\n\n" for seed, told in sorted(doubts.items()) if told)
+    return f"""# Methods on {config.backbone}, each with {config.trials} trials
+
+{verdict(listed)}
+
+{warnings}{count_seeds(config.seeds)}, forget ratio {config.forget_ratio} %, sampler \
+{config.sampler}; every study of a seed has the same people, questions and reference point \
+(nothing forgotten, half the base's retain ROUGE-L). Ranges that are searched stand in \
+search_spaces and differ by method, as their parameters do.
+
+{volumes.markdown()}
+{_picks(config, listed).markdown()}
+![attainment surfaces](attainment.png) [interactive](attainment.html)
+
+settings.json holds one setting a method for `paper_tables.py --settings`.
+"""

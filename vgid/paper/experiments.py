@@ -22,13 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from vgid.cluster.resources import worker_threads
 from vgid.config import (
@@ -89,6 +88,11 @@ class Experiment(Config):
     forget_ratio: ForgetRatio
     seed: int = Field(ge=0)
     arm: Arm
+
+    @property
+    def group(self) -> tuple[str, ForgetRatio, int]:
+        """What experiments of one session have in common."""
+        return self.backbone, self.forget_ratio, self.seed
 
     @property
     def trial(self) -> TrialConfig | None:
@@ -208,26 +212,21 @@ def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> O
 
     started = time.perf_counter()
     arm, trial = experiment.arm, experiment.trial
+    scores, error = {}, None
     if trial is not None and not _whole(adapter):
         adapter.parent.mkdir(parents=True, exist_ok=True)
         result = session.run(trial, adapter.name[:12], adapter, evaluate=False)
         if result.status != "completed":
-            return Outcome(
-                error=result.error or f"training ended as {result.status}",
-                seconds=time.perf_counter() - started,
-                provenance=session.provenance,
-            )
-    intervention = Intervention(arm.noise_type, arm.sigma, arm.style, experiment.seed)
-    if arm.probe == "first_tokens":
-        scores = first_token_scores(session, intervention)
-    else:
-        trained = None if trial is None else adapter
-        scores = session.scores_under("held_out", None, intervention, arm.reverse, trained)
-    return Outcome(
-        scores=scores,
-        seconds=time.perf_counter() - started,
-        provenance=session.provenance,
-    )
+            error = result.error or f"training ended as {result.status}"
+    if error is None:
+        intervention = Intervention(arm.noise_type, arm.sigma, arm.style, experiment.seed)
+        if arm.probe == "first_tokens":
+            scores = first_token_scores(session, intervention)
+        else:
+            trained = None if trial is None else adapter
+            scores = session.scores_under("held_out", None, intervention, arm.reverse, trained)
+    seconds = time.perf_counter() - started
+    return Outcome(scores=scores, error=error, seconds=seconds, provenance=session.provenance)
 
 
 def _whole(adapter: Path) -> bool:
@@ -260,31 +259,27 @@ def run_experiments(
     """
     wanted = list(dict.fromkeys(experiments))
     cache = Cache(bench, [experiment.backbone for experiment in wanted])
-    missing = [experiment for experiment in wanted if cache.get(experiment) is None]
+    groups = in_groups([experiment for experiment in wanted if cache.get(experiment) is None])
     with _progress(cache, wanted, console or Console(stderr=True)) as update:
         if processes == 1:
             with worker_threads():
-                for group in _groups(missing):
+                for group in groups:
                     _run_group(cache, group, update)
-        elif missing:
-            _run_in_processes(cache, _groups(missing), processes, update)
+        elif groups:
+            _run_in_processes(cache, groups, processes, update)
     found = {experiment: cache.get(experiment) for experiment in wanted}
     return {experiment: outcome for experiment, outcome in found.items() if outcome is not None}
 
 
-def _groups(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
+def in_groups(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
     """Experiments that share a session, the group with most work first.
 
     Within a group what is trained comes first, so that a row of the same adapter finds it there.
     """
-
-    def group(experiment: Experiment) -> tuple[str, int, int]:
-        return experiment.backbone, experiment.forget_ratio, experiment.seed
-
-    groups = [list(members) for _, members in groupby(sorted(experiments, key=group), group)]
-    for members in groups:
-        members.sort(key=lambda experiment: experiment.arm.reverse)
-    return sorted(groups, key=lambda members: -sum(e.cost for e in members))
+    groups: dict[tuple[str, ForgetRatio, int], list[Experiment]] = {}
+    for experiment in sorted(experiments, key=lambda e: (e.group, e.arm.reverse)):
+        groups.setdefault(experiment.group, []).append(experiment)
+    return sorted(groups.values(), key=lambda members: -sum(e.cost for e in members))
 
 
 def _run_group(
@@ -298,9 +293,7 @@ def _run_group(
     for experiment in group:
         if cache.get(experiment) is not None:
             continue
-        if session is None:
-            shared = experiment.backbone, experiment.forget_ratio, experiment.seed
-            session = TrialSession(cache.bench.request(*shared))
+        session = session or TrialSession(cache.bench.request(*experiment.group))
         cache.put(experiment, measure(session, experiment, cache.adapter(experiment)))
         if update is not None:
             update()
@@ -368,33 +361,21 @@ def _progress(
 
     The cache is where finished experiments show, so processes need not report.
     """
-    total = len(experiments)
-
-    def count() -> int:
-        return sum(cache.get(experiment) is not None for experiment in experiments)
-
-    at_start = count()
-    if not console.is_terminal:
-        console.print(f"{total} experiments, {at_start} of them from the cache", highlight=False)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    with bar:
-        task = bar.add_task("Experiments", total=total, completed=at_start)
-        last = at_start
+    total, shown = len(experiments), console.is_terminal
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
+        task = bar.add_task("Experiments", total=total)
+        last: int | None = None
 
         def update() -> None:
             nonlocal last
-            now = count()
+            now = sum(cache.get(experiment) is not None for experiment in experiments)
             bar.update(task, completed=now)
-            if not console.is_terminal and (
-                now - last >= max(1, total // 20) or last < now == total
-            ):
-                last = now
-                console.print(f"{now} of {total} experiments", highlight=False)
+            due = last is None or now - last >= max(1, total // 20) or last < now == total
+            if due and not shown:
+                where = " from the cache" if last is None else ""
+                console.print(f"{now} of {total} experiments{where}", highlight=False)
+            last = now if due else last
 
+        update()
         yield update

@@ -11,8 +11,8 @@ from pathlib import Path
 from vgid.files import write_atomically
 from vgid.paper.experiments import Arm, Experiment, Outcome
 from vgid.paper.tables import COMPARISONS, METRIC_LABELS, FilledTable
-from vgid.report.drawing import INK, Panel, Picture, Scale, Series
-from vgid.report.intervals import Interval, t_interval
+from vgid.report.drawing import Panel, Picture, Scale, Series
+from vgid.report.intervals import Interval, paired_interval, t_interval
 from vgid.report.page import write_page
 
 TRADE_OFFS: dict[int, str] = {4: "rougeL", 5: "bleu", 6: "classification", 7: "cloze"}
@@ -42,57 +42,51 @@ def trade_off(number: int, filled: Sequence[FilledTable]) -> Picture:
         number: of the figure.
         filled: Tables 3, 8 and 9 of the backbone, or those of them that there are.
     """
-    metric = TRADE_OFFS[number]
-    x_label = f"reduction of forget {METRIC_LABELS[metric]}"
-    y_label = f"retain {METRIC_LABELS[metric]}"
+    metric = METRIC_LABELS[TRADE_OFFS[number]]
+    x, y = Scale(f"reduction of forget {metric}"), Scale(f"retain {metric}")
     panels = []
     for table in filled:
-        base = table.values("base", f"forget_{metric}")
+        forget, retain = (f"{split}_{TRADE_OFFS[number]}" for split in ("forget", "retain"))
         drawn = []
         for row in table.table.rows:
-            left = table.values(row.key, f"forget_{metric}")
-            gone = t_interval(
-                [None if a is None or b is None else a - b for a, b in zip(base, left, strict=True)]
-            )
-            kept = table.interval(row.key, f"retain_{metric}")
-            if not (gone.n and kept.n):
-                continue
-            drawn.append(
-                Series(
-                    row.label,
-                    [gone.mean],
-                    [kept.mean],
-                    COLOURS.get(row.key, INK),
-                    MARKS.get(row.key, "circle"),
-                    16 if row.key == "base" else 11,
-                    x_bounds=[_bounds(gone)],
-                    y_bounds=[_bounds(kept)],
-                    hover=[f"{row.label}\n{x_label} {gone}\n{y_label} {kept}"],
+            gone = paired_interval(table.values("base", forget), table.values(row.key, forget))
+            kept = table.interval(row.key, retain)
+            if gone.n and kept.n:
+                drawn.append(
+                    Series(
+                        row.label,
+                        [gone.mean],
+                        [kept.mean],
+                        COLOURS[row.key],
+                        MARKS.get(row.key, "circle"),
+                        16 if row.key == "base" else 11,
+                        x_bounds=[_bounds(gone)],
+                        y_bounds=[_bounds(kept)],
+                        hover=[f"{row.label}\n{x.label} {gone}\n{y.label} {kept}"],
+                    )
                 )
-            )
-        title = f"{table.table.forget_ratio} % forgotten"
-        panels.append(Panel(Scale(x_label), Scale(y_label), drawn, title))
-    title = f"Figure {number}: forgetting against utility by {METRIC_LABELS[metric]}"
-    return _picture(f"{title} ({filled[0].backbone})", panels)
+        panels.append(Panel(x, y, drawn, f"{table.table.forget_ratio} % forgotten"))
+    title = f"Figure {number}: forgetting against utility by {metric} ({filled[0].backbone})"
+    return Picture(title, panels, size=(4.6 * len(panels) + 1, 4.6))
 
 
 def first_tokens(
     backbone: str, seeds: Sequence[int], outcomes: Mapping[Experiment, Outcome]
 ) -> Picture | None:
     """Figure 2 of one backbone from the outcomes of ``FIRST_TOKEN_ARMS`` at 5 %; None without."""
-    panels, known = [], 0
-    for measure, y_label in (
-        ("logit", "logit above the vocabulary's mean"),
-        ("probability", "probability"),
-    ):
+    runs = [
+        [outcomes[first_token_experiment(backbone, arm, seed)].scores for seed in seeds]
+        for arm in FIRST_TOKEN_ARMS.values()
+    ]
+    if not any(scores for of_arm in runs for scores in of_arm):
+        return None
+    panels = []
+    labels = {"logit": "logit above the vocabulary's mean", "probability": "probability"}
+    for measure, label in labels.items():
         drawn = []
         for kind, colour in TOKENS.items():
-            found = []
-            for arm in FIRST_TOKEN_ARMS.values():
-                runs = [outcomes[first_token_experiment(backbone, arm, seed)] for seed in seeds]
-                scores = [outcome.scores.get(f"{kind}_{measure}") for outcome in runs]
-                found.append(t_interval([None if s is None else s.value for s in scores]))
-            known += sum(interval.n for interval in found)
+            name = f"{kind}_{measure}"
+            found = [t_interval(s[name].value for s in of_arm if name in s) for of_arm in runs]
             drawn.append(
                 Series(
                     f"{kind} tokens",
@@ -101,17 +95,12 @@ def first_tokens(
                     colour,
                     "bar",
                     y_bounds=[_bounds(interval) for interval in found],
-                    hover=[f"{kind} tokens\n{y_label} {interval}" for interval in found],
+                    hover=[f"{kind} tokens\n{label} {interval}" for interval in found],
                 )
             )
-        ticks = list(enumerate(FIRST_TOKEN_ARMS))
-        title = f"first response token: {measure}"
-        panels.append(Panel(Scale(ticks=ticks), Scale(y_label), drawn, title))
+        x = Scale(ticks=list(enumerate(FIRST_TOKEN_ARMS)))
+        panels.append(Panel(x, Scale(label), drawn, f"first response token: {measure}"))
     title = f"Figure 2: sensitive and safe tokens under the interventions ({backbone})"
-    return _picture(title, panels) if known else None
-
-
-def _picture(title: str, panels: Sequence[Panel]) -> Picture:
     return Picture(title, panels, size=(4.6 * len(panels) + 1, 4.6))
 
 
@@ -127,11 +116,19 @@ def first_token_experiment(backbone: str, arm: Arm, seed: int) -> Experiment:
     return Experiment(backbone=backbone, forget_ratio=5, seed=seed, arm=arm)
 
 
-def pictures(filled: Sequence[FilledTable], backbone: str) -> dict[int, Picture]:
-    """Figures 4 to 7 of a backbone by number, as far as its tables 3, 8 and 9 are there."""
-    numbers = COMPARISONS.values()
-    mine = [t for t in filled if t.backbone == backbone and t.table.number in numbers]
-    return {number: trade_off(number, mine) for number in TRADE_OFFS} if mine else {}
+def pictures(
+    filled: Sequence[FilledTable],
+    backbone: str,
+    seeds: Sequence[int],
+    outcomes: Mapping[Experiment, Outcome],
+) -> dict[int, Picture]:
+    """A backbone's figures by number: 2 where Table 2 is there, 4 to 7 as far as 3, 8 and 9 are."""
+    mine = {table.table.number: table for table in filled if table.backbone == backbone}
+    found: dict[int, Picture] = {}
+    if 2 in mine and (picture := first_tokens(backbone, seeds, outcomes)) is not None:
+        found[2] = picture
+    compared = [mine[number] for number in COMPARISONS.values() if number in mine]
+    return found | {number: trade_off(number, compared) for number in TRADE_OFFS if compared}
 
 
 def write_picture(folder: Path, stem: str, picture: Picture) -> list[str]:

@@ -6,10 +6,11 @@ baselines' training settings, is ``TABLE_7``.
 
 import csv
 import io
+import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import NamedTuple
 
 COLUMNS = (
     "forget_cloze", "forget_class", "forget_rougeL", "test_cloze", "test_class", "test_rougeL",
@@ -38,8 +39,7 @@ MIXED_PEOPLE = (
 """What a reader must know before comparing the paper's numbers with each other or with ours."""
 
 
-@dataclass(frozen=True)
-class PaperRow:
+class PaperRow(NamedTuple):
     """One row of one of the paper's tables.
 
     Attributes:
@@ -63,21 +63,17 @@ class PaperRow:
 def paper_rows() -> tuple[PaperRow, ...]:
     """All rows, in the order of the paper."""
     text = files("vgid.paper").joinpath("paper_tables.csv").read_text(encoding="utf-8")
-    return tuple(
-        PaperRow(
-            table=int(row["table"]),
-            backbone=row["backbone"],
-            forget_ratio=int(row["forget_ratio_percent"]),
-            setting=row["setting"],
-            method=row["method"],
-            scores={
-                name.replace("class", "classification"): float(row[name])
-                for name in COLUMNS
-                if row[name]
-            },
+    rows = []
+    for row in csv.DictReader(io.StringIO(text)):
+        printed = {name: float(row[name]) for name in COLUMNS if row[name]}
+        scores = {name.replace("class", "classification"): v for name, v in printed.items()}
+        ratio = int(row["forget_ratio_percent"])
+        rows.append(
+            PaperRow(
+                int(row["table"]), row["backbone"], ratio, row["setting"], row["method"], scores
+            )
         )
-        for row in csv.DictReader(io.StringIO(text))
-    )
+    return tuple(rows)
 
 
 def paper_row(table: int, backbone: str, method: str, setting: str = "") -> PaperRow | None:
@@ -94,17 +90,12 @@ def closest_backbone(name: str, table: int) -> str:
     A backbone of the paper stands beside itself where the table has it; another, such as an
     embedded one, beside the one of its architecture, else beside LLaVA-1.5-7B, which every table
     has.
-
-    Args:
-        name: a row of ``vgid.models.backbones``.
-        table: number of the table.
     """
     folded = name.lower()
-    wanted = next((p for p in PAPER_BACKBONES if p.lower() == folded), None)
-    if wanted is None and "qwen" in folded:
-        wanted = "Qwen2.5-VL-3B"
-    there = {row.backbone for row in paper_rows() if row.table == table}
-    return wanted if wanted in there and wanted is not None else "LLaVA-1.5-7B"
+    itself = next((p for p in PAPER_BACKBONES if p.lower() == folded), None)
+    wanted = itself or ("Qwen2.5-VL-3B" if "qwen" in folded else "LLaVA-1.5-7B")
+    there = any((row.table, row.backbone) == (table, wanted) for row in paper_rows())
+    return wanted if there else "LLaVA-1.5-7B"
 
 
 def repeated_rows() -> list[tuple[PaperRow, PaperRow]]:
@@ -115,7 +106,6 @@ def repeated_rows() -> list[tuple[PaperRow, PaperRow]]:
     full = [row for row in paper_rows() if len(row.scores) >= 9]
     return [
         (a, b)
-        for i, a in enumerate(full)
-        for b in full[i + 1 :]
-        if a.backbone != b.backbone and dict(a.scores) == dict(b.scores)
+        for a, b in itertools.combinations(full, 2)
+        if a.backbone != b.backbone and a.scores == b.scores
     ]

@@ -18,11 +18,11 @@ from rich.console import Console
 from vgid.config import (
     Config,
     Flag,
-    ForgetRatio,
     Method,
     ModelPath,
     RetainPeople,
     TrialConfig,
+    derived,
     parse,
     words,
 )
@@ -31,14 +31,8 @@ from vgid.evaluation.suppression import doubt
 from vgid.files import UsablePath, WrittenFolder, write_atomically
 from vgid.models import backbones
 from vgid.paper.claims import Judgement, claims_markdown, judge_all, verdicts
-from vgid.paper.experiments import Bench, Experiment, Outcome, run_experiments
-from vgid.paper.figures import (
-    FIRST_TOKEN_ARMS,
-    first_token_experiment,
-    first_tokens,
-    pictures,
-    write_picture,
-)
+from vgid.paper.experiments import Bench, Experiment, Outcome, in_groups, run_experiments
+from vgid.paper.figures import FIRST_TOKEN_ARMS, first_token_experiment, pictures, write_picture
 from vgid.paper.printed import MIXED_PEOPLE, closest_backbone, repeated_rows
 from vgid.paper.settings import default_trials, prepare_data, read_settings
 from vgid.paper.tables import (
@@ -172,15 +166,13 @@ def run_paper_tables(config: PaperConfig, console: Console | None = None) -> Pap
     for name in config.backbones:
         backbones.locate(backbones.spec(name), config.model_path)
     data = prepare_data(config.backbones, config.data, config.output)
-    shared = config.model_dump(include={"model_path", "retain_people", "bootstrap_samples"})
-    bench = parse(Bench, {**shared, "folder": config.output / "cache", "data": data}, "tables")
+    bench = derived(Bench, config, "tables", folder=config.output / "cache", data=data)
     needed = _experiments(config, chosen)
     if config.data is not None:
         _rehearse(needed, bench)
-    kept = {path.name for path in (bench.folder / "outcomes").glob("*.json")}
+    kept = set(bench.folder.glob("outcomes/*.json"))
     outcomes = run_experiments(needed, bench, config.processes, console)
-    now = {path.name for path in (bench.folder / "outcomes").glob("*.json")}
-    ran = len(now - kept)
+    ran = len(set(bench.folder.glob("outcomes/*.json")) - kept)
 
     seeds = range(config.seeds)
     filled = [fill(table, name, seeds, outcomes) for name, ts in chosen.items() for table in ts]
@@ -191,7 +183,7 @@ def run_paper_tables(config: PaperConfig, console: Console | None = None) -> Pap
     summary = {
         "config": config,
         **provenance(),
-        "settings": {name: dict(by) for name, by in trials.items()},
+        "settings": trials,
         "base": {e.backbone: o.provenance for e, o in outcomes.items()},
         "experiments": len(outcomes),
         "experiments_run": ran,
@@ -204,22 +196,12 @@ def run_paper_tables(config: PaperConfig, console: Console | None = None) -> Pap
 
 
 def _rehearse(needed: Sequence[Experiment], bench: Bench) -> None:
-    """Refuse the user's data before the first experiment, by the rule of a study's plan.
-
-    Raises:
-        InputError: what would stop one of them.
-    """
+    """Refuse the user's data before the first experiment, by the rule of a study's plan."""
     from vgid.evaluation.rehearsal import rehearsed
 
-    trials: dict[tuple[str, ForgetRatio, int], list[TrialConfig]] = {}
-    for experiment in needed:
-        group = trials.setdefault(
-            (experiment.backbone, experiment.forget_ratio, experiment.seed), []
-        )
-        if experiment.trial is not None and experiment.trial not in group:
-            group.append(experiment.trial)
-    for request, trained in trials.items():
-        rehearsed(bench.request(*request), trained)
+    for group in in_groups(needed):
+        trained = dict.fromkeys(e.trial for e in group if e.trial is not None)
+        rehearsed(bench.request(*group[0].group), list(trained))
 
 
 def _trials(config: PaperConfig, backbone: str) -> dict[Method, TrialConfig]:
@@ -234,9 +216,8 @@ def _trials(config: PaperConfig, backbone: str) -> dict[Method, TrialConfig]:
             )
         if of == backbone:
             tuned |= settings
-    rest = [method for method in methods if method not in tuned]
-    found = {**default_trials(backbone, rest), **tuned}
-    return {method: found[method] for method in methods}
+    default = default_trials(backbone, [method for method in methods if method not in tuned])
+    return {method: tuned.get(method) or default[method] for method in methods}
 
 
 def _experiments(config: PaperConfig, chosen: Mapping[str, Sequence[Table]]) -> list[Experiment]:
@@ -258,45 +239,45 @@ def _write(
     outcomes: Mapping[Experiment, Outcome],
     trials: Mapping[str, Mapping[Method, TrialConfig]],
 ) -> list[str]:
-    output, files = config.output, []
-    grids = []
+    output, files, index = config.output, [], []
     for number in config.tables:
         mine = [table for table in filled if table.table.number == number]
         if number == 7:
-            of_number = [table_7(name, trials[name]) for name in config.backbones]
+            grids = [table_7(name, trials[name]) for name in config.backbones]
         else:
-            of_number = [as_grid(table) for table in mine]
+            grids = [as_grid(table) for table in mine]
             write_atomically(output / f"table_{number}.csv", as_csv(mine))
             files.append(f"table_{number}.csv")
-        text = "\n".join(grid.markdown() for grid in of_number)
+        text = "\n".join(grid.markdown() for grid in grids)
         write_atomically(output / f"table_{number}.md", text.encode())
         files.append(f"table_{number}.md")
-        grids += of_number
-    images = []
-    for name in config.backbones:
-        figure_2 = first_tokens(name, range(config.seeds), outcomes) if 2 in config.tables else None
-        drawn = {} if figure_2 is None else {2: figure_2}
-        for number, picture in (drawn | pictures(filled, name)).items():
-            stem = f"figure_{number}_{name}"
-            files += write_picture(output, stem, picture)
-            images.append((picture.title, stem))
-    embedded = [name for name in config.backbones if backbones.spec(name).embedded]
-    claims = claims_markdown(judgements, embedded)
-    write_atomically(output / "claims.md", claims.encode())
-    notes = _notes(config, filled, outcomes)
-    index = ["# The paper's tables", "", *(f"- {note}" for note in notes), "", CLAIMS_INTRODUCED,
-             verdicts(judgements).markdown(), "\n## Tables\n"]  # fmt: skip
-    index += [grid.markdown() for grid in grids]
+        index.append(text)
     index.append("## Figures\n")
-    index += [f"### {title}\n\n[![{title}]({stem}.png)]({stem}.html)\n" for title, stem in images]
-    text = "\n".join(index)
-    write_atomically(output / "index.md", text.encode())
-    write_atomically(output / "index.html", _page(text).encode())
-    return [*files, "claims.md", "index.md", "index.html"]
+    for name in config.backbones:
+        drawn = pictures(filled, name, range(config.seeds), outcomes)
+        for number, picture in drawn.items():
+            stem, title = f"figure_{number}_{name}", picture.title
+            files += write_picture(output, stem, picture)
+            index.append(f"### {title}\n\n[![{title}]({stem}.png)]({stem}.html)\n")
+    embedded = [name for name in config.backbones if backbones.spec(name).embedded]
+    notes = "\n".join(f"- {note}" for note in _notes(config, filled, outcomes, embedded))
+    told = f"# The paper's tables\n\n{notes}\n\n{CLAIMS_INTRODUCED}\n"
+    told += f"{verdicts(judgements).markdown()}\n\n## Tables\n\n" + "\n".join(index)
+    for name, text in (
+        ("claims.md", claims_markdown(judgements, embedded)),
+        ("index.md", told),
+        ("index.html", _page(told)),
+    ):
+        write_atomically(output / name, text.encode())
+        files.append(name)
+    return files
 
 
 def _notes(
-    config: PaperConfig, filled: Sequence[FilledTable], outcomes: Mapping[Experiment, Outcome]
+    config: PaperConfig,
+    filled: Sequence[FilledTable],
+    outcomes: Mapping[Experiment, Outcome],
+    embedded: Sequence[str],
 ) -> list[str]:
     """What a reader must know of all tables."""
     notes = [
@@ -310,35 +291,35 @@ def _notes(
         "here and stand beside its one PO row.",
         MIXED_PEOPLE,
     ]
-    for a, b in repeated_rows():
-        notes.append(
-            f"In the paper, {a.method} in Table {a.table} ({a.backbone}) and in Table {b.table} "
-            f"({b.backbone}) agree in all {len(a.scores)} numbers, so one of them is a copy."
-        )
+    notes += [
+        f"In the paper, {a.method} in Table {a.table} ({a.backbone}) and in Table {b.table} "
+        f"({b.backbone}) agree in all {len(a.scores)} numbers, so one of them is a copy."
+        for a, b in repeated_rows()
+    ]
     for name in config.backbones:
-        if backbones.spec(name).embedded:
+        if name in embedded:
             notes.append(
                 f"{name} is an embedded backbone on drawn portraits of fictitious people; its "
                 "numbers stand beside the paper's for their order, not their size. The order of "
                 "its raw teachers (Tables 1 and 2) is built in by its training mix. It answers "
                 "multiple choice by option likelihood and without few-shot people."
             )
-        table = next((t for t in filled if t.backbone == name and "base" in t.outcomes), None)
-        unsure = None if table is None else doubt(table.outcomes["base"][0].scores)
+        bases = [t.outcomes["base"][0].scores for t in filled if t.backbone == name]
+        unsure = doubt(bases[0]) if bases else None
         if unsure is not None:
             notes.append(f"{name}: {unsure}")
-    single = sorted({t.table.number for t in filled if t.table.number not in COMPARISONS.values()})
+    single = sorted({t.table.number for t in filled} - set(COMPARISONS.values()))
     if single:
         notes.append(
             f"Tables {', '.join(map(str, single))} are of LLaVA-1.5-7B only in the paper, so its "
             "numbers stand beside every backbone there."
         )
-    for experiment, outcome in outcomes.items():
-        if outcome.error is not None and experiment.trial is not None:
-            notes.append(
-                f"Failed: {experiment.trial.method} on {experiment.backbone} at "
-                f"{experiment.forget_ratio} %, seed {experiment.seed}: {outcome.error}"
-            )
+    notes += [
+        f"Failed: {experiment.trial.method} on {experiment.backbone} at "
+        f"{experiment.forget_ratio} %, seed {experiment.seed}: {outcome.error}"
+        for experiment, outcome in outcomes.items()
+        if outcome.error is not None and experiment.trial is not None
+    ]
     return notes
 
 

@@ -12,12 +12,7 @@ from vgid.report.records import write_study
 
 
 class Settings(Config):
-    """A settings file: one setting a method, tuned on one backbone.
-
-    Attributes:
-        backbone: which.
-        methods: fields of ``TrialConfig`` by method; those left out keep their defaults.
-    """
+    """A settings file: by method the fields of ``TrialConfig`` that were tuned on one backbone."""
 
     backbone: str
     methods: dict[Method, dict[str, Any]]
@@ -32,13 +27,13 @@ def prepare_data(backbones: Sequence[str], data: Path | None, folder: Path) -> P
     from vgid.models.backbones import spec
 
     if data is not None:
-        return data.expanduser().absolute()
-    for name in backbones:
-        if not spec(name).embedded:
-            raise InputError(
-                f"--data: {name} has no benchmark of its own; name a folder in the MLLMU-Bench "
-                "layout with --data."
-            )
+        return data
+    bare = [name for name in backbones if not spec(name).embedded]
+    if bare:
+        raise InputError(
+            f"--data: {bare[0]} has no benchmark of its own; name a folder in the MLLMU-Bench "
+            "layout with --data."
+        )
     own = folder / "data"
     if not own.exists():
         from vgid.data.synthetic import write_benchmark
@@ -55,12 +50,9 @@ def default_trials(backbone: str, methods: Sequence[Method]) -> dict[Method, Tri
     """
     from vgid.study.search_space import FOLDER, SearchSpace
 
-    found = {}
-    for method in methods:
-        space = SearchSpace.load(FOLDER / f"{backbone}.yaml", backbone, method)
-        point: Mapping[str, Any] = space.first_points[0] if space.first_points else {}
-        found[method] = space.trial_config(point, seed=0)
-    return found
+    file = FOLDER / f"{backbone}.yaml"
+    spaces = {method: SearchSpace.load(file, backbone, method) for method in methods}
+    return {m: s.trial_config((s.first_points or [{}])[0], seed=0) for m, s in spaces.items()}
 
 
 def read_settings(path: Path) -> tuple[str, dict[Method, TrialConfig]]:
@@ -77,11 +69,10 @@ def read_settings(path: Path) -> tuple[str, dict[Method, TrialConfig]]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: must be an object with backbone and methods; correct it.")
     settings = parse(Settings, content, str(path))
-    trials = {
+    return settings.backbone, {
         method: parse(TrialConfig, {**values, "method": method}, f"{path}: {method}")
         for method, values in settings.methods.items()
     }
-    return settings.backbone, trials
 
 
 def write_settings(path: Path, backbone: str, trials: Mapping[Method, TrialConfig]) -> None:

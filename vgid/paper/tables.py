@@ -6,12 +6,13 @@ experiments, one a seed. Every row of a table, within a seed, has the same peopl
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vgid.config import ForgetRatio, Method, TrialConfig, parse
 from vgid.paper.experiments import Arm, Experiment, Outcome
 from vgid.paper.printed import TABLE_7, closest_backbone, paper_row
 from vgid.prompts import PromptStyle
-from vgid.report.intervals import Interval, t_interval
+from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import METHOD_LABELS
 from vgid.report.tables import Grid, as_text
 
@@ -44,17 +45,8 @@ COMPARISONS: dict[ForgetRatio, int] = {5: 3, 10: 8, 15: 9}
 """The table that compares all methods, by forget ratio."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a table.
-
-    Attributes:
-        key: its name in code.
-        label: its name in print.
-        paper: its name in the paper.
-        arm: what it runs.
-        setting: block of the table.
-    """
+class Row(NamedTuple):
+    """One row of a table: its names in code, in print and in the paper, what it runs, its block."""
 
     key: str
     label: str
@@ -99,73 +91,55 @@ def tables(trials: Mapping[Method, TrialConfig]) -> dict[int, Table]:
     strict = Row("icu_strict", "Textual (ICU, strict)", "Textual", Arm(style="strict"))
     visual = Row("visual", "Visual (random noise)", "Visual", Arm(noise_type="random"))
     dual = Row("dual", "Dual-modal", "Dual-modal", Arm(style="strict", noise_type="random"))
-    instructed = tuple(
-        Row(f"icu_{style}", label, label, Arm(style=style)) for style, label in STYLES.items()
-    )
-    methods = tuple(
+    instructed = [Row(f"icu_{s}", label, label, Arm(style=s)) for s, label in STYLES.items()]
+    methods = [
         Row(method, label, PRINTED.get(method, label), Arm(trial=trials[method]))
         for method, label in METHOD_LABELS.items()
         if method in trials
-    )
+    ]
+    noises, styles = _ablations(trials["vgid"]) if "vgid" in trials else ([], [])
     found = [
         Table(1, "In-context unlearning by prompt style", 5, TEXT_SCORES, (BASE, *instructed)),
         Table(2, "Textual, visual and dual-modal intervention", 5, FORGET_AND_TEST,
             (BASE, strict, visual, dual)),
-        Table(4, "Visual perturbations of VGID's teacher", 5, ALL_NINE, (BASE, *_noises(trials))),
-        Table(5, "Prompt styles of VGID's teacher", 5, ALL_NINE, (BASE, *_styles(trials))),
+        *(Table(number, f"All methods at {ratio} % forgotten", ratio, ALL_NINE, (BASE, *methods))
+            for ratio, number in COMPARISONS.items()),
+        Table(4, "Visual perturbations of VGID's teacher", 5, ALL_NINE, (BASE, *noises)),
+        Table(5, "Prompt styles of VGID's teacher", 5, ALL_NINE, (BASE, *styles)),
         Table(6, "The reverse-engineering prompt", 5, FORGET_AND_TEST, _reversals(trials)),
     ]  # fmt: skip
-    found += [
-        Table(number, f"All methods at {ratio} % forgotten", ratio, ALL_NINE, (BASE, *methods))
-        for ratio, number in COMPARISONS.items()
-    ]
     return {table.number: table for table in sorted(found, key=lambda table: table.number)}
 
 
-def _noises(trials: Mapping[Method, TrialConfig]) -> list[Row]:
-    if "vgid" not in trials:
-        return []
-    rows = []
-    for sigma in SIGMAS:
-        trial = _changed(trials["vgid"], noise_type="gaussian", sigma=sigma)
-        rows.append(
-            Row(f"gaussian_{sigma}", f"Gaussian σ = {sigma}", f"gaussian sigma={sigma}",
-                Arm(trial=trial))
-        )  # fmt: skip
-    for noise, label, paper in (
-        ("random", "Random noise", "Random Noise"),
-        ("white", "White", "White"),
-    ):
-        trial = _changed(trials["vgid"], noise_type=noise, sigma=None)
-        rows.append(Row(noise, label, paper, Arm(trial=trial)))
-    return rows
+def _ablations(vgid: TrialConfig) -> tuple[list[Row], list[Row]]:
+    """VGID with each noise, and with each style."""
 
+    def row(key: str, label: str, paper: str, **update: object) -> Row:
+        changed = parse(TrialConfig, {**vgid.model_dump(), **update}, "table")
+        return Row(key, label, paper, Arm(trial=changed))
 
-def _styles(trials: Mapping[Method, TrialConfig]) -> list[Row]:
-    if "vgid" not in trials:
-        return []
-    paper = {**STYLES, "polite": "Polite Request"}
-    return [
-        Row(style, paper[style], paper[style],
-            Arm(trial=_changed(trials["vgid"], prompt_style=style)))
-        for style in STYLES
+    noises = [
+        *(row(f"gaussian_{sigma}", f"Gaussian σ = {sigma}", f"gaussian sigma={sigma}",
+              noise_type="gaussian", sigma=sigma) for sigma in SIGMAS),
+        row("random", "Random noise", "Random Noise", noise_type="random", sigma=None),
+        row("white", "White", "White", noise_type="white", sigma=None),
     ]  # fmt: skip
+    labels = {**STYLES, "polite": "Polite Request"}
+    return noises, [
+        row(style, labels[style], labels[style], prompt_style=style) for style in STYLES
+    ]
 
 
 def _reversals(trials: Mapping[Method, TrialConfig]) -> tuple[Row, ...]:
-    arms = [("base", "Base", "Base", Arm()), ("icu", "ICU (strict)", "ICU", Arm(style="strict"))]
+    rows = [BASE, Row("icu", "ICU (strict)", "ICU", Arm(style="strict"))]
     if "vgid" in trials:
-        arms.append(("vgid", "VGID", "Vgid", Arm(trial=trials["vgid"])))
-    plain = [Row(key, label, paper, arm, "w/o Reverse Attack") for key, label, paper, arm in arms]
+        rows.append(Row("vgid", "VGID", "Vgid", Arm(trial=trials["vgid"])))
+    plain = [row._replace(setting="w/o Reverse Attack") for row in rows]
     attacked = [
         Row(f"{key}_reverse", label, paper, arm.model_copy(update={"reverse": True}), REVERSED)
-        for key, label, paper, arm in arms
+        for key, label, paper, arm, _ in rows
     ]
     return (*plain, *attacked)
-
-
-def _changed(trial: TrialConfig, **update: object) -> TrialConfig:
-    return parse(TrialConfig, {**trial.model_dump(), **update}, "table")
 
 
 @dataclass(frozen=True)
@@ -221,15 +195,11 @@ def fill(
     table: Table, backbone: str, seeds: Sequence[int], outcomes: Mapping[Experiment, Outcome]
 ) -> FilledTable:
     """Take a table's outcomes from those of a run."""
-    return FilledTable(
-        table,
-        backbone,
-        tuple(seeds),
-        {
-            row.key: tuple(outcomes[table.experiment(row, backbone, seed)] for seed in seeds)
-            for row in table.rows
-        },
-    )
+    of_rows = {
+        row.key: tuple(outcomes[table.experiment(row, backbone, seed)] for seed in seeds)
+        for row in table.rows
+    }
+    return FilledTable(table, backbone, tuple(seeds), of_rows)
 
 
 def as_csv(filled: Sequence[FilledTable]) -> bytes:
@@ -239,59 +209,45 @@ def as_csv(filled: Sequence[FilledTable]) -> bytes:
         "table", "backbone", "forget_ratio", "setting", "row", "label", "score", "mean", "low",
         "high", "seeds", "questions", "paper", "paper_backbone", *(f"seed_{s}" for s in seeds),
     ]  # fmt: skip
-    rows = []
-    for table in filled:
-        for row in table.table.rows:
-            for metric in (*table.metrics, *EXTRA):
-                by_seed = dict(zip(table.seeds, table.values(row.key, metric), strict=True))
-                cells = [
-                    table.table.number,
-                    table.backbone,
-                    table.table.forget_ratio,
-                    row.setting,
-                    row.key,
-                    row.label,
-                    metric,
-                    *table.interval(row.key, metric).cells,
-                    table.questions(metric),
-                    table.paper(row, metric),
-                    table.paper_backbone,
-                    *(by_seed.get(seed) for seed in seeds),
-                ]
-                rows.append(cells)
-    return Grid(header, rows).csv()
+    lines = []
+    for one in filled:
+        table = one.table
+        cells = [(row, metric) for row in table.rows for metric in (*one.metrics, *EXTRA)]
+        for row, metric in cells:
+            by_seed = dict(zip(one.seeds, one.values(row.key, metric), strict=True))
+            lines.append(
+                [table.number, one.backbone, table.forget_ratio, row.setting, row.key, row.label,
+                 metric, *one.interval(row.key, metric).cells, one.questions(metric),
+                 one.paper(row, metric), one.paper_backbone, *map(by_seed.get, seeds)]
+            )  # fmt: skip
+    return Grid(header, lines).csv()
 
 
 def as_grid(filled: FilledTable) -> Grid:
     """A table for print: in each cell mean [interval], and the paper's number behind a stroke."""
     table = filled.table
-    blocks = len({row.setting for row in table.rows}) > 1
-    header = ("Row", *(_heading(metric) for metric in filled.metrics))
+    headings = [_heading(metric) for metric in filled.metrics]
     rows = []
     for row in table.rows:
-        label = f"{row.label}, {row.setting}" if blocks else row.label
+        label = f"{row.label}, {row.setting}" if row.setting else row.label
+        failed = sum(outcome.error is not None for outcome in filled.outcomes[row.key])
         cells = []
         for metric in filled.metrics:
-            printed = filled.paper(row, metric)
-            mean = filled.interval(row.key, metric)
-            failed = sum(outcome.error is not None for outcome in filled.outcomes[row.key])
-            text = str(mean) if mean.n else "failed"
-            if failed and mean.n:
-                text += f" ({failed} failed)"
-            cells.append(text + (" / –" if printed is None else f" / {printed:.3f}"))
+            printed, mean = filled.paper(row, metric), filled.interval(row.key, metric)
+            some = f" ({failed} failed)" if failed else ""
+            ours = f"{mean}{some}" if mean.n else "failed"
+            cells.append(f"{ours} / –" if printed is None else f"{ours} / {printed:.3f}")
         rows.append((label, *cells))
-    n = len(filled.seeds)
-    interval = "with its 95 % t interval" if n > 1 else "(one seed: no interval)"
-    questions = ", ".join(
-        f"{_heading(metric)[:-2]} {filled.questions(metric)}" for metric in filled.metrics
-    )
+    several = len(filled.seeds) > 1
+    interval = "with its 95 % t interval" if several else "(one seed: no interval)"
+    asked = zip(headings, map(filled.questions, filled.metrics), strict=True)
     notes = (
-        f"Ours / the paper's {filled.paper_backbone}. Ours: mean over {n} seed{'s' * (n > 1)} "
-        f"{interval}, which may reach beyond 0 and 1, on held-out questions. "
-        f"Questions a seed: {questions}.",
+        f"Ours / the paper's {filled.paper_backbone}. Ours: mean over "
+        f"{count_seeds(len(filled.seeds))} {interval}, which may reach beyond 0 and 1, on held-out "
+        f"questions. Questions a seed: {', '.join(f'{name[:-2]} {n}' for name, n in asked)}.",
     )
     caption = f"Table {table.number}: {table.title} ({filled.backbone})"
-    return Grid(header, rows, caption, notes)
+    return Grid(("Row", *headings), rows, caption, notes)
 
 
 def _heading(metric: str) -> str:
@@ -301,24 +257,19 @@ def _heading(metric: str) -> str:
 
 def table_7(backbone: str, trials: Mapping[Method, TrialConfig]) -> Grid:
     """Table 7: the settings that we run beside the paper's for its baselines."""
-    paper = TABLE_7
-    rows = [
-        ("the paper, every baseline", str(paper["optimizer"]), f"{paper['learning_rate']:g}",
-         str(paper["batch_size"]), str(paper["epochs"]), str(paper["max_sequence_length"]),
-         "not given")
-    ]  # fmt: skip
-    plain = {"method", "learning_rate", "batch_size", "epochs", "seed"}
+    names = ("optimizer", "learning_rate", "batch_size", "epochs", "max_sequence_length")
+    rows = [("the paper, every baseline", *(f"{TABLE_7[name]}" for name in names), "not given")]
+    told = {"method", "learning_rate", "batch_size", "epochs", "seed"}
+    always = {"lora_rank", "alpha"}
     for method, label in METHOD_LABELS.items():
         if method not in trials:
             continue
         trial = trials[method]
-        default = parse(TrialConfig, {"method": method}, "default")
+        changed = trial.model_dump(exclude_defaults=True) | trial.model_dump(include=always)
         other = ", ".join(
-            f"{name} {as_text(value)}"
-            for name, value in trial.model_dump().items()
-            if name not in plain
-            and value is not None
-            and (value != getattr(default, name) or name in ("lora_rank", "alpha"))
+            f"{name} {as_text(changed[name])}"
+            for name in TrialConfig.model_fields
+            if name in changed and name not in told
         )
         rows.append(
             (label, "AdamW", f"{trial.learning_rate:g}", str(trial.batch_size), str(trial.epochs),

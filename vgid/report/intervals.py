@@ -1,7 +1,7 @@
 """Means over seeds with their intervals, as the tables, the claims and the comparison use them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,10 +31,8 @@ class Interval:
         return [self.mean if self.n else None, *bounds, self.n]
 
 
-def t_interval(values: Sequence[float | None], comparisons: int = 1) -> Interval:
+def t_interval(values: Iterable[float | None], comparisons: int = 1) -> Interval:
     """Student's t interval of a mean: mean ± t(1 - 0.025 / comparisons, n - 1) · s / sqrt(n).
-
-    Paired comparisons are intervals of the differences within each seed.
 
     Args:
         values: one number a seed; None and NaN where a seed has none, which are left out.
@@ -51,6 +49,12 @@ def t_interval(values: Sequence[float | None], comparisons: int = 1) -> Interval
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (n - 1))
     reach = _quantile(1 - 0.025 / comparisons, n - 1) * deviation / math.sqrt(n)
     return Interval(mean, mean - reach, mean + reach, n)
+
+
+def paired_interval(one: Sequence[float | None], other: Sequence[float | None]) -> Interval:
+    """The t interval of the differences within each seed that has both."""
+    pairs = zip(one, other, strict=True)
+    return t_interval(None if a is None or b is None else a - b for a, b in pairs)
 
 
 @cache
