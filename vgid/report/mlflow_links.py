@@ -16,49 +16,49 @@ from vgid.results import OBJECTIVES
 UI = "workflowType=machine_learning"
 """Opens the UI on its pages for training runs; it would start in those for chat applications."""
 
+_METRICS = (*OBJECTIVES, "forget_cloze", "test_rougeL", "forget_memorisation")
+_HELD_OUT = tuple(f"heldout_{name}" for name in OBJECTIVES)
 COLUMNS = (
     "tags.`vgid.on_front`",
-    *(
-        f"metrics.`{name}`"
-        for name in (
-            *OBJECTIVES,
-            "forget_cloze",
-            "test_rougeL",
-            "forget_memorisation",
-            *(f"heldout_{name}" for name in OBJECTIVES),
-        )
-    ),
+    *(f"metrics.`{name}`" for name in (*_METRICS, *_HELD_OUT)),
     *(f"params.`{name}`" for name in HYPERPARAMETERS),
 )
 """Columns of the table, first the most telling; MLflow would show none and order by alphabet."""
 
-_WIDTHS = {"tags": 120, "metrics": 180, "params": 120}
 _RUN_NAME, _CREATED = "attributes.`Run Name`", "attributes.`Created`"
 
 
 def view_tag(study_id: str, name: str, created_ms: int) -> tuple[str, str]:
-    """The view as a tag of the experiment.
+    """Key and value of the experiment's tag that is the view.
 
     Args:
         study_id: the study whose trials it shows.
         name: what the list of views calls it.
         created_ms: when it was made, in milliseconds of the epoch.
-
-    Returns:
-        The tag's key and value.
     """
+    chart: dict[str, Any] = {"isGenerated": False, "deleted": False, "metricSectionId": "front"}
+    chart["runsCountToCompare"] = 100
+    x, y = ({"key": name, "type": "METRIC"} for name in OBJECTIVES)
+    parallel = {
+        "uuid": "front-parallel",
+        "type": "PARALLEL",
+        "selectedParams": ["alpha", "beta", "learning_rate"],
+        "selectedMetrics": OBJECTIVES,
+        "showAllRuns": True,
+    }
     state: dict[str, Any] = {
         "searchFilter": f"tags.`vgid.study_id` = '{study_id}' and tags.`vgid.kind` = 'trial'",
         "orderByKey": f"metrics.`{OBJECTIVES[0]}`",
         "orderByAsc": False,
-        "selectedColumns": list(COLUMNS),
+        "selectedColumns": COLUMNS,
         "columnOrder": [_RUN_NAME, *COLUMNS, _CREATED],
-        "columnWidths": {
-            _RUN_NAME: 440,
-            **{name: _WIDTHS[name.split(".")[0]] for name in COLUMNS},
-        },
+        "columnWidths": {_RUN_NAME: 440}
+        | {name: 180 if name.startswith("metrics") else 120 for name in COLUMNS},
         "runsHiddenMode": "SHOW_ALL",
-        "compareRunCharts": _charts(),
+        "compareRunCharts": [
+            {**chart, "uuid": "front-scatter", "type": "SCATTER", "xaxis": x, "yaxis": y},
+            chart | parallel,
+        ],
         "compareRunSections": [
             {"uuid": "front", "name": "The front", "display": True, "isReordered": True}
         ],
@@ -96,27 +96,3 @@ def compare_page(experiment_id: str, run_ids: list[str]) -> str:
 
 def _key(study_id: str) -> str:
     return hashlib.sha256(study_id.encode()).hexdigest()[:32]
-
-
-def _charts() -> list[dict[str, Any]]:
-    shared = {"isGenerated": False, "deleted": False, "metricSectionId": "front"}
-    axes = ({"key": name, "type": "METRIC"} for name in OBJECTIVES)
-    return [
-        {
-            **shared,
-            "uuid": "front-scatter",
-            "type": "SCATTER",
-            "xaxis": next(axes),
-            "yaxis": next(axes),
-            "runsCountToCompare": 100,
-        },
-        {
-            **shared,
-            "uuid": "front-parallel",
-            "type": "PARALLEL",
-            "selectedParams": ["alpha", "beta", "learning_rate"],
-            "selectedMetrics": list(OBJECTIVES),
-            "showAllRuns": True,
-            "runsCountToCompare": 100,
-        },
-    ]

@@ -40,17 +40,13 @@ class NoteLinks:
         picture: the small picture of the front.
         insights: the picture of what made the difference, if there is one.
         runs: page of each trial's run by trial id.
-        table: page of all trials as a table, if there is one.
-        chart: page of all trials as charts.
-        compare: page that sets the front's runs side by side.
+        pages: further pages of MLflow by what they show.
     """
 
     picture: str
     insights: str | None = None
     runs: Mapping[str, str] = field(default_factory=dict)
-    table: str | None = None
-    chart: str | None = None
-    compare: str | None = None
+    pages: Mapping[str, str] = field(default_factory=dict)
 
     def trial(self, trial_id: str) -> str:
         """The trial's id, linked to its run where that is known."""
@@ -76,18 +72,20 @@ def note_links(
         runs: run id of each trial by trial id.
         files: the parent run's artifacts.
     """
-    pictures = {
-        name: f"get-artifact?path={name}&run_uuid={study_run_id}"
-        for name in (NOTE_PICTURE, INSIGHTS)
+    artifact = f"get-artifact?path={{}}&run_uuid={study_run_id}"
+    pages = {
+        "all trials as a table": table_page(experiment_id, study_id),
+        "as charts": chart_page(experiment_id, study_id),
     }
     compared = [runs[r.result.trial_id] for r in front.front if r.result.trial_id in runs]
+    if compared:
+        side_by_side = compare_page(experiment_id, compared[-MAX_COMPARED:])
+        pages["the front's runs side by side"] = side_by_side
     return NoteLinks(
-        picture=pictures[NOTE_PICTURE],
-        insights=pictures[INSIGHTS] if any(file.name == INSIGHTS for file in files) else None,
-        runs={trial_id: run_page(experiment_id, run_id) for trial_id, run_id in runs.items()},
-        table=table_page(experiment_id, study_id),
-        chart=chart_page(experiment_id, study_id),
-        compare=compare_page(experiment_id, compared[-MAX_COMPARED:]) if compared else None,
+        artifact.format(NOTE_PICTURE),
+        artifact.format(INSIGHTS) if any(file.name == INSIGHTS for file in files) else None,
+        {trial_id: run_page(experiment_id, run_id) for trial_id, run_id in runs.items()},
+        pages,
     )
 
 
@@ -111,12 +109,7 @@ def study_note(
         Markdown.
     """
     parts = [_result(front, links)]
-    pages = {
-        "all trials as a table": links.table,
-        "as charts": links.chart,
-        "the front's runs side by side": links.compare,
-    }
-    found = [f"[{name}]({page})" for name, page in pages.items() if page is not None]
+    found = [f"[{name}]({page})" for name, page in links.pages.items()]
     if found:
         parts.append(f"**Look closer.** {' · '.join(found)}")
     parts.append(f"![All trials, the front, the base model]({links.picture})")
@@ -148,11 +141,10 @@ def recommended(front: Front) -> TrialRecord | None:
     known, kept = front.base["forget_rougeL"].value, front.base_point[1] - PAPER_RETAIN_DROP
     points = [(record, *record.point) for record in front.front if record.point is not None]
     able = [(r, y) for r, x, y in points if share_gone(known, known - x) >= MIN_FORGET]
-    gentle = [record for record, y in able if y >= kept]
-    if gentle:
-        # The front is in order of what is forgotten, so the last of those that are gentle forgets
-        # most.
-        return gentle[-1]
+    # The front is in order of what is forgotten, so of those that are gentle the last forgets most.
+    for record, y in reversed(able):
+        if y >= kept:
+            return record
     return able[0][0] if able else next(reversed(front.front), None)
 
 
@@ -162,44 +154,35 @@ def _result(front: Front, links: NoteLinks) -> str:
         return f"**Result.** {len(front.records)} trials, and no front yet."
     scores = held_out_scores(pick)
     if scores is not None and scores.keys() >= set(OBJECTIVES) and front.base_held_out is not None:
-        reduction, retain = (scores[name].value for name in OBJECTIVES)
         base, where = front.base_held_out, "on held-out questions"
-        further = {name: score.value for name, score in scores.items()}
+        further: Mapping[str, float] = {name: score.value for name, score in scores.items()}
     else:
-        scores = pick.result.scores
-        (reduction, retain), base, where = pick.point, front.base, "on the search questions"
-        further = pick.result.metrics
+        scores, further = pick.result.scores, pick.result.metrics
+        base, where = front.base, "on the search questions"
+    reduction, retain = (further[name] for name in OBJECTIVES)
     forget, kept = base["forget_rougeL"].value, base["retain_rougeL"].value
     share = f"{reduction / forget:.0%}" if forget > 0 else "none"
-    left = [
-        f"{label} is {further[name]:.3f}"
-        for name, label in (
-            ("test_rougeL", "ROUGE-L under new portraits and wording"),
-            ("forget_rougeL_raw", "ROUGE-L without answer instructions"),
-            ("forget_cloze", "cloze accuracy"),
-            ("forget_memorisation", "the share of true tokens still predicted when forced"),
-        )
-        if name in further
-    ]
+    labels = {
+        "test_rougeL": "ROUGE-L under new portraits and wording",
+        "forget_rougeL_raw": "ROUGE-L without answer instructions",
+        "forget_cloze": "cloze accuracy",
+        "forget_memorisation": "the share of true tokens still predicted when forced",
+    }
+    left = [f"{label} is {further[name]:.3f}" for name, label in labels.items() if name in further]
     rest = f"For the forget people {', '.join(left)}. " if left else ""
-    rest += f"{verdict(base, scores)} Suppressed is not erased."
+    refused = ""
+    if {"retain_refusal", "retain_refusal_raw"} <= further.keys():
+        refused = (
+            f" ({further['retain_refusal']:.1%} of their questions refused, "
+            f"{further['retain_refusal_raw']:.1%} without answer instructions)"
+        )
     unsure = "" if front.doubt is None else f"**Warning.** {front.doubt}\n\n"
-    return unsure + (
-        f"**Result.** Of {len(front.records)} trials, {_counts(front)}. "
+    return (
+        f"{unsure}**Result.** Of {len(front.records)} trials, {_counts(front)}. "
         f"Trial {links.trial(pick.result.trial_id)} ({describe(pick.config)}) "
         f"removes {share} of the forget people's ROUGE-L ({forget:.3f} to "
         f"{forget - reduction:.3f}) {where}, and retain ROUGE-L goes from {kept:.3f} to "
-        f"{retain:.3f}{_refused(further)}. {rest}"
-    )
-
-
-def _refused(scores: Mapping[str, float]) -> str:
-    """How often retain people's questions are declined, with answer instructions and without."""
-    if "retain_refusal" not in scores or "retain_refusal_raw" not in scores:
-        return ""
-    return (
-        f" ({scores['retain_refusal']:.1%} of their questions refused, "
-        f"{scores['retain_refusal_raw']:.1%} without answer instructions)"
+        f"{retain:.3f}{refused}. {rest}{verdict(base, scores)} Suppressed is not erased."
     )
 
 
@@ -225,24 +208,17 @@ def _counts(front: Front) -> str:
 def _table(front: Front, links: NoteLinks) -> str:
     """The front's trials, by their held-out scores where there are any."""
     titles = dict(zip(OBJECTIVES, ("reduction", "retain"), strict=True))
-    rows: list[Mapping[str, Any]] = []
+    rows: list[Mapping[str, Any]] = [record.result.metrics for record in front.front]
+    heading = "On the search questions"
     if front.held_out():
-        titles |= {
-            "celebrity_rougeL": "celebrities",
-            "test_rougeL": "test",
-            "forget_cloze": "cloze",
-        }
-        for record in front.front:
-            rows.append(held_out_scores(record) or {})
+        titles |= {"celebrity_rougeL": "celebrities", "test_rougeL": "test"}
+        titles["forget_cloze"] = "cloze"
+        rows = [record.held_out or {} for record in front.front]
         heading = "On held-out questions"
-    else:
-        for record in front.front:
-            rows.append(record.result.metrics)
-        heading = "On the search questions"
     shown = [name for name in titles if any(name in row for row in rows)]
     lines = [
         [links.trial(record.result.trial_id), describe(record.config), *map(row.get, shown)]
-        for record, row in list(zip(front.front, rows, strict=True))[-MAX_ROWS:]
+        for record, row in zip(front.front[-MAX_ROWS:], rows[-MAX_ROWS:], strict=True)
     ]
     header = ("trial", "setting", *(titles[name] for name in shown))
     # MLflow's tables have no space between their columns.

@@ -61,10 +61,7 @@ const loaded = new Response(unpacked).text().then((text) => {{
 }});
 </script>"""
 
-_BESIDE = """<script src="plotly.min.js"></script>
-<script>
-const loaded = Promise.resolve();
-</script>"""
+_BESIDE = '<script src="plotly.min.js"></script><script>const loaded = Promise.resolve();</script>'
 
 
 def write_page(
@@ -84,7 +81,7 @@ def write_page(
         picture: what to draw.
         payload: further plain data for ``script``.
         style: CSS.
-        body: HTML below the picture; what comes from a user is escaped in it.
+        body: HTML below the picture, in which what comes from a user is escaped.
         script: JavaScript that runs once it is drawn, with the element ``plot`` and ``payload``
             (plotly's ``data`` and ``layout`` among it) at hand.
         beside: plotly's code lies beside the page as ``plotly.min.js``, put there if it is not,

@@ -126,23 +126,13 @@ def held_out_scores(record: TrialRecord) -> dict[str, Score] | None:
     return None if scores is None else {name: scores[name] for name in _main_first(scores)}
 
 
-def write_trials(
-    path: Path, records: Iterable[TrialRecord], further_metrics: Sequence[str] = ()
-) -> None:
+def write_trials(path: Path, records: Iterable[TrialRecord]) -> None:
     """Write ``trials.csv``: one row a trial, ordered by its id.
-
-    Args:
-        path: the file.
-        records: the trials.
-        further_metrics: metrics that get a column even if no trial has them yet.
 
     Raises:
         DiskError: the file cannot be written.
     """
-    rows = _ordered(records)
-    metrics = _metric_columns(rows, further_metrics)
-    lines = [_row(record, metrics, path.parent) for record in rows]
-    write_atomically(path, _grid(_columns(metrics), lines).csv())
+    TrialsTable(path).write(records)
 
 
 class TrialsTable:
@@ -152,20 +142,15 @@ class TrialsTable:
     is written whole, as ``write_trials`` does, before its first row is added, so that a line which
     a killed process left half-written is mended, when a trial has a metric without a column, and
     at the end of the study.
-
-    Args:
-        path: the file.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._metrics: list[str] | None = None
+        self._columns: list[str] = []
 
     def holds(self, record: TrialRecord) -> bool:
         """Whether the file is there with all columns that the trial needs."""
-        return self._metrics is not None and set(_metric_columns([record], ())) <= set(
-            self._metrics
-        )
+        return set(_columns([record])) <= set(self._columns)
 
     def write(self, records: Iterable[TrialRecord]) -> None:
         """Write the file whole.
@@ -174,8 +159,10 @@ class TrialsTable:
             DiskError: the file cannot be written.
         """
         rows = _ordered(records)
-        write_trials(self._path, rows)
-        self._metrics = _metric_columns(rows, ())
+        columns = _columns(rows)
+        lines = [_cells(record, columns, self._path.parent) for record in rows]
+        write_atomically(self._path, Grid(columns, lines).csv())
+        self._columns = columns
 
     def add(self, record: TrialRecord) -> None:
         """Add a row for a trial that the table ``holds``.
@@ -183,9 +170,8 @@ class TrialsTable:
         Raises:
             DiskError: the file cannot be written; it is left as it was.
         """
-        assert self._metrics is not None
-        row = _row(record, self._metrics, self._path.parent)
-        _, line = _grid(_columns(self._metrics), [row]).csv().split(b"\n", 1)
+        row = _cells(record, self._columns, self._path.parent)
+        _, line = Grid(self._columns, [row]).csv().split(b"\n", 1)
         try:
             with self._path.open("ab", buffering=0) as stream:
                 before = stream.tell()
@@ -203,35 +189,27 @@ def write_front(path: Path, records: Iterable[TrialRecord]) -> None:
     """Write ``front.csv``: the front's rows of ``trials.csv`` and their held-out scores.
 
     Each held-out score takes four columns: ``heldout_<name>``, the bounds of its 95 % interval
-    ``_low`` and ``_high``, and the number of questions ``_n``.
-
-    Args:
-        path: the file.
-        records: the trials; those that are not on the front are left out.
+    ``_low`` and ``_high``, and the number of questions ``_n``. Records that are not on the front
+    are left out.
 
     Raises:
         DiskError: the file cannot be written.
     """
     everything = _ordered(records)
-    rows = [record for record in everything if record.on_front]
-    metrics = _metric_columns(everything, ())
-    scores = [held_out_scores(record) or {} for record in rows]
-    names = _main_first({name for held_out in scores for name in held_out})
+    columns = _columns(everything)
+    front = [(record, record.held_out or {}) for record in everything if record.on_front]
+    names = _main_first(name for _, scores in front for name in scores)
     further = [f"heldout_{name}{part}" for name in names for part in FOUR_PARTS]
-    lines = []
-    for record, held_out in zip(rows, scores, strict=True):
-        cells = [cell for name in names for cell in four_cells(held_out.get(name))]
-        line = _row(record, metrics, path.parent)
-        lines.append(line | dict(zip(further, cells, strict=True)))
-    write_atomically(path, _grid([*_columns(metrics), *further], lines).csv())
+    lines = [
+        _cells(record, columns, path.parent)
+        + [cell for name in names for cell in four_cells(scores.get(name))]
+        for record, scores in front
+    ]
+    write_atomically(path, Grid([*columns, *further], lines).csv())
 
 
 def write_study(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write ``study.json``.
-
-    Args:
-        path: the file.
-        summary: plain data; paths are written as text.
+    """Write ``study.json``, or another summary of plain data, paths and configurations.
 
     Raises:
         DiskError: the file cannot be written.
@@ -251,34 +229,29 @@ def _main_first(names: Iterable[str]) -> list[str]:
     return leading + sorted(found - set(leading))
 
 
-def _metric_columns(records: Iterable[TrialRecord], further: Sequence[str]) -> list[str]:
-    found = {name for record in records for name in record.result.metrics} | set(further)
+def _columns(records: Iterable[TrialRecord]) -> list[str]:
+    found = {name for record in records for name in record.result.metrics}
     # The last epoch's learning rate is a metric too; its column is the configured one's.
-    return _main_first(found.union(MAIN_METRICS).difference(TRIAL_FIELDS))
-
-
-def _columns(metrics: Sequence[str]) -> list[str]:
+    metrics = _main_first(found.union(MAIN_METRICS).difference(TRIAL_FIELDS))
     return ["trial_id", "status", *TRIAL_FIELDS, *metrics, "on_front", "seconds", "adapter"]
 
 
-def _row(record: TrialRecord, metrics: Sequence[str], folder: Path) -> dict[str, Any]:
+def _cells(record: TrialRecord, columns: Sequence[str], folder: Path) -> list[Any]:
     config, result = record.config, record.result
     adapter = result.adapter
     if adapter is not None and adapter.is_relative_to(folder):
         adapter = adapter.relative_to(folder)  # the output folder can be moved
-    return {
+    row = {
+        **result.metrics,
+        **dict.fromkeys(TRIAL_FIELDS),
+        **config.used,
         "trial_id": result.trial_id,
         "status": result.status,
-        **config.used,
-        **{name: result.metrics.get(name) for name in metrics},
         "on_front": record.on_front,
         "seconds": sum(result.seconds.values()),
         "adapter": adapter,
     }
-
-
-def _grid(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> Grid:
-    return Grid(columns, [[row.get(name) for name in columns] for row in rows])
+    return [row.get(name) for name in columns]
 
 
 def _plain(value: Any) -> Any:

@@ -85,14 +85,11 @@ class Grid:
         Args:
             gap: before each number; MLflow's tables have no space between their columns.
         """
-        numbers = [side == "right" for side in self._justify]
-        rules = ["---:" if number else "---" for number in numbers]
+        rules = ["---:" if side == "right" else "---" for side in self._justify]
+        before = [gap if side == "right" else "" for side in self._justify]
+        escaped = [[text.replace("|", "\\|") for text in row] for row in self._texts]
         rows = [
-            [
-                (gap if number and text else "") + text.replace("|", "\\|")
-                for number, text in zip(numbers, row, strict=True)
-            ]
-            for row in self._texts
+            [b + text if text else "" for b, text in zip(before, r, strict=True)] for r in escaped
         ]
         lines = [f"| {' | '.join(row)} |" for row in (self.header, rules, *rows)]
         caption = [f"### {self.caption}\n"] if self.caption else []
@@ -107,9 +104,8 @@ class Grid:
             inner = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in cells)
             return f"<tr>{inner}</tr>" if mark is None else f'<tr class="{mark}">{inner}</tr>'
 
-        body = "\n".join(
-            line(row, mark=self.marks.get(number)) for number, row in enumerate(self._texts)
-        )
+        rows = [line(row, mark=self.marks.get(n)) for n, row in enumerate(self._texts)]
+        body = "\n".join(rows)
         caption = f"<h3>{escape(self.caption)}</h3>\n" if self.caption else ""
         notes = "".join(f"\n<p>{escape(note)}</p>" for note in self.notes)
         head = f"<thead>{line(self.header, 'th')}</thead>"
