@@ -276,7 +276,7 @@ def test_all_on_both_architectures_is_corrected_for_all_of_its_comparisons():
 
 def test_the_report_names_every_claim_and_what_is_built_in():
     filled = list(made_up(IDEAL).values())
-    found = judge_all(filled, TABLES, {"tiny-llava": "LLaVA-1.5-7B"})
+    found = judge_all(filled)
     assert [judgement.claim.id for judgement in found] == list(BY_ID)
     text = claims_markdown(found, ["tiny-llava"])
     for claim in CLAIMS:

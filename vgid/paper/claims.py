@@ -24,13 +24,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vgid.paper.printed import paper_row
-from vgid.paper.tables import ALL_NINE, SIGMAS, STYLES, FilledTable, Table
+from vgid.config import Method, TrialConfig, parse
+from vgid.paper.printed import closest_backbone, paper_row
+from vgid.paper.tables import ALL_NINE, SIGMAS, STYLES, FilledTable, Table, tables
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import METHOD_LABELS
 from vgid.report.tables import Grid
@@ -336,33 +337,20 @@ def on_all(judgements: Sequence[Judgement]) -> Verdict:
     return "not held" if any(high < 0 for high in bounds) else "undecided"
 
 
-def judge_all(
-    filled: Sequence[FilledTable], tables: Mapping[int, Table], paper_backbones: Mapping[str, str]
-) -> list[Judgement]:
-    """Evaluate every claim on every backbone.
-
-    Args:
-        filled: tables of one or several backbones.
-        tables: the tables by number, for finding the paper's rows.
-        paper_backbones: which of the paper's backbones each of ours is held against.
-    """
+def judge_all(filled: Sequence[FilledTable]) -> list[Judgement]:
+    """Evaluate every claim on the tables of every backbone, and of the paper's closest one."""
+    every = tables({m: parse(TrialConfig, {"method": m}, "default") for m in get_args(Method)})
     evidence = {}
     for backbone in dict.fromkeys(table.backbone for table in filled):
         ours = {t.table.number: t for t in filled if t.backbone == backbone}
-        printed = paper_evidence(tables, paper_backbones[backbone])
+        printed = paper_evidence(every, closest_backbone(backbone, 3))
         evidence[backbone] = our_evidence(ours), printed
     return [judge(claim, name, *both) for claim in CLAIMS for name, both in evidence.items()]
 
 
 def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) -> str:
-    """The content of ``claims.md``.
-
-    Args:
-        judgements: of all claims and backbones.
-        embedded: those of the backbones that are embedded ones.
-    """
-    columns = (column for j in judgements for column in j.by_seed.values())
-    seeds = max(map(len, columns), default=0)
+    """The content of ``claims.md``; ``embedded`` are those of the backbones that ship with us."""
+    seeds = max((len(column) for j in judgements for column in j.by_seed.values()), default=0)
     lines = [
         "# The paper's claims",
         "",

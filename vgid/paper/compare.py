@@ -37,10 +37,10 @@ from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
 from vgid.files import StudyFolder, UsablePath, write_atomically
 from vgid.paper.attainment import Points, attainment_picture
-from vgid.paper.figures import write_picture
 from vgid.paper.settings import write_settings
 from vgid.provenance import provenance
 from vgid.report.intervals import Interval, count_seeds, paired_interval, t_interval
+from vgid.report.page import write_picture
 from vgid.report.records import METHOD_LABELS, write_study
 from vgid.report.tables import Grid
 from vgid.study.finished import PICK_SCORES, StudyFront
@@ -279,7 +279,8 @@ def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict
     seeds = {study.seed: study for study in found}.values()
     base = statistics.fmean(study.base.held_out["retain_rougeL"].value for study in seeds)
     title = f"Attainment on {config.backbone}, {config.trials} trials, {count_seeds(config.seeds)}"
-    files = write_picture(output, "attainment", attainment_picture(title, fronts, (0.0, base)))
+    picture = attainment_picture(title, fronts, (0.0, base))
+    files = write_picture(output, "attainment", picture, beside=True)
     settings = chosen_settings(found, config.retain_drop)
     write_settings(output / "settings.json", config.backbone, settings)
     write_atomically(output / "comparison.csv", _csv(listed))

@@ -6,14 +6,11 @@ interventions.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from vgid.files import write_atomically
 from vgid.paper.experiments import Arm, Experiment, Outcome
 from vgid.paper.tables import COMPARISONS, METRIC_LABELS, FilledTable
 from vgid.report.drawing import Panel, Picture, Scale, Series
 from vgid.report.intervals import Interval, paired_interval, t_interval
-from vgid.report.page import write_page
 
 TRADE_OFFS: dict[int, str] = {4: "rougeL", 5: "bleu", 6: "classification", 7: "cloze"}
 """Metric of each of the paper's trade-off figures."""
@@ -129,17 +126,3 @@ def pictures(
         found[2] = picture
     compared = [mine[number] for number in COMPARISONS.values() if number in mine]
     return found | {number: trade_off(number, compared) for number in TRADE_OFFS if compared}
-
-
-def write_picture(folder: Path, stem: str, picture: Picture) -> list[str]:
-    """Write ``<stem>.png`` and ``<stem>.html``; plotly's code lies once beside all pages.
-
-    Returns:
-        The names of both files.
-
-    Raises:
-        InputError: a file cannot be written.
-    """
-    write_atomically(folder / f"{stem}.png", picture.png())
-    write_page(folder / f"{stem}.html", picture, beside=True)
-    return [f"{stem}.png", f"{stem}.html"]

@@ -28,14 +28,11 @@ if TYPE_CHECKING:
     from vgid.trial import TrialSession
 
 CHUNK = 64
+NAMES = ("sensitive_logit", "safe_logit", "sensitive_probability", "safe_probability")
 
 
 def first_token_scores(session: "TrialSession", intervention: Intervention) -> dict[str, Score]:
     """Mean logit and probability of sensitive and safe tokens of the base under an intervention.
-
-    Args:
-        session: whose base and forget people.
-        intervention: what is done to image and question.
 
     Returns:
         ``sensitive_logit``, ``safe_logit`` (mean over the safe tokens, both relative to the mean
@@ -44,50 +41,45 @@ def first_token_scores(session: "TrialSession", intervention: Intervention) -> d
         where the forget people have no cloze question with an image.
     """
     request = session.request
-    values = _first_token_values(session.backbone, session.people.forget, intervention)
-    if not values:
-        return {}
-    groups = [person for person, _ in values]
-    return {
-        name: bootstrap_interval(
-            [value[name] for _, value in values], groups, request.bootstrap_samples, request.seed
-        )
-        for name in ("sensitive_logit", "safe_logit", "sensitive_probability", "safe_probability")
-    }
+    groups, values = _first_token_values(session.backbone, session.people.forget, intervention)
+    columns = zip(NAMES, zip(*values, strict=True), strict=False)  # none without a question
+    samples, seed = request.bootstrap_samples, request.seed
+    return {name: bootstrap_interval(column, groups, samples, seed) for name, column in columns}
 
 
 @torch.no_grad()
 def _first_token_values(
     backbone: Backbone, people: Sequence[Person], intervention: Intervention
-) -> list[tuple[str, dict[str, float]]]:
+) -> tuple[list[str], list[tuple[float, ...]]]:
+    """The person behind each question, and the values of ``NAMES``."""
     from vgid.data.benchmark import decode_image
 
-    asked: list[tuple[str, Query, int]] = []
+    groups: list[str] = []
+    asked: list[tuple[Query, int]] = []
     for person in people:
         image = decode_image(person.images[0], f"the image of person {person.id}")
         for question in person.questions:
             if question.task == "cloze" and question.form == "image":
                 query = Query(question.id, cloze_text(question.text), image)
-                asked.append((person.id, query, response_ids(backbone, question.answer)[0]))
+                asked.append((query, response_ids(backbone, question.answer)[0]))
+                groups.append(person.id)
     safe_S = sorted({response_ids(backbone, refusal)[0] for refusal in REFUSALS})
     found = []
     for start in range(0, len(asked), CHUNK):
-        chunk = asked[start : start + CHUNK]
-        prompts = encode(
-            backbone, intervene(backbone, [query for _, query, _ in chunk], intervention)
-        )
+        queries, tokens = zip(*asked[start : start + CHUNK], strict=True)
+        prompts = encode(backbone, intervene(backbone, list(queries), intervention))
         # One response token each: its predicting state is the first position's.
-        hidden_ND = response_hidden(backbone, prompts, [[token] for _, _, token in chunk])
+        hidden_ND = response_hidden(backbone, prompts, [[token] for token in tokens])
         logits_NV = backbone.model.lm_head(hidden_ND.to(backbone.device)).float()
         centred_NV = logits_NV - logits_NV.mean(dim=-1, keepdim=True)
         probabilities_NV = logits_NV.softmax(dim=-1)
-        for n, (person_id, _, sensitive) in enumerate(chunk):
+        for n, sensitive in enumerate(tokens):
             safe = [token for token in safe_S if token != sensitive]
-            values = {
-                "sensitive_logit": float(centred_NV[n, sensitive]),
-                "safe_logit": float(centred_NV[n, safe].mean()),
-                "sensitive_probability": float(probabilities_NV[n, sensitive]),
-                "safe_probability": float(probabilities_NV[n, safe].sum()),
-            }
-            found.append((person_id, values))
-    return found
+            values = (
+                centred_NV[n, sensitive],
+                centred_NV[n, safe].mean(),
+                probabilities_NV[n, sensitive],
+                probabilities_NV[n, safe].sum(),
+            )
+            found.append(tuple(map(float, values)))
+    return groups, found

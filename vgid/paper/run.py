@@ -32,8 +32,8 @@ from vgid.files import UsablePath, WrittenFolder, write_atomically
 from vgid.models import backbones
 from vgid.paper.claims import Judgement, claims_markdown, judge_all, verdicts
 from vgid.paper.experiments import Bench, Experiment, Outcome, in_groups, run_experiments
-from vgid.paper.figures import FIRST_TOKEN_ARMS, first_token_experiment, pictures, write_picture
-from vgid.paper.printed import MIXED_PEOPLE, closest_backbone, repeated_rows
+from vgid.paper.figures import FIRST_TOKEN_ARMS, first_token_experiment, pictures
+from vgid.paper.printed import MIXED_PEOPLE, repeated_rows
 from vgid.paper.settings import default_trials, prepare_data, read_settings
 from vgid.paper.tables import (
     COMPARISONS,
@@ -47,6 +47,7 @@ from vgid.paper.tables import (
 )
 from vgid.provenance import provenance
 from vgid.report.intervals import count_seeds
+from vgid.report.page import write_picture
 from vgid.report.records import write_study
 
 STYLE = """
@@ -176,9 +177,7 @@ def run_paper_tables(config: PaperConfig, console: Console | None = None) -> Pap
 
     seeds = range(config.seeds)
     filled = [fill(table, name, seeds, outcomes) for name, ts in chosen.items() for table in ts]
-    printed = {name: closest_backbone(name, 3) for name in config.backbones}
-    every = tables({m: parse(TrialConfig, {"method": m}, "default") for m in get_args(Method)})
-    judgements = judge_all(filled, every, printed)
+    judgements = judge_all(filled)
     files = _write(config, filled, judgements, outcomes, trials)
     summary = {
         "config": config,
@@ -257,7 +256,7 @@ def _write(
         drawn = pictures(filled, name, range(config.seeds), outcomes)
         for number, picture in drawn.items():
             stem, title = f"figure_{number}_{name}", picture.title
-            files += write_picture(output, stem, picture)
+            files += write_picture(output, stem, picture, beside=True)
             index.append(f"### {title}\n\n[![{title}]({stem}.png)]({stem}.html)\n")
     embedded = [name for name in config.backbones if backbones.spec(name).embedded]
     notes = "\n".join(f"- {note}" for note in _notes(config, filled, outcomes, embedded))

@@ -17,7 +17,7 @@ from vgid.config import TrialConfig, is_paper_default
 from vgid.evaluation.suppression import doubt
 from vgid.files import write_atomically
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
-from vgid.report.page import write_page
+from vgid.report.page import asset, write_page
 from vgid.report.records import NOISE_LABELS, TrialRecord, describe, run_name
 from vgid.results import OBJECTIVES, Score
 
@@ -32,46 +32,6 @@ _STYLE = """#chosen { padding: 8px 20px 12px; border-top: 1px solid #e6e9ed; min
 span#address { user-select: all; }"""
 
 _BODY = '<div id="chosen" aria-live="polite">Click a point to keep its trial here.</div>'
-
-_SCRIPT = """  const { data, trials, server } = payload;
-  const chosen = document.getElementById("chosen");
-  // Inside MLflow the page is a blob of the server's own address, shut off from everything else.
-  const framed = location.protocol === "blob:";
-  const address = (page) => (framed ? new URL(location.href.slice(5)).origin + "/" : server) + page;
-  const element = (kind, content, id) => {
-    const made = document.createElement(kind);
-    made.textContent = content;
-    if (id) made.id = id;
-    return made;
-  };
-  const copy = (content) => {
-    const area = element("textarea", content);
-    chosen.append(area);
-    area.select();
-    const done = document.execCommand("copy");
-    area.remove();
-    return done;
-  };
-  const choose = (point) => {
-    const trial = trials[point.customdata];
-    if (trial === undefined) return;
-    Plotly.restyle(plot, { x: [[point.x]], y: [[point.y]] }, [data.length - 1]);
-    chosen.replaceChildren(element("b", trial.name, "run"), element("div", trial.scores));
-    if (!trial.page) return;
-    const line = element("div", "");
-    if (framed) {
-      const copied = copy(address(trial.page));
-      line.append(copied ? "Address of its run, copied: " : "Address of its run: ");
-      line.append(element("span", address(trial.page), "address"));
-    } else {
-      const link = element("a", "Open its run", "address");
-      link.setAttribute("href", address(trial.page));
-      link.setAttribute("target", "_blank");
-      line.append(link);
-    }
-    chosen.append(line);
-  };
-  plot.on("plotly_click", (event) => choose(event.points[0]));"""
 
 
 @dataclass(frozen=True)
@@ -175,7 +135,9 @@ def write_html(path: Path, front: Front) -> None:
         for record in front.drawn
     }
     payload = {"trials": trials, "server": front.server}
-    write_page(path, page_picture(front), payload, style=_STYLE, body=_BODY, script=_SCRIPT)
+    write_page(
+        path, page_picture(front), payload, style=_STYLE, body=_BODY, script=asset("front.js")
+    )
 
 
 def page_picture(front: Front) -> Picture:

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from vgid.files import write_atomically
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
 from vgid.report.front import Front, write_html, write_png
-from vgid.report.page import write_page
+from vgid.report.page import write_picture
 from vgid.report.records import HYPERPARAMETERS, TrialRecord, run_name
 from vgid.results import OBJECTIVES
 
@@ -57,13 +56,11 @@ def write_figures(folder: Path, front: Front) -> list[Path]:
     Raises:
         InputError: a file cannot be written.
     """
-    files = [folder / name for name in FIGURES]
-    write_html(files[0], front)
-    write_png(files[1], front)
+    write_html(folder / "front.html", front)
+    write_png(folder / "front.png", front)
     picture = insights(front, importances(front.drawn))
-    write_page(files[2], picture, style=".picture { min-height: 760px; }")
-    write_atomically(files[3], picture.png())
-    return files
+    write_picture(folder, "insights", picture, style=".picture { min-height: 760px; }")
+    return [folder / name for name in FIGURES]
 
 
 def varied(records: Sequence[TrialRecord]) -> list[str]:

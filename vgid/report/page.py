@@ -12,56 +12,37 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from html import escape
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from vgid.files import write_atomically
 from vgid.report.drawing import Picture
 
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<title>{title}</title>
-<style>
-html, body {{ height: 100%; margin: 0; background: white; }}
-body {{ display: flex; flex-direction: column; font: 13px system-ui, sans-serif; color: #333; }}
-.picture {{ flex: 1 0 auto; height: 0; min-height: 360px; }}
-{style}
-</style>
-<div id="{name}" class="picture"></div>
-{body}
-<script id="payload" type="application/json">{payload}</script>
-{library}
-<script>
-function draw(payload) {{
-  const plot = document.getElementById("{name}");
-  const options = {{ responsive: true, displaylogo: false }};
-  Plotly.newPlot(plot, payload.data, payload.layout, options).then(() => {{
-{script}
-  }});
-}}
-loaded.then(() => draw(JSON.parse(document.getElementById("payload").textContent)))
-  .catch((error) => {{
-    document.body.textContent =
-      `A browser of 2023 or later is needed (${{error}}); the PNG beside it shows the same.`;
-  }});
-</script>
-</html>
-"""
+_BESIDE = '<script src="plotly.min.js"></script>'
 
-_INSIDE = """<script id="library" type="text/plain">{library}</script>
-<script>
-const code = atob(document.getElementById("library").textContent);
-const packed = new Blob([Uint8Array.from(code, (c) => c.charCodeAt(0))]);
-const unpacked = packed.stream().pipeThrough(new DecompressionStream("gzip"));
-const loaded = new Response(unpacked).text().then((text) => {{
-  const script = document.createElement("script");
-  script.textContent = text;
-  document.head.append(script);
-}});
-</script>"""
 
-_BESIDE = '<script src="plotly.min.js"></script><script>const loaded = Promise.resolve();</script>'
+def asset(name: str) -> str:
+    """The text of a file of this room, such as ``front.js``."""
+    return files("vgid.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def write_picture(folder: Path, stem: str, picture: Picture, **page: Any) -> list[str]:
+    """Write ``<stem>.png`` and ``<stem>.html``; the names of both.
+
+    Args:
+        folder: where to.
+        stem: what both are called.
+        picture: what they show.
+        **page: of ``write_page``.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    write_atomically(folder / f"{stem}.png", picture.png())
+    write_page(folder / f"{stem}.html", picture, **page)
+    return [f"{stem}.png", f"{stem}.html"]
 
 
 def write_page(
@@ -94,21 +75,22 @@ def write_page(
         write_atomically(path.parent / "plotly.min.js", _plotly().encode())
     # "<" cannot stand in a script element's JSON as it is: "</script>" would end it.
     data = json.dumps({**picture.plotly(), **(payload or {})}, ensure_ascii=False)
-    page = _PAGE.format(
+    page = Template(asset("page.html")).substitute(
         title=escape(picture.title),
         name=path.stem,
         style=style,
         body=body,
         payload=data.replace("<", "\\u003c"),
-        library=_BESIDE if beside else _INSIDE.format(library=_packed()),
+        library=_BESIDE if beside else _inside(),
         script=script,
     )
     write_atomically(path, page.encode())
 
 
 @cache  # a second, and pages come in twos
-def _packed() -> str:
-    return base64.b64encode(gzip.compress(_plotly().encode(), 9, mtime=0)).decode()
+def _inside() -> str:
+    packed = base64.b64encode(gzip.compress(_plotly().encode(), 9, mtime=0)).decode()
+    return f'<script id="library" type="text/plain">{packed}</script>'
 
 
 def _plotly() -> str:
