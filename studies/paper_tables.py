@@ -39,11 +39,12 @@ def fill_tables(arguments: Sequence[str] | None) -> Mapping[str, Any]:
         PaperConfig,
         without=["bootstrap_samples"],
     ).read(arguments)
-    found = run_paper_tables(flags.config(PaperConfig))
-    for judgement in found.judgements:
+    judgements, summary = run_paper_tables(flags.config(PaperConfig))
+    for judgement in judgements:
         print(f"({judgement.claim.id}) {judgement.backbone}: {judgement.verdict}, "
               f"{judgement.measured}")  # fmt: skip
-    print(f"{found.ran} experiments run. Files: {', '.join(found.files)}")
+    files = ", ".join([*summary["files"], "tables.json"])
+    print(f"{summary['experiments_run']} experiments run. Files: {files}")
     return {}
 
 

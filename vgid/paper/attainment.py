@@ -19,11 +19,7 @@ Points = Sequence[tuple[float, float]]
 
 
 def attainment_surface(fronts: Sequence[Points], level: int) -> NDArray[np.float64]:
-    """The corner points of an attainment surface, for two maximised objectives.
-
-    Args:
-        fronts: points of each run; a run without points attains nothing.
-        level: how many runs must attain, from 1 to their number.
+    """The corner points of the surface that ``level`` runs attain, for two maximised objectives.
 
     Returns:
         Non-dominated corners, float64 of shape (N, 2), the first objective ascending; N is 0 where

@@ -82,16 +82,10 @@ def paper_evidence(tables: Mapping[int, Table], backbone: str) -> Evidence:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper.
+    """One claim of the paper, in our words, and how it is measured.
 
-    Attributes:
-        id: its letter here, with a number where a claim has parts.
-        text: in our words.
-        where: in the paper.
-        measure: what the statistic is.
-        compare: gives the comparisons, see the module's docstring.
-        note: what a reader of the verdict must know.
-        about: what the claim says of its comparisons, see the module's docstring.
+    ``note`` is what a reader of the verdict must know; for ``compare`` and ``about`` see the
+    module's docstring.
     """
 
     id: str
@@ -108,8 +102,6 @@ class Judgement:
     """What a claim's comparisons say on one backbone.
 
     Attributes:
-        claim: which.
-        backbone: whose tables.
         by_seed: the statistics of each seed, by comparison.
         paper: the statistic on the paper's own numbers, the least where there are several (the
             largest difference for a claim about some), None where it has none.
@@ -351,37 +343,39 @@ def judge_all(filled: Sequence[FilledTable]) -> list[Judgement]:
 def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) -> str:
     """The content of ``claims.md``; ``embedded`` are those of the backbones that ship with us."""
     seeds = max((len(column) for j in judgements for column in j.by_seed.values()), default=0)
-    lines = [
-        "# The paper's claims",
-        "",
-        f"A claim's statistic is positive where it holds. Mean over {count_seeds(seeds)} with its "
-        "95 % t interval, paired within seeds. A claim with several comparisons (in brackets the "
-        "one that decides, and how many there are) is held if the interval of each lies above "
-        "zero, which needs no correction for their number; not held if the upper bound of any, "
-        "corrected for their number (Bonferroni), lies below; undecided otherwise and for a single "
-        "seed. Where differences are normal over seeds, at most 5 % of a claim's verdicts are "
-        "wrong by chance, exact ties included; claims stand each for itself, except in (l). The "
-        "last column is the same statistic on the paper's own numbers, the least of several, one "
-        "run without an interval. Seeds vary the questions, the retain and few-shot people and "
-        "the training, not who is forgotten.",
-        "",
-        verdicts(judgements).markdown(),
-    ]
-    if len({judgement.backbone for judgement in judgements}) == 1:
-        lines += ["", "(l), all of it on both architectures, needs tables of two backbones."]
-    lines += ["", "## What is measured", ""]
-    for claim in CLAIMS:
-        note = f" {claim.note}" if claim.note else ""
-        lines.append(f"- ({claim.id}) {claim.where}. Statistic: {claim.measure}.{note}")
-    lines += ["", "## Every comparison", "", _every_comparison(judgements).markdown()]
-    if embedded:
-        lines += [
-            "",
-            f"Of {', '.join(embedded)}: the order of the raw teachers (claim b, and how much an "
-            "instruction alone does, claim a) is built into the embedded backbone by its training "
-            "mix. What distillation makes of these teachers (c to k) is not.",
-        ]
-    return "\n".join(lines) + "\n"
+    alone = len({judgement.backbone for judgement in judgements}) == 1
+    missing = "\n(l), all of it on both architectures, needs tables of two backbones.\n"
+    measured = "\n".join(
+        f"- ({claim.id}) {claim.where}. Statistic: {claim.measure}. {claim.note}".rstrip()
+        for claim in CLAIMS
+    )
+    built_in = f"""
+Of {", ".join(embedded)}: the order of the raw teachers (claim b, and how much an \
+instruction alone does, claim a) is built into the embedded backbone by its training mix. What \
+distillation makes of these teachers (c to k) is not.
+"""
+    return f"""# The paper's claims
+
+A claim's statistic is positive where it holds. Mean over {count_seeds(seeds)} with its 95 % t \
+interval, paired within seeds. A claim with several comparisons (in brackets the one that \
+decides, and how many there are) is held if the interval of each lies above zero, which needs no \
+correction for their number; not held if the upper bound of any, corrected for their number \
+(Bonferroni), lies below; undecided otherwise and for a single seed. Where differences are normal \
+over seeds, at most 5 % of a claim's verdicts are wrong by chance, exact ties included; claims \
+stand each for itself, except in (l). The last column is the same statistic on the paper's own \
+numbers, the least of several, one run without an interval. Seeds vary the questions, the retain \
+and few-shot people and the training, not who is forgotten.
+
+{verdicts(judgements).markdown()}
+{missing if alone else ""}
+## What is measured
+
+{measured}
+
+## Every comparison
+
+{_every_comparison(judgements).markdown()}
+{built_in if embedded else ""}"""
 
 
 def verdicts(judgements: Sequence[Judgement]) -> Grid:

@@ -3,8 +3,8 @@
 An experiment trains a method, or takes the base as it is, and asks the held-out questions plainly,
 under an intervention, or under the reverse prompt. Experiments of one backbone, ratio and seed
 share a ``TrialSession``, and with it base, teacher store and image features; different groups run
-in parallel processes. Each outcome is kept as a file of its own, named by the hash of all that it
-depends on, so a killed run goes on where it was and a second run computes nothing.
+in parallel processes. Each outcome is a file named by the hash of all that it depends on, so a
+killed run goes on where it was and a second run computes nothing.
 
 Processes are plain ones and not Ray's: groups need no messages, no placement and no scheduler
 beyond a queue, and start within seconds.
@@ -77,11 +77,7 @@ class Arm(Config):
 class Experiment(Config):
     """One arm on one backbone, at one forget ratio, with one seed.
 
-    Attributes:
-        backbone: a row of ``vgid.models.backbones``.
-        forget_ratio: per cent of the people.
-        seed: of the splits of people and questions, few-shot people, noise, and training.
-        arm: what is done.
+    The seed is that of the splits of people and questions, few-shot people, noise, and training.
     """
 
     backbone: str
@@ -107,16 +103,7 @@ class Experiment(Config):
 
 
 class Bench(Config):
-    """Where experiments run: data, weights, and what they share.
-
-    Attributes:
-        folder: holds ``outcomes``, ``adapters`` and ``store``.
-        data: benchmark in the MLLMU-Bench layout.
-        model_path: weights in place of the backbone's own.
-        retain_people: retain people that are scored.
-        bootstrap_samples: resamples behind the interval over questions.
-        store_limit_gb: bound on the teacher store, in 10^9 bytes.
-    """
+    """What experiments share; ``folder`` holds ``outcomes``, ``adapters`` and ``store``."""
 
     folder: Path
     data: Path
@@ -132,14 +119,9 @@ class Bench(Config):
 
 
 class Outcome(Config):
-    """What came of an experiment.
+    """What came of an experiment: its scores, or in one sentence why there are none.
 
-    Attributes:
-        scores: by name (``vgid.evaluation.evaluate``, ``vgid.paper.first_tokens``); empty if
-        training failed.
-        error: why there are none, in one sentence.
-        seconds: wall time.
-        provenance: data hash and base revision.
+    ``provenance`` is the data's hash and the base's revision.
     """
 
     scores: dict[str, Score] = Field(default_factory=dict)
@@ -200,13 +182,7 @@ class Cache:
 
 
 def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> Outcome:
-    """Run one experiment in a session of its group.
-
-    Args:
-        session: of the experiment's backbone, ratio and seed.
-        experiment: what to do.
-        adapter: where its adapter is kept; one that is there whole is not trained again.
-    """
+    """Run one experiment in a session of its group; an adapter that is whole is kept as it is."""
     from vgid.method.teacher import Intervention
     from vgid.paper.first_tokens import first_token_scores
 
@@ -249,7 +225,7 @@ def run_experiments(
 
     Args:
         experiments: in any order, repetitions allowed.
-        bench: where they run and what is kept.
+        bench: what they share.
         processes: groups at a time, each in a process with one thread; 1 runs them here, as well
             with one. On a machine with GPUs process i takes the i-th, so ask for one a GPU.
         console: where progress is shown, stderr if None.

@@ -5,21 +5,27 @@ retain set, one panel a forget ratio; figure 2 shows what the first response tok
 interventions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from vgid.paper.experiments import Arm, Experiment, Outcome
-from vgid.paper.tables import COMPARISONS, METRIC_LABELS, FilledTable
+from vgid.paper.experiments import Arm
+from vgid.paper.tables import COMPARISONS, METRIC_LABELS, FilledTable, Row, Table
 from vgid.report.drawing import Panel, Picture, Scale, Series
-from vgid.report.intervals import Interval, paired_interval, t_interval
+from vgid.report.intervals import Interval, paired_interval
 
 TRADE_OFFS: dict[int, str] = {4: "rougeL", 5: "bleu", 6: "classification", 7: "cloze"}
 """Metric of each of the paper's trade-off figures."""
 
-FIRST_TOKEN_ARMS: dict[str, Arm] = {
-    "base": Arm(probe="first_tokens"),
-    "text only": Arm(style="strict", probe="first_tokens"),
-    "dual": Arm(style="strict", noise_type="random", probe="first_tokens"),
-}
+FIRST_TOKENS = Table(
+    2,
+    "The first response token",
+    5,
+    (),
+    (
+        Row("base", "base", "", Arm(probe="first_tokens")),
+        Row("text", "text only", "", Arm(style="strict", probe="first_tokens")),
+        Row("dual", "dual", "", Arm(style="strict", noise_type="random", probe="first_tokens")),
+    ),
+)
 """What figure 2 asks: panels (a), (b) and (c)."""
 
 COLOURS = {
@@ -33,12 +39,7 @@ TOKENS = {"sensitive": "#e08a3c", "safe": "#4a9d6e"}
 
 
 def trade_off(number: int, filled: Sequence[FilledTable]) -> Picture:
-    """Figure 4, 5, 6 or 7 of one backbone.
-
-    Args:
-        number: of the figure.
-        filled: Tables 3, 8 and 9 of the backbone, or those of them that there are.
-    """
+    """Figure 4, 5, 6 or 7 from those of a backbone's Tables 3, 8 and 9 that there are."""
     metric = METRIC_LABELS[TRADE_OFFS[number]]
     x, y = Scale(f"reduction of forget {metric}"), Scale(f"retain {metric}")
     panels = []
@@ -67,23 +68,16 @@ def trade_off(number: int, filled: Sequence[FilledTable]) -> Picture:
     return Picture(title, panels, size=(4.6 * len(panels) + 1, 4.6))
 
 
-def first_tokens(
-    backbone: str, seeds: Sequence[int], outcomes: Mapping[Experiment, Outcome]
-) -> Picture | None:
-    """Figure 2 of one backbone from the outcomes of ``FIRST_TOKEN_ARMS`` at 5 %; None without."""
-    runs = [
-        [outcomes[first_token_experiment(backbone, arm, seed)].scores for seed in seeds]
-        for arm in FIRST_TOKEN_ARMS.values()
-    ]
-    if not any(scores for of_arm in runs for scores in of_arm):
-        return None
-    panels = []
+def first_tokens(filled: FilledTable) -> Picture | None:
+    """Figure 2 of one backbone from its ``FIRST_TOKENS``; None where nothing was asked."""
+    keys = [row.key for row in filled.table.rows]
+    panels, known = [], 0
     labels = {"logit": "logit above the vocabulary's mean", "probability": "probability"}
     for measure, label in labels.items():
         drawn = []
         for kind, colour in TOKENS.items():
-            name = f"{kind}_{measure}"
-            found = [t_interval(s[name].value for s in of_arm if name in s) for of_arm in runs]
+            found = [filled.interval(key, f"{kind}_{measure}") for key in keys]
+            known += sum(interval.n for interval in found)
             drawn.append(
                 Series(
                     f"{kind} tokens",
@@ -95,10 +89,10 @@ def first_tokens(
                     hover=[f"{kind} tokens\n{label} {interval}" for interval in found],
                 )
             )
-        x = Scale(ticks=list(enumerate(FIRST_TOKEN_ARMS)))
+        x = Scale(ticks=list(enumerate(row.label for row in filled.table.rows)))
         panels.append(Panel(x, Scale(label), drawn, f"first response token: {measure}"))
-    title = f"Figure 2: sensitive and safe tokens under the interventions ({backbone})"
-    return Picture(title, panels, size=(4.6 * len(panels) + 1, 4.6))
+    title = f"Figure 2: sensitive and safe tokens under the interventions ({filled.backbone})"
+    return Picture(title, panels, size=(4.6 * len(panels) + 1, 4.6)) if known else None
 
 
 def _bounds(interval: Interval) -> tuple[float, float]:
@@ -108,21 +102,11 @@ def _bounds(interval: Interval) -> tuple[float, float]:
     return (interval.mean, interval.mean) if interval.n else (0.0, 0.0)
 
 
-def first_token_experiment(backbone: str, arm: Arm, seed: int) -> Experiment:
-    """The experiment behind a bar of figure 2."""
-    return Experiment(backbone=backbone, forget_ratio=5, seed=seed, arm=arm)
-
-
-def pictures(
-    filled: Sequence[FilledTable],
-    backbone: str,
-    seeds: Sequence[int],
-    outcomes: Mapping[Experiment, Outcome],
-) -> dict[int, Picture]:
-    """A backbone's figures by number: 2 where Table 2 is there, 4 to 7 as far as 3, 8 and 9 are."""
-    mine = {table.table.number: table for table in filled if table.backbone == backbone}
+def pictures(filled: Sequence[FilledTable]) -> dict[int, Picture]:
+    """A backbone's figures by number, as far as the tables that they show are there."""
     found: dict[int, Picture] = {}
-    if 2 in mine and (picture := first_tokens(backbone, seeds, outcomes)) is not None:
-        found[2] = picture
-    compared = [mine[number] for number in COMPARISONS.values() if number in mine]
+    for table in filled:
+        if table.table is FIRST_TOKENS and (picture := first_tokens(table)) is not None:
+            found[2] = picture
+    compared = [table for table in filled if table.table.number in COMPARISONS.values()]
     return found | {number: trade_off(number, compared) for number in TRADE_OFFS if compared}

@@ -9,8 +9,7 @@ import argparse
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, field_validator
 from rich.console import Console
@@ -32,7 +31,7 @@ from vgid.files import UsablePath, WrittenFolder, write_atomically
 from vgid.models import backbones
 from vgid.paper.claims import Judgement, claims_markdown, judge_all, verdicts
 from vgid.paper.experiments import Bench, Experiment, Outcome, in_groups, run_experiments
-from vgid.paper.figures import FIRST_TOKEN_ARMS, first_token_experiment, pictures
+from vgid.paper.figures import FIRST_TOKENS, pictures
 from vgid.paper.printed import MIXED_PEOPLE, repeated_rows
 from vgid.paper.settings import default_trials, prepare_data, read_settings
 from vgid.paper.tables import (
@@ -130,25 +129,13 @@ class PaperConfig(Config):
         return tuple(sorted(set(tables)))
 
 
-@dataclass(frozen=True)
-class PaperTables:
-    """What a run found.
-
-    Attributes:
-        filled: every table of every backbone.
-        judgements: every claim on every backbone.
-        files: names of the files in the output folder.
-        ran: experiments that were run now; the others came from the cache.
-    """
-
-    filled: tuple[FilledTable, ...]
-    judgements: tuple[Judgement, ...]
-    files: tuple[str, ...]
-    ran: int
-
-
-def run_paper_tables(config: PaperConfig, console: Console | None = None) -> PaperTables:
+def run_paper_tables(
+    config: PaperConfig, console: Console | None = None
+) -> tuple[list[Judgement], dict[str, Any]]:
     """Run, or take from the cache, what the tables need, and write them.
+
+    Returns:
+        Every claim on every backbone, and the content of ``tables.json``.
 
     Raises:
         InputError: bad input, told before anything runs where it can be checked.
@@ -160,25 +147,31 @@ def run_paper_tables(config: PaperConfig, console: Console | None = None) -> Pap
             "run them one by one."
         )
     trials = {name: _trials(config, name) for name in config.backbones}
-    chosen = {
-        name: [t for n, t in tables(trials[name]).items() if n in config.tables]
-        for name in config.backbones
-    }
+    chosen: dict[str, list[Table]] = {}
+    for name in config.backbones:
+        chosen[name] = [t for n, t in tables(trials[name]).items() if n in config.tables]
+        chosen[name] += [FIRST_TOKENS] if 2 in config.tables else []
     for name in config.backbones:
         backbones.locate(backbones.spec(name), config.model_path)
     data = prepare_data(config.backbones, config.data, config.output)
     bench = derived(Bench, config, "tables", folder=config.output / "cache", data=data)
-    needed = _experiments(config, chosen)
+    seeds = range(config.seeds)
+    needed = [
+        table.experiment(row, name, seed)
+        for name, of_backbone in chosen.items()
+        for seed in seeds
+        for table in of_backbone
+        for row in table.rows
+    ]
     if config.data is not None:
         _rehearse(needed, bench)
     kept = set(bench.folder.glob("outcomes/*.json"))
     outcomes = run_experiments(needed, bench, config.processes, console)
     ran = len(set(bench.folder.glob("outcomes/*.json")) - kept)
 
-    seeds = range(config.seeds)
-    filled = [fill(table, name, seeds, outcomes) for name, ts in chosen.items() for table in ts]
-    judgements = judge_all(filled)
-    files = _write(config, filled, judgements, outcomes, trials)
+    everything = [fill(table, name, seeds, outcomes) for name, ts in chosen.items() for table in ts]
+    judgements = judge_all([table for table in everything if table.table is not FIRST_TOKENS])
+    files = _write(config, everything, judgements, outcomes, trials)
     summary = {
         "config": config,
         **provenance(),
@@ -191,7 +184,7 @@ def run_paper_tables(config: PaperConfig, console: Console | None = None) -> Pap
         "files": files,
     }
     write_study(config.output / "tables.json", summary)
-    return PaperTables(tuple(filled), tuple(judgements), (*files, "tables.json"), ran)
+    return judgements, summary
 
 
 def _rehearse(needed: Sequence[Experiment], bench: Bench) -> None:
@@ -219,26 +212,15 @@ def _trials(config: PaperConfig, backbone: str) -> dict[Method, TrialConfig]:
     return {method: tuned.get(method) or default[method] for method in methods}
 
 
-def _experiments(config: PaperConfig, chosen: Mapping[str, Sequence[Table]]) -> list[Experiment]:
-    found = []
-    for name, of_backbone in chosen.items():
-        for seed in range(config.seeds):
-            for table in of_backbone:
-                found += [table.experiment(row, name, seed) for row in table.rows]
-            if 2 in config.tables:
-                arms = FIRST_TOKEN_ARMS.values()
-                found += [first_token_experiment(name, arm, seed) for arm in arms]
-    return found
-
-
 def _write(
     config: PaperConfig,
-    filled: Sequence[FilledTable],
+    everything: Sequence[FilledTable],
     judgements: Sequence[Judgement],
     outcomes: Mapping[Experiment, Outcome],
     trials: Mapping[str, Mapping[Method, TrialConfig]],
 ) -> list[str]:
     output, files, index = config.output, [], []
+    filled = [table for table in everything if table.table is not FIRST_TOKENS]
     for number in config.tables:
         mine = [table for table in filled if table.table.number == number]
         if number == 7:
@@ -253,7 +235,7 @@ def _write(
         index.append(text)
     index.append("## Figures\n")
     for name in config.backbones:
-        drawn = pictures(filled, name, range(config.seeds), outcomes)
+        drawn = pictures([table for table in everything if table.backbone == name])
         for number, picture in drawn.items():
             stem, title = f"figure_{number}_{name}", picture.title
             files += write_picture(output, stem, picture, beside=True)

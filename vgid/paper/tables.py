@@ -6,6 +6,7 @@ experiments, one a seed. Every row of a table, within a seed, has the same peopl
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from vgid.config import ForgetRatio, Method, TrialConfig, parse
@@ -57,15 +58,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """One of the paper's tables, for any backbone.
-
-    Attributes:
-        number: in the paper.
-        title: what it compares.
-        forget_ratio: per cent of the people.
-        metrics: the paper's columns, as scores of ``vgid.evaluation.evaluate``.
-        rows: from top to bottom.
-    """
+    """One of the paper's tables, for any backbone; its columns are scores of an evaluation."""
 
     number: int
     title: str
@@ -144,14 +137,7 @@ def _reversals(trials: Mapping[Method, TrialConfig]) -> tuple[Row, ...]:
 
 @dataclass(frozen=True)
 class FilledTable:
-    """A table of one backbone with its outcomes.
-
-    Attributes:
-        table: which.
-        backbone: whose.
-        seeds: of the outcomes.
-        outcomes: of each row by key, one a seed in the order of ``seeds``.
-    """
+    """A table of one backbone with the outcomes of each row by key, one a seed."""
 
     table: Table
     backbone: str
@@ -185,7 +171,7 @@ class FilledTable:
         found = paper_row(self.table.number, self.paper_backbone, row.paper, row.setting)
         return None if found is None else found.scores.get(metric)
 
-    @property
+    @cached_property
     def paper_backbone(self) -> str:
         """The paper's backbone that stands beside."""
         return closest_backbone(self.backbone, self.table.number)

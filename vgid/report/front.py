@@ -98,10 +98,7 @@ class Front:
 def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
     """Draw ``front.png``: the whole study on the left, its front from close by on the right.
 
-    Args:
-        path: the file.
-        front: what to draw.
-        whole_only: a small picture of the left half alone.
+    With ``whole_only`` a small picture of the left half alone.
 
     Raises:
         InputError: the file cannot be written.

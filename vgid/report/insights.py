@@ -76,13 +76,9 @@ def varied(records: Sequence[TrialRecord]) -> list[str]:
 def importances(records: Sequence[TrialRecord]) -> Shares:
     """Share of each objective's variance that each hyperparameter explains.
 
-    A hyperparameter that only some trials have (sigma) is left out, as Optuna's evaluator asks.
-
-    Args:
-        records: completed trials; of more than ``MAX_TRIALS``, so many are looked at.
-
-    Returns:
-        The shares; empty with fewer than ``MIN_TRIALS`` trials.
+    A hyperparameter that only some trials have (sigma) is left out, as Optuna's evaluator asks. Of
+    more than ``MAX_TRIALS`` completed trials, so many are looked at; fewer than ``MIN_TRIALS``
+    give no shares.
     """
     records = _some(records)
     used = [record.config.used for record in records]
@@ -125,12 +121,7 @@ def axes(records: Sequence[TrialRecord]) -> list[Axis]:
 
 
 def insights(front: Front, shares: Shares) -> Picture:
-    """The picture of what made the difference.
-
-    Args:
-        front: the study's trials.
-        shares: their ``importances``; there is no panel of them if empty.
-    """
+    """The picture of what made the difference; ``shares`` are the trials' ``importances``."""
     records = front.drawn
     columns = axes(records) if records else []
     others = sum(not record.on_front for record in records)

@@ -62,12 +62,12 @@ def note_links(
     runs: Mapping[str, str],
     files: Sequence[Path],
 ) -> NoteLinks:
-    """The links of a study's note.
+    """The links of the note of a study's parent run, ``study_run_id``.
 
     Args:
         front: the study's trials.
         experiment_id: the backbone's experiment.
-        study_run_id: the parent run, which shows the note.
+        study_run_id: MLflow's id of the run that shows the note.
         study_id: the study's own id.
         runs: run id of each trial by trial id.
         files: the parent run's artifacts.
@@ -96,7 +96,7 @@ def study_note(
     verbatim: Verbatim | None = None,
     left_out: LeftOut | None = None,
 ) -> str:
-    """Write the note: the result in three sentences, the picture, the front as a table.
+    """The note in Markdown: the result in three sentences, the picture, the front as a table.
 
     Args:
         front: the study's trials and its base model's scores.
@@ -104,9 +104,6 @@ def study_note(
         links: where its links lead.
         verbatim: which scored questions training sees.
         left_out: what of the data was left out as defective.
-
-    Returns:
-        Markdown.
     """
     parts = [_result(front, links)]
     found = [f"[{name}]({page})" for name, page in links.pages.items()]

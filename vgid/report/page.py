@@ -29,13 +29,7 @@ def asset(name: str) -> str:
 
 
 def write_picture(folder: Path, stem: str, picture: Picture, **page: Any) -> list[str]:
-    """Write ``<stem>.png`` and ``<stem>.html``; the names of both.
-
-    Args:
-        folder: where to.
-        stem: what both are called.
-        picture: what they show.
-        **page: of ``write_page``.
+    """Write ``<stem>.png`` and, by ``write_page``, ``<stem>.html``; the names of both.
 
     Raises:
         InputError: a file cannot be written.
