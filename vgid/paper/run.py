@@ -22,7 +22,6 @@ from vgid.config import (
     RetainPeople,
     TrialConfig,
     derived,
-    parse,
     words,
 )
 from vgid.errors import InputError
