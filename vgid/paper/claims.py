@@ -164,8 +164,7 @@ def _bound(value: float) -> float:
 
 def _label(name: str) -> str:
     """What a comparison is called: methods as in the tables, other rows by their key."""
-    labels: Mapping[str, str] = dict(METHOD_LABELS)
-    return labels.get(name, name)
+    return {str(method): label for method, label in METHOD_LABELS.items()}.get(name, name)
 
 
 def judge(claim: Claim, backbone: str, evidence: Evidence, paper: Evidence) -> Judgement:

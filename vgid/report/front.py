@@ -181,17 +181,17 @@ def _held_out(front: Front) -> list[Series]:
         return []
     name = "front, held-out questions (95 %)"
     records, x, y = zip(*found, strict=True)
-    ties = []
-    for own, again in zip(_places(records), (x, y), strict=True):
-        pairs = zip(own, again, strict=True)
-        ties.append([end for place, score in pairs for end in (place, score.value, None)])
+    ties_x, ties_y = (
+        [end for place, score in zip(own, again, strict=True) for end in (place, score.value, None)]
+        for own, again in zip(_places(records), (x, y), strict=True)
+    )
     hover = [
         f"trial {record.result.trial_id} · held-out questions\n{describe(record.config)}\n"
         f"forget reduction {x}, n = {x.n}\nretain ROUGE-L {y}, n = {y.n}"
         for record, x, y in found
     ]
     return [
-        Series(name, *ties, HELD_OUT, "", line=0.9, dotted=True, listed=False),
+        Series(name, ties_x, ties_y, HELD_OUT, "", line=0.9, dotted=True, listed=False),
         Series(
             name,
             [score.value for score in x],
@@ -210,8 +210,8 @@ def _held_out(front: Front) -> list[Series]:
 
 def _marks(front: Front) -> list[Series]:
     """Rings around the paper's default, and the base's star."""
-    default, (x, y) = _places(front.default), front.base_point
-    ring = Series("the paper's default setting", *default, BASE, "circle-open", 21)
+    x, y = front.base_point
+    ring = Series("the paper's default setting", *_places(front.default), BASE, "circle-open", 21)
     told = [f"base model\nretain ROUGE-L {y:.3f}"]
     star = Series("base model", [x], [y], BASE, "star", 20, hover=told)
     return [ring, star] if front.default else [star]
@@ -229,9 +229,10 @@ def _zoom(front: Front) -> list[tuple[float, float]]:
     return ranges
 
 
-def _places(records: Sequence[TrialRecord]) -> list[list[float]]:
+def _places(records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:
     """Places to the right and upwards of trials that have both objectives."""
-    return [[record.result.metrics[name] for record in records] for name in OBJECTIVES]
+    x, y = ([record.result.metrics[name] for record in records] for name in OBJECTIVES)
+    return x, y
 
 
 def _noise(record: TrialRecord) -> str | None:
