@@ -1,28 +1,7 @@
 """The search space of a study: a section of a YAML file, checked before anything starts.
 
-A backbone has one file, and in it each method its section. A parameter is any field of
-``TrialConfig`` that the method uses, written as a range, as choices, or as one fixed value::
-
-    backbone: tiny-llava
-    shared:                     # of every method; a section's own value takes precedence
-      lora_rank: 8
-    methods:
-      vgid:
-        parameters:
-          alpha: {low: 0.3, high: 3.0, log: true}
-          noise_type: {choices: [random, gaussian, white]}
-          sigma: {low: 0.2, high: 1.0}
-        first_points:           # tried first, in this order
-          - {alpha: 1.0, noise_type: random}
-
-``sigma`` is asked for only where the noise type is Gaussian (define-by-run). Every bound, choice
-and value passes ``TrialConfig``'s own constraints, so that they are stated in one place.
-
-``extends: llava-1.5-7b`` at the top takes the rest over from another file: that of a backbone in
-``search_spaces``, or a path relative to this file. What this file says replaces what is inherited
-by key: each field of ``shared``, each field of a method's ``parameters``, and a method's
-``first_points`` as one list. No deeper: a range is not mixed with an inherited one. ``null`` takes
-an inherited field back. ``backbone`` is each file's own.
+``search_spaces/README.md`` says what may stand in one. Every bound, choice and value passes the
+constraints of its field of ``TrialConfig``, so that they are stated in one place.
 """
 
 import hashlib
@@ -283,16 +262,14 @@ class SearchSpace:
             name: domain.choices if isinstance(domain, Choices) else (domain.low, domain.high)
             for name, domain in self.searched.items()
         }
-        refused: InputError | None = None
-        for _ in range(PROPOSALS_TRIED):
+        for left in reversed(range(PROPOSALS_TRIED)):
             try:
                 self.trial_config({name: draw.choice(some) for name, some in ends.items()}, seed=0)
-            except InputError as error:
-                refused = refused or error
+            except InputError:
+                if not left:
+                    raise
             else:
                 return
-        assert refused is not None
-        raise refused
 
     def _with_first_points(self, points: list[dict[str, Any]] | None) -> Self:
         """The space with its first points; without any, the paper's setting if it lies inside."""
