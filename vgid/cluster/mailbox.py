@@ -339,8 +339,9 @@ class Mailbox:
         counted is a restart after a job that has ended: its failure may have asked for it.
         ``cause`` tells nothing private.
         """
-        known, state = slot in self._slots, self._slots[slot]
-        if not known:
+        first = slot not in self._slots
+        state = self._slots[slot]
+        if first:
             return
         ticket, state.holds = state.holds, None
         if ticket is not None or not state.useful:

@@ -26,18 +26,12 @@ from vgid.report.mlflow_links import run_page, view_tag
 from vgid.report.note import NOTE_PICTURE, note_links, study_note
 from vgid.report.records import MAIN_METRICS, TrialRecord, held_out_scores, run_name
 from vgid.report.tables import as_text
-from vgid.results import TrialStatus
 from vgid.study.ledger import Record
 from vgid.study.mlflow_client import Connection, first_line, is_http, search_runs
 
 logger = logging.getLogger(__name__)
 
-STATUS: dict[TrialStatus, str] = {
-    "completed": "FINISHED",
-    "failed": "FAILED",
-    "pruned": "KILLED",
-    "lost": "KILLED",
-}
+STATUS = {"completed": "FINISHED", "failed": "FAILED", "pruned": "KILLED", "lost": "KILLED"}
 """MLflow's terminal status for each of ours."""
 
 FLUSH_SECONDS = 5.0
