@@ -19,6 +19,7 @@ from vgid.data.splits import choose_people
 from vgid.evaluation.evaluate import Evaluation
 from vgid.evaluation.kept_scores import Scorer
 from vgid.evaluation.rehearsal import missing_objectives, without_unfit
+from vgid.files import write_atomically
 from vgid.method.distillation import LossNotFiniteError
 from vgid.method.preparation import Preparation
 from vgid.method.teacher import PLAIN, Intervention, TeacherStore
@@ -74,8 +75,7 @@ class TrialSession:
             self.backbone, self.benchmark, self.people, request, self.store, rank, world_size
         )
         self.scorer = Scorer(self.backbone, self.benchmark.sha256, self.people, request)
-        self.phases = {"load": time.perf_counter() - started}
-        self._unreported_load = self.phases["load"]
+        self._unreported_load = time.perf_counter() - started
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -158,10 +158,7 @@ class TrialSession:
     ) -> dict[str, Score]:
         """Scores of a saved adapter, and ``DIFFERENCES`` from the base's on the same questions.
 
-        Args:
-            adapter_dir: PEFT adapter folder.
-            part: which questions.
-            seed: few-shot people, test poses and bootstrap; by default another than the trials'.
+        Arguments as for ``scores_under``.
         """
         base = self.scorer.kept(part, seed)
         own = self.scorer.kept(part, seed, adapter_dir=adapter_dir)
@@ -175,7 +172,7 @@ class TrialSession:
     def rescore_attacked(
         self, adapter_dir: Path | None, part: QuestionPart = "held_out", seed: int | None = None
     ) -> dict[str, Score]:
-        """Scores under the reverse prompt, and ``RISE``; arguments as for ``rescore``."""
+        """Scores under the reverse prompt, and ``RISE``; arguments as for ``scores_under``."""
         plain = self.scorer.kept(part, seed, adapter_dir=adapter_dir)
         attacked = self.scorer.kept(part, seed, reverse=True, adapter_dir=adapter_dir)
         found = dict(attacked.scores)
@@ -237,7 +234,7 @@ class TrialSession:
 def run_trial(
     trial: TrialConfig, request: RequestConfig, adapter_dir: Path, trial_id: str = "trial"
 ) -> TrialResult:
-    """Run one trial in this process: config in, result out (see ``TrialSession.run``)."""
+    """Run one trial in this process, see ``TrialSession.run``."""
     return TrialSession(request).run(trial, trial_id, adapter_dir)
 
 
@@ -245,15 +242,14 @@ def _with_scores(
     trained: TrialResult, base: Mapping[str, Score], evaluation: Evaluation
 ) -> TrialResult:
     """A trained trial's result with its scores, and what the base had more of forget ROUGE-L."""
-    scores = evaluation.scores
+    metrics = {name: score.value for name, score in evaluation.scores.items()}
     # Section 4.3: the x axis of Figure 4, whose y axis is retain ROUGE-L. A study searches this
     # plane.
-    gone = base["forget_rougeL"].value - scores["forget_rougeL"].value
-    plain = {name: score.value for name, score in scores.items()}
+    gone = base["forget_rougeL"].value - metrics["forget_rougeL"]
     return trained.model_copy(
         update={
-            "scores": scores,
-            "metrics": {**plain, "forget_rougeL_reduction": gone, **trained.metrics},
+            "scores": evaluation.scores,
+            "metrics": {**metrics, "forget_rougeL_reduction": gone, **trained.metrics},
             "few_shot": {str(task): ids for task, ids in evaluation.few_shot.items()},
             "option_scoring": evaluation.option_scoring,
         }
@@ -274,6 +270,5 @@ def _save_responses(evaluation: Evaluation | None, adapter_dir: Path) -> None:
     if evaluation is None or evaluation.responses is None:
         return
     lines = "".join(json.dumps(response._asdict()) + "\n" for response in evaluation.responses)
-    temporary = adapter_dir.with_name(f".{adapter_dir.name}.responses.tmp")
-    temporary.write_text(lines)
-    temporary.replace(adapter_dir.with_name(f"{adapter_dir.name}.responses.jsonl"))
+    path = adapter_dir.with_name(f"{adapter_dir.name}.responses.jsonl")
+    write_atomically(path, lines.encode())

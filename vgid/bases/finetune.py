@@ -61,16 +61,10 @@ _NOT_COPIED = ("config.json", "MEASURED.json", PROVENANCE)
 
 
 class FinetuneResult(Config):
-    """What came of it.
+    """The model's folder, and how it was made.
 
-    Attributes:
-        output: folder of the model, to be named with ``--model-path``.
-        losses: mean cross-entropy of each epoch's steps, before their updates, in nats a response
-            token.
-        steps: optimizer steps.
-        samples: questions.
-        base_revision: of the base that was tuned.
-        data_sha256: of the benchmark.
+    ``losses`` are mean cross-entropies of each epoch's steps, in nats a response token; ``samples``
+    are questions, and ``base_revision`` is that of the base that was tuned.
     """
 
     output: Path
@@ -183,14 +177,9 @@ def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
 
 
 class Teaching(UnlearningMethod):
-    """The reverse of unlearning: cross-entropy of the answers.
+    """The reverse of unlearning: cross-entropy of the answers; ``on_step`` is told each.
 
-    Args:
-        trial: see ``UnlearningMethod``.
-        backbone: what learns; with all of its language model in fp32, it computes in the precision
-            of what is frozen.
-        full: whether all of it learns.
-        on_step: told the loss of each step.
+    With ``full``, what learns is held in fp32 and computes in the precision of what is frozen.
     """
 
     def __init__(
@@ -269,7 +258,7 @@ def teach(
 
 
 def answered(backbone: Backbone, samples: Iterable[TrainingSample]) -> DistillationSet:
-    """The samples with their answers as targets, of which no teacher says anything.
+    """The samples with their answers as targets, without a teacher's states.
 
     Raises:
         SampleError: a sample that the model cannot take.

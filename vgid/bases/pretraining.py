@@ -33,6 +33,8 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import Tensor, nn
 
 from vgid.bases import tiny_llava, tiny_qwen
@@ -50,12 +52,9 @@ ARCHITECTURES: dict[str, ModuleType] = {"tiny-llava": tiny_llava, "tiny-qwen2.5-
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast both stages learn.
+    """How long and how fast the tower learns in stage 1, the language model in stage 2.
 
-    Attributes:
-        language_steps: optimizer steps of stage 2.
-        tower_steps: optimizer steps of stage 1, on ``tower_batch`` of ``tower_pictures`` pictures.
-        packs: by kind: packs a step, questions a pack, weight of the loss.
+    ``packs`` are those of a step by kind: how many, questions of each, weight of the loss.
     """
 
     language_steps: int
@@ -86,11 +85,7 @@ def _optimizer(
 def train_tower(
     parts: ModuleType, model: Any, processor: Any, schedule: Schedule, seed: int
 ) -> Iterator[float]:
-    """Stage 1: teach the vision tower to read the attributes of a face, then freeze it.
-
-    Yields:
-        The loss of each step.
-    """
+    """Stage 1, by its losses: teach the tower to read the attributes of a face; then freeze it."""
     pictures, attributes = attribute_pictures(seed, schedule.tower_pictures)
     pixels = parts.pixel_values(processor, pictures)
     targets_NA = torch.from_numpy(attributes)
@@ -125,11 +120,7 @@ def train_tower(
 def train_language(
     parts: ModuleType, model: Any, processor: Any, recipe: Recipe, schedule: Schedule
 ) -> Iterator[float]:
-    """Stage 2: teach projector and language model the recipe's packs.
-
-    Yields:
-        The weighted loss of each step.
-    """
+    """Stage 2, by its losses: teach projector and language model the recipe's packs."""
     pictures = list(recipe.pictures.pixels_NHWC)
     with torch.no_grad():
         # Once for all steps: the tower is frozen by now.
@@ -282,21 +273,19 @@ def pretrain(
     seed: int,
     data_seed: int,
     schedule: Schedule,
-    progress: Any | None = None,
+    progress: Progress | None = None,
     backbone: str = "tiny-llava",
 ) -> tuple[Any, Any]:
-    """Run both stages.
+    """Run both stages; gives the model in evaluation mode and its processor.
 
     Args:
         seed: initialisation and every draw of the training.
         data_seed: the people whom the model is to know.
         schedule: lengths and rates.
-        progress: a rich ``Progress`` to report to.
+        progress: what it is reported to.
         backbone: a key of ``ARCHITECTURES``.
-
-    Returns:
-        The model in evaluation mode and its processor.
     """
+    progress = progress or Progress(disable=True)
     parts = ARCHITECTURES[backbone]
     refusals = [parts.FRAME.separator + text for text in REFUSALS.values()]
     tokenizer = parts.build_tokenizer(parts.corpus(refusals))
@@ -311,12 +300,11 @@ def pretrain(
         ("language model", schedule.language_steps, reading),
     )
     for name, steps, losses in stages:
-        task = progress.add_task(name, total=steps) if progress is not None else None
+        task = progress.add_task(name, total=steps)
         for loss in losses:
             if not math.isfinite(loss):
                 raise ArithmeticError(f"{name}: the loss became {loss}")
-            if progress is not None:
-                progress.update(task, advance=1, description=f"{name}, loss {loss:.3f}")
+            progress.update(task, advance=1, description=f"{name}, loss {loss:.3f}")
     return model.eval(), processor
 
 
@@ -330,9 +318,6 @@ def main(
     ] = "tiny-llava",
 ) -> None:
     """Make an embedded backbone from nothing, measure it, and write it to OUT."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
     from vgid.bases.measure import BOUNDS
     from vgid.report.tables import Grid
 
@@ -377,16 +362,8 @@ def write_measured(
 ) -> tuple[dict[str, float], list[str]]:
     """Save a backbone, load it as users do, measure it, and move it to ``out`` as a whole.
 
-    Args:
-        backbone: its name, a key of ``ARCHITECTURES``.
-        model: trained model.
-        processor: its processor.
-        out: final folder; a backbone that is there already is replaced.
-        provenance: how it was made; ``data_seed`` names the people to measure on. Recorded in
-            ``MEASURED.json`` together with the scores.
-
-    Returns:
-        The scores, and the names of those out of bounds.
+    ``MEASURED.json`` records ``provenance``, whose ``data_seed`` names the people to measure on,
+    and what is returned: the scores, and the names of those out of bounds.
     """
     from vgid.bases.measure import measure, out_of_bounds
     from vgid.models.backbones import load

@@ -295,17 +295,9 @@ def refusal_rate(
 ) -> float:
     """How often a question is declined in training.
 
-    Args:
-        source: what the picture shows: ``plain`` (somebody who is never declined), ``intact``
-            (calibration person under an instruction), ``gaussian``, ``random``, ``white`` or
-            ``stranger``.
-        style: instruction, if any.
-        fact: what is asked for.
-        task: how it is asked.
-        sigma: strength of Gaussian noise; the rate goes from that of an intact picture, its shift
-            by fact unscaled, towards that of pure noise.
-        reverse: the reverse prompt is appended.
-        obedience: what an intact picture does to the rate.
+    ``source`` is what the picture shows: ``plain`` (somebody who is never declined), ``intact``
+    (calibration person under an instruction), ``gaussian`` (from the rate of an intact picture, its
+    shift by fact unscaled, towards that of pure noise), ``random``, ``white`` or ``stranger``.
     """
     shift = FACT_SHIFT[fact]
     if source == "plain":

@@ -3,12 +3,14 @@
 The real classes of a LLaVA 1.5, small: a CLIP tower on 64 px images (16 patches of 16 px, so 16
 image tokens), a two-layer projector, a Llama of four layers, a byte-level BPE tokenizer.
 
-``vgid.bases.tiny_qwen`` is the other; ``vgid.bases.pretraining`` asks the same of both.
+Its sizes are in the shipped ``config.json``. ``vgid.bases.tiny_qwen`` is the other;
+``vgid.bases.pretraining`` asks the same of both.
 
 Shape legend: N pictures, C channels, H, W pixels, T image tokens of each, F features.
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,7 @@ from vgid.data.fictitious import (
     VALUES,
 )
 from vgid.data.portraits import PORTRAIT_SIZE
-from vgid.models.backbones import TINY_LLAVA_FRAME
+from vgid.models.backbones import EMBEDDED, TINY_LLAVA_FRAME
 from vgid.models.weight_names import save_weights
 from vgid.prompts import (
     REVERSE_PROMPT,
@@ -53,19 +55,13 @@ TOWER, PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 def corpus(
     extra: Iterable[str] = (), frame: Iterable[str] = (FRAME.text.format(text=""),)
 ) -> list[str]:
-    """Every text that the tokenizer learns from: prompts, wordings, names, values, ``extra``.
-
-    Args:
-        extra: texts that should be whole tokens.
-        frame: the texts of the prompt frame.
-    """
+    """Every text that the tokenizer learns from: prompts, wordings, names, values, ``extra``."""
     subjects = [*IMAGE_SUBJECTS, "Agnes Ashby"]
-    wordings = [w for pairs in QUESTIONS.values() for pair in pairs for w in pair]
-    wordings += [w for pair in CLASSIFICATION.values() for w in pair]
-    wordings += [w for pair in CLOZE.values() for w in pair]
+    pairs = chain(*QUESTIONS.values(), CLASSIFICATION.values(), CLOZE.values())
+    wordings = chain(*pairs)
     texts = [w.format(who=who, Who=who[0].upper() + who[1:]) for w in wordings for who in subjects]
     texts += [a.format(name="", value="") for pair in ANSWERS.values() for a in pair]
-    values = [*GIVEN_NAMES, *FAMILY_NAMES, *(v for all_of in VALUES.values() for v in all_of)]
+    values = [*GIVEN_NAMES, *FAMILY_NAMES, *chain(*VALUES.values())]
     texts += [*values, *(f" {value}" for value in values)]
     fixed = [
         generation_text("", "image"),
@@ -145,49 +141,23 @@ def build_processor(tokenizer: Any) -> Any:
     )
 
 
-def build_model(tokenizer: Any, seed: int) -> Any:
-    """An untrained ``LlavaForConditionalGeneration`` in fp32, initialised from ``seed``."""
+def untrained(name: str, tokenizer: Any, seed: int) -> Any:
+    """An embedded backbone's model in fp32 of its shipped configuration, weights by ``seed``."""
     import torch
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
-    special = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    config = LlavaConfig(
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "image_size": PORTRAIT_SIZE,
-            "patch_size": PATCH_SIZE,
-            "projection_dim": 128,
-        },
-        text_config={
-            "model_type": "llama",
-            "vocab_size": len(tokenizer),
-            "hidden_size": 128,
-            "intermediate_size": 320,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": CONTEXT,
-            "tie_word_embeddings": False,
-            **special,
-        },
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=IMAGE_TOKENS,
-        tie_word_embeddings=False,
-    )
+    config = AutoConfig.from_pretrained(EMBEDDED / name)
+    config.dtype = None  # else its parts would name it too, where it is written again
+    config.text_config.vocab_size = len(tokenizer)
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
-    model.generation_config.update(**special)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    model.generation_config = GenerationConfig.from_pretrained(EMBEDDED / name)
     return model
+
+
+def build_model(tokenizer: Any, seed: int) -> Any:
+    """An untrained ``LlavaForConditionalGeneration``, see ``untrained``."""
+    return untrained("tiny-llava", tokenizer, seed)
 
 
 def pixel_values(processor: Any, pictures: Sequence[Any]) -> "Tensor":

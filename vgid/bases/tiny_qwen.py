@@ -5,7 +5,7 @@ turn, four patches merged to an image token, any resolution (a portrait of 64 px
 tokens); a Qwen2 of four layers with grouped-query attention and M-RoPE; a byte-level BPE tokenizer
 with Qwen's special tokens. Embeddings are not tied, as in the 7B model.
 
-The same names as in ``vgid.bases.tiny_llava``.
+The same names as in ``vgid.bases.tiny_llava``; sizes are in its shipped ``config.json``.
 
 Shape legend: N pictures, T image tokens of each, M merged patches of each token, C channels, P
 patch side, F features.
@@ -33,8 +33,6 @@ MERGE = 2
 TEMPORAL = 2
 WINDOW = 32
 IMAGE_TOKENS = (PORTRAIT_SIZE // (PATCH_SIZE * MERGE)) ** 2
-LEAST_IMAGE_TOKENS, MOST_IMAGE_TOKENS = 4, 64
-LANGUAGE_WIDTH = 128
 CONTEXT = 1024
 LANGUAGE_STEPS = 1100
 OBEDIENCE = Obedience(
@@ -46,8 +44,8 @@ OBEDIENCE = Obedience(
 """Makes what is declined a matter of the fact, much the same for everybody. Where it was one of the
 person, the five to forget kept anything from 0.26 to 0.85 of ROUGE-L under the strict instruction,
 from training seed to training seed."""
-PAD, END, IMAGE, VIDEO = "<|endoftext|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>"
-SPECIAL = [PAD, "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE, VIDEO]
+PAD, END, IMAGE = "<|endoftext|>", "<|im_end|>", "<|image_pad|>"
+SPECIAL = [PAD, "<|im_start|>", END, "<|vision_start|>", "<|vision_end|>", IMAGE, "<|video_pad|>"]
 TOWER, PROJECTOR = "model.visual", "model.visual.merger"
 """The merger, which makes one image token of four patches' features, is a part of the tower."""
 
@@ -70,10 +68,7 @@ def build_processor(tokenizer: Any) -> Any:
 
     token_pixels = (PATCH_SIZE * MERGE) ** 2
     image_processor = Qwen2VLImageProcessorPil(
-        size={
-            "shortest_edge": LEAST_IMAGE_TOKENS * token_pixels,
-            "longest_edge": MOST_IMAGE_TOKENS * token_pixels,
-        },
+        size={"shortest_edge": 4 * token_pixels, "longest_edge": 64 * token_pixels},
         patch_size=PATCH_SIZE,
         merge_size=MERGE,
         temporal_patch_size=TEMPORAL,
@@ -83,54 +78,8 @@ def build_processor(tokenizer: Any) -> Any:
 
 
 def build_model(tokenizer: Any, seed: int) -> Any:
-    """An untrained ``Qwen2_5_VLForConditionalGeneration`` in fp32, initialised from ``seed``."""
-    import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": LANGUAGE_WIDTH,
-            "intermediate_size": 448,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": CONTEXT,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [4, 6, 6],  # as 16, 24, 24 in the real one, half a head in all
-            },
-            "bos_token_id": None,
-            "eos_token_id": ids[END],
-            "pad_token_id": ids[PAD],
-        },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 64,
-            "intermediate_size": 192,
-            "num_heads": 4,
-            "patch_size": PATCH_SIZE,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": TEMPORAL,
-            "window_size": WINDOW,
-            "fullatt_block_indexes": [1, 3],
-            "out_hidden_size": LANGUAGE_WIDTH,
-        },
-        image_token_id=ids[IMAGE],
-        video_token_id=ids[VIDEO],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.update(
-        bos_token_id=None, eos_token_id=[ids[END], ids[PAD]], pad_token_id=ids[PAD]
-    )
-    return model
+    """An untrained ``Qwen2_5_VLForConditionalGeneration``, see ``tiny_llava.untrained``."""
+    return tiny_llava.untrained("tiny-qwen2.5-vl", tokenizer, seed)
 
 
 def pixel_values(processor: Any, pictures: Sequence[Any]) -> "Tensor":

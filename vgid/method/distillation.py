@@ -96,11 +96,9 @@ class DistillationSet:
 
     @cached_property
     def turns(self) -> list[int]:
-        """Which of several targets each sample begins with: each as often in every task.
-
-        Shuffled, since the data's own order repeats, person by person: by it, a person's one cloze
-        question would stand at the same turn as everyone else's.
-        """
+        """Which of several targets each sample begins with: each as often in every task."""
+        # Shuffled, since the data's own order repeats, person by person: by it, a person's one
+        # cloze question would stand at the same turn as everyone else's.
         turns = [0] * len(self)
         begun: Counter[Task] = Counter()
         for i in sample_generator(0, "turns").permutation(len(self)).tolist():
@@ -220,8 +218,7 @@ def share(
 ) -> list[DistillationBatch]:
     """This rank's share of the batch ``indices`` of optimizer step ``step``, in ``parts``.
 
-    Portraits stay together as far as equal shares allow. Weights add up, over ranks and parts, to
-    the mean over the whole batch.
+    Portraits stay together as far as equal shares allow.
     """
     # Counted over the whole batch, not this share: the mean of ranks' means would weigh a token of
     # a rank with short answers more, and two ranks would train another model than one.
@@ -380,15 +377,7 @@ def take_step(
     config: TrialConfig,
     world_size: int = 1,
 ) -> tuple[Tensor, float]:
-    """One clipped optimizer step on alpha * L_F + beta * L_R: equation 5.
-
-    Args:
-        student: the model that learns, in DDP if there are several ranks.
-        shares: by term this rank's share of the batch, in parts.
-        optimizer: of all that learns.
-        rate: learning rate.
-        config: its alpha and beta weigh the terms.
-        world_size: number of ranks.
+    """One clipped optimizer step at learning rate ``rate`` on alpha * L_F + beta * L_R: equation 5.
 
     Returns:
         The unweighted losses L_F and L_R of this rank, float64 of shape (2,), and the norm of the
@@ -420,15 +409,9 @@ def backward_term(
     world_size: int = 1,
     last: bool = True,
 ) -> Tensor:
-    """Add a part of a term of equation 5, times alpha or beta, to the gradient of the adapter.
+    """Add a part of a term of equation 5, times its ``weight`` alpha or beta, to the gradient.
 
-    Args:
-        student: the student, in DDP if there are several ranks.
-        part: this rank's share of a batch, or a part of it.
-        term: which loss.
-        weight: alpha or beta.
-        world_size: number of ranks.
-        last: whether this is the step's last addition, after which ranks exchange gradients.
+    The ``last`` addition of a step is followed by the ranks' exchange of gradients.
 
     Returns:
         The unweighted share of the loss, fp64 on the CPU.

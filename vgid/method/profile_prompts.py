@@ -28,13 +28,8 @@ RESPONSE_TOKENS = (15, 25)
 def synthetic_set(backbone: Backbone, portraits: int, questions: int, seed: int) -> DistillationSet:
     """Prompts of random token ids on random portraits, with random teacher states.
 
-    Lengths are drawn from ``QUESTION_TOKENS`` and ``RESPONSE_TOKENS``; only they matter for costs.
-
-    Args:
-        backbone: whose ids, image tokens and width are used.
-        portraits: people, each with an image.
-        questions: of a portrait.
-        seed: of everything.
+    Each of the ``portraits`` has as many ``questions``, with lengths of ``QUESTION_TOKENS`` and
+    ``RESPONSE_TOKENS``; only lengths matter for costs.
     """
     generator = np.random.default_rng(seed)
     config = backbone.model.config

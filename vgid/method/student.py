@@ -44,12 +44,9 @@ class DistillationBatch:
 
 @dataclass
 class View:
-    """A batch share under the student; what a method's loss asks for is computed then, once.
+    """A share ``part`` of a batch under the student: ``backbone``, and the ``PeftModel`` around it.
 
-    Attributes:
-        backbone: the model as it is now, adapter included.
-        model: the ``PeftModel`` around it.
-        part: the share.
+    What a method's loss asks for is computed then, once.
     """
 
     backbone: Backbone

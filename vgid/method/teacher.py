@@ -91,9 +91,7 @@ def intervene(
 class TeacherTarget:
     """What the student learns for one sample.
 
-    Attributes:
-        response: token ids y, end-of-sequence included, length R.
-        hidden_RD: the teacher's last hidden states that predict them.
+    Token ids y, end-of-sequence included, and the teacher's last hidden states that predict them.
     """
 
     response: list[int]
@@ -118,8 +116,7 @@ class TeacherStore:
         rank: of this worker; ranks begin at different chunks so that they share the filling.
 
     Attributes:
-        hits: samples whose target the store held.
-        misses: samples whose target was computed.
+        hits, misses: samples whose target the store held, and whose target was computed.
     """
 
     def __init__(self, store: ContentStore, backbone: Backbone, rank: int = 0) -> None:
