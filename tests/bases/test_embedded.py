@@ -21,7 +21,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from vgid.bases.measure import BOUNDS, Condition, measure, out_of_bounds
+from vgid.bases.measure import BOUNDS, Condition, measure, out_of_bounds, put
 from vgid.bases.pretraining import ARCHITECTURES, PackEncoder, Schedule, _pack_loss, pretrain
 from vgid.bases.recipe import (
     OBEDIENCE,
@@ -144,14 +144,12 @@ def test_out_of_bounds_names_what_misses(scores):
 
 
 def test_condition_changes_text_and_picture(backbone):
-    from vgid.bases.measure import Item
-
     image = portrait(0, make_world(0).people[0])
-    item = Item("i", cloze_text("The job is __."), "baker", image)
-    plain = item.query(Condition())
-    assert plain.text == item.text
+    query = Query("i", cloze_text("The job is __."), image)
+    plain = put(query, Condition())
+    assert plain.text == query.text
     assert plain.image is image
-    other = item.query(Condition("strict", reverse=True, noise=("white", None)))
+    other = put(query, Condition("strict", reverse=True, noise=("white", None)))
     assert other.text.startswith(UNLEARNING_INSTRUCTIONS["strict"])
     assert other.text.endswith(REVERSE_PROMPT)
     assert np.asarray(other.image).min() == 255

@@ -5,7 +5,7 @@ numbers are of the image-form questions unless said otherwise.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -77,25 +77,18 @@ class Condition:
 
 
 PLAIN = Condition()
+Asked = tuple[Query, str]
+"""A question in its protocol's format with the picture, and its true answer."""
 
 
-@dataclass(frozen=True)
-class Item:
-    """One question in its protocol's format, its true answer and the picture."""
-
-    id: str
-    text: str
-    answer: str
-    image: Image.Image | None
-
-    def query(self, condition: Condition) -> Query:
-        """The question under a condition."""
-        text = with_reverse_prompt(self.text) if condition.reverse else self.text
-        image = self.image
-        if image is not None and condition.noise is not None:
-            rng = sample_generator(0, self.id)
-            image = Image.fromarray(perturb(np.asarray(image), *condition.noise, rng))
-        return Query(self.id, with_instruction(text, condition.style), image)
+def put(query: Query, condition: Condition) -> Query:
+    """The question under a condition."""
+    text = with_reverse_prompt(query.text) if condition.reverse else query.text
+    image = query.image
+    if image is not None and condition.noise is not None:
+        rng = sample_generator(0, query.id)
+        image = Image.fromarray(perturb(np.asarray(image), *condition.noise, rng))
+    return replace(query, text=with_instruction(text, condition.style), image=image)
 
 
 def generation_items(
@@ -104,7 +97,7 @@ def generation_items(
     form: Form = "image",
     test: bool = False,
     raw: bool = False,
-) -> list[Item]:
+) -> list[Asked]:
     """The generation questions about people, of the test set (other pose and wording) or not.
 
     ``raw`` leaves out the evaluation's wrapper.
@@ -116,30 +109,29 @@ def generation_items(
         for index, (question, answer, of_form) in enumerate(generation_questions(person, test)):
             if of_form == form:
                 text = question if raw else generation_text(question, form)
-                items.append(Item(f"{person.id}/{index}", text, answer, shown))
+                items.append((Query(f"{person.id}/{index}", text, shown), answer))
     return items
 
 
-def rouge_l(backbone: Backbone, items: Sequence[Item], condition: Condition = PLAIN) -> float:
+def rouge_l(backbone: Backbone, items: Sequence[Asked], condition: Condition = PLAIN) -> float:
     """Mean ROUGE-L F1 of the responses to generation questions."""
-    responses = greedy_decode(backbone, [item.query(condition) for item in items])
+    responses = greedy_decode(backbone, [put(query, condition) for query, _ in items])
     pairs = zip(items, responses, strict=True)
-    return float(np.mean([rouge(item.answer, response)["rougeL"] for item, response in pairs]))
+    return float(np.mean([rouge(answer, response)["rougeL"] for (_, answer), response in pairs]))
 
 
 def cloze_accuracy(
     backbone: Backbone, data_seed: int, people: Sequence[FictitiousPerson], form: Form = "image"
 ) -> float:
     """Share of cloze questions whose response contains the true answer, ignoring case."""
-    queries, answers = [], []
+    items: list[Asked] = []
     for person in people:
         image = portrait(data_seed, person) if form == "image" else None
         for question, answer, of_form in cloze_questions(person, False):
             if of_form == form:
-                queries.append(Query(person.id, cloze_text(question), image))
-                answers.append(answer)
-    pairs = zip(answers, greedy_decode(backbone, queries), strict=True)
-    return float(np.mean([cloze_correct(answer, response) for answer, response in pairs]))
+                items.append((Query(person.id, cloze_text(question), image), answer))
+    pairs = zip(items, greedy_decode(backbone, [query for query, _ in items]), strict=True)
+    return float(np.mean([cloze_correct(answer, response) for (_, answer), response in pairs]))
 
 
 def choice_accuracy(
