@@ -18,7 +18,6 @@ the same weights bit for bit.
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,12 +35,7 @@ from vgid.data.people import parse_id, parse_images
 from vgid.errors import InputError
 from vgid.files import appearing
 from vgid.method.checkpoint import checkpointed_trial
-from vgid.method.distillation import (
-    DistillationSet,
-    LossNotFiniteError,
-    distill,
-    steps_per_epoch,
-)
+from vgid.method.distillation import DistillationSet, LossNotFiniteError, distill, steps_per_epoch
 from vgid.method.methods import UnlearningMethod
 from vgid.method.samples import TrainingSample, worded
 from vgid.method.student import View
@@ -92,8 +86,6 @@ def finetune(
         InputError: data or base that cannot be used, an output that is taken, a checkpoint that is
             in the way or of another run, or a loss that is not finite.
     """
-    # peft asks transformers for an attribute by its old name.
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     if config.output.is_file() or (config.output.is_dir() and any(config.output.iterdir())):
         raise InputError(f"{config.output}: is there already; name a new folder with --output.")
     checkpoint = config.output.with_name(f".{config.output.name}.checkpoint")
@@ -245,8 +237,7 @@ def teach(
             for report in run:
                 reports.append(report)
                 bar.update(task, completed=report.step)  # of the epochs that the checkpoint has
-            learnt = [p for p in model.parameters() if p.requires_grad]
-            if not all(bool(p.isfinite().all()) for p in learnt):
+            if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
                 raise LossNotFiniteError("a weight is not finite in the end")
         except LossNotFiniteError as error:
             # Going on from the checkpoint would end the same way.

@@ -30,14 +30,7 @@ Prepared = tuple[Callable[[Any], Iterator[EpochReport]], Iterator[TrainingSample
 class Preparation:
     """Prepares trials of one forget request; keeps the samples and encodings that they share.
 
-    Attributes:
-        backbone: the frozen base.
-        benchmark: the data.
-        people: who is forgotten and who is kept.
-        request: the forget request.
-        store: of the teachers' targets.
-        rank: of this process among the workers of a trial.
-        world_size: workers of a trial.
+    Its fields are the session's (``vgid.trial.TrialSession``); ``backbone`` is the frozen base.
     """
 
     backbone: Backbone
@@ -52,11 +45,6 @@ class Preparation:
 
     def training(self, trial: TrialConfig, trial_id: str, checkpoint: Path | None) -> Prepared:
         """Prepare one trial: its samples, what the teachers answer them, the order of its batches.
-
-        Args:
-            trial: the hyperparameters.
-            trial_id: names the trial in its checkpoint.
-            checkpoint: where its state is saved after each epoch, and continued from.
 
         Raises:
             InputError: data that cannot be trained on, or a layer that the backbone lacks.

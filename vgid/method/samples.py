@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 from PIL import Image
 
@@ -49,15 +50,9 @@ def training_samples(
 
     Generation questions are the fine-tuning metadata of ``ft_Data``, in each of the trial's
     wordings. Cloze and classification questions, which that metadata lacks, are the search part of
-    the people's own.
+    the people's own, by ``seed``. Those ``left_out`` are scored as held-out.
 
-    Args:
-        benchmark: the data.
-        people: whose questions.
-        trial: its tasks and wordings are wanted.
-        likelihood_options: classification asks for the option's text instead of its letter.
-        seed: of the split into search and held-out questions.
-        left_out: questions that are not trained on, see ``held_out_of_training``.
+    With ``likelihood_options``, classification asks for the option's text instead of its letter.
 
     Raises:
         InputError: a person has no fine-tuning metadata, or no question is left of anybody.
@@ -101,17 +96,10 @@ def worded(
     left_out: Collection[Said] = (),
 ) -> list[TrainingSample]:
     """A person's generation samples: all pairs in one wording, then in the other."""
-    return [
-        TrainingSample(
-            Query(
-                pair.id if each == "wrapped" else f"{pair.id}/{each}",
-                generation_text(pair.question, "image", each),
-                image,
-            ),
-            pair.answer,
-            person_id=pair.person_id,
-        )
-        for each in WORDINGS[wording]
-        for pair in pairs
-        if (pair.person_id, comparable(pair.question)) not in left_out
-    ]
+    samples = []
+    for each, pair in product(WORDINGS[wording], pairs):
+        if (pair.person_id, comparable(pair.question)) not in left_out:
+            name = pair.id if each == "wrapped" else f"{pair.id}/{each}"
+            query = Query(name, generation_text(pair.question, "image", each), image)
+            samples.append(TrainingSample(query, pair.answer, person_id=pair.person_id))
+    return samples
