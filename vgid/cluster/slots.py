@@ -17,16 +17,19 @@ import traceback
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from vgid.cluster.losses import BROKEN_ACCELERATOR, blame, is_a, where
 from vgid.cluster.mailbox import Job, Mailbox, Outcome
 from vgid.cluster.resources import CPUS_PER_WORKER, SlotShape
-from vgid.config import RequestConfig, TrialConfig
+from vgid.config import RequestConfig
 from vgid.errors import InputError
-from vgid.results import EpochReport, QuestionPart, Score, TrialResult
+from vgid.results import EpochReport
+
+if TYPE_CHECKING:
+    from vgid.trial import TrialSession
 
 CALLS = 100_000
 """How many calls the mailbox serves at a time. Each slot and each trial in flight polls with one,
@@ -42,34 +45,12 @@ TRAIN_SETTINGS = {
 }
 
 
-class Session(Protocol):
-    """What a worker keeps between trials; ``vgid.trial.TrialSession`` is the real one.
-
-    With several workers each has one, and all are called alike; the session itself sees to it
-    that ``on_epoch`` is asked on rank 0 only and that all ranks follow the answer.
-    """
-
-    def run(
-        self,
-        trial: TrialConfig,
-        trial_id: str,
-        adapter_dir: Path,
-        on_epoch: Callable[[EpochReport], bool] | None = None,
-        checkpoint_dir: Path | None = None,
-    ) -> TrialResult:
-        """Run and score one trial."""
-
-    def base_scores(self, part: QuestionPart, seed: int) -> dict[str, Score]:
-        """Scores of the base model."""
-
-    def rescore(self, adapter_dir: Path, part: QuestionPart, seed: int) -> dict[str, Score]:
-        """Scores of a finished adapter."""
+# With several workers each has a session, and all are called alike; the session itself sees to it
+# that ``on_epoch`` is asked on rank 0 only and that all ranks follow the answer.
+SessionFactory = Callable[[RequestConfig, int, int], "TrialSession"]
 
 
-SessionFactory = Callable[[RequestConfig, int, int], Session]
-
-
-def trial_session(request: RequestConfig, rank: int, world_size: int) -> Session:
+def trial_session(request: RequestConfig, rank: int, world_size: int) -> "TrialSession":
     """The real session; imported here, in the worker, because it brings torch along."""
     import torch
 
@@ -295,7 +276,7 @@ def serve(config: dict[str, Any]) -> None:
     context = get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     line = _Line(config["mailbox"], config["slot"], rank, alone=world_size == 1)
-    session: Session | None = None
+    session: TrialSession | None = None
     while (job := line.take()) is not None:
         started = time.monotonic()
         load_s = 0.0
@@ -317,7 +298,7 @@ def serve(config: dict[str, Any]) -> None:
                     torch.cuda.empty_cache()
             if world_size > 1 or is_a(error, BROKEN_ACCELERATOR):
                 line.finish(outcome, any_rank=True)
-                raise RankFailedError(where(error)) from None
+                raise RuntimeError(where(error)) from None  # its message may quote an answer
         line.finish(outcome.model_copy(update={"load_s": load_s}))
         if config["fresh"] and job.kind == "trial":
             return
@@ -354,7 +335,7 @@ class _Line:
             ray.get(self.mailbox.finish.remote(self.slot, outcome))
 
 
-def _do(job: Job, session: Session, line: _Line) -> Outcome:
+def _do(job: Job, session: "TrialSession", line: _Line) -> Outcome:
     if job.kind == "base":
         scores = session.base_scores(job.part, job.seed)
         precision = getattr(session, "precision", None)  # of a session that has a model
@@ -372,7 +353,3 @@ def _do(job: Job, session: Session, line: _Line) -> Outcome:
         checkpoint_dir=job.checkpoints,
     )
     return Outcome(job_id=job.id, result=result, error=result.error)
-
-
-class RankFailedError(Exception):
-    """A worker cannot go on; says where it was, without the message of what it met."""
