@@ -95,7 +95,6 @@ class Traffic(Config):
         waiting: ids of jobs that wait for a slot, the next one first.
         held: the job that each busy slot holds.
         down: slots that are starting, or starting again.
-        given_up: slots that lost their workers too often.
     """
 
     moves: int = 0

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from vgid.cluster.mailbox import Traffic
@@ -19,28 +20,22 @@ NAMED = 5
 """So many trials are named in a sentence; of more it gives the number."""
 
 
+@dataclass
 class Watchdog:
     """A thread that looks at where the jobs are, until it is closed.
 
-    Args:
-        mailbox: handle of the mailbox actor.
-        say: prints a line.
+    Attributes:
         room: how many of the study's slots the cluster's nodes have room for now.
         out_of_time: whether the time budget is over; what then waits for a minute with no slot
             that could take it is given up.
     """
 
-    def __init__(
-        self,
-        mailbox: Any,
-        say: Callable[[str], None],
-        room: Callable[[], int],
-        out_of_time: Callable[[], bool],
-    ) -> None:
-        self._mailbox = mailbox
-        self._say = say
-        self._room = room
-        self._out_of_time = out_of_time
+    mailbox: Any
+    say: Callable[[str], None]
+    room: Callable[[], int]
+    out_of_time: Callable[[], bool]
+
+    def __post_init__(self) -> None:
         self._moves = -1
         self._since = time.monotonic()
         self._patience_s = PATIENCE_S
@@ -75,14 +70,14 @@ class Watchdog:
         while not self._over.wait(LOOK_S):
             traffic: Traffic | None = None
             with suppress(ray.exceptions.RayError):
-                traffic = ray.get(self._mailbox.traffic.remote(), timeout=LOOK_S)
+                traffic = ray.get(self.mailbox.traffic.remote(), timeout=LOOK_S)
             still = self.look(traffic, time.monotonic())
             with suppress(ray.exceptions.RayError):
                 if still is not None:
-                    self._say(sentence(traffic, still, 0 if traffic is None else self._room()))
+                    self.say(sentence(traffic, still, 0 if traffic is None else self.room()))
                 stuck = time.monotonic() - self._since >= PATIENCE_S
-                if traffic is not None and stuck and self._out_of_time():
-                    self._mailbox.drop_waiting.remote("the time budget ended before a slot was up")
+                if traffic is not None and stuck and self.out_of_time():
+                    self.mailbox.drop_waiting.remote("the time budget ended before a slot was up")
 
 
 def sentence(traffic: Traffic | None, still_s: float, room: int) -> str:

@@ -78,12 +78,11 @@ class Standing:
 
     Attributes:
         trials: how many there are to be.
-        slots: how many run at a time.
         counts: ended and lost trials by status.
-        front: size of the front.
+        front: how many are on it.
         hypervolume: of the front, None until the base model is scored.
         trial_s: seconds of the last trials that ended in this run.
-        budget_s: time budget for new trials.
+        budget_s: for new trials.
     """
 
     trials: int

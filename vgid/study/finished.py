@@ -97,10 +97,6 @@ class Source(Config):
     """A study and its front: what is read of ``study.json``, which has more, and where it is.
 
     Attributes:
-        study_id: the study's own id.
-        config: what was run.
-        data_sha256: of its benchmark.
-        base_revision: of its base model.
         base: the base model's scores by part.
         name: as the user wrote it, for messages.
         trials: the front, by trial id.

@@ -63,8 +63,8 @@ class Header(Config):
     """What a study is.
 
     Attributes:
-        study_id: the study's name in MLflow and Ray, unique.
-        config: the study as it was started.
+        study_id: its name in MLflow and Optuna, unique.
+        config: as it was started.
         search_space_sha256: of the search-space file, which must not change in between.
         started: UTC, ISO 8601, as all times here.
         vgid_version: of this package. This and what follows must not change in between either;
