@@ -175,7 +175,7 @@ class Ledger:
             self._lock = lock(output / ".lock", str(running))
         except OSError as error:
             what = f"the output folder cannot be written ({error.strerror})"
-            raise _refusal(output, what, "free it") from None
+            raise _refusal(output, what, "mend that") from None
 
     def __enter__(self) -> Self:
         return self

@@ -58,7 +58,7 @@ class _Run:
     """What the tracker knows of a trial's run on the server.
 
     Attributes:
-        last_step: of the epochs that are there; None for a run taken over, until it is asked for.
+        last_step: of the epochs that this process has sent; those of a run taken over go again.
         named: whether its parameters are there; a run taken over may lack them.
         running: whether MLflow has it as running.
         outcome: status of the trial that is recorded whole, None before.
@@ -68,7 +68,7 @@ class _Run:
     run_id: str
     tags: dict[str, str]
     metrics: dict[str, float] = field(default_factory=dict)
-    last_step: int | None = None
+    last_step: int = -1
     named: bool = False
     running: bool = True
     outcome: str | None = None
@@ -128,8 +128,6 @@ class TrialRuns:
             return
         if not run.running:
             self._reopen(run)
-        if run.last_step is None:
-            run.last_step = self._last_step(run, record)
         metrics = [
             Metric(name, value, _milliseconds(epoch.at), epoch.report.step)
             for epoch in record.epochs
@@ -196,17 +194,6 @@ class TrialRuns:
             del run.tags[tag]
         self._client.update_run(run.run_id, status="RUNNING")
         run.running, run.outcome = True, None
-
-    def _last_step(self, run: _Run, record: Record) -> int:
-        """How far the epochs of a run that was taken over are recorded.
-
-        Told by the last metric of an epoch, since a large batch is sent in parts, in order.
-        """
-        last = list(record.epochs[-1].report.metrics)[-1:] if record.epochs else []
-        if not run.metrics.keys() & last:
-            return -1
-        history = self._client.get_metric_history(run.run_id, last[0])
-        return max(int(metric.step) for metric in history)
 
     def _create(self, record: Record) -> _Run:
         tags = {
