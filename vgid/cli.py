@@ -109,7 +109,7 @@ def data_fetch(
 
     fetched = fetch_benchmark(folder, revision, progress=not as_json)
     _show(fetched, as_json)
-    raise typer.Exit(2 if fetched.report.defects else 0)
+    raise typer.Exit(2 if fetched.check.defects else 0)
 
 
 @app.command("teachers")
@@ -347,10 +347,8 @@ def _show(found: Any, as_json: bool, *lines: str) -> None:
         if hasattr(found, "print"):
             found.print(Console())
         print(*lines, sep="\n", end="\n" if lines else "")
-    elif isinstance(found, BaseModel):
-        print(found.model_dump_json())
     else:
-        print(json.dumps(found if isinstance(found, dict) else found.as_json()))
+        print(found.model_dump_json() if isinstance(found, BaseModel) else json.dumps(found))
 
 
 def _tell(line: str) -> None:

@@ -1,9 +1,8 @@
 """Command lines: flags from configs, one sentence for bad input, and the exit code.
 
-An option's name, default, check and help stand in one place, the field of its config. Ready-made
-generators were looked at first: pydantic-settings' command line answers bad input in its own words
-and shows types in place of metavars, and typer wants a signature, so that every field would be said
-twice.
+An option's name, default, check and help stand in one place, the field of its config. Of ready-made
+generators, pydantic-settings' answers bad input in its own words and shows types in place of
+metavars, and typer wants a signature, so that every field would be said twice.
 """
 
 import argparse

@@ -52,16 +52,14 @@ EVAL_BATCH_SIZE = 512
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field is given on a command line, as far as its name, type and default do not tell.
+    """How a field is given on a command line, where name, type and default do not tell.
 
-    It stands among the field's annotations, as ``Annotated[str, Flag("URI")]``, for
-    ``vgid.command_line``.
+    It stands among the field's annotations, for ``vgid.command_line``.
 
     Attributes:
         metavar: stands for the value in the help; None: by the type.
         name: the flag, or a word for an argument without one; None: the field's name.
-        read: makes the value of the text, or raises ``argparse.ArgumentTypeError``; None: by the
-            type.
+        read: makes the value of the text; None: by the type.
         required: whether a field without default must be given.
     """
 

@@ -22,9 +22,7 @@ class SettingError(InputError):
 class SampleError(InputError):
     """A question that a model cannot be asked, or an answer that it cannot be taught.
 
-    Args:
-        sample: id of the question or training pair.
-        problem: what is wrong with it and the remedy, as the end of a sentence.
+    ``problem`` is what is wrong with the sample and the remedy, as the end of a sentence.
     """
 
     def __init__(self, sample: str, problem: str) -> None:

@@ -144,9 +144,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def appearing(folder: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a new folder beside another; it takes its place when the block is done, or vanishes.
 
-    Args:
-        folder: the place, where nothing is or an empty folder.
-        replace: whether a folder that is there is deleted then.
+    A folder that is there is deleted then if ``replace``, or has to be empty.
 
     Raises:
         OSError: the place is taken or cannot be written.
@@ -163,12 +161,7 @@ def appearing(folder: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def lock(file: Path, taken: str) -> FileLock:
-    """Lock a file against other processes until the lock is released.
-
-    Raises:
-        InputError: another process holds it: ``taken``.
-        OSError: the file cannot be written.
-    """
+    """Lock a file until the lock is released; ``InputError(taken)`` if another process holds it."""
     held = FileLock(file)
     try:
         held.acquire(blocking=False)
@@ -179,13 +172,9 @@ def lock(file: Path, taken: str) -> FileLock:
 
 @contextmanager
 def staged(place: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Yield an empty folder; what the block leaves in it takes its place when the block is done.
+    """Yield an empty folder, whose ``names`` the block makes and which replace those in ``place``.
 
     If the block fails, nothing has changed.
-
-    Args:
-        place: the folder, made if need be.
-        names: files and folders that the block makes and that replace those of the same name.
 
     Raises:
         InputError: another process writes there, the folder cannot be written, or a link leads out
@@ -234,12 +223,9 @@ def staged(place: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def recover(place: Path) -> None:
-    """Bring into place what a killed process had ready; does nothing where there is no such thing.
+    """Bring into place what a killed process had ready, if there is such a thing.
 
     Where that cannot be, it is left to the next one: a reader says best what it misses.
-
-    Raises:
-        InputError: a link leads out of what is ready.
     """
     ready = place / READY
     if ready.is_dir():
@@ -249,12 +235,7 @@ def recover(place: Path) -> None:
 
 
 def _finish(place: Path, done: list[tuple[Path, Path]] | None = None) -> None:
-    """Move what is ready to its place, from wherever it was left.
-
-    Args:
-        place: the folder, its lock held.
-        done: gets every move, from where and to where.
-    """
+    """Move what is ready to its place, from wherever it was left; ``done`` gets every move."""
     ready = place / READY
     if not ready.is_dir():
         return
@@ -298,12 +279,8 @@ def unwritable(path: Path, error: OSError) -> DiskError:
 def refuse_links(folder: Path, itself: bool = False) -> None:
     """Nothing below a folder leads out of it; what is no folder has nothing below.
 
-    Args:
-        folder: the folder; it is not followed into other folders by links.
-        itself: whether the folder must not be a link either.
-
     Raises:
-        InputError: the first link that leads out.
+        InputError: the first link that leads out, or ``itself``, the folder, is a link.
     """
     root = folder.resolve()
 

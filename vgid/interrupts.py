@@ -124,8 +124,7 @@ class Background:
     outlive every signal.
 
     Attributes:
-        fault: the kind of the first exception that a ``write`` ended with; ``study.log`` has the
-            place.
+        fault: kind of the first exception that a ``write`` ended with; ``study.log`` has the place.
         seconds: spent on what ``write`` was given.
     """
 

@@ -9,14 +9,9 @@ from torch import Tensor
 
 
 def forward_kl_per_position(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
-    """KL(teacher || student) at each position.
+    """KL(teacher || student) at each position: fp32 (or fp64, if given) of shape (...), in nats.
 
-    Args:
-        teacher_logits: any floating dtype, shape (..., V); no gradient flows into it.
-        student_logits: shape (..., V).
-
-    Returns:
-        fp32 (or fp64, if given) divergences of shape (...), in nats.
+    Both logits have shape (..., V) and any floating dtype; no gradient flows into the teacher's.
     """
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     teacher_logp = F.log_softmax(teacher_logits.detach().to(dtype), dim=-1)
@@ -46,12 +41,10 @@ def gradient_ascent(logp: Tensor) -> Tensor:
 
 
 def npo(logp: Tensor, ref_logp: Tensor, beta: float) -> Tensor:
-    """NPO, equation 10, with the factor 2 / beta of its authors.
+    """NPO, equation 10, with the factor 2 / beta of its authors; beta > 0.
 
-    Args:
-        logp: summed log-probabilities of the forget answers under the student, shape (B,).
-        ref_logp: the same under the frozen base.
-        beta: inverse temperature, > 0.
+    ``logp`` are summed log-probabilities of the forget answers under the student, shape (B,),
+    ``ref_logp`` the same under the frozen base.
     """
     # Equation 10 has no 2 / beta; with it, beta to 0 gives gradient ascent, as its authors show,
     # and a learning rate means about the same at every beta.
@@ -65,14 +58,10 @@ def dpo(
     ref_rejected_logp: Tensor,
     beta: float,
 ) -> Tensor:
-    """PO as the paper writes it, equation 9: DPO of a refusal over the original answer.
+    """PO as the paper writes it, equation 9: DPO of a refusal over the original answer; beta > 0.
 
-    Args:
-        chosen_logp: summed log-probabilities of the refusals under the student, shape (B,).
-        ref_chosen_logp: the same under the frozen base.
-        rejected_logp: of the original answers under the student.
-        ref_rejected_logp: the same under the frozen base.
-        beta: inverse temperature, > 0.
+    Given are summed log-probabilities of shape (B,), ``chosen`` of the refusals and ``rejected`` of
+    the original answers, under the student and, ``ref``, under the frozen base.
     """
     chosen = chosen_logp - ref_chosen_logp.detach()
     rejected = rejected_logp - ref_rejected_logp.detach()
@@ -80,15 +69,12 @@ def dpo(
 
 
 def rmu_target(ref_hidden_TD: Tensor, direction_D: Tensor, steering: float) -> Tensor:
-    """v_f of RMU, equation 12: ``steering * ||h_ref|| * u`` at each position.
+    """v_f of RMU, equation 12: ``steering * ||h_ref|| * u`` at each position, fp32 (or fp64).
 
     Args:
         ref_hidden_TD: hidden states of the frozen base, any floating dtype.
         direction_D: the unit vector u of equation 11.
         steering: lambda, > 0.
-
-    Returns:
-        fp32 (or fp64, if given) targets of shape (T, D).
     """
     dtype = torch.promote_types(ref_hidden_TD.dtype, torch.float32)
     lengths_T1 = ref_hidden_TD.detach().to(dtype).norm(dim=-1, keepdim=True)
@@ -100,22 +86,13 @@ def rmu_forget(
 ) -> Tensor:
     """Forget loss of RMU, equation 13: squared distance to v_f, mean over positions.
 
-    Args:
-        hidden_TD: the student's hidden states at layer l.
-        ref_hidden_TD: the frozen base's, same shape.
-        direction_D: the unit vector u of equation 11.
-        steering: lambda of equation 12.
+    ``hidden_TD`` are the student's states at layer l; the others are ``rmu_target``'s.
     """
     target_TD = rmu_target(ref_hidden_TD, direction_D, steering)
     return (hidden_TD.to(target_TD.dtype) - target_TD).square().sum(dim=-1).mean()
 
 
 def rmu_retain(hidden_TD: Tensor, ref_hidden_TD: Tensor) -> Tensor:
-    """Retain loss of RMU, equation 14: squared distance to the base, mean over positions.
-
-    Args:
-        hidden_TD: the student's hidden states at layer l, any floating dtype.
-        ref_hidden_TD: the frozen base's, same shape.
-    """
+    """Retain loss of RMU, equation 14: squared distance to the base, mean over positions."""
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
     return (hidden_TD.to(dtype) - ref_hidden_TD.detach().to(dtype)).square().sum(dim=-1).mean()

@@ -22,9 +22,6 @@ def front_mask(points: ArrayLike) -> NDArray[np.bool_]:
 
     Returns:
         Boolean mask of shape (N,). Rows that hold a NaN or an infinity are False.
-
-    Raises:
-        ValueError: the array does not have two axes.
     """
     values = _two_axes(points)
     finite = np.isfinite(values).all(axis=1)
@@ -41,14 +38,8 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 
     Args:
         points: shape (N, d), every objective maximised; N may be 0.
-        reference: shape (d,), the corner from which the volume is measured. Points that are not
-            better than it in every objective add nothing.
-
-    Returns:
-        The volume, 0.0 if no point lies above the reference.
-
-    Raises:
-        ValueError: shapes that do not match, or a reference point that is not finite.
+        reference: shape (d,), finite, the corner from which the volume is measured. Points that are
+            not better than it in every objective add nothing.
     """
     values = _two_axes(points)
     corner = np.asarray(reference, dtype=np.float64)

@@ -105,7 +105,6 @@ class TrialResult(Config):
         store: what was spared and what was computed: ``teacher_hits`` and ``teacher_misses`` by
             training sample, ``vision_hits`` and ``vision_misses`` by use of an image's features.
         few_shot: IDs of the few-shot people by task.
-        option_scoring: how multiple-choice questions were scored.
         adapter: PEFT adapter folder, None unless completed.
         error: one sentence, None unless failed or lost.
     """

@@ -19,11 +19,7 @@ def sample_generator(seed: int, sample_id: str) -> np.random.Generator:
 
 
 def held_out_seed(seed: int, study: bool = False) -> int:
-    """The seed of held-out few-shot people, test poses and bootstrap: another than the trials'.
-
-    Args:
-        seed: of the trials.
-        study: whether a study scores its front, or a pick what it chooses from: far off, so that
-            no session's own seed nearby is met, nor any of the seeds that a pick counts up from it.
-    """
+    """The seed of held-out few-shot people, test poses and bootstrap: another than the trials'."""
+    # Where a study scores its front, or a pick what it chooses from, far off: no session's own seed
+    # nearby is met, nor any of the seeds that a pick counts up from it.
     return seed + (1_000_003 if study else 1)

@@ -28,7 +28,7 @@ def huge_png() -> bytes:
 
 
 def test_counts_of_a_sound_benchmark(tmp_path: Path):
-    report = check_benchmark(write_tiny(tmp_path)).as_json()
+    report = check_benchmark(write_tiny(tmp_path)).model_dump(mode="json")
     assert report["defects"] == []
     assert list(report["configs"]) == [
         "Full_Set",

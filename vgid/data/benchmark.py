@@ -192,9 +192,7 @@ class Benchmark:
 def people_defects(places: Mapping[str, Mapping[str, int]], ratio: int) -> Iterator[Defect]:
     """Who is both to forget and to retain, or is missing in a config that another one presumes.
 
-    Args:
-        places: row of each person by config, of the configs that could be read whole.
-        ratio: per cent of the people.
+    ``places`` is the row of each person by config, of the configs that could be read whole.
     """
     forget, retain = f"forget_{ratio}", f"retain_{100 - ratio}"
     for person_id, row in places.get(forget, {}).items():
@@ -223,14 +221,8 @@ def split_questions(person: Person, part: QuestionPart, seed: int) -> tuple[Ques
     parts in turn. The hash covers what a question says, not where it stands, so the same question
     falls into the same part whatever the order of the file and whichever config it is read from.
 
-    Args:
-        person: whose questions.
-        part: ``search`` or ``held_out``, together all questions, each once; or ``all`` of them.
-        seed: of the split.
-
-    Returns:
-        The part's questions in the person's order; per task and form the two parts differ by at
-        most one question.
+    ``search`` and ``held_out`` are together all questions, each once, and differ per task and form
+    by at most one. They keep the person's order.
     """
     if part == "all":
         return person.questions
@@ -256,12 +248,8 @@ def decode_image(data: bytes, source: str = "the image") -> Image.Image:
 
     Transparency is dropped and orientation tags are ignored, as the benchmark's own code does.
 
-    Args:
-        data: the encoded file.
-        source: what to call it in the error message, such as "image 0 of person 0007".
-
     Raises:
-        InputError: it is too large (told by its header, before decoding) or not readable.
+        InputError: ``source`` is too large (told by its header, before decoding) or not readable.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise InputError(

@@ -6,16 +6,17 @@ Reports name configs, rows and fields, and never a value of the data but person 
 
 import hashlib
 from collections.abc import Iterable, Set
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Protocol, get_args
 
+from pydantic import BaseModel, Field
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
+from vgid.config import Config
 from vgid.data.benchmark import image_problem, people_defects
 from vgid.data.layout import (
     CONFIGS,
@@ -31,13 +32,10 @@ from vgid.prompts import Form, Task
 from vgid.results import describe_left_out
 
 
-@dataclass
-class ConfigCount:
+class ConfigCount(BaseModel):
     """What one config holds, defective or not.
 
     Attributes:
-        people: rows.
-        images: encoded images.
         questions: number by task and form.
         training_pairs: questions with answers in the training metadata.
         in_training: generation questions that stand word for word in the person's training pairs.
@@ -47,7 +45,7 @@ class ConfigCount:
 
     people: int = 0
     images: int = 0
-    questions: dict[Task, dict[Form, int]] = field(
+    questions: dict[Task, dict[Form, int]] = Field(
         default_factory=lambda: {task: dict.fromkeys(get_args(Form), 0) for task in get_args(Task)}
     )
     training_pairs: int = 0
@@ -56,8 +54,7 @@ class ConfigCount:
     people_left_out: int = 0
 
 
-@dataclass
-class Report:
+class Report(Config):
     """Counts by config and every defect, in the order of ``CONFIGS`` and rows.
 
     Attributes:
@@ -69,19 +66,6 @@ class Report:
     configs: dict[str, ConfigCount]
     defects: list[Defect]
     left_out: list[Defect]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data: counts as ``configs``, and ``defects`` and ``left_out`` as lists.
-
-        An entry of a list is ``{config, row, field, problem}``.
-        """
-        plain: dict[str, Any] = {name: asdict(count) for name, count in self.configs.items()}
-        lists = {"defects": self.defects, "left_out": self.left_out}
-        keys = ("config", "row", "field", "problem")
-        return {"configs": plain} | {
-            name: [{key: getattr(defect, key) for key in keys} for defect in found]
-            for name, found in lists.items()
-        }
 
     def print(self, console: Console) -> None:
         """Print a table of the counts, then one of the defects or a line that there are none."""
@@ -129,12 +113,7 @@ class Rehearsed(Protocol):
 
 
 def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = None) -> Report:
-    """Read a benchmark whole and report what it holds and every defect.
-
-    Args:
-        root: benchmark folder.
-        progress: show a progress bar on stderr.
-        run: also report what would stop these studies; None judges the data alone.
+    """Read a benchmark whole and report what it holds, every defect, and what would stop ``run``.
 
     Raises:
         InputError: there is no such folder, or the run's backbone cannot be found.
@@ -174,7 +153,11 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
         whole_rows = {defect.row for defect in mine if defect.question is None}
         count.people_left_out = len(whole_rows)
         count.questions_left_out = len({d.question for d in mine if d.row not in whole_rows})
-    return Report(counts, sorted(defects, key=_place), sorted(left_out, key=_place))
+    return Report(
+        configs=counts,
+        defects=sorted(defects, key=_place),
+        left_out=sorted(left_out, key=_place),
+    )
 
 
 def _place(defect: Defect) -> tuple[int, int]:
@@ -187,10 +170,7 @@ def _read(
 ) -> tuple[ConfigCount, list[Defect], dict[str, int], list[tuple[str, str]]]:
     """A config's counts, its defects, the row of each ID, and who is asked what in free words.
 
-    Args:
-        root: the benchmark folder.
-        config: to be read.
-        known_images: problems by digest, so that no image is decoded twice.
+    ``known_images`` holds problems by digest, so that no image is decoded twice.
     """
     count = ConfigCount()
     defects: list[Defect] = []

@@ -12,13 +12,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.filesize import decimal
 
+from vgid.config import Config
 from vgid.data.check import Report, check_benchmark
 from vgid.data.layout import CONFIGS
 from vgid.errors import InputError
@@ -37,40 +37,31 @@ PROVENANCE = "fetched.json"
 _SHARD = re.compile(rf"({'|'.join(CONFIGS)})/train-\d+-of-\d+\.parquet")
 
 
-@dataclass(frozen=True)
-class Fetched:
+class Fetched(Config):
     """A benchmark folder from the hub.
 
     Attributes:
+        data: the folder.
+        repository: where it came from.
         revision: what was asked for: a commit, branch or tag.
         commit: the 40 hexadecimal digits that it stands for.
-        sizes: bytes of each file by its path in the folder.
-        report: what the folder holds, and every defect.
+        files: number of them.
+        bytes: of all of them.
+        check: what the folder holds, and every defect.
     """
 
-    folder: Path
+    data: Path
+    repository: str = REPOSITORY
     revision: str
     commit: str
-    sizes: dict[str, int]
-    report: Report
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain data; the report under ``check``."""
-        return {
-            "data": str(self.folder),
-            "repository": REPOSITORY,
-            "revision": self.revision,
-            "commit": self.commit,
-            "files": len(self.sizes),
-            "bytes": sum(self.sizes.values()),
-            "check": self.report.as_json(),
-        }
+    files: int
+    bytes: int
+    check: Report
 
     def print(self, console: Console) -> None:
-        """Print the report, then what came."""
-        self.report.print(console)
-        size = decimal(sum(self.sizes.values()))
-        line = f"{self.folder}: {len(self.sizes)} files, {size}, commit {self.commit}."
+        """Print the check, then what came."""
+        self.check.print(console)
+        line = f"{self.data}: {self.files} files, {decimal(self.bytes)}, commit {self.commit}."
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -78,12 +69,7 @@ def fetch_benchmark(folder: Path, revision: str | None = None, progress: bool = 
     """Bring MLLMU-Bench into ``folder``, then check it.
 
     The hub is the one that ``HF_ENDPOINT`` names, the account that of ``HF_TOKEN``. A folder that
-    was fetched before is checked again without a download.
-
-    Args:
-        folder: new or empty, or fetched before at the same revision.
-        revision: commit, branch or tag; by default ``REVISION``.
-        progress: show progress bars on stderr.
+    was fetched before at this revision (``REVISION``) is checked again without a download.
 
     Raises:
         InputError: the folder holds something else, or the hub cannot be reached, refuses access,
@@ -93,8 +79,15 @@ def fetch_benchmark(folder: Path, revision: str | None = None, progress: bool = 
     known = _provenance(folder)
     if known is None or known["commit"] != revision:
         known = _download(folder, revision, known, progress)
-    report = check_benchmark(folder, progress)
-    return Fetched(folder, revision, known["commit"], known["bytes"], report)
+    sizes = known["bytes"]
+    return Fetched(
+        data=folder,
+        revision=revision,
+        commit=known["commit"],
+        files=len(sizes),
+        bytes=sum(sizes.values()),
+        check=check_benchmark(folder, progress),
+    )
 
 
 def _provenance(folder: Path) -> dict[str, Any] | None:

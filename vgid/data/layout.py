@@ -15,10 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 FORGET_RATIOS = (5, 10, 15)
 CONFIGS = (
@@ -84,7 +85,6 @@ class Defect:
     """Something wrong with a config.
 
     Attributes:
-        config: which config.
         row: 0-based row over all its shards, None for a whole file or column.
         field: column, or path within it such as ``Mask_Task[1].Ground_Truth``; or file name.
         problem: what is wrong, without any value of the data.
@@ -95,7 +95,7 @@ class Defect:
     row: int | None
     field: str
     problem: str
-    question: str | None = None
+    question: Annotated[str | None, Field(exclude=True)] = None  # `field` tells people as much
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,7 @@ def holds_people(root: Path, config: str) -> bool:
 def read_rows(root: Path, config: str, columns: Sequence[str]) -> Iterator[Row | Defect]:
     """Stream a config: its rows in order, and file-level defects where they are met.
 
-    Args:
-        root: the benchmark folder.
-        config: one of ``CONFIGS``.
-        columns: columns to read. Each is required, except that ``image`` and ``images`` stand in
-            for each other.
+    Each column is required, except that ``image`` and ``images`` stand in for each other.
 
     Yields:
         Rows with those columns that are present and have the layout's type or one that is read

@@ -34,12 +34,7 @@ _TYPES: dict[Form, str] = {"image": "Image_Textual", "text": "Pure_Text"}
 def write_benchmark(root: Path, seed: int = 0, progress: bool = False) -> None:
     """Write the whole synthetic benchmark; the same seed gives the same bytes.
 
-    It appears at ``root`` all at once or not at all.
-
-    Args:
-        root: folder to make; its parents are made too, and it may exist if it is empty.
-        seed: of people, faces, facts, portraits and splits.
-        progress: show a progress bar on stderr.
+    It appears at ``root``, which may exist if it is empty, all at once or not at all.
 
     Raises:
         InputError: ``root`` is in use or cannot be written.
