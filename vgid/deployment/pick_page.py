@@ -231,7 +231,8 @@ ATTACKS = (
 """Rows of the right picture: questions, score, label, mark, colour."""
 
 STYLE = """.picture { flex: none; height: 520px; }
-table { border-collapse: collapse; margin: 16px 24px 12px; }
+h3 { font-size: 14px; margin: 16px 24px 0; }
+table { border-collapse: collapse; margin: 8px 24px 12px; }
 td:nth-child(2) { white-space: nowrap; }
 th, td { padding: 4px 10px; border-bottom: 1px solid #e6e9ed; text-align: left; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
