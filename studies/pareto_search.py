@@ -84,9 +84,9 @@ def search(arguments: Sequence[str] | None) -> Mapping[str, Any]:
     config, mode = read_flags(arguments)
     ancestor = None
     if config.from_deployment is not None:
-        from vgid.deployment.shipping import read_ancestor
+        from vgid.deployment.record import read_shipped
 
-        ancestor = read_ancestor(config.from_deployment)
+        ancestor = read_shipped(config.from_deployment)
     if mode.dry_run:
         from vgid.study.plan import make_plan
 

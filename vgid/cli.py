@@ -219,15 +219,13 @@ def verify_command(
     Exit code 0: verified. 1: something differs, and is named. 2: FILE was changed since it was
     sealed, or something that the check needs is not there.
     """
-    from vgid.deployment.verify import verify
+    from vgid.deployment.verify import verify, verify_served
 
     if served is None:
         found = verify(target, data, model_path, public_key, hashes_only, _tell)
     elif hashes_only or model_path is not None:
         raise InputError("--served: no weights are read; leave out --hashes-only and --model-path.")
     else:
-        from vgid.deployment.served import verify_served
-
         found = verify_served(target, served, data, public_key, _tell)
     plain = {"verified": found.verified, "bit_equal": found.bit_equal}
     plain |= found.model_dump(mode="json")
@@ -243,8 +241,7 @@ def export_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write adapter, merged weights, model card and the commands that serve them."""
-    from vgid.deployment.export import export
-    from vgid.deployment.served import COMPARISON_ONLY
+    from vgid.deployment.export import COMPARISON_ONLY, export
 
     made = export(file, output, model_path)
     _show(

@@ -18,9 +18,14 @@ from tests.deployment.test_signing import make_keys
 from tests.hub_index import INDEX
 from vgid.cli import app
 from vgid.data.benchmark import Benchmark, decode_image
-from vgid.deployment.export import export, merge
+from vgid.deployment.export import (
+    COMPARISON_ONLY,
+    export,
+    max_lora_rank,
+    merge,
+    serve_adapter,
+)
 from vgid.deployment.record import read_deployment, write_deployment
-from vgid.deployment.served import COMPARISON_ONLY, max_lora_rank, serve_adapter
 from vgid.deployment.signing import MANIFEST, manifest_fault, sign, write_manifest
 from vgid.deployment.verify import verify
 from vgid.errors import InputError

@@ -58,7 +58,7 @@ def test_a_deployments_own_numbers_come_out_again(deployment_file, benchmark_fol
     text = io.StringIO()
     found.print(Console(file=text, width=160))
     rows = [line for line in text.getvalue().splitlines() if " forget_rougeL " in line]
-    assert len(rows) == 2 and " none " in rows[0] and " reverse prompt " in rows[1]
+    assert len(rows) == 2 and " plain " in rows[0] and " reverse prompt " in rows[1]
     reverse = next(a for a in deployment.scores.attacks if "reverse" in a.name)
     for row, scores in zip(rows, (deployment.scores.deployed, reverse.scores), strict=True):
         assert f" {scores['forget_rougeL'].value:.3f} " in row

@@ -11,8 +11,7 @@ from studies.pareto_search import read_flags
 from vgid.config import StudyConfig
 from vgid.data.benchmark import Benchmark
 from vgid.deployment.pick import PickConfig, pick_deployment
-from vgid.deployment.record import read_deployment
-from vgid.deployment.shipping import read_ancestor
+from vgid.deployment.record import read_deployment, read_shipped
 from vgid.errors import InputError
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import EMBEDDED, revision_of
@@ -24,7 +23,7 @@ from vgid.study.plan import Plan, make_plan
 
 def planned(config: StudyConfig) -> Plan:
     assert config.from_deployment is not None
-    return make_plan(config, read_ancestor(config.from_deployment))
+    return make_plan(config, read_shipped(config.from_deployment))
 
 
 @pytest.fixture
@@ -86,7 +85,7 @@ def test_a_pick_ships_both_requests_in_one_adapter(study, deployment_file):
     assert record.scores.deployed["earlier_rougeL"].value < known.value
     reverse = next(a for a in record.scores.attacks if a.name.startswith("reverse prompt"))
     assert "earlier_rougeL" in reverse.scores
-    warning = read_ancestor(deployment_file).warning(record.scores.deployed)
+    warning = read_shipped(deployment_file).warning(record.scores.deployed)
     assert picked.report.warning == warning and warning in [None, *picked.report.sentences]
     shipped = read_adapter(picked.file.parent / "tiny-llava" / "adapter")
     before = read_adapter(deployment_file.parent / "tiny-llava" / "adapter")

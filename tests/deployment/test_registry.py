@@ -165,7 +165,7 @@ def test_another_base_is_not_served(adapter, tmp_path):
     from vgid.deployment.registry import load_deployed
 
     file = deploy(tmp_path, adapter, revision="0" * 64)
-    with pytest.raises(InputError, match="was made for base revision 000000000000"):
+    with pytest.raises(InputError, match="and the deployment's base at 000000000000"):
         load_deployed(file)
 
 

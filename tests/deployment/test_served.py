@@ -11,8 +11,7 @@ from tests.deployment.openai_server import Answers, model_answers, serving
 from vgid.cli import app
 from vgid.data.benchmark import Benchmark
 from vgid.deployment.record import read_deployment
-from vgid.deployment.served import KINDS, open_questions, verify_served
-from vgid.deployment.verify import Verification
+from vgid.deployment.verify import KINDS, Verification, open_questions, verify_served
 from vgid.errors import InputError
 
 NAME = "tiny-llava-0000"
@@ -22,7 +21,7 @@ NAME = "tiny-llava-0000"
 def answers(deployment_file: Path, benchmark_folder: Path) -> tuple[Answers, Answers]:
     """Of the base and of the deployed model, to every question that is asked."""
     deployment, _ = read_deployment(deployment_file)
-    asked = open_questions(deployment, Benchmark.open(benchmark_folder), benchmark_folder)
+    asked = open_questions(deployment, Benchmark.open(benchmark_folder))
     contents = [one.content for one in asked]
     folder = deployment.adapter_folder(deployment_file)
     return (

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vgid.config import TrialConfig
 from vgid.deployment.audit import report
-from vgid.deployment.record import read_with_adapter
+from vgid.deployment.record import read_shipped
 from vgid.models.adapter_files import read_adapter
 from vgid.study.finished import open_source, read_study
 
@@ -55,11 +55,11 @@ def test_a_stored_study_is_read_to_pick_from_and_to_compare(tmp_path):
 
 
 def test_a_stored_deployment_is_read_with_its_adapter():
-    deployment, sha256, folder = read_with_adapter(STORED / "deployments" / "tiny-llava.yaml")
-    adapter, recorded = read_adapter(folder), deployment.adapter
+    shipped = read_shipped(STORED / "deployments" / "tiny-llava.yaml")
+    adapter, recorded = read_adapter(shipped.adapter), shipped.deployment.adapter
     assert (adapter.rank, adapter.scale, adapter.targets) == (1, recorded.scale, recorded.targets)
     (found,) = report("0001", [STORED / "deployments"]).suppressions
-    assert found.sha256 == sha256 and found.requests == ("request-17", "request-18")
+    assert found.sha256 == shipped.sha256 and found.requests == ("request-17", "request-18")
 
 
 def test_a_stored_model_is_loaded_by_the_name_that_it_stores():

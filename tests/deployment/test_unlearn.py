@@ -12,8 +12,7 @@ import torch
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people
-from vgid.deployment.record import read_deployment
-from vgid.deployment.shipping import Ancestor
+from vgid.deployment.record import Shipped, read_deployment
 from vgid.deployment.unlearn import UnlearnConfig, unlearn
 from vgid.errors import InputError
 from vgid.models import adapters as adapter
@@ -164,7 +163,7 @@ def test_what_came_back_of_earlier_suppression_is_told(deployment_file, now, tol
         }
     )
     scores = deployment.scores.model_copy(update={"deployed": before})
-    parent = Ancestor(deployment.model_copy(update={"scores": scores}), "0" * 64, Path())
+    parent = Shipped(deployment.model_copy(update={"scores": scores}), "0" * 64, Path())
     warning = parent.warning(scored({f"earlier_{name}": (v, 40) for name, v in now.items()}))
     assert (warning is None) if told is None else str(warning).endswith(told)
 

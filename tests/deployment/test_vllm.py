@@ -11,8 +11,8 @@ from jinja2 import nodes
 from PIL import Image
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from vgid.deployment.export import chat_template, chat_template_of
 from vgid.deployment.record import Frame
-from vgid.deployment.served import chat_template, chat_template_of
 from vgid.models.backbones import BACKBONES, EMBEDDED, load, spec
 from vgid.models.encoding import Query, encode
 from vgid.prompts import generation_text

@@ -25,8 +25,8 @@ from vgid.data.benchmark import Benchmark
 from vgid.data.synthetic import write_benchmark
 from vgid.deployment.export import Exported, export
 from vgid.deployment.record import read_deployment
-from vgid.deployment.served import Endpoint, open_questions, verify_served
 from vgid.deployment.unlearn import UnlearnConfig, unlearn
+from vgid.deployment.verify import Endpoint, open_questions, verify_served
 from vgid.models.backbones import EMBEDDED
 
 START_S = 900
@@ -133,7 +133,7 @@ def test_the_merged_model_answers_as_measured(shipped: Export, tmp_path: Path):
             "served under no name",
         ]
         deployment, _ = read_deployment(shipped.folder / "deployment.yaml")
-        asked = open_questions(deployment, Benchmark.open(shipped.data), shipped.data)
+        asked = open_questions(deployment, Benchmark.open(shipped.data))
         contents = [one.content for one in asked]
         merged = model_answers(shipped.backbone, contents, None, shipped.folder / "merged")
         served = [Endpoint(url).answer(shipped.name, content) for content in contents]

@@ -5,7 +5,7 @@ Deployment files are found below the given folders: ``deployments/*.yaml`` of st
 and not believed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +13,18 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from vgid.config import Config
-from vgid.deployment.record import CARD_SCORES, Attack, Deployment, Pseudonym, read_deployment
+from vgid.deployment.record import (
+    DEPLOYMENT,
+    FOLDER,
+    Attack,
+    Deployment,
+    Pseudonym,
+    read_deployment,
+    score_grid,
+)
 from vgid.errors import InputError
 from vgid.evaluation.suppression import is_suppressed
 from vgid.files import READY, recover
-from vgid.report.tables import Grid
 from vgid.results import Score
 
 
@@ -25,22 +32,16 @@ class Suppression(Config):
     """One deployment that answers for the subject, whether or not it suppresses it.
 
     Attributes:
-        file: the deployment file.
-        sha256: of the file.
-        backbone: of the deployment.
         created: UTC, ISO 8601.
         role: ``own`` if its request named the subject, ``kept`` if an earlier one did.
         requests: the ids of its request, the earlier ones in front where it is ``kept``.
         chain: sha256 of its ancestors, the latest first; None at the end says that the last one's
             file was not found, so that what it follows is unknown.
-        people: subjects of the split that is scored.
+        people: subjects of the split that is scored: forget and test, or those of earlier requests.
         suppressed: whether their own questions on their portraits are suppressed.
         verdict: under which tests they are and under which not, see
-        ``vgid.evaluation.suppression``.
-        base: the base's scores of that split: forget and test people, or those of earlier requests.
-        deployed: the deployment's.
-        attacks: attacks that were run and tell of that split.
-        not_run: attacks that were not.
+            ``vgid.evaluation.suppression``.
+        base: the base's scores of that split, as are ``deployed`` and ``attacks``.
     """
 
     file: Path
@@ -63,7 +64,6 @@ class SubjectReport(Config):
     """What is known of a subject.
 
     Attributes:
-        subject: pseudonym.
         suppressions: the deployments, in the order of their creation.
         damaged: deployment files that could not be believed, with the reason.
         looked_at: deployment files that were read.
@@ -77,39 +77,26 @@ class SubjectReport(Config):
     def print(self, console: Console) -> None:
         """Show it, one block a deployment; of the scores those of the model card."""
         for found in self.suppressions:
-            asked = ", ".join(found.requests) or "no id given"
             how = "suppressed" if found.role == "own" else "kept suppressed"
             how = how if found.suppressed else f"NOT {how}, though a request says so,"
-            console.print(f"[bold]{found.created[:19]} UTC[/]  {how} on {found.backbone}")
-            console.print(f"  request {asked}; one of {found.people} people", highlight=False)
-            console.print(f"  {found.file}, sha256 {found.sha256}", highlight=False)
-            console.print(f"  {found.verdict}", highlight=False, markup=False)
-            for ancestor in found.chain:
-                line = (
-                    "and its file was not found here" if ancestor is None else f"follows {ancestor}"
-                )
-                console.print(f"  {line}", highlight=False)
-            tests = [("plain", found.base, found.deployed)]
-            tests += [(attack.name, {}, attack.scores) for attack in found.attacks]
-            rows = [
-                (test, name, score.n, base[name].value if name in base else None, score)
-                for test, base, scores in tests
-                for name, score in scores.items()
-                if name.removesuffix("_text").removesuffix("_raw") in CARD_SCORES
+            asked = ", ".join(found.requests) or "no id given"
+            told = [
+                f"{found.created[:19]} UTC  {how} on {found.backbone}",
+                f"request {asked}; one of {found.people} people",
+                f"{found.file}, sha256 {found.sha256}",
+                found.verdict,
+                *(f"follows {ancestor}" for ancestor in found.chain if ancestor is not None),
+                *(["and its file was not found here"] if None in found.chain else []),
             ]
-            header = ("test", "score", "n", "base", "deployed [95 % interval]")
-            console.print(Grid(header, rows).rich())
+            console.print("\n  ".join(told), highlight=False, markup=False)
+            console.print(score_grid(found.base, found.deployed, found.attacks).rich())
             console.print(f"  not run: {'; '.join(found.not_run)}\n", highlight=False)
         for line in self.damaged:
-            console.print(f"[red]not believed:[/] {line}", highlight=False)
+            console.print(f"not believed: {line}", highlight=False, markup=False, style="red")
 
 
 def report(subject: str, folders: Iterable[Path]) -> SubjectReport:
-    """Find the deployments that suppress a subject.
-
-    Args:
-        subject: pseudonym.
-        folders: where to look, with all folders below.
+    """Find the deployments below some folders that suppress a subject, who has a pseudonym.
 
     Raises:
         InputError: the subject is no pseudonym, a folder is not there, or none holds a deployment.
@@ -132,8 +119,9 @@ def report(subject: str, folders: Iterable[Path]) -> SubjectReport:
             found.setdefault(sha256, (file, deployment))
     if not found and not damaged:
         raise InputError("DIR: no deployment file is in any of the folders; name other folders.")
+    known = {sha256: deployment for sha256, (_, deployment) in found.items()}
     suppressions = [
-        _suppression(subject, sha256, file, deployment, found)
+        _suppression(subject, sha256, file, deployment, known)
         for sha256, (file, deployment) in found.items()
         if subject in deployment.subjects
         or (deployment.parent is not None and subject in deployment.parent.subjects)
@@ -153,62 +141,47 @@ def _files(folders: Iterable[Path]) -> list[Path]:
             raise InputError(f"{folder}: is no folder; name one that holds deployments.")
         for ready in list(folder.rglob(READY)):
             recover(ready.parent)
-        files |= {path for path in folder.rglob("*.yaml") if path.parent.name == "deployments"}
-        files |= set(folder.rglob("deployment.yaml"))
-        if folder.name == "deployments":
-            files |= set(folder.glob("*.yaml"))
+        files |= {
+            path
+            for path in folder.rglob("*.yaml")
+            if path.parent.name == FOLDER or path.name == DEPLOYMENT
+        }
     return sorted(files)
 
 
 def _suppression(
-    subject: str,
-    sha256: str,
-    file: Path,
-    deployment: Deployment,
-    known: dict[str, tuple[Path, Deployment]],
+    subject: str, sha256: str, file: Path, deployment: Deployment, known: Mapping[str, Deployment]
 ) -> Suppression:
-    own = subject in deployment.subjects
-    parent = deployment.parent
+    own, parent, scores = subject in deployment.subjects, deployment.parent, deployment.scores
     splits = ("forget", "test") if own else ("earlier",)
-    scores = deployment.scores
 
     def of_split(values: dict[str, Score]) -> dict[str, Score]:
         return {name: score for name, score in values.items() if name.split("_")[0] in splits}
 
-    attacks = [
-        Attack(name=attack.name, scores=of_split(attack.scores))
-        for attack in scores.attacks
-        if of_split(attack.scores)
-    ]
-    earlier = () if parent is None else parent.requests
+    attacks = [Attack(name=a.name, scores=of_split(a.scores)) for a in scores.attacks]
+    earlier = () if own or parent is None else parent.requests
+    chain: list[str | None] = []
+    ancestor = parent
+    while ancestor is not None:
+        chain.append(ancestor.sha256)
+        # An ancestor's own parent is known only if its file was found.
+        if ancestor.sha256 not in known:
+            chain.append(None)
+            break
+        ancestor = known[ancestor.sha256].parent
     return Suppression(
         file=file,
         sha256=sha256,
         backbone=deployment.backbone,
         created=deployment.created,
         role="own" if own else "kept",
-        requests=deployment.requests if own else (*earlier, *deployment.requests),
-        chain=_chain(deployment, known),
+        requests=(*earlier, *deployment.requests),
+        chain=tuple(chain),
         people=len(deployment.subjects) if own or parent is None else len(parent.subjects),
         suppressed=is_suppressed(scores.base, scores.deployed, splits[0]),
         verdict=scores.verdict(*splits),
         base=of_split(scores.base),
         deployed=of_split(scores.deployed),
-        attacks=tuple(attacks),
+        attacks=tuple(attack for attack in attacks if attack.scores),
         not_run=scores.not_run,
     )
-
-
-def _chain(
-    deployment: Deployment, known: dict[str, tuple[Path, Deployment]]
-) -> tuple[str | None, ...]:
-    """The ancestors' hashes; an ancestor's own parent is known only if its file was found."""
-    chain: list[str | None] = []
-    parent = deployment.parent
-    while parent is not None:
-        chain.append(parent.sha256)
-        if parent.sha256 not in known:
-            chain.append(None)
-            break
-        parent = known[parent.sha256][1].parent
-    return tuple(chain)

@@ -10,9 +10,11 @@
     OUT/SHA256SUMS           the hash of each of these files (``vgid.deployment.signing``)
 
 Merged is one shard in memory at a time. Dtypes and shards stay the base's, and names are the hub's
-(``vgid.models.weight_names``), so that whatever loads the public base loads what is merged.
+(``vgid.models.weight_names``), so that whatever loads the public base loads what is merged. That is
+what is deployed: a server of the base with the adapter beside it keeps the base itself under a
+name, and takes it for every request that names no model. Servers bind to the loopback.
 
-The card is Markdown with the front matter that the Hugging Face hub reads. It says what was
+The card (``card.md.jinja``) has the front matter that the Hugging Face hub reads. It says what was
 suppressed under which tests, and what was not tested; never that it is gone. Subjects and requests
 stay in ``deployment.yaml``: a card travels further than an audit's record.
 
@@ -20,9 +22,11 @@ Shape legend: r rank, I inputs and O outputs of a linear map.
 """
 
 import json
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,31 +35,32 @@ from torch import Tensor
 from vgid.config import Config
 from vgid.deployment.record import (
     ADAPTER,
-    CARD_SCORES,
     DEPLOYMENT,
     MERGED,
     Deployment,
+    Frame,
     find_base,
-    read_with_adapter,
-)
-from vgid.deployment.served import (
-    CHAT_TEMPLATE,
-    COMPARISON_ONLY,
-    chat_template_of,
-    max_lora_rank,
-    serve_adapter,
-    serve_merged,
-    served_name,
+    read_shipped,
+    shown_scores,
 )
 from vgid.deployment.signing import write_manifest
 from vgid.errors import InputError
-from vgid.files import appearing
+from vgid.files import appearing, unwritable
 from vgid.models.adapter_files import LoraWeights, copy_adapter, read_adapter
 from vgid.models.backbones import skeleton, spec
 from vgid.models.weight_names import WeightNames
-from vgid.prompts import generation_text
-from vgid.report.tables import Grid
-from vgid.results import Score
+from vgid.prompts import Form, generation_text
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What ``--max-lora-rank`` may be: ``MaxLoRARanks`` in vLLM's ``vllm/config/lora.py``."""
+
+CHAT_TEMPLATE = "chat_template.jinja"
+
+COMPARISON_ONLY = (
+    "For comparison only, never to deploy: the server lists the base as well, and whoever names "
+    "the base, or names no model, gets the base's answers, nothing suppressed."
+)
+"""Stands before every command that serves the adapter."""
 
 INDEX = "model.safetensors.index.json"
 
@@ -68,14 +73,7 @@ HUB_METRICS = {"rougeL": "rouge", "cloze": "accuracy", "classification": "accura
 
 
 class Exported(Config):
-    """What was written.
-
-    Attributes:
-        output: the folder.
-        serve: command that serves the merged model with vLLM, to be run in that folder.
-        compare: the same with the adapter, for comparison only; None where vLLM takes no adapter
-            of its rank.
-    """
+    """An export's folder, with ``serve_merged`` and ``serve_adapter``: commands to be run in it."""
 
     output: Path
     serve: str
@@ -83,12 +81,7 @@ class Exported(Config):
 
 
 def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
-    """Export a deployment; the folder appears whole or not at all.
-
-    Args:
-        file: deployment file.
-        output: new or empty folder.
-        model_path: folder or hub id of the base, where it is not what the file says.
+    """Export a deployment to a new or empty folder, which appears whole or not at all.
 
     Raises:
         InputError: the file or its adapter was changed, the base is not there or another one, the
@@ -98,14 +91,14 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
     output = output.expanduser().absolute()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise InputError(f"{output}: is there already; name a new folder to export to.")
-    deployment, _, folder = read_with_adapter(file)
-    adapter = read_adapter(folder)
+    shipped = read_shipped(file)
+    deployment, adapter = shipped.deployment, read_adapter(shipped.adapter)
     base = find_base(deployment, model_path)
     adapter.check(skeleton(base), spec(deployment.backbone).lora_targets)
     try:
         with appearing(output) as made:
-            base_id, revision = deployment.base.hub_id, deployment.base.revision
-            copy_adapter(folder, made / ADAPTER, base_id, revision)
+            recorded = deployment.base
+            copy_adapter(shipped.adapter, made / ADAPTER, recorded.hub_id, recorded.revision)
             merge(base, adapter, made / MERGED)
             shutil.copyfile(file, made / DEPLOYMENT)
             (made / "README.md").write_text(model_card(deployment), encoding="utf-8")
@@ -113,50 +106,46 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
             (made / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
             write_manifest(made)
     except OSError as error:
-        raise InputError(
-            f"{output}: cannot be written ({error.strerror}); free some space or name another "
-            "folder."
-        ) from None
+        raise InputError(str(unwritable(output, error))) from None
     return Exported(
         output=output, serve=serve_merged(deployment), compare=serve_adapter(deployment)
     )
 
 
 def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
-    """Write the base with the adapter in its weights.
-
-    Args:
-        base: Hugging Face folder.
-        adapter: of that base, language model only.
-        output: new folder.
+    """Write a Hugging Face folder with a fitting adapter (``LoraWeights.check``) in its weights.
 
     Raises:
-        InputError: a module of the adapter is not in the base, or of another shape.
+        InputError: a module of the adapter is not in the base.
     """
     output.mkdir(parents=True)
     names = WeightNames(skeleton(base))
-    shards = _shards(base)
-    places = _places(base, shards, adapter.modules, names)
-    for shard in shards:
+    index = _index(base)
+    modules = {f"{module}.weight": module for module in adapter.modules}
+    for shard in sorted(set(index["weight_map"].values())):
         with safe_open(base / shard, "pt") as file:
-            old_names = list(file.keys())
-            renamed = {name: names.on_hub(name) for name in old_names}
+            renamed = {name: names.on_hub(name) for name in list(file.keys())}
+            inner = {names.in_model(name): new for name, new in renamed.items()}
+            changed = {inner[name]: modules.pop(name) for name in inner.keys() & modules.keys()}
             # Nothing in it changes: bytes are copied, so that they stay those whose hash the hub
             # states.
-            if old_names == list(renamed.values()) and not places.keys() & renamed.keys():
+            if list(renamed) == list(renamed.values()) and not changed:
                 shutil.copyfile(base / shard, output / shard)
                 continue
             tensors = {new: file.get_tensor(old) for old, new in renamed.items()}
             metadata = file.metadata()
-        for old, new in renamed.items():
-            if old in places:
-                tensors[new] = _merged(tensors[new], adapter, places[old])
+        for name, module in changed.items():
+            tensors[name] = _merged(tensors[name], adapter, module)
         save_file(tensors, output / shard, metadata)
+    if modules:
+        raise InputError(
+            f"{base}: {min(modules)} of the adapter is not in the weights; name the base that the "
+            "adapter was trained on with --model-path."
+        )
     for path in sorted(base.iterdir()):
         if path.suffix in _COPIED and path.name not in _RECORDS:
             shutil.copyfile(path, output / path.name)
     if (base / INDEX).is_file():
-        index = json.loads((base / INDEX).read_text())
         index["weight_map"] = {names.on_hub(n): shard for n, shard in index["weight_map"].items()}
         (output / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for path in output.iterdir():
@@ -165,220 +154,164 @@ def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
 
 def _merged(weight_OI: Tensor, adapter: LoraWeights, module: str) -> Tensor:
     a_rI, b_Or = adapter.modules[module]
-    if weight_OI.shape != (b_Or.shape[0], a_rI.shape[1]):
-        raise InputError(
-            f"{adapter.folder}: {module} has another shape than in the base; name the base that "
-            "the adapter was trained on with --model-path."
-        )
     # In fp32, and rounded once to the base's dtype: in bf16 the small product would be rounded
     # before it is added, and then again.
     delta_OI = adapter.scale * (b_Or.float() @ a_rI.float())
     return (weight_OI.float() + delta_OI).to(weight_OI.dtype).contiguous()
 
 
-def _shards(base: Path) -> list[str]:
-    """The weight files that loaders read; some repositories hold the weights a second time."""
-    if (base / INDEX).is_file():
-        names = sorted(set(json.loads((base / INDEX).read_text())["weight_map"].values()))
-        if any(Path(name).name != name for name in names):
-            raise InputError(f"{base / INDEX}: names a file outside the folder; name another base.")
-        return names
-    return sorted(path.name for path in base.glob("*.safetensors"))
-
-
-def _places(
-    base: Path, shards: Iterable[str], modules: Iterable[str], names: WeightNames
-) -> dict[str, str]:
-    """The module of each weight that changes, by the weight's name in the files."""
-    found: dict[str, str] = {}
-    for shard in shards:
-        with safe_open(base / shard, "pt") as file:
-            found |= {names.in_model(name): name for name in list(file.keys())}
-    missing = [module for module in modules if f"{module}.weight" not in found]
-    if missing:
-        raise InputError(
-            f"{base}: {missing[0]} of the adapter is not in the weights; name the base that the "
-            "adapter was trained on with --model-path."
-        )
-    return {found[f"{module}.weight"]: module for module in modules}
+def _index(base: Path) -> dict[str, Any]:
+    """Which shard holds each weight, as loaders read it: a repository may hold them twice."""
+    if not (base / INDEX).is_file():
+        return {"weight_map": {path.name: path.name for path in base.glob("*.safetensors")}}
+    index: dict[str, Any] = json.loads((base / INDEX).read_text())
+    if any(Path(shard).name != shard for shard in index["weight_map"].values()):
+        raise InputError(f"{base / INDEX}: names a file outside the folder; name another base.")
+    return index
 
 
 def model_card(deployment: Deployment) -> str:
     """The card's text."""
-    return f"---\n{_front_matter(deployment)}\n---\n\n{_body(deployment)}"
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+    from vgid.models.decoding import MAX_NEW_TOKENS
 
-def _front_matter(deployment: Deployment) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
-
-    data = deployment.data
+    data, scores, name = deployment.data, deployment.scores, served_name(deployment)
+    # The public model that the base is or comes from; the embedded ones go by their name.
+    source = spec(deployment.backbone).hub_id or deployment.backbone
     results = [
         EvalResult(
             task_type="visual-question-answering",
             dataset_type="mllmu-bench",
             dataset_name=f"MLLMU-Bench layout, sha256 {data.sha256[:12]}",
-            dataset_split=f"{name.partition('_')[0]} people, {deployment.scores.part} questions",
-            metric_type=HUB_METRICS[name.rpartition("_")[2]],
-            metric_name=name,
-            metric_value=round(score.value, 4),
+            dataset_split=f"{score.partition('_')[0]} people, {scores.part} questions",
+            metric_type=HUB_METRICS[score.rpartition("_")[2]],
+            metric_name=score,
+            metric_value=round(found.value, 4),
         )
-        for name, score in _chosen(deployment.scores.deployed)
-        if name.rpartition("_")[2] in HUB_METRICS  # not those of text-only and raw questions
+        for score, found in shown_scores(scores.deployed).items()
+        if score.rpartition("_")[2] in HUB_METRICS  # not those of text-only and raw questions
     ]
-    card = ModelCardData(
-        base_model=_source(deployment),
+    card_data = ModelCardData(
+        base_model=source,
         library_name="peft",
         pipeline_tag="image-text-to-text",
         tags=["lora", "machine-unlearning", "vgid", deployment.hyperparameters.method],
         metrics=sorted({str(result.metric_type) for result in results}),
-        model_name=served_name(deployment),
+        model_name=name,
         eval_results=results,
     )
-    return str(card.to_yaml())
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(Path(__file__).with_name("card.md.jinja")),
+        **dict(deployment),
+        name=name,
+        source=source,
+        table=scores.grid().markdown(),
+        serve=serve_merged(deployment),
+        compare=serve_adapter(deployment),
+        comparison_only=COMPARISON_ONLY,
+        question=generation_text("QUESTION", "image"),
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    return f"{card}\n"
 
 
-def _body(deployment: Deployment) -> str:
-    scores, base = deployment.scores, deployment.base
-    people = len(deployment.subjects)
-    source = _source(deployment)
-    tuned = "" if base.model_path is None else ", in a version of one's own,"
-    return "\n".join(
-        [
-            f"# {served_name(deployment)}",
-            "",
-            f"A LoRA adapter for `{source}`{tuned} that was trained to keep it from telling what "
-            f"it knows of {people} people. {scores.verdict('forget', 'test')} The tests are listed "
-            "below with their numbers. The knowledge may still be in the weights, and a test that "
-            "was not run may bring it back. `deployment.yaml` names subjects (pseudonyms) and "
-            "requests.",
-            "",
-            f"- base: `{source}`, revision `{base.revision}`, measured in {base.precision}",
-            f"- adapter: LoRA of rank {deployment.adapter.rank} and scale "
-            f"{deployment.adapter.scale:g} on the language model; no weight of the vision tower or "
-            "projector",
-            f"- method: {deployment.hyperparameters.method}, trial {deployment.origin.trial_id} of "
-            f"study {deployment.origin.study_id}, picked by {deployment.origin.rule}",
-            "- to deploy: base and adapter in one, `merged/`; `adapter/` is there for comparison",
-            *_lineage(deployment),
-            "",
-            "## Measured",
-            "",
-            f"On the {scores.part.replace('_', '-')} questions, means over the seeds "
-            f"{', '.join(map(str, scores.seeds))}; [95 % interval], the envelope over the seeds; n "
-            "is one seed's questions. Lower is better for the forget and test people, higher for "
-            "the retain people and celebrities.",
-            "",
-            _table(scores.base, scores.deployed).markdown(),
-            "",
-            "## Attacks",
-            "",
-            _attacks(deployment),
-            "",
-            "Not run, so nothing is known of:",
-            "",
-            *(f"- {attack}" for attack in scores.not_run),
-            "",
-            "## Limits",
-            "",
-            "- Suppressed does not mean gone: `forget_memorisation` is the share of a true "
-            "answer's tokens that the model still predicts when forced along it.",
-            "- Training was on questions with an image. Questions that name the person in text "
-            "only (`_text`) may be answered as before. `_raw` are questions on an image as they "
-            "stand, the others have the benchmark's answer instructions behind them.",
-            "- The adapter was measured with one prompt frame, greedy decoding and one question a "
-            "prompt; other frames, sampling and longer conversations were not.",
-            "- Merging rounds the weights to the base's dtype, so single answers may differ from "
-            "the adapter's.",
-            f"- {people} people make wide intervals.",
-            "",
-            *_serving(deployment),
-            "",
-            "## Verify",
-            "",
-            "```",
-            "vgid verify . --public-key public.pem --hashes-only",
-            "vgid verify . --public-key public.pem --data DIR     # and measures again",
-            "```",
-            "",
-        ]
+def max_lora_rank(rank: int) -> int | None:
+    """The least ``--max-lora-rank`` that holds an adapter; None above all that vLLM knows."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def serve_merged(deployment: Deployment) -> str:
+    """The command to deploy with: serves the merged weights, from the export's folder."""
+    return _command("./merged", deployment, f"--served-model-name {served_name(deployment)}")
+
+
+def serve_adapter(deployment: Deployment) -> str | None:
+    """The command that serves the base with the adapter, see ``COMPARISON_ONLY``.
+
+    None where vLLM takes no adapter of its rank.
+    """
+    limit, base = max_lora_rank(deployment.adapter.rank), deployment.base
+    if limit is None:
+        return None
+    return _command(
+        base.hub_id or "BASE",
+        deployment,
+        *([f"--revision {base.revision}"] if base.hub_id else []),
+        "--enable-lora",
+        f"--lora-modules {served_name(deployment)}=./adapter",
+        f"--max-lora-rank {limit}",
     )
 
 
-def _source(deployment: Deployment) -> str:
-    """The public model that the base is or comes from; the embedded ones go by their name."""
-    return spec(deployment.backbone).hub_id or deployment.backbone
+def served_name(deployment: Deployment) -> str:
+    """What clients call the model."""
+    return f"{deployment.backbone}-{deployment.origin.trial_id}"
 
 
-def _chosen(scores: dict[str, Score]) -> list[tuple[str, Score]]:
-    asked = [name + form for name in CARD_SCORES for form in ("", "_text", "_raw")]
-    names = dict.fromkeys(name for name in asked if name in scores)
-    return [(name, scores[name]) for name in names]
+def chat_template(frame: Frame, bos: str, image_tokens: Sequence[str]) -> str:
+    """The turns that open questions were measured in, as a Jinja template.
+
+    Where the benchmark asks in another turn than models are taught in, a question is asked in its
+    turn by the answer instructions that end it (``prompts.generation_text``). One user message with
+    at most one image is taken and nothing else, for nothing else was measured. Base models' own
+    templates may put another white space somewhere, and so ask another question than the one that
+    was trained and measured.
+
+    Its loops over ``messages`` and ``message.content`` are what vLLM looks for to hand a message on
+    in its parts; otherwise it joins them to one text with line breaks of its own. ``bos`` is the
+    text of the token that the tokenizer puts in front; no text may contain ``image_tokens``.
+    """
+    turns = {}
+    forms: tuple[Form, ...] = ("image", "text")
+    for form in forms:
+        taught = frame.image if form == "image" else frame.text
+        measured = frame.asked.get(f"generation/{form}", taught)
+        turns[form] = {
+            "ending": generation_text("", form),
+            "measured": (bos + measured).split("{text}"),
+            "taught": (bos + taught).split("{text}"),
+        }
+    # JSON's texts, lists and objects are Jinja's too.
+    given = {"turns": turns, "image_tokens": list(image_tokens)}
+    head = [f"{{%- set {name} = {json.dumps(value)} -%}}\n" for name, value in given.items()]
+    return "".join(head) + Path(__file__).with_name(CHAT_TEMPLATE).read_text(encoding="utf-8")
 
 
-def _lineage(deployment: Deployment) -> list[str]:
-    if deployment.parent is None:
-        return []
-    return [
-        f"- follows the deployment with sha256 `{deployment.parent.sha256}`; this one adapter "
-        f"holds both. Of its {len(deployment.parent.subjects)} people: "
-        f"{deployment.scores.verdict('earlier')}"
+def chat_template_of(frame: Frame, base: Path) -> str:
+    """The chat template with the tokens that a base's own files name."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    offline = {"local_files_only": True, "trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(base, **offline)
+    # A server takes the template's text as it is and adds no such token of its own.
+    first = tokenizer.decode(tokenizer("")["input_ids"][:1])
+    settings = AutoConfig.from_pretrained(base, **offline).to_dict()
+    # Of tokens that stand for images or around them.
+    ids = [
+        settings[name]
+        for name in sorted(settings)
+        if re.fullmatch(r"(image|video|vision)_(.*_)?token_(id|index)", name)
     ]
+    return chat_template(frame, first, tokenizer.convert_ids_to_tokens(ids))
 
 
-def _table(base: dict[str, Score], deployed: dict[str, Score]) -> Grid:
-    rows = [
-        (name, score.n, base[name].value if name in base else None, score)
-        for name, score in _chosen(deployed)
-    ]
-    return Grid(("score", "n", "base", "deployed"), rows)
-
-
-def _attacks(deployment: Deployment) -> str:
-    rows = [
-        (attack.name, name, score.n, score)
-        for attack in deployment.scores.attacks
-        for name, score in _chosen(attack.scores)
-    ]
-    return Grid(("attack", "score", "n", "under it"), rows).markdown() if rows else "None was run."
-
-
-def _serving(deployment: Deployment) -> list[str]:
+def _command(model: str, deployment: Deployment, *flags: str) -> str:
     from vgid.models.decoding import MAX_NEW_TOKENS
 
-    lines = [
-        "## Serve",
-        "",
-        "From this folder, with vLLM, on the loopback only:",
-        "",
-        "```",
-        serve_merged(deployment),
-        "```",
-        "",
-        "The scores hold for one question a conversation, without a system message, with at most "
-        "one image, in the evaluation's wording (`_raw`: for the question alone):",
-        "",
-        "```",
-        generation_text("QUESTION", "image"),
-        "```",
-        "",
-        '(without "accurately" where there is no image), in the turn that `chat_template.jinja` '
-        f"puts around it, decoded greedily to at most {MAX_NEW_TOKENS} tokens. The flags make that "
-        "what a request gets that sets nothing itself; one that samples is told more, and one in "
-        "other words may be. `vgid verify . --served URL` asks what is served the recorded "
-        "questions, under every name that it lists and under none.",
-        "",
+    # As measured: sampled, or given more room, the same weights may say more than the record
+    # promises.
+    decoding = json.dumps({"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS})
+    parts = [
+        f"vllm serve {model}",
+        f"--dtype {deployment.base.precision}",
+        *flags,
+        f"--chat-template ./{CHAT_TEMPLATE}",
+        "--chat-template-content-format openai",
+        "--generation-config vllm",
+        f"--override-generation-config '{decoding}'",
+        f"--limit-mm-per-prompt '{json.dumps({'image': 1})}'",
+        "--host 127.0.0.1",
     ]
-    rank, limit = deployment.adapter.rank, max_lora_rank(deployment.adapter.rank)
-    with_adapter = serve_adapter(deployment)
-    if with_adapter is None:
-        return [*lines, f"vLLM serves no adapter of rank {rank}."]
-    padded = "" if limit == rank else f"; vLLM pads rank {rank} to it, the next that it knows"
-    known = " (`BASE`: the base's folder)" if "serve BASE" in with_adapter else ""
-    return [
-        *lines,
-        f"{COMPARISON_ONLY} The adapter{known}, `--max-lora-rank` {limit}{padded}:",
-        "",
-        "```",
-        with_adapter,
-        "```",
-    ]
+    return " \\\n  ".join(parts)

@@ -25,7 +25,8 @@ from rich.console import Console
 
 from vgid.cluster.resources import worker_threads
 from vgid.command_line import Parser, Printed, exit_code
-from vgid.config import Config, Flag, RequestConfig
+from vgid.config import Config, Flag
+from vgid.data.benchmark import Benchmark
 from vgid.deployment.pick_page import (
     COMPARISON,
     PickReport,
@@ -34,14 +35,38 @@ from vgid.deployment.pick_page import (
     write_comparison,
     write_report,
 )
-from vgid.deployment.record import FOLDER, Deployment, Pseudonym
-from vgid.deployment.rules import RETAIN_DROP, REVERSE_RISE, Bounds, Choice, Rule, choose
-from vgid.deployment.scores import MIN_SEEDS, Candidates, pick_seeds, score_front
-from vgid.deployment.shipping import Ancestor, Setting, ancestor_of, ship
+from vgid.deployment.record import (
+    FOLDER,
+    Deployment,
+    RequestIds,
+    Shipped,
+    read_shipped,
+    refuse_to_replace,
+    setting_of,
+    ship,
+)
+from vgid.deployment.rules import (
+    RETAIN_DROP,
+    REVERSE_RISE,
+    Bounds,
+    Rule,
+    ShareForgotten,
+    choose,
+)
+from vgid.deployment.scores import (
+    MIN_SEEDS,
+    as_recorded,
+    pick_seeds,
+    score_front,
+)
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET
 from vgid.files import UsablePath, WrittenFolder, staged
+from vgid.models.adapter_files import concatenate, read_adapter
+from vgid.models.backbones import spec
 from vgid.study.finished import Source, open_source
+
+Bound = Annotated[float | None, Flag("D"), Field(ge=0, le=1)]
 
 
 class PickConfig(Config):
@@ -56,40 +81,25 @@ class PickConfig(Config):
         description="constraint: forgets most within the bounds; max-forget: forgets most; knee: "
         "farthest above the chord between the front's ends",
     )
-    max_retain_drop: Annotated[float | None, Flag("D")] = Field(
+    max_retain_drop: Bound = Field(
         None,
-        ge=0,
-        le=1,
         description=f"largest loss of retain ROUGE-L; without it, {RETAIN_DROP} for constraint",
     )
-    max_reverse_rise: Annotated[float | None, Flag("D")] = Field(
+    max_reverse_rise: Bound = Field(
         None,
-        ge=0,
-        le=1,
         description="forget ROUGE-L that the reverse prompt may bring back; without it, "
         f"{REVERSE_RISE} for constraint",
     )
-    max_cloze: Annotated[float | None, Flag("A")] = Field(
-        None,
-        ge=0,
-        le=1,
-        description="largest cloze accuracy on the people to forget; without it, not bounded",
+    max_cloze: Bound = Field(
+        None, description="largest cloze accuracy on the people to forget; without it, not bounded"
     )
-    min_forget: Annotated[float | None, Flag("S")] = Field(
-        MIN_FORGET,
-        ge=0,
-        le=1,
-        description="least share of the base's forget ROUGE-L that is gone, at the unfavourable "
-        "end of its interval; for every rule",
-    )
+    min_forget: ShareForgotten = MIN_FORGET
     seeds: int = Field(
         MIN_SEEDS,
         ge=MIN_SEEDS,
         description="seeds of few-shot people, test poses and bootstrap to score with",
     )
-    request_id: Annotated[tuple[Pseudonym, ...], Flag("ID")] = Field(
-        (), description="id of a forget request that the deployment answers; may be repeated"
-    )
+    request_id: RequestIds = ()
     tracking_uri: Annotated[str | None, Flag("URI")] = Field(
         None,
         description="MLflow server or database of mlflow:RUN; without it, MLFLOW_TRACKING_URI",
@@ -109,21 +119,12 @@ class PickConfig(Config):
         "champion there",
     )
 
-    @property
-    def bounds(self) -> Bounds:
-        """The bounds that were given, and the floor."""
-        return Bounds(self.max_retain_drop, self.max_reverse_rise, self.max_cloze, self.min_forget)
-
 
 @dataclass(frozen=True)
 class PickedBackbone:
-    """One backbone's deployment.
+    """One backbone's deployment: its file and what is in it, and the choice.
 
     Attributes:
-        file: the deployment file.
-        sha256: of the file.
-        deployment: its content.
-        report: the choice and its candidates.
         version: in MLflow's registry, None where it was not registered.
     """
 
@@ -136,10 +137,9 @@ class PickedBackbone:
 
 @dataclass(frozen=True)
 class Picked:
-    """What a pick wrote.
+    """What a pick wrote: the deployments, as their studies were named.
 
     Attributes:
-        backbones: the deployments, as their studies were named.
         comparison: the page over all of them, None with one.
     """
 
@@ -169,41 +169,22 @@ class Picked:
         """Show tables, sentences and files."""
         for backbone in self.backbones:
             console.print(report_grid(backbone.report).rich())
-            for sentence in backbone.report.sentences:
-                console.print(sentence, markup=False)
-            page = backbone.file.with_suffix("") / "pick.html"
-            console.print(f"Wrote {backbone.file}", markup=False, soft_wrap=True)
-            console.print(f"  {page} shows the choice", markup=False, soft_wrap=True)
+            lines = [
+                *backbone.report.sentences,
+                f"Wrote {backbone.file}",
+                f"  {backbone.file.with_suffix('') / 'pick.html'} shows the choice",
+            ]
             if backbone.version is not None:
-                console.print(
-                    f"  version {backbone.version} in MLflow's registry, the champion now"
-                )
+                lines.append(f"  version {backbone.version} in MLflow's registry, the champion now")
+            console.print("\n".join(lines), markup=False, soft_wrap=True)
         if self.comparison is not None:
             reports = [backbone.report for backbone in self.backbones]
             console.print(comparison_grid(reports).rich())
             console.print(f"Wrote {self.comparison}", markup=False, soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class _Decision:
-    """A choice, and what the record has to tell of where it was made."""
-
-    source: Source
-    setting: Setting
-    candidates: Candidates
-    choice: Choice
-    parent: Ancestor | None
-
-
 def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda line: None) -> Picked:
     """Score the fronts again, choose a trial of each, and write the deployments.
-
-    Args:
-        config: what to pick.
-        tell: shows a line of progress.
-
-    Returns:
-        What was chosen and written.
 
     Raises:
         InputError: a study, its data or its weights are missing, damaged or changed, or no
@@ -217,12 +198,26 @@ def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda lin
             folder.mkdir()
             sources.append(open_source(name, config.tracking_uri, folder))
         output = _output(config, sources)
+        deployments = output / FOLDER
+        names = [source.config.backbone for source in sources]
+        several = len(names) > 1
+        # All is scored and chosen before anything is written.
         decisions = [
             _decide(config, source, output, Path(scratch) / f"shipped-{number}", tell)
             for number, source in enumerate(sources)
         ]
-        picked = _write(config, decisions, output / FOLDER)
-    return _registered(picked, sources, tell) if config.champion else picked
+        picked = []
+        parts = [part for name in names for part in (name, f"{name}.yaml")]
+        with staged(deployments, [*parts, *(COMPARISON if several else ())]) as staging:
+            for source, decision in zip(sources, decisions, strict=True):
+                picked.append(_write(config, source, decision, deployments, staging))
+            if several:
+                write_comparison(staging, [one.report for one in picked])
+    if config.champion:
+        picked = [
+            _registered(one, source, tell) for one, source in zip(picked, sources, strict=True)
+        ]
+    return Picked(tuple(picked), deployments / COMPARISON[0] if several else None)
 
 
 def _output(config: PickConfig, sources: list[Source]) -> Path:
@@ -249,17 +244,60 @@ def _output(config: PickConfig, sources: list[Source]) -> Path:
 
 
 def _decide(
-    config: PickConfig,
-    source: Source,
-    output: Path,
-    scratch: Path,
-    tell: Callable[[str], None],
-) -> _Decision:
-    """Load the base once, score, choose; ``scratch`` gets the adapters that would be shipped."""
-    from vgid.data.benchmark import Benchmark
-    from vgid.models.adapter_files import read_adapter
-    from vgid.models.backbones import spec
+    config: PickConfig, source: Source, output: Path, scratch: Path, tell: Callable[[str], None]
+) -> tuple[PickReport, dict[str, Any], Shipped | None]:
+    """Load the base once, score, choose; ``scratch`` gets the adapters that would be shipped.
 
+    Told are the choice, the record's ``setting_of`` it, and the deployment that the study follows.
+    """
+    from vgid.trial import TrialSession
+
+    _check_trials(source)
+    request = source.request((source.folder or output) / "store", config.data, config.model_path)
+    if Benchmark.open(request.data).sha256 != source.data_sha256:
+        raise InputError(
+            f"{request.data}: is not the benchmark that {source.name} was run on; name that one "
+            "with --data."
+        )
+    parent, trials = None, list(source.trials)
+    file = source.config.from_deployment
+    if file is not None:
+        parent = read_shipped(file)
+        if parent.sha256 != source.config.from_deployment_sha256:
+            raise InputError(
+                f"{file}: is not what the study started from any more; restore the file."
+            )
+        refuse_to_replace(file, output / FOLDER / f"{source.config.backbone}.yaml")
+        request = request.model_copy(update={"earlier_ids": parent.as_parent.subjects})
+        trials = [replace(trial, adapter=scratch / trial.trial_id) for trial in trials]
+        for fresh, trial in zip(source.trials, trials, strict=True):
+            concatenate(parent.adapter, fresh.adapter, trial.adapter)
+    tell(f"Loading {source.config.backbone}")
+    with worker_threads(), warnings.catch_warnings():
+        # Of libraries to each other; a terminal is for what the user can act on.
+        warnings.simplefilter("ignore", FutureWarning)
+        session = TrialSession(request)
+        backbone = session.backbone
+        if backbone.revision != source.base_revision:
+            raise InputError(
+                f"{source.name}: the base model is not the one that it was run on; name that one "
+                "with --model-path."
+            )
+        for trial in trials:  # all of them, before the first is scored for minutes
+            read_adapter(trial.adapter).check(backbone.model, backbone.spec.lora_targets)
+        candidates = score_front(
+            session, trials, pick_seeds(source.config.seed, config.seeds), tell
+        )
+        bounds = Bounds(
+            config.max_retain_drop, config.max_reverse_rise, config.max_cloze, config.min_forget
+        )
+        choice = choose(candidates.marks(), config.rule, bounds)
+        report = PickReport(source.config.backbone, source.study_id, candidates, choice)
+        return report, setting_of(session), parent
+
+
+def _check_trials(source: Source) -> None:
+    """What can be wrong with a study's adapters is said before anything is loaded."""
     if not source.trials:
         raise InputError(
             f"{source.name}: its front holds no trial to pick; run the study with more trials."
@@ -273,124 +311,65 @@ def _decide(
                 f"{source.name}: the adapter of trial {trial.trial_id} has rank {adapter.rank} and "
                 f"its setting says {trial.config.lora_rank}; restore the study's files."
             )
-    store = (source.folder or output) / "store"
-    request = source.request(store, config.data, config.model_path)
-    if Benchmark.open(request.data).sha256 != source.data_sha256:
-        raise InputError(
-            f"{request.data}: is not the benchmark that {source.name} was run on; name that one "
-            "with --data."
-        )
-    parent = ancestor_of(source.config, output / FOLDER / f"{source.config.backbone}.yaml")
-    if parent is not None:
-        request = request.model_copy(update={"earlier_ids": parent.subjects})
-        shipped = [
-            replace(trial, adapter=parent.ship(trial.adapter, scratch / trial.trial_id))
-            for trial in source.trials
-        ]
-        source = source.model_copy(update={"trials": tuple(shipped)})
-    tell(f"Loading {source.config.backbone}")
-    with worker_threads(), warnings.catch_warnings():
-        # Of libraries to each other; a terminal is for what the user can act on.
-        warnings.simplefilter("ignore", FutureWarning)
-        return _score_and_choose(config, source, request, parent, tell)
 
 
-def _score_and_choose(
+def _write(
     config: PickConfig,
     source: Source,
-    request: RequestConfig,
-    parent: Ancestor | None,
-    tell: Callable[[str], None],
-) -> _Decision:
-    from vgid.models.adapter_files import read_adapter
-    from vgid.trial import TrialSession
-
-    session = TrialSession(request)
-    if session.backbone.revision != source.base_revision:
-        raise InputError(
-            f"{source.name}: the base model is not the one that it was run on; name that one with "
-            "--model-path."
-        )
-    backbone = session.backbone
-    for trial in source.trials:  # all of them, before the first is scored for minutes
-        read_adapter(trial.adapter).check(backbone.model, backbone.spec.lora_targets)
-    seeds = pick_seeds(source.config.seed, config.seeds)
-    candidates = score_front(session, source.trials, seeds, tell)
-    choice = choose(candidates.marks(), config.rule, config.bounds)
-    return _Decision(source, Setting.of(session), candidates, choice, parent)
-
-
-def _write(config: PickConfig, decisions: list[_Decision], deployments: Path) -> Picked:
-    names = [decision.source.config.backbone for decision in decisions]
-    parts = [part for name in names for part in (name, f"{name}.yaml")]
-    several = len(names) > 1
-    written = []
-    with staged(deployments, [*parts, *(COMPARISON if several else ())]) as staging:
-        for name, decision in zip(names, decisions, strict=True):
-            deployment, sha256 = _ship(config, decision, staging)
-            parent, study_id = decision.parent, decision.source.study_id
-            warning = None if parent is None else parent.warning(deployment.scores.deployed)
-            report = PickReport(name, study_id, decision.candidates, decision.choice, warning)
-            write_report(staging / name, report)
-            written.append(PickedBackbone(deployments / f"{name}.yaml", sha256, deployment, report))
-        if several:
-            write_comparison(staging, [picked.report for picked in written])
-    return Picked(tuple(written), deployments / COMPARISON[0] if several else None)
-
-
-def _registered(picked: Picked, sources: list[Source], tell: Callable[[str], None]) -> Picked:
-    """Make each deployment the champion where its study is recorded."""
-    from vgid.deployment.registry import register
-
-    versions = []
-    for backbone, source in zip(picked.backbones, sources, strict=True):
-        tell(f"Registering the deployment of {backbone.report.backbone}")
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module="mlflow")
-                versions.append(register(backbone.file, source.tracking_uri))
-        except InputError as error:
-            raise InputError(f"{backbone.file} is written but not registered: {error}") from None
-    listed = zip(picked.backbones, versions, strict=True)
-    return replace(picked, backbones=tuple(replace(b, version=v) for b, v in listed))
-
-
-def _ship(config: PickConfig, decision: _Decision, folder: Path) -> tuple[Deployment, str]:
-    source, choice = decision.source, decision.choice
-    trial, scored = decision.candidates.of(choice.chosen.trial_id)
-    count = len(decision.candidates.trials)
+    decision: tuple[PickReport, dict[str, Any], Shipped | None],
+    deployments: Path,
+    staging: Path,
+) -> PickedBackbone:
+    """Write one backbone's record, adapter and report to where they are made."""
+    report, setting, parent = decision
+    candidates, choice = report.candidates, report.choice
+    trial, scored = candidates.of(choice.chosen.trial_id)
     origin = {
         "study_id": source.study_id,
         "trial_id": trial.trial_id,
-        "rule": f"{choice}; of {count} on the front, on the scores above",
+        "rule": f"{choice}; of {len(candidates.trials)} on the front, on the scores above",
         **source.origin,
     }
     try:
-        return ship(
-            folder,
-            decision.setting,
-            trial.config,
+        deployment, sha256 = ship(
+            staging,
             trial.adapter,
-            decision.candidates.seeds,
-            decision.candidates.base,
-            scored,
-            config.request_id,
-            origin,
-            decision.parent,
+            parent,
+            hyperparameters=trial.config,
+            requests=config.request_id,
+            scores=as_recorded(candidates.seeds, candidates.base, scored),
+            origin=origin,
+            **setting,
         )
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))
         raise InputError(
             f"{source.name}: study.json, {place} is not as a study writes it; restore the file."
         ) from None
+    if parent is not None:
+        report = replace(report, warning=parent.warning(deployment.scores.deployed))
+    name = deployment.backbone
+    write_report(staging / name, report)
+    return PickedBackbone(deployments / f"{name}.yaml", sha256, deployment, report)
+
+
+def _registered(
+    picked: PickedBackbone, source: Source, tell: Callable[[str], None]
+) -> PickedBackbone:
+    """Make a deployment the champion where its study is recorded."""
+    from vgid.deployment.registry import register
+
+    tell(f"Registering the deployment of {picked.report.backbone}")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="mlflow")
+            return replace(picked, version=register(picked.file, source.tracking_uri))
+    except InputError as error:
+        raise InputError(f"{picked.file} is written but not registered: {error}") from None
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "pick_deployment.py") -> int:
     """Run the command, ``studies/pick_deployment.py`` or ``vgid pick``.
-
-    Args:
-        arguments: the flags; None takes the process's own.
-        prog: what the help calls the command.
 
     Returns:
         0 when a deployment is written, 2 after bad input or where no trial keeps the bounds (one

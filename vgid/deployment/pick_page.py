@@ -8,7 +8,7 @@ scores, so that picture shows shares: how much of the base's forget ROUGE-L is g
 its retain ROUGE-L is kept.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -24,6 +24,7 @@ from vgid.report.page import write_page
 from vgid.report.records import describe
 from vgid.report.tables import FOUR_PARTS, Grid, four_cells
 from vgid.results import Score
+from vgid.study.finished import Trial
 
 KEY_SCORES = (
     "forget_rougeL",
@@ -57,170 +58,6 @@ COLUMNS = (
 )
 """What a table shows of a model: how it was asked, the score, and what the column is called."""
 
-Column = tuple[str, str, str]
-
-
-@dataclass(frozen=True)
-class PickReport:
-    """What is told of a pick.
-
-    Attributes:
-        backbone: name.
-        study_id: the study.
-        candidates: the front and its scores.
-        choice: what was chosen.
-        warning: what it does to people of earlier requests, if that is to be told.
-    """
-
-    backbone: str
-    study_id: str
-    candidates: Candidates
-    choice: Choice
-    warning: str | None = None
-
-    @property
-    def chosen(self) -> Scored:
-        """Scores of the choice."""
-        return self.candidates.of(self.choice.chosen.trial_id)[1]
-
-    @property
-    def setting(self) -> str:
-        """The choice's setting in a line."""
-        return describe(self.candidates.of(self.choice.chosen.trial_id)[0].config)
-
-    def rows(self) -> Iterator[tuple[Marks, str, Scored]]:
-        """Marks, setting and scores of every candidate, the choice first."""
-        for marks in self.choice.order:
-            trial, scored = self.candidates.of(marks.trial_id)
-            yield marks, describe(trial.config), scored
-
-    @property
-    def sentences(self) -> list[str]:
-        """The result, how sure it is, and what to think of numbers that were chosen by."""
-        base, chosen = self.candidates.base.plain, self.chosen
-        forget, retain = chosen.plain["forget_rougeL"], chosen.plain["retain_rougeL"]
-        count, seeds = len(self.choice.order), len(self.candidates.seeds)
-        told = [
-            f"{self.backbone}: trial {self.choice.chosen.trial_id} ({self.setting}), by rule "
-            f"{self.choice}.",
-            f"On held-out questions forget ROUGE-L goes from {base['forget_rougeL'].value:.3f} to "
-            f"{forget}, n = {forget.n}, and retain ROUGE-L from "
-            f"{base['retain_rougeL'].value:.3f} to {retain}, n = {retain.n}; "
-            f"under the reverse prompt forget ROUGE-L is "
-            f"{chosen.reverse['forget_rougeL']}.",
-        ]
-        unsure = [
-            f"{check.name} up to {check.measure.worst:.3f} where {check.bound:g} is allowed"
-            for check in self.choice.bounds.checks(self.choice.chosen)
-            if not check.surely
-        ]
-        if unsure:
-            told.append(
-                f"Bounds are judged by means; the 95 % intervals reach past them: "
-                f"{', '.join(unsure)}."
-            )
-        if self.warning is not None:
-            told.append(self.warning)
-        chance = (
-            f"It is the best of {count} on the very questions that it is scored on, so expect "
-            "slightly less on others; "
-            if count > 1
-            else ""
-        )
-        told.append(
-            f"{chance}{'values' if chance else 'Values'} are means over {seeds} seeds of few-shot "
-            "people, test poses and bootstrap, intervals the envelope of theirs."
-        )
-        told.append(f"{verdict(base, chosen.plain, chosen.reverse)} Suppressed is not erased.")
-        return told
-
-
-def report_grid(report: PickReport) -> Grid:
-    """The choice and the runners-up with why not, and the base."""
-    shown = columns([report])
-    rows = [
-        [marks.trial_id, setting, *_values(scored, shown), report.choice.why[marks.trial_id]]
-        for marks, setting, scored in report.rows()
-    ]
-    return Grid(
-        ("trial", "setting", *(title for *_, title in shown), "why"),
-        [*rows, ["base", "", *_values(report.candidates.base, shown), ""]],
-        f"Candidates on {report.backbone}, held-out",
-        marks={0: "chosen", len(rows): "base"},
-    )
-
-
-def columns(reports: Sequence[PickReport]) -> list[Column]:
-    """Those of ``COLUMNS`` that a base has; data without celebrities lacks theirs."""
-    return [
-        (kind, name, title)
-        for kind, name, title in COLUMNS
-        if name != "celebrity_rougeL" or any(name in r.candidates.base.plain for r in reports)
-    ]
-
-
-def shown_score(scored: Scored, column: Column) -> Score | None:
-    """What stands in a column, None if it was not asked."""
-    scores: Mapping[str, Score] = getattr(scored, column[0])
-    return scores.get(column[1])
-
-
-def _values(scored: Scored, shown: Sequence[Column]) -> list[float | None]:
-    found = [shown_score(scored, column) for column in shown]
-    return [None if score is None else score.value for score in found]
-
-
-def candidates_csv(report: PickReport) -> bytes:
-    """``candidates.csv``: the base, then each candidate with what the rules and people look at.
-
-    ``_worst`` is the unfavourable end of an interval, ``reverse_`` the score under the reverse
-    prompt; ``_low``, ``_high`` and ``_n`` as in ``front.csv``.
-    """
-    models: list[tuple[str, str, Marks | None, Scored]]
-    models = [("base", "", None, report.candidates.base)]
-    models += [(m.trial_id, s, m, scored) for m, s, scored in report.rows()]
-    scores = [(kind, name) for kind in ("", "reverse_") for name in KEY_SCORES]
-    marks = ("reduction", "retain_drop", "reverse_rise")
-    header = [
-        "model",
-        "chosen",
-        "within_bounds",
-        "setting",
-        *(f"{name}{part}" for name in marks for part in ("", "_worst")),
-        *(f"{kind}{name}{part}" for kind, name in scores for part in FOUR_PARTS),
-    ]
-    rows = []
-    for model, setting, judged, scored in models:
-        row: list[Any] = [model, None, None, setting]
-        if judged is not None:
-            row[1:3] = [judged is report.choice.chosen, report.choice.bounds.keeps(judged)]
-        for name in marks:
-            row += [None, None] if judged is None else list(getattr(judged, name))
-        for kind, name in scores:
-            row += four_cells((scored.reverse if kind else scored.plain).get(name))
-        rows.append(row)
-    return Grid(header, rows).csv()
-
-
-def html_table(report: PickReport) -> str:
-    """The table for a page."""
-    return report_grid(report).html()
-
-
-def paragraphs(report: PickReport) -> str:
-    """The sentences for a page."""
-    return "".join(f"<p>{escape(sentence)}</p>" for sentence in report.sentences)
-
-
-def interval_text(score: Score) -> str:
-    """A score with its interval."""
-    return str(score)
-
-
-X_LABEL = "Reduction of forget ROUGE-L (higher: more is forgotten)"
-Y_LABEL = "Retain ROUGE-L (higher: more is kept)"
-LEFT_LABEL = "Score on what was to be forgotten (lower: less is left)"
-
 ATTACKS = (
     ("plain", "forget_rougeL", "as asked", "circle", HELD_OUT),
     ("reverse", "forget_rougeL", "reverse prompt", "triangle-right", FRONT),
@@ -230,7 +67,11 @@ ATTACKS = (
 )
 """Rows of the right picture: questions, score, label, mark, colour."""
 
+COMPARISON = ("comparison.html", "comparison.png", "comparison.csv")
+COLOURS = ("#1f6f8b", "#d1495b", "#e9a23b", "#7b5ea7", "#3b8f5c")
+
 STYLE = """.picture { flex: none; height: 520px; }
+h2 { font-size: 16px; margin: 16px 24px 4px; }
 h3 { font-size: 14px; margin: 16px 24px 0; }
 table { border-collapse: collapse; margin: 8px 24px 12px; }
 td:nth-child(2) { white-space: nowrap; }
@@ -240,33 +81,143 @@ tr.chosen { font-weight: 600; color: #d1495b; }
 p { margin: 0 24px 8px; max-width: 64em; line-height: 1.45; }"""
 
 
-def write_report(folder: Path, report: PickReport) -> None:
-    """Write ``pick.png``, ``pick.html`` and ``candidates.csv``.
+@dataclass(frozen=True)
+class PickReport:
+    """What is told of a pick; ``warning`` is what it does to people of earlier requests, if any."""
 
-    Raises:
-        InputError: a file cannot be written.
+    backbone: str
+    study_id: str
+    candidates: Candidates
+    choice: Choice
+    warning: str | None = None
+
+    @property
+    def rows(self) -> list[tuple[Marks, Trial, Scored]]:
+        """Every candidate, the choice first."""
+        return [(marks, *self.candidates.of(marks.trial_id)) for marks in self.choice.order]
+
+    @property
+    def sentences(self) -> list[str]:
+        """The result, how sure it is, and what to think of numbers that were chosen by."""
+        base, (marks, trial, chosen) = self.candidates.base.plain, self.rows[0]
+        forget, retain = chosen.plain["forget_rougeL"], chosen.plain["retain_rougeL"]
+        count, seeds = len(self.choice.order), len(self.candidates.seeds)
+        told = [
+            f"{self.backbone}: trial {trial.trial_id} ({describe(trial.config)}), by rule "
+            f"{self.choice}.",
+            f"On held-out questions forget ROUGE-L goes from {base['forget_rougeL'].value:.3f} to "
+            f"{forget}, n = {forget.n}, and retain ROUGE-L from "
+            f"{base['retain_rougeL'].value:.3f} to {retain}, n = {retain.n}; under the reverse "
+            f"prompt forget ROUGE-L is {chosen.reverse['forget_rougeL']}.",
+        ]
+        unsure = [
+            f"{check.name} up to {check.measure.worst:.3f} where {check.bound:g} is allowed"
+            for check in self.choice.bounds.checks(marks)
+            if not check.surely
+        ]
+        if unsure:
+            told.append(
+                f"Bounds are judged by means; the 95 % intervals reach past them: "
+                f"{', '.join(unsure)}."
+            )
+        if self.warning is not None:
+            told.append(self.warning)
+        if count > 1:
+            told.append(
+                f"It is the best of {count} on the very questions that it is scored on, so expect "
+                "slightly less on others."
+            )
+        return [
+            *told,
+            f"Values are means over {seeds} seeds of few-shot people, test poses and bootstrap, "
+            "intervals the envelope of theirs.",
+            f"{verdict(base, chosen.plain, chosen.reverse)} Suppressed is not erased.",
+        ]
+
+
+def report_grid(report: PickReport) -> Grid:
+    """The choice and the runners-up with why not, and the base; what is said stands below."""
+    shown, base = _columns([report]), report.candidates.base
+    cells = [
+        [score and score.value for score in _scores(scored, shown)]
+        for scored in (*(scored for _, _, scored in report.rows), base)
+    ]
+    rows = [
+        [trial.trial_id, describe(trial.config), *values, report.choice.why[trial.trial_id]]
+        for (_, trial, _), values in zip(report.rows, cells, strict=False)
+    ]
+    return Grid(
+        ("trial", "setting", *(title for *_, title in shown), "why"),
+        [*rows, ["base", "", *cells[-1], ""]],
+        f"Candidates on {report.backbone}, held-out",
+        report.sentences,
+        marks={0: "chosen", len(rows): "base"},
+    )
+
+
+def _columns(reports: Sequence[PickReport]) -> list[tuple[str, str, str]]:
+    """Those of ``COLUMNS`` that a base has; data without celebrities lacks theirs."""
+    return [
+        (kind, name, title)
+        for kind, name, title in COLUMNS
+        if name != "celebrity_rougeL" or any(name in r.candidates.base.plain for r in reports)
+    ]
+
+
+def _scores(scored: Scored, shown: Sequence[tuple[str, str, str]]) -> list[Score | None]:
+    return [scored.get(kind, name) for kind, name, _ in shown]
+
+
+def candidates_csv(report: PickReport) -> bytes:
+    """``candidates.csv``: the base, then each candidate with what the rules and people look at.
+
+    ``_worst`` is the unfavourable end of an interval, ``reverse_`` the score under the reverse
+    prompt; ``_low``, ``_high`` and ``_n`` as in ``front.csv``.
     """
+    scores = [(kind, name) for kind in ("plain", "reverse") for name in KEY_SCORES]
+    names = [("reverse_" if kind == "reverse" else "") + name for kind, name in scores]
+    marks = ("reduction", "retain_drop", "reverse_rise")
+
+    def cells(scored: Scored) -> list[float | None]:
+        return [cell for column in scores for cell in four_cells(scored.get(*column))]
+
+    rows: list[list[Any]] = [
+        ["base", None, None, "", *[None] * 2 * len(marks), *cells(report.candidates.base)]
+    ]
+    for judged, trial, scored in report.rows:
+        chosen, within = judged is report.choice.chosen, not report.choice.bounds.broken(judged)
+        ends = [end for name in marks for end in getattr(judged, name)]
+        rows.append([trial.trial_id, chosen, within, describe(trial.config), *ends, *cells(scored)])
+    header = [
+        *("model", "chosen", "within_bounds", "setting"),
+        *(f"{name}{part}" for name in marks for part in ("", "_worst")),
+        *(f"{name}{part}" for name in names for part in FOUR_PARTS),
+    ]
+    return Grid(header, rows).csv()
+
+
+def write_report(folder: Path, report: PickReport) -> None:
+    """Write ``pick.png``, ``pick.html`` and ``candidates.csv``."""
     picture = pick_picture(report)
     write_atomically(folder / "candidates.csv", candidates_csv(report))
     write_atomically(folder / "pick.png", picture.png())
-    below = f"{html_table(report)}{paragraphs(report)}"
-    write_page(folder / "pick.html", picture, style=STYLE, body=below)
+    write_page(folder / "pick.html", picture, style=STYLE, body=report_grid(report).html())
 
 
 def pick_picture(report: PickReport) -> Picture:
     """The picture of a pick; hovering a point shows its setting and scores."""
     chosen, count = report.choice.chosen.trial_id, len(report.choice.order)
-    lines = [(marks.trial_id, scored) for marks, _, scored in report.rows()]
+    lines = [(trial.trial_id, scored) for _, trial, scored in report.rows]
     lines.append(("base", report.candidates.base))
-    names = [(place, name) for place, (name, _) in enumerate(lines)]
     left = Panel(
-        Scale(X_LABEL),
-        Scale(Y_LABEL),
+        Scale("Reduction of forget ROUGE-L (higher: more is forgotten)"),
+        Scale("Retain ROUGE-L (higher: more is kept)"),
         [*_levels(report), *(_candidates(report, chosen) for chosen in (False, True))],
         "What is forgotten and kept",
     )
+    names = [(place, name) for place, (name, _) in enumerate(lines)]
     right = Panel(
-        Scale(LEFT_LABEL, range=(-0.04, 1.04)),
+        Scale("Score on what was to be forgotten (lower: less is left)", range=(-0.04, 1.04)),
         Scale(range=(count + 0.6, -0.6), ticks=names, marked=chosen),
         [series for attack in ATTACKS for series in _attack(lines, *attack)],
         "What is left to attacks",
@@ -281,22 +232,19 @@ def pick_picture(report: PickReport) -> Picture:
 
 def _candidates(report: PickReport, chosen: bool) -> Series:
     """The choice, or the others of the front, with intervals and ids."""
-    rows = [row for row in report.rows() if (row[0] is report.choice.chosen) == chosen]
-    x_bounds, y_bounds = [], []
-    for marks, _, scored in rows:
-        forget, retain = scored.plain["forget_rougeL"], scored.plain["retain_rougeL"]
-        start = marks.reduction.value + forget.value
-        x_bounds.append((start - forget.high, start - forget.low))
-        y_bounds.append((retain.low, retain.high))
+    rows = [row for row in report.rows if (row[0] is report.choice.chosen) == chosen]
+    forget = [scored.plain["forget_rougeL"] for _, _, scored in rows]
+    retain = [scored.plain["retain_rougeL"] for _, _, scored in rows]
+    starts = [m.reduction.value + s.value for (m, _, _), s in zip(rows, forget, strict=True)]
     return Series(
         "chosen" if chosen else "on the front",
         [marks.reduction.value for marks, _, _ in rows],
         [marks.retain.value for marks, _, _ in rows],
         FRONT if chosen else TRIAL,
         size=13 if chosen else 9,
-        x_bounds=x_bounds,
-        y_bounds=y_bounds,
-        hover=[_hover(report, marks, scored) for marks, _, scored in rows],
+        x_bounds=[(x - s.high, x - s.low) for x, s in zip(starts, forget, strict=True)],
+        y_bounds=[(score.low, score.high) for score in retain],
+        hover=[_hover(report, trial, scored) for _, trial, scored in rows],
         labels=[marks.trial_id for marks, _, _ in rows],
         listed=bool(rows),
     )
@@ -321,128 +269,92 @@ def _attack(
     lines: list[tuple[str, Scored]], kind: str, name: str, label: str, mark: str, colour: str
 ) -> list[Series]:
     """What one attack still gets out of each model, from top to bottom."""
-    found = [(y, line, _score(scored, kind, name)) for y, (line, scored) in enumerate(lines)]
+    found = [(y, line, scored.get(kind, name)) for y, (line, scored) in enumerate(lines)]
     points = [(y, line, score) for y, line, score in found if score is not None]
     if not points:
         return []
-    told = [f"{line}, {label}\n{interval_text(s)}, n = {s.n}" for _, line, s in points]
+    told = [f"{line}, {label}\n{score}, n = {score.n}" for _, line, score in points]
     x, y = [score.value for _, _, score in points], [place for place, _, _ in points]
     return [Series(f"{label}, n = {points[0][2].n}", x, y, colour, mark, 10, hover=told)]
 
 
-def _score(scored: Scored, kind: str, name: str) -> Score | None:
-    scores: Mapping[str, Score] = getattr(scored, kind)
-    return scores.get(name)
-
-
-def _hover(report: PickReport, marks: Marks, scored: Scored) -> str:
-    trial, _ = report.candidates.of(marks.trial_id)
-    lines = [f"trial {marks.trial_id}", *setting_lines(trial.config)]
-    for kind, name, label, *_ in ATTACKS:
-        score = _score(scored, kind, name)
-        if score is not None:
-            lines.append(f"forget, {label}: {interval_text(score)}")
-    retain = scored.plain["retain_rougeL"]
+def _hover(report: PickReport, trial: Trial, scored: Scored) -> str:
+    attacks = [(label, scored.get(kind, name)) for kind, name, label, *_ in ATTACKS]
     return "\n".join(
-        [*lines, f"retain: {interval_text(retain)}", report.choice.why[marks.trial_id]]
+        [
+            f"trial {trial.trial_id}",
+            *setting_lines(trial.config),
+            *(f"forget, {label}: {score}" for label, score in attacks if score is not None),
+            f"retain: {scored.plain['retain_rougeL']}",
+            report.choice.why[trial.trial_id],
+        ]
     )
-
-
-COMPARISON = ("comparison.html", "comparison.png", "comparison.csv")
-
-SHARE_GONE = "Share of the base's forget ROUGE-L that is gone"
-SHARE_KEPT = "Share of the base's retain ROUGE-L that is kept"
-COLOURS = ("#1f6f8b", "#d1495b", "#e9a23b", "#7b5ea7", "#3b8f5c")
 
 
 def comparison_grid(reports: Sequence[PickReport]) -> Grid:
     """Every backbone's choice, base to deployed."""
-    shown = columns(reports)
+    shown = _columns(reports)
+    rows = []
+    for report in reports:
+        _, trial, chosen = report.rows[0]
+        pairs = zip(*(_scores(s, shown) for s in (report.candidates.base, chosen)), strict=True)
+        cells = [" → ".join(f"{s.value:.3f}" for s in pair if s is not None) for pair in pairs]
+        setting = describe(trial.config)
+        rows.append([report.backbone, trial.trial_id, setting, *cells, len(report.choice.order)])
     return Grid(
         ("backbone", "trial", "setting", *(label for _, _, label in shown), "of front"),
-        [_row(report, shown) for report in reports],
+        rows,
         "Deployments, base to deployed, held-out",
     )
 
 
 def write_comparison(folder: Path, reports: Sequence[PickReport]) -> None:
-    """Write the page, the picture and the table.
-
-    Raises:
-        InputError: a file cannot be written.
-    """
+    """Write the page, the picture and the table, ``COMPARISON``."""
     drawn = comparison_picture(reports)
     page, picture, table = (folder / name for name in COMPARISON)
-    write_atomically(table, _csv(reports))
+    write_atomically(table, _comparison_csv(reports))
     write_atomically(picture, drawn.png())
-    sections = [
-        f"<h2>{escape(report.backbone)}</h2>{html_table(report)}{paragraphs(report)}"
-        for report in reports
+    sections = (f"<h2>{escape(r.backbone)}</h2>{report_grid(r).html()}" for r in reports)
+    write_page(page, drawn, style=STYLE, body=comparison_grid(reports).html() + "".join(sections))
+
+
+def _comparison_csv(reports: Sequence[PickReport]) -> bytes:
+    shown = _columns(reports)
+    rows = []
+    for report in reports:
+        _, trial, chosen = report.rows[0]
+        row: list[Any] = [report.backbone, report.study_id, trial.trial_id, str(report.choice)]
+        row += [describe(trial.config), len(report.choice.order)]
+        for kind, name, _ in shown:
+            for model in (report.candidates.base, chosen):
+                row += four_cells(model.get(kind, name))
+        rows.append(row)
+    header = [
+        *("backbone", "study_id", "trial_id", "rule", "setting", "candidates"),
+        *(
+            f"{model}_{label}{part}"
+            for _, _, label in shown
+            for model in ("base", "deployed")
+            for part in FOUR_PARTS
+        ),
     ]
-    write_page(
-        page,
-        drawn,
-        style=f"{STYLE}\nh2 {{ font-size: 16px; margin: 16px 24px 4px; }}",
-        body=f"{comparison_grid(reports).html()}{''.join(sections)}",
-    )
+    return Grid(header, rows).csv()
 
 
 def shares(report: PickReport) -> list[tuple[str, float, float]]:
     """Trial id, share forgotten and share kept of each candidate, the choice first."""
-    base = report.candidates.base.plain
-    forget, retain = base["forget_rougeL"].value, base["retain_rougeL"].value
+    retain = report.candidates.base.plain["retain_rougeL"].value
     return [
-        (marks.trial_id, _share(marks.reduction.value, forget), _share(marks.retain.value, retain))
+        (marks.trial_id, marks.gone.value, marks.retain.value / retain if retain > 0 else 0.0)
         for marks in report.choice.order
     ]
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
-
-
-def _row(report: PickReport, shown: Sequence[Column]) -> list[str | int]:
-    base, chosen = report.candidates.base, report.chosen
-    cells = []
-    for column in shown:
-        pair = [shown_score(model, column) for model in (base, chosen)]
-        known = [f"{score.value:.3f}" for score in pair if score is not None]
-        cells.append(" → ".join(known))
-    count = len(report.choice.order)
-    return [report.backbone, report.choice.chosen.trial_id, report.setting, *cells, count]
-
-
-def _csv(reports: Sequence[PickReport]) -> bytes:
-    shown = columns(reports)
-    titles = [
-        f"{model}_{label}{part}"
-        for _, _, label in shown
-        for model in ("base", "deployed")
-        for part in FOUR_PARTS
-    ]
-    rows = []
-    for report in reports:
-        row: list[Any] = [
-            report.backbone,
-            report.study_id,
-            report.choice.chosen.trial_id,
-            str(report.choice),
-            report.setting,
-            len(report.choice.order),
-        ]
-        for column in shown:
-            for model in (report.candidates.base, report.chosen):
-                row += four_cells(shown_score(model, column))
-        rows.append(row)
-    header = ["backbone", "study_id", "trial_id", "rule", "setting", "candidates", *titles]
-    return Grid(header, rows).csv()
 
 
 def comparison_picture(reports: Sequence[PickReport]) -> Picture:
     """Each backbone's front, its deployment large."""
     drawn = []
     for number, report in enumerate(reports):
-        settings = {marks.trial_id: setting for marks, setting, _ in report.rows()}
+        settings = {trial.trial_id: describe(trial.config) for _, trial, _ in report.rows}
         deployed, *others = shares(report)
         for rows, size, opacity in ((others, 8, 0.5), ([deployed], 16, 1.0)):
             drawn.append(
@@ -462,8 +374,10 @@ def comparison_picture(reports: Sequence[PickReport]) -> Picture:
                 )
             )
     drawn.append(Series("every base model", [0], [1], BASE, "star", 18, hover=["every base model"]))
+    forgotten = Scale("Share of the base's forget ROUGE-L that is gone", percent=True)
+    kept = Scale("Share of the base's retain ROUGE-L that is kept", percent=True)
     return Picture(
         "Deployments by backbone",
-        [Panel(Scale(SHARE_GONE, percent=True), Scale(SHARE_KEPT, percent=True), drawn)],
+        [Panel(forgotten, kept, drawn)],
         "large: the deployment; small: the others of its front; held-out",
     )

@@ -18,10 +18,11 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator
@@ -29,6 +30,7 @@ from pydantic import Field, field_validator
 from vgid.config import (
     PSEUDONYM,
     Config,
+    Flag,
     ForgetRatio,
     RequestConfig,
     TrainPairs,
@@ -36,15 +38,23 @@ from vgid.config import (
     derived,
     parse,
 )
+from vgid.data.benchmark import Benchmark
+from vgid.data.synthetic import write_benchmark
+from vgid.deployment.rules import REVERSE_RISE
 from vgid.errors import InputError
 from vgid.evaluation.suppression import verdict
 from vgid.files import recover, write_atomically
+from vgid.models.adapter_files import copy_adapter, read_adapter
+from vgid.models.backbones import locate, revision_of, spec
 from vgid.report.records import FURTHER_METRICS, MAIN_METRICS
+from vgid.report.tables import Grid
 from vgid.results import QuestionPart, Score
+from vgid.study.ledger import now
+
+if TYPE_CHECKING:
+    from vgid.trial import TrialSession
 
 FOLDER = "deployments"
-"""Where deployments are in an output folder."""
-
 DEPLOYMENT, ADAPTER, MERGED = "deployment.yaml", "adapter", "merged"
 """The deployment file, the adapter and what is served in an export's folder."""
 
@@ -80,6 +90,20 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Pseudonym = Annotated[str, Field(pattern=f"^{PSEUDONYM}$")]
 """An id of a subject or a request: never a path, never a name with spaces."""
 
+BackboneOrDeployments = Annotated[
+    str | None,
+    Flag("NAME"),
+    Field(
+        description="base model, a row of vgid/models/backbones.py; without it, the deployment's "
+        "or tiny-llava"
+    ),
+]
+RequestIds = Annotated[
+    tuple[Pseudonym, ...],
+    Flag("ID"),
+    Field(description="id of a forget request that the deployment answers; may be repeated"),
+]
+
 _SEAL = re.compile(rb"sha256: ([0-9a-f]{64})\n\Z")
 
 
@@ -87,7 +111,7 @@ class Base(Config):
     """The frozen base model.
 
     Attributes:
-        hub_id: Hugging Face repository, None for an embedded backbone or a local folder.
+        hub_id: None for an embedded backbone or a local folder.
         model_path: folder or hub id that took the place of the backbone's own, if any.
         revision: hub commit, or SHA-256 over a local folder's files.
         precision: dtype that the scores were measured in.
@@ -105,7 +129,6 @@ class Adapter(Config):
     Attributes:
         path: its folder, relative to the deployment file.
         files: SHA-256 of each of its files.
-        rank: of LoRA.
         scale: lora_alpha over rank.
         targets: regular expression on module paths, or module names.
     """
@@ -138,12 +161,7 @@ class Frame(Config):
 
 
 class Attack(Config):
-    """One attack that was run: scores of the deployed model under it.
-
-    Attributes:
-        name: which.
-        scores: by name, as ``Scores`` has them.
-    """
+    """One attack that was run: scores of the deployed model under it."""
 
     name: str
     scores: dict[str, Score]
@@ -158,8 +176,7 @@ class Scores(Config):
             them, its interval the envelope of their intervals, its n one seed's questions.
         base: the base model's scores by name.
         deployed: the deployed model's.
-        attacks: those that were run.
-        not_run: those that were not, in words.
+        not_run: attacks that were not run, in words.
     """
 
     part: QuestionPart
@@ -171,10 +188,39 @@ class Scores(Config):
 
     def verdict(self, *splits: str) -> str:
         """What may be said of the people of some splits, see ``vgid.evaluation.suppression``."""
-        reverse = {
-            name: s for a in self.attacks if a.name == REVERSED for name, s in a.scores.items()
-        }
+        reverse = next((a.scores for a in self.attacks if a.name == REVERSED), None)
         return verdict(self.base, self.deployed, reverse, splits)
+
+    def grid(self) -> Grid:
+        """What people are shown of them."""
+        return score_grid(self.base, self.deployed, self.attacks)
+
+
+def shown_scores(
+    scores: Mapping[str, Score], names: Iterable[str] = CARD_SCORES
+) -> dict[str, Score]:
+    """Those of ``names`` that there are, each with that of text-only and of raw questions."""
+    asked = (name + form for name in names for form in ("", "_text", "_raw"))
+    return {name: scores[name] for name in asked if name in scores}
+
+
+def score_grid(
+    base: Mapping[str, Score],
+    deployed: Mapping[str, Score],
+    attacks: Iterable[Attack] = (),
+    names: Sequence[str] = CARD_SCORES,
+) -> Grid:
+    """The deployed model's scores, plainly beside the base's and under each attack."""
+    tests: list[tuple[str, Mapping[str, Score], Mapping[str, Score]]] = [
+        ("plain", base, deployed),
+        *((attack.name, {}, attack.scores) for attack in attacks),
+    ]
+    rows = [
+        (test, name, score.n, known[name].value if name in known else None, score)
+        for test, known, found in tests
+        for name, score in shown_scores(found, names).items()
+    ]
+    return Grid(("test", "score", "n", "base", "deployed [95 % interval]"), rows)
 
 
 class Data(Config):
@@ -185,7 +231,6 @@ class Data(Config):
         forget_ratio: per cent of the people.
         retain_people: people scored as retain set.
         train_pairs: whether training saw the held-out questions, as it did before one could choose.
-        skip_defects: whether what was defective in the data was left out.
         split_seed: of the splits of people and questions.
     """
 
@@ -198,15 +243,9 @@ class Data(Config):
 
 
 class Origin(Config):
-    """Where the adapter comes from.
+    """Where the adapter comes from: study and trial, and ``rule``, by which it was picked.
 
-    Attributes:
-        study_id: the study, as MLflow has it.
-        trial_id: its trial.
-        rule: how the trial was picked, with its bounds.
-        git_commit: of the code, None outside a checkout.
-        git_dirty: whether the checkout had changes.
-        versions: of Python and the libraries.
+    Commit and versions are those of the code that trained it; no commit outside a checkout.
     """
 
     study_id: str
@@ -218,12 +257,9 @@ class Origin(Config):
 
 
 class Parent(Config):
-    """The deployment that a sequential request started from.
+    """The deployment that a sequential request started from, by the SHA-256 of its file.
 
-    Attributes:
-        sha256: of the parent's file, its seal included.
-        requests: the parent's and its ancestors' request ids.
-        subjects: the parent's and its ancestors' subjects, who must stay forgotten.
+    Requests and subjects, who must stay forgotten, are its own and its ancestors'.
     """
 
     sha256: Sha256
@@ -235,18 +271,12 @@ class Deployment(Config):
     """The record of a deployment.
 
     Attributes:
-        schema_version: of this layout.
         backbone: name of its row in ``vgid.models.backbones``.
         created: UTC, ISO 8601.
         requests: ids of the forget requests that it answers.
         subjects: pseudonyms of the people that it suppresses.
-        base: the base model.
-        adapter: the adapter.
         frame: the prompt frame that it was trained and measured with.
         hyperparameters: the trial's setting.
-        scores: what was measured.
-        data: on which data.
-        origin: where it comes from.
         parent: the deployment before it, for a sequential request.
         served_as: what an export serves: base and adapter in one. A server that keeps them apart
             answers as the base whenever it is asked by the base's name, or by none.
@@ -269,7 +299,17 @@ class Deployment(Config):
 
     def adapter_folder(self, file: Path) -> Path:
         """The adapter's folder, given where the deployment file is."""
-        return file.parent / self.adapter.path
+        return file.parent / (ADAPTER if file.name == DEPLOYMENT else self.adapter.path)
+
+
+def deployment_file(target: Path) -> Path:
+    """The deployment file of an export's folder; any other target is one itself."""
+    return target / DEPLOYMENT if target.is_dir() else target
+
+
+def benchmark_beside(file: Path) -> Path:
+    """Where a study that wrote its own benchmark has it."""
+    return file.absolute().parent.parent / "data"
 
 
 def write_deployment(path: Path, deployment: Deployment) -> str:
@@ -282,7 +322,8 @@ def write_deployment(path: Path, deployment: Deployment) -> str:
         InputError: it cannot be written.
     """
     plain = deployment.model_dump(mode="json")
-    plain["hyperparameters"] = _plain(deployment.hyperparameters.used)
+    used = deployment.hyperparameters.used
+    plain["hyperparameters"] = deployment.hyperparameters.model_dump(mode="json", include=set(used))
     body = yaml.dump(
         plain, Dumper=_QuotingDumper, sort_keys=False, allow_unicode=True, width=100
     ).encode()
@@ -325,56 +366,166 @@ def read_deployment(path: Path) -> tuple[Deployment, str]:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of an adapter folder, by name.
+    """SHA-256 of each file below a folder by relative path; what is no file has the hash "".
 
     Raises:
         InputError: the folder is not there, or a file cannot be read.
     """
+    found = {}
     try:
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        for path in sorted(folder.rglob("*") if any(folder.iterdir()) else ()):
+            sha256 = ""
+            if path.is_file():
+                with path.open("rb") as file:
+                    sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            elif path.is_dir() and not path.is_symlink() and any(path.iterdir()):
+                continue
+            found[path.relative_to(folder).as_posix()] = sha256
     except OSError as error:
         raise InputError(
-            f"{folder}: the adapter cannot be read ({error.strerror}); restore its folder."
+            f"{folder}: cannot be read ({error.strerror}); restore the folder."
         ) from None
+    return found
 
 
-def read_with_adapter(file: Path) -> tuple[Deployment, str, Path]:
+@dataclass(frozen=True)
+class Shipped:
+    """A deployment whose adapter is as recorded; what a next request starts from.
+
+    That request's frozen base is the adapter merged into the base in memory (``adapters.merge``),
+    so teacher and reference are the model that users have, and a fresh adapter learns to forget the
+    new people. Shipped is one adapter against the original base, the two made one
+    (``adapter_files.concatenate``).
+    """
+
+    deployment: Deployment
+    sha256: str
+    adapter: Path
+
+    @property
+    def as_parent(self) -> Parent:
+        """What the next deployment records of it and of its ancestors."""
+        own, before = self.deployment, self.deployment.parent
+        return Parent(
+            sha256=self.sha256,
+            requests=(*(before.requests if before else ()), *own.requests),
+            subjects=(*(before.subjects if before else ()), *own.subjects),
+        )
+
+    def request_fields(self, backbone: str | None, model_path: str | None) -> dict[str, Any]:
+        """Fields of a ``RequestConfig`` that starts from it, as far as they are not left open.
+
+        Raises:
+            InputError: another backbone, or a base that is not the parent's.
+        """
+        own = self.deployment.backbone
+        if backbone not in (None, own):
+            raise InputError(f"--backbone: the deployment is of {own}, not {backbone}; name {own}.")
+        path = model_path or self.deployment.base.model_path
+        find_base(self.deployment, path)
+        return {
+            "backbone": own,
+            "model_path": path,
+            "earlier_ids": self.as_parent.subjects,
+            "deployed_adapter": self.adapter,
+        }
+
+    def warning(self, deployed: Mapping[str, Score]) -> str | None:
+        """A sentence where earlier people's suppression came back with the next request.
+
+        Told is a rise beyond what a pick allows the reverse prompt. Its own people and those before
+        it count by their questions, as the next deployment scores them together.
+        """
+        before, rises = self.deployment.scores.deployed, []
+        for metric in ("rougeL", "cloze", "memorisation"):
+            names = (f"forget_{metric}", f"earlier_{metric}")
+            scores = [before[name] for name in names if name in before]
+            after = deployed.get(f"earlier_{metric}")
+            if after is not None and scores:
+                value = sum(s.value * s.n for s in scores) / sum(s.n for s in scores)
+                if after.value - value > REVERSE_RISE:
+                    rises.append(f"{metric} {value:.2f} to {after.value:.2f}")
+        told = f"People of earlier requests are answered more than before: {', '.join(rises)}."
+        return told if rises else None
+
+
+def read_shipped(file: Path) -> Shipped:
     """Read a deployment file whose adapter is as recorded.
 
-    Returns:
-        The deployment, the SHA-256 of the whole file, and the adapter's folder.
-
     Raises:
-        InputError: see ``read_deployment`` and ``check_adapter``.
+        InputError: see ``read_deployment``; or the adapter is not there, or another.
     """
     deployment, sha256 = read_deployment(file)
     folder = deployment.adapter_folder(file)
-    check_adapter(deployment, file, folder)
-    return deployment, sha256, folder
-
-
-def check_adapter(deployment: Deployment, file: Path, folder: Path) -> None:
-    """The files of an adapter are the recorded ones.
-
-    Raises:
-        InputError: they are not there, or others.
-    """
     if hash_files(folder) != deployment.adapter.files:
         raise InputError(f"{folder}: is not the adapter of {file}; see `vgid verify {file}`.")
+    return Shipped(deployment, sha256, folder)
+
+
+def refuse_to_replace(parent: Path, target: Path) -> None:
+    """Raise InputError where a deployment would take the place of the one that it follows."""
+    if target == parent:
+        raise InputError(
+            f"--output: {parent} is the deployment to start from and would be replaced; name "
+            "another folder."
+        )
+
+
+def setting_of(session: "TrialSession") -> dict[str, Any]:
+    """What was measured in, as fields of a ``Deployment``: backbone, base, data, people."""
+    request, backbone = session.request, session.backbone
+    base = {
+        "hub_id": backbone.spec.hub_id if request.model_path is None else None,
+        "revision": backbone.revision,
+        "precision": session.precision,
+    }
+    data = {"sha256": session.benchmark.sha256, "split_seed": request.seed}
+    return {
+        "backbone": request.backbone,
+        "base": derived(Base, request, "deployment", **base),
+        "data": derived(Data, request, "deployment", **data),
+        "frame": backbone.spec.frame.recorded,
+        "subjects": sorted(person.id for person in session.people.forget),
+    }
+
+
+def ship(
+    folder: Path, adapter: Path, parent: Shipped | None, **fields: Any
+) -> tuple[Deployment, str]:
+    """Write ``<backbone>.yaml`` and the adapter beside it into a folder.
+
+    Of the record are given the fields of ``setting_of``, and ``scores``, ``hyperparameters``,
+    ``requests`` and ``origin``.
+
+    Returns:
+        The record, and the SHA-256 of its file.
+
+    Raises:
+        ValidationError: a field is not as it must be.
+        InputError: the adapter cannot be shipped, or the folder cannot be written.
+    """
+    base, place = fields["base"], f"{fields['backbone']}/adapter"
+    copy_adapter(adapter, folder / place, base.hub_id, base.revision)
+    weights = read_adapter(folder / place)
+    fields |= {
+        "created": now(),
+        "adapter": {
+            "path": place,
+            "files": hash_files(folder / place),
+            "rank": weights.rank,
+            "scale": weights.scale,
+            "targets": weights.targets,
+        },
+        "parent": None if parent is None else parent.as_parent,
+    }
+    deployment = Deployment.model_validate(fields)
+    return deployment, write_deployment(folder / f"{deployment.backbone}.yaml", deployment)
 
 
 def request_of(
     deployment: Deployment, data: Path, store: Path, model_path: str | None = None
 ) -> RequestConfig:
-    """The forget request that a deployment answers, as its scores were measured.
-
-    Args:
-        deployment: the record.
-        data: benchmark folder.
-        store: folder of the teacher store.
-        model_path: folder or hub id of the base, where it is not what the record says.
-    """
+    """The forget request that a deployment answers, as its scores were measured."""
     return derived(
         RequestConfig,
         deployment.data,
@@ -391,52 +542,33 @@ def request_of(
 
 @contextmanager
 def recorded_benchmark(
-    deployment: Deployment, file: Path, data: Path | None, optional: bool
-) -> Iterator[Path | None]:
+    deployment: Deployment, file: Path, data: Path | None
+) -> Iterator[Benchmark]:
     """The benchmark of a deployment: as named, as the study wrote it, or the embedded one anew.
-
-    Yields:
-        Its folder; None if it is not there and ``optional``.
 
     Raises:
         InputError: it is not there, and nothing says that it was the embedded backbone's own.
     """
-    from vgid.models.backbones import spec
-
-    own = file.absolute().parent.parent / "data"
+    own = benchmark_beside(file)
     if data is not None or own.is_dir():
-        yield data or own
-    elif optional:
-        yield None
-    elif not spec(deployment.backbone).embedded:
+        yield Benchmark.open(data or own)
+        return
+    with tempfile.TemporaryDirectory(prefix="vgid-verify-") as temporary:
+        if spec(deployment.backbone).embedded:
+            write_benchmark(Path(temporary) / "data")
+            made = Benchmark.open(Path(temporary) / "data")
+            if made.sha256 == deployment.data.sha256:
+                yield made
+                return
         raise InputError("--data: name the benchmark folder that the deployment was measured on.")
-    else:
-        from vgid.data.benchmark import Benchmark
-        from vgid.data.synthetic import write_benchmark
-
-        with tempfile.TemporaryDirectory(prefix="vgid-verify-") as temporary:
-            made = Path(temporary) / "data"
-            write_benchmark(made)
-            if Benchmark.open(made).sha256 != deployment.data.sha256:
-                raise InputError(
-                    "--data: the deployment was not measured on the backbone's own benchmark; name "
-                    "the folder of the one that it was measured on."
-                )
-            yield made
 
 
 def find_base(deployment: Deployment, model_path: str | None = None) -> Path:
     """The folder of the very base that a deployment was made from.
 
-    Args:
-        deployment: names the base and its revision.
-        model_path: folder or hub id of it, where it is not what the deployment says.
-
     Raises:
         InputError: it is not there, or is another one.
     """
-    from vgid.models.backbones import locate, revision_of, spec
-
     folder = locate(spec(deployment.backbone), model_path or deployment.base.model_path)
     found, wanted = revision_of(folder), deployment.base.revision
     if found != wanted:
@@ -467,11 +599,6 @@ def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _QuotingDumper.add_representer(str, _quoted)
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists; YAML's safe dialect has no other."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 if __name__ == "__main__":

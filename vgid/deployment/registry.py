@@ -2,15 +2,13 @@
 
 Entry ``vgid-<backbone>``; alias ``champion`` is the version to serve, ``previous`` the champion
 before it. A version's model is the deployment file and its adapter, which
-``mlflow.pyfunc.load_model("models:/vgid-<backbone>@champion")`` loads: no pickle, no code. The
-package has to be installed where the model is loaded, since nothing that the registry keeps is ever
-executed. ::
+``mlflow.pyfunc.load_model("models:/vgid-<backbone>@champion")`` loads for a smoke prediction; an
+exported model (``vgid export``) is what a server serves. ::
 
     model.predict(pandas.DataFrame({"image": [png_bytes], "question": ["Who is this?"]}))
 
-is meant for a smoke prediction; an exported model (``vgid export``) is what a server serves. A
-version's tags lead back: ``vgid.study_id``, ``vgid.trial_id``, ``vgid.deployment_sha256``,
-``vgid.requests``.
+Nothing that the registry keeps is ever executed, neither pickle nor code: the package has to be
+installed where the model is loaded. A version's tags lead back to study, trial and requests.
 
 Aliases are set last, so that whoever loads the champion gets the old version whole or the new one
 whole, and a registration that broke off is made again by the same call.
@@ -24,24 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from vgid.data.benchmark import decode_image
-from vgid.deployment.record import Deployment, read_with_adapter
+from vgid.deployment.record import Deployment, find_base, read_shipped, score_grid
 from vgid.errors import InputError
+from vgid.models.backbones import spec
 from vgid.prompts import generation_text
 from vgid.report.records import run_name
-from vgid.report.tables import Grid
-from vgid.results import Score
 from vgid.study.mlflow_client import Connection, connect, first_line, open_client
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
 _REQUIREMENTS = ("mlflow", "torch", "transformers", "peft")
-_SHOWN = {
-    "forget_rougeL": "forget ROUGE-L",
-    "retain_rougeL": "retain ROUGE-L",
-    "celebrity_rougeL": "celebrity ROUGE-L",
-    "test_rougeL": "test ROUGE-L",
-    "forget_cloze": "forget cloze",
-}
+_SHOWN = ("forget_rougeL", "retain_rougeL", "celebrity_rougeL", "test_rougeL", "forget_cloze")
 
 
 def registered_name(backbone: str) -> str:
@@ -52,12 +43,8 @@ def registered_name(backbone: str) -> str:
 def register(file: Path, tracking_uri: str | None = None) -> int:
     """Make a deployment the champion of its backbone; the champion so far becomes ``previous``.
 
-    A deployment that is registered already gets no second version.
-
-    Args:
-        file: the deployment file, its adapter beside it.
-        tracking_uri: MLflow server or database; None for ``mlflow.db`` in the folder that holds
-            ``deployments``, as a study writes it.
+    A deployment that is registered already gets no second version. Without an address it is written
+    to ``mlflow.db`` in the folder that holds ``deployments``, as a study writes it.
 
     Returns:
         The number of the version.
@@ -65,29 +52,32 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
     Raises:
         InputError: the file or its adapter changed, or MLflow refuses.
     """
-    deployment, sha256, _ = read_with_adapter(file)
+    shipped = read_shipped(file)
+    deployment, sha256 = shipped.deployment, shipped.sha256
     open_store = connect(tracking_uri, file.absolute().parent.parent, deployment.backbone)
-    name = registered_name(deployment.backbone)
+    client, name = open_store.client, registered_name(deployment.backbone)
     with _refusals_in_one_sentence(open_store.uri, "the deployment cannot be registered"):
-        _make_entry(open_store.client, name, deployment.backbone)
-        version = _version_of(open_store.client, name, sha256)
-        if version is None:
-            version = _make_version(open_store, name, file, deployment, sha256)
-        champion = _holder(open_store.client, name, CHAMPION)
+        if not client.search_registered_models(f"name = '{name}'"):
+            about = (
+                f"Adapters on `{deployment.backbone}`, each for requests to suppress people. "
+                f"`@{CHAMPION}` is the one to serve, `@{PREVIOUS}` the one before it (`vgid "
+                "rollback`); `mlflow.pyfunc.load_model` needs the package `vgid`."
+            )
+            client.create_registered_model(name, {"vgid.backbone": deployment.backbone}, about)
+        query = f"name = '{name}' and tags.`vgid.deployment_sha256` = '{sha256}'"
+        found = [int(version.version) for version in client.search_model_versions(query)]
+        version = max(found) if found else _make_version(open_store, name, file, deployment, sha256)
+        champion = _aliases(client, name).get(CHAMPION)
         # Repeated after a break, the version may be champion already: it must not become its own
         # predecessor, or a rollback would go nowhere.
         if champion not in (None, version):
-            open_store.client.set_registered_model_alias(name, PREVIOUS, str(champion))
-        open_store.client.set_registered_model_alias(name, CHAMPION, str(version))
+            client.set_registered_model_alias(name, PREVIOUS, str(champion))
+        client.set_registered_model_alias(name, CHAMPION, str(version))
     return version
 
 
 def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
     """Make the previous champion the champion again, and the present one ``previous``.
-
-    Args:
-        backbone: name of its row in ``vgid.models.backbones``.
-        tracking_uri: MLflow server or database.
 
     Returns:
         The version that is champion now, and the one that was.
@@ -95,13 +85,11 @@ def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
     Raises:
         InputError: there is none to go back to, or MLflow refuses.
     """
-    from vgid.models.backbones import spec
-
     spec(backbone)
     client, shown = open_client(tracking_uri)
     name = registered_name(backbone)
     with _refusals_in_one_sentence(shown, "the champion cannot be changed"):
-        champion, previous = (_holder(client, name, alias) for alias in (CHAMPION, PREVIOUS))
+        champion, previous = (_aliases(client, name).get(alias) for alias in (CHAMPION, PREVIOUS))
         if champion is None or previous is None or champion == previous:
             raise InputError(
                 f"--backbone {backbone}: no previous champion to go back to; its versions are in "
@@ -128,30 +116,10 @@ def _refusals_in_one_sentence(uri: str, what: str) -> Iterator[None]:
         ) from None
 
 
-def _make_entry(client: Any, name: str, backbone: str) -> None:
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import RESOURCE_ALREADY_EXISTS, ErrorCode
-
-    about = (
-        f"Adapters on `{backbone}`, each for requests to suppress people. `@{CHAMPION}` is the one "
-        f"to serve, `@{PREVIOUS}` the one before it (`vgid rollback`). Load it with "
-        "`mlflow.pyfunc.load_model`; the package `vgid` must be installed."
-    )
-    try:
-        client.create_registered_model(name, {"vgid.backbone": backbone}, about)
-    except MlflowException as error:
-        if error.error_code != ErrorCode.Name(RESOURCE_ALREADY_EXISTS):
-            raise
-
-
-def _version_of(client: Any, name: str, sha256: str) -> int | None:
-    """The version that holds a deployment, if one does."""
-    found = [
-        int(version.version)
-        for version in client.search_model_versions(f"name = '{name}'")
-        if version.tags.get("vgid.deployment_sha256") == sha256
-    ]
-    return max(found, default=None)
+def _aliases(client: Any, name: str) -> dict[str, int]:
+    """The version that has each alias; nothing where there is no such entry."""
+    entries = client.search_registered_models(f"name = '{name}'")
+    return {alias: int(number) for entry in entries for alias, number in entry.aliases.items()}
 
 
 def _make_version(
@@ -195,11 +163,8 @@ def _save(folder: Path, file: Path, deployment: Deployment) -> None:
 
     with tempfile.TemporaryDirectory() as parent:
         data = Path(parent) / "deployment"
-        adapter = data / deployment.adapter.path
-        adapter.mkdir(parents=True)
-        shutil.copyfile(file, data / file.name)
-        for name in deployment.adapter.files:
-            shutil.copyfile(deployment.adapter_folder(file) / name, adapter / name)
+        shutil.copytree(deployment.adapter_folder(file), data / deployment.adapter.path)
+        shutil.copyfile(file, data / f"{deployment.backbone}.yaml")
         versions = deployment.origin.versions
         requirements = [f"{name}=={versions[name]}" for name in _REQUIREMENTS if name in versions]
         mlflow.pyfunc.save_model(
@@ -218,74 +183,32 @@ def _save(folder: Path, file: Path, deployment: Deployment) -> None:
 def _run_of(open_store: Connection, deployment: Deployment) -> str:
     """Run id of the deployed trial; a run of its own if the study is recorded elsewhere."""
     client, origin = open_store.client, deployment.origin
-    query = (
-        f"tags.`vgid.study_id` = '{origin.study_id}' and tags.`vgid.trial_id` = '{origin.trial_id}'"
-    )
-    found = client.search_runs([open_store.experiment_id], query, max_results=1)
+    tags = {"vgid.study_id": origin.study_id, "vgid.trial_id": origin.trial_id}
+    found = open_store.search(" and ".join(f"tags.`{k}` = '{v}'" for k, v in tags.items()))
     if found:
         return str(found[0].info.run_id)
-    tags = {
-        "vgid.kind": "deployment",
-        "vgid.study_id": origin.study_id,
-        "vgid.trial_id": origin.trial_id,
-    }
+    tags["vgid.kind"] = "deployment"
     name = run_name(deployment.hyperparameters, origin.trial_id)
     run = client.create_run(open_store.experiment_id, tags=tags, run_name=name)
     client.set_terminated(run.info.run_id)
     return str(run.info.run_id)
 
 
-def _holder(client: Any, name: str, alias: str) -> int | None:
-    """The version that has an alias, None if nobody has it."""
-    from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import (
-        INVALID_PARAMETER_VALUE,
-        RESOURCE_DOES_NOT_EXIST,
-        ErrorCode,
-    )
-
-    absent = {ErrorCode.Name(code) for code in (INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST)}
-    try:
-        return int(client.get_model_version_by_alias(name, alias).version)
-    except MlflowException as error:
-        if error.error_code in absent:
-            return None
-        raise
-
-
 def _description(deployment: Deployment) -> str:
     """The version in a few lines of Markdown."""
-    scores = deployment.scores
-    rows = [
-        (label, *(_with_n(of.get(name)) for of in (scores.base, scores.deployed)))
-        for name, label in _SHOWN.items()
-        if name in scores.deployed
-    ]
+    scores, origin = deployment.scores, deployment.origin
+    grid = score_grid(scores.base, scores.deployed, names=_SHOWN)
     requests = ", ".join(deployment.requests) or "none named"
-    part = scores.part.replace("_", "-")
-    return "\n".join(
-        [
-            f"Trial {deployment.origin.trial_id} of study {deployment.origin.study_id}, chosen by "
-            f"{deployment.origin.rule}. Requests: {requests}. "
-            f"{len(deployment.subjects)} subjects. {scores.verdict('forget', 'test')} Suppressed "
-            "is not erased.",
-            "",
-            Grid((f"{part} questions, 95 % interval", "base", "deployed"), rows).markdown(),
-        ]
+    return (
+        f"Trial {origin.trial_id} of study {origin.study_id}, chosen by {origin.rule}. Requests: "
+        f"{requests}. {len(deployment.subjects)} subjects. {scores.verdict('forget', 'test')} "
+        f"Suppressed is not erased.\n\n{scores.part.replace('_', '-')} questions:\n\n"
+        f"{grid.markdown(gap='&emsp;')}"
     )
-
-
-def _with_n(score: Score | None) -> str | None:
-    # MLflow's tables have no space between their columns.
-    return None if score is None else f"&emsp;{score}, n = {score.n}"
 
 
 class DeployedModel:
-    """The deployed model, loaded.
-
-    Attributes:
-        deployment: the record of what it is.
-    """
+    """The deployed model, loaded, with the record of what it is."""
 
     def __init__(self, deployment: Deployment, backbone: Any, student: Any) -> None:
         self.deployment = deployment
@@ -293,15 +216,10 @@ class DeployedModel:
         self._student = student  # the adapter stays attached as long as this lives
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> list[str]:
-        """Answer questions on images, greedily, as the benchmark asks open questions.
+        """Answer each row's question on its image, greedily, as the benchmark asks open questions.
 
-        Args:
-            model_input: a ``pandas.DataFrame`` with columns ``image`` (bytes of a PNG or JPEG
-                file) and ``question``.
-            params: none are known; MLflow hands them on.
-
-        Returns:
-            One answer a row.
+        ``model_input`` is a ``pandas.DataFrame`` with columns ``image`` (bytes of a PNG or JPEG
+        file) and ``question``; MLflow hands on ``params``, of which none are known.
 
         Raises:
             InputError: a column is missing, or an image cannot be read.
@@ -330,22 +248,16 @@ def load_deployed(
 ) -> DeployedModel:
     """Load base and adapter of a deployment file, and check that they are the ones that it names.
 
-    Args:
-        file: the deployment file, its adapter beside it.
-        model_path: folder or hub id of the base, if not what the file says.
-        device: torch device, by default the first GPU if there is one.
+    Without ``device`` it is the first GPU if there is one.
 
     Raises:
         InputError: a file changed, the adapter is not whole, or the base is another one.
     """
-    from vgid.models import adapters as adapter
-    from vgid.models import backbones
+    from vgid.models import adapters, backbones
 
-    deployment, _, folder = read_with_adapter(file)
-    backbone = backbones.load(deployment.backbone, model_path or deployment.base.model_path, device)
-    if backbone.revision != deployment.base.revision:
-        raise InputError(
-            f"{file}: was made for base revision {deployment.base.revision[:12]}, found "
-            f"{backbone.revision[:12]}; name the right base with model_path."
-        )
-    return DeployedModel(deployment, backbone, adapter.load_saved(backbone, folder))
+    shipped = read_shipped(file)
+    deployment = shipped.deployment
+    path = model_path or deployment.base.model_path
+    find_base(deployment, path)
+    backbone = backbones.load(deployment.backbone, path, device)
+    return DeployedModel(deployment, backbone, adapters.load_saved(backbone, shipped.adapter))

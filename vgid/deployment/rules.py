@@ -12,25 +12,22 @@
 Bounds that are given filter the candidates of every rule. The chord of ``knee`` stays that of all
 candidates, so a bound that the choice keeps never changes the choice.
 
-Whatever the rule, a trial that forgets too little is no candidate: of the base's forget ROUGE-L at
-least a share has to be gone (half, if nothing else is asked for), and that even at the
-unfavourable end of its interval. Else of two trials, one that forgets nearly all at some cost and
-one that does nothing at none, the second would be shipped.
-
-Rules and the other bounds look at means over the seeds. Those bounds at the unfavourable ends of
-the intervals would refuse nearly everything where few people are forgotten (five people give cloze
-0.4 an interval of 0.1 to 0.7), so these ends are told beside every choice. What is chosen as the
-best of several on the very questions that it is scored on looks a little better than it is;
-``vgid.deployment.pick_page`` says so, with the numbers.
+Whatever the rule, a trial that forgets too little is no candidate: else of one that forgets nearly
+all at some cost and one that does nothing at none, the second would be shipped. This floor is for
+the unfavourable end of the interval. The other bounds look at means over the seeds, since at these
+ends they would refuse nearly everything where few people are forgotten (five people give cloze 0.4
+an interval of 0.1 to 0.7); ``vgid.deployment.pick_page`` tells the ends beside every choice.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from vgid.config import Flag
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, share_gone
 from vgid.pareto import front_mask
@@ -40,6 +37,17 @@ Rule = Literal["knee", "max-forget", "constraint"]
 
 RETAIN_DROP, REVERSE_RISE = 0.05, 0.03
 """Bounds of ``constraint`` where none are given."""
+
+ShareForgotten = Annotated[
+    float | None,
+    Flag("S"),
+    Field(
+        ge=0,
+        le=1,
+        description="least share of the base's forget ROUGE-L that is gone, at the unfavourable "
+        "end of its interval; what forgets less is refused",
+    ),
+]
 
 FORGOTTEN = "share forgotten"
 
@@ -59,10 +67,8 @@ class Marks:
     """What the rules know of a candidate, all in ROUGE-L or accuracy on held-out questions.
 
     Attributes:
-        trial_id: which.
         before: the base's forget ROUGE-L.
         reduction: the base's forget ROUGE-L minus the candidate's.
-        retain: retain ROUGE-L.
         retain_drop: the base's retain ROUGE-L minus the candidate's.
         reverse_rise: forget ROUGE-L under the reverse prompt minus that without it.
         cloze: accuracy of the forget people's cloze questions; None where the data has none.
@@ -98,75 +104,76 @@ class Bounds:
     cloze: float | None = None
     forget: float | None = MIN_FORGET
 
+    @property
+    def _given(self) -> dict[str, float]:
+        named = {
+            FORGOTTEN: self.forget,
+            "retain drop": self.retain_drop,
+            "reverse rise": self.reverse_rise,
+            "forget cloze": self.cloze,
+        }
+        return {name: bound for name, bound in named.items() if bound is not None}
+
     def checks(self, marks: Marks) -> list["Check"]:
         """Every bound beside what the candidate has.
 
         Raises:
             InputError: cloze is bounded and the data has no such questions.
         """
-        if self.cloze is not None and marks.cloze is None:
+        found = {
+            FORGOTTEN: marks.gone,
+            "retain drop": marks.retain_drop,
+            "reverse rise": marks.reverse_rise,
+        }
+        if marks.cloze is not None:
+            found["forget cloze"] = marks.cloze
+        elif self.cloze is not None:
             raise InputError(
                 "--max-cloze: the forget people have no cloze questions among the held-out ones; "
                 "leave the option out."
             )
-        rows = (
-            ("retain drop", marks.retain_drop, self.retain_drop),
-            ("reverse rise", marks.reverse_rise, self.reverse_rise),
-            ("forget cloze", marks.cloze, self.cloze),
-        )
-        floor = [] if self.forget is None else [Check(FORGOTTEN, marks.gone, self.forget, True)]
-        return floor + [
-            Check(name, measure, bound)
-            for name, measure, bound in rows
-            if measure is not None and bound is not None
-        ]
+        return [Check(name, found[name], bound) for name, bound in self._given.items()]
 
-    def keeps(self, marks: Marks) -> bool:
-        """Whether a candidate is within every bound."""
-        return all(check.excess <= 0 for check in self.checks(marks))
+    def broken(self, marks: Marks) -> str:
+        """How a candidate breaks the bounds; empty where it keeps them all."""
+        return " and ".join(str(check) for check in self.checks(marks) if check.excess > 0)
 
     def __str__(self) -> str:
-        named = (
-            (f"{FORGOTTEN} ≥", self.forget),
-            ("retain drop ≤", self.retain_drop),
-            ("reverse rise ≤", self.reverse_rise),
-            ("forget cloze ≤", self.cloze),
+        return ", ".join(
+            f"{name} {'≥' if name == FORGOTTEN else '≤'} {bound:g}"
+            for name, bound in self._given.items()
         )
-        return ", ".join(f"{name} {bound:g}" for name, bound in named if bound is not None)
 
 
 @dataclass(frozen=True)
 class Check:
     """One bound and what a candidate has.
 
-    Attributes:
-        name: of what is bounded.
-        measure: what the candidate has.
-        bound: the bound.
-        floor: it is a least value, for the unfavourable end of the interval; otherwise a largest
-            one, for the mean.
+    The share forgotten is bounded below, for the unfavourable end of its interval; all else above,
+    for the mean.
     """
 
     name: str
     measure: Measure
     bound: float
-    floor: bool = False
 
     @property
     def excess(self) -> float:
         """How far what is judged is beyond the bound; 0 or less where it keeps it."""
-        over = self.bound - self.measure.worst if self.floor else self.measure.value - self.bound
+        least = self.name == FORGOTTEN
+        over = self.bound - self.measure.worst if least else self.measure.value - self.bound
         return 0.0 if 0.0 < over <= SLACK else over
 
     @property
     def surely(self) -> bool:
         """Whether the unfavourable end of the interval keeps the bound as well."""
-        return self.excess <= 0 if self.floor else self.measure.worst <= self.bound + SLACK
+        least = self.name == FORGOTTEN
+        return self.excess <= 0 if least else self.measure.worst <= self.bound + SLACK
 
     def __str__(self) -> str:
         """How a candidate breaks the bound."""
         value, worst = (f"{end:.3f}" for end in self.measure)
-        if self.floor:
+        if self.name == FORGOTTEN:
             return (
                 f"{self.name} {value}, by its interval perhaps {worst}, where {self.bound:g} is "
                 f"asked for ({self.excess:.3f} too little)"
@@ -179,9 +186,6 @@ class Choice:
     """What a rule chose, and why not the others.
 
     Attributes:
-        rule: which.
-        bounds: those that were applied.
-        chosen: the choice.
         order: all candidates: the choice, then who keeps the bounds, best first, then the others,
             the nearest first.
         why: one clause for each candidate, by trial id.
@@ -194,20 +198,15 @@ class Choice:
     why: dict[str, str]
 
     def __str__(self) -> str:
-        bounds = str(self.bounds)
-        return self.rule if not bounds else f"{self.rule}, {bounds}"
+        return ", ".join(filter(None, (self.rule, str(self.bounds))))
 
 
 def choose(candidates: Sequence[Marks], rule: Rule, bounds: Bounds) -> Choice:
-    """Choose a candidate; the order in which they come does not matter.
+    """Choose a candidate of a front by a rule and bounds, see the module.
 
-    Equal candidates: the one that forgets more, then the one that retains more, then the lower
-    trial id.
-
-    Args:
-        candidates: the front.
-        rule: see the module.
-        bounds: see the module; ``constraint`` fills in the two that it cannot do without.
+    ``constraint`` fills in the two bounds that it cannot do without. The order of the candidates
+    does not matter; of equal ones it is that which forgets more, then that which retains more, then
+    the lower trial id.
 
     Raises:
         InputError: there are none, or none keeps every bound; says how far the nearest is.
@@ -220,29 +219,37 @@ def choose(candidates: Sequence[Marks], rule: Rule, bounds: Bounds) -> Choice:
             retain_drop=RETAIN_DROP if bounds.retain_drop is None else bounds.retain_drop,
             reverse_rise=REVERSE_RISE if bounds.reverse_rise is None else bounds.reverse_rise,
         )
-    listed = sorted(candidates, key=lambda marks: trial_order(marks.trial_id))
+    heights = dict.fromkeys((marks.trial_id for marks in candidates), 0.0)
     if rule == "knee":
-        heights = dict(zip(listed, chord_heights(listed).round(9).tolist(), strict=True))
-    else:
-        heights = dict.fromkeys(listed, 0.0)
+        # Rounded, for candidates on one line parallel to the chord to be equals.
+        heights = dict(zip(heights, chord_heights(candidates).round(9).tolist(), strict=True))
+    excess = {
+        marks.trial_id: max((check.excess for check in bounds.checks(marks)), default=0.0)
+        for marks in candidates
+    }
 
-    def rank(marks: Marks) -> tuple[float, float, float, tuple[int, str]]:
-        order = trial_order(marks.trial_id)
-        return -heights[marks], -marks.reduction.value, -marks.retain.value, order
+    def rank(marks: Marks) -> tuple[float, float, float, float, tuple[int, str]]:
+        name = marks.trial_id
+        values = (-heights[name], -marks.reduction.value, -marks.retain.value)
+        return max(0.0, excess[name]), *values, trial_order(name)
 
-    within = sorted((m for m in listed if bounds.keeps(m)), key=rank)
-    outside = sorted(
-        (m for m in listed if not bounds.keeps(m)), key=lambda m: (_excess(bounds, m), rank(m))
-    )
-    if not within:
-        raise InputError(_none_keeps(bounds, outside))
-    chosen = within[0]
-    why = {chosen.trial_id: _praise(rule, bounds, heights[chosen])}
-    for marks in within[1:]:
-        why[marks.trial_id] = _second_best(rule, heights, marks, chosen)
-    for marks in outside:
-        why[marks.trial_id] = _broken(bounds, marks)
-    return Choice(rule, bounds, chosen, (chosen, *within[1:], *outside), why)
+    order = tuple(sorted(candidates, key=rank))
+    chosen = order[0]
+    if excess[chosen.trial_id] > 0:
+        raise InputError(
+            f"none of the front's {len(order)} trials keeps every bound ({bounds}); the nearest, "
+            f"trial {chosen.trial_id}, has {bounds.broken(chosen)}, so allow more, choose another "
+            "rule, or search more trials."
+        )
+    why = {chosen.trial_id: _praise(rule, bounds, heights[chosen.trial_id])}
+    for marks in order[1:]:
+        beside = _beside(marks, chosen)
+        if rule == "knee":
+            height = heights[marks.trial_id]
+            side = "above" if height >= 0 else "below"
+            beside = f"{abs(height):.3f} {side} the chord: {beside}"
+        why[marks.trial_id] = bounds.broken(marks) or beside
+    return Choice(rule, bounds, chosen, order, why)
 
 
 def chord_heights(candidates: Sequence[Marks]) -> NDArray[np.float64]:
@@ -266,41 +273,22 @@ def chord_heights(candidates: Sequence[Marks]) -> NDArray[np.float64]:
     return np.asarray((scaled_N2.sum(axis=1) - 1.0) / np.sqrt(2.0), dtype=np.float64)
 
 
-def _excess(bounds: Bounds, marks: Marks) -> float:
-    """How far a candidate is from keeping every bound: its largest excess."""
-    return max((check.excess for check in bounds.checks(marks)), default=0.0)
-
-
-def _none_keeps(bounds: Bounds, outside: Sequence[Marks]) -> str:
-    nearest = outside[0]
+def _praise(rule: Rule, bounds: Bounds, height: float) -> str:
+    where = " within the bounds" if str(bounds) else ""
+    if rule != "knee":
+        return f"chosen: forgets most{where}"
+    if height > 0:
+        return f"chosen: the knee{where}, {height:.3f} above the chord"
     return (
-        f"none of the front's {len(outside)} trials keeps every bound ({bounds}); the nearest, "
-        f"trial {nearest.trial_id}, has {_broken(bounds, nearest)}, so allow more, choose "
-        "another rule, or search more trials."
+        f"chosen: no trial{where} lies above the chord; of the nearest, {abs(height):.3f} below, "
+        "it forgets most"
     )
 
 
-def _broken(bounds: Bounds, marks: Marks) -> str:
-    return " and ".join(str(check) for check in bounds.checks(marks) if check.excess > 0)
-
-
-def _praise(rule: Rule, bounds: Bounds, height: float) -> str:
-    where = " within the bounds" if str(bounds) else ""
-    if rule == "knee":
-        if height < 0:
-            return f"chosen: nearest to the chord{where}, {-height:.3f} below it"
-        if height == 0:
-            return f"chosen: no trial{where} lies above the chord; of those on it, it forgets most"
-        return f"chosen: the knee{where}, {height:.3f} above the chord"
-    return f"chosen: forgets most{where}"
-
-
-def _second_best(rule: Rule, heights: dict[Marks, float], marks: Marks, chosen: Marks) -> str:
+def _beside(marks: Marks, chosen: Marks) -> str:
     less = chosen.reduction.value - marks.reduction.value
     kept = marks.retain.value - chosen.retain.value
-    forgets = f"forgets {abs(less):.3f} {'less' if less >= 0 else 'more'}"
-    keeps = f"keeps {abs(kept):.3f} {'more' if kept >= 0 else 'less'}"
-    if rule == "knee":
-        side = "above" if heights[marks] >= 0 else "below"
-        return f"{abs(heights[marks]):.3f} {side} the chord: {forgets}, {keeps}"
-    return f"{forgets}, {keeps}"
+    return (
+        f"forgets {abs(less):.3f} {'less' if less >= 0 else 'more'}, "
+        f"keeps {abs(kept):.3f} {'more' if kept >= 0 else 'less'}"
+    )

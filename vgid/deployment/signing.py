@@ -16,13 +16,13 @@ Keys are elliptic (P-256, P-384 or P-521), as openssl makes them::
 """
 
 import base64
-import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vgid.deployment.record import hash_files
 from vgid.errors import InputError
 from vgid.files import write_atomically
 
@@ -31,27 +31,18 @@ SIGNATURE, MANIFEST = "model.sig", "SHA256SUMS"
 _LINE = re.compile(r"(?P<sha256>[0-9a-f]{64})  (?P<name>.+)")
 
 
-def signature_of(target: Path) -> Path:
-    """Where the signature of a folder or file lies."""
-    return target / SIGNATURE if target.is_dir() else target.with_name(f"{target.name}.sig")
-
-
 def sign(target: Path, private_key: Path) -> Path:
-    """Sign a folder or a file; an earlier signature is replaced.
-
-    Args:
-        target: an export's folder or a deployment file.
-        private_key: elliptic key in PEM, not encrypted.
+    """Sign an export's folder or a deployment file with a PEM's key that is not encrypted.
 
     Returns:
-        The signature's file.
+        The signature's file, in place of an earlier one.
 
     Raises:
         InputError: no such target, a key that cannot be used, or a link in the folder.
     """
     from model_signing import signing
 
-    signature = _existing(target)
+    signature = _signature_of(target)
     temporary = signature.with_name(f".{signature.name}.tmp")
     try:
         config = signing.Config().use_elliptic_key_signer(private_key=private_key)
@@ -71,14 +62,7 @@ def sign(target: Path, private_key: Path) -> Path:
 
 
 def signature_fault(target: Path, public_key: Path) -> str | None:
-    """What is wrong with a signature.
-
-    Args:
-        target: the folder or file that was signed.
-        public_key: elliptic key in PEM that is trusted.
-
-    Returns:
-        None if the key's owner signed exactly the files that are there now; otherwise what differs.
+    """What is wrong with a signature; None if the key's owner signed exactly what is there now.
 
     Raises:
         InputError: no such target, no signature, or a key that cannot be used.
@@ -86,7 +70,7 @@ def signature_fault(target: Path, public_key: Path) -> str | None:
     from cryptography.exceptions import InvalidSignature
     from model_signing import verifying
 
-    signature = _existing(target)
+    signature = _signature_of(target)
     if not signature.is_file():
         raise InputError(f"{signature}: is missing; sign with `vgid sign {target}`.")
     try:
@@ -98,14 +82,25 @@ def signature_fault(target: Path, public_key: Path) -> str | None:
     except InvalidSignature:
         return "the signature is not this key's, or was changed"
     except Exception as error:  # a damaged bundle fails in JSON, base64, protobuf or in-toto
-        return _difference(error, target, signature)
+        message = str(error)
+        if message.startswith("Key mismatch"):
+            return "the signature is another key's"
+        if not message.startswith("Signature mismatch"):
+            return f"the signature cannot be read ({type(error).__name__})"
+        # The library tells digests byte by byte; the list that was signed is in the bundle.
+        envelope = json.loads(signature.read_text())["dsseEnvelope"]
+        listed = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
+        signed = {item["name"]: item["digest"] for item in listed}
+        manifest = _hashing(signature).hash(target)
+        there = {d.identifier: d.digest.digest_hex for d in manifest.resource_descriptors()}
+        return differences(signed, there)
     return None
 
 
-def _existing(target: Path) -> Path:
+def _signature_of(target: Path) -> Path:
     if not target.exists():
         raise InputError(f"{target}: is not there; name an export's folder or a deployment file.")
-    return signature_of(target)
+    return target / SIGNATURE if target.is_dir() else target.with_name(f"{target.name}.sig")
 
 
 def _hashing(*ignored: Path) -> Any:
@@ -114,8 +109,7 @@ def _hashing(*ignored: Path) -> Any:
 
     names = [path.name for path in ignored]
     config = hashing.Config().use_file_serialization()
-    # The library leaves git's files out by default: whoever adds one to an export would go
-    # unnoticed.
+    # The library leaves git's files out by default: one that is added would go unnoticed.
     return config.set_ignored_paths(paths=names, ignore_git_paths=False)
 
 
@@ -127,25 +121,9 @@ def _bad_key(option: str, key: Path, error: Exception) -> InputError:
     )
 
 
-def _difference(error: Exception, target: Path, signature: Path) -> str:
-    message = str(error)
-    if message.startswith("Key mismatch"):
-        return "the signature is another key's"
-    if not message.startswith("Signature mismatch"):
-        return f"the signature cannot be read ({type(error).__name__})"
-    # The library says that something differs and not what; the list that was signed is in the
-    # bundle.
-    envelope = json.loads(signature.read_text())["dsseEnvelope"]
-    listed = json.loads(base64.b64decode(envelope["payload"]))["predicate"]["resources"]
-    signed = {item["name"]: item["digest"] for item in listed}
-    manifest = _hashing(signature).hash(target)
-    there = {d.identifier: d.digest.digest_hex for d in manifest.resource_descriptors()}
-    return differences(signed, there)
-
-
 def write_manifest(folder: Path) -> None:
     """Write the manifest of all files below a folder into it."""
-    lines = (f"{sha256}  {name}\n" for name, sha256 in _found(folder).items())
+    lines = (f"{sha256}  {name}\n" for name, sha256 in _listed(folder).items())
     (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
 
 
@@ -162,24 +140,16 @@ def manifest_fault(folder: Path) -> str | None:
     recorded = {match["name"]: match["sha256"] for match in matches if match}
     if len(recorded) != len(lines) or not lines:
         return f"{MANIFEST} is damaged; export again"
-    return differences(recorded, _found(folder)) or None
+    return differences(recorded, _listed(folder)) or None
 
 
-def _found(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file but the manifest and the signature by relative path, in their order.
-
-    Anything else but a folder has the hash "".
-    """
-    own = {MANIFEST, SIGNATURE}
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            found[name] = ""
-        elif path.is_file() and name not in own:
-            with path.open("rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+def _listed(folder: Path) -> dict[str, str]:
+    """What a manifest lists: all but itself and the signature, a link as what is no file."""
+    return {
+        name: "" if (folder / name).is_symlink() else sha256
+        for name, sha256 in hash_files(folder).items()
+        if name not in (MANIFEST, SIGNATURE)
+    }
 
 
 def differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> str:

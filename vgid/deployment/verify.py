@@ -3,31 +3,46 @@
 In order: the signature if a key is given, all files of an export, the file's seal, the adapter's
 files, what the record says of the adapter, the base's revision, the data's hash; then base and
 adapter, and an export's merged weights, are loaded and the recorded questions are put to them again
-with the recorded seeds. The teacher store of the study
-plays no part: every score is computed anew. ``vgid verify`` does all this in a process of its own.
+with the recorded seeds. The teacher store of the study plays no part: every score is computed anew.
+
+A server may answer otherwise than the deployment that it was started from: as the base under
+another name, as the base for whoever names no model, with another prompt, or sampled. So
+``verify_served`` puts the open questions of the record to every name that the endpoint lists and,
+without a name, to whatever answers then. Nothing about decoding is sent, since most clients send
+nothing. The test set is left out, for its portraits change with the seed, and so are tasks that the
+benchmark asks behind few-shot turns. No model is loaded for that.
 
 A base from the hub is known by its commit, and its files are not hashed: who trusts the cache's
 folder names less than its own eyes has the re-scored base for it.
 """
 
+import base64
 import gc
-import re
+import json
 import tempfile
-from collections.abc import Callable, Mapping
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from vgid.config import Config
-from vgid.data.benchmark import Benchmark
+from vgid.data.benchmark import Benchmark, Person, Question, decode_image, split_questions
+from vgid.data.splits import choose_people
 from vgid.deployment.record import (
-    ADAPTER,
     CARD_SCORES,
-    DEPLOYMENT,
     MERGED,
     Deployment,
     Frame,
     Scores,
+    benchmark_beside,
+    deployment_file,
     hash_files,
     read_deployment,
     recorded_benchmark,
@@ -36,17 +51,19 @@ from vgid.deployment.record import (
 from vgid.deployment.scores import Scored, attacks_of, score_with_seeds
 from vgid.deployment.signing import differences, manifest_fault, signature_fault
 from vgid.errors import InputError
+from vgid.evaluation.metrics import bootstrap_interval, rouge
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import locate, revision_of, skeleton, spec
+from vgid.prompts import Wording, generation_text
 from vgid.report.tables import Grid
 from vgid.results import Score
+from vgid.study.mlflow_client import first_line
 
 
 class Check(Config):
     """One thing that was looked at.
 
     Attributes:
-        name: what.
         passed: whether it is as recorded; None if it was not looked at.
         detail: what was found, in words.
     """
@@ -61,7 +78,6 @@ class ScoreCheck(Config):
 
     Attributes:
         of: ``base``, ``deployed`` or an attack's name, with ``, merged`` of an export's weights.
-        name: of the score.
         stated: in the record.
         found: now; None if the questions are not there any more.
         merged: whether it is of merged weights. They are rounded, which may change one answer: that
@@ -78,23 +94,21 @@ class ScoreCheck(Config):
     def within(self) -> bool:
         """Whether it is within the stated interval, over as many questions."""
         found, stated = self.found, self.stated
-        return found is not None and found.n == stated.n and self._inside(found.value)
+        if found is None or found.n != stated.n:
+            return False
+        slack = 1 / stated.n if self.merged else 0.0
+        return stated.low - slack <= found.value <= stated.high + slack
 
     @property
     def equal(self) -> bool:
         """Whether value and interval are the same bits."""
         return self.found == self.stated
 
-    def _inside(self, value: float) -> bool:
-        slack = 1 / self.stated.n if self.merged else 0.0
-        return self.stated.low - slack <= value <= self.stated.high + slack
-
 
 class Verification(Config):
     """What a verification found.
 
     Attributes:
-        file: the deployment file.
         checks: hashes and the like.
         scores: what was measured again; empty if a check failed before or only hashes were wanted.
     """
@@ -129,27 +143,24 @@ class Verification(Config):
     def print(self, console: Console) -> None:
         """Show the checks, the scores of the model card, and every other that differs."""
         words = {True: "ok", False: "DIFFERS", None: "not checked"}
-        rows = [(check.name, words[check.passed], check.detail) for check in self.checks]
-        wrong = [n for n, check in enumerate(self.checks) if check.passed is False]
-        console.print(
-            Grid(("check", "", "found"), rows, marks=dict.fromkeys(wrong, "wrong")).rich()
-        )
+        checks = [(check.name, words[check.passed], check.detail) for check in self.checks]
         shown = [s for s in self.scores if s.name in CARD_SCORES or not s.within]
-        if shown:
-            table = [
-                (
-                    score.of,
-                    score.name,
-                    score.stated.n,
-                    score.stated,
-                    "none" if score.found is None else score.found.value,
-                    ("bit-equal" if score.equal else "within") if score.within else words[False],
-                )
-                for score in shown
-            ]
-            wrong = [n for n, score in enumerate(shown) if not score.within]
-            header = ("of", "score", "n", "recorded [95 % interval]", "again", "")
-            console.print(Grid(header, table, marks=dict.fromkeys(wrong, "wrong")).rich())
+        scores = [
+            (
+                score.of,
+                score.name,
+                score.stated.n,
+                score.stated,
+                "none" if score.found is None else score.found.value,
+                ("bit-equal" if score.equal else "within") if score.within else words[False],
+            )
+            for score in shown
+        ]
+        header = ("of", "score", "n", "recorded [95 % interval]", "again", "")
+        for titles, rows in ((("check", "", "found"), checks), (header, scores)):
+            wrong = [number for number, row in enumerate(rows) if words[False] in row]
+            if rows:
+                console.print(Grid(titles, rows, marks=dict.fromkeys(wrong, "wrong")).rich())
         if len(shown) < len(self.scores):
             console.print(f"{len(self.scores) - len(shown)} other scores are within, not shown.")
 
@@ -164,62 +175,62 @@ def verify(
 ) -> Verification:
     """Verify a deployment file, or an export's folder with all its files.
 
-    Args:
-        target: deployment file or export folder.
-        data: benchmark folder; by default the study's own, or the embedded backbone's, made anew.
-        model_path: folder or hub id of the base, where it is not what the file says.
-        public_key: PEM; the signature beside the target must be of this key.
-        hashes_only: leave out what needs the model.
-        tell: shows a line of progress.
+    Without ``data`` the benchmark is the study's own, or the embedded backbone's, made anew.
+    ``model_path`` is where the base is if not where the file says. The signature beside the target
+    must be of the PEM's ``public_key``; ``hashes_only`` leaves out what needs the model.
 
     Raises:
         InputError: something that the verification needs is not there, or the file is not the one
             that was sealed.
     """
     exported = target.is_dir()
-    file = target / DEPLOYMENT if exported else target
-    checks = [signature_check(target, public_key)] if public_key is not None else []
+    file = deployment_file(target)
+    checks = _signed(target, public_key)
     if exported:
         fault = manifest_fault(target)
-        detail = fault or "exactly those that were exported"
-        checks.append(Check(name="exported files", passed=fault is None, detail=detail))
+        checks.append(_judged("exported files", fault, "exactly those that were exported"))
     deployment, sha256 = read_deployment(file)
-    checks.append(Check(name="seal", passed=True, detail=f"sha256 {sha256}"))
-    folder = target / ADAPTER if exported else deployment.adapter_folder(file)
-    checks += [_adapter_files(deployment, folder), _frame(deployment)]
+    folder = deployment.adapter_folder(file)
     base = locate(spec(deployment.backbone), model_path or deployment.base.model_path)
-    if checks[-2].passed:
+    frame = Frame(**spec(deployment.backbone).frame.recorded)
+    another = None if frame == deployment.frame else "this version has another"
+    files = differences(deployment.adapter.files, hash_files(folder))
+    checks += [
+        _judged("seal", None, f"sha256 {sha256}"),
+        _judged("adapter files", files, f"{len(deployment.adapter.files)} files with their sha256"),
+        _judged("prompt frame", another, "as this version has it"),
+    ]
+    if not files:
         checks.append(_adapter_settings(deployment, folder, base))
-    checks.append(same_check("base", deployment.base.revision, revision_of(base), "revision"))
+    checks.append(_same("base", deployment.base.revision, revision_of(base), "revision"))
+    if hashes_only and data is None and not benchmark_beside(file).is_dir():
+        checks.append(Check(name="data", passed=None, detail="name its folder with --data"))
+        return Verification(file=file, checks=tuple(checks))
     scores: tuple[ScoreCheck, ...] = ()
-    with recorded_benchmark(deployment, file, data, optional=hashes_only) as benchmark:
-        if benchmark is None:
-            checks.append(Check(name="data", passed=None, detail="name its folder with --data"))
-        else:
-            found = Benchmark.open(benchmark).sha256
-            checks.append(same_check("data", deployment.data.sha256, found, "sha256"))
+    with recorded_benchmark(deployment, file, data) as benchmark:
+        checks.append(_same("data", deployment.data.sha256, benchmark.sha256, "sha256"))
         # Measuring takes minutes and loads weights: nothing that fails its hash gets that far.
         if not hashes_only and not any(check.passed is False for check in checks):
-            assert benchmark is not None
             merged = target / MERGED if exported else None
-            measured = _measure(deployment, folder, merged, benchmark, model_path, tell)
-            checks.append(measured[0])
-            scores = measured[1]
+            places = (folder, merged, benchmark.root, model_path)
+            precision, scores = _measure(deployment, *places, tell)
+            checks.append(precision)
     return Verification(file=file, checks=tuple(checks), scores=scores)
 
 
-def signature_check(target: Path, public_key: Path) -> Check:
-    """Whether the signature beside the target is of this key."""
-    fault = signature_fault(target, public_key)
-    return Check(name="signature", passed=fault is None, detail=fault or "of the given key")
+def _judged(name: str, fault: str | None, fine: str) -> Check:
+    return Check(name=name, passed=not fault, detail=fault or fine)
 
 
-def _adapter_files(deployment: Deployment, folder: Path) -> Check:
-    recorded, found = deployment.adapter.files, hash_files(folder)
-    below = {path.name: "" for path in folder.iterdir() if not path.is_file()}
-    told = differences(recorded, found | below)
-    detail = told or f"{len(recorded)} files with their sha256"
-    return Check(name="adapter files", passed=not told, detail=detail)
+def _signed(target: Path, public_key: Path | None) -> list[Check]:
+    if public_key is None:
+        return []
+    return [_judged("signature", signature_fault(target, public_key), "of the given key")]
+
+
+def _same(name: str, recorded: str, found: str, kind: str) -> Check:
+    told = f"{kind} {found}"
+    return _judged(name, None if recorded == found else f"{told}, recorded was {recorded}", told)
 
 
 def _adapter_settings(deployment: Deployment, folder: Path, base: Path) -> Check:
@@ -238,22 +249,9 @@ def _adapter_settings(deployment: Deployment, folder: Path, base: Path) -> Check
     )
 
 
-def _frame(deployment: Deployment) -> Check:
-    same = Frame(**spec(deployment.backbone).frame.recorded) == deployment.frame
-    detail = "as this version has it" if same else "this version has another"
-    return Check(name="prompt frame", passed=same, detail=detail)
-
-
-def same_check(name: str, recorded: str, found: str, kind: str) -> Check:
-    """Whether a hash or revision is the recorded one."""
-    if recorded == found:
-        return Check(name=name, passed=True, detail=f"{kind} {found}")
-    return Check(name=name, passed=False, detail=f"{kind} {found}, recorded was {recorded}")
-
-
 def _measure(
     deployment: Deployment,
-    folder: Path,
+    adapter: Path,
     merged: Path | None,
     data: Path,
     model_path: str | None,
@@ -264,51 +262,229 @@ def _measure(
     The dtype is told and never fails.
     """
     from vgid.cluster.resources import worker_threads
-    from vgid.trial import TrialSession
+    from vgid.trial import DIFFERENCES, TrialSession
 
-    recorded = deployment.scores
+    recorded, seeds = deployment.scores, deployment.scores.seeds
+    # Beside merged weights there is no base to take a difference from; both its scores are checked.
+    alone = {name: s for name, s in recorded.deployed.items() if name not in DIFFERENCES}
     with tempfile.TemporaryDirectory(prefix="vgid-verify-") as store, worker_threads():
         tell("Loading the base model")
         session = TrialSession(request_of(deployment, data, Path(store), model_path))
-        dtype = re.sub(r"^torch\.", "", str(session.backbone.model.dtype))
-        tell(f"Scoring the base model, {len(recorded.seeds)} seeds")
-        base = score_with_seeds(session, recorded.seeds, None)
-        tell(f"Scoring the deployed model, {len(recorded.seeds)} seeds")
-        scores = _score_checks(recorded, score_with_seeds(session, recorded.seeds, folder))
+        dtype, stated = session.precision, deployment.base.precision
+        tell(f"Scoring the base model, {len(seeds)} seeds")
+        base = score_with_seeds(session, seeds, None)
+        tell(f"Scoring the deployed model, {len(seeds)} seeds")
+        deployed = score_with_seeds(session, seeds, adapter)
+        checks = _compared("base", recorded.base, base.plain)
+        checks += _compared("deployed", recorded.deployed, deployed.plain)
+        checks += _attacked(recorded, deployed)
         if merged is not None:
             del session  # two models may not fit
             gc.collect()
-            tell(f"Scoring the merged weights, {len(recorded.seeds)} seeds")
+            tell(f"Scoring the merged weights, {len(seeds)} seeds")
             session = TrialSession(request_of(deployment, data, Path(store), str(merged)))
-            served = score_with_seeds(session, recorded.seeds, None)
-            scores += _score_checks(recorded, served, merged=True)
-    same = dtype == deployment.base.precision
-    detail = f"{dtype}, as recorded" if same else f"{dtype}, recorded {deployment.base.precision}"
-    of_base = _compared("base", recorded.base, base.plain)
-    check = Check(name="precision", passed=True if same else None, detail=detail)
-    return check, (*of_base, *scores)
+            served = score_with_seeds(session, seeds, None)
+            checks += _compared("deployed", alone, served.plain, merged=True)
+            checks += _attacked(recorded, served, merged=True)
+    detail = f"{dtype}, as recorded" if dtype == stated else f"{dtype}, recorded {stated}"
+    passed = True if dtype == stated else None
+    return Check(name="precision", passed=passed, detail=detail), tuple(checks)
 
 
-def _score_checks(recorded: Scores, scored: Scored, merged: bool = False) -> tuple[ScoreCheck, ...]:
-    """What was recorded of the deployed model, plainly and under attacks, beside what it has."""
-    from vgid.trial import DIFFERENCES
-
-    # Beside merged weights there is no base to take a difference from; both its scores are checked.
-    beyond = DIFFERENCES if merged else {}
-    deployed = {name: score for name, score in recorded.deployed.items() if name not in beyond}
+def _attacked(recorded: Scores, scored: Scored, merged: bool = False) -> list[ScoreCheck]:
     again = {attack.name: attack.scores for attack in attacks_of(scored)[0]}
-    rows = [("deployed", deployed, scored.plain)]
-    rows += [
-        (attack.name, attack.scores, again.get(attack.name, {})) for attack in recorded.attacks
+    return [
+        check
+        for attack in recorded.attacks
+        for check in _compared(attack.name, attack.scores, again.get(attack.name, {}), merged)
     ]
-    return tuple(check for row in rows for check in _compared(*row, merged=merged))
 
 
 def _compared(
     of: str, stated: Mapping[str, Score], found: Mapping[str, Score], merged: bool = False
-) -> tuple[ScoreCheck, ...]:
+) -> list[ScoreCheck]:
     of = f"{of}, merged" if merged else of
-    return tuple(
+    return [
         ScoreCheck(of=of, name=name, stated=score, found=found.get(name), merged=merged)
         for name, score in stated.items()
-    )
+    ]
+
+
+TIMEOUT_S = 600
+AT_ONCE = 8
+NO_NAME = "no name"
+
+SUPPRESSED = ("forget_rougeL", "earlier_rougeL")
+KINDS = ("", "_text", "_raw")
+"""Of questions, as the ends of score names (``vgid.evaluation.evaluate``)."""
+
+
+class Asked(NamedTuple):
+    """A question as it is sent: the score that its answer counts for, and the message's parts."""
+
+    score: str
+    question: Question
+    content: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible server, by the address of its root or of its ``/v1``."""
+
+    url: str
+
+    def names(self) -> list[str]:
+        """The models that it lists; InputError where it cannot be reached, or lists none."""
+        names: list[str] = self._ask("models", None, lambda found: [m["id"] for m in found["data"]])
+        return names
+
+    def answer(self, name: str | None, content: Sequence[Mapping[str, Any]]) -> str | None:
+        """The answer to one message; None where the server refuses it."""
+        named = {} if name is None else {"model": name}
+        text: str | None = self._ask(
+            "chat/completions",
+            {"messages": [{"role": "user", "content": content}], **named},
+            lambda answer: str(answer["choices"][0]["message"]["content"] or "").strip(),
+        )
+        return text
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None, take: Callable[[Any], Any]) -> Any:
+        root = self.url.rstrip("/").removesuffix("/v1")
+        # Questions are private: they go to this server and through no proxy.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            request = urllib.request.Request(
+                f"{root}/v1/{path}",
+                None if body is None else json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with opener.open(request, timeout=TIMEOUT_S) as response:
+                return take(json.load(response))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            code = error.code if isinstance(error, urllib.error.HTTPError) else None
+            # A question is refused where its name is not served, as it should be; a server's own
+            # fault says nothing of the model.
+            if body is not None and code is not None and code < 500:
+                return None
+            raise InputError(
+                f"--served {self.url}: is no OpenAI-compatible endpoint that answers "
+                f"({f'HTTP {code}' if code else first_line(error)}); name the server's root, as "
+                "http://127.0.0.1:8000."
+            ) from None
+
+
+def verify_served(
+    target: Path,
+    url: str,
+    data: Path | None = None,
+    public_key: Path | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Verification:
+    """Put the recorded questions to an endpoint; other arguments are those of ``verify``.
+
+    Returns:
+        What was found. It is not verified where some name answers as the base, or scores outside
+        the recorded intervals, or where no name answers.
+
+    Raises:
+        InputError: the endpoint does not answer, the file is not the one that was sealed, or the
+            data is not there.
+    """
+    file = deployment_file(target)
+    checks = _signed(target, public_key)
+    deployment, sha256 = read_deployment(file)
+    checks.append(_judged("seal", None, f"sha256 {sha256}"))
+    scores: list[ScoreCheck] = []
+    with recorded_benchmark(deployment, file, data) as benchmark:
+        checks.append(_same("data", deployment.data.sha256, benchmark.sha256, "sha256"))
+        if all(check.passed for check in checks):
+            asked, endpoint = open_questions(deployment, benchmark), Endpoint(url)
+            # A server that is given an adapter commonly lists the base beside it, and takes the
+            # base for a request without a model: the two ways by which what was suppressed is told
+            # all the same.
+            for name in (*endpoint.names(), None):
+                tell(f"Asking {url} under {name or NO_NAME}, {len(asked)} questions")
+                found = _ask_all(endpoint, name, asked, deployment.scores.seeds[0])
+                checks.append(_nearer(name or NO_NAME, deployment.scores, found))
+                scores += [
+                    ScoreCheck(
+                        of=name or NO_NAME, name=s, stated=stated, found=found[s], merged=True
+                    )
+                    for s, stated in deployment.scores.deployed.items()
+                    if s in found
+                ]
+            if not scores:
+                checks.append(_judged("served", "every name refuses", ""))
+    return Verification(file=file, checks=tuple(checks), scores=tuple(scores))
+
+
+def open_questions(deployment: Deployment, benchmark: Benchmark) -> list[Asked]:
+    """The generation questions of a record, worded as in the evaluation and with its images."""
+    with tempfile.TemporaryDirectory(prefix="vgid-served-") as store:
+        request = request_of(deployment, benchmark.root, Path(store))
+    people = choose_people(benchmark, request)
+    splits = {"forget": people.forget, "earlier": people.earlier, "retain": people.retain}
+    asked = []
+    for split, person in ((name, person) for name in splits for person in splits[name]):
+        for question in split_questions(person, deployment.scores.part, request.seed):
+            if question.task != "generation":
+                continue
+            image = question.form == "image"
+            score = f"{split}_rougeL{'' if image else '_text'}"
+            wordings: dict[str, Wording] = {score: "wrapped"}
+            if image and f"{score}_raw" in deployment.scores.deployed:
+                wordings[f"{score}_raw"] = "raw"
+            for name, wording in wordings.items():
+                text = generation_text(question.text, question.form, wording)
+                parts = [_portrait(person)] if image else []
+                asked.append(Asked(name, question, [*parts, {"type": "text", "text": text}]))
+    return asked
+
+
+def _portrait(person: Person) -> dict[str, Any]:
+    png = BytesIO()
+    decode_image(person.images[0], f"image 0 of person {person.id}").save(png, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _ask_all(
+    endpoint: Endpoint, name: str | None, asked: Sequence[Asked], seed: int
+) -> dict[str, Score]:
+    """What the answers score; nothing where all questions are refused."""
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        answers = list(threads.map(lambda one: endpoint.answer(name, one.content), asked))
+    marked: defaultdict[str, list[tuple[float, str]]] = defaultdict(list)
+    for (score, question, _), answer in zip(asked, answers, strict=True):
+        if answer is not None:
+            mark = rouge(question.answer, answer)["rougeL"]
+            marked[score].append((mark, question.person_id))
+    return {
+        score: bootstrap_interval([m for m, _ in marks], [p for _, p in marks], seed=seed)
+        for score, marks in marked.items()
+    }
+
+
+def _nearer(name: str, recorded: Scores, found: Mapping[str, Score]) -> Check:
+    """Whether answers about suppressed people are nearer to the base's than to those recorded.
+
+    Only scores tell that set the two apart: those whose recorded intervals do not meet. A third
+    model is for the intervals to tell.
+    """
+    name = f"served under {name}"
+    if not found:
+        return _judged(name, None, "refuses every question")
+    telling, as_base = [], []
+    for score in (suppressed + kind for suppressed in SUPPRESSED for kind in KINDS):
+        base, deployed = recorded.base.get(score), recorded.deployed.get(score)
+        if score in found and base and deployed and deployed.high < base.low:
+            value = found[score].value
+            told = f"{score} {value:.3f} (recorded {deployed.value:.3f}, base {base.value:.3f})"
+            telling.append(told)
+            if value > (base.value + deployed.value) / 2:
+                as_base.append(told)
+    if not telling:
+        detail = "the record does not set base and deployed model apart"
+        return Check(name=name, passed=None, detail=detail)
+    fault = f"answers as the base: {', '.join(as_base)}" if as_base else None
+    return _judged(name, fault, f"not as the base: {', '.join(telling)}")

@@ -68,7 +68,7 @@ class Plan:
 
 
 class Ancestor(Protocol):
-    """The deployment that a study starts from (``vgid.deployment.shipping``)."""
+    """The deployment that a study starts from (``vgid.deployment.record``)."""
 
     @property
     def sha256(self) -> str:
