@@ -139,8 +139,8 @@ def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
         save_file(tensors, output / shard, metadata)
     if modules:
         raise InputError(
-            f"{base}: {min(modules)} of the adapter is not in the weights; name the base that the "
-            "adapter was trained on with --model-path."
+            f"{base}: {min(modules.values())} of the adapter is not in the weights; name the base "
+            "that the adapter was trained on with --model-path."
         )
     for path in sorted(base.iterdir()):
         if path.suffix in _COPIED and path.name not in _RECORDS:

@@ -184,7 +184,8 @@ def _run_of(open_store: Connection, deployment: Deployment) -> str:
     """Run id of the deployed trial; a run of its own if the study is recorded elsewhere."""
     client, origin = open_store.client, deployment.origin
     tags = {"vgid.study_id": origin.study_id, "vgid.trial_id": origin.trial_id}
-    found = open_store.search(" and ".join(f"tags.`{k}` = '{v}'" for k, v in tags.items()))
+    query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in tags.items())
+    found = client.search_runs([open_store.experiment_id], query, max_results=1)
     if found:
         return str(found[0].info.run_id)
     tags["vgid.kind"] = "deployment"

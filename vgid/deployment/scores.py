@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from vgid.config import Config, Flag, ForgetRatio, ModelPath, RequestConfig, derived, parse
+from vgid.config import Config, Flag, ForgetRatio, ModelPath, RequestConfig, parse
 from vgid.data.synthetic import write_benchmark
 from vgid.deployment.record import (
     NOT_RUN,
@@ -332,10 +332,8 @@ def score_model(
         else:
             runs = [session.scores_under(part, seed, adapter_dir=adapter) for seed in seeds]
             scored, attacks, not_run = Scored(pooled(runs), {}), (), ()
-        return derived(
-            ModelScores,
-            request,
-            "scores",
+        return ModelScores(
+            **{name: getattr(request, name) for name in _REQUEST},
             model="deployment" if deployed else "adapter" if adapter else "base",
             base_revision=backbone.revision,
             adapter_files={} if adapter is None else hash_files(adapter),
@@ -344,7 +342,7 @@ def score_model(
             protocol=config.protocol,
             part=part,
             option_scoring=backbone.spec.option_scoring,
-            scores=scored.plain,
+            scores=dict(scored.plain),
             attacks=attacks,
             not_run=not_run,
         )
