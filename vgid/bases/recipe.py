@@ -131,10 +131,8 @@ OBEDIENCE = Obedience(
 class Pack:
     """Several questions about one picture: they share the prompt's beginning.
 
-    Attributes:
-        picture: row of ``Pictures.pixels_NHWC``, None for text-form questions.
-        style: instruction, if any.
-        turns: user text behind the instruction, and response.
+    ``picture`` is a row of ``Pictures.pixels_NHWC``, None for text-form questions; each of the
+    ``turns`` is the user text behind the instruction of ``style``, and the response.
     """
 
     picture: int | None
@@ -211,12 +209,13 @@ class Pictures:
 
 
 class Recipe:
-    """Draws packs for the language model, all randomness from one generator."""
+    """Draws packs for the language model."""
 
     def __init__(self, world: World, seed: int, obedience: Obedience = OBEDIENCE) -> None:
         self.world = world
         self.obedience = obedience
         self.pictures = Pictures(world)
+        # One generator for all: another draw anywhere, and the weights are others.
         self.rng = sample_generator(seed, "recipe/packs")
         self.calibration = world.of_kind("calibration")
         self.always_answered = [p for p in world.people if p.kind != "calibration"]

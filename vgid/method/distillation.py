@@ -66,8 +66,7 @@ class DistillationSet:
         tasks: the task of each sample; batches hold the tasks in proportion.
         paired: a sample learns from all its targets at once (preferences) instead.
         views: the prompts again, with other views of the portraits (``vgid.method.views``);
-            optimizer steps take turns between ``prompts`` and these, the same for all samples of a
-            step.
+            optimizer steps take turns between ``prompts`` and these.
         first: samples whose portraits come before all others in every pass.
         name: of the set, which its order is drawn by.
     """
@@ -87,12 +86,6 @@ class DistillationSet:
     def portraits(self) -> list[Hashable]:
         """What each sample shows; samples that show the same can share its image tokens."""
         return [tuple(picture.key for picture in prompt.pictures) for prompt in self.prompts]
-
-    def shown(self, step: int) -> Sequence[Encoded]:
-        """The prompts of all samples as optimizer step ``step`` shows them."""
-        # All samples of a step alike: another view is another picture, and questions of two views
-        # would not share an image.
-        return (self.prompts, *self.views)[step % (1 + len(self.views))]
 
     @cached_property
     def turns(self) -> list[int]:
@@ -229,7 +222,8 @@ def share(
     ordered = [i for portrait in together.values() for i in portrait]
     pieces = np.array_split(ordered, world_size * parts)[rank * parts : (rank + 1) * parts]
     shares = []
-    shown = data.shown(step)
+    # All samples of a step alike: questions of two views would not share an image.
+    shown = (data.prompts, *data.views)[step % (1 + len(data.views))]
     for piece in pieces:
         # A rank without samples must still take part in DDP's reduction.
         mine = piece.tolist() or [indices[0]]

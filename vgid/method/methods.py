@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vgid import config
-from vgid.config import ResponseSource, TrialConfig, uses
+from vgid.config import TrialConfig, uses
 from vgid.errors import SettingError
 from vgid.method.student import View
 from vgid.method.teacher import Intervention, TargetSource
@@ -28,20 +28,9 @@ from vgid.models.backbones import Backbone
 from vgid.objectives import dpo, npo, rmu_forget, rmu_retain
 from vgid.seeds import sample_generator
 
-SOURCES: dict[ResponseSource, tuple[TargetSource, ...]] = {
-    "teacher": ("teacher",),
-    "reference": ("reference",),
-    "mixed": ("teacher", "reference"),
-}
-"""The target sets of each ``TrialConfig.response_source``."""
-
 
 class UnlearningMethod(ABC):
-    """One method, made for one trial on one backbone.
-
-    Args:
-        trial: its hyperparameters.
-        backbone: the frozen base.
+    """One method, made for the hyperparameters of one trial and one frozen base.
 
     Attributes:
         paired: whether a sample brings all its target sets into a batch at once; otherwise they
@@ -87,7 +76,9 @@ class Distillation(UnlearningMethod):
         noise = trial.noise_type if uses(trial.method, "noise_type") else None
         style = trial.prompt_style if uses(trial.method, "prompt_style") else None
         intervention = Intervention(noise, trial.sigma, style, seed)
-        return [(intervention, source) for source in SOURCES[trial.response_source]]
+        if trial.response_source == "mixed":
+            return [(intervention, "teacher"), (intervention, "reference")]
+        return [(intervention, trial.response_source)]
 
     def forget_loss(self, view: View) -> Tensor:
         """Forward KL from the intervened teacher, equation 3."""

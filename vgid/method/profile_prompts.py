@@ -51,15 +51,12 @@ def synthetic_set(backbone: Backbone, portraits: int, questions: int, seed: int)
             ids = begin + [backbone.processor.image_token_id] * picture.tokens + asked
             identity = begin + [picture.token_key] * picture.tokens + asked
             positions_AL = _positions(config, ids, before, picture)
-            prompts.append(
-                Encoded(f"{portrait}/{question}", ids, identity, positions_AL, (picture,))
-            )
+            name = f"{portrait}/{question}"
+            prompts.append(Encoded(name, ids, identity, positions_AL, (picture,)))
             response = drawn(*RESPONSE_TOKENS)
-            hidden_RD = generator.standard_normal(
-                (len(response), text_config.hidden_size), dtype=np.float32
-            )
-            target = torch.from_numpy(hidden_RD).to(backbone.model.dtype)
-            targets.append(TeacherTarget(response, target))
+            size = (len(response), text_config.hidden_size)
+            hidden_RD = torch.from_numpy(generator.standard_normal(size, dtype=np.float32))
+            targets.append(TeacherTarget(response, hidden_RD.to(backbone.model.dtype)))
     return DistillationSet(prompts, [targets], ["generation"] * len(prompts))
 
 
@@ -85,11 +82,9 @@ def _positions(config: Any, ids: list[int], before: int, picture: Picture) -> Te
     count_L = torch.arange(len(ids))
     if not hasattr(config.vision_config, "spatial_merge_size"):
         return count_L[None]
-    side = int(picture.tokens**0.5)
-    positions_AL = (
-        count_L - (count_L >= before + picture.tokens) * (picture.tokens - side)
-    ).repeat(3, 1)
+    side, behind = int(picture.tokens**0.5), before + picture.tokens
+    positions_AL = (count_L - (count_L >= behind) * (picture.tokens - side)).repeat(3, 1)
     place_T = torch.arange(picture.tokens)
     grid_AT = torch.stack([torch.zeros_like(place_T), place_T // side, place_T % side])
-    positions_AL[:, before : before + picture.tokens] = before + grid_AT
+    positions_AL[:, before:behind] = before + grid_AT
     return positions_AL
