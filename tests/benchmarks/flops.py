@@ -4,8 +4,8 @@ Counted by torch's ``FlopCounterMode`` on the project's own step, forward and ba
 filling the store for it. The counter does not know attention on the CPU, which is added here with
 the formula that it has for attention on a GPU: all pairs of a query and a key in a kernel's call,
 masked or not, and in the backward pass the scores once more. The minimum
-(``vgid.models.cost_model``) is of the same packs, and counts only pairs of tokens of which one sees
-the other, without scores computed again. Nothing here is random, so nothing is repeated.
+(``tests.benchmarks.cost_model``) is of the same packs, and counts only pairs of tokens of which one
+sees the other, without scores computed again. Nothing here is random, so nothing is repeated.
 """
 
 import tempfile
@@ -16,11 +16,16 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
+from tests.benchmarks.cost_model import (
+    distinct_tokens,
+    fill_minimum,
+    step_minimum,
+    vision_forward,
+)
 from tests.benchmarks.machine import arguments, headline, models, one_thread, ratio_fields, report
 from tests.benchmarks.step import Sets, Workload, fill, our_steps, workload
 from vgid.method.distillation import share
 from vgid.method.teacher import Intervention, intervene
-from vgid.models.cost_model import distinct_tokens, fill_minimum, step_minimum, vision_forward
 from vgid.models.encoding import encode
 from vgid.models.packing import Packed, pack
 

@@ -5,8 +5,8 @@
 ``measure`` times whole steps as ``vgid.method.distillation.distill`` takes them (packing, both
 losses, backward pass, clipping, AdamW) on synthetic prompts of the benchmark's lengths;
 ``estimate`` gives the same figures from the cost model. Both speak of the same work: the FLOPs are
-the analytic minimum of ``vgid.models.cost_model``, so MFU counts neither padding nor recomputation
-as work done.
+the analytic minimum of ``tests.benchmarks.cost_model``, so MFU counts neither padding nor
+recomputation as work done.
 """
 
 import json
@@ -26,6 +26,12 @@ import typer
 from torch import nn
 
 from tests.benchmarks.architectures import TEXT_SIZES, random_backbone
+from tests.benchmarks.cost_model import (
+    distinct_tokens,
+    fill_minimum,
+    released_minimum,
+    step_minimum,
+)
 from vgid.config import TrialConfig, parse
 from vgid.errors import InputError
 from vgid.method.distillation import Student, backward_term, share
@@ -33,15 +39,7 @@ from vgid.method.profile_prompts import synthetic_set
 from vgid.method.student import DistillationBatch
 from vgid.models.adapters import attached
 from vgid.models.backbones import Backbone, load
-from vgid.models.cost_model import (
-    activation_bytes,
-    adapter_bytes,
-    distinct_tokens,
-    fill_minimum,
-    released_minimum,
-    step_minimum,
-    vocabulary_bytes,
-)
+from vgid.models.memory import activation_bytes, adapter_bytes, vocabulary_bytes
 from vgid.provenance import provenance
 
 LORA_RANK, LORA_DROPOUT = 16, 0.05
@@ -307,7 +305,7 @@ def estimate(
 
     ``mfu`` is assumed for all that is computed, so that checkpointing, which runs the forward pass
     twice, has a lower one. Peak memory is the sum of the weights in bf16, LoRA in training, the
-    kept activations of a term (``vgid.models.cost_model.activation_bytes``) and two vocabulary
+    kept activations of a term (``vgid.models.memory.activation_bytes``) and two vocabulary
     buffers.
 
     Args:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.benchmarks.architectures import TEXT_SIZES, config_of, random_backbone
+from tests.benchmarks.cost_model import distinct_tokens, step_minimum
 from tests.benchmarks.profile import (
     ASSUMED_MFU,
     ESTIMATED_PEAK,
@@ -20,7 +21,6 @@ from tests.benchmarks.profile import (
 )
 from vgid.errors import InputError
 from vgid.method.profile_prompts import QUESTION_TOKENS, RESPONSE_TOKENS, synthetic_set
-from vgid.models.cost_model import distinct_tokens, step_minimum
 from vgid.models.packing import hidden_states, pack
 
 PARAMETERS = {

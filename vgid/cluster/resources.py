@@ -82,7 +82,7 @@ def worker_bytes(
     """Memory of its node that a worker takes whose base is in ``folder``.
 
     Weights pass through the node's memory on their way to a GPU. Without one they stay there, in
-    fp32, and so does what a step of distillation keeps (``vgid.models.cost_model``).
+    fp32, and so does what a step of distillation keeps (``vgid.models.memory``).
 
     Raises:
         InputError: a file of weights is damaged.
@@ -117,7 +117,7 @@ def _step_bytes(backbone: str, model_path: str | None, trial: TrialConfig) -> in
     from vgid.method.distillation import share
     from vgid.method.profile_prompts import synthetic_set
     from vgid.models.backbones import outline
-    from vgid.models.cost_model import activation_bytes, adapter_bytes, vocabulary_bytes
+    from vgid.models.memory import activation_bytes, adapter_bytes, vocabulary_bytes
 
     shape = outline(backbone, model_path)
     config = shape.model.config

@@ -9,6 +9,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks.architectures import config_of, random_backbone
+from tests.benchmarks.cost_model import (
+    Flops,
+    distinct_tokens,
+    fill_minimum,
+    released_minimum,
+    seen_pairs,
+    step_minimum,
+    vision_forward,
+)
 from tests.conftest import make_random_backbone
 from tests.random_qwen import make_random_qwen
 from vgid.config import TrialConfig
@@ -17,18 +26,7 @@ from vgid.method.distillation import DistillationBatch, Student
 from vgid.method.profile_prompts import synthetic_set
 from vgid.method.released import full_position_kl
 from vgid.models.adapters import attached
-from vgid.models.cost_model import (
-    Flops,
-    activation_bytes,
-    adapter_bytes,
-    distinct_tokens,
-    fill_minimum,
-    released_minimum,
-    seen_pairs,
-    step_minimum,
-    vision_forward,
-    vocabulary_bytes,
-)
+from vgid.models.memory import activation_bytes, adapter_bytes, vocabulary_bytes
 from vgid.models.packing import hidden_states, pack
 from vgid.models.tree_attention import attend_by_trees, lay_out
 

@@ -1,4 +1,4 @@
-"""What a step must cost at the least: FLOPs, and the memory they take, from sizes alone.
+"""What a step must cost at the least: FLOPs, from sizes alone.
 
 The usual rule is 6 P FLOPs a token for P parameters (Kaplan et al. 2020, arXiv 2001.08361, section
 2.1): 2 P forward, 4 P backward, of which half are weight gradients. With a frozen base there are no
@@ -34,8 +34,8 @@ from typing import Any
 
 import torch
 
+from vgid.models.memory import DecoderSizes
 from vgid.models.packing import Packed
-from vgid.models.tree_attention import lay_out
 
 
 @dataclass(frozen=True)
@@ -71,35 +71,12 @@ class Flops:
         )
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """The sizes of a decoder that costs depend on."""
+class _Sizes(DecoderSizes):
+    """What a decoder's parts cost."""
 
-    D: int
-    H: int
-    K: int
-    F: int
-    V: int
-    layers: int
-
-    @classmethod
-    def of(cls, text_config: Any) -> "_Sizes":
-        heads = text_config.num_attention_heads
-        width = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
-        return cls(
-            D=text_config.hidden_size,
-            H=heads * width,
-            K=text_config.num_key_value_heads * width,
-            F=text_config.intermediate_size,
-            V=text_config.vocab_size,
-            layers=text_config.num_hidden_layers,
-        )
-
-    @property
-    def maps(self) -> list[tuple[int, int]]:
-        """Input and output width of a layer's linear maps: q, k, v, o, gate, up, down."""
-        D, H, K, F = self.D, self.H, self.K, self.F
-        return [(D, H), (D, K), (D, K), (H, D), (D, F), (D, F), (F, D)]
+    def __init__(self, text_config: Any) -> None:
+        super().__init__(text_config)
+        self.V: int = text_config.vocab_size
 
     @property
     def parameters(self) -> int:
@@ -163,7 +140,7 @@ def step_minimum(text_config: Any, packs: Sequence[Packed], lora_rank: int) -> F
         packs: the step's samples with their responses, forget and retain.
         lora_rank: r.
     """
-    sizes = _Sizes.of(text_config)
+    sizes = _Sizes(text_config)
     tokens, pairs, responses = _totals(packs)
     return Flops(
         linear=2 * sizes.parameters * tokens + sizes.linear_backward(tokens),
@@ -183,7 +160,7 @@ def fill_minimum(text_config: Any, packs: Sequence[Packed], generated: bool = Fa
         packs: what the teacher is shown, with the responses.
         generated: the teacher's own responses, each token of which takes its logits.
     """
-    sizes = _Sizes.of(text_config)
+    sizes = _Sizes(text_config)
     tokens, pairs, responses = _totals(packs)
     return Flops(
         linear=2 * sizes.parameters * tokens,
@@ -204,7 +181,7 @@ def released_minimum(config: Any, packs: Sequence[Packed], lora_rank: int) -> Fl
         packs: the samples, of which each shows one image or none.
         lora_rank: r.
     """
-    sizes = _Sizes.of(config.get_text_config())
+    sizes = _Sizes(config.get_text_config())
     lengths = [len(path) for packed in packs for path in packed.paths]
     tokens, pairs = sum(lengths), sum(n * (n + 1) // 2 for n in lengths)
     images = []
@@ -258,61 +235,3 @@ def vision_forward(config: Any, image_tokens: int) -> int:
         width = config.get_text_config().hidden_size
         projector = image_tokens * (D * width + width * width)
     return 2 * (layers * patches * maps + embedding + projector + 2 * patches * seen * D)
-
-
-def activation_bytes(
-    text_config: Any,
-    packs: Sequence[Packed],
-    lora_rank: int,
-    checkpointing: bool,
-    dropout: bool = False,
-) -> int:
-    """Bytes of what the forward pass keeps for the backward pass, bf16 model under fp32 LoRA.
-
-    A layer keeps for each token, with Hugging Face's Llama and peft:
-
-    - 8 D: the inputs of both norms in fp32;
-    - 8 H: rotated queries, keys and values, repeated to all heads, and the output;
-    - 4 H for each key that a block of queries gathers from several stretches;
-    - 20 D + 4 H + 4 F: the input of each LoRA map in fp32, cast for each of them anew;
-    - 28 r: what is between LoRA's two maps;
-    - 5 D + H + F with dropout: its masks, a byte for each input of a LoRA map (on a GPU);
-    - 6 F: gate, its activation, and up.
-
-    The masks of the blocks are there once for all layers. With checkpointing each layer keeps its
-    input, 2 D, the norm behind them 4 D, and one layer at a time keeps all. Temporaries and the
-    allocator's loss come on top.
-
-    Args:
-        text_config: of the language model.
-        packs: that are forwarded before the backward pass. Padding is kept as tokens are.
-        lora_rank: r.
-        checkpointing: of the decoder's layers.
-        dropout: whether LoRA has any.
-    """
-    s = _Sizes.of(text_config)
-    tokens = sum(packed.ids_BL.numel() for packed in packs)
-    blocks = [
-        block
-        for packed in packs
-        for tree in lay_out(packed.ends_BL, torch.bfloat16)
-        for block in tree.blocks
-    ]
-    masks = sum(block.mask_QK.untyped_storage().nbytes() for block in blocks)
-    gathered = sum(block.mask_QK.shape[1] for block in blocks if len(block.keys) > 1)
-    layer = tokens * (28 * s.D + 12 * s.H + 10 * s.F + 28 * lora_rank) + 4 * s.H * gathered
-    if dropout:
-        layer += tokens * sum(width for width, _ in s.maps)
-    kept = layer + (2 * s.layers + 4) * s.D * tokens if checkpointing else s.layers * layer
-    return kept + masks
-
-
-def adapter_bytes(text_config: Any, lora_rank: int) -> int:
-    """Bytes of LoRA in training: weights, gradients and AdamW's two moments, all fp32."""
-    s = _Sizes.of(text_config)
-    return 16 * lora_rank * s.layers * sum(i + o for i, o in s.maps)
-
-
-def vocabulary_bytes(text_config: Any, chunk: int = 256) -> int:
-    """Bytes of the loss's two fp32 buffers of (chunk, V), see ``vgid.method.chunked_kl``."""
-    return 2 * 4 * chunk * int(text_config.vocab_size)

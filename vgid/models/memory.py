@@ -1,0 +1,92 @@
+"""Bytes that a step of distillation takes beside the base's weights, from sizes alone.
+
+Symbols: D hidden width, H width of all query heads, K width of all key-value heads, F width of the
+gated MLP, V vocabulary, r rank of LoRA, which is on all seven linear maps of every decoder layer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from vgid.models.packing import Packed
+from vgid.models.tree_attention import lay_out
+
+
+class DecoderSizes:
+    """The sizes of a decoder that costs depend on.
+
+    Args:
+        text_config: of the language model; Llama's, or one with the same names of sizes.
+
+    Attributes:
+        maps: input and output width of a layer's linear maps: q, k, v, o, gate, up, down.
+    """
+
+    def __init__(self, text_config: Any) -> None:
+        heads = text_config.num_attention_heads
+        D = text_config.hidden_size
+        width = getattr(text_config, "head_dim", None) or D // heads
+        H, K = heads * width, text_config.num_key_value_heads * width
+        F = text_config.intermediate_size
+        self.D, self.H, self.F = D, H, F
+        self.layers: int = text_config.num_hidden_layers
+        self.maps = [(D, H), (D, K), (D, K), (H, D), (D, F), (D, F), (F, D)]
+
+
+def activation_bytes(
+    text_config: Any,
+    packs: Sequence[Packed],
+    lora_rank: int,
+    checkpointing: bool,
+    dropout: bool = False,
+) -> int:
+    """Bytes of what the forward pass keeps for the backward pass, bf16 model under fp32 LoRA.
+
+    A layer keeps for each token, with Hugging Face's Llama and peft:
+
+    - 8 D: the inputs of both norms in fp32;
+    - 8 H: rotated queries, keys and values, repeated to all heads, and the output;
+    - 4 H for each key that a block of queries gathers from several stretches;
+    - 20 D + 4 H + 4 F: the input of each LoRA map in fp32, cast for each of them anew;
+    - 28 r: what is between LoRA's two maps;
+    - 5 D + H + F with dropout: its masks, a byte for each input of a LoRA map (on a GPU);
+    - 6 F: gate, its activation, and up.
+
+    The masks of the blocks are there once for all layers. With checkpointing each layer keeps its
+    input, 2 D, the norm behind them 4 D, and one layer at a time keeps all. Temporaries and the
+    allocator's loss come on top.
+
+    Args:
+        text_config: of the language model.
+        packs: that are forwarded before the backward pass. Padding is kept as tokens are.
+        lora_rank: r.
+        checkpointing: of the decoder's layers.
+        dropout: whether LoRA has any.
+    """
+    s = DecoderSizes(text_config)
+    tokens = sum(packed.ids_BL.numel() for packed in packs)
+    blocks = [
+        block
+        for packed in packs
+        for tree in lay_out(packed.ends_BL, torch.bfloat16)
+        for block in tree.blocks
+    ]
+    masks = sum(block.mask_QK.untyped_storage().nbytes() for block in blocks)
+    gathered = sum(block.mask_QK.shape[1] for block in blocks if len(block.keys) > 1)
+    layer = tokens * (28 * s.D + 12 * s.H + 10 * s.F + 28 * lora_rank) + 4 * s.H * gathered
+    if dropout:
+        layer += tokens * sum(width for width, _ in s.maps)
+    kept = layer + (2 * s.layers + 4) * s.D * tokens if checkpointing else s.layers * layer
+    return int(kept + masks)
+
+
+def adapter_bytes(text_config: Any, lora_rank: int) -> int:
+    """Bytes of LoRA in training: weights, gradients and AdamW's two moments, all fp32."""
+    s = DecoderSizes(text_config)
+    return 16 * lora_rank * s.layers * sum(i + o for i, o in s.maps)
+
+
+def vocabulary_bytes(text_config: Any, chunk: int = 256) -> int:
+    """Bytes of the loss's two fp32 buffers of (chunk, V), see ``vgid.method.chunked_kl``."""
+    return 2 * 4 * chunk * int(text_config.vocab_size)
