@@ -5,8 +5,8 @@ from transformers import DynamicCache
 from tests.random_qwen import make_random_qwen
 from vgid.data.fictitious import make_world, portrait
 from vgid.models.backbones import Backbone
+from vgid.models.decoding import reading_at
 from vgid.models.encoding import Query, encode
-from vgid.models.last_layer import reading_at
 from vgid.models.packing import Packed, hidden_states, pack
 
 

@@ -1,13 +1,12 @@
 """What a backbone answers, and how likely it finds a given answer: both with shared beginnings.
 
 Prompts are run once as trees (``vgid.models.packing``): a portrait's image is encoded once for all
-its questions, and of the last layer only what predicts a token is computed
-(``vgid.models.last_layer``). Then all questions advance together, one token a step, until each has
-ended. Their prompts' keys and values stay shared (``vgid.models.prefix_attention``); a question's
-own are those of its new tokens.
+its questions, and of the last layer only what predicts a token is computed. Then all questions
+advance together, one token a step, until each has ended. Their prompts' keys and values stay shared
+(``vgid.models.prefix_attention``); a question's own are those of its new tokens.
 
 Shape legend: N samples, R response tokens over all samples, D hidden width, V vocabulary, A
-position axes.
+position axes, B rows, L tokens of a row, M places that are read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Encoded, Query, encode
-from vgid.models.last_layer import reading_at
-from vgid.models.packing import Packed, hidden_states, pack, rotary_positions
+from vgid.models.packing import Packed, beginning, hidden_states, pack, rotary_positions
 from vgid.models.prefix_attention import SharedPrompts, attending_to_shared_prompts
 
 MAX_NEW_TOKENS = 50
@@ -57,6 +55,47 @@ class ResponseScore:
     correct_R: Tensor
 
 
+# Of the last layer's states only those that predict a token are ever used. The others matter to no
+# later token, since there is no later layer; only their keys and values do. So attention runs on
+# all tokens, and what is behind it on those that are read: in a model of few layers that saves a
+# tenth of a forward pass or more.
+class _LastLayer(nn.Module):
+    """A pre-norm decoder layer (Llama's, Qwen2's), its feed-forward part at some places only."""
+
+    def __init__(self, layer: Any, rows: Sequence[int], places: Sequence[int]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.rows, self.places = list(rows), list(places)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """From (B, L, D) to (1, M, D); ``kwargs`` are the attention's."""
+        layer = self.layer
+        attended_BLD, _ = layer.self_attn(
+            hidden_states=layer.input_layernorm(hidden_states), **kwargs
+        )
+        read_MD = (hidden_states + attended_BLD)[self.rows, self.places]
+        output_MD: Tensor = read_MD + layer.mlp(layer.post_attention_layernorm(read_MD))
+        return output_MD[None]
+
+
+@contextmanager
+def reading_at(language_model: Any, rows: Sequence[int], places: Sequence[int]) -> Iterator[None]:
+    """Inside, the language model's last hidden states are those of these places: (1, M, D).
+
+    Args:
+        language_model: of Llama's or Qwen2's build.
+        rows: the row of each place.
+        places: the token's number in its row.
+    """
+    layers = language_model.layers
+    whole = layers[-1]
+    layers[-1] = _LastLayer(whole, rows, places)
+    try:
+        yield
+    finally:
+        layers[-1] = whole
+
+
 def greedy_tokens(
     backbone: Backbone,
     encoded: Sequence[Encoded],
@@ -70,13 +109,10 @@ def greedy_tokens(
     by itself.
 
     Args:
-        backbone: model and tokenizer.
+        backbone: the model as it is now, adapters included.
         encoded: the prompts.
         max_new_tokens: tokens after which a response is cut.
         batch_size: prompts decoded together at most; long ones are fewer (``MAX_BATCH_TOKENS``).
-
-    Returns:
-        One list of token ids a prompt, in the order of ``encoded``.
     """
     responses: dict[int, list[int]] = {}
     with _evaluating(backbone.model):
@@ -168,7 +204,7 @@ def score_responses(
     The vocabulary layer runs on the positions that predict a response token and on no other.
 
     Args:
-        backbone: model and tokenizer.
+        backbone: the model as it is now, adapters included.
         encoded: the prompts.
         responses: token ids of one response a prompt, none empty (see ``encoding.response_ids``).
         batch_size: pairs rated together at most; long ones are fewer (``MAX_BATCH_TOKENS``).
@@ -219,7 +255,7 @@ def _passes(prompts: Sequence[Encoded]) -> Iterator[list[int]]:
     # In the order in which packing lays them out, so that neighbours share as much as they can.
     for n in sorted(range(len(prompts)), key=lambda n: prompts[n].identity):
         identity = prompts[n].identity
-        common = _beginning(before, identity)
+        common = beginning(before, identity)
         if part and tokens >= PASS_TOKENS and common <= REPEATED_TOKENS:
             yield part
             part, tokens, common = [], 0, 0
@@ -233,10 +269,7 @@ def _passes(prompts: Sequence[Encoded]) -> Iterator[list[int]]:
 def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator[list[int]]:
     """Indices in batches: questions of a picture together, pictures by the longest prompt.
 
-    Args:
-        encoded: the prompts.
-        more: tokens that come behind each prompt at most.
-        batch_size: prompts of a batch at most.
+    ``more`` tokens come behind each prompt at most.
     """
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, prompt in enumerate(encoded):
@@ -251,8 +284,8 @@ def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator
     # By length, since a batch's remainders are padded to the longest of them.
     for group in sorted(groups.values(), key=lambda group: max(map(length, group))):
         start = min(encoded[index].identity for index in group)
-        common = _beginning(start, max(encoded[index].identity for index in group))
-        shared += common - min(common, _beginning(before, start))
+        common = beginning(start, max(encoded[index].identity for index in group))
+        shared += common - min(common, beginning(before, start))
         before = start
         for index in sorted(group, key=length):
             longest = max(longest, length(index) - common)
@@ -265,20 +298,11 @@ def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator
         yield batch
 
 
-def _beginning(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning of two sequences."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
 def _end_tokens(backbone: Backbone) -> frozenset[int]:
     """Every token that ends a response: the tokenizer's and those of the checkpoint."""
     configured = backbone.model.generation_config.eos_token_id
-    if configured is None:
-        configured = []
-    elif isinstance(configured, int):
-        configured = [configured]
-    return frozenset({backbone.processor.tokenizer.eos_token_id, *configured})
+    several = configured if isinstance(configured, list) else [configured]
+    return frozenset({backbone.processor.tokenizer.eos_token_id, *several})
 
 
 @contextmanager

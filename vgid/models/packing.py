@@ -141,7 +141,7 @@ def pack(
             before: list[int] = []
             for n in trees[t].samples:
                 prompt, answer = prompts[n], answers[n]
-                shared = _common(before, keys[n])
+                shared = beginning(before, keys[n])
                 # Of the sample before, what the new one does not continue ends here; samples are in
                 # lexicographic order, so nothing will continue it later.
                 ends_BL[b, path[shared:]] = used
@@ -214,8 +214,8 @@ def rotary_positions(positions_ABL: Tensor) -> Tensor:
     return positions_ABL[0] if positions_ABL.shape[0] == 1 else positions_ABL
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common beginning."""
+def beginning(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning of two sequences."""
     length = min(len(a), len(b))
     return next((i for i in range(length) if a[i] != b[i]), length)
 
@@ -252,7 +252,7 @@ def _trees(
         tree = _Tree([], 0)
         before: Sequence[int] = []
         for n in sorted(members, key=lambda n: (keys[n], n)):
-            grown = tree.tokens + len(keys[n]) - _common(before, keys[n])
+            grown = tree.tokens + len(keys[n]) - beginning(before, keys[n])
             if tree.samples and grown > max_tokens:
                 trees.append(tree)
                 tree, grown = _Tree([], 0), len(keys[n])

@@ -20,7 +20,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -39,18 +39,14 @@ if TYPE_CHECKING:
 MARKER = "store.json"
 KEY = re.compile(r"[0-9a-f]{64}")
 ENTRY = re.compile(rf"{KEY.pattern}\.safetensors")
-LEFTOVER = re.compile(rf"(?P<key>{KEY.pattern})\.(lock|(?P<pid>\d{{1,9}})\.[0-9a-f]+\.tmp)")
-ABANDONED_S = 3600.0  # age of a temporary file whose process is not on this machine
+LEFTOVER = re.compile(rf"({KEY.pattern})\.(lock|\d+\.[0-9a-f]+\.tmp)")
+ABANDONED_S = 3600.0  # age of a temporary file: another node's lock may not be seen here
 
 
 def key_of(described: Any) -> str:
-    """The key of an entry: SHA-256 of the canonical JSON of all that it depends on.
+    """The key of an entry: SHA-256 of the canonical JSON of all that it depends on, as hex.
 
-    Args:
-        described: plain data. Tuples count as lists, and keys of mappings as text.
-
-    Returns:
-        64 hexadecimal digits.
+    Tuples count as lists, and keys of mappings as text.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -85,7 +81,6 @@ class ContentStore:
         self.folder = root / kind
         self.limit_bytes = limit_bytes
         self.hits = self.misses = self.bytes_written = 0
-        self._swept = False
         refuse_links(root, itself=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +90,7 @@ class ContentStore:
         stated = json.dumps({"limit_bytes": limit_bytes}).encode()
         if not (marker.is_file() and marker.read_bytes() == stated):
             # A store that can only be read serves hits; a miss says what is wrong.
-            with contextlib.suppress(InputError, OSError):
+            with contextlib.suppress(DiskError, OSError):
                 self._evict()  # first: the marker may need the space
                 _replace(marker, stated)
 
@@ -123,43 +118,49 @@ class ContentStore:
         if not KEY.fullmatch(key):
             raise ValueError(f"{key!r} is no key: key_of gives 64 hexadecimal digits")
         path = self.folder / f"{key}.safetensors"
-        tensors = _load(path)
-        if tensors is not None:
-            self.hits += 1
-            return tensors
+        if (found := self._find(path)) is not None:
+            return found
         # Looked for again inside: whoever held the lock may have computed just this. Without the
         # lock ten workers that begin a study would run the same teacher ten times.
         with _alone(path.with_suffix(".lock")):
-            tensors = _load(path)
-            if tensors is not None:
-                self.hits += 1
-                return tensors
+            if (found := self._find(path)) is not None:
+                return found
             tensors = {name: x.detach().cpu().contiguous() for name, x in compute().items()}
             content = save(tensors)
-            try:
-                _replace(path, content)
-            except OSError as error:
-                raise _unwritable(self.folder, error) from None
+            _replace(path, content)
             self.misses += 1
             self.bytes_written += len(content)
         # Outside the entry's lock: who waits for the entry need not wait for the sweep.
         self._evict(keep=path)
         return tensors
 
+    def _find(self, path: Path) -> "dict[str, Tensor] | None":
+        """The tensors of a file, which counts as used now; None if there is no whole file."""
+        from safetensors.torch import load
+
+        try:
+            # Read, not mapped: a mapped file that another node removes from a network disk kills
+            # the reader.
+            tensors = load(path.read_bytes())
+        except (OSError, SafetensorError):
+            return None
+        with contextlib.suppress(OSError):  # evicted meanwhile, or a store that can only be read
+            _use(path)
+        self.hits += 1
+        return tensors
+
     def _evict(self, keep: Path | None = None) -> None:
-        if self._swept and self.limit_bytes is None:
-            return
         with _alone(self.root / "evict.lock"):
-            _sweep(self.root)
-            self._swept = True
+            folders = _kinds(self.root)
+            _clear_leftovers(folders, ABANDONED_S)
             if self.limit_bytes is None:
                 return
-            entries = sorted(_entries(self.root))
+            entries = sorted(_entries(folders))
             total = sum(entry.bytes for entry in entries)
             for entry in entries:
                 if total <= self.limit_bytes:
                     break
-                if entry.path != str(keep):
+                if entry.path != keep:
                     _remove(entry)
                     total -= entry.bytes
 
@@ -219,7 +220,7 @@ def info(root: Path) -> StoreInfo:
         InputError: the folder is no store.
     """
     root = find_root(root)
-    return _sum_up(root, _kinds(root), _entries(root))
+    return _sum_up(root, _kinds(root), list(_entries(_kinds(root))))
 
 
 def clear(root: Path, kind: str | None = None) -> StoreInfo:
@@ -236,45 +237,28 @@ def clear(root: Path, kind: str | None = None) -> StoreInfo:
         InputError: the folder is no store, has no such kind, or cannot be written.
     """
     root = find_root(root)
-    kinds = _kinds(root)
+    folders = _kinds(root)
     if kind is not None:
-        if kind not in kinds:
+        names = [folder.name for folder in folders]
+        if kind not in names:
             raise InputError(
-                f"{root}: the store has no kind {kind}; choose one of {', '.join(kinds) or 'none'}."
+                f"{root}: the store has no kind {kind}; choose one of {', '.join(names) or 'none'}."
             )
-        kinds = [kind]
+        folders = [root / kind]
     with _alone(root / "evict.lock"):
-        removed = [entry for entry in _entries(root) if entry.kind in kinds]
+        removed = list(_entries(folders))
         for entry in removed:
             _remove(entry)
-        for name in kinds:
-            _clear_leftovers(root / name)
-    return _sum_up(root, kinds, removed)
+        _clear_leftovers(folders)
+    return _sum_up(root, folders, removed)
 
 
 class _Entry(NamedTuple):
     """One file of a store; sorts by last use, and by name where that is the same."""
 
     used_ns: int
-    kind: str
-    path: str
+    path: Path
     bytes: int
-
-
-def _load(path: Path) -> "dict[str, Tensor] | None":
-    """The tensors of a file, which counts as used now; None if there is no whole file.
-
-    Read, not mapped: a mapped file that another node removes from a network disk kills the reader.
-    """
-    from safetensors.torch import load
-
-    try:
-        tensors = load(path.read_bytes())
-    except (OSError, SafetensorError):
-        return None
-    with contextlib.suppress(OSError):  # evicted meanwhile, or a store that can only be read
-        _use(path)
-    return tensors
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -284,13 +268,13 @@ def _replace(path: Path, content: bytes) -> None:
     """
     temporary = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
+        temporary.write_bytes(content)
         _use(temporary)
         temporary.replace(path)
-    except BaseException:
+    except OSError as error:
+        raise _unwritable(path.parent, error) from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def _use(path: Path) -> None:
@@ -299,9 +283,9 @@ def _use(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _alone(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold a lock file, and remove it before letting go: filelock's waiters notice and go on."""
-    lock = FileLock(path, poll_interval=0.01)
+    lock = FileLock(path, poll_interval=0.01, blocking=wait)
     try:
         lock.acquire()
     except OSError as error:
@@ -324,82 +308,53 @@ def _unwritable(folder: Path, error: OSError) -> DiskError:
     )
 
 
-def _kinds(root: Path) -> list[str]:
-    with os.scandir(root) as found:
-        return sorted(item.name for item in found if item.is_dir(follow_symlinks=False))
+def _kinds(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
 
 
-def _files(root: Path, kinds: Iterable[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    for kind in kinds:
-        with contextlib.suppress(FileNotFoundError), os.scandir(root / kind) as found:
-            for item in found:
-                yield kind, item
-
-
-def _entries(root: Path) -> Iterator[_Entry]:
-    for kind, item in _files(root, _kinds(root)):
-        if ENTRY.fullmatch(item.name):
-            with contextlib.suppress(FileNotFoundError):
-                state = item.stat()
-                yield _Entry(state.st_mtime_ns, kind, item.path, state.st_size)
+def _entries(folders: Sequence[Path]) -> Iterator[_Entry]:
+    for folder in folders:
+        for path in folder.iterdir():
+            if ENTRY.fullmatch(path.name):
+                with contextlib.suppress(FileNotFoundError):
+                    state = path.stat()
+                    yield _Entry(state.st_mtime_ns, path, state.st_size)
 
 
 def _remove(entry: _Entry) -> None:
     try:
-        Path(entry.path).unlink(missing_ok=True)
+        entry.path.unlink(missing_ok=True)
     except OSError as error:
-        raise _unwritable(Path(entry.path).parent, error) from None
+        raise _unwritable(entry.path.parent, error) from None
 
 
-def _sweep(root: Path) -> None:
-    """Remove the temporary files of processes that died long ago."""
-    for _, item in _files(root, _kinds(root)):
-        match = LEFTOVER.fullmatch(item.name)
-        if match and match["pid"] and not _running(int(match["pid"])):
-            with contextlib.suppress(OSError):
-                if time.time() - item.stat().st_mtime > ABANDONED_S:
-                    Path(item.path).unlink(missing_ok=True)
+def _clear_leftovers(folders: Sequence[Path], age_s: float = 0.0) -> None:
+    """Remove lock and temporary files of that age whose entry nobody is computing."""
+    for path in (path for folder in folders for path in list(folder.iterdir())):
+        match = LEFTOVER.fullmatch(path.name)
+        with contextlib.suppress(OSError, DiskError):
+            if match and time.time() - path.stat().st_mtime >= age_s:
+                # Whoever computes an entry holds its lock, until its file is renamed.
+                with _alone(path.with_name(f"{match[1]}.lock"), wait=False):
+                    path.unlink()
 
 
-def _running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
-
-
-def _clear_leftovers(folder: Path) -> None:
-    """Remove lock and temporary files of keys whose lock nobody holds."""
-    leftovers: dict[str, list[Path]] = {}
-    for _, item in _files(folder.parent, [folder.name]):
-        if match := LEFTOVER.fullmatch(item.name):
-            leftovers.setdefault(match["key"], []).append(Path(item.path))
-    for key, paths in leftovers.items():
-        lock = FileLock(folder / f"{key}.lock")
-        with contextlib.suppress(OSError), lock.acquire(blocking=False):
-            for path in (*paths, folder / f"{key}.lock"):
-                path.unlink(missing_ok=True)
-
-
-def _sum_up(root: Path, kinds: Iterable[str], entries: Iterable[_Entry]) -> StoreInfo:
-    everything = sorted(entries)
+def _sum_up(root: Path, folders: Sequence[Path], entries: list[_Entry]) -> StoreInfo:
     try:
         limit = json.loads((root / MARKER).read_text())["limit_bytes"]
     except (ValueError, KeyError, TypeError):
         limit = None  # a damaged file is written again by the next process that opens the store
+    of_kind = {folder.name: [e for e in entries if e.path.parent == folder] for folder in folders}
     return StoreInfo(
         root=root,
         limit_bytes=limit,
-        by_kind={kind: _usage([e for e in everything if e.kind == kind]) for kind in kinds},
-        **_usage(everything).model_dump(),
+        by_kind={kind: _usage(held) for kind, held in of_kind.items()},
+        **_usage(entries).model_dump(),
     )
 
 
 def _usage(entries: list[_Entry]) -> Usage:
-    times = (datetime.fromtimestamp(entry.used_ns / 1e9, UTC) for entry in entries)
+    times = (datetime.fromtimestamp(entry.used_ns / 1e9, UTC) for entry in sorted(entries))
     uses = [when.isoformat(timespec="milliseconds") for when in times]
     return Usage(
         entries=len(entries),
