@@ -8,9 +8,9 @@ by option likelihood, and generation questions on an image are asked a second ti
 (``raw``), which is how the facts are taught and how users ask.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Literal
 
 from PIL import Image
@@ -19,7 +19,7 @@ from vgid.config import RequestConfig
 from vgid.data.benchmark import Person, Question, decode_image, split_questions
 from vgid.data.splits import People
 from vgid.errors import InputError, SampleError
-from vgid.method.teacher import Intervention, intervene
+from vgid.method.teacher import PLAIN, Intervention, intervene
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import MAX_NEW_TOKENS
 from vgid.models.encoding import Encoded, Query, Shot, encode, response_ids
@@ -96,9 +96,8 @@ def prepare(
     part: QuestionPart,
     seed: int,
     celebrities: Sequence[Person] = (),
-    intervention: Intervention | None = None,
+    intervention: Intervention = PLAIN,
     reverse: bool = False,
-    option_scoring: OptionScoring | None = None,
     refused: list[SampleError] | None = None,
 ) -> Examination:
     """Choose, frame and tokenise the questions of an evaluation.
@@ -111,19 +110,15 @@ def prepare(
         seed: chooses few-shot people, the pose of each test question and bootstrap resamples.
         celebrities: real people, for general utility; asked without few-shot turns, as the
             benchmark does (it looks for theirs among the fictitious people).
-        intervention: perturbation and instruction to ask under, as in-context unlearning does;
-            None asks plainly.
+        intervention: perturbation and instruction to ask under, as in-context unlearning does.
         reverse: append the reverse-engineering prompt (paper Appendix A.3.7).
-        option_scoring: None takes the backbone's own.
         refused: gets the questions that the backbone cannot be asked, which otherwise raise.
 
     Raises:
         InputError: too few people for the few-shot turns, an unreadable image, or a prompt longer
             than the model's context without few-shot turns.
     """
-    scoring = option_scoring or backbone.spec.option_scoring
-    intervention = intervention or Intervention()
-    few_shot, shots = _few_shot(backbone, people, request, seed, scoring)
+    few_shot, shots = _few_shot(backbone, people, request, seed)
     splits = {
         "forget": people.forget,
         "test": people.test,
@@ -136,29 +131,32 @@ def prepare(
     for split, members in splits.items():
         turns = {} if split == "celebrity" else shots
         for person in members:
-            images = _PoseImages(person, seed)
             worded = _worded(person, split, part, request.seed)
-            ranked = [q.task == "classification" and scoring == "likelihood" for q, _ in worded]
-            queries = [
-                _query(question, wording, likelihood, reverse, images, turns)
-                for (question, wording), likelihood in zip(worded, ranked, strict=True)
-            ]
+            queries = _queries(backbone, person, worded, turns, seed, reverse)
             seen = intervene(backbone, queries, intervention)
-            for (question, wording), query, likelihood in zip(worded, seen, ranked, strict=True):
-                with _noted(refused):
-                    items.append(_item(backbone, split, question, wording, query, likelihood))
-    return Examination(tuple(items), scoring, few_shot, seed)
+            for (question, wording), query in zip(worded, seen, strict=True):
+                try:
+                    items.append(_item(backbone, split, question, wording, query))
+                except SampleError as error:
+                    if refused is None:
+                        raise
+                    refused.append(error)
+    return Examination(tuple(items), backbone.spec.option_scoring, few_shot, seed)
+
+
+def _ranked(backbone: Backbone, task: Task) -> bool:
+    """Whether options are ranked by likelihood, and no letter is asked for."""
+    return task == "classification" and backbone.spec.option_scoring == "likelihood"
 
 
 def _few_shot(
-    backbone: Backbone, people: People, request: RequestConfig, seed: int, scoring: OptionScoring
+    backbone: Backbone, people: People, request: RequestConfig, seed: int
 ) -> tuple[dict[Task, tuple[str, ...]], Turns]:
     """The few-shot people's IDs by task, and their turns in front of each kind of question."""
     few_shot: dict[Task, tuple[str, ...]] = {}
     turns: Turns = {}
     for task, count in backbone.spec.few_shot.items():
-        # Few-shot turns show how to answer by a letter, which likelihood does not ask for.
-        if count == 0 or (task == "classification" and scoring == "likelihood"):
+        if count == 0 or _ranked(backbone, task):  # turns would show how to answer by a letter
             continue
         chosen = choose_few_shot(people.few_shot, task, count, seed, str(request.data))
         few_shot[task] = tuple(person.id for person in chosen)
@@ -167,32 +165,42 @@ def _few_shot(
     return few_shot, turns
 
 
-def _query(
-    question: Question,
-    wording: Wording,
-    likelihood: bool,
-    reverse: bool,
-    images: "_PoseImages",
+def _queries(
+    backbone: Backbone,
+    person: Person,
+    worded: Sequence[tuple[Question, Wording]],
     turns: Turns,
-) -> Query:
-    text = _user_text(question, wording, likelihood)
-    return Query(
-        id=question.id,
-        text=with_reverse_prompt(text) if reverse else text,
-        image=images.of(question),
-        shots=turns.get((question.task, question.form), ()),
-        task=question.task if wording == "wrapped" else None,
-    )
+    seed: int,
+    reverse: bool,
+) -> list[Query]:
+    @cache
+    def decoded(pose: int) -> Image.Image:
+        return decode_image(person.images[pose], f"image {pose} of person {person.id}")
 
-
-@contextmanager
-def _noted(refused: list[SampleError] | None) -> Iterator[None]:
-    try:
-        yield
-    except SampleError as error:
-        if refused is None:
-            raise
-        refused.append(error)
+    queries = []
+    for question, wording in worded:
+        image = None
+        if question.form == "image":
+            # By question, so that the pose of one does not depend on which others are asked; the
+            # benchmark takes any one.
+            draw = sample_generator(seed, f"pose/{question.id}")
+            image = decoded(int(draw.integers(len(person.images))))
+        if _ranked(backbone, question.task):
+            text = option_likelihood_text(question.text)
+        else:
+            text = question_text(
+                question.task, question.form, question.text, question.options, wording
+            )
+        queries.append(
+            Query(
+                id=question.id,
+                text=with_reverse_prompt(text) if reverse else text,
+                image=image,
+                shots=turns.get((question.task, question.form), ()),
+                task=question.task if wording == "wrapped" else None,
+            )
+        )
+    return queries
 
 
 def _worded(
@@ -209,43 +217,15 @@ def _worded(
     return [(q, "wrapped") for q in asked] + [(q, "raw") for q in raw]
 
 
-def _user_text(question: Question, wording: Wording, likelihood: bool) -> str:
-    if likelihood:
-        return option_likelihood_text(question.text)
-    return question_text(question.task, question.form, question.text, question.options, wording)
-
-
-class _PoseImages:
-    """A person's images, decoded when a question first needs them."""
-
-    def __init__(self, person: Person, seed: int) -> None:
-        self.person = person
-        self.seed = seed
-        self.decoded: dict[int, Image.Image] = {}
-
-    def of(self, question: Question) -> Image.Image | None:
-        """The image of ``question``; of several poses a seeded one (the benchmark: any one)."""
-        if question.form == "text":
-            return None
-        poses = len(self.person.images)
-        # By question, so that the pose of one does not depend on which others are asked.
-        pose = int(sample_generator(self.seed, f"pose/{question.id}").integers(poses))
-        if pose not in self.decoded:
-            source = f"image {pose} of person {self.person.id}"
-            self.decoded[pose] = decode_image(self.person.images[pose], source)
-        return self.decoded[pose]
-
-
 def _item(
     backbone: Backbone,
     split: str,
     question: Question,
     wording: Wording,
     query: Query,
-    likelihood: bool,
 ) -> ExamItem:
     options, room = None, MAX_NEW_TOKENS
-    if likelihood:
+    if _ranked(backbone, question.task):
         assert question.options is not None
         options = {
             letter: response_ids(backbone, option, question.id)
@@ -274,24 +254,17 @@ def choose_few_shot(
     the score; here they come from people who are neither scored nor forgotten. They stand in the
     order of their IDs, as the benchmark's file has them.
 
-    Args:
-        candidates: who may be drawn; those without an image question of the task are not.
-        task: of the questions.
-        count: people to draw.
-        seed: of the draw.
-        source: where the candidates come from, for the error message.
+    Those without an image question of the task are not drawn. ``source`` is where the candidates
+    come from, for the error message.
 
     Raises:
         InputError: too few candidates.
     """
-    able = sorted(
-        (
-            person
-            for person in candidates
-            if any(q.task == task and q.form == "image" for q in person.questions)
-        ),
-        key=lambda person: person.id,
-    )
+    able = [
+        person
+        for person in sorted(candidates, key=lambda person: person.id)
+        if any(q.task == task and q.form == "image" for q in person.questions)
+    ]
     if len(able) < count:
         raise InputError(
             f"{source}: {len(able)} of the {count} few-shot people needed outside the forget and "
@@ -315,22 +288,18 @@ def few_shot_turns(
         for question in person.questions:
             if question.task != task or question.form != form:
                 continue
-            if f"{task}/{form}" in frame.shots:
-                text = frame.shots[f"{task}/{form}"].format(
-                    question=_shown(question), answer=question.answer
-                )
-            else:
+            own = frame.shots.get(f"{task}/{form}")
+            if own is None:
                 asked = question_text(task, form, question.text, question.options)
                 turn = frame.turn(form, task).removeprefix(frame.opening).format(text=asked)
                 end = backbone.processor.tokenizer.eos_token
                 text = f"{turn}{frame.separator}{question.answer}{end}\n"
+            else:
+                # As the benchmark shows it: options, but no letter is asked for.
+                if question.options is None:
+                    shown = question_text(task, form, question.text)
+                else:
+                    shown = options_text(question.text, question.options)
+                text = own.format(question=shown, answer=question.answer)
             shots.append(Shot(text, image if form == "image" else None))
     return tuple(shots)
-
-
-def _shown(question: Question) -> str:
-    """A question as the benchmark's few-shot turns show it: without asking for a letter."""
-    if question.task == "classification":
-        assert question.options is not None
-        return options_text(question.text, question.options)
-    return question_text(question.task, question.form, question.text)

@@ -77,18 +77,18 @@ class LoraWeights:
         for name, tensor in self.tensors.items():
             match = _NAME.fullmatch(name)
             if match is None:
-                raise InputError(
-                    f"{self.folder / WEIGHTS}: {name} is no LoRA weight; name another adapter."
-                )
+                raise self._refused(f"{name} is no LoRA weight; name another adapter")
             sides.setdefault(match["module"], {})[match["side"]] = tensor
         for module, pair in sides.items():
             shapes = [tuple(pair[side].shape) if side in pair else () for side in "AB"]
             if [len(s) for s in shapes] != [2, 2] or not shapes[0][0] == shapes[1][1] == self.rank:
-                raise InputError(
-                    f"{self.folder / WEIGHTS}: {module} has no A and B of rank {self.rank}; name "
-                    "another adapter."
+                raise self._refused(
+                    f"{module} has no A and B of rank {self.rank}; name another adapter"
                 )
         return {module: (sides[module]["A"], sides[module]["B"]) for module in sorted(sides)}
+
+    def _refused(self, problem: str) -> InputError:
+        return InputError(f"{self.folder / WEIGHTS}: {problem}.")
 
     def check(self, base: "nn.Module", targets: str) -> None:
         """Every module of the base that the adapter's own pattern names has its weights.
@@ -130,10 +130,9 @@ class LoraWeights:
         }
         for fault, modules in faults.items():
             if modules:
-                raise InputError(
-                    f"{self.folder / WEIGHTS}: {min(modules)} {fault} (so {len(modules)} of "
-                    f"{len(named)}); restore the adapter's files, or name the base that it was "
-                    "trained on."
+                raise self._refused(
+                    f"{min(modules)} {fault} (so {len(modules)} of {len(named)}); restore the "
+                    "adapter's files, or name the base that it was trained on"
                 )
 
     def check_targets(self, targets: str) -> None:
@@ -146,9 +145,9 @@ class LoraWeights:
         """
         for module in self.modules:
             if not re.fullmatch(targets, module):
-                raise InputError(
-                    f"{self.folder / WEIGHTS}: {module} is outside the language model; only an "
-                    f"adapter of modules that match {targets} can be shipped."
+                raise self._refused(
+                    f"{module} is outside the language model; only an adapter of modules that "
+                    f"match {targets} can be shipped"
                 )
 
 

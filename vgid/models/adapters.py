@@ -82,10 +82,9 @@ def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
 
 
 def load_saved(backbone: Backbone, adapter: Path) -> Any:
-    """Attach a saved adapter; every path that loads one comes through here.
+    """Attach a saved adapter; gives the ``PeftModel``, in evaluation mode.
 
-    Returns:
-        The ``PeftModel``, in evaluation mode.
+    Every path that loads one comes through here.
 
     Raises:
         InputError: no plain LoRA adapter of the language model, or not all of one
@@ -112,10 +111,7 @@ def merge(backbone: Backbone, adapter: Path) -> None:
     _freeze(merged)
     # The merged base is another base: under its old name, the store would give out its teacher's
     # states.
-    digest = hashlib.sha256(backbone.revision.encode())
-    for name in FILES:
-        digest.update((adapter / name).read_bytes())
-    backbone.revision = digest.hexdigest()
+    backbone.revision = sha256(adapter, backbone.revision)
 
 
 def save(student: Any, folder: Path) -> None:
@@ -125,13 +121,13 @@ def save(student: Any, folder: Path) -> None:
         (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
-def sha256(folder: Path) -> str:
-    """SHA-256 over the files that a saved adapter consists of.
+def sha256(folder: Path, base: str = "") -> str:
+    """SHA-256 over what a saved adapter is put on, if anything, and the files that it consists of.
 
     Raises:
-        InputError: one of them is missing.
+        InputError: a file is missing.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(base.encode())
     for name in FILES:
         path = folder / name
         if not path.is_file():

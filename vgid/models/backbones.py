@@ -22,6 +22,8 @@ LANGUAGE_MODEL_LINEARS = (
     r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 )
 
+_LOCAL = {"trust_remote_code": False, "local_files_only": True}
+
 
 @dataclass(frozen=True)
 class PromptFrame:
@@ -216,15 +218,11 @@ def locate(row: BackboneSpec, model_path: str | None, weights: bool = True) -> P
     else:
         revision = None if model_path else row.revision
         folder = _from_hub(model_path or str(row.hub_id), revision, weights)
-    processor_files = ("processor_config.json", "preprocessor_config.json")
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    missing += (
-        [] if any((folder / name).is_file() for name in processor_files) else processor_files[:1]
-    )
-    if missing:
-        raise InputError(
-            f"{folder}: {missing[0]} is missing; --model-path must name a Hugging Face folder."
-        )
+    for names in (("config.json",), ("processor_config.json", "preprocessor_config.json")):
+        if not any((folder / name).is_file() for name in names):
+            raise InputError(
+                f"{folder}: {names[0]} is missing; --model-path must name a Hugging Face folder."
+            )
     if weights and not any(folder.glob("*.safetensors")):
         raise InputError(
             f"{folder}: no *.safetensors file; convert the weights to safetensors, other formats "
@@ -238,19 +236,15 @@ def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # one sentence in the end, not a line for each retry
+    files = ["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
-        path = snapshot_download(
-            hub_id,
-            revision=revision,
-            allow_patterns=["*.json", "*.model", "*.txt", *(["*.safetensors"] if weights else [])],
-        )
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
     except Exception as error:
         raise InputError(
             f"backbone weights: {hub_id} at revision {revision or 'main'} is neither in the "
             f"Hugging Face cache nor reachable ({type(error).__name__}); download it elsewhere "
             "and name its folder with --model-path."
         ) from None
-    return Path(path)
 
 
 def load(name: str, model_path: str | None = None, device: str | None = None) -> Backbone:
@@ -269,10 +263,9 @@ def load(name: str, model_path: str | None = None, device: str | None = None) ->
     logging.disable_progress_bar()
     row = spec(name)
     folder = locate(row, model_path)
-    device = device or _default_device()
-    model = _whole_model(folder, _dtype(device))
-    model.requires_grad_(False)
-    return Backbone(row, model.eval().to(device), _processor(folder), revision_of(folder))
+    device, dtype = _device_and_dtype(device)
+    model = _whole_model(folder, dtype).requires_grad_(False).eval().to(device)
+    return Backbone(row, model, _processor(folder), revision_of(folder))
 
 
 def identity(name: str, model_path: str | None = None) -> list[Any]:
@@ -283,7 +276,7 @@ def identity(name: str, model_path: str | None = None) -> list[Any]:
     """
     row = spec(name)
     folder = locate(row, model_path)
-    return _identity(row, revision_of(folder), _dtype(_default_device()), _processor(folder))
+    return _identity(row, revision_of(folder), _device_and_dtype()[1], _processor(folder))
 
 
 def _identity(row: BackboneSpec, revision: str, dtype: Any, processor: Any) -> list[Any]:
@@ -293,26 +286,23 @@ def _identity(row: BackboneSpec, revision: str, dtype: Any, processor: Any) -> l
     return [revision, str(dtype), image_processing(processor), asked]
 
 
-def _default_device() -> str:
+def _device_and_dtype(device: str | None = None) -> tuple[str, Any]:
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def _dtype(device: str) -> Any:
-    import torch
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
 
-    return torch.float32 if device == "cpu" else torch.bfloat16
+    return AutoConfig.from_pretrained(folder, **_LOCAL)
 
 
 def _processor(folder: Path) -> Any:
-    from transformers import AutoConfig
-
     from vgid.models.qwen_processor import processor_class
 
-    places = {"trust_remote_code": False, "local_files_only": True}
-    model_type = AutoConfig.from_pretrained(folder, **places).model_type
-    return processor_class(model_type).from_pretrained(folder, **places)
+    return processor_class(_config(folder).model_type).from_pretrained(folder, **_LOCAL)
 
 
 def _whole_model(folder: Path, dtype: Any) -> Any:
@@ -329,10 +319,9 @@ def _whole_model(folder: Path, dtype: Any) -> Any:
             dtype=dtype,
             attn_implementation="sdpa",
             use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told here as well
+            **_LOCAL,
         )
     except SafetensorError:
         raise InputError(
@@ -353,37 +342,21 @@ def _whole_model(folder: Path, dtype: Any) -> Any:
 def skeleton(folder: Path) -> Any:
     """The model of a base's folder without its weights, on torch's meta device."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        return AutoModelForImageTextToText.from_config(_config(folder), trust_remote_code=False)
 
 
 def outline(name: str, model_path: str | None = None) -> Backbone:
     """A backbone without weights: what frames, tokenises and measures prompts, and computes none.
 
-    Args:
-        name: a row's name.
-        model_path: as for ``load``.
-
     Raises:
         InputError: unknown name, or a configuration that cannot be found.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from vgid.models.qwen_processor import processor_class
-
     row = spec(name)
     folder = locate(row, model_path, weights=False)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
-    processor = processor_class(config.model_type).from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
-    return Backbone(row, model, processor, "no weights")
+    return Backbone(row, skeleton(folder), _processor(folder), "no weights")
 
 
 def revision_of(folder: Path) -> str:
