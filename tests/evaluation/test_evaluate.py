@@ -163,8 +163,10 @@ def test_memorisation_is_the_share_of_answer_tokens_that_full_logits_put_first(
 
 def test_letter_scoring_takes_the_first_character(random_backbone, people):
     few = replace(people, test=(), retain_seen=(), retain_unseen=())
-    examination = prepare(random_backbone, few, REQUEST, "search", seed=0, option_scoring="letter")
-    result = evaluate(random_backbone, examination, REQUEST)
+    spec = replace(random_backbone.spec, option_scoring="letter")
+    backbone = replace(random_backbone, spec=spec)
+    examination = prepare(backbone, few, REQUEST, "search", seed=0)
+    result = evaluate(backbone, examination, REQUEST)
     assert result.option_scoring == "letter"
     rows = [r for r in result.responses if "/classification/image/" in r.question_id]
     right = [r.response.strip()[:1].upper() == r.answer for r in rows]

@@ -277,7 +277,8 @@ def test_too_few_few_shot_people_is_an_input_error(random_backbone, people):
 
 def test_option_likelihood_needs_no_few_shot_people(random_backbone, people):
     backbone = benchmark_backbone(random_backbone)
-    examination = prepare(backbone, people, REQUEST, "search", seed=0, option_scoring="likelihood")
+    backbone.spec = replace(backbone.spec, option_scoring="likelihood")
+    examination = prepare(backbone, people, REQUEST, "search", seed=0)
     assert set(examination.few_shot) == {"cloze"}
 
 
