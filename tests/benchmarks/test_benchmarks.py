@@ -174,7 +174,7 @@ def test_the_gap_of_two_answers_is_that_of_the_first_token_that_differs(asked):
     (prompt,) = encode(backbone, [query])
     packed = pack(backbone, [prompt], [answer[:3]])
     with torch.no_grad():
-        logits = backbone.model.lm_head(packed.last(hidden_states(backbone, packed)))[0]
+        logits = backbone.model.lm_head(hidden_states(backbone, packed)[packed.last_places])[0]
     other = [*answer[:3], 17, *answer[4:]]
     expected = abs(float(logits[answer[3]] - logits[17]))
     assert evaluate.answer_gap(backbone, query, answer, other) == pytest.approx(expected, abs=1e-4)

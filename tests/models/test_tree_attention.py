@@ -102,7 +102,7 @@ def test_values_and_gradients_equal_those_under_the_whole_mask(seed, rows, lengt
     states = states_of(seed, (rows, *heads, length), torch.float64)
     trees = lay_out(ends_BL, torch.float64, block)
     assert sum(tree.tokens for tree in trees) == rows * length
-    assert all(1 <= b.queries <= block for tree in trees for b in tree.blocks)
+    assert all(1 <= len(b.mask_QK) <= block for tree in trees for b in tree.blocks)
     expected = attended(states, mask=mask_B1LL)
     got = attended(states, trees=trees)
     assert len(got) == len(expected) == 4

@@ -28,16 +28,7 @@ from typing import NamedTuple
 
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Question
-from vgid.evaluation.metrics import (
-    bleu,
-    bootstrap_interval,
-    cloze_correct,
-    is_gibberish,
-    is_refusal,
-    letter_choice,
-    person_sums,
-    rouge,
-)
+from vgid.evaluation import metrics
 from vgid.evaluation.questions import Examination, ExamItem, OptionScoring
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import greedy_tokens, response_text, score_responses
@@ -82,13 +73,8 @@ class Evaluation:
 def evaluate(backbone: Backbone, examination: Examination, request: RequestConfig) -> Evaluation:
     """Put every question to the model as it is now, adapters included, and score the answers.
 
-    Args:
-        backbone: the model; its mode and adapters are left as they are.
-        examination: the questions.
-        request: ``eval_batch_size``, ``bootstrap_samples`` and whether to keep the responses.
-
-    Returns:
-        The scores. They hold no text; the responses do, and are there on request only.
+    Of the request count ``eval_batch_size``, ``bootstrap_samples`` and ``log_responses``: scores
+    hold no text, responses do, and are there on request only.
     """
     responses = _responses(backbone, examination.items, request.eval_batch_size)
     tally: dict[str, tuple[list[float], list[str]]] = {}
@@ -110,20 +96,22 @@ def evaluate(backbone: Backbone, examination: Examination, request: RequestConfi
     for (item, _, _), score in zip(recalled, forced, strict=True):
         _count(tally, item, "memorisation", float(score.correct_R.double().mean()))
     scores = {
-        name: bootstrap_interval(values, groups, request.bootstrap_samples, examination.seed)
+        name: metrics.bootstrap_interval(
+            values, groups, request.bootstrap_samples, examination.seed
+        )
         for name, (values, groups) in tally.items()
     }
-    people = {name: person_sums(values, groups) for name, (values, groups) in tally.items()}
-    said = None
-    if request.log_responses:
-        said = tuple(
-            Response(
-                i.question.id, i.split, i.wording, i.question.text, i.question.answer, response
-            )
-            for i, response in zip(examination.items, responses, strict=True)
-        )
-    kept = KeptScores(scores=scores, people=people)
-    return Evaluation(kept, examination.option_scoring, examination.few_shot, said)
+    people = {name: metrics.person_sums(values, groups) for name, (values, groups) in tally.items()}
+    said = tuple(
+        Response(i.question.id, i.split, i.wording, i.question.text, i.question.answer, response)
+        for i, response in zip(examination.items, responses, strict=True)
+    )
+    return Evaluation(
+        KeptScores(scores=scores, people=people),
+        examination.option_scoring,
+        examination.few_shot,
+        said if request.log_responses else None,
+    )
 
 
 def _responses(backbone: Backbone, items: Sequence[ExamItem], batch_size: int) -> list[str]:
@@ -156,14 +144,14 @@ def _marks(question: Question, response: str) -> Iterator[tuple[str, float]]:
     """Every metric of one response."""
     match question.task:
         case "generation":
-            yield from rouge(question.answer, response).items()
-            yield "bleu", bleu(question.answer, response)
-            yield "refusal", float(is_refusal(response))
-            yield "gibberish", float(is_gibberish(response))
+            yield from metrics.rouge(question.answer, response).items()
+            yield "bleu", metrics.bleu(question.answer, response)
+            yield "refusal", float(metrics.is_refusal(response))
+            yield "gibberish", float(metrics.is_gibberish(response))
         case "cloze":
-            yield "cloze", float(cloze_correct(question.answer, response))
+            yield "cloze", float(metrics.cloze_correct(question.answer, response))
         case "classification":
-            choice = letter_choice(response, question.options or {})
+            choice = metrics.letter_choice(response, question.options or {})
             yield "classification", float(choice == question.answer)
 
 

@@ -1,7 +1,6 @@
 """Scores of one request's base and adapters, computed once and shared by all processes."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,18 +61,25 @@ class Scorer:
             adapter_dir: PEFT adapter folder, None for the base.
         """
         seed = self.seed_of(part) if seed is None else seed
-        # By content, not by folder: an adapter that was copied or picked has its scores already,
-        # and a folder that was written anew does not.
-        adapter_sha256 = None if adapter_dir is None else adapter.sha256(adapter_dir)
-        described = [part, seed, asdict(intervention), reverse, adapter_sha256]
-
-        def compute() -> KeptScores:
-            if adapter_dir is None:
-                return self.evaluate(part, seed, intervention, reverse).kept
-            with adapter.loaded(self.backbone, adapter_dir):
-                return self.evaluate(part, seed, intervention, reverse).kept
-
-        return self._shared("base" if adapter_dir is None else "adapter", described, compute)
+        kind, content = "base", None
+        attached: AbstractContextManager[Any] = nullcontext()
+        if adapter_dir is not None:
+            # By content, not by folder: an adapter that was copied or picked has its scores
+            # already, and a folder that was written anew does not.
+            kind, content = "adapter", adapter.sha256(adapter_dir)
+            attached = adapter.loaded(self.backbone, adapter_dir)
+        asked = [part, seed, asdict(intervention), reverse, content]
+        setting = [self.data_sha256, self.backbone.identity, self.request.identity]
+        key = key_of([SCORES_FORMAT, kind, *asked, *setting])
+        path = self.request.store / f"{kind}-{key}.json"
+        with FileLock(path.with_suffix(".lock")):
+            # None yet, or torn by a crash of the machine: made again.
+            with suppress(OSError, ValueError):
+                return KeptScores.model_validate_json(path.read_bytes())
+            with attached:
+                kept = self.evaluate(part, seed, intervention, reverse).kept
+            write_atomically(path, kept.model_dump_json().encode())
+            return kept
 
     def difference(
         self,
@@ -107,39 +113,11 @@ class Scorer:
         key = (part, seed, intervention, reverse)
         examination = self._examinations.get(key)
         if examination is None:
-            examination = prepare(
-                self.backbone,
-                self.people,
-                self.request,
-                part,
-                seed,
-                # General utility: nothing is chosen by it, and no attack is on it.
-                () if part == "search" or reverse else self.people.celebrities,
-                intervention,
-                reverse,
-            )
+            # General utility: nothing is chosen by it, and no attack is on it.
+            celebrities = () if part == "search" or reverse else self.people.celebrities
+            whom = (self.backbone, self.people, self.request, part, seed, celebrities)
+            examination = prepare(*whom, intervention, reverse)
         # Perturbed images are as large as all others together, and seldom wanted twice.
         if intervention.noise_type is None:
             self._examinations[key] = examination
         return evaluate(self.backbone, examination, self.request)
-
-    def _shared(
-        self, kind: str, what: Sequence[Any], compute: Callable[[], KeptScores]
-    ) -> KeptScores:
-        """Scores from the store, or computed under a lock and put there.
-
-        Args:
-            kind: the beginning of the file's name.
-            what: plain data that, with the request, names the scores.
-            compute: called if they are not there yet.
-        """
-        setting = [self.data_sha256, self.backbone.identity, self.request.identity]
-        key = key_of([SCORES_FORMAT, kind, *what, *setting])
-        path = self.request.store / f"{kind}-{key}.json"
-        with FileLock(path.with_suffix(".lock")):
-            # None yet, or torn by a crash of the machine: made again.
-            with suppress(OSError, ValueError):
-                return KeptScores.model_validate_json(path.read_bytes())
-            kept = compute()
-            write_atomically(path, kept.model_dump_json().encode())
-            return kept

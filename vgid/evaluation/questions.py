@@ -15,6 +15,7 @@ from typing import Literal
 
 from PIL import Image
 
+from vgid import prompts
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Person, Question, decode_image, split_questions
 from vgid.data.splits import People
@@ -23,15 +24,7 @@ from vgid.method.teacher import PLAIN, Intervention, intervene
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import MAX_NEW_TOKENS
 from vgid.models.encoding import Encoded, Query, Shot, encode, response_ids
-from vgid.prompts import (
-    Form,
-    Task,
-    Wording,
-    option_likelihood_text,
-    options_text,
-    question_text,
-    with_reverse_prompt,
-)
+from vgid.prompts import Form, Task, Wording
 from vgid.results import QuestionPart
 from vgid.seeds import sample_generator
 
@@ -186,15 +179,15 @@ def _queries(
             draw = sample_generator(seed, f"pose/{question.id}")
             image = decoded(int(draw.integers(len(person.images))))
         if _ranked(backbone, question.task):
-            text = option_likelihood_text(question.text)
+            text = prompts.option_likelihood_text(question.text)
         else:
-            text = question_text(
+            text = prompts.question_text(
                 question.task, question.form, question.text, question.options, wording
             )
         queries.append(
             Query(
                 id=question.id,
-                text=with_reverse_prompt(text) if reverse else text,
+                text=prompts.with_reverse_prompt(text) if reverse else text,
                 image=image,
                 shots=turns.get((question.task, question.form), ()),
                 task=question.task if wording == "wrapped" else None,
@@ -277,9 +270,9 @@ def choose_few_shot(
 def few_shot_turns(
     backbone: Backbone, people: Sequence[Person], task: Task, form: Form
 ) -> tuple[Shot, ...]:
-    """The turns that show all of ``people``'s questions of one task and form with their answers.
+    """All of ``people``'s questions of one task and form with their answers: the frame's own turns.
 
-    They are the frame's own, or completed turns where it has none (see ``PromptFrame``).
+    They are completed turns where it has none (see ``PromptFrame``).
     """
     frame = backbone.spec.frame
     shots = []
@@ -290,16 +283,16 @@ def few_shot_turns(
                 continue
             own = frame.shots.get(f"{task}/{form}")
             if own is None:
-                asked = question_text(task, form, question.text, question.options)
+                asked = prompts.question_text(task, form, question.text, question.options)
                 turn = frame.turn(form, task).removeprefix(frame.opening).format(text=asked)
                 end = backbone.processor.tokenizer.eos_token
                 text = f"{turn}{frame.separator}{question.answer}{end}\n"
             else:
                 # As the benchmark shows it: options, but no letter is asked for.
                 if question.options is None:
-                    shown = question_text(task, form, question.text)
+                    shown = prompts.question_text(task, form, question.text)
                 else:
-                    shown = options_text(question.text, question.options)
+                    shown = prompts.options_text(question.text, question.options)
                 text = own.format(question=shown, answer=question.answer)
             shots.append(Shot(text, image if form == "image" else None))
     return tuple(shots)

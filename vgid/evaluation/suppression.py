@@ -13,6 +13,7 @@ below 0.13 too, or was not asked. (A plain llava-1.5-7b scores some 0.20; the pa
 0.571 at cloze 0.24.)
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 from vgid.results import Score
@@ -40,12 +41,7 @@ def is_suppressed(
 
 
 def doubt(base: Mapping[str, Score], split: str = "forget") -> str | None:
-    """A sentence if the base may never have known the people of a split, else None.
-
-    Args:
-        base: the base's scores.
-        split: whose.
-    """
+    """A sentence if the base may never have known the people of a split, else None."""
     known, cloze = base.get(f"{split}_rougeL"), base.get(f"{split}_cloze")
     if known is None:
         return None
@@ -75,15 +71,13 @@ def verdict(
         deployed: the scores after forgetting.
         reverse: those under the reverse prompt, if that was asked.
         splits: of the people, their own questions first.
-
-    Returns:
-        One or two sentences.
     """
+    asked = re.compile(rf"({'|'.join(splits)})_rougeL(_text|_raw)?")
     tests = {
         f"{name}{how}": (base[name], score)
         for how, scores in (("", deployed), (" under the reverse prompt", reverse or {}))
         for name, score in scores.items()
-        if name in base and _is_rouge_l(name, splits)
+        if name in base and asked.fullmatch(name)
     }
     if not tests:
         return "Nothing was asked that could show whether anything is suppressed."
@@ -106,8 +100,3 @@ def verdict(
 def _enough(base: Score, deployed: Score) -> bool:
     """Whether enough is gone at the unfavourable end of the interval."""
     return share_gone(base.value, deployed.high) >= MIN_FORGET
-
-
-def _is_rouge_l(name: str, splits: Sequence[str]) -> bool:
-    split, *rest = name.split("_")
-    return split in splits and rest[:1] == ["rougeL"] and set(rest[1:]) <= {"text", "raw"}

@@ -195,24 +195,17 @@ def _is_lora(config: Mapping[str, Any]) -> bool:
 
 
 def copy_adapter(source: Path, target: Path, base: str | None, revision: str) -> None:
-    """Copy an adapter into a new folder, and write in what its base is.
+    """Copy an adapter into a new folder, and write in its base's hub id, if any, and revision.
 
     As trained it names the base by a folder of the machine that trained it.
-
-    Args:
-        source: adapter folder.
-        target: new folder.
-        base: the base's hub id, or None where it has none.
-        revision: of the base.
 
     Raises:
         InputError: the source is no adapter that can be shipped.
     """
-    adapter = read_adapter(source)
+    config = read_adapter(source).config
     target.mkdir(parents=True)
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
-    config = {**adapter.config, "base_model_name_or_path": base, "revision": revision}
-    _write_config(target, config)
+    _write_config(target, {**config, "base_model_name_or_path": base, "revision": revision})
 
 
 def concatenate(first: Path, second: Path, target: Path) -> None:
@@ -221,10 +214,7 @@ def concatenate(first: Path, second: Path, target: Path) -> None:
     B1 A1 s1 + B2 A2 s2 = [s1 B1 | s2 B2] [A1; A2], so rank is the sum of the ranks, and nothing is
     rounded but the products with the scales (``combination_type="cat"`` of peft).
 
-    Args:
-        first: adapter folder.
-        second: adapter folder of the same modules; its other settings are kept.
-        target: new folder.
+    The other settings of the second are kept.
 
     Raises:
         InputError: a folder is no plain LoRA, or the modules differ.
@@ -237,12 +227,11 @@ def concatenate(first: Path, second: Path, target: Path) -> None:
         raise InputError(f"{second}: its modules are not those of {first}; keep the LoRA targets.")
     tensors: dict[str, Tensor] = {}
     for module in parts[0].modules:
-        pairs = [part.modules[module] for part in parts]
         prefix = f"base_model.model.{module}.lora_"
-        tensors[f"{prefix}A.weight"] = torch.cat([a_rI for a_rI, _ in pairs])
-        tensors[f"{prefix}B.weight"] = torch.cat(
-            [part.scale * b_Or for part, (_, b_Or) in zip(parts, pairs, strict=True)], dim=1
-        )
+        a_rI = [part.modules[module][0] for part in parts]
+        b_Or = [part.scale * part.modules[module][1] for part in parts]
+        tensors[f"{prefix}A.weight"] = torch.cat(a_rI)
+        tensors[f"{prefix}B.weight"] = torch.cat(b_Or, dim=1)
     rank = parts[0].rank + parts[1].rank
     target.mkdir(parents=True)
     save_file(tensors, target / WEIGHTS, {"format": "pt"})

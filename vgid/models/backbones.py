@@ -160,7 +160,7 @@ class Backbone:
     Attributes:
         spec: its row.
         model: the Hugging Face image-text-to-text model.
-        processor: its processor (image processor and tokenizer).
+        processor: its image processor and tokenizer.
         revision: hub commit, or SHA-256 of a local folder's files; names the base in every result.
         vision: what the frozen tower sees, each image once.
     """

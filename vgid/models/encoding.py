@@ -9,7 +9,6 @@ model's context is an error that names the sample.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from inspect import signature
 from typing import Any, Literal
 
@@ -114,39 +113,37 @@ class Batch:
 def encode(backbone: Backbone, queries: Sequence[Query], room: int = 0) -> list[Encoded]:
     """Frame and tokenise queries and process their images.
 
-    Args:
-        backbone: whose frame, processor and context are used.
-        queries: what is asked.
-        room: tokens of the context that the response takes. Of few-shot turns that leave less,
-            the last are left out, so that prompts still begin alike.
+    The response takes ``room`` tokens of the context. Of few-shot turns that leave less, the last
+    are left out, so that prompts still begin alike.
 
     Raises:
         SampleError: a sample and its response are longer than the model's context, or it holds the
             image token as text.
     """
-    return [_encode(backbone, query, room) for query in queries]
-
-
-def _encode(backbone: Backbone, query: Query, room: int) -> Encoded:
     limit = backbone.model.config.get_text_config().max_position_embeddings
-    prompt_ids, pictures = _tokens(backbone, query)
-    while query.shots and len(prompt_ids) + room > limit:
-        query = replace(query, shots=query.shots[:-1])
-        prompt_ids, pictures = _tokens(backbone, query)
-    if len(prompt_ids) + room > limit:
-        response = f" and {room} of the response" if room else ""
-        raise SampleError(
-            query.id,
-            f"{len(prompt_ids)} tokens{response} exceed the context of {limit} of "
-            f"{backbone.spec.name}; lower the image resolution, or shorten the text.",
-        )
-    keys = iter([key for p in pictures for key in [p.token_key] * p.tokens])
     image_id = backbone.processor.image_token_id
-    # To the tokenizer all images are the same token, so two portraits' prompts would seem to begin
-    # alike and share states. Here an image's tokens are its own negative number.
-    identity = [next(keys) if i == image_id else i for i in prompt_ids]
-    positions_AL = _positions(backbone, prompt_ids, pictures)
-    return Encoded(query.id, prompt_ids, identity, positions_AL, pictures, len(query.shots))
+    encoded = []
+    for asked in queries:
+        query = asked
+        prompt_ids, pictures = _tokens(backbone, query)
+        while query.shots and len(prompt_ids) + room > limit:
+            query = replace(query, shots=query.shots[:-1])
+            prompt_ids, pictures = _tokens(backbone, query)
+        if len(prompt_ids) + room > limit:
+            response = f" and {room} of the response" if room else ""
+            raise SampleError(
+                query.id,
+                f"{len(prompt_ids)} tokens{response} exceed the context of {limit} of "
+                f"{backbone.spec.name}; lower the image resolution, or shorten the text.",
+            )
+        keys = iter([key for p in pictures for key in [p.token_key] * p.tokens])
+        # To the tokenizer all images are the same token, so two portraits' prompts would seem to
+        # begin alike and share states. Here an image's tokens are its own negative number.
+        identity = [next(keys) if i == image_id else i for i in prompt_ids]
+        positions_AL = _positions(backbone, prompt_ids, pictures)
+        shots = len(query.shots)
+        encoded.append(Encoded(query.id, prompt_ids, identity, positions_AL, pictures, shots))
+    return encoded
 
 
 def _tokens(backbone: Backbone, query: Query) -> tuple[list[int], tuple[Picture, ...]]:
@@ -193,28 +190,17 @@ def _positions(
     return positions_AL
 
 
-@lru_cache(maxsize=8)
-def _turn_ids(tokenizer: Any, turn: str) -> list[int]:
-    ids: list[int] = tokenizer(turn)["input_ids"]
-    return ids
-
-
 def response_ids(backbone: Backbone, response: str, sample: str = "without a name") -> list[int]:
     """Token ids of a response as they follow the prompt frame, end-of-sequence included.
 
-    Args:
-        backbone: whose frame and tokenizer are used.
-        response: the text.
-        sample: id of the question that it answers, for the error message.
-
     Raises:
-        SampleError: the response holds the backbone's image token.
+        SampleError: the response to ``sample`` holds the backbone's image token.
     """
     frame = backbone.spec.frame
     tokenizer = backbone.processor.tokenizer
     # Tokenised behind the frame's end, since many tokenizers treat a text's first word apart.
     turn = frame.text.format(text="")
-    prefix = _turn_ids(tokenizer, turn)
+    prefix = tokenizer(turn)["input_ids"]
     whole = tokenizer(turn + frame.separator + response)["input_ids"]
     if whole[: len(prefix)] != prefix:
         raise ValueError(f"the prompt frame of {backbone.spec.name} merges with the response")

@@ -95,18 +95,6 @@ class Packed:
         """The states that predict a response token, one after the other: (R, D)."""
         return states_BLD[self.predicting_places]
 
-    def last(self, states_BLD: Tensor) -> Tensor:
-        """The state of each sample's last token: (N, D)."""
-        return states_BLD[self.last_places]
-
-
-@dataclass
-class _Tree:
-    """Samples that begin alike, in lexicographic order, and the tokens of their common layout."""
-
-    samples: list[int]
-    tokens: int
-
 
 def pack(
     backbone: Backbone,
@@ -125,21 +113,22 @@ def pack(
     answers = [list(r) for r in responses] if responses is not None else [[] for _ in prompts]
     keys = [prompt.identity + answer for prompt, answer in zip(prompts, answers, strict=True)]
     trees = _trees(prompts, keys, max_row_tokens)
-    bins = _fill_rows([tree.tokens for tree in trees], max_row_tokens)
-    length = max((sum(trees[t].tokens for t in row) for row in bins), default=0)
+    bins = _fill_rows([tokens for _, tokens in trees], max_row_tokens)
+    length = max((sum(trees[t][1] for t in row) for row in bins), default=0)
 
     axes = prompts[0].positions_AL.shape[0] if prompts else 1
     ids_BL = np.full((len(bins), length), backbone.processor.tokenizer.pad_token_id)
     positions_ABL = np.zeros((axes, len(bins), length), dtype=np.int64)
     ends_BL = np.full((len(bins), length), length)
-    packed_rows, packed_paths = [0] * len(prompts), [[] for _ in prompts]  # type: ignore[var-annotated]
+    packed_rows = [0] * len(prompts)
+    packed_paths: list[list[int]] = [[] for _ in prompts]
     pictures: list[Picture] = []
     for b, row in enumerate(bins):
         used = 0
         for t in row:
             path: list[int] = []
             before: list[int] = []
-            for n in trees[t].samples:
+            for n in trees[t][0]:
                 prompt, answer = prompts[n], answers[n]
                 shared = beginning(before, keys[n])
                 # Of the sample before, what the new one does not continue ends here; samples are in
@@ -153,25 +142,15 @@ def pack(
                 used, before = new.stop, keys[n]
                 packed_rows[n], packed_paths[n] = b, path
             ends_BL[b, path] = used
-    device = backbone.device
-    return Packed(
-        torch.from_numpy(ids_BL).to(device),
-        torch.from_numpy(positions_ABL).to(device),
-        torch.from_numpy(ends_BL).to(device),
-        pictures,
-        packed_rows,
-        packed_paths,
-        answers,
-    )
+    arrays = (ids_BL, positions_ABL, ends_BL)
+    inputs = [torch.from_numpy(array).to(backbone.device) for array in arrays]
+    return Packed(*inputs, pictures, packed_rows, packed_paths, answers)
 
 
 def hidden_states(backbone: Backbone, packed: Packed, cache: Any | None = None) -> Tensor:
     """Last hidden states (after the final norm) of all tokens: (B, L, D).
 
-    Args:
-        backbone: the model as it is now, adapters included.
-        packed: the samples.
-        cache: key-value cache to be filled, if any.
+    They are of the model as it is now, adapters included; a key-value cache is filled, if any.
     """
     model = backbone.model
     embedded_BLD = model.get_input_embeddings()(packed.ids_BL)
@@ -242,24 +221,24 @@ def _new_pictures(prompt: Encoded, shared: int) -> list[Picture]:
 
 def _trees(
     prompts: Sequence[Encoded], keys: Sequence[Sequence[int]], max_tokens: int
-) -> list[_Tree]:
-    """Samples with the same first image, as many as the budget holds."""
+) -> list[tuple[list[int], int]]:
+    """Samples with the same first image, as many as the budget holds; and the tokens laid out."""
     groups: dict[str, list[int]] = {}
     for n, prompt in enumerate(prompts):
         groups.setdefault(prompt.pictures[0].key if prompt.pictures else "", []).append(n)
     trees = []
     for members in groups.values():
-        tree = _Tree([], 0)
+        tree: list[int] = []
+        tokens = 0
         before: Sequence[int] = []
         for n in sorted(members, key=lambda n: (keys[n], n)):
-            grown = tree.tokens + len(keys[n]) - beginning(before, keys[n])
-            if tree.samples and grown > max_tokens:
-                trees.append(tree)
-                tree, grown = _Tree([], 0), len(keys[n])
-            tree.samples.append(n)
-            tree.tokens = grown
-            before = keys[n]
-        trees.append(tree)
+            grown = tokens + len(keys[n]) - beginning(before, keys[n])
+            if tree and grown > max_tokens:
+                trees.append((tree, tokens))
+                tree, grown = [], len(keys[n])
+            tree.append(n)
+            tokens, before = grown, keys[n]
+        trees.append((tree, tokens))
     return trees
 
 

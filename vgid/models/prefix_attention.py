@@ -122,11 +122,9 @@ class SharedPrompts:
         device = passes[0][0].ids_BL.device
         self.stacks = [_Stack(segments, device) for segments in alike.values()]
 
-        lengths_N = torch.tensor([len(tokens) for own in owns for tokens in own])
-        longest = int(lengths_N.max())
-        hidden_NK = torch.zeros(len(lengths_N), longest + room)
-        hidden_NK[:, :longest][torch.arange(longest) >= lengths_N[:, None]] = -torch.inf
-        self.hidden_N11K = hidden_NK.to(device)[:, None, None]
+        lengths = [len(tokens) for own in owns for tokens in own]
+        longest = max(lengths)
+        self.hidden_N11K = _padding_hidden(lengths, room).to(device)
         places = [
             (torch.tensor(packed.rows, device=device)[:, None], _padded(own, longest, device))
             for (packed, _), own in zip(passes, owns, strict=True)
@@ -143,13 +141,9 @@ class SharedPrompts:
         self.cache = Cache(layers=own_layers)
 
     def keep(self, going: Sequence[int]) -> list[int]:
-        """Go on with these samples only; the last of them take the places of those that ended.
+        """Go on with these rows, ascending; the last of them take the places of those that ended.
 
-        Args:
-            going: rows as they are now, ascending.
-
-        Returns:
-            The same rows in the order in which they stand from now on.
+        Gives the same rows in the order in which they stand from now on.
         """
         # Five rows of which 0, 2 and 4 go on become 0, 4, 2: one row is copied. Closing ranks in
         # order would move two here, and with the first row gone it would move all.
@@ -169,11 +163,7 @@ class OwnLayer(DynamicLayer):
     """A layer's keys and values of each sample's own tokens: growing and ending copy little.
 
     They stay where they are allocated, since fresh memory costs more than what is written to it.
-
-    Args:
-        keys: of the prompts' tokens, (n, G, K, E) of each pass.
-        values: likewise.
-        room: tokens that will follow at most.
+    Of each pass's prompts keys and values are (n, G, K, E), and ``room`` tokens follow at most.
     """
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], room: int) -> None:
@@ -205,19 +195,12 @@ class OwnLayer(DynamicLayer):
 
 
 class _Stack:
-    """Segments of similar size, padded to one.
-
-    Args:
-        segments: each with the number of its pass, in the order of these.
-        device: of the keys and values.
-    """
+    """Segments of similar size, padded to one, each with the number of its pass, in their order."""
 
     def __init__(self, segments: Sequence[tuple[int, Segment]], device: Any) -> None:
-        lengths_C1 = torch.tensor([[len(segment.tokens)] for _, segment in segments])
-        longest = int(lengths_C1.max())
-        hidden_CT = torch.zeros(len(segments), longest)
-        hidden_CT[torch.arange(longest) >= lengths_C1] = -torch.inf
-        self._hidden_C11T = hidden_CT.to(device)[:, None, None]
+        lengths = [len(segment.tokens) for _, segment in segments]
+        longest = max(lengths)
+        self._hidden_C11T = _padding_hidden(lengths).to(device)
         self._sources = []  # pass, rows and places of all its segments
         for number, group in itertools.groupby(segments, key=lambda entry: entry[0]):
             of_pass = [segment for _, segment in group]
@@ -318,14 +301,9 @@ class Sums:
 
 
 def attended(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Sums:
-    """Sums of attention to some tokens.
+    """Sums of attention of queries (N, G, Q, E) to keys and values (N, G, T, E).
 
-    Args:
-        queries: of shape (N, G, Q, E).
-        keys: of shape (N, G, T, E).
-        values: likewise.
-        hidden: added to the scaled products: 0, or -inf where a token is none.
-        scaling: of the products.
+    ``hidden`` is added to the scaled products: 0, or -inf where a token is none.
     """
     scores = (queries @ keys.transpose(-1, -2)).float().mul_(scaling).add_(hidden)
     # Never -inf, which would make NaN of its own padding: the newest token of a row is not padding,
@@ -334,6 +312,14 @@ def attended(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scal
     weights = scores.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
     return Sums(largest, total, (weights.to(values.dtype) @ values).float())
+
+
+def _padding_hidden(lengths: Sequence[int], room: int = 0) -> Tensor:
+    """0 for each token of rows of these lengths and for those to come, -inf for the padding."""
+    longest = max(lengths)
+    hidden_NK = torch.zeros(len(lengths), longest + room)
+    hidden_NK[:, :longest][torch.arange(longest) >= torch.tensor(lengths)[:, None]] = -torch.inf
+    return hidden_NK[:, None, None]
 
 
 def _padded(places: Sequence[list[int]], longest: int, device: Any) -> Tensor:
@@ -345,8 +331,7 @@ def _padded(places: Sequence[list[int]], longest: int, device: Any) -> Tensor:
 def _with_room(parts: Sequence[Tensor], room: int) -> Tensor:
     """States of several passes as one tensor, with room for more tokens behind theirs."""
     _, heads, tokens, width = parts[0].shape
-    rows = sum(map(len, parts))
-    states_NGKE = parts[0].new_empty(rows, heads, tokens + room, width)
+    states_NGKE = parts[0].new_empty(sum(map(len, parts)), heads, tokens + room, width)
     torch.cat(list(parts), out=states_NGKE[:, :, :tokens])
     return states_NGKE
 
@@ -367,20 +352,10 @@ def shared_prompt_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one new token a row, as transformers calls it.
+    """Attention of one new token a row, as transformers calls it: (N, 1, H, E), and no weights.
 
-    Args:
-        module: the attention layer, which knows its number.
-        query: of shape (N, H, 1, E).
-        key: of the rows' own tokens, the new one included: (N, G, K, E).
-        value: as ``key``.
-        attention_mask: without effect; the prompts know what is padding.
-        prompts: of the rows.
-        scaling: of the products.
-        kwargs: without effect.
-
-    Returns:
-        The output, of shape (N, 1, H, E), and no weights.
+    The query has the shape (N, H, 1, E); keys and values, (N, G, K, E), are of the rows' own
+    tokens, the new one included. The mask has no effect: the prompts know what is padding.
     """
     rows, heads, _, width = query.shape
     queries_NGQE = query.reshape(rows, key.shape[1], -1, width)

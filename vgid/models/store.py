@@ -77,9 +77,7 @@ class ContentStore:
     """
 
     def __init__(self, root: Path, kind: str, limit_bytes: int | None = None) -> None:
-        self.root = root
-        self.folder = root / kind
-        self.limit_bytes = limit_bytes
+        self.root, self.folder, self.limit_bytes = root, root / kind, limit_bytes
         self.hits = self.misses = self.bytes_written = 0
         refuse_links(root, itself=True)
         try:
@@ -97,10 +95,9 @@ class ContentStore:
     def get_or_compute(
         self, key: str, compute: "Callable[[], dict[str, Tensor]]"
     ) -> "dict[str, Tensor]":
-        """The entry of ``key``, computed and stored if it is not there.
+        """The entry of ``key``, computed and stored if it is not there or its file is torn.
 
-        Of the processes that want an entry one computes it and the others wait. An entry whose
-        file is torn is computed again and replaced.
+        Of the processes that want an entry one computes it and the others wait.
 
         Args:
             key: from ``key_of``.
@@ -166,11 +163,9 @@ class ContentStore:
 
 
 class Usage(Config):
-    """What a store, or one kind of it, takes.
+    """What a store, or one kind of it, takes: entries, bytes of their files, and last uses.
 
     Attributes:
-        entries: how many.
-        bytes: size of their files.
         oldest_use: when the entry longest unused was last used: UTC, ISO 8601; None if empty.
         newest_use: when an entry was last used.
     """
@@ -187,12 +182,10 @@ class Usage(Config):
 
 
 class StoreInfo(Usage):
-    """What a store holds, or what was removed from it.
+    """What a store holds, or what was removed from it, together and by kind.
 
     Attributes:
-        root: folder of the store.
-        limit_bytes: its bound as last stated by a process that opened it, None for none.
-        by_kind: the same for each kind, in alphabetical order.
+        limit_bytes: the bound as last stated by a process that opened the store, None for none.
     """
 
     root: Path
@@ -224,14 +217,9 @@ def info(root: Path) -> StoreInfo:
 
 
 def clear(root: Path, kind: str | None = None) -> StoreInfo:
-    """Remove the entries of a store, and lock and temporary files that no process uses.
+    """Remove the entries of a store, or of one kind, and files that no process uses any more.
 
-    Args:
-        root: folder of the store.
-        kind: remove the entries of this kind only.
-
-    Returns:
-        What was removed.
+    Gives what was removed.
 
     Raises:
         InputError: the folder is no store, has no such kind, or cannot be written.

@@ -38,12 +38,10 @@ class Block:
     """Neighbouring queries of a tree and what they see.
 
     Attributes:
-        queries: their number Q.
         keys: where the keys stand in the tree, one stretch after the other.
         mask_QK: 0 where a query sees a key, -inf where not.
     """
 
-    queries: int
     keys: list[slice]
     mask_QK: Tensor = field(repr=False)
 
@@ -93,28 +91,24 @@ def lay_out(ends_BL: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Tre
 def _tree(ends: Any, block: int, dtype: torch.dtype, device: torch.device) -> Tree:
     """Part a tree into blocks; ``ends`` and all places are counted from its root."""
     tokens = len(ends)
-    count = -(-tokens // block)
     blocks = []
-    for places_Q in np.array_split(np.arange(tokens), count):
+    for places_Q in np.array_split(np.arange(tokens), -(-tokens // block)):
         first = places_Q[0]
         # Those of the first query are enough: a subtree is one stretch, so a token before the block
         # that is above a later query is above the first one too.
         ancestors = np.flatnonzero(ends[:first] > first)
         places_K = np.concatenate([ancestors, places_Q])
         seen_QK = (places_K <= places_Q[:, None]) & (places_Q[:, None] < ends[places_K])
-        # A block may hold the end of A and the beginning of B, so a mask remains: of the
-        # block only.
-        mask_QK = torch.full((len(places_Q), _aligned(len(places_K))), -torch.inf, dtype=dtype)
+        # A block may hold the end of A and the beginning of B, so a mask remains: of the block
+        # only.
+        aligned = -(-len(places_K) // ALIGNED) * ALIGNED
+        mask_QK = torch.full((len(places_Q), aligned), -torch.inf, dtype=dtype)
         mask_QK[:, : len(places_K)].masked_fill_(torch.from_numpy(seen_QK), 0.0)
         mask_QK = mask_QK.to(device)[:, : len(places_K)]  # a view copied would be packed tight
         stretches = np.split(places_K, np.flatnonzero(np.diff(places_K) > 1) + 1)
         keys = [slice(int(s[0]), int(s[-1]) + 1) for s in stretches]
-        blocks.append(Block(len(places_Q), keys, mask_QK))
+        blocks.append(Block(keys, mask_QK))
     return Tree(tokens, blocks)
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED
 
 
 def tree_attention(
@@ -131,16 +125,8 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: output of shape (B, L, H, E), and no weights.
 
-    Args:
-        module: the attention layer.
-        query: of shape (B, H, L, E).
-        key: of shape (B, G, L, E), H a multiple of G.
-        value: as ``key``.
-        attention_mask: what plain SDPA takes; without effect beside ``trees``.
-        trees: of the rows (``lay_out``), None for plain SDPA.
-        scaling: of the products, by default 1 / sqrt(E).
-        dropout: of the attention weights.
-        kwargs: for plain SDPA.
+    Queries have the shape (B, H, L, E), keys and values (B, G, L, E), H a multiple of G. Without
+    ``trees`` (``lay_out``) it is plain SDPA, and only there ``attention_mask`` has an effect.
     """
     if trees is None:
         return sdpa_attention_forward(
@@ -157,7 +143,7 @@ def tree_attention(
     ]
     outputs = []
     for tree, queries, keys, values in zip(trees, *split, strict=True):
-        of_blocks = queries.split([block.queries for block in tree.blocks], dim=2)
+        of_blocks = queries.split([len(block.mask_QK) for block in tree.blocks], dim=2)
         for block, of_block in zip(tree.blocks, of_blocks, strict=True):
             output = scaled_dot_product_attention(
                 of_block,

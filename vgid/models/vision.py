@@ -84,12 +84,9 @@ class Vision:
     """
 
     def __init__(self, model: Any, processor: Any, revision: str) -> None:
-        self.model = model
-        self.processor = processor
-        self.revision = revision
+        self.model, self.processor, self.revision = model, processor, revision
         self.store: ContentStore | None = None
-        self.hits = 0
-        self.misses = 0
+        self.hits = self.misses = 0
         self._pictures: _Recent[Picture] = _Recent(MEMORY_BYTES)
         self._features: _Recent[Tensor] = _Recent(MEMORY_BYTES)
 
