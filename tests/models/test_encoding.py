@@ -46,19 +46,16 @@ def test_collate_pads_and_labels_response_positions_only(random_backbone: Backbo
     queries = [Query("a", "Who?", picture()), Query("b", "Who is shown in this picture?", None)]
     encoded = encode(random_backbone, queries)
     responses = [response_ids(random_backbone, "Nobody."), response_ids(random_backbone, "Me, I.")]
-    for side in ("left", "right"):
-        batch = collate(random_backbone, encoded, responses, side=side)
-        assert batch.labels_BL is not None
-        for row, (e, r) in enumerate(zip(encoded, responses, strict=True)):
-            real = batch.inputs["attention_mask"][row].bool()
-            assert batch.inputs["input_ids"][row][real].tolist() == e.prompt_ids + r
-            assert batch.labels_BL[row][real].tolist() == [IGNORE] * len(e.prompt_ids) + r
-            assert (batch.labels_BL[row][~real] == IGNORE).all()
-            edge = real[0] if side == "right" else real[-1]
-            assert edge
-        assert batch.response_ids_R.tolist() == responses[0] + responses[1]
-        assert int(batch.predicts_BL.sum()) == len(responses[0]) + len(responses[1])
-        assert batch.inputs["pixel_values"].shape[0] == 1
+    batch = collate(random_backbone, encoded, responses)
+    for row, (e, r) in enumerate(zip(encoded, responses, strict=True)):
+        real = batch.inputs["attention_mask"][row].bool()
+        assert batch.inputs["input_ids"][row][real].tolist() == e.prompt_ids + r
+        assert batch.labels_BL[row][real].tolist() == [IGNORE] * len(e.prompt_ids) + r
+        assert (batch.labels_BL[row][~real] == IGNORE).all()
+        assert real[0]
+    assert batch.response_ids_R.tolist() == responses[0] + responses[1]
+    assert int(batch.predicts_BL.sum()) == len(responses[0]) + len(responses[1])
+    assert batch.inputs["pixel_values"].shape[0] == 1
 
 
 def test_a_sample_longer_than_the_context_is_named(random_backbone: Backbone):

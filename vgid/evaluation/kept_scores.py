@@ -27,20 +27,14 @@ SCORES_FORMAT = 2
 class Scorer:
     """Scores the base or an adapter of it; keeps the encoded questions in memory.
 
-    Args:
-        backbone: the frozen base.
-        data_sha256: of the benchmark.
-        people: who is asked about.
-        request: the forget request; scores are kept in its store.
+    Scores are kept in the store of the request, by the SHA-256 of the benchmark.
     """
 
     def __init__(
         self, backbone: Backbone, data_sha256: str, people: People, request: RequestConfig
     ) -> None:
-        self.backbone = backbone
+        self.backbone, self.people, self.request = backbone, people, request
         self.data_sha256 = data_sha256
-        self.people = people
-        self.request = request
         self._examinations: dict[tuple[str, int, Intervention, bool], Examination] = {}
 
     def kept(
@@ -55,7 +49,7 @@ class Scorer:
 
         Args:
             part: which questions.
-            seed: few-shot people, test poses and bootstrap; ``seed_of`` the part if None.
+            seed: of few-shot people, test poses and bootstrap; ``seed_of`` the part if None.
             intervention: what is done to the questions.
             reverse: append the reverse-engineering prompt.
             adapter_dir: PEFT adapter folder, None for the base.

@@ -38,7 +38,6 @@ class ExamItem:
 
     Attributes:
         split: whose question it is: ``forget``, ``test``, ``retain_seen``, ...
-        question: the benchmark's question.
         encoded: what the model is shown.
         options: token ids of each option as the response, by letter; only where options are
             ranked by likelihood.
@@ -71,7 +70,6 @@ class Examination:
     Attributes:
         items: the questions, by split, then person, then as the benchmark orders them; raw
             generation questions behind the person's others.
-        option_scoring: how multiple-choice questions are scored.
         few_shot: IDs of the few-shot people by task.
         seed: of few-shot people, test poses and bootstrap.
     """

@@ -22,7 +22,6 @@ from vgid.models.encoding import encode
 from vgid.prompts import PromptStyle, Task
 from vgid.results import QuestionPart
 
-PARTS: tuple[QuestionPart, ...] = ("search", "held_out")
 DEFAULT_TRIAL = TrialConfig.model_validate({})
 ALL_TRAINING = TrialConfig.model_validate({"train_tasks": get_args(Task), "train_wording": "both"})
 
@@ -31,8 +30,7 @@ class Rehearsal:
     """Requests over the same data, one after the other; what passed is not looked at again.
 
     Args:
-        backbone: whose frame, tokenizer and context count; it may be without weights
-            (``vgid.models.backbones.outline``).
+        backbone: may be without weights (``vgid.models.backbones.outline``).
         benchmark: the data.
         everyone: look at all retain people, celebrities and training pairs, whichever of them a
             request's seed chooses.
@@ -45,15 +43,11 @@ class Rehearsal:
         self._passed: set[Hashable] = set()
 
     def defects(
-        self,
-        request: RequestConfig,
-        trials: Sequence[TrialConfig] = (DEFAULT_TRIAL,),
+        self, request: RequestConfig, trials: Sequence[TrialConfig] = (DEFAULT_TRIAL,)
     ) -> Iterator[Defect]:
         """What of a request could not run, sample by sample; nothing if all of it can.
 
-        Args:
-            request: the forget request.
-            trials: each choice of training tasks and wordings that a trial may have.
+        ``trials`` hold each choice of training tasks and wordings that a trial may have.
 
         Raises:
             InputError: a defect of the data itself, or a request that the data cannot answer.
@@ -90,16 +84,9 @@ class Rehearsal:
         }
         asked = People(new["forget"], new["test"], (), new["retain_unseen"], (), people.few_shot)
         refused: list[SampleError] = []
-        prepare(
-            self.backbone,
-            asked,
-            request,
-            "all",
-            request.seed,
-            new["celebrity"],
-            reverse=True,
-            refused=refused,
-        )
+        everything: QuestionPart = "all"
+        whom = (self.backbone, asked, request, everything, request.seed, new["celebrity"])
+        prepare(*whom, reverse=True, refused=refused)
         failed = {error.sample for error in refused}
         for split, members in new.items():
             for person in members:
@@ -112,12 +99,10 @@ class Rehearsal:
         content = (sample.query.text, sample.answer, sample.portrait, forgotten)
         if content in self._passed:
             return
-        styles: tuple[PromptStyle | None, ...] = (None,)
-        if forgotten:
-            styles += get_args(PromptStyle)
+        styles: tuple[PromptStyle | None, ...] = (None, *get_args(PromptStyle))
         try:
             room = response_room(self.backbone, sample)
-            for style in styles:
+            for style in styles if forgotten else styles[:1]:
                 shown = intervene(self.backbone, [sample.query], Intervention(style=style))
                 encode(self.backbone, shown, room=room)
             self._passed.add(content)
@@ -129,12 +114,7 @@ class Rehearsal:
 class Run:
     """What a benchmark is to be good for besides being read: a study of each forget ratio.
 
-    Attributes:
-        backbone: name of a row in ``vgid.models.backbones``.
-        model_path: folder or hub id of the base, in place of the row's own.
-        retain_people: people scored as retain set.
-        seed: of the splits of people and questions.
-        skip_defects: whether it leaves out what is defective.
+    The fields are those of its ``RequestConfig``.
     """
 
     backbone: str
@@ -145,12 +125,11 @@ class Run:
 
     def defects(self, root: Path, broken: Set[str]) -> list[Defect]:
         """What would stop these studies, of the configs that are sound."""
-        others = {"ft_Data", "Test_Set", "Retain_Set"}
-        ratios = [
-            ratio
+        read = {
+            ratio: {f"forget_{ratio}", f"retain_{100 - ratio}", "ft_Data", "Test_Set", "Retain_Set"}
             for ratio in FORGET_RATIOS
-            if broken.isdisjoint({f"forget_{ratio}", f"retain_{100 - ratio}", *others})
-        ]
+        }
+        ratios = [ratio for ratio, configs in read.items() if broken.isdisjoint(configs)]
         if not ratios:
             return []
         benchmark = Benchmark.open(root, self.skip_defects)
@@ -172,10 +151,10 @@ class Run:
 
 def _said(person: Person, split: str) -> Hashable:
     """All that is asked of a person, by whatever config."""
-    said = [
+    said = (
         (q.task, q.form, q.text, q.answer, tuple((q.options or {}).items()))
         for q in person.questions
-    ]
+    )
     return split, person.images, tuple(said)
 
 
@@ -215,8 +194,9 @@ def missing_objectives(people: People, request: RequestConfig) -> Iterator[Defec
     Other scores may be missing; without these two a trial has no place among the others.
     """
     configs = (f"forget_{request.forget_ratio}", f"retain_{100 - request.forget_ratio}")
+    parts: tuple[QuestionPart, ...] = ("search", "held_out")
     for config, members in zip(configs, (people.forget, people.retain), strict=True):
-        for part in PARTS:
+        for part in parts:
             asked = (q for person in members for q in split_questions(person, part, request.seed))
             if not any(q.task == "generation" and q.form == "image" for q in asked):
                 problem = (

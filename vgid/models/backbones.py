@@ -95,10 +95,8 @@ class BackboneSpec:
     """One backbone.
 
     Attributes:
-        name: what users call it.
         hub_id: Hugging Face repository, None for an embedded backbone.
         revision: pinned commit of ``hub_id``.
-        frame: prompt frame.
         lora_targets: regular expression on module paths, language model only.
         few_shot: people whose questions precede a scored question, by task (the benchmark's
             protocol: one for classification, two for cloze; none for models too small to learn in

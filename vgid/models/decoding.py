@@ -80,12 +80,9 @@ class _LastLayer(nn.Module):
 
 @contextmanager
 def reading_at(language_model: Any, rows: Sequence[int], places: Sequence[int]) -> Iterator[None]:
-    """Inside, the language model's last hidden states are those of these places: (1, M, D).
+    """Inside, the last hidden states are those of these tokens of these rows only: (1, M, D).
 
-    Args:
-        language_model: of Llama's or Qwen2's build.
-        rows: the row of each place.
-        places: the token's number in its row.
+    The language model is of Llama's or Qwen2's build.
     """
     layers = language_model.layers
     whole = layers[-1]
@@ -106,13 +103,8 @@ def greedy_tokens(
 
     In fp32 the answers equal those of one prompt at a time. What a checkpoint's generation settings
     say about sampling or repetition is set aside. A response shorter than ``max_new_tokens`` ended
-    by itself.
-
-    Args:
-        backbone: the model as it is now, adapters included.
-        encoded: the prompts.
-        max_new_tokens: tokens after which a response is cut.
-        batch_size: prompts decoded together at most; long ones are fewer (``MAX_BATCH_TOKENS``).
+    by itself. ``batch_size`` prompts are decoded together at most, fewer long ones
+    (``MAX_BATCH_TOKENS``).
     """
     responses: dict[int, list[int]] = {}
     with _evaluating(backbone.model):
@@ -201,16 +193,8 @@ def score_responses(
 ) -> list[ResponseScore]:
     """Teacher-forced pass: rate given responses, token by token.
 
-    The vocabulary layer runs on the positions that predict a response token and on no other.
-
-    Args:
-        backbone: the model as it is now, adapters included.
-        encoded: the prompts.
-        responses: token ids of one response a prompt, none empty (see ``encoding.response_ids``).
-        batch_size: pairs rated together at most; long ones are fewer (``MAX_BATCH_TOKENS``).
-
-    Returns:
-        One score a pair, in the order given, on the CPU.
+    The vocabulary layer runs on the positions that predict a response token and on no other. Scores
+    are on the CPU, in the order of the pairs; ``batch_size`` as in ``greedy_tokens``.
 
     Raises:
         ValueError: an empty response.

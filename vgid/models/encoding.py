@@ -10,13 +10,14 @@ model's context is an error that names the sample.
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vgid.errors import SampleError
 from vgid.models.backbones import Backbone
@@ -60,7 +61,6 @@ class Encoded:
     """A query as the model takes it.
 
     Attributes:
-        id: the query's.
         prompt_ids: token ids of the framed prompt, image tokens expanded.
         identity: what each token is: its id, or a negative number that names its image. Prompts
             with the same beginning have the same hidden states there.
@@ -91,22 +91,20 @@ class Batch:
     Attributes:
         inputs: keyword arguments of the model's forward, ``input_ids`` and ``attention_mask`` of
             shape (B, L) and int64 among them.
-        labels_BL: response token ids, ``IGNORE`` elsewhere; None without responses.
+        labels_BL: response token ids, ``IGNORE`` elsewhere.
     """
 
     inputs: dict[str, Tensor]
-    labels_BL: Tensor | None
+    labels_BL: Tensor
 
     @property
     def predicts_BL(self) -> Tensor:
         """Mask of the positions whose next token is a response token, shape (B, L - 1)."""
-        assert self.labels_BL is not None
         return self.labels_BL[:, 1:] != IGNORE
 
     @property
     def response_ids_R(self) -> Tensor:
         """The response tokens of all samples, one after the other."""
-        assert self.labels_BL is not None
         return self.labels_BL[:, 1:][self.predicts_BL]
 
 
@@ -214,35 +212,23 @@ def response_ids(backbone: Backbone, response: str, sample: str = "without a nam
 
 
 def collate(
-    backbone: Backbone,
-    encoded: Sequence[Encoded],
-    responses: Sequence[Sequence[int]] | None = None,
-    side: Literal["left", "right"] = "right",
+    backbone: Backbone, encoded: Sequence[Encoded], responses: Sequence[Sequence[int]] | None = None
 ) -> Batch:
-    """Pad samples to one batch on the backbone's device, one sequence a sample.
+    """Pad samples, responses behind their prompts, to one batch on the backbone's device.
 
-    The plain form, for the released variant and as the reference that packs are tested against;
-    ``vgid.models.packing`` computes the same with shared images.
-
-    Args:
-        backbone: whose pad token and device are used.
-        encoded: the samples' prompts.
-        responses: token ids of each sample's response, appended to its prompt.
-        side: where the padding goes: left to decode, right to train.
+    One sequence a sample: the plain form, for the released variant and as the reference that packs
+    are tested against; ``vgid.models.packing`` computes the same with shared images.
     """
-    pad_id = backbone.processor.tokenizer.pad_token_id
     answers = responses if responses is not None else [()] * len(encoded)
-    length = max(len(e.prompt_ids) + len(a) for e, a in zip(encoded, answers, strict=True))
+    pairs = [(e.prompt_ids, list(a)) for e, a in zip(encoded, answers, strict=True)]
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
-        fill = [[value] * (length - len(row)) for row in rows]
-        both = [f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)]
-        return torch.tensor(both, device=backbone.device)
+        ragged = [torch.tensor(row) for row in rows]
+        return pad_sequence(ragged, batch_first=True, padding_value=value).to(backbone.device)
 
-    pairs = [(e.prompt_ids, list(a)) for e, a in zip(encoded, answers, strict=True)]
     inputs = {
-        "input_ids": padded([p + a for p, a in pairs], pad_id),
-        "attention_mask": padded([[1] * (len(p) + len(a)) for p, a in pairs], 0),
+        "input_ids": padded([p + a for p, a in pairs], backbone.processor.tokenizer.pad_token_id),
+        "attention_mask": padded([[1] * len(p + a) for p, a in pairs], 0),
     }
     if "mm_token_type_ids" in signature(backbone.model.forward).parameters:
         image_id = backbone.processor.image_token_id
@@ -251,10 +237,7 @@ def collate(
     for name in sorted(seen[0]) if seen else []:
         value = torch.cat([tensors[name] for tensors in seen]).to(backbone.device)
         inputs[name] = value.to(backbone.model.dtype) if value.is_floating_point() else value
-    labels = None
-    if responses is not None:
-        labels = padded([[IGNORE] * len(p) + a for p, a in pairs], IGNORE)
-    return Batch(inputs, labels)
+    return Batch(inputs, padded([[IGNORE] * len(p) + a for p, a in pairs], IGNORE))
 
 
 def at_model_resolution(processor: Any, image: Image.Image) -> NDArray[np.uint8]:

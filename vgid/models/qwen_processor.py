@@ -10,17 +10,9 @@ from transformers import AutoProcessor
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.utils import is_torchvision_available
 
-MODEL_TYPE = "qwen2_5_vl"
-
 
 class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
-    """``Qwen2_5_VLProcessor`` without a video processor.
-
-    Args:
-        image_processor: for instance a ``Qwen2VLImageProcessorPil``.
-        tokenizer: with Qwen's special tokens.
-        chat_template: as in the stock class.
-    """
+    """``Qwen2_5_VLProcessor`` without a video processor."""
 
     # What the constructor names is what ``from_pretrained`` loads.
     def __init__(
@@ -30,17 +22,12 @@ class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
 
 
 def processor_class(model_type: str) -> Any:
-    """The class whose ``from_pretrained`` loads a model's processor.
+    """The class whose ``from_pretrained`` loads the processor of a configuration's model type.
 
-    ``AutoProcessor.register`` could not do it: a folder from the hub names the stock class, and
-    that name comes before any that was registered.
-
-    Args:
-        model_type: the one in the model's configuration.
-
-    Returns:
-        ``AutoProcessor``, except for Qwen2.5-VL without torchvision.
+    It is ``AutoProcessor``, except for Qwen2.5-VL without torchvision. ``AutoProcessor.register``
+    could not do it: a folder from the hub names the stock class, and that name comes before any
+    that was registered.
     """
-    if model_type == MODEL_TYPE and not is_torchvision_available():
+    if model_type == "qwen2_5_vl" and not is_torchvision_available():
         return ImageOnlyQwenProcessor
     return AutoProcessor

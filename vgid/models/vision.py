@@ -70,12 +70,7 @@ def image_processing(processor: Any) -> tuple[str, str]:
 
 
 class Vision:
-    """The eyes of a backbone.
-
-    Args:
-        model: the Hugging Face model, its vision tower frozen.
-        processor: the model's processor.
-        revision: of the base; features of another base are never mixed up with it.
+    """The eyes of a backbone: a model whose tower is frozen, its processor, its base's revision.
 
     Attributes:
         store: where features are shared with other processes; None for this process only.

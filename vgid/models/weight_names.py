@@ -12,12 +12,7 @@ from typing import Any
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """``save_pretrained`` with the names of the hub's files.
-
-    Args:
-        model: Hugging Face model.
-        folder: gets weights and configs.
-    """
+    """``save_pretrained`` with the names of the hub's files."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     # Left alone it is what the model's own file needed: nothing, for a new model.
