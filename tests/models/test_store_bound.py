@@ -145,19 +145,20 @@ def test_info_counts_by_kind_and_knows_the_bound_and_the_last_use(tmp_path: Path
     assert info(tmp_path).by_kind["teachers"].entries == 1
 
 
-def test_clear_of_one_kind_tells_what_was_removed(tmp_path: Path):
+def test_clear_tells_what_was_removed_of_each_kind(tmp_path: Path):
     for kind, count in (("vision", 2), ("teachers", 3)):
         store = ContentStore(tmp_path, kind)
         for n in range(count):
             store.get_or_compute(key_of(n), vector(100))
-    removed = clear(tmp_path, "teachers")
-    assert (removed.entries, removed.bytes) == (3, 3 * (HEADER_BYTES + 400))
-    assert list(removed.by_kind) == ["teachers"]
-    assert names(tmp_path) == {entry("vision", 0), entry("vision", 1)}
+    removed = clear(tmp_path)
+    assert (removed.entries, removed.bytes) == (5, 5 * (HEADER_BYTES + 400))
+    assert {kind: held.entries for kind, held in removed.by_kind.items()} == {
+        "teachers": 3,
+        "vision": 2,
+    }
+    assert names(tmp_path) == set()
     store.get_or_compute(key_of(0), vector(100))
-    assert info(tmp_path).entries == 3
-    with pytest.raises(InputError, match="no kind sound; choose one of teachers, vision"):
-        clear(tmp_path, "sound")
+    assert info(tmp_path).entries == 1
 
 
 def test_clear_removes_what_the_dead_left_and_nothing_of_the_living(tmp_path: Path):

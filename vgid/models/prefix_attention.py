@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
-from vgid.models.packing import Packed
+from vgid.models.packing import Packed, beginning
 
 SHARED_PROMPTS = "shared_prompts"
 """Name of the attention function among those of transformers."""
@@ -38,13 +38,7 @@ the others."""
 
 @dataclass
 class Segment:
-    """Consecutive tokens that several prompts share.
-
-    Attributes:
-        row: of the packed trees.
-        tokens: where the tokens stand in it.
-        samples: whose prompts these are.
-    """
+    """Consecutive tokens of a row of packed trees that several samples' prompts share."""
 
     row: int
     tokens: list[int]
@@ -55,11 +49,10 @@ class Segment:
 # keys, of which 6 x 576 are copies. Here a step reads the 576 once, against the 7 queries as one
 # matrix, and then each question's own 10.
 def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
-    """Part the prompts into shared segments and what is left to each sample.
+    """Part the prompts into shared segments by level, and where each sample's own tokens stand.
 
-    Returns:
-        Segments by level (those of a level have no sample in common; few-shot turns are above the
-        portraits that follow them), and for each sample where its own tokens stand.
+    Segments of a level have no sample in common; few-shot turns are above the portraits that follow
+    them.
     """
     levels: list[list[Segment]] = []
     own: list[list[int]] = [[] for _ in packed.paths]
@@ -71,9 +64,7 @@ def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
         if len(samples) == 1:
             own[samples[0]] += first[depth:]
             return
-        end = depth
-        while end < min(len(first), len(last)) and first[end] == last[end]:
-            end += 1
+        end = beginning(first, last)
         if end - depth >= SHARED_TOKENS:
             if level == len(levels):
                 levels.append([])

@@ -150,12 +150,10 @@ class ContentStore:
         with _alone(self.root / "evict.lock"):
             folders = _kinds(self.root)
             _clear_leftovers(folders, ABANDONED_S)
-            if self.limit_bytes is None:
-                return
             entries = sorted(_entries(folders))
             total = sum(entry.bytes for entry in entries)
             for entry in entries:
-                if total <= self.limit_bytes:
+                if self.limit_bytes is None or total <= self.limit_bytes:
                     break
                 if entry.path != keep:
                     _remove(entry)
@@ -213,26 +211,18 @@ def info(root: Path) -> StoreInfo:
         InputError: the folder is no store.
     """
     root = find_root(root)
-    return _sum_up(root, _kinds(root), list(_entries(_kinds(root))))
+    folders = _kinds(root)
+    return _sum_up(root, folders, list(_entries(folders)))
 
 
-def clear(root: Path, kind: str | None = None) -> StoreInfo:
-    """Remove the entries of a store, or of one kind, and files that no process uses any more.
-
-    Gives what was removed.
+def clear(root: Path) -> StoreInfo:
+    """Remove the entries of a store, and files that no process uses; gives what was removed.
 
     Raises:
-        InputError: the folder is no store, has no such kind, or cannot be written.
+        InputError: the folder is no store, or cannot be written.
     """
     root = find_root(root)
     folders = _kinds(root)
-    if kind is not None:
-        names = [folder.name for folder in folders]
-        if kind not in names:
-            raise InputError(
-                f"{root}: the store has no kind {kind}; choose one of {', '.join(names) or 'none'}."
-            )
-        folders = [root / kind]
     with _alone(root / "evict.lock"):
         removed = list(_entries(folders))
         for entry in removed:
