@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
@@ -214,6 +214,7 @@ def test_bootstrap_is_seeded():
     assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.integers(0, 5))
 def test_bootstrap_interval_lies_within_the_values(values, seed):
     score = bootstrap_interval(values, samples=100, seed=seed)

@@ -24,12 +24,12 @@ many were, none by a method without a retain loss. Metrics:
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Question
 from vgid.evaluation import metrics
-from vgid.evaluation.questions import Examination, ExamItem, OptionScoring
+from vgid.evaluation.questions import Examination, ExamItem
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import greedy_tokens, response_text, score_responses
 from vgid.prompts import Task, Wording
@@ -60,7 +60,7 @@ class Evaluation:
     """
 
     kept: KeptScores
-    option_scoring: OptionScoring
+    option_scoring: Literal["letter", "likelihood"]
     few_shot: dict[Task, tuple[str, ...]]
     responses: tuple[Response, ...] | None = field(default=None, repr=False)
 
@@ -108,7 +108,7 @@ def evaluate(backbone: Backbone, examination: Examination, request: RequestConfi
     )
     return Evaluation(
         KeptScores(scores=scores, people=people),
-        examination.option_scoring,
+        backbone.spec.option_scoring,
         examination.few_shot,
         said if request.log_responses else None,
     )

@@ -49,12 +49,13 @@ class Scorer:
 
         Args:
             part: which questions.
-            seed: of few-shot people, test poses and bootstrap; ``seed_of`` the part if None.
+            seed: of few-shot people, test poses and bootstrap; by default the request's, and for
+                held-out questions another.
             intervention: what is done to the questions.
             reverse: append the reverse-engineering prompt.
             adapter_dir: PEFT adapter folder, None for the base.
         """
-        seed = self.seed_of(part) if seed is None else seed
+        seed = self._seed(part) if seed is None else seed
         kind, content = "base", None
         attached: AbstractContextManager[Any] = nullcontext()
         if adapter_dir is not None:
@@ -88,13 +89,11 @@ class Scorer:
             first.people[score],
             second.people[score],
             self.request.bootstrap_samples,
-            self.seed_of(part) if seed is None else seed,
+            self._seed(part) if seed is None else seed,
         )
 
-    def seed_of(self, part: QuestionPart) -> int:
-        """The seed that a part of the questions is put with where none is asked for."""
-        seed = self.request.seed
-        return held_out_seed(seed) if part == "held_out" else seed
+    def _seed(self, part: QuestionPart) -> int:
+        return held_out_seed(self.request.seed) if part == "held_out" else self.request.seed
 
     def evaluate(
         self,

@@ -11,7 +11,6 @@ by option likelihood, and generation questions on an image are asked a second ti
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Literal
 
 from PIL import Image
 
@@ -28,7 +27,6 @@ from vgid.prompts import Form, Task, Wording
 from vgid.results import QuestionPart
 from vgid.seeds import sample_generator
 
-OptionScoring = Literal["letter", "likelihood"]
 Turns = dict[tuple[Task, Form], tuple[Shot, ...]]
 
 
@@ -75,7 +73,6 @@ class Examination:
     """
 
     items: tuple[ExamItem, ...] = field(repr=False)
-    option_scoring: OptionScoring
     few_shot: dict[Task, tuple[str, ...]]
     seed: int
 
@@ -132,7 +129,7 @@ def prepare(
                     if refused is None:
                         raise
                     refused.append(error)
-    return Examination(tuple(items), backbone.spec.option_scoring, few_shot, seed)
+    return Examination(tuple(items), few_shot, seed)
 
 
 def _ranked(backbone: Backbone, task: Task) -> bool:
@@ -209,11 +206,7 @@ def _worded(
 
 
 def _item(
-    backbone: Backbone,
-    split: str,
-    question: Question,
-    wording: Wording,
-    query: Query,
+    backbone: Backbone, split: str, question: Question, wording: Wording, query: Query
 ) -> ExamItem:
     options, room = None, MAX_NEW_TOKENS
     if _ranked(backbone, question.task):
