@@ -132,11 +132,8 @@ def bootstrap_interval(
     With few people (5 in a small forget set) the interval is coarse and tends to be too narrow;
     with one person it is a point.
 
-    Args:
-        values: one number a question.
-        groups: the person of each question; None resamples single questions.
-        samples: resamples drawn.
-        seed: same seed, same interval, bit for bit.
+    ``groups`` are the person of each question; None resamples single questions. Same seed, same
+    interval, bit for bit.
 
     Raises:
         ValueError: no values, or groups of another length.

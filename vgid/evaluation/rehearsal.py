@@ -29,17 +29,12 @@ ALL_TRAINING = TrialConfig.model_validate({"train_tasks": get_args(Task), "train
 class Rehearsal:
     """Requests over the same data, one after the other; what passed is not looked at again.
 
-    Args:
-        backbone: may be without weights (``vgid.models.backbones.outline``).
-        benchmark: the data.
-        everyone: look at all retain people, celebrities and training pairs, whichever of them a
-            request's seed chooses.
+    The backbone may be without weights (``vgid.models.backbones.outline``). Of ``everyone`` are all
+    retain people, celebrities and training pairs, whichever of them a request's seed chooses.
     """
 
     def __init__(self, backbone: Backbone, benchmark: Benchmark, everyone: bool = False) -> None:
-        self.backbone = backbone
-        self.benchmark = benchmark
-        self.everyone = everyone
+        self.backbone, self.benchmark, self.everyone = backbone, benchmark, everyone
         self._passed: set[Hashable] = set()
 
     def defects(

@@ -94,11 +94,7 @@ class LoraWeights:
         """Every module of the base that the adapter's own pattern names has its weights.
 
         peft takes an adapter that lacks some, or has others, with a warning at most, and what was
-        forgotten is told again.
-
-        Args:
-            base: the model, or its skeleton (``backbones.skeleton``).
-            targets: see ``check_targets``.
+        forgotten is told again. A skeleton of the base will do (``backbones.skeleton``).
 
         Raises:
             InputError: a module has no weights, weights have no module or another shape than in

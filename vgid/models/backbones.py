@@ -201,10 +201,8 @@ def spec(name: str) -> BackboneSpec:
 def locate(row: BackboneSpec, model_path: str | None, weights: bool = True) -> Path:
     """The local folder with the base: given, embedded, or from the Hugging Face cache or hub.
 
-    Args:
-        row: the backbone.
-        model_path: local folder or hub id in place of the row's own source.
-        weights: False asks for configuration and processor only.
+    ``model_path`` is a local folder or hub id in place of the row's own source. Without ``weights``
+    configuration and processor are enough.
 
     Raises:
         InputError: it is not there and cannot be fetched.
@@ -246,12 +244,9 @@ def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
 
 
 def load(name: str, model_path: str | None = None, device: str | None = None) -> Backbone:
-    """Load a backbone: fp32 on the CPU, bf16 on a GPU, frozen.
+    """Load a backbone, frozen: bf16 on a GPU, the first if there is one, fp32 on the CPU.
 
-    Args:
-        name: a row's name.
-        model_path: local folder or hub id in place of the row's own source.
-        device: torch device, by default the first GPU if there is one.
+    ``model_path`` as for ``locate``.
 
     Raises:
         InputError: unknown name, or weights that cannot be found or are not all there.

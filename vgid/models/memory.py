@@ -14,14 +14,7 @@ from vgid.models.tree_attention import lay_out
 
 
 class DecoderSizes:
-    """The sizes of a decoder that costs depend on.
-
-    Args:
-        text_config: of the language model; Llama's, or one with the same names of sizes.
-
-    Attributes:
-        maps: input and output width of a layer's linear maps: q, k, v, o, gate, up, down.
-    """
+    """The sizes of a decoder that costs depend on: Llama's, or one with the same names of sizes."""
 
     def __init__(self, text_config: Any) -> None:
         heads = text_config.num_attention_heads
@@ -31,6 +24,7 @@ class DecoderSizes:
         F = text_config.intermediate_size
         self.D, self.H, self.F = D, H, F
         self.layers: int = text_config.num_hidden_layers
+        # Input and output width of a layer's linear maps: q, k, v, o, gate, up, down.
         self.maps = [(D, H), (D, K), (D, K), (H, D), (D, F), (D, F), (F, D)]
 
 
@@ -57,12 +51,7 @@ def activation_bytes(
     input, 2 D, the norm behind them 4 D, and one layer at a time keeps all. Temporaries and the
     allocator's loss come on top.
 
-    Args:
-        text_config: of the language model.
-        packs: that are forwarded before the backward pass. Padding is kept as tokens are.
-        lora_rank: r.
-        checkpointing: of the decoder's layers.
-        dropout: whether LoRA has any.
+    ``packs`` are all that are forwarded before the backward pass; padding is kept as tokens are.
     """
     s = DecoderSizes(text_config)
     tokens = sum(packed.ids_BL.numel() for packed in packs)

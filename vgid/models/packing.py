@@ -102,14 +102,7 @@ def pack(
     responses: Sequence[Sequence[int]] | None = None,
     max_row_tokens: int = MAX_ROW_TOKENS,
 ) -> Packed:
-    """Lay samples out as trees, on the backbone's device.
-
-    Args:
-        backbone: whose pad token and device are used.
-        prompts: the samples' prompts.
-        responses: token ids of each sample's response, behind its prompt.
-        max_row_tokens: token budget of a row.
-    """
+    """Lay samples out as trees, responses behind their prompts, on the backbone's device."""
     answers = [list(r) for r in responses] if responses is not None else [[] for _ in prompts]
     keys = [prompt.identity + answer for prompt, answer in zip(prompts, answers, strict=True)]
     trees = _trees(prompts, keys, max_row_tokens)

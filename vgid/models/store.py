@@ -59,12 +59,9 @@ def key_of(described: Any) -> str:
 class ContentStore:
     """One kind of entries in a store, shared between processes, least recently used first out.
 
-    Args:
-        root: folder of the store; created.
-        kind: subfolder of this kind's entries.
-        limit_bytes: bound on the entries of all kinds of the root together, None for no bound. It
-            holds after each write, except that the entry just written always stays; a bound that
-            differs from the one before takes effect at once.
+    ``limit_bytes`` bounds the entries of all kinds of the root together. It holds after each write,
+    except that the entry just written always stays; a bound that differs from the one before takes
+    effect at once.
 
     Attributes:
         hits: entries that were found.
@@ -95,16 +92,10 @@ class ContentStore:
     def get_or_compute(
         self, key: str, compute: "Callable[[], dict[str, Tensor]]"
     ) -> "dict[str, Tensor]":
-        """The entry of ``key``, computed and stored if it is not there or its file is torn.
+        """The tensors of ``key``, computed and stored if they are not there or their file is torn.
 
-        Of the processes that want an entry one computes it and the others wait.
-
-        Args:
-            key: from ``key_of``.
-            compute: gives the entry's tensors, no two of which share memory.
-
-        Returns:
-            The tensors, contiguous and on the CPU.
+        They are contiguous and on the CPU, and no two that are computed may share memory. Of the
+        processes that want an entry one computes it and the others wait.
 
         Raises:
             DiskError: the disk is full or the folder cannot be written; nothing is left behind.

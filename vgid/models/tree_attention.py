@@ -71,10 +71,8 @@ class Tree:
 def lay_out(ends_BL: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Tree]:
     """The trees of packed rows, row after row; together they hold every place once.
 
-    Args:
-        ends_BL: where the tree below each token ends (``vgid.models.packing.Packed``).
-        dtype: of the model, for the masks, which are made on the device of ``ends_BL``.
-        block: queries of a block at most.
+    ``ends_BL`` is ``Packed``'s (``vgid.models.packing``). Masks are made on its device, in the
+    model's dtype; a block has so many queries at most.
     """
     rows, length = ends_BL.shape
     offsets_B1 = length * np.arange(rows)[:, None]

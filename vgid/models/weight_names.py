@@ -21,11 +21,7 @@ def save_weights(model: Any, folder: Path) -> None:
 
 
 class WeightNames:
-    """Both names of each weight of a model.
-
-    Args:
-        model: Hugging Face model; of its weights only the names matter (``backbones.skeleton``).
-    """
+    """Both names of each weight of a model, of which a skeleton is enough."""
 
     def __init__(self, model: Any) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
