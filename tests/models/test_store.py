@@ -104,8 +104,7 @@ def test_an_entry_is_computed_once_and_read_bit_for_bit(tmp_path: Path):
             assert read[name].is_contiguous()
             assert torch.equal(read[name].isnan(), value.isnan())
             assert torch.equal(read[name].nan_to_num(), value.nan_to_num())
-    size = (tmp_path / "store" / entry("teachers", "a")).stat().st_size
-    assert (store.hits, store.misses, store.bytes_written) == (1, 1, size)
+    assert (store.hits, store.misses) == (1, 1)
     assert names(tmp_path / "store") == {entry("teachers", "a")}  # no lock is left
 
 

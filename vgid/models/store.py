@@ -66,7 +66,6 @@ class ContentStore:
     Attributes:
         hits: entries that were found.
         misses: entries that were computed.
-        bytes_written: size of the files of the entries that were computed.
 
     Raises:
         DiskError: the folder cannot be made.
@@ -75,7 +74,7 @@ class ContentStore:
 
     def __init__(self, root: Path, kind: str, limit_bytes: int | None = None) -> None:
         self.root, self.folder, self.limit_bytes = root, root / kind, limit_bytes
-        self.hits = self.misses = self.bytes_written = 0
+        self.hits = self.misses = 0
         refuse_links(root, itself=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,10 +113,8 @@ class ContentStore:
             if (found := self._find(path)) is not None:
                 return found
             tensors = {name: x.detach().cpu().contiguous() for name, x in compute().items()}
-            content = save(tensors)
-            _replace(path, content)
+            _replace(path, save(tensors))
             self.misses += 1
-            self.bytes_written += len(content)
         # Outside the entry's lock: who waits for the entry need not wait for the sweep.
         self._evict(keep=path)
         return tensors
