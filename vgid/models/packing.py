@@ -135,9 +135,10 @@ def pack(
                 used, before = new.stop, keys[n]
                 packed_rows[n], packed_paths[n] = b, path
             ends_BL[b, path] = used
-    arrays = (ids_BL, positions_ABL, ends_BL)
-    inputs = [torch.from_numpy(array).to(backbone.device) for array in arrays]
-    return Packed(*inputs, pictures, packed_rows, packed_paths, answers)
+    ids, positions, ends = (
+        torch.from_numpy(array).to(backbone.device) for array in (ids_BL, positions_ABL, ends_BL)
+    )
+    return Packed(ids, positions, ends, pictures, packed_rows, packed_paths, answers)
 
 
 def hidden_states(backbone: Backbone, packed: Packed, cache: Any | None = None) -> Tensor:
