@@ -23,7 +23,7 @@ from vgid.results import Score
 
 TABLES = tables({method: TrialConfig(method=method) for method in METHOD_LABELS})
 BY_ID = {claim.id: claim for claim in CLAIMS}
-PAPER = paper_evidence(TABLES, "LLaVA-1.5-7B")
+PAPER = paper_evidence("LLaVA-1.5-7B")
 
 IDEAL = {
     1: {"base": 0.9, "icu_declarative": 0.8, "icu_polite": 0.75, "icu_strict": 0.7},

@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vgid.config import Method, TrialConfig, parse
-from vgid.paper.printed import closest_backbone, paper_row
-from vgid.paper.tables import ALL_NINE, SIGMAS, STYLES, FilledTable, Table, tables
+from vgid.paper.printed import closest_backbone
+from vgid.paper.tables import ALL_NINE, SIGMAS, STYLES, FilledTable, tables
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import METHOD_LABELS
 from vgid.report.tables import Grid
@@ -68,14 +68,15 @@ def our_evidence(filled: Mapping[int, FilledTable]) -> Evidence:
     return values
 
 
-def paper_evidence(tables: Mapping[int, Table], backbone: str) -> Evidence:
+def paper_evidence(backbone: str) -> Evidence:
     """The paper's own numbers for one of its backbones, as one seed; rows go by our keys."""
+    every = tables({m: parse(TrialConfig, {"method": m}, "default") for m in get_args(Method)})
+    rows = {(number, row.key): row for number, table in every.items() for row in table.rows}
 
     def values(table: int, key: str, metric: str) -> Statistic:
-        rows = [row for row in tables[table].rows if row.key == key] if table in tables else []
-        found = [paper_row(table, backbone, row.paper, row.setting) for row in rows]
-        printed = [math.nan if row is None else row.scores.get(metric, math.nan) for row in found]
-        return np.array(printed or [math.nan])
+        row = rows.get((table, key))
+        printed = None if row is None else row.printed(table, backbone, metric)
+        return np.array([printed], dtype=np.float64)
 
     return values
 
@@ -330,12 +331,10 @@ def on_all(judgements: Sequence[Judgement]) -> Verdict:
 
 def judge_all(filled: Sequence[FilledTable]) -> list[Judgement]:
     """Evaluate every claim on the tables of every backbone, and of the paper's closest one."""
-    every = tables({m: parse(TrialConfig, {"method": m}, "default") for m in get_args(Method)})
     evidence = {}
     for backbone in dict.fromkeys(table.backbone for table in filled):
         ours = {t.table.number: t for t in filled if t.backbone == backbone}
-        printed = paper_evidence(every, closest_backbone(backbone, 3))
-        evidence[backbone] = our_evidence(ours), printed
+        evidence[backbone] = our_evidence(ours), paper_evidence(closest_backbone(backbone, 3))
     return [judge(claim, name, *both) for claim in CLAIMS for name, both in evidence.items()]
 
 

@@ -9,6 +9,8 @@ import argparse
 import re
 import time
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from string import Template
 from typing import Annotated, Any, get_args
 
 from pydantic import Field, field_validator
@@ -48,31 +50,11 @@ from vgid.report.intervals import count_seeds
 from vgid.report.page import write_picture
 from vgid.report.records import write_study
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #333; max-width: 90rem; margin: 2rem auto }
-body { padding: 0 1rem }
-table { border-collapse: collapse; display: block; font-size: 13px; overflow-x: auto }
-td, th { border-bottom: 1px solid #e6e9ed; padding: .3rem .6rem; text-align: left }
-td, th { white-space: nowrap }
-img { max-width: 100% }
-"""
-
-CLAIMS_INTRODUCED = """## Claims
-
-A claim's statistic is positive where it holds: mean over the seeds and 95 % interval. What each is
-stands in [claims.md](claims.md).
-"""
-
-
 ALL_TABLES = tuple(range(1, 10))
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """Parse ``1-9`` or ``3,6`` or ``1,4-6``.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none of these.
-    """
+    """Parse ``1-9`` or ``3,6`` or ``1,4-6``; an ``argparse.ArgumentTypeError`` if it is none."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -170,7 +152,7 @@ def run_paper_tables(
 
     everything = [fill(table, name, seeds, outcomes) for name, ts in chosen.items() for table in ts]
     judgements = judge_all([table for table in everything if table.table is not FIRST_TOKENS])
-    files = _write(config, everything, judgements, outcomes, trials)
+    names = _write(config, everything, judgements, outcomes, trials)
     summary = {
         "config": config,
         **provenance(),
@@ -180,7 +162,7 @@ def run_paper_tables(
         "experiments_run": ran,
         "experiment_s": sum(outcome.seconds for outcome in outcomes.values()),
         "wall_s": time.monotonic() - started,
-        "files": files,
+        "files": names,
     }
     write_study(config.output / "tables.json", summary)
     return judgements, summary
@@ -218,7 +200,7 @@ def _write(
     outcomes: Mapping[Experiment, Outcome],
     trials: Mapping[str, Mapping[Method, TrialConfig]],
 ) -> list[str]:
-    output, files, index = config.output, [], []
+    output, written, index = config.output, [], []
     filled = [table for table in everything if table.table is not FIRST_TOKENS]
     for number in config.tables:
         mine = [table for table in filled if table.table.number == number]
@@ -227,30 +209,42 @@ def _write(
         else:
             grids = [as_grid(table) for table in mine]
             write_atomically(output / f"table_{number}.csv", as_csv(mine))
-            files.append(f"table_{number}.csv")
+            written.append(f"table_{number}.csv")
         text = "\n".join(grid.markdown() for grid in grids)
         write_atomically(output / f"table_{number}.md", text.encode())
-        files.append(f"table_{number}.md")
+        written.append(f"table_{number}.md")
         index.append(text)
     index.append("## Figures\n")
     for name in config.backbones:
         drawn = pictures([table for table in everything if table.backbone == name])
         for number, picture in drawn.items():
             stem, title = f"figure_{number}_{name}", picture.title
-            files += write_picture(output, stem, picture, beside=True)
+            written += write_picture(output, stem, picture, beside=True)
             index.append(f"### {title}\n\n[![{title}]({stem}.png)]({stem}.html)\n")
     embedded = [name for name in config.backbones if backbones.spec(name).embedded]
     notes = "\n".join(f"- {note}" for note in _notes(config, filled, outcomes, embedded))
-    told = f"# The paper's tables\n\n{notes}\n\n{CLAIMS_INTRODUCED}\n"
-    told += f"{verdicts(judgements).markdown()}\n\n## Tables\n\n" + "\n".join(index)
+    told = f"""# The paper's tables
+
+{notes}
+
+## Claims
+
+A claim's statistic is positive where it holds: mean over the seeds and 95 % interval. What each is
+stands in [claims.md](claims.md).
+
+{verdicts(judgements).markdown()}
+
+## Tables
+
+""" + "\n".join(index)
     for name, text in (
         ("claims.md", claims_markdown(judgements, embedded)),
         ("index.md", told),
         ("index.html", _page(told)),
     ):
         write_atomically(output / name, text.encode())
-        files.append(name)
-    return files
+        written.append(name)
+    return written
 
 
 def _notes(
@@ -307,10 +301,5 @@ def _page(markdown: str) -> str:
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<title>The paper's tables</title>
-<style>{STYLE}</style>
-{body}</html>
-"""
+    template = files("vgid.paper").joinpath("index.html").read_text(encoding="utf-8")
+    return Template(template).substitute(body=body)

@@ -55,6 +55,11 @@ class Row(NamedTuple):
     arm: Arm
     setting: str = ""
 
+    def printed(self, table: int, backbone: str, metric: str) -> float | None:
+        """What the paper prints there for one of its backbones, if it does."""
+        found = paper_row(table, backbone, self.paper, self.setting)
+        return None if found is None else found.scores.get(metric)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -168,8 +173,7 @@ class FilledTable:
 
     def paper(self, row: Row, metric: str) -> float | None:
         """The paper's number in this cell, of its closest backbone."""
-        found = paper_row(self.table.number, self.paper_backbone, row.paper, row.setting)
-        return None if found is None else found.scores.get(metric)
+        return row.printed(self.table.number, self.paper_backbone, metric)
 
     @cached_property
     def paper_backbone(self) -> str:

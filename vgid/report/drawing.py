@@ -271,8 +271,8 @@ def _draw_series(axes: Any, series: Series, order: float) -> None:
     # One by one, so that lines through each other are seen as several.
     for path in np.split(np.column_stack((x, y)), np.flatnonzero(np.isnan(x))):
         axes.plot(path[:, 0], path[:, 1], **line)
-    if series.x_bounds or series.y_bounds:
-        axes.errorbar(x, y, **_reaches(series), fmt="none", elinewidth=0.9, **paint)
+    if reaches := {f"{axis}err": reach for axis, reach in _reaches(series).items()}:
+        axes.errorbar(x, y, **reaches, fmt="none", elinewidth=0.9, **paint)
     marks = np.array([series.mark] * len(x) if isinstance(series.mark, str) else series.mark)
     for mark in dict.fromkeys(marks[marks != ""].tolist()):
         edge: dict[str, Any] = {"markeredgecolor": "white", "markeredgewidth": 0.7}
@@ -291,14 +291,15 @@ def _draw_bars(axes: Any, bars: Series, side: float, beside: int) -> None:
     draw, at, values = axes.bar, bars.x, bars.y
     if bars.bars == "h":
         draw, at, values = axes.barh, bars.y, bars.x
-    style = {"color": bars.colour, "label": bars.name, "error_kw": {"elinewidth": 0.8}}
-    draw(np.array(at) + 0.8 * side, values, 0.76 / beside, **style, **_reaches(bars))
+    style: dict[str, Any] = {"color": bars.colour, "error_kw": {"elinewidth": 0.8}}
+    style |= {f"{axis}err": reach for axis, reach in _reaches(bars).items()}
+    draw(np.array(at) + 0.8 * side, values, 0.76 / beside, label=bars.name, **style)
 
 
-def _reaches(series: Series) -> dict[str, Floats | None]:
-    """How far intervals reach to either side, as matplotlib takes them."""
-    pairs = (("xerr", series.x_bounds, series.x), ("yerr", series.y_bounds, series.y))
-    return {key: np.abs(np.array(b).T - np.array(at)) if b else None for key, b, at in pairs}
+def _reaches(series: Series) -> dict[str, Floats]:
+    """How far intervals reach to either side, (2, N), along ``x`` and ``y`` where there are any."""
+    pairs = (("x", series.x_bounds, series.x), ("y", series.y_bounds, series.y))
+    return {axis: np.abs(np.array(ends).T - np.array(at)) for axis, ends, at in pairs if ends}
 
 
 def _write_labels(axes: Any, panel: Panel) -> None:
@@ -383,13 +384,15 @@ def _plotly_trace(series: Series) -> dict[str, Any]:
         "legendgroup": name,
         "x": list(series.x),
         "y": list(series.y),
-        "error_x": _plotly_reach(series.x_bounds, series.x, series),
-        "error_y": _plotly_reach(series.y_bounds, series.y, series),
         "opacity": series.opacity,
         "hoverinfo": "text" if series.hover else "skip",
         "hovertext": [_told(text) for text in series.hover] or None,
         "customdata": list(series.keys) or None,
     }
+    for axis, (below, above) in _reaches(series).items():
+        ink = INK if series.bars else series.colour
+        ends = {"symmetric": False, "array": above.tolist(), "arrayminus": below.tolist()}
+        trace[f"error_{axis}"] = {**ends, "thickness": 1, "width": 3, "color": ink}
     if series.bars:
         bars = {"orientation": series.bars, "marker": {"color": series.colour}}
         return trace | bars
@@ -414,20 +417,6 @@ def _plotly_trace(series: Series) -> dict[str, Any]:
 def _told(text: str) -> str:
     first, *rest = _markup(text).split("<br>")
     return "<br>".join([f"<b>{first}</b>", *rest]) if rest else first
-
-
-def _plotly_reach(bounds: Bounds, middles: Places, series: Series) -> dict[str, Any] | None:
-    if not bounds:
-        return None
-    pairs = list(zip(bounds, middles, strict=True))
-    return {
-        "symmetric": False,
-        "array": [high - x for (_, high), x in pairs if x is not None],
-        "arrayminus": [x - low for (low, _), x in pairs if x is not None],
-        "thickness": 1,
-        "width": 3,
-        "color": INK if series.bars else series.colour,
-    }
 
 
 def _plotly_scale(scale: Scale) -> dict[str, Any]:

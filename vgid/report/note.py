@@ -173,9 +173,12 @@ def _result(front: Front, links: NoteLinks) -> str:
             f" ({further['retain_refusal']:.1%} of their questions refused, "
             f"{further['retain_refusal_raw']:.1%} without answer instructions)"
         )
+    missing = len(front.records) - len(front.drawn)
+    count = f"{len(front.front)} {'is' if len(front.front) == 1 else 'are'} on the front"
+    count += f" and {missing} did not complete" if missing else ""
     unsure = "" if front.doubt is None else f"**Warning.** {front.doubt}\n\n"
     return (
-        f"{unsure}**Result.** Of {len(front.records)} trials, {_counts(front)}. "
+        f"{unsure}**Result.** Of {len(front.records)} trials, {count}. "
         f"Trial {links.trial(pick.result.trial_id)} ({describe(pick.config)}) "
         f"removes {share} of the forget people's ROUGE-L ({forget:.3f} to "
         f"{forget - reduction:.3f}) {where}, and retain ROUGE-L goes from {kept:.3f} to "
@@ -194,12 +197,6 @@ def _trained_on(verbatim: Verbatim) -> str:
         ]
         parts.append(f"of the {part.replace('_', '-')} ones {', '.join(told)}")
     return f" Generation questions trained on word for word: {'; '.join(parts)}." if parts else ""
-
-
-def _counts(front: Front) -> str:
-    found, missing = len(front.front), len(front.records) - len(front.drawn)
-    on_front = f"{found} {'is' if found == 1 else 'are'} on the front"
-    return f"{on_front} and {missing} did not complete" if missing else on_front
 
 
 def _table(front: Front, links: NoteLinks) -> str:
