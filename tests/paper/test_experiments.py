@@ -242,7 +242,8 @@ def test_settings_travel_from_a_comparison_to_the_tables(tmp_path):
     ("text", "match"),
     [
         ("{", "not JSON"),
-        ("[]", "backbone and methods"),
+        ("[]", "backbone: "),
+        ("7", "not JSON of backbone and methods"),
         ('{"methods": {}}', "backbone"),
         ('{"backbone": "tiny-llava", "methods": {"duet": {}}}', "duet"),
         ('{"backbone": "tiny-llava", "methods": {"ga": {"beta": 2}}}', "does not use it"),

@@ -43,6 +43,7 @@ Comparisons = Mapping[str, Statistic]
 """A claim's statistics by what is compared with (a row's key); "" for a claim that has one."""
 Evidence = Callable[[int, str, str], Statistic]
 """A cell's values, one a seed, by number of the table, key of the row, and score; NaN if none."""
+Comparing = Callable[[Evidence], Comparisons]
 
 BASELINES = ("ga", "ga_diff", "kl_min", "po_dpo", "po_idk", "npo", "rmu")
 ASCENDING = ("ga", "ga_diff", "kl_min")
@@ -93,7 +94,7 @@ class Claim:
     text: str
     where: str
     measure: str
-    compare: Callable[[Evidence], Comparisons]
+    compare: Comparing
     note: str = ""
     about: Literal["each", "some"] = "each"
 
@@ -170,15 +171,14 @@ def _label(name: str) -> str:
 
 def judge(claim: Claim, backbone: str, evidence: Evidence, paper: Evidence) -> Judgement:
     """Evaluate one claim on one backbone's tables, and on the paper's."""
+    # The paper is one seed, so each of its comparisons is one number.
     printed = [float(v) for (v,) in claim.compare(paper).values() if not math.isnan(v)]
     if claim.about == "some":
         printed = [max(map(abs, printed))] if printed else []
     return Judgement(claim, backbone, claim.compare(evidence), min(printed, default=None))
 
 
-def _leads(
-    table: int, own: str, others: Sequence[str], metric: str
-) -> Callable[[Evidence], Comparisons]:
+def _leads(table: int, own: str, others: Sequence[str], metric: str) -> Comparing:
     """By how much a row is better than each other: more is better on the retain set, else less."""
     sign = 1.0 if metric.startswith("retain") else -1.0
     return lambda values: {
@@ -187,9 +187,7 @@ def _leads(
     }
 
 
-def _vgid_leads(
-    table: int, methods: Sequence[str], metric: str
-) -> Callable[[Evidence], Comparisons]:
+def _vgid_leads(table: int, methods: Sequence[str], metric: str) -> Comparing:
     """VGID's leads over other methods; those that have no value at all are left out."""
 
     def compare(values: Evidence) -> Comparisons:

@@ -269,6 +269,7 @@ def _run_group(
     for experiment in group:
         if cache.get(experiment) is not None:
             continue
+        # Only now, so that a group which others have run meanwhile loads no model.
         session = session or TrialSession(cache.bench.request(*experiment.group))
         cache.put(experiment, measure(session, experiment, cache.adapter(experiment)))
         if update is not None:

@@ -12,12 +12,6 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
-COLUMNS = (
-    "forget_cloze", "forget_class", "forget_rougeL", "test_cloze", "test_class", "test_rougeL",
-    "retain_cloze", "retain_class", "retain_rougeL", "forget_bleu", "test_bleu",
-)  # fmt: skip
-"""Columns of the file with scores; ``class`` is ``classification`` in ours."""
-
 PAPER_BACKBONES = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "Qwen2.5-VL-3B")
 
 TABLE_7: dict[str, str | float | int] = {
@@ -63,16 +57,12 @@ class PaperRow(NamedTuple):
 def paper_rows() -> tuple[PaperRow, ...]:
     """All rows, in the order of the paper."""
     text = files("vgid.paper").joinpath("paper_tables.csv").read_text(encoding="utf-8")
+    names = ("table", "backbone", "forget_ratio_percent", "setting", "method")
     rows = []
     for row in csv.DictReader(io.StringIO(text)):
-        printed = {name: float(row[name]) for name in COLUMNS if row[name]}
-        scores = {name.replace("class", "classification"): v for name, v in printed.items()}
-        ratio = int(row["forget_ratio_percent"])
-        rows.append(
-            PaperRow(
-                int(row["table"]), row["backbone"], ratio, row["setting"], row["method"], scores
-            )
-        )
+        table, backbone, ratio, setting, method = (row.pop(name) for name in names)
+        scores = {name: float(cell) for name, cell in row.items() if cell}
+        rows.append(PaperRow(int(table), backbone, int(ratio), setting, method, scores))
     return tuple(rows)
 
 

@@ -146,6 +146,7 @@ def run_paper_tables(
     ]
     if config.data is not None:
         _rehearse(needed, bench)
+    # Counted by files: other processes run the experiments.
     kept = set(bench.folder.glob("outcomes/*.json"))
     outcomes = run_experiments(needed, bench, config.processes, console)
     ran = len(set(bench.folder.glob("outcomes/*.json")) - kept)

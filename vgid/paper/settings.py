@@ -62,12 +62,10 @@ def read_settings(path: Path) -> tuple[str, dict[Method, TrialConfig]]:
         InputError: the file cannot be read, or a setting is not valid.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "it is not JSON"
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it is not JSON of backbone and methods"
         raise InputError(f"{path}: cannot be read ({reason}); check --settings.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must be an object with backbone and methods; correct it.")
     settings = parse(Settings, content, str(path))
     return settings.backbone, {
         method: parse(TrialConfig, {**values, "method": method}, f"{path}: {method}")
@@ -76,11 +74,7 @@ def read_settings(path: Path) -> tuple[str, dict[Method, TrialConfig]]:
 
 
 def write_settings(path: Path, backbone: str, trials: Mapping[Method, TrialConfig]) -> None:
-    """Write a settings file that ``read_settings`` reads.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Write a settings file that ``read_settings`` reads."""
     methods = {
         method: trial.model_dump(mode="json", exclude={"method", "seed"}, exclude_defaults=True)
         for method, trial in trials.items()

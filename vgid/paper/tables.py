@@ -95,6 +95,7 @@ def tables(trials: Mapping[Method, TrialConfig]) -> dict[int, Table]:
         for method, label in METHOD_LABELS.items()
         if method in trials
     ]
+    # Both vary VGID's own setting; without one their tables have the base alone.
     noises, styles = _ablations(trials["vgid"]) if "vgid" in trials else ([], [])
     found = [
         Table(1, "In-context unlearning by prompt style", 5, TEXT_SCORES, (BASE, *instructed)),

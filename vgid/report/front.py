@@ -99,9 +99,6 @@ def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
     """Draw ``front.png``: the whole study on the left, its front from close by on the right.
 
     With ``whole_only`` a small picture of the left half alone.
-
-    Raises:
-        InputError: the file cannot be written.
     """
     trials, marks = _trials(front), _marks(front)
     whole = Panel(Scale(X_LABEL), Scale(Y_LABEL), [*trials, *_front(front), *marks])
@@ -118,11 +115,7 @@ def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
 
 
 def write_html(path: Path, front: Front) -> None:
-    """Write ``front.html``.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Write ``front.html``."""
     trials = {
         record.result.trial_id: {
             "name": run_name(record.config, record.result.trial_id),
@@ -139,6 +132,7 @@ def write_html(path: Path, front: Front) -> None:
 
 def page_picture(front: Front) -> Picture:
     """The picture of ``front.html``; its last series is the ring around a clicked trial."""
+    # Without a point at first: front.js moves it to the trial that is clicked.
     ring = Series("chosen trial", [], [], FRONT, "circle-open", 26, listed=False)
     drawn = [*_trials(front), *_held_out(front), *_front(front), *_marks(front), ring]
     return Picture(front.title, [Panel(Scale(X_LABEL), Scale(Y_LABEL), drawn)], front.caption)

@@ -51,11 +51,7 @@ class Axis(NamedTuple):
 
 
 def write_figures(folder: Path, front: Front) -> list[Path]:
-    """Write all figures of a study; the files, in the order of ``FIGURES``.
-
-    Raises:
-        InputError: a file cannot be written.
-    """
+    """Write all figures of a study; the files, in the order of ``FIGURES``."""
     write_html(folder / "front.html", front)
     write_png(folder / "front.png", front)
     picture = insights(front, importances(front.drawn))
@@ -97,6 +93,7 @@ def importances(records: Sequence[TrialRecord]) -> Shares:
             optuna.trial.create_trial(params=params, distributions=distributions, values=values)
         )
     found = {}
+    # One by one: fANOVA explains the variance of a single number.
     for index, objective in enumerate(OBJECTIVES):
         reached = [values[index] for values in points]
         if max(reached) - min(reached) < 1e-12:  # nothing to explain

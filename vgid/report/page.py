@@ -29,11 +29,7 @@ def asset(name: str) -> str:
 
 
 def write_picture(folder: Path, stem: str, picture: Picture, **page: Any) -> list[str]:
-    """Write ``<stem>.png`` and, by ``write_page``, ``<stem>.html``; the names of both.
-
-    Raises:
-        InputError: a file cannot be written.
-    """
+    """Write ``<stem>.png`` and, by ``write_page``, ``<stem>.html``; the names of both."""
     write_atomically(folder / f"{stem}.png", picture.png())
     write_page(folder / f"{stem}.html", picture, **page)
     return [f"{stem}.png", f"{stem}.html"]
@@ -61,9 +57,6 @@ def write_page(
             (plotly's ``data`` and ``layout`` among it) at hand.
         beside: plotly's code lies beside the page as ``plotly.min.js``, put there if it is not,
             instead of inside it.
-
-    Raises:
-        InputError: a file cannot be written.
     """
     if beside and not (path.parent / "plotly.min.js").exists():
         write_atomically(path.parent / "plotly.min.js", _plotly().encode())

@@ -127,11 +127,7 @@ def held_out_scores(record: TrialRecord) -> dict[str, Score] | None:
 
 
 def write_trials(path: Path, records: Iterable[TrialRecord]) -> None:
-    """Write ``trials.csv``: one row a trial, ordered by its id.
-
-    Raises:
-        DiskError: the file cannot be written.
-    """
+    """Write ``trials.csv``: one row a trial, ordered by its id."""
     TrialsTable(path).write(records)
 
 
@@ -153,11 +149,7 @@ class TrialsTable:
         return set(_columns([record])) <= set(self._columns)
 
     def write(self, records: Iterable[TrialRecord]) -> None:
-        """Write the file whole.
-
-        Raises:
-            DiskError: the file cannot be written.
-        """
+        """Write the file whole."""
         rows = _ordered(records)
         columns = _columns(rows)
         lines = [_cells(record, columns, self._path.parent) for record in rows]
@@ -191,9 +183,6 @@ def write_front(path: Path, records: Iterable[TrialRecord]) -> None:
     Each held-out score takes four columns: ``heldout_<name>``, the bounds of its 95 % interval
     ``_low`` and ``_high``, and the number of questions ``_n``. Records that are not on the front
     are left out.
-
-    Raises:
-        DiskError: the file cannot be written.
     """
     everything = _ordered(records)
     columns = _columns(everything)
@@ -241,6 +230,7 @@ def _cells(record: TrialRecord, columns: Sequence[str], folder: Path) -> list[An
     adapter = result.adapter
     if adapter is not None and adapter.is_relative_to(folder):
         adapter = adapter.relative_to(folder)  # the output folder can be moved
+    # What comes later counts: a metric of a field's name does not stand in the field's column.
     row = {
         **result.metrics,
         **dict.fromkeys(TRIAL_FIELDS),
