@@ -87,7 +87,7 @@ class Slots:
         request: what every session is made from.
         storage: folder for Ray Train's own files, shared by all nodes.
         fresh: start a new Train run after every trial instead of keeping one.
-        session: makes the workers' sessions.
+        session: makes the workers' sessions; without it, ``trial_session`` does.
     """
 
     def __init__(
@@ -98,12 +98,13 @@ class Slots:
         count: int,
         storage: Path,
         fresh: bool = False,
-        session: SessionFactory = trial_session,
+        session: SessionFactory | None = None,
     ) -> None:
         self.mailbox = mailbox
         self._shape = shape
         self.count = count
-        loop = {"mailbox": mailbox, "request": request, "session": session, "fresh": fresh}
+        loop = {"mailbox": mailbox, "request": request, "fresh": fresh}
+        loop["session"] = session or trial_session
         # Its children inherit this. Without the address those of Ray's that look after a controller
         # ask the newest cluster of the machine, take the controller for dead and end its workers.
         address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}

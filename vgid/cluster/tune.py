@@ -82,14 +82,15 @@ class SlotTrial(tune.Trainable):
         """Nothing of Tune's to load, see ``save_checkpoint``."""
 
 
-class _Live:
-    """A part of Tune that belongs to the running study: Tune's own pickles leave it empty."""
+class Live:
+    """A part of Tune that belongs to the running study: Tune pickles it at the start, empty."""
 
     def __getstate__(self) -> dict[str, Any]:
+        """Nothing: the study lives in the ledger, not in a pickle."""
         return {}
 
 
-class Recorder(_Live, tune.Callback):
+class Recorder(Live, tune.Callback):
     """Tells the study what its trials do, in the driver, in the order in which it happens.
 
     Args:
@@ -126,7 +127,7 @@ class Recorder(_Live, tune.Callback):
         self._on_end(_job(trial).id, None, None)
 
 
-class _StopWhenOver(_Live, tune.Stopper):
+class _StopWhenOver(Live, tune.Stopper):
     """Stops the whole search as soon as it is over, and wakes everyone who waits for a trial."""
 
     def __init__(self, is_over: Callable[[], bool], mailbox: Any) -> None:

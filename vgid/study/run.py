@@ -141,7 +141,7 @@ class Study:
     def slots(self, joined: bool, session: "SessionFactory | None" = None) -> Iterator["Slots"]:
         """Start the slots, in which the base model is loaded; a signal ends the block in order."""
         from vgid.cluster.connection import capacity, slot_count
-        from vgid.cluster.slots import Slots, start_mailbox, trial_session
+        from vgid.cluster.slots import Slots, start_mailbox
 
         config, shape, ending = self.plan.config, self.plan.shape, self.ending
         to_run = max(1, config.trials - len(self.ledger.ended))
@@ -149,10 +149,8 @@ class Study:
         self.console.standing.slots = count
         mailbox = start_mailbox()
         self.console.stage(f"Starting {count} slot(s), by {decider}, and loading the base model")
-        storage, session = config.output / RAY_FILES, session or trial_session
-        slots = Slots(
-            mailbox, self.plan.request, shape, count, storage, config.fresh_workers, session
-        )
+        request, storage, fresh = self.plan.request, config.output / RAY_FILES, config.fresh_workers
+        slots = Slots(mailbox, request, shape, count, storage, fresh, session)
         watchdog = Watchdog(mailbox, self.console.say, lambda: capacity(shape), ending.out_of_time)
         try:
             yield slots

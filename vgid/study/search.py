@@ -17,7 +17,7 @@ from ray.tune.search import Searcher
 
 from vgid.cluster.losses import Losses
 from vgid.cluster.mailbox import Job
-from vgid.cluster.tune import JOB
+from vgid.cluster.tune import JOB, Live
 from vgid.config import Sampler, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.report.records import TrialRecord
@@ -122,7 +122,7 @@ def reconcile(
     return storage, study
 
 
-class ParetoSearch(Searcher):
+class ParetoSearch(Live, Searcher):
     """Proposes trials to Ray Tune and tells Optuna how they ended.
 
     While trials run, the next proposal is already being made in a thread: with the Gaussian
@@ -249,10 +249,6 @@ class ParetoSearch(Searcher):
         # expects.
         if self._next is not None or shifted:
             reconcile(self._ledger, self._space, trials=0)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its parts at the start; the study lives in the ledger, not in a pickle."""
-        return {}
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing to save with Tune's snapshots: the ledger is written as trials start and end."""
