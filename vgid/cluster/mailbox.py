@@ -13,7 +13,7 @@ import time
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -179,8 +179,7 @@ class Mailbox:
         self._changed = asyncio.Condition()
         self._closed = False
         self._stopped = False
-        self._error: str | None = None
-        self._lost = False
+        self._last_word: Outcome | None = None  # once nothing can run any more
         self._moves = 0
 
     # The side of the driver and of Tune's trials
@@ -202,8 +201,8 @@ class Mailbox:
             if not ticket.ended or ticket.messages:
                 return
         ticket = self._tickets[job.id] = _Ticket(job, caller)
-        if self._error is not None:
-            self._end(ticket, self._last_word(job.id))
+        if self._last_word is not None:
+            self._end(ticket, self._last_word)
         elif self._stopped:
             self._end(ticket, Outcome(job_id=job.id, error="interrupted"))
         else:
@@ -284,11 +283,11 @@ class Mailbox:
 
     async def fail(self, error: str, lost: bool = False) -> None:
         """Nothing can run any more: end every job with ``error``, and those still to come."""
-        self._error, self._lost = error, lost
+        self._last_word = Outcome(job_id="", error=error, fatal=True, lost=lost)
         self._waiting.clear()
         for ticket in list(self._tickets.values()):
             if not ticket.ended:
-                self._end(ticket, self._last_word(ticket.job.id))
+                self._end(ticket, self._last_word)
 
     async def close(self) -> None:
         """Send the workers home."""
@@ -349,13 +348,13 @@ class Mailbox:
         if ticket is not None and not ticket.ended:
             ticket.decide(True)
             if ticket.cancelled:
-                self._end(ticket, failure(ticket.job, "stopped"), state, slot)
+                self._end(ticket, failure(ticket.job, "stopped"), slot)
             elif ticket.attempts < MAX_ATTEMPTS:
                 # In front: it has waited longest, and its checkpoint is there.
                 self._waiting.appendleft(ticket)
             else:
                 error = f"lost its worker {MAX_ATTEMPTS} times"
-                self._end(ticket, failure(ticket.job, error, lost=True), state, slot)
+                self._end(ticket, failure(ticket.job, error, lost=True), slot)
         if all(each.given_up for each in self._slots.values()):
             await self.fail(
                 f"ray: every slot lost its workers more than {MAX_RESTARTS} times within "
@@ -400,35 +399,29 @@ class Mailbox:
         state.holds = None
         state.useful = True
         if not ticket.ended:
-            self._end(ticket, outcome, state, slot)
+            self._end(ticket, outcome, slot)
 
     def _wants(self, state: _Slot) -> bool:
-        return not (self._closed or state.given_up or self._error is not None)
+        return not (self._closed or state.given_up or self._last_word is not None)
 
     async def _wake(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
-    def _last_word(self, job_id: str) -> Outcome:
-        return Outcome(job_id=job_id, error=self._error, fatal=True, lost=self._lost)
-
-    def _end(
-        self, ticket: _Ticket, outcome: Outcome, state: _Slot | None = None, slot: int = -1
-    ) -> None:
+    def _end(self, ticket: _Ticket, outcome: Outcome, slot: int | None = None) -> None:
         ticket.ended = True
         self._moves += 1
         ticket.decide(False)
         if ticket.cancelled and self._tickets.get(ticket.job.id) is ticket:
             del self._tickets[ticket.job.id]
-        if state is not None:
-            now = time.monotonic()
+        known: dict[str, Any] = {"job_id": ticket.job.id}
+        if slot is not None:
+            state, now = self._slots[slot], time.monotonic()
             cycle_s = None if state.last_end is None else now - state.last_end
-            outcome = outcome.model_copy(
-                update={"slot": slot, "served": state.served, "cycle_s": cycle_s}
-            )
+            known |= {"slot": slot, "served": state.served, "cycle_s": cycle_s}
             state.served += 1
             state.last_end = now
-        ticket.tell(outcome)
+        ticket.tell(outcome.model_copy(update=known))
 
 
 def _count_restart(state: _Slot, lost: str | None) -> None:
