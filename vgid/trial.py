@@ -115,7 +115,7 @@ class TrialSession:
         self.benchmark.refuse(missing_objectives(self.people, self.request))
         before = self._store_use({})
         seconds = {"load": self._unreported_load}
-        self._unreported_load = 0.0
+        self._unreported_load = 0.0  # the session's own start is the first trial's
         ended = partial(TrialResult, trial_id=trial_id, seconds=seconds)
         with _timed(seconds, "teacher"):
             epochs, retained = self.preparation.training(trial, trial_id, checkpoint_dir)

@@ -151,7 +151,7 @@ def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
     2e-5 would be lost in bf16 weights.
     """
     model = backbone.model
-    if not config.full:
+    if not config.full:  # the adapter is that of a trial
         with adapter.attached(backbone, _trial(config)) as student:
             yield student
         return
@@ -258,6 +258,7 @@ def answered(backbone: Backbone, samples: Iterable[TrainingSample]) -> Distillat
     for sample in samples:
         response = response_ids(backbone, sample.answer, sample.query.id)
         prompts += encode(backbone, [sample.query], room=len(response))
+        # Cross-entropy asks for no teacher, so there are no states of one.
         targets.append(TeacherTarget(response, torch.empty(len(response), 0)))
         tasks.append(sample.task)
     return DistillationSet(prompts, [targets], tasks, name="finetune")

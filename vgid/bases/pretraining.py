@@ -24,7 +24,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -70,16 +70,25 @@ class Schedule:
     )
 
 
-def _optimizer(
+def _stepper(
     parameters: list[nn.Parameter], rate: float, steps: int, warmup: int, floor: float, decay: float
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+) -> Callable[[], None]:
+    """A clipped AdamW step at each call; linear warm-up, then a cosine down to ``floor``."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=decay)
 
     def factor(step: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
         return min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * cosine)
 
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+    def take_step() -> None:
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+
+    return take_step
 
 
 def train_tower(
@@ -96,7 +105,7 @@ def train_tower(
         width = parts.tower_features(model, pixels[:1]).numel()
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(sizes)))
     parameters = [*tower.parameters(), *head.parameters()]
-    optimizer, rates = _optimizer(
+    take_step = _stepper(
         parameters, schedule.tower_rate, schedule.tower_steps, warmup=40, floor=0.0, decay=0.02
     )
     batch = schedule.tower_batch
@@ -112,7 +121,7 @@ def train_tower(
             [F.cross_entropy(x, y) for x, y in zip(logits, targets_NA[rows].T, strict=True)]
         ).mean()
         loss.backward()
-        _step(parameters, optimizer, rates)
+        take_step()
         yield loss.item()
     tower.requires_grad_(False)
 
@@ -136,17 +145,18 @@ def train_language(
     modules = (projector, model.model.language_model, model.lm_head)
     parameters = [p for module in modules for p in module.parameters()]
     steps = schedule.language_steps
-    optimizer, rates = _optimizer(
+    take_step = _stepper(
         parameters, schedule.language_rate, steps, warmup=50, floor=0.05, decay=0.01
     )
     for _ in range(steps):
         total = 0.0
         for kind, count, turns, weight in schedule.packs:
             packs = recipe.draw(kind, count, turns)
+            # Kind by kind, so that each has its share of the gradient however many packs it has.
             loss = weight * _pack_loss(encoder, packs, features_N)
             loss.backward()
             total += loss.item()
-        _step(parameters, optimizer, rates)
+        take_step()
         yield total
 
 
@@ -165,6 +175,7 @@ class PackEncoder:
         self.architecture = architecture
         self.model = model
         self.tokenizer = tokenizer
+        # Texts and beginnings come again in most packs.
         self._ids: dict[str, list[int]] = {}
         self._positions: dict[tuple[int, ...], Tensor] = {}
 
@@ -256,17 +267,6 @@ def _pack_loss(encoder: PackEncoder, packs: Sequence[Pack], features_N: Tensor) 
         use_cache=False,
     ).last_hidden_state
     return F.cross_entropy(model.lm_head(batch.predicting(hidden_BLD)), batch.response_ids_R)
-
-
-def _step(
-    parameters: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    rates: torch.optim.lr_scheduler.LRScheduler,
-) -> None:
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    rates.step()
-    optimizer.zero_grad()
 
 
 def pretrain(
