@@ -93,7 +93,7 @@ def test_mixed_targets_take_turns_for_every_question_and_halve_each_task():
     for epoch in range(4):
         halves = Counter()
         for i in chain(*epoch_batches(data, config, epoch)):
-            source, j = data.target(i, epoch)
+            (((source, j),),) = data.rounds([i], epoch)
             assert j == i
             met.setdefault(i, []).append(source)
             halves[tasks[i], source] += 1

@@ -135,15 +135,12 @@ class DistillationSet:
                 drawn[task] += 1
         return [p.tolist() for p in np.array_split(order, math.ceil(len(order) / batch_size))]
 
-    def target(self, i: int, epoch: int) -> TeacherTarget:
-        """The target of sample ``i`` in ``epoch``, where targets take turns."""
-        return self.targets[(self.turns[i] + epoch) % len(self.targets)][i]
-
     def rounds(self, indices: Sequence[int], epoch: int) -> list[list[TeacherTarget]]:
         """What the samples learn from in ``epoch``: one list, or of paired targets each in turn."""
         if self.paired:
             return [[targets[i] for i in indices] for targets in self.targets]
-        return [[self.target(i, epoch) for i in indices]]
+        several = len(self.targets)
+        return [[self.targets[(self.turns[i] + epoch) % several][i] for i in indices]]
 
 
 Term = Literal["forget", "retain"]

@@ -56,13 +56,9 @@ def with_normalised_noise(batch: Batch, generator: torch.Generator) -> dict[str,
 def epoch_pairs(
     forget: int, retain: int, config: TrialConfig, epoch: int
 ) -> list[tuple[list[int], list[int]]]:
-    """The forget and the retain batch of each step of an epoch, as two shuffled data loaders give.
+    """The forget and the retain batch of each step of an epoch (0-based), of sets of these sizes.
 
-    Args:
-        forget: samples of the forget set.
-        retain: samples of the retain set.
-        config: its batch size is that of both, its seed that of the shuffling.
-        epoch: 0-based.
+    As two shuffled data loaders give them.
     """
     loaders = []
     for name, count in (("forget", forget), ("retain", retain)):
