@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vgid.config import RequestConfig, StudyConfig, TrialConfig
-    from vgid.deployment.pick import pick_deployment
+    from vgid.deployment.pick import PickConfig, pick_deployment
     from vgid.study.run import run_study
     from vgid.trial import run_trial
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "PickConfig",
     "RequestConfig",
     "StudyConfig",
     "TrialConfig",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "PickConfig": "vgid.deployment.pick",
     "pick_deployment": "vgid.deployment.pick",
     "run_study": "vgid.study.run",
     "run_trial": "vgid.trial",

@@ -30,8 +30,7 @@ from torch import Tensor
 
 from vgid.config import Config, FinetuneConfig, TrialConfig
 from vgid.data.benchmark import Benchmark, decode_image
-from vgid.data.layout import Defect, read_rows
-from vgid.data.people import parse_id, parse_images
+from vgid.data.layout import TRAINING_COLUMNS
 from vgid.errors import InputError
 from vgid.files import appearing
 from vgid.method.checkpoint import checkpointed_trial
@@ -124,16 +123,10 @@ def read_samples(benchmark: Benchmark) -> list[TrainingSample]:
     Raises:
         InputError: a defect of ``ft_Data``, or an image that cannot be read.
     """
-    pairs = benchmark.training_pairs()
     samples = []
-    for row in read_rows(benchmark.root, "ft_Data", ("ID", "image")):
-        if isinstance(row, Defect):
-            raise benchmark.error(row)
-        person_id, _ = parse_id("ft_Data", row)
-        images, defects = parse_images("ft_Data", row)
-        benchmark.refuse(defects)
-        image = decode_image(next(iter(images.values())), f"the ft_Data image of {person_id}")
-        samples += worded(pairs[person_id], image, "raw")
+    for row in benchmark.rows("ft_Data", TRAINING_COLUMNS):
+        image = decode_image(next(iter(row.images.values())), f"the ft_Data image of {row.id}")
+        samples += worded(row.pairs, image, "raw")
     return samples
 
 

@@ -120,11 +120,11 @@ class Benchmark:
 
     def person_ids(self, config: str) -> tuple[str, ...]:
         """The person IDs of a config in file order, read without images or questions."""
-        return tuple(parsed.id for parsed in self._read(config, ("ID",)))
+        return tuple(parsed.id for parsed in self.rows(config, ("ID",)))
 
     def training_pairs(self) -> dict[str, tuple[TrainingPair, ...]]:
         """Fine-tuning questions and answers of everyone by person ID, from ``ft_Data``."""
-        return {row.id: tuple(row.pairs) for row in self._read("ft_Data", ("ID", "metadata"))}
+        return {row.id: tuple(row.pairs) for row in self.rows("ft_Data", ("ID", "metadata"))}
 
     @cached_property
     def sha256(self) -> str:
@@ -140,13 +140,13 @@ class Benchmark:
     def _people(self, config: str, only: Collection[str] | None = None) -> tuple[Person, ...]:
         return tuple(
             Person(row.id, tuple(row.images.values()), tuple(row.questions))
-            for row in self._read(config, EVALUATION_COLUMNS, only)
+            for row in self.rows(config, EVALUATION_COLUMNS, only)
         )
 
-    def _read(
+    def rows(
         self, config: str, columns: Sequence[str], only: Collection[str] | None = None
     ) -> Iterator[Parsed]:
-        """What is sound of a config, in file order."""
+        """What is sound of a config, in file order; columns and ``only`` as ``parsed_rows``'s."""
         # Decoding everything takes a while, and whoever needs an image names what is wrong with it.
         look = image_problem if self.skip_defects else None
         for parsed in parsed_rows(self.root, config, columns, look, only):

@@ -129,7 +129,7 @@ def parsed_rows(
         if isinstance(row, Defect):
             yield row
             continue
-        person_id, defects = parse_id(config, row)
+        person_id, defects = _person_id(config, row)
         if not defects and only is not None and person_id not in only:
             continue
         if person_id in first:
@@ -138,7 +138,7 @@ def parsed_rows(
         elif person_id and not defects:
             first[person_id] = row.index
         named = "" if defects else person_id
-        images, image_defects = parse_images(config, row)
+        images, image_defects = _images(config, row)
         questions, question_defects = _questions(config, row, person_id)
         pairs, pair_defects = _training_pairs(config, row, person_id)
         defects += image_defects + question_defects + pair_defects
@@ -149,27 +149,20 @@ def parsed_rows(
         yield Parsed(row.index, named, images, questions, pairs, defects)
 
 
-def parse_images(config: str, row: Row) -> tuple[dict[str, bytes], list[Defect]]:
+def _images(config: str, row: Row) -> tuple[dict[str, bytes], list[Defect]]:
     """The encoded images of a row by field (``image``, ``images[0]``, ...), and what is wrong."""
-    cells = [("image", row.values["image"])] if row.values.get("image") is not None else []
-    listed = row.values.get("images") or []
-    cells += [(f"images[{index}]", cell) for index, cell in enumerate(listed)]
-    images = {}
-    defects = []
-    for field, cell in cells:
-        data = cell.get("bytes") if cell else None
-        if data:
-            images[field] = data
-        else:
-            problem = "the image has no bytes; embed the file in the parquet"
-            defects.append(Defect(config, row.index, field, problem))
+    cells = {"image": row.values["image"]} if row.values.get("image") is not None else {}
+    cells |= {f"images[{index}]": cell for index, cell in enumerate(row.values.get("images") or [])}
+    images = {field: cell["bytes"] for field, cell in cells.items() if cell and cell.get("bytes")}
+    problem = "the image has no bytes; embed the file in the parquet"
+    defects = [Defect(config, row.index, field, problem) for field in cells if field not in images]
     if not cells and not row.values.keys().isdisjoint(IMAGE_COLUMNS):
         field = next(name for name in IMAGE_COLUMNS if name in row.values)
         defects.append(Defect(config, row.index, field, "the person has no image"))
     return images, defects
 
 
-def parse_id(config: str, row: Row) -> tuple[str, list[Defect]]:
+def _person_id(config: str, row: Row) -> tuple[str, list[Defect]]:
     """The person ID of a row (empty if the column is missing), and what is wrong with it."""
     if "ID" not in row.values:
         return "", []
