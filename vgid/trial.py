@@ -44,10 +44,7 @@ class TrialSession:
     A trial in a used session gives bit for bit what it gives in a fresh one: adapter, optimizer
     and generators are made anew, and what is kept depends on the request only.
 
-    Args:
-        request: the forget request.
-        rank: of this process among the workers of a trial.
-        world_size: workers of a trial; more than one needs torch's process group.
+    It is one of ``world_size`` workers of a trial; more than one need torch's process group.
 
     Raises:
         InputError: unknown backbone, weights not found, or data that cannot be read.
@@ -109,8 +106,7 @@ class TrialSession:
             evaluate: False leaves the search questions out; the adapter is the same.
 
         Raises:
-            InputError: data that cannot be trained on or holds no objective, or a layer that the
-                backbone lacks.
+            InputError: data that cannot be trained on or holds no objective, or a missing layer.
         """
         self.benchmark.refuse(missing_objectives(self.people, self.request))
         before = self._store_use({})

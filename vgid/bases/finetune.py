@@ -73,13 +73,8 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune a backbone on ``ft_Data`` and write it as a Hugging Face folder.
 
-    A checkpoint is kept beside the output after each epoch, and removed in the end. The output
-    appears whole or not at all.
-
-    Args:
-        config: what to do.
-        resume: go on from the checkpoint of a run with the same config, if there is one.
-        progress: show a progress bar on stderr.
+    A checkpoint is kept beside the output after each epoch, which a run of the same config goes on
+    from with ``resume``; it is removed in the end. The output appears whole or not at all.
 
     Raises:
         InputError: data or base that cannot be used, an output that is taken, a checkpoint that is

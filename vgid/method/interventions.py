@@ -17,17 +17,10 @@ def perturb(
     sigma: float | None,
     generator: np.random.Generator,
 ) -> NDArray[np.uint8]:
-    """Perturb one image: v' = P_phi(v), paper section 3.3.
+    """Perturb one 8-bit RGB image: v' = P_phi(v), paper section 3.3.
 
-    Args:
-        pixels_HWC: 8-bit RGB image of shape (height, width, 3).
-        noise_type: ``gaussian`` adds noise of standard deviation sigma and clips to [0, 1];
-            ``random`` replaces the image with uniform noise; ``white`` replaces it with white.
-        sigma: in units of the [0, 1] pixel range; None unless Gaussian.
-        generator: source of the noise, see ``sample_generator``.
-
-    Returns:
-        8-bit RGB image of the same shape.
+    ``gaussian`` adds noise of standard deviation ``sigma`` (in units of the [0, 1] pixel range) and
+    clips to [0, 1]; ``random`` and ``white`` replace the image with uniform noise or with white.
 
     Raises:
         ValueError: sigma missing for Gaussian noise.

@@ -47,11 +47,8 @@ class UnlearningMethod(ABC):
     def forget_teachers(self, seed: int) -> list[tuple[Intervention, TargetSource]]:
         """The target sets of the forget samples; here the original answers under the base.
 
-        Those of the retain samples are the same for every method: the reference answers under the
-        frozen base.
-
-        Args:
-            seed: of the noise and of the choice of refusals, the same for all trials of a study.
+        ``seed`` is that of the noise and of the choice of refusals, the same for all trials of a
+        study. The target sets of the retain samples are these for every method.
         """
         return [(Intervention(), "reference")]
 

@@ -84,12 +84,8 @@ def distill_released(
 ) -> Iterator[EpochReport]:
     """Train the attached adapter in place as the public script does; one process.
 
-    Args:
-        backbone: the frozen base that ``model`` wraps.
-        model: the ``PeftModel`` with a fresh adapter.
-        forget: original prompts with the token ids of the reference answers.
-        retain: the same for the retain set.
-        config: the trial.
+    Both sets are original prompts with the token ids of the reference answers; the rest is as for
+    ``vgid.method.distillation.distill``.
 
     Raises:
         LossNotFiniteError: NaN or infinite loss or gradient.

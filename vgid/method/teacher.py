@@ -113,7 +113,7 @@ class TeacherStore:
     Args:
         store: where they are kept.
         backbone: the frozen base, without an adapter while it computes.
-        rank: of this worker; ranks begin at different chunks so that they share the filling.
+        rank: of this worker.
 
     Attributes:
         hits, misses: samples whose target the store held, and whose target was computed.
@@ -131,10 +131,7 @@ class TeacherStore:
     ) -> list[TeacherTarget]:
         """The targets of ``samples``, computed where the store does not hold them yet.
 
-        Args:
-            samples: training samples, in a fixed order (chunks are cut from it).
-            intervention: how the teacher sees them.
-            source: whose response tokens.
+        Chunks are cut from the samples' order, so it is to be the same in all trials.
         """
         chunks = _chunks(samples)
         found: dict[int, TeacherTarget] = {}

@@ -27,15 +27,10 @@ MAX_TINT = 0.05
 
 
 def portrait_view(image: Image.Image, number: int, seed: int) -> Image.Image:
-    """View ``number`` of a portrait; 0 is the portrait itself.
+    """View ``number`` of an RGB portrait, of the same size; 0 is the portrait itself.
 
-    Args:
-        image: RGB.
-        number: which view; a function of the image, this number and ``seed`` only.
-        seed: of turn, scale, shift and light, each uniform within its range.
-
-    Returns:
-        RGB image of the same size. Pixels from beyond the border repeat those at the border.
+    Turn, scale, shift and light are uniform within their ranges, drawn by the image, the number and
+    ``seed`` only. Pixels from beyond the border repeat those at the border.
     """
     if number == 0:
         return image
