@@ -33,6 +33,7 @@ from vgid.config import Method, TrialConfig, parse
 from vgid.paper.printed import closest_backbone
 from vgid.paper.tables import ALL_NINE, SIGMAS, STYLES, FilledTable, tables
 from vgid.report.intervals import Interval, count_seeds, t_interval
+from vgid.report.page import rendered
 from vgid.report.records import METHOD_LABELS
 from vgid.report.tables import Grid
 
@@ -339,39 +340,16 @@ def judge_all(filled: Sequence[FilledTable]) -> list[Judgement]:
 def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) -> str:
     """The content of ``claims.md``; ``embedded`` are those of the backbones that ship with us."""
     seeds = max((len(column) for j in judgements for column in j.by_seed.values()), default=0)
-    alone = len({judgement.backbone for judgement in judgements}) == 1
-    missing = "\n(l), all of it on both architectures, needs tables of two backbones.\n"
-    measured = "\n".join(
-        f"- ({claim.id}) {claim.where}. Statistic: {claim.measure}. {claim.note}".rstrip()
-        for claim in CLAIMS
+    return rendered(
+        "vgid.paper",
+        "claims.md.jinja",
+        seeds=count_seeds(seeds),
+        verdicts=verdicts(judgements).markdown(),
+        alone=len({judgement.backbone for judgement in judgements}) == 1,
+        claims=CLAIMS,
+        comparisons=_every_comparison(judgements).markdown(),
+        embedded=embedded,
     )
-    built_in = f"""
-Of {", ".join(embedded)}: the order of the raw teachers (claim b, and how much an \
-instruction alone does, claim a) is built into the embedded backbone by its training mix. What \
-distillation makes of these teachers (c to k) is not.
-"""
-    return f"""# The paper's claims
-
-A claim's statistic is positive where it holds. Mean over {count_seeds(seeds)} with its 95 % t \
-interval, paired within seeds. A claim with several comparisons (in brackets the one that \
-decides, and how many there are) is held if the interval of each lies above zero, which needs no \
-correction for their number; not held if the upper bound of any, corrected for their number \
-(Bonferroni), lies below; undecided otherwise and for a single seed. Where differences are normal \
-over seeds, at most 5 % of a claim's verdicts are wrong by chance, exact ties included; claims \
-stand each for itself, except in (l). The last column is the same statistic on the paper's own \
-numbers, the least of several, one run without an interval. Seeds vary the questions, the retain \
-and few-shot people and the training, not who is forgotten.
-
-{verdicts(judgements).markdown()}
-{missing if alone else ""}
-## What is measured
-
-{measured}
-
-## Every comparison
-
-{_every_comparison(judgements).markdown()}
-{built_in if embedded else ""}"""
 
 
 def verdicts(judgements: Sequence[Judgement]) -> Grid:

@@ -40,7 +40,7 @@ from vgid.paper.attainment import Points, attainment_picture
 from vgid.paper.settings import write_settings
 from vgid.provenance import provenance
 from vgid.report.intervals import Interval, count_seeds, paired_interval, t_interval
-from vgid.report.page import write_picture
+from vgid.report.page import rendered, write_picture
 from vgid.report.records import METHOD_LABELS, write_study
 from vgid.report.tables import Grid
 from vgid.study.finished import PICK_SCORES, StudyFront
@@ -345,21 +345,14 @@ def _report(config: CompareConfig, found: Sequence[StudyFront], listed: Sequence
         "Hypervolume",
         ("Mean over the seeds with its 95 % t interval; the lead is paired within seeds.",),
     )
-    # Of each seed whose base may never have known its people, a sentence.
     doubts = {study.seed: doubt(study.base.search) for study in found}
-    warnings = "".join(f"Seed {seed}. {told}\n\n" for seed, told in sorted(doubts.items()) if told)
-    return f"""# Methods on {config.backbone}, each with {config.trials} trials
-
-{verdict(listed)}
-
-{warnings}{count_seeds(config.seeds)}, forget ratio {config.forget_ratio} %, sampler \
-{config.sampler}; every study of a seed has the same people, questions and reference point \
-(nothing forgotten, half the base's retain ROUGE-L). Ranges that are searched stand in \
-search_spaces and differ by method, as their parameters do.
-
-{volumes.markdown()}
-{_picks(config, listed).markdown()}
-![attainment surfaces](attainment.png) [interactive](attainment.html)
-
-settings.json holds one setting a method for `paper_tables.py --settings`.
-"""
+    return rendered(
+        "vgid.paper",
+        "comparison.md.jinja",
+        config=config,
+        verdict=verdict(listed),
+        doubts=[(seed, told) for seed, told in sorted(doubts.items()) if told is not None],
+        seeds=count_seeds(config.seeds),
+        volumes=volumes.markdown(),
+        picks=_picks(config, listed).markdown(),
+    )

@@ -23,15 +23,6 @@ TABLE_7: dict[str, str | float | int] = {
 }
 """Table 7: the baselines' training settings, the same in its columns for all three backbones."""
 
-MIXED_PEOPLE = (
-    "The paper's rows do not share their people: judging by their resolution its retain columns "
-    "mix subsets of about 100, 199 and 473 people from row to row, and its few-shot people were "
-    "drawn without a seed from the evaluated split. So a difference between two of its retain "
-    "numbers need not be a difference between two methods. Here every row of a table, within a "
-    "seed, has the same forget, test, retain and few-shot people and the same questions."
-)
-"""What a reader must know before comparing the paper's numbers with each other or with ours."""
-
 
 class PaperRow(NamedTuple):
     """One row of one of the paper's tables.

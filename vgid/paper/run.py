@@ -9,8 +9,6 @@ import argparse
 import re
 import time
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
-from string import Template
 from typing import Annotated, Any, get_args
 
 from pydantic import Field, field_validator
@@ -33,7 +31,7 @@ from vgid.models import backbones
 from vgid.paper.claims import Judgement, claims_markdown, judge_all, verdicts
 from vgid.paper.experiments import Bench, Experiment, Outcome, in_groups, run_experiments
 from vgid.paper.figures import FIRST_TOKENS, pictures
-from vgid.paper.printed import MIXED_PEOPLE, repeated_rows
+from vgid.paper.printed import repeated_rows
 from vgid.paper.settings import default_trials, prepare_data, read_settings
 from vgid.paper.tables import (
     COMPARISONS,
@@ -47,7 +45,7 @@ from vgid.paper.tables import (
 )
 from vgid.provenance import provenance
 from vgid.report.intervals import count_seeds
-from vgid.report.page import write_picture
+from vgid.report.page import rendered, write_picture
 from vgid.report.records import write_study
 
 ALL_TABLES = tuple(range(1, 10))
@@ -201,6 +199,8 @@ def _write(
     outcomes: Mapping[Experiment, Outcome],
     trials: Mapping[str, Mapping[Method, TrialConfig]],
 ) -> list[str]:
+    from markdown_it import MarkdownIt
+
     output, written, index = config.output, [], []
     filled = [table for table in everything if table.table is not FIRST_TOKENS]
     for number in config.tables:
@@ -215,92 +215,34 @@ def _write(
         write_atomically(output / f"table_{number}.md", text.encode())
         written.append(f"table_{number}.md")
         index.append(text)
-    index.append("## Figures\n")
+    figures = []
     for name in config.backbones:
         drawn = pictures([table for table in everything if table.backbone == name])
         for number, picture in drawn.items():
-            stem, title = f"figure_{number}_{name}", picture.title
+            stem = f"figure_{number}_{name}"
             written += write_picture(output, stem, picture, beside=True)
-            index.append(f"### {title}\n\n[![{title}]({stem}.png)]({stem}.html)\n")
+            figures.append((picture.title, stem))
     embedded = [name for name in config.backbones if backbones.spec(name).embedded]
-    notes = "\n".join(f"- {note}" for note in _notes(config, filled, outcomes, embedded))
-    told = f"""# The paper's tables
-
-{notes}
-
-## Claims
-
-A claim's statistic is positive where it holds: mean over the seeds and 95 % interval. What each is
-stands in [claims.md](claims.md).
-
-{verdicts(judgements).markdown()}
-
-## Tables
-
-""" + "\n".join(index)
+    bases = {table.backbone: table.outcomes["base"][0].scores for table in reversed(filled)}
+    told = rendered(
+        "vgid.paper",
+        "index.md.jinja",
+        seeds=count_seeds(config.seeds),
+        repeated=repeated_rows(),
+        doubts={name: doubt(bases.get(name, {})) for name in config.backbones},
+        embedded=embedded,
+        single=sorted({t.table.number for t in filled} - set(COMPARISONS.values())),
+        outcomes=outcomes.items(),
+        verdicts=verdicts(judgements).markdown(),
+        tables=index,
+        figures=figures,
+    )
+    page = MarkdownIt("commonmark", {"html": False}).enable("table").render(told)
     for name, text in (
         ("claims.md", claims_markdown(judgements, embedded)),
         ("index.md", told),
-        ("index.html", _page(told)),
+        ("index.html", rendered("vgid.paper", "index.html.jinja", body=page)),
     ):
         write_atomically(output / name, text.encode())
         written.append(name)
     return written
-
-
-def _notes(
-    config: PaperConfig,
-    filled: Sequence[FilledTable],
-    outcomes: Mapping[Experiment, Outcome],
-    embedded: Sequence[str],
-) -> list[str]:
-    """What a reader must know of all tables."""
-    notes = [
-        f"{count_seeds(config.seeds)}, from 0 on. A seed chooses the questions that are held out, "
-        "the retain people that are scored, the few-shot people, noise and training; who is "
-        "forgotten is given by the benchmark. All numbers are of held-out questions with an image.",
-        "Each method runs at one setting, the first point of its section in search_spaces or the "
-        "one given with --settings (Table 7). Settings that were not tuned alike make no fair "
-        "comparison of methods; studies/compare_methods.py does.",
-        "The paper writes preference optimisation as DPO, public code tunes on refusals; both run "
-        "here and stand beside its one PO row.",
-        MIXED_PEOPLE,
-    ]
-    notes += [
-        f"In the paper, {a.method} in Table {a.table} ({a.backbone}) and in Table {b.table} "
-        f"({b.backbone}) agree in all {len(a.scores)} numbers, so one of them is a copy."
-        for a, b in repeated_rows()
-    ]
-    for name in config.backbones:
-        if name in embedded:
-            notes.append(
-                f"{name} is an embedded backbone on drawn portraits of fictitious people; its "
-                "numbers stand beside the paper's for their order, not their size. The order of "
-                "its raw teachers (Tables 1 and 2) is built in by its training mix. It answers "
-                "multiple choice by option likelihood and without few-shot people."
-            )
-        bases = [t.outcomes["base"][0].scores for t in filled if t.backbone == name]
-        unsure = doubt(bases[0]) if bases else None
-        if unsure is not None:
-            notes.append(f"{name}: {unsure}")
-    single = sorted({t.table.number for t in filled} - set(COMPARISONS.values()))
-    if single:
-        notes.append(
-            f"Tables {', '.join(map(str, single))} are of LLaVA-1.5-7B only in the paper, so its "
-            "numbers stand beside every backbone there."
-        )
-    notes += [
-        f"Failed: {experiment.trial.method} on {experiment.backbone} at "
-        f"{experiment.forget_ratio} %, seed {experiment.seed}: {outcome.error}"
-        for experiment, outcome in outcomes.items()
-        if outcome.error is not None and experiment.trial is not None
-    ]
-    return notes
-
-
-def _page(markdown: str) -> str:
-    from markdown_it import MarkdownIt
-
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    template = files("vgid.paper").joinpath("index.html").read_text(encoding="utf-8")
-    return Template(template).substitute(body=body)

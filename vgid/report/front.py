@@ -17,7 +17,7 @@ from vgid.config import TrialConfig, is_paper_default
 from vgid.evaluation.suppression import doubt
 from vgid.files import write_atomically
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
-from vgid.report.page import asset, write_page
+from vgid.report.page import rendered, write_page
 from vgid.report.records import NOISE_LABELS, TrialRecord, describe, run_name
 from vgid.results import OBJECTIVES, Score
 
@@ -126,7 +126,12 @@ def write_html(path: Path, front: Front) -> None:
     }
     payload = {"trials": trials, "server": front.server}
     write_page(
-        path, page_picture(front), payload, style=_STYLE, body=_BODY, script=asset("front.js")
+        path,
+        page_picture(front),
+        payload,
+        style=_STYLE,
+        body=_BODY,
+        script=rendered("vgid.report", "front.js"),
     )
 
 

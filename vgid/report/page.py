@@ -12,9 +12,7 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from vgid.files import write_atomically
@@ -23,9 +21,13 @@ from vgid.report.drawing import Picture
 _BESIDE = '<script src="plotly.min.js"></script>'
 
 
-def asset(name: str) -> str:
-    """The text of a file of this room, such as ``front.js``."""
-    return files("vgid.report").joinpath(name).read_text(encoding="utf-8")
+def rendered(room: str, file: str, /, **values: Any) -> str:
+    """A text file of a room, such as ``vgid.report``, with values put in its places."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    rules = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = Environment(loader=PackageLoader(room, ""), undefined=StrictUndefined, **rules)
+    return environment.get_template(file).render(values)
 
 
 def write_picture(folder: Path, stem: str, picture: Picture, **page: Any) -> list[str]:
@@ -62,7 +64,9 @@ def write_page(
         write_atomically(path.parent / "plotly.min.js", _plotly().encode())
     # "<" cannot stand in a script element's JSON as it is: "</script>" would end it.
     data = json.dumps({**picture.plotly(), **(payload or {})}, ensure_ascii=False)
-    page = Template(asset("page.html")).substitute(
+    page = rendered(
+        "vgid.report",
+        "page.html.jinja",
         title=escape(picture.title),
         name=path.stem,
         style=style,
