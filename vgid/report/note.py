@@ -12,6 +12,7 @@ from typing import Any
 from vgid.evaluation.suppression import MIN_FORGET, share_gone, verdict
 from vgid.report.front import Front
 from vgid.report.mlflow_links import chart_page, compare_page, run_page, table_page
+from vgid.report.page import rendered
 from vgid.report.records import TrialRecord, describe, held_out_scores
 from vgid.report.tables import Grid
 from vgid.results import OBJECTIVES, LeftOut, Verbatim, describe_left_out
@@ -30,6 +31,14 @@ MAX_ROWS = 16
 
 PAPER_RETAIN_DROP = 0.055
 """What the paper's own setting costs in retain ROUGE-L (table 1); more is no good bargain."""
+
+LEFT = {
+    "test_rougeL": "ROUGE-L under new portraits and wording",
+    "forget_rougeL_raw": "ROUGE-L without answer instructions",
+    "forget_cloze": "cloze accuracy",
+    "forget_memorisation": "the share of true tokens still predicted when forced",
+}
+"""What the note tells of the forget people beside ROUGE-L."""
 
 
 @dataclass(frozen=True)
@@ -105,27 +114,45 @@ def study_note(
         verbatim: which scored questions training sees.
         left_out: what of the data was left out as defective.
     """
-    parts = [_result(front, links)]
-    found = [f"[{name}]({page})" for name, page in links.pages.items()]
-    if found:
-        parts.append(f"**Look closer.** {' · '.join(found)}")
-    parts.append(f"![All trials, the front, the base model]({links.picture})")
-    if front.front:
-        parts.append(_table(front, links))
-    if links.insights is not None:
-        parts.append(f"![What made the difference]({links.insights})")
-    if phases:
-        cells = " · ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())
-        parts.append(f"**Time by phase.** {cells}")
-    if left_out:
-        parts.append(f"**Left out as defective.** {describe_left_out(left_out)}.")
-    parts.append(
-        "Trials are scored on the search questions; the front is scored again on held-out "
-        "questions, with 95 % bootstrap intervals. Reduction: base forget-set ROUGE-L minus the "
-        f"trial's.{_trained_on(verbatim or {})} Artifacts: `front.html` (hover and click), "
-        "`insights.html`, `front.csv`, `trials.csv`, `study.json`."
+    pick, again = recommended(front), front.base_held_out
+    values: dict[str, Any] = {}
+    if pick is not None:
+        base, where, scores = front.base, "on the search questions", pick.result.scores
+        known: Mapping[str, float] = pick.result.metrics
+        if again is not None and (pick.held_out or {}).keys() >= set(OBJECTIVES):
+            base, where, scores = again, "on held-out questions", held_out_scores(pick) or {}
+            known = {name: score.value for name, score in scores.items()}
+        reduction, retain = (known[name] for name in OBJECTIVES)
+        forget = base["forget_rougeL"].value
+        table = _table(front, links)
+        values = {
+            "setting": describe(pick.config),
+            "base": base,
+            "where": where,
+            "scores": known,
+            "reduction": reduction,
+            "retain": retain,
+            "share": f"{reduction / forget:.0%}" if forget > 0 else "none",
+            "left": [
+                f"{label} is {known[name]:.3f}" for name, label in LEFT.items() if name in known
+            ],
+            "verdict": verdict(base, scores),
+            "questions": "held-out questions" if front.held_out() else "the search questions",
+            "table": table.markdown(gap="&emsp;"),  # MLflow's have no space between columns
+            "more": len(front.front) - MAX_ROWS,
+        }
+    return rendered(
+        "vgid.report",
+        "note.md.jinja",
+        front=front,
+        links=links,
+        pick=pick,
+        missing=len(front.records) - len(front.drawn),
+        phases=phases,
+        left_out=describe_left_out(left_out or {}),
+        trained_on=_trained_on(verbatim or {}),
+        **values,
     )
-    return "\n\n".join(parts) + "\n"
 
 
 def recommended(front: Front) -> TrialRecord | None:
@@ -145,49 +172,8 @@ def recommended(front: Front) -> TrialRecord | None:
     return able[0][0] if able else next(reversed(front.front), None)
 
 
-def _result(front: Front, links: NoteLinks) -> str:
-    pick = recommended(front)
-    if pick is None or pick.point is None:
-        return f"**Result.** {len(front.records)} trials, and no front yet."
-    scores = held_out_scores(pick)
-    if scores is not None and scores.keys() >= set(OBJECTIVES) and front.base_held_out is not None:
-        base, where = front.base_held_out, "on held-out questions"
-        further: Mapping[str, float] = {name: score.value for name, score in scores.items()}
-    else:
-        scores, further = pick.result.scores, pick.result.metrics
-        base, where = front.base, "on the search questions"
-    reduction, retain = (further[name] for name in OBJECTIVES)
-    forget, kept = base["forget_rougeL"].value, base["retain_rougeL"].value
-    share = f"{reduction / forget:.0%}" if forget > 0 else "none"
-    labels = {
-        "test_rougeL": "ROUGE-L under new portraits and wording",
-        "forget_rougeL_raw": "ROUGE-L without answer instructions",
-        "forget_cloze": "cloze accuracy",
-        "forget_memorisation": "the share of true tokens still predicted when forced",
-    }
-    left = [f"{label} is {further[name]:.3f}" for name, label in labels.items() if name in further]
-    rest = f"For the forget people {', '.join(left)}. " if left else ""
-    refused = ""
-    if {"retain_refusal", "retain_refusal_raw"} <= further.keys():
-        refused = (
-            f" ({further['retain_refusal']:.1%} of their questions refused, "
-            f"{further['retain_refusal_raw']:.1%} without answer instructions)"
-        )
-    missing = len(front.records) - len(front.drawn)
-    count = f"{len(front.front)} {'is' if len(front.front) == 1 else 'are'} on the front"
-    count += f" and {missing} did not complete" if missing else ""
-    unsure = "" if front.doubt is None else f"**Warning.** {front.doubt}\n\n"
-    return (
-        f"{unsure}**Result.** Of {len(front.records)} trials, {count}. "
-        f"Trial {links.trial(pick.result.trial_id)} ({describe(pick.config)}) "
-        f"removes {share} of the forget people's ROUGE-L ({forget:.3f} to "
-        f"{forget - reduction:.3f}) {where}, and retain ROUGE-L goes from {kept:.3f} to "
-        f"{retain:.3f}{refused}. {rest}{verdict(base, scores)} Suppressed is not erased."
-    )
-
-
-def _trained_on(verbatim: Verbatim) -> str:
-    """A sentence on the scored questions that training sees word for word."""
+def _trained_on(verbatim: Verbatim) -> list[str]:
+    """The scored questions that training sees word for word, by part."""
     parts = []
     for part, splits in verbatim.items():
         told = [
@@ -196,27 +182,20 @@ def _trained_on(verbatim: Verbatim) -> str:
             if count["seen"] or not split.endswith("_text")
         ]
         parts.append(f"of the {part.replace('_', '-')} ones {', '.join(told)}")
-    return f" Generation questions trained on word for word: {'; '.join(parts)}." if parts else ""
+    return parts
 
 
-def _table(front: Front, links: NoteLinks) -> str:
+def _table(front: Front, links: NoteLinks) -> Grid:
     """The front's trials, by their held-out scores where there are any."""
     titles = dict(zip(OBJECTIVES, ("reduction", "retain"), strict=True))
     rows: list[Mapping[str, Any]] = [record.result.metrics for record in front.front]
-    heading = "On the search questions"
     if front.held_out():
         titles |= {"celebrity_rougeL": "celebrities", "test_rougeL": "test"}
         titles["forget_cloze"] = "cloze"
         rows = [record.held_out or {} for record in front.front]
-        heading = "On held-out questions"
     shown = [name for name in titles if any(name in row for row in rows)]
     lines = [
         [links.trial(record.result.trial_id), describe(record.config), *map(row.get, shown)]
         for record, row in zip(front.front[-MAX_ROWS:], rows[-MAX_ROWS:], strict=True)
     ]
-    header = ("trial", "setting", *(titles[name] for name in shown))
-    # MLflow's tables have no space between their columns.
-    table = Grid(header, lines).markdown(gap="&emsp;")
-    left_out = len(front.front) - MAX_ROWS
-    more = f"\n\n({left_out} more in `front.csv`.)" if left_out > 0 else ""
-    return f"**The front.** {heading}:\n\n{table}{more}"
+    return Grid(("trial", "setting", *(titles[name] for name in shown)), lines)
