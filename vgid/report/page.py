@@ -25,8 +25,13 @@ def rendered(room: str, file: str, /, **values: Any) -> str:
     """A text file of a room, such as ``vgid.report``, with values put in its places."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    rules = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = Environment(loader=PackageLoader(room, ""), undefined=StrictUndefined, **rules)
+    environment = Environment(
+        loader=PackageLoader(room, ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     return environment.get_template(file).render(values)
 
 
