@@ -116,7 +116,7 @@ def report(subject: str, folders: Iterable[Path]) -> SubjectReport:
         except InputError as error:
             damaged.append(str(error))
         else:
-            found.setdefault(sha256, (file, deployment))
+            found.setdefault(sha256, (file, deployment))  # an export holds a copy of the file
     if not found and not damaged:
         raise InputError("DIR: no deployment file is in any of the folders; name other folders.")
     known = {sha256: deployment for sha256, (_, deployment) in found.items()}
@@ -139,6 +139,7 @@ def _files(folders: Iterable[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise InputError(f"{folder}: is no folder; name one that holds deployments.")
+        # What a killed pick had ready is in no folder of deployments yet.
         for ready in list(folder.rglob(READY)):
             recover(ready.parent)
         files |= {

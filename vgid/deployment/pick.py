@@ -267,6 +267,7 @@ def _decide(
             raise InputError(
                 f"{file}: is not what the study started from any more; restore the file."
             )
+        # What would be shipped is scored: each adapter with the parent's in it, on the base.
         refuse_to_replace(file, output / FOLDER / f"{source.config.backbone}.yaml")
         request = request.model_copy(update={"earlier_ids": parent.as_parent.subjects})
         trials = [replace(trial, adapter=scratch / trial.trial_id) for trial in trials]

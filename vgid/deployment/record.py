@@ -76,21 +76,16 @@ NOT_RUN = (
 CARD_SCORES = (
     *MAIN_METRICS,
     *FURTHER_METRICS,
-    "forget_classification",
-    "test_classification",
-    "retain_classification",
-    "celebrity_classification",
-    "earlier_rougeL",
-    "earlier_cloze",
-    "earlier_memorisation",
+    *(f"{split}_classification" for split in ("forget", "test", "retain", "celebrity")),
+    *(f"earlier_{metric}" for metric in ("rougeL", "cloze", "memorisation")),
 )
-"""What people are shown of the many scores: in the card, a verification and an audit."""
+"""What people are shown of the many scores."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Pseudonym = Annotated[str, Field(pattern=f"^{PSEUDONYM}$")]
 """An id of a subject or a request: never a path, never a name with spaces."""
 
-BackboneOrDeployments = Annotated[
+BackboneToScore = Annotated[
     str | None,
     Flag("NAME"),
     Field(
@@ -322,6 +317,7 @@ def write_deployment(path: Path, deployment: Deployment) -> str:
         InputError: it cannot be written.
     """
     plain = deployment.model_dump(mode="json")
+    # Without what the method does not use: to a reader it would be a setting that had an effect.
     used = deployment.hyperparameters.used
     plain["hyperparameters"] = deployment.hyperparameters.model_dump(mode="json", include=set(used))
     body = yaml.dump(
@@ -341,7 +337,7 @@ def read_deployment(path: Path) -> tuple[Deployment, str]:
     Raises:
         InputError: it is not there, changed since it was written, or no deployment.
     """
-    recover(path.parent)
+    recover(path.parent)  # a killed pick may have left the new one ready and not in place
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -379,7 +375,7 @@ def hash_files(folder: Path) -> dict[str, str]:
                 with path.open("rb") as file:
                     sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             elif path.is_dir() and not path.is_symlink() and any(path.iterdir()):
-                continue
+                continue  # its files tell of it
             found[path.relative_to(folder).as_posix()] = sha256
     except OSError as error:
         raise InputError(
@@ -557,6 +553,7 @@ def recorded_benchmark(
         if spec(deployment.backbone).embedded:
             write_benchmark(Path(temporary) / "data")
             made = Benchmark.open(Path(temporary) / "data")
+            # The same bytes on every machine, so anything else was measured on another benchmark.
             if made.sha256 == deployment.data.sha256:
                 yield made
                 return

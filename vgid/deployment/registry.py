@@ -164,6 +164,7 @@ def _save(folder: Path, file: Path, deployment: Deployment) -> None:
     with tempfile.TemporaryDirectory() as parent:
         data = Path(parent) / "deployment"
         shutil.copytree(deployment.adapter_folder(file), data / deployment.adapter.path)
+        # Under the name that finds the adapter by the record's path, also from an export.
         shutil.copyfile(file, data / f"{deployment.backbone}.yaml")
         versions = deployment.origin.versions
         requirements = [f"{name}=={versions[name]}" for name in _REQUIREMENTS if name in versions]

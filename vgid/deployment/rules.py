@@ -228,6 +228,7 @@ def choose(candidates: Sequence[Marks], rule: Rule, bounds: Bounds) -> Choice:
         for marks in candidates
     }
 
+    # Who keeps every bound has no excess; of the others the nearest comes first.
     def rank(marks: Marks) -> tuple[float, float, float, float, tuple[int, str]]:
         name = marks.trial_id
         values = (-heights[name], -marks.reduction.value, -marks.retain.value)

@@ -25,7 +25,7 @@ from vgid.deployment.record import (
     NOT_RUN,
     REVERSED,
     Attack,
-    BackboneOrDeployments,
+    BackboneToScore,
     Scores,
     deployment_file,
     find_base,
@@ -230,7 +230,7 @@ class ScoringConfig(Config):
         None,
         description="deployment file, export's folder or PEFT adapter; the base if left out",
     )
-    backbone: BackboneOrDeployments = None
+    backbone: BackboneToScore = None
     model_path: ModelPath = None
     data: Annotated[Path | None, Flag("DIR")] = Field(
         None,

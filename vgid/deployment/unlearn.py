@@ -35,7 +35,7 @@ from vgid.config import (
 )
 from vgid.deployment.record import (
     FOLDER,
-    BackboneOrDeployments,
+    BackboneToScore,
     Deployment,
     Pseudonym,
     RequestIds,
@@ -68,7 +68,7 @@ TRIAL_ID = "0000"
 class UnlearnConfig(Config):
     """A forget request to answer."""
 
-    backbone: BackboneOrDeployments = None
+    backbone: BackboneToScore = None
     model_path: ModelPath = None
     data: Annotated[UsablePath, Flag("DIR")] = Field(
         description="benchmark folder in the MLLMU-Bench layout"

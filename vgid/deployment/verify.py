@@ -23,7 +23,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -38,6 +38,7 @@ from vgid.data.splits import choose_people
 from vgid.deployment.record import (
     CARD_SCORES,
     MERGED,
+    Attack,
     Deployment,
     Frame,
     Scores,
@@ -48,7 +49,7 @@ from vgid.deployment.record import (
     recorded_benchmark,
     request_of,
 )
-from vgid.deployment.scores import Scored, attacks_of, score_with_seeds
+from vgid.deployment.scores import attacks_of, score_with_seeds
 from vgid.deployment.signing import differences, manifest_fault, signature_fault
 from vgid.errors import InputError
 from vgid.evaluation.metrics import bootstrap_interval, rouge
@@ -58,6 +59,14 @@ from vgid.prompts import Wording, generation_text
 from vgid.report.tables import Grid
 from vgid.results import Score
 from vgid.study.mlflow_client import first_line
+
+TIMEOUT_S = 600
+AT_ONCE = 8
+NO_NAME = "no name"
+
+SUPPRESSED = ("forget_rougeL", "earlier_rougeL")
+KINDS = ("", "_text", "_raw")
+"""Of questions, as the ends of score names (``vgid.evaluation.evaluate``)."""
 
 
 class Check(Config):
@@ -257,66 +266,61 @@ def _measure(
     model_path: str | None,
     tell: Callable[[str], None],
 ) -> tuple[Check, tuple[ScoreCheck, ...]]:
-    """Put the questions to base, adapter and merged weights again.
-
-    The dtype is told and never fails.
-    """
+    """Put the questions to base, adapter and merged weights again."""
     from vgid.cluster.resources import worker_threads
     from vgid.trial import DIFFERENCES, TrialSession
 
     recorded, seeds = deployment.scores, deployment.scores.seeds
-    # Beside merged weights there is no base to take a difference from; both its scores are checked.
-    alone = {name: s for name, s in recorded.deployed.items() if name not in DIFFERENCES}
+    stated = _told(recorded.deployed, recorded.attacks)
     with tempfile.TemporaryDirectory(prefix="vgid-verify-") as store, worker_threads():
         tell("Loading the base model")
         session = TrialSession(request_of(deployment, data, Path(store), model_path))
-        dtype, stated = session.precision, deployment.base.precision
+        dtype = session.precision
         tell(f"Scoring the base model, {len(seeds)} seeds")
         base = score_with_seeds(session, seeds, None)
         tell(f"Scoring the deployed model, {len(seeds)} seeds")
         deployed = score_with_seeds(session, seeds, adapter)
-        checks = _compared("base", recorded.base, base.plain)
-        checks += _compared("deployed", recorded.deployed, deployed.plain)
-        checks += _attacked(recorded, deployed)
+        checks = _compared({"base": recorded.base}, {"base": base.plain})
+        checks += _compared(stated, _told(deployed.plain, attacks_of(deployed)[0]))
         if merged is not None:
             del session  # two models may not fit
             gc.collect()
             tell(f"Scoring the merged weights, {len(seeds)} seeds")
             session = TrialSession(request_of(deployment, data, Path(store), str(merged)))
             served = score_with_seeds(session, seeds, None)
-            checks += _compared("deployed", alone, served.plain, merged=True)
-            checks += _attacked(recorded, served, merged=True)
-    detail = f"{dtype}, as recorded" if dtype == stated else f"{dtype}, recorded {stated}"
-    passed = True if dtype == stated else None
-    return Check(name="precision", passed=passed, detail=detail), tuple(checks)
+            # Beside them there is no base to take a difference from; both its scores are checked.
+            stated["deployed"] = {
+                k: s for k, s in recorded.deployed.items() if k not in DIFFERENCES
+            }
+            checks += _compared(stated, _told(served.plain, attacks_of(served)[0]), merged=True)
+    same = dtype == deployment.base.precision
+    detail = f"{dtype}, as recorded" if same else f"{dtype}, recorded {deployment.base.precision}"
+    # Another dtype is told and never fails: whether the scores are the same is what counts.
+    return Check(name="precision", passed=same or None, detail=detail), tuple(checks)
 
 
-def _attacked(recorded: Scores, scored: Scored, merged: bool = False) -> list[ScoreCheck]:
-    again = {attack.name: attack.scores for attack in attacks_of(scored)[0]}
-    return [
-        check
-        for attack in recorded.attacks
-        for check in _compared(attack.name, attack.scores, again.get(attack.name, {}), merged)
-    ]
+def _told(
+    deployed: Mapping[str, Score], attacks: Iterable[Attack]
+) -> dict[str, Mapping[str, Score]]:
+    return {"deployed": deployed, **{attack.name: attack.scores for attack in attacks}}
 
 
 def _compared(
-    of: str, stated: Mapping[str, Score], found: Mapping[str, Score], merged: bool = False
+    stated: Mapping[str, Mapping[str, Score]],
+    found: Mapping[str, Mapping[str, Score]],
+    merged: bool = False,
 ) -> list[ScoreCheck]:
-    of = f"{of}, merged" if merged else of
     return [
-        ScoreCheck(of=of, name=name, stated=score, found=found.get(name), merged=merged)
-        for name, score in stated.items()
+        ScoreCheck(
+            of=f"{of}, merged" if merged else of,
+            name=name,
+            stated=score,
+            found=found.get(of, {}).get(name),
+            merged=merged,
+        )
+        for of, scores in stated.items()
+        for name, score in scores.items()
     ]
-
-
-TIMEOUT_S = 600
-AT_ONCE = 8
-NO_NAME = "no name"
-
-SUPPRESSED = ("forget_rougeL", "earlier_rougeL")
-KINDS = ("", "_text", "_raw")
-"""Of questions, as the ends of score names (``vgid.evaluation.evaluate``)."""
 
 
 class Asked(NamedTuple):
