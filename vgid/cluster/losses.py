@@ -32,12 +32,7 @@ RETRIES = 3
 IN_A_ROW = 3
 """So many different trials lost one after the other, of one cause, and the study stops."""
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
-
 # Classes of Ray and torch go by their names: neither need be there.
-
-NO_MEMORY_LEFT = "torch.OutOfMemoryError"
-"""Of an accelerator."""
 
 BROKEN_ACCELERATOR = "torch.AcceleratorError"
 """After it, the accelerator does nothing any more for this process."""
@@ -60,8 +55,9 @@ def blame(job: Job, error: Exception, has_session: bool, folders: Sequence[Path]
     own = has_session and (job.kind == "rescore" or isinstance(error, SettingError))
     # Once, it may be the neighbour on the card; a job for which memory is short again is too large
     # itself, and fails as any other trial does.
-    if _is_environments(error) or (is_a(error, NO_MEMORY_LEFT) and job.attempt == 1):
-        outcome = failure(job, _cause(error, folders), lost=True)
+    if _is_environments(error) or (is_a(error, "torch.OutOfMemoryError") and job.attempt == 1):
+        said = str(error) if isinstance(error, DiskError) else disk_sentence(error, folders)
+        outcome = failure(job, said, lost=True)
     elif isinstance(error, InputError) and not own:
         outcome = Outcome(job_id=job.id, error=str(error), fatal=True)
     else:
@@ -82,11 +78,15 @@ def where(error: BaseException) -> str:
     return f"{type(error).__name__}{place}"
 
 
-def disk_sentence(error: OSError, folders: Sequence[Path]) -> str:
-    """Says which of the folders is full, if one is, else what the system refused."""
-    if error.errno in FULL:
-        return _full(folders)
-    return f"{where(error)} ({os.strerror(error.errno)})" if error.errno else where(error)
+def disk_sentence(error: Exception, folders: Sequence[Path]) -> str:
+    """Says which of the folders is full, if one is, else what the system refused, if it did."""
+    told = re.search(r"\(os error (\d+)\)", str(error))  # of a library written in Rust
+    number = error.errno if isinstance(error, OSError) else told and int(told[1])
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        there = [folder for folder in (*folders, Path(tempfile.gettempdir())) if folder.is_dir()]
+        fullest = min(there, key=lambda folder: shutil.disk_usage(folder).free)
+        return f"{fullest}: its disk is full; free some space."
+    return f"{where(error)} ({os.strerror(number)})" if number else where(error)
 
 
 def _is_environments(error: Exception) -> bool:
@@ -95,22 +95,6 @@ def _is_environments(error: Exception) -> bool:
     if any(is_a(error, name) for name in ENVIRONMENTS):
         return True
     return not isinstance(error, InputError) and bool(TOLD_BY_MESSAGE.search(str(error)))
-
-
-def _cause(error: Exception, folders: Sequence[Path]) -> str:
-    if isinstance(error, DiskError):
-        return str(error)
-    if isinstance(error, OSError):
-        return disk_sentence(error, folders)
-    code = re.search(r"\(os error (\d+)\)", str(error))
-    return _full(folders) if code is not None and int(code[1]) in FULL else where(error)
-
-
-def _full(folders: Sequence[Path]) -> str:
-    """The disk that is full: that with the least left of those that a job writes to."""
-    there = [folder for folder in (*folders, Path(tempfile.gettempdir())) if folder.is_dir()]
-    folder = min(there, key=lambda folder: shutil.disk_usage(folder).free)
-    return f"{folder}: its disk is full; free some space."
 
 
 class Losses:

@@ -63,7 +63,6 @@ class Outcome(Config):
             job may succeed when it is tried again. A lost trial has no result.
         trace: where its exception came from, without the message, for ``study.log``.
         load_s: seconds that the worker spent on loading model and data for this job.
-        served: how many jobs the slot had finished before.
         cycle_s: seconds from the end of the slot's job before to the end of this one; None for
             the slot's first.
     """
@@ -78,7 +77,6 @@ class Outcome(Config):
     trace: str | None = None
     load_s: float = 0.0
     slot: int = -1
-    served: int = 0
     cycle_s: float | None = None
 
     def log_trace(self) -> None:
@@ -147,7 +145,6 @@ class _Slot:
 
     worker: str = ""
     holds: _Ticket | None = None
-    served: int = 0
     last_end: float | None = None
     useful: bool = False
     restarts: dict[str, float] = field(default_factory=dict)
@@ -418,8 +415,7 @@ class Mailbox:
         if slot is not None:
             state, now = self._slots[slot], time.monotonic()
             cycle_s = None if state.last_end is None else now - state.last_end
-            known |= {"slot": slot, "served": state.served, "cycle_s": cycle_s}
-            state.served += 1
+            known |= {"slot": slot, "cycle_s": cycle_s}
             state.last_end = now
         ticket.tell(outcome.model_copy(update=known))
 
