@@ -31,7 +31,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from vgid.cluster.resources import worker_threads
 from vgid.config import (
-    STORE_LIMIT_GB,
     Config,
     ForgetRatio,
     NoiseType,
@@ -110,7 +109,6 @@ class Bench(Config):
     model_path: str | None = None
     retain_people: int = Field(50, ge=2)
     bootstrap_samples: int = Field(1000, ge=100)
-    store_limit_gb: float = Field(STORE_LIMIT_GB, gt=0)
 
     def request(self, backbone: str, forget_ratio: ForgetRatio, seed: int) -> RequestConfig:
         """The forget request that all experiments of a group share."""

@@ -133,7 +133,7 @@ class Panel:
         for item in self.drawn:
             values += [end for pair in getattr(item, f"{axis}_bounds") for end in pair]
         found = [value for value in values if value is not None] or [0.0, 1.0]
-        room = 0.05 * (max(found) - min(found)) or 0.5
+        room = max(0.1 * (max(found) - min(found)), 0.015)
         return min(found) - room, max(found) + room
 
 

@@ -104,12 +104,12 @@ def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
     whole = Panel(Scale(X_LABEL), Scale(Y_LABEL), [*trials, *_front(front), *marks])
     picture = Picture(front.title, [whole], front.caption, (7.2, 5.4), dpi=100)
     if not whole_only:
-        near = [*trials, *_held_out(front), *_front(front, ids=True), *marks]
-        x, y = _zoom(front)
-        panels = [
-            replace(whole, title="All trials"),
-            Panel(Scale(X_LABEL, x), Scale("", y), near, "The front, from close by"),
-        ]
+        shown = [*_held_out(front), *_front(front, ids=True)]
+        near = Panel(Scale(X_LABEL), Scale(), shown, "The front, from close by")
+        # Its ends are those of the front; trials that lie beyond are cut off.
+        x, y = Scale(X_LABEL, near.ends("x")), Scale("", near.ends("y"))
+        near = replace(near, x=x, y=y, drawn=[*trials, *shown, *marks])
+        panels = [replace(whole, title="All trials"), near]
         picture = replace(picture, panels=panels, size=(11.5, 5.6), dpi=140)
     write_atomically(path, picture.png())
 
@@ -214,18 +214,6 @@ def _marks(front: Front) -> list[Series]:
     told = [f"base model\nretain ROUGE-L {y:.3f}"]
     star = Series("base model", [x], [y], BASE, "star", 20, hover=told)
     return [ring, star] if front.default else [star]
-
-
-def _zoom(front: Front) -> list[tuple[float, float]]:
-    """Ranges that hold the front and its held-out intervals with some room around them."""
-    shown = [record.point for record in front.front if record.point is not None]
-    for _, x, y in front.held_out():
-        shown += [(x.low, y.low), (x.high, y.high)]
-    ranges = []
-    for values in zip(*(shown or [front.base_point]), strict=True):
-        room = max(0.1 * (max(values) - min(values)), 0.015)
-        ranges.append((min(values) - room, max(values) + room))
-    return ranges
 
 
 def _places(records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:
