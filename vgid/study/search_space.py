@@ -28,8 +28,6 @@ in the working folder if the package was installed away from it."""
 PROPOSALS_TRIED = 1000
 """So many points at the ends of the ranges must all be refused before a space is."""
 
-_SET_ELSEWHERE = {"method": "the name of the section", "seed": "the study's own"}
-
 MOST_STEPS = 1e9
 """Optuna counts the steps of a range in decimals of 28 digits."""
 
@@ -306,15 +304,13 @@ class SearchSpace:
 
 
 def _check_name(name: str, where: str, method: Method) -> None:
-    """Check that a parameter exists, and that ``method`` uses it."""
-    if name in _SET_ELSEWHERE:
-        raise InputError(f"{where}: {name}: does not belong here; it is {_SET_ELSEWHERE[name]}.")
-    if name not in TrialConfig.model_fields:
-        used = {field for field in TrialConfig.model_fields if uses(method, field)}
-        known = ", ".join(sorted(used - _SET_ELSEWHERE.keys()))
-        raise InputError(f"{where}: {name}: unknown parameter; known ones are {known}.")
-    if not uses(method, name):
-        raise InputError(f"{where}: {name}: method '{method}' does not use it; leave it out.")
+    """Check that a method has a parameter; its name is the section's, and its seed the study's."""
+    fields = TrialConfig.model_fields.keys() - {"method", "seed"}
+    known = sorted(field for field in fields if uses(method, field))
+    if name not in known:
+        raise InputError(
+            f"{where}: {name}: method '{method}' has no such parameter; it has {', '.join(known)}."
+        )
 
 
 def _domain(name: str, raw: Mapping[str, Any], place: str) -> Range | Choices:
