@@ -181,11 +181,12 @@ class ParetoSearch(Live, Searcher):
             return None
         if self._out_of_time():
             return Searcher.FINISHED
-        before = self._again
-        if not before and not (self._new_first and self._next is not None):
-            before = self._lost
-        if before:
-            name = before.pop(0)
+        # What is known goes first, but for a lost trial that a new one is to go before.
+        known = self._again
+        if not known and not (self._new_first and self._next is not None):
+            known = self._lost
+        if known:
+            name = known.pop(0)
             config = self._ledger.records[name].config
         elif self._next is not None:
             name, config = self._next.result()
