@@ -46,7 +46,7 @@ def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
         with checkpointed(backbone.model, trial.gradient_checkpointing):
             yield student
     finally:
-        _detach(backbone, student)
+        _freeze(backbone, student.unload())
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
     try:
         yield student
     finally:
-        _detach(backbone, student)
+        _freeze(backbone, student.unload())
 
 
 def load_saved(backbone: Backbone, adapter: Path) -> Any:
@@ -106,9 +106,7 @@ def merge(backbone: Backbone, adapter: Path) -> None:
     Raises:
         InputError: see ``load_saved``.
     """
-    merged = load_saved(backbone, adapter).merge_and_unload()
-    assert merged is backbone.model
-    _freeze(merged)
+    _freeze(backbone, load_saved(backbone, adapter).merge_and_unload())
     # The merged base is another base: under its old name, the store would give out its teacher's
     # states.
     backbone.revision = sha256(adapter, backbone.revision)
@@ -136,18 +134,14 @@ def sha256(folder: Path, base: str = "") -> str:
     return digest.hexdigest()
 
 
-def _detach(backbone: Backbone, student: Any) -> None:
-    base = student.unload()
-    assert base is backbone.model
-    _freeze(base)
-
-
 def _silence_renaming() -> None:
     """Quieten a warning: peft asks transformers for an attribute by its old name."""
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
-def _freeze(base: Any) -> None:
+def _freeze(backbone: Backbone, base: Any) -> None:
+    """Of the model that an adapter was taken off or made part of."""
+    assert base is backbone.model
     vars(base).pop("peft_config", None)  # else peft warns of a second adapter next time
     base.requires_grad_(False)
     base.eval()
