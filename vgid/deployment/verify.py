@@ -221,8 +221,9 @@ def verify(
         # Measuring takes minutes and loads weights: nothing that fails its hash gets that far.
         if not hashes_only and not any(check.passed is False for check in checks):
             merged = target / MERGED if exported else None
-            places = (folder, merged, benchmark.root, model_path)
-            precision, scores = _measure(deployment, *places, tell)
+            precision, scores = _measure(
+                deployment, folder, merged, benchmark.root, model_path, tell
+            )
             checks.append(precision)
     return Verification(file=file, checks=tuple(checks), scores=scores)
 
