@@ -18,8 +18,6 @@ from typing import Any
 from vgid.files import write_atomically
 from vgid.report.drawing import Picture
 
-_BESIDE = '<script src="plotly.min.js"></script>'
-
 
 def rendered(room: str, file: str, /, **values: Any) -> str:
     """A text file of a room, such as ``vgid.report``, with values put in its places."""
@@ -77,16 +75,15 @@ def write_page(
         style=style,
         body=body,
         payload=data.replace("<", "\\u003c"),
-        library=_BESIDE if beside else _inside(),
+        packed="" if beside else _packed(),
         script=script,
     )
     write_atomically(path, page.encode())
 
 
 @cache  # a second, and pages come in twos
-def _inside() -> str:
-    packed = base64.b64encode(gzip.compress(_plotly().encode(), 9, mtime=0)).decode()
-    return f'<script id="library" type="text/plain">{packed}</script>'
+def _packed() -> str:
+    return base64.b64encode(gzip.compress(_plotly().encode(), 9, mtime=0)).decode()
 
 
 def _plotly() -> str:
