@@ -259,5 +259,5 @@ def test_a_setting_runs_nothing(tmp_path, yaml_poison):
 def test_a_settings_file_runs_nothing(tmp_path, yaml_poison):
     path = tmp_path / "settings.json"
     path.write_text(yaml_poison.replace("[", '{"a":') if "!!" not in yaml_poison else yaml_poison)
-    with pytest.raises(InputError, match=r"settings.json: cannot be read \(it is not JSON\)"):
+    with pytest.raises(InputError, match=r"settings.json: cannot be read \(it is not JSON of"):
         read_settings(path)
