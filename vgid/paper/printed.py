@@ -28,7 +28,6 @@ class PaperRow(NamedTuple):
     """One row of one of the paper's tables.
 
     Attributes:
-        table: 1 to 6, 8 or 9.
         backbone: as the paper names it, one of ``PAPER_BACKBONES``.
         forget_ratio: per cent of the people.
         setting: block of the table, such as ``w/ Reverse Attack``; empty where it has none.

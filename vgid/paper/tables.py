@@ -80,11 +80,9 @@ BASE = Row("base", "Base", "Base", Arm())
 
 
 def tables(trials: Mapping[Method, TrialConfig]) -> dict[int, Table]:
-    """Tables 1 to 6, 8 and 9 with each method's setting; Table 7 has no runs (``table_7``).
+    """Tables 1 to 6, 8 and 9 with each method's setting; methods without one have no row.
 
-    Args:
-        trials: setting of each method; methods that are not there have no row, and Tables 4 and 5
-            vary VGID's.
+    Table 7 has no runs (``table_7``).
     """
     strict = Row("icu_strict", "Textual (ICU, strict)", "Textual", Arm(style="strict"))
     visual = Row("visual", "Visual (random noise)", "Visual", Arm(noise_type="random"))
@@ -95,7 +93,7 @@ def tables(trials: Mapping[Method, TrialConfig]) -> dict[int, Table]:
         for method, label in METHOD_LABELS.items()
         if method in trials
     ]
-    # Both vary VGID's own setting; without one their tables have the base alone.
+    # Tables 4 and 5 vary VGID's own setting; without one they have the base alone.
     noises, styles = _ablations(trials["vgid"]) if "vgid" in trials else ([], [])
     found = [
         Table(1, "In-context unlearning by prompt style", 5, TEXT_SCORES, (BASE, *instructed)),

@@ -341,11 +341,8 @@ class _Label(NamedTuple):
 def _labels(panel: Panel, ends: Floats, frame: Floats, font: float) -> Iterator[_Label]:
     """The labels of a panel, each near its point, and over no other or mark if there is room.
 
-    Args:
-        panel: what has labels.
-        ends: of its two scales, (2, 2), the first at the left and at the bottom.
-        frame: width and height of the panel, in whatever length.
-        font: height of the letters in the same.
+    ``ends`` are those of both scales, (2, 2); ``frame`` is the panel's width and height, in the
+    unit of the letters' height ``font``.
     """
     marks = [at for item in panel.drawn if item.mark for at in item.points]
     points = _placed(marks or [(np.nan, np.nan)], ends, frame)

@@ -29,12 +29,9 @@ _RUN_NAME, _CREATED = "attributes.`Run Name`", "attributes.`Created`"
 
 
 def view_tag(study_id: str, name: str, created_ms: int) -> tuple[str, str]:
-    """Key and value of the experiment's tag that is the view.
+    """Key and value of the experiment's tag that is the view of a study's trials.
 
-    Args:
-        study_id: the study whose trials it shows.
-        name: what the list of views calls it.
-        created_ms: when it was made, in milliseconds of the epoch.
+    ``name`` stands in the list of views; ``created_ms`` counts from the epoch.
     """
     chart: dict[str, Any] = {"isGenerated": False, "deleted": False, "metricSectionId": "front"}
     chart["runsCountToCompare"] = 100

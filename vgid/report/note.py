@@ -71,15 +71,9 @@ def note_links(
     runs: Mapping[str, str],
     files: Sequence[Path],
 ) -> NoteLinks:
-    """The links of the note of a study's parent run, ``study_run_id``.
+    """The links of the note that MLflow's run ``study_run_id`` shows of a study.
 
-    Args:
-        front: the study's trials.
-        experiment_id: the backbone's experiment.
-        study_run_id: MLflow's id of the run that shows the note.
-        study_id: the study's own id.
-        runs: run id of each trial by trial id.
-        files: the parent run's artifacts.
+    ``runs`` are the run ids by trial id, ``files`` that run's artifacts.
     """
     artifact = f"get-artifact?path={{}}&run_uuid={study_run_id}"
     pages = {

@@ -80,11 +80,7 @@ class Grid:
         return table
 
     def markdown(self, gap: str = "") -> str:
-        """As a Markdown table, with a caption as a section.
-
-        Args:
-            gap: before each number; MLflow's tables have no space between their columns.
-        """
+        """As a Markdown table, with a caption as a section and ``gap`` before each number."""
         rules = ["---:" if side == "right" else "---" for side in self._justify]
         before = [gap if side == "right" else "" for side in self._justify]
         escaped = [[text.replace("|", "\\|") for text in row] for row in self._texts]
