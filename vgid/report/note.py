@@ -32,14 +32,6 @@ MAX_ROWS = 16
 PAPER_RETAIN_DROP = 0.055
 """What the paper's own setting costs in retain ROUGE-L (table 1); more is no good bargain."""
 
-LEFT = {
-    "test_rougeL": "ROUGE-L under new portraits and wording",
-    "forget_rougeL_raw": "ROUGE-L without answer instructions",
-    "forget_cloze": "cloze accuracy",
-    "forget_memorisation": "the share of true tokens still predicted when forced",
-}
-"""What the note tells of the forget people beside ROUGE-L."""
-
 
 @dataclass(frozen=True)
 class NoteLinks:
@@ -116,20 +108,12 @@ def study_note(
         if again is not None and (pick.held_out or {}).keys() >= set(OBJECTIVES):
             base, where, scores = again, "on held-out questions", held_out_scores(pick) or {}
             known = {name: score.value for name, score in scores.items()}
-        reduction, retain = (known[name] for name in OBJECTIVES)
-        forget = base["forget_rougeL"].value
         table = _table(front, links)
         values = {
             "setting": describe(pick.config),
             "base": base,
             "where": where,
             "scores": known,
-            "reduction": reduction,
-            "retain": retain,
-            "share": f"{reduction / forget:.0%}" if forget > 0 else "none",
-            "left": [
-                f"{label} is {known[name]:.3f}" for name, label in LEFT.items() if name in known
-            ],
             "verdict": verdict(base, scores),
             "questions": "held-out questions" if front.held_out() else "the search questions",
             "table": table.markdown(gap="&emsp;"),  # MLflow's have no space between columns
