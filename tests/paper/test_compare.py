@@ -15,7 +15,7 @@ from PIL import Image
 
 from studies.compare_methods import main
 from vgid.config import StudyConfig, TrialConfig
-from vgid.paper.attainment import attainment_surface, median_level
+from vgid.paper.attainment import attainment_picture, attainment_surface
 from vgid.paper.compare import (
     CompareConfig,
     _done,
@@ -59,7 +59,15 @@ def test_levels_that_do_not_exist():
     for level in (0, 3):
         with pytest.raises(ValueError, match="level"):
             attainment_surface([[(1.0, 1.0)], []], level)
-    assert [median_level(n) for n in (1, 2, 3, 4, 5)] == [1, 1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("runs", range(1, 6))
+def test_the_median_is_what_at_least_half_of_the_runs_attain(runs):
+    fronts = [[(float(x), 1.0)] for x in range(1, runs + 1)]
+    median, best, worst = attainment_picture("t", {"vgid": fronts}, (0.0, 1.0)).panels[0].drawn[:3]
+    reached = max(median.x)
+    assert attained(reached, 1.0, fronts) >= runs / 2 > attained(reached + 1, 1.0, fronts)
+    assert (max(best.x), max(worst.x)) == (runs, 1)
 
 
 def score(value):

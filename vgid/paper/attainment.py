@@ -45,11 +45,6 @@ def attainment_surface(fronts: Sequence[Points], level: int) -> NDArray[np.float
     return np.asarray(corners[np.lexsort((-corners[:, 1], corners[:, 0]))], dtype=np.float64)
 
 
-def median_level(runs: int) -> int:
-    """The level of the median surface: attained by at least half of the runs."""
-    return (runs + 1) // 2
-
-
 def attainment_picture(
     title: str, fronts: Mapping[Method, Sequence[Points]], base: tuple[float, float]
 ) -> Picture:
@@ -61,7 +56,8 @@ def attainment_picture(
     series = []
     for method, runs in fronts.items():
         label = METHOD_LABELS[method]
-        levels = {"median": median_level(len(runs)), "best": 1, "worst": len(runs)}
+        # The median surface is what at least half of the runs attain.
+        levels = {"median": (len(runs) + 1) // 2, "best": 1, "worst": len(runs)}
         for name, level in levels.items():
             median = name == "median"
             x, y = _staircase(attainment_surface(runs, level), (0.0, base[1] / 2))

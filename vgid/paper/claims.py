@@ -309,10 +309,6 @@ CLAIMS: tuple[Claim, ...] = (
 """Claims (a) to (k); (l), that all of it holds on both architectures, is ``on_all``."""
 
 
-ON_ALL = "All of it on both architectures."
-"""Claim (l), judged by ``on_all``."""
-
-
 def on_all(judgements: Sequence[Judgement]) -> Verdict:
     """Claim (l): held if every claim held on every backbone, not held if a comparison failed.
 
@@ -366,7 +362,15 @@ def verdicts(judgements: Sequence[Judgement]) -> Grid:
     ]
     backbones = dict.fromkeys(judgement.backbone for judgement in judgements)
     if len(backbones) > 1:
-        rows.append((f"(l) {ON_ALL}", ", ".join(backbones), on_all(judgements), "–", "–"))
+        rows.append(
+            (
+                "(l) All of it on both architectures.",
+                ", ".join(backbones),
+                on_all(judgements),
+                "–",
+                "–",
+            )
+        )
     return Grid(("claim", "backbone", "verdict", "statistic", "the paper's numbers"), rows)
 
 
