@@ -362,15 +362,8 @@ def verdicts(judgements: Sequence[Judgement]) -> Grid:
     ]
     backbones = dict.fromkeys(judgement.backbone for judgement in judgements)
     if len(backbones) > 1:
-        rows.append(
-            (
-                "(l) All of it on both architectures.",
-                ", ".join(backbones),
-                on_all(judgements),
-                "–",
-                "–",
-            )
-        )
+        names = ", ".join(backbones)
+        rows.append(("(l) All of it on both architectures.", names, on_all(judgements), "–", "–"))
     return Grid(("claim", "backbone", "verdict", "statistic", "the paper's numbers"), rows)
 
 
