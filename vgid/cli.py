@@ -50,6 +50,7 @@ def main() -> None:
     try:
         with terminated_like_interrupted(), refusals_told():
             app()
+    # 2, which click says too where a flag is wrong; 1 is for what was done and did not hold.
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -205,6 +205,7 @@ def uses(method: Method, field: str) -> bool:
 class Config(BaseModel):
     """A frozen configuration that refuses keys it does not know."""
 
+    # Infinity keeps every lower bound, and JSON has neither it nor NaN.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 

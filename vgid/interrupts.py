@@ -138,6 +138,7 @@ class Background:
 
     def submit(self, call: Callable[..., T], *arguments: Any) -> "Future[T]":
         """Have the thread call something; what comes of it is in the future."""
+        # As an executor's work item does it, so that a future that was cancelled is never run.
         future: Future[T] = Future()
 
         def work() -> None:

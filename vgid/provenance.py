@@ -25,6 +25,6 @@ def _git(*arguments: str) -> str | None:
         done = subprocess.run(
             ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
         )
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):  # an installed package is no checkout
         return None
     return done.stdout.strip() or None

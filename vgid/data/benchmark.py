@@ -129,6 +129,7 @@ class Benchmark:
     @cached_property
     def sha256(self) -> str:
         """Digest over names and bytes of every shard of every config."""
+        # Names too: the same shard in another config is other data.
         digest = hashlib.sha256()
         for config in sorted(CONFIGS):
             for path in shard_paths(self.root, config):

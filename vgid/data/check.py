@@ -82,14 +82,13 @@ class Report(Config):
         )
         console.print(counts)
         for name, found in (("Left out", self.left_out), ("Defects", self.defects)):
-            if not found:
-                continue
             title = f"{name}: {len(found)}"
-            defects = Table("config", "row", "field", "problem", title=title, box=SIMPLE)
+            listed = Table("config", "row", "field", "problem", title=title, box=SIMPLE)
             for defect in found:
                 row = "" if defect.row is None else str(defect.row)
-                defects.add_row(defect.config, row, escape(defect.field), escape(defect.problem))
-            console.print(defects)
+                listed.add_row(defect.config, row, escape(defect.field), escape(defect.problem))
+            if found:
+                console.print(listed)
         if not self.defects:
             console.print("No defects.")
         left_out = {

@@ -188,6 +188,7 @@ class World:
 @lru_cache(maxsize=4)
 def make_world(seed: int = 0) -> World:
     """Make up the people of ``seed``."""
+    # One generator for all, drawn from in this order: another order would be other people.
     rng = sample_generator(seed, "people")
     people: list[FictitiousPerson] = []
     names: set[str] = set()
@@ -218,6 +219,7 @@ def forget_people(seed: int, ratio: int) -> list[str]:
     The sets are nested: those of 5 per cent are among those of 10, and these among those of 15.
     """
     ids = [person.id for person in make_world(seed).of_kind("benchmark")]
+    # One order for all ratios, whose beginnings are nested.
     order = sample_generator(seed, "forget people").permutation(len(ids))
     return sorted(ids[i] for i in order[: len(ids) * ratio // 100])
 

@@ -216,6 +216,7 @@ def _questions(config: str, row: Row, person_id: str) -> tuple[list[Question], l
 
 def _raw_questions(values: Mapping[str, Any]) -> Iterator[tuple[str, Task, str, dict[str, Any]]]:
     """Each question of a row as (field path, task, type as stored, raw entry)."""
+    # Any of it may be null, a task, its list or an entry: writers differ in what they leave empty.
     choices = values.get("Classification_Task") or {}
     for kind in _FORMS:
         for index, entry in enumerate(choices.get(f"{kind}_Questions") or []):
@@ -235,6 +236,7 @@ def _training_pairs(
     if "metadata" not in row.values:
         return [], []
     entries = row.values["metadata"]
+    # Thousands of open brackets exhaust the parser's stack: RecursionError, not ValueError.
     try:
         if not isinstance(entries, list):
             entries = json.loads(entries or "")
@@ -251,17 +253,10 @@ def _training_pairs(
         texts = {key: _text(values.get(key)) for key in ("Question", "Answer")}
         pair = TrainingPair(f"{config}/{person_id}/{index}", person_id, *texts.values())
         pairs.append(pair)
-        defects += [
-            Defect(
-                config,
-                row.index,
-                f"metadata[{index}].{key}",
-                f"the {key.lower()} is empty or no text",
-                pair.id,
-            )
-            for key, text in texts.items()
-            if not text.strip()
-        ]
+        for key, text in texts.items():
+            if not text.strip():
+                what = f"the {key.lower()} is empty or no text"
+                defects.append(Defect(config, row.index, f"metadata[{index}].{key}", what, pair.id))
     return pairs, defects
 
 

@@ -114,6 +114,7 @@ def draw_portrait(face: Face, rng: np.random.Generator, variation: float = 1.0) 
     canvas = canvas.rotate(jitter(7), Image.Resampling.BILINEAR, fillcolor=background)
     canvas = canvas.resize((PORTRAIT_SIZE, PORTRAIT_SIZE), Image.Resampling.BOX)
 
+    # Brightness, then a cast of colour, then grain: no picture is seen twice.
     pixels_HWC = np.asarray(canvas, dtype=np.float64)
     pixels_HWC = pixels_HWC * (1 + jitter(0.14))
     pixels_HWC = pixels_HWC * [1 + jitter(0.05) for _ in range(3)]
