@@ -82,6 +82,8 @@ def evaluate(backbone: Backbone, examination: Examination, request: RequestConfi
         for metric, value in _marks(item.question, response):
             _count(tally, item, metric, value)
     shown = [(item, item.shots) for item in examination.items if item.shots is not None]
+    # Told only where the context was too short for some question; then of all of the task's, since
+    # a mean over the short ones alone would make it look worse than it is.
     short = {item.question.task for item, share in shown if share < 1}
     for item, share in shown:
         if item.question.task in short:

@@ -86,6 +86,7 @@ def letter_choice(response: str, options: Collection[str]) -> str | None:
 
 def is_refusal(response: str) -> bool:
     """Whether the response declines or professes ignorance, by the phrases in it."""
+    # Chat models write both apostrophes, and a phrase may be parted by a line's end.
     text = " ".join(response.lower().replace("’", "'").split())
     return _REFUSAL.search(text) is not None
 

@@ -97,6 +97,7 @@ class Rehearsal:
         styles: tuple[PromptStyle | None, ...] = (None, *get_args(PromptStyle))
         try:
             room = response_room(self.backbone, sample)
+            # What is retained has the frozen base as teacher, without instructions (equation 4).
             for style in styles if forgotten else styles[:1]:
                 shown = intervene(self.backbone, [sample.query], Intervention(style=style))
                 encode(self.backbone, shown, room=room)
