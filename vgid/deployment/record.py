@@ -205,7 +205,7 @@ def score_grid(
     attacks: Iterable[Attack] = (),
     names: Sequence[str] = CARD_SCORES,
 ) -> Grid:
-    """The deployed model's scores, plainly beside the base's and under each attack."""
+    """A model's scores, plainly, beside the base's if there are any, and under each attack."""
     tests: list[tuple[str, Mapping[str, Score], Mapping[str, Score]]] = [
         ("plain", base, deployed),
         *((attack.name, {}, attack.scores) for attack in attacks),
@@ -215,7 +215,10 @@ def score_grid(
         for test, known, found in tests
         for name, score in shown_scores(found, names).items()
     ]
-    return Grid(("test", "score", "n", "base", "deployed [95 % interval]"), rows)
+    if base:
+        return Grid(("test", "score", "n", "base", "deployed [95 % interval]"), rows)
+    header = ("test", "score", "n", "value [95 % interval]")
+    return Grid(header, [(*row[:3], row[-1]) for row in rows])
 
 
 class Data(Config):

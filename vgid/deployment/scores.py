@@ -22,6 +22,7 @@ from rich.console import Console
 from vgid.config import Config, Flag, ForgetRatio, ModelPath, RequestConfig, parse
 from vgid.data.synthetic import write_benchmark
 from vgid.deployment.record import (
+    CARD_SCORES,
     NOT_RUN,
     REVERSED,
     Attack,
@@ -295,7 +296,9 @@ class ModelScores(Config):
 
     def print(self, console: Console) -> None:
         """Show the main scores, and what was not run."""
-        console.print(score_grid({}, self.scores, self.attacks).rich())
+        further = [name for name in sorted(self.scores) if name.endswith(("_bleu", "_shots"))]
+        names = (*CARD_SCORES, *further)
+        console.print(score_grid({}, self.scores, self.attacks, names).rich())
         sentences = [
             f"{len(self.scores)} scores of {self.part} questions; --json has all.",
             f"Not run: {'; '.join(self.not_run)}." if self.not_run else None,
