@@ -69,15 +69,6 @@ def test_jobs_are_served_in_order_and_a_slot_waits_for_the_next():
     run(scenario)
 
 
-def test_a_study_begins_with_a_trial_and_scores_the_base_beside_it():
-    async def scenario(mailbox):
-        for first in (Job(id="base", kind="base"), job("0000"), job("0001")):
-            await mailbox.submit(first)
-        return [(await mailbox.take(slot, "w")).id for slot in range(3)]
-
-    assert run(scenario) == ["0000", "base", "0001"]
-
-
 def test_a_trial_gets_its_epochs_and_then_its_outcome_with_the_slots_timing():
     async def scenario(mailbox):
         await mailbox.submit(job("base"))

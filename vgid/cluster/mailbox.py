@@ -310,21 +310,10 @@ class Mailbox:
                 return None
             # Held from this moment on, before the worker has it: a worker that dies on the way
             # loses nothing.
-            ticket = state.holds = self._next()
+            ticket = state.holds = self._waiting.popleft()
         ticket.attempts += 1
         self._moves += 1
         return ticket.job
-
-    def _next(self) -> _Ticket:
-        """The first that waits; the study's first is a trial, so that training begins at once.
-
-        Trials are measured against the base's scores only when they end.
-        """
-        trials = [ticket for ticket in self._waiting if ticket.job.kind == "trial"]
-        if self._moves > 0 or not trials:
-            return self._waiting.popleft()
-        self._waiting.remove(trials[0])
-        return trials[0]
 
     async def free(self, slot: int, cause: str = "killed") -> None:
         """The workers of a slot are gone; what it held goes to whichever slot is next.
