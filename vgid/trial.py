@@ -113,6 +113,9 @@ class TrialSession:
         seconds = {"load": self._unreported_load}
         self._unreported_load = 0.0  # the session's own start is the first trial's
         ended = partial(TrialResult, trial_id=trial_id, seconds=seconds)
+        # First: who cannot score the base, for want of memory, is to hear it before the training.
+        with _timed(seconds, "load"):
+            base = self.base_scores("search") if evaluate else {}
         with _timed(seconds, "teacher"):
             epochs, retained = self.preparation.training(trial, trial_id, checkpoint_dir)
         metrics: dict[str, float] = {}
@@ -133,9 +136,6 @@ class TrialSession:
             with _timed(seconds, "save"):
                 adapter.save(model, adapter_dir)
                 _save_responses(scored, adapter_dir)
-        # Not before: the first trial of a study starts as soon as its slot is up.
-        with _timed(seconds, "load"):
-            base = self.base_scores("search") if evaluate else {}
         seen = {s.person_id for s in retained} & {p.id for p in self.people.retain_seen}
         trained = ended(
             status="completed",
