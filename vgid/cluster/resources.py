@@ -22,13 +22,13 @@ CPUS_PER_WORKER = 1
 """One thread a worker everywhere: the same numbers on every machine, and faster than two threads
 where trials share the cores."""
 
-RAY_BYTES = 650 * 10**6
-"""Ray's processes beside the workers of one slot: Train's controller and
-synchronisation actor, and Tune's trainable: 605 in the sum of their
-proportional set sizes (``python -m tests.benchmarks.slot_memory``), and some to spare."""
+RAY_BYTES = 420 * 10**6
+"""Ray's processes beside the workers of one slot: Train's controller and synchronisation actor, and
+Tune's trainable: 386 in the sum of their proportional set sizes
+(``python -m tests.benchmarks.slot_memory``), and some to spare."""
 
 WORKER_BYTES = 900 * 10**6
-"""A worker of an embedded backbone: Python, torch, encoded data, a trial. 696 by the same measure
+"""A worker of an embedded backbone: Python, torch, encoded data, a trial. 747 by the same measure
 between trials, up to 907 resident in the midst of one."""
 
 
