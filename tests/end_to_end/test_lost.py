@@ -21,7 +21,9 @@ def small_disk(folder, megabytes):
         ["mount", "-t", "tmpfs", *size, "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mount.returncode != 0:
-        pytest.skip("a small disk to fill can only be mounted by root")
+        pytest.skip(
+            "only root may mount a small disk to fill; `unshare -rm make test` runs it for others"
+        )
     try:
         yield
     finally:
