@@ -21,9 +21,7 @@ def small_disk(folder, megabytes):
         ["mount", "-t", "tmpfs", *size, "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mount.returncode != 0:
-        pytest.skip(
-            "only root may mount a small disk to fill; `unshare -rm make test` runs it for others"
-        )
+        pytest.skip("only root may mount a disk to fill; `unshare -rm pytest FILE` runs it so")
     try:
         yield
     finally:
