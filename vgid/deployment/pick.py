@@ -7,8 +7,7 @@
     OUTPUT/deployments/<backbone>/pick.html, pick.png, candidates.csv    why this one
     OUTPUT/deployments/comparison.html, .png, .csv                       with several backbones
 
-Everything is scored and chosen before anything is written there; scores are kept in the study's
-store, so that another rule or bound costs seconds.
+Scores are kept in the study's store, so that another rule or bound costs seconds.
 """
 
 import json
@@ -45,20 +44,8 @@ from vgid.deployment.record import (
     setting_of,
     ship,
 )
-from vgid.deployment.rules import (
-    RETAIN_DROP,
-    REVERSE_RISE,
-    Bounds,
-    Rule,
-    ShareForgotten,
-    choose,
-)
-from vgid.deployment.scores import (
-    MIN_SEEDS,
-    as_recorded,
-    pick_seeds,
-    score_front,
-)
+from vgid.deployment.rules import RETAIN_DROP, REVERSE_RISE, Bounds, Rule, ShareForgotten, choose
+from vgid.deployment.scores import MIN_SEEDS, as_recorded, pick_seeds, score_front
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET
 from vgid.files import UsablePath, WrittenFolder, staged
@@ -122,11 +109,7 @@ class PickConfig(Config):
 
 @dataclass(frozen=True)
 class PickedBackbone:
-    """One backbone's deployment: its file and what is in it, and the choice.
-
-    Attributes:
-        version: in MLflow's registry, None where it was not registered.
-    """
+    """One backbone's deployment and the choice; no ``version`` where MLflow's registry has none."""
 
     file: Path
     sha256: str
@@ -137,11 +120,7 @@ class PickedBackbone:
 
 @dataclass(frozen=True)
 class Picked:
-    """What a pick wrote: the deployments, as their studies were named.
-
-    Attributes:
-        comparison: the page over all of them, None with one.
-    """
+    """What a pick wrote, in the order of the studies; no ``comparison`` page with one of them."""
 
     backbones: tuple[PickedBackbone, ...]
     comparison: Path | None = None
@@ -169,17 +148,15 @@ class Picked:
         """Show tables, sentences and files."""
         for backbone in self.backbones:
             console.print(report_grid(backbone.report).rich())
-            lines = [
-                *backbone.report.sentences,
-                f"Wrote {backbone.file}",
-                f"  {backbone.file.with_suffix('') / 'pick.html'} shows the choice",
-            ]
+            page = backbone.file.with_suffix("") / "pick.html"
+            lines = [f"Wrote {backbone.file}", f"  {page} shows the choice"]
             if backbone.version is not None:
                 lines.append(f"  version {backbone.version} in MLflow's registry, the champion now")
-            console.print("\n".join(lines), markup=False, soft_wrap=True)
+            told = "\n".join([*backbone.report.sentences, *lines])
+            console.print(told, markup=False, soft_wrap=True)
         if self.comparison is not None:
-            reports = [backbone.report for backbone in self.backbones]
-            console.print(comparison_grid(reports).rich())
+            grid = comparison_grid([backbone.report for backbone in self.backbones])
+            console.print(grid.rich())
             console.print(f"Wrote {self.comparison}", markup=False, soft_wrap=True)
 
 
@@ -198,25 +175,22 @@ def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda lin
             folder.mkdir()
             sources.append(open_source(name, config.tracking_uri, folder))
         output = _output(config, sources)
-        deployments = output / FOLDER
         names = [source.config.backbone for source in sources]
-        several = len(names) > 1
         # All is scored and chosen before anything is written.
         decisions = [
             _decide(config, source, output, Path(scratch) / f"shipped-{number}", tell)
             for number, source in enumerate(sources)
         ]
-        picked = []
+        deployments, several = output / FOLDER, len(names) > 1
         parts = [part for name in names for part in (name, f"{name}.yaml")]
         with staged(deployments, [*parts, *(COMPARISON if several else ())]) as staging:
-            for source, decision in zip(sources, decisions, strict=True):
-                picked.append(_write(config, source, decision, deployments, staging))
+            pairs = zip(sources, decisions, strict=True)
+            picked = [_write(config, *pair, deployments, staging) for pair in pairs]
             if several:
                 write_comparison(staging, [one.report for one in picked])
     if config.champion:
-        picked = [
-            _registered(one, source, tell) for one, source in zip(picked, sources, strict=True)
-        ]
+        pairs = zip(picked, sources, strict=True)
+        picked = [_registered(one, source, tell) for one, source in pairs]
     return Picked(tuple(picked), deployments / COMPARISON[0] if several else None)
 
 
@@ -246,9 +220,9 @@ def _output(config: PickConfig, sources: list[Source]) -> Path:
 def _decide(
     config: PickConfig, source: Source, output: Path, scratch: Path, tell: Callable[[str], None]
 ) -> tuple[PickReport, dict[str, Any], Shipped | None]:
-    """Load the base once, score, choose; ``scratch`` gets the adapters that would be shipped.
+    """Score and choose; the choice, its ``setting_of``, and the deployment that the study follows.
 
-    Told are the choice, the record's ``setting_of`` it, and the deployment that the study follows.
+    ``scratch`` gets the adapters that would be shipped.
     """
     from vgid.trial import TrialSession
 
@@ -286,9 +260,8 @@ def _decide(
             )
         for trial in trials:  # all of them, before the first is scored for minutes
             read_adapter(trial.adapter).check(backbone.model, backbone.spec.lora_targets)
-        candidates = score_front(
-            session, trials, pick_seeds(source.config.seed, config.seeds), tell
-        )
+        seeds = pick_seeds(source.config.seed, config.seeds)
+        candidates = score_front(session, trials, seeds, tell)
         bounds = Bounds(
             config.max_retain_drop, config.max_reverse_rise, config.max_cloze, config.min_forget
         )
@@ -321,7 +294,7 @@ def _write(
     deployments: Path,
     staging: Path,
 ) -> PickedBackbone:
-    """Write one backbone's record, adapter and report to where they are made."""
+    """Write one backbone's record, adapter and report into ``staging``."""
     report, setting, parent = decision
     candidates, choice = report.candidates, report.choice
     trial, scored = candidates.of(choice.chosen.trial_id)
@@ -349,9 +322,9 @@ def _write(
         ) from None
     if parent is not None:
         report = replace(report, warning=parent.warning(deployment.scores.deployed))
-    name = deployment.backbone
-    write_report(staging / name, report)
-    return PickedBackbone(deployments / f"{name}.yaml", sha256, deployment, report)
+    write_report(staging / deployment.backbone, report)
+    file = deployments / f"{deployment.backbone}.yaml"
+    return PickedBackbone(file, sha256, deployment, report)
 
 
 def _registered(
@@ -370,20 +343,14 @@ def _registered(
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "pick_deployment.py") -> int:
-    """Run the command, ``studies/pick_deployment.py`` or ``vgid pick``.
-
-    Returns:
-        0 when a deployment is written, 2 after bad input or where no trial keeps the bounds (one
-        sentence on stderr), 130 when interrupted.
-    """
+    """Run the command, ``studies/pick_deployment.py`` or ``vgid pick``; see ``exit_code``."""
 
     def run() -> Mapping[str, Any]:
-        flags = Parser(
-            prog,
+        told = (
             "Pick the trial of a study's front to deploy: score the front again on held-out "
-            "questions, choose by a rule, and write the deployment with its adapter.",
-            *(PickConfig, Printed),
-        ).read(arguments)
+            "questions, choose by a rule, and write the deployment with its adapter."
+        )
+        flags = Parser(prog, told, PickConfig, Printed).read(arguments)
         config = flags.config(PickConfig)
         picked = pick_deployment(config, lambda line: print(line, file=sys.stderr))
         if flags.config(Printed).as_json:

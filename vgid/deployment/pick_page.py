@@ -3,9 +3,8 @@
 ``pick.html`` and ``pick.png`` show on the left what each candidate forgets and keeps, with its
 intervals, and on the right what is still answered of what was to be forgotten, by attack; sentences
 and the table stand below, and ``candidates.csv`` has the scores. Several backbones' deployments
-stand on one page, ``comparison.html``, with a picture and a table. Backbones start from different
-scores, so that picture shows shares: how much of the base's forget ROUGE-L is gone, and how much of
-its retain ROUGE-L is kept.
+stand on one page, ``comparison.html``. Backbones start from different scores, so its picture shows
+shares: how much of the base's forget ROUGE-L is gone, and of its retain ROUGE-L kept.
 """
 
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from vgid.evaluation.suppression import verdict
 from vgid.files import write_atomically
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, INK, TRIAL, Panel, Picture, Scale, Series
 from vgid.report.front import setting_lines
-from vgid.report.page import write_page
+from vgid.report.page import rendered, write_picture
 from vgid.report.records import describe
 from vgid.report.tables import FOUR_PARTS, Grid, four_cells
 from vgid.results import Score
@@ -70,15 +69,7 @@ ATTACKS = (
 COMPARISON = ("comparison.html", "comparison.png", "comparison.csv")
 COLOURS = ("#1f6f8b", "#d1495b", "#e9a23b", "#7b5ea7", "#3b8f5c")
 
-STYLE = """.picture { flex: none; height: 520px; }
-h2 { font-size: 16px; margin: 16px 24px 4px; }
-h3 { font-size: 14px; margin: 16px 24px 0; }
-table { border-collapse: collapse; margin: 8px 24px 12px; }
-td:nth-child(2) { white-space: nowrap; }
-th, td { padding: 4px 10px; border-bottom: 1px solid #e6e9ed; text-align: left; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-tr.chosen { font-weight: 600; color: #d1495b; }
-p { margin: 0 24px 8px; max-width: 64em; line-height: 1.45; }"""
+STYLE = Path(__file__).with_name("pick.css").read_text(encoding="utf-8").rstrip()
 
 
 @dataclass(frozen=True)
@@ -100,55 +91,40 @@ class PickReport:
     def sentences(self) -> list[str]:
         """The result, how sure it is, and what to think of numbers that were chosen by."""
         base, (marks, trial, chosen) = self.candidates.base.plain, self.rows[0]
-        forget, retain = chosen.plain["forget_rougeL"], chosen.plain["retain_rougeL"]
-        count, seeds = len(self.choice.order), len(self.candidates.seeds)
-        told = [
-            f"{self.backbone}: trial {trial.trial_id} ({describe(trial.config)}), by rule "
-            f"{self.choice}.",
-            f"On held-out questions forget ROUGE-L goes from {base['forget_rougeL'].value:.3f} to "
-            f"{forget}, n = {forget.n}, and retain ROUGE-L from "
-            f"{base['retain_rougeL'].value:.3f} to {retain}, n = {retain.n}; under the reverse "
-            f"prompt forget ROUGE-L is {chosen.reverse['forget_rougeL']}.",
-        ]
-        unsure = [
-            f"{check.name} up to {check.measure.worst:.3f} where {check.bound:g} is allowed"
-            for check in self.choice.bounds.checks(marks)
-            if not check.surely
-        ]
-        if unsure:
-            told.append(
-                f"Bounds are judged by means; the 95 % intervals reach past them: "
-                f"{', '.join(unsure)}."
-            )
-        if self.warning is not None:
-            told.append(self.warning)
-        if count > 1:
-            told.append(
-                f"It is the best of {count} on the very questions that it is scored on, so expect "
-                "slightly less on others."
-            )
-        return [
-            *told,
-            f"Values are means over {seeds} seeds of few-shot people, test poses and bootstrap, "
-            "intervals the envelope of theirs.",
-            f"{verdict(base, chosen.plain, chosen.reverse)} Suppressed is not erased.",
-        ]
+        text = rendered(
+            "vgid.deployment",
+            "pick.txt.jinja",
+            backbone=self.backbone,
+            trial=trial,
+            setting=describe(trial.config),
+            choice=self.choice,
+            base=base,
+            forget=chosen.plain["forget_rougeL"],
+            retain=chosen.plain["retain_rougeL"],
+            reverse=chosen.reverse,
+            unsure=[check for check in self.choice.bounds.checks(marks) if not check.surely],
+            warning=self.warning,
+            count=len(self.choice.order),
+            seeds=len(self.candidates.seeds),
+            verdict=verdict(base, chosen.plain, chosen.reverse),
+        )
+        return text.splitlines()
 
 
 def report_grid(report: PickReport) -> Grid:
     """The choice and the runners-up with why not, and the base; what is said stands below."""
-    shown, base = _columns([report]), report.candidates.base
-    cells = [
-        [score and score.value for score in _scores(scored, shown)]
-        for scored in (*(scored for _, _, scored in report.rows), base)
-    ]
+    shown = _columns([report])
+
+    def cells(scored: Scored) -> list[float | None]:
+        return [score and score.value for score in _scores(scored, shown)]
+
     rows = [
-        [trial.trial_id, describe(trial.config), *values, report.choice.why[trial.trial_id]]
-        for (_, trial, _), values in zip(report.rows, cells, strict=False)
+        [trial.trial_id, describe(trial.config), *cells(scored), report.choice.why[trial.trial_id]]
+        for _, trial, scored in report.rows
     ]
     return Grid(
         ("trial", "setting", *(title for *_, title in shown), "why"),
-        [*rows, ["base", "", *cells[-1], ""]],
+        [*rows, ["base", "", *cells(report.candidates.base), ""]],
         f"Candidates on {report.backbone}, held-out",
         report.sentences,
         marks={0: "chosen", len(rows): "base"},
@@ -168,8 +144,8 @@ def _scores(scored: Scored, shown: Sequence[tuple[str, str, str]]) -> list[Score
     return [scored.get(kind, name) for kind, name, _ in shown]
 
 
-def candidates_csv(report: PickReport) -> bytes:
-    """``candidates.csv``: the base, then each candidate with what the rules and people look at.
+def _candidates_csv(report: PickReport) -> bytes:
+    """The base, then each candidate with what the rules and people look at.
 
     ``_worst`` is the unfavourable end of an interval, ``reverse_`` the score under the reverse
     prompt; ``_low``, ``_high`` and ``_n`` as in ``front.csv``.
@@ -198,10 +174,9 @@ def candidates_csv(report: PickReport) -> bytes:
 
 def write_report(folder: Path, report: PickReport) -> None:
     """Write ``pick.png``, ``pick.html`` and ``candidates.csv``."""
-    picture = pick_picture(report)
-    write_atomically(folder / "candidates.csv", candidates_csv(report))
-    write_atomically(folder / "pick.png", picture.png())
-    write_page(folder / "pick.html", picture, style=STYLE, body=report_grid(report).html())
+    write_atomically(folder / "candidates.csv", _candidates_csv(report))
+    body = report_grid(report).html()
+    write_picture(folder, "pick", pick_picture(report), style=STYLE, body=body)
 
 
 def pick_picture(report: PickReport) -> Picture:
@@ -310,12 +285,10 @@ def comparison_grid(reports: Sequence[PickReport]) -> Grid:
 
 def write_comparison(folder: Path, reports: Sequence[PickReport]) -> None:
     """Write the page, the picture and the table, ``COMPARISON``."""
-    drawn = comparison_picture(reports)
-    page, picture, table = (folder / name for name in COMPARISON)
-    write_atomically(table, _comparison_csv(reports))
-    write_atomically(picture, drawn.png())
+    write_atomically(folder / COMPARISON[2], _comparison_csv(reports))
     sections = (f"<h2>{escape(r.backbone)}</h2>{report_grid(r).html()}" for r in reports)
-    write_page(page, drawn, style=STYLE, body=comparison_grid(reports).html() + "".join(sections))
+    body = comparison_grid(reports).html() + "".join(sections)
+    write_picture(folder, "comparison", comparison_picture(reports), style=STYLE, body=body)
 
 
 def _comparison_csv(reports: Sequence[PickReport]) -> bytes:

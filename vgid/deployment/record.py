@@ -6,12 +6,9 @@
     deployments/<backbone>/adapter/  the PEFT adapter that it names, relative to the file
 
 The last line is the SHA-256 of every byte before it, so a changed byte anywhere is found; who may
-not trust the writer checks the signature (``vgid.deployment.signing``) as well. No name, question
-or answer is in it: subjects are the benchmark's pseudonyms, requests are the ids that the user
-gave.
-
-``record.schema.json`` beside this module is the file's JSON Schema, for other programs;
-``python -m vgid.deployment.record`` prints it anew.
+not trust the writer checks the signature (``vgid.deployment.signing``) too. No name, question or
+answer is in it: subjects are the benchmark's pseudonyms, requests the ids that the user gave.
+``python -m vgid.deployment.record`` prints the file's JSON Schema, ``record.schema.json``, anew.
 """
 
 import hashlib
@@ -105,11 +102,9 @@ _SEAL = re.compile(rb"sha256: ([0-9a-f]{64})\n\Z")
 class Base(Config):
     """The frozen base model.
 
-    Attributes:
-        hub_id: None for an embedded backbone or a local folder.
-        model_path: folder or hub id that took the place of the backbone's own, if any.
-        revision: hub commit, or SHA-256 over a local folder's files.
-        precision: dtype that the scores were measured in.
+    ``hub_id`` is None for an embedded backbone or a local folder, ``model_path`` what took the
+    place of the backbone's own weights, ``revision`` the hub's commit or SHA-256 over a local
+    folder's files, ``precision`` the dtype that the scores were measured in.
     """
 
     hub_id: str | None
@@ -119,13 +114,9 @@ class Base(Config):
 
 
 class Adapter(Config):
-    """The PEFT adapter.
+    """The PEFT adapter: its folder, relative to the deployment file, and SHA-256 of its files.
 
-    Attributes:
-        path: its folder, relative to the deployment file.
-        files: SHA-256 of each of its files.
-        scale: lora_alpha over rank.
-        targets: regular expression on module paths, or module names.
+    ``scale`` is lora_alpha over rank, ``targets`` a regular expression on module paths, or names.
     """
 
     path: str
@@ -163,15 +154,11 @@ class Attack(Config):
 
 
 class Scores(Config):
-    """What was measured, on which questions.
+    """What was measured, on which ``part`` of each person's questions; scores are by name.
 
-    Attributes:
-        part: half of each person's questions that was asked.
-        seeds: of the few-shot choice, test poses and bootstrap; a score's value is the mean over
-            them, its interval the envelope of their intervals, its n one seed's questions.
-        base: the base model's scores by name.
-        deployed: the deployed model's.
-        not_run: attacks that were not run, in words.
+    A score's value is the mean over the ``seeds`` (of the few-shot choice, test poses and
+    bootstrap), its interval the envelope of theirs, its n one seed's questions. ``not_run`` are
+    attacks that were not run, in words.
     """
 
     part: QuestionPart
@@ -222,14 +209,11 @@ def score_grid(
 
 
 class Data(Config):
-    """The benchmark that was trained and measured on.
+    """The benchmark that was trained and measured on, SHA-256 over its files.
 
-    Attributes:
-        sha256: over its files.
-        forget_ratio: per cent of the people.
-        retain_people: people scored as retain set.
-        train_pairs: whether training saw the held-out questions, as it did before one could choose.
-        split_seed: of the splits of people and questions.
+    ``forget_ratio`` is per cent of the people, ``split_seed`` that of the splits of people and
+    questions; ``train_pairs`` says whether training saw the held-out questions, as it did before
+    one could choose.
     """
 
     sha256: Sha256
@@ -243,7 +227,7 @@ class Data(Config):
 class Origin(Config):
     """Where the adapter comes from: study and trial, and ``rule``, by which it was picked.
 
-    Commit and versions are those of the code that trained it; no commit outside a checkout.
+    Commit (none outside a checkout) and versions are those of the code that trained it.
     """
 
     study_id: str
@@ -266,18 +250,12 @@ class Parent(Config):
 
 
 class Deployment(Config):
-    """The record of a deployment.
+    """The record of a deployment, ``created`` in UTC, ISO 8601.
 
-    Attributes:
-        backbone: name of its row in ``vgid.models.backbones``.
-        created: UTC, ISO 8601.
-        requests: ids of the forget requests that it answers.
-        subjects: pseudonyms of the people that it suppresses.
-        frame: the prompt frame that it was trained and measured with.
-        hyperparameters: the trial's setting.
-        parent: the deployment before it, for a sequential request.
-        served_as: what an export serves: base and adapter in one. A server that keeps them apart
-            answers as the base whenever it is asked by the base's name, or by none.
+    ``backbone`` is a row of ``vgid.models.backbones``, ``subjects`` are those whom it suppresses,
+    ``frame`` is the prompt frame of training and measuring, ``parent`` the deployment before it.
+    An export serves base and adapter in one: a server that keeps them apart answers as the base
+    whenever it is asked by the base's name, or by none.
     """
 
     schema_version: Literal[1] = 1
@@ -311,10 +289,7 @@ def benchmark_beside(file: Path) -> Path:
 
 
 def write_deployment(path: Path, deployment: Deployment) -> str:
-    """Write the sealed file in one step.
-
-    Returns:
-        SHA-256 of the whole file, which names the deployment elsewhere.
+    """Write the sealed file in one step; the SHA-256 of the whole file, which names it elsewhere.
 
     Raises:
         InputError: it cannot be written.
@@ -332,10 +307,7 @@ def write_deployment(path: Path, deployment: Deployment) -> str:
 
 
 def read_deployment(path: Path) -> tuple[Deployment, str]:
-    """Read a deployment file and check its seal.
-
-    Returns:
-        The deployment, and the SHA-256 of the whole file.
+    """Read a deployment file and check its seal; the SHA-256 of the whole file as well.
 
     Raises:
         InputError: it is not there, changed since it was written, or no deployment.
@@ -391,10 +363,9 @@ def hash_files(folder: Path) -> dict[str, str]:
 class Shipped:
     """A deployment whose adapter is as recorded; what a next request starts from.
 
-    That request's frozen base is the adapter merged into the base in memory (``adapters.merge``),
-    so teacher and reference are the model that users have, and a fresh adapter learns to forget the
-    new people. Shipped is one adapter against the original base, the two made one
-    (``adapter_files.concatenate``).
+    That request's frozen base is the adapter merged into the base in memory (``adapters.merge``):
+    teacher and reference are the model that users have. Shipped is one adapter against the original
+    base, the two made one (``adapter_files.concatenate``).
     """
 
     deployment: Deployment
@@ -432,7 +403,7 @@ class Shipped:
     def warning(self, deployed: Mapping[str, Score]) -> str | None:
         """A sentence where earlier people's suppression came back with the next request.
 
-        Told is a rise beyond what a pick allows the reverse prompt. Its own people and those before
+        That is a rise beyond what a pick allows the reverse prompt. Its own people and those before
         it count by their questions, as the next deployment scores them together.
         """
         before, rises = self.deployment.scores.deployed, []
@@ -491,13 +462,10 @@ def setting_of(session: "TrialSession") -> dict[str, Any]:
 def ship(
     folder: Path, adapter: Path, parent: Shipped | None, **fields: Any
 ) -> tuple[Deployment, str]:
-    """Write ``<backbone>.yaml`` and the adapter beside it into a folder.
+    """Write ``<backbone>.yaml`` and the adapter beside it; the record, and its file's SHA-256.
 
     Of the record are given the fields of ``setting_of``, and ``scores``, ``hyperparameters``,
     ``requests`` and ``origin``.
-
-    Returns:
-        The record, and the SHA-256 of its file.
 
     Raises:
         ValidationError: a field is not as it must be.

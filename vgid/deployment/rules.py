@@ -2,8 +2,8 @@
 
 - ``knee``: the candidate farthest above the chord between the extremes of the front, after both
   objectives were scaled to [0, 1] over the front (Das 1999, "On characterizing the 'knee' of the
-  Pareto curve based on normal-boundary intersection", for two objectives). It is where more
-  forgetting begins to cost more than it brings.
+  Pareto curve based on normal-boundary intersection", for two objectives): where more forgetting
+  begins to cost more than it brings.
 - ``max-forget``: the candidate that forgets most, whatever it costs: the end of the front.
 - ``constraint``: the candidate that forgets most among those within every bound (the
   epsilon-constraint method, Haimes, Lasdon and Wismer 1971); the retain drop and the reverse rise
@@ -14,9 +14,9 @@ candidates, so a bound that the choice keeps never changes the choice.
 
 Whatever the rule, a trial that forgets too little is no candidate: else of one that forgets nearly
 all at some cost and one that does nothing at none, the second would be shipped. This floor is for
-the unfavourable end of the interval. The other bounds look at means over the seeds, since at these
-ends they would refuse nearly everything where few people are forgotten (five people give cloze 0.4
-an interval of 0.1 to 0.7); ``vgid.deployment.pick_page`` tells the ends beside every choice.
+the unfavourable end of the interval. The other bounds look at means over the seeds, since their
+ends would refuse nearly everything where few people are forgotten (five people give cloze 0.4 an
+interval of 0.1 to 0.7); ``vgid.deployment.pick_page`` tells them beside every choice.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,13 @@ ShareForgotten = Annotated[
     ),
 ]
 
-FORGOTTEN = "share forgotten"
+_BOUNDED = {
+    "forget": ("gone", "share forgotten"),
+    "retain_drop": ("retain_drop", "retain drop"),
+    "reverse_rise": ("reverse_rise", "reverse rise"),
+    "cloze": ("cloze", "forget cloze"),
+}
+"""Fields of ``Bounds``: which of a candidate's ``Marks`` each bounds, and what it is called."""
 
 SLACK = 1e-9
 """What a mark may exceed a bound by: 0.80 - 0.75 is a little more than 0.05 in floating point."""
@@ -66,12 +72,9 @@ class Measure(NamedTuple):
 class Marks:
     """What the rules know of a candidate, all in ROUGE-L or accuracy on held-out questions.
 
-    Attributes:
-        before: the base's forget ROUGE-L.
-        reduction: the base's forget ROUGE-L minus the candidate's.
-        retain_drop: the base's retain ROUGE-L minus the candidate's.
-        reverse_rise: forget ROUGE-L under the reverse prompt minus that without it.
-        cloze: accuracy of the forget people's cloze questions; None where the data has none.
+    ``before`` is the base's forget ROUGE-L; reduction and drop are the base's score minus the
+    candidate's, the rise is forget ROUGE-L under the reverse prompt minus that without it; cloze is
+    the forget people's, None where the data has none.
     """
 
     trial_id: str
@@ -92,11 +95,7 @@ class Marks:
 class Bounds:
     """What a choice may cost at most, and has to bring at least; None: not bounded.
 
-    Attributes:
-        retain_drop: loss of retain ROUGE-L.
-        reverse_rise: forget ROUGE-L that the reverse prompt brings back.
-        cloze: accuracy of the forget people's cloze questions.
-        forget: least share of the base's forget ROUGE-L that is gone.
+    ``forget`` is the least share of the base's forget ROUGE-L that is gone.
     """
 
     retain_drop: float | None = None
@@ -104,35 +103,22 @@ class Bounds:
     cloze: float | None = None
     forget: float | None = MIN_FORGET
 
-    @property
-    def _given(self) -> dict[str, float]:
-        named = {
-            FORGOTTEN: self.forget,
-            "retain drop": self.retain_drop,
-            "reverse rise": self.reverse_rise,
-            "forget cloze": self.cloze,
-        }
-        return {name: bound for name, bound in named.items() if bound is not None}
-
     def checks(self, marks: Marks) -> list["Check"]:
         """Every bound beside what the candidate has.
 
         Raises:
             InputError: cloze is bounded and the data has no such questions.
         """
-        found = {
-            FORGOTTEN: marks.gone,
-            "retain drop": marks.retain_drop,
-            "reverse rise": marks.reverse_rise,
-        }
-        if marks.cloze is not None:
-            found["forget cloze"] = marks.cloze
-        elif self.cloze is not None:
+        if self.cloze is not None and marks.cloze is None:
             raise InputError(
                 "--max-cloze: the forget people have no cloze questions among the held-out ones; "
                 "leave the option out."
             )
-        return [Check(name, found[name], bound) for name, bound in self._given.items()]
+        return [
+            Check(name, getattr(marks, mark), bound, least=field == "forget")
+            for field, (mark, name) in _BOUNDED.items()
+            if (bound := getattr(self, field)) is not None
+        ]
 
     def broken(self, marks: Marks) -> str:
         """How a candidate breaks the bounds; empty where it keeps them all."""
@@ -140,40 +126,39 @@ class Bounds:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{name} {'≥' if name == FORGOTTEN else '≤'} {bound:g}"
-            for name, bound in self._given.items()
+            f"{name} {'≥' if field == 'forget' else '≤'} {bound:g}"
+            for field, (_, name) in _BOUNDED.items()
+            if (bound := getattr(self, field)) is not None
         )
 
 
 @dataclass(frozen=True)
 class Check:
-    """One bound and what a candidate has.
+    """One bound and what a candidate has; ``least``: a floor, for the interval's end, not the mean.
 
-    The share forgotten is bounded below, for the unfavourable end of its interval; all else above,
-    for the mean.
+    As text it is how a candidate breaks the bound.
     """
 
     name: str
     measure: Measure
     bound: float
+    least: bool
 
     @property
     def excess(self) -> float:
         """How far what is judged is beyond the bound; 0 or less where it keeps it."""
-        least = self.name == FORGOTTEN
-        over = self.bound - self.measure.worst if least else self.measure.value - self.bound
+        value, worst = self.measure
+        over = self.bound - worst if self.least else value - self.bound
         return 0.0 if 0.0 < over <= SLACK else over
 
     @property
     def surely(self) -> bool:
         """Whether the unfavourable end of the interval keeps the bound as well."""
-        least = self.name == FORGOTTEN
-        return self.excess <= 0 if least else self.measure.worst <= self.bound + SLACK
+        return self.excess <= 0 if self.least else self.measure.worst <= self.bound + SLACK
 
     def __str__(self) -> str:
-        """How a candidate breaks the bound."""
         value, worst = (f"{end:.3f}" for end in self.measure)
-        if self.name == FORGOTTEN:
+        if self.least:
             return (
                 f"{self.name} {value}, by its interval perhaps {worst}, where {self.bound:g} is "
                 f"asked for ({self.excess:.3f} too little)"
@@ -183,12 +168,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a rule chose, and why not the others.
+    """What a rule chose, and why not the others, one clause for each by trial id.
 
-    Attributes:
-        order: all candidates: the choice, then who keeps the bounds, best first, then the others,
-            the nearest first.
-        why: one clause for each candidate, by trial id.
+    ``order`` is the choice, then who keeps the bounds, best first, then the others, nearest first.
     """
 
     rule: Rule
@@ -204,9 +186,8 @@ class Choice:
 def choose(candidates: Sequence[Marks], rule: Rule, bounds: Bounds) -> Choice:
     """Choose a candidate of a front by a rule and bounds, see the module.
 
-    ``constraint`` fills in the two bounds that it cannot do without. The order of the candidates
-    does not matter; of equal ones it is that which forgets more, then that which retains more, then
-    the lower trial id.
+    The order of the candidates does not matter; of equal ones it is that which forgets more, then
+    that which retains more, then the lower trial id.
 
     Raises:
         InputError: there are none, or none keeps every bound; says how far the nearest is.
@@ -258,10 +239,7 @@ def chord_heights(candidates: Sequence[Marks]) -> NDArray[np.float64]:
 
     The chord runs between the extremes of the non-dominated candidates, which are scaled to
     (0, 1) and (1, 0). Where the front is one point, or all of one height, nothing can be scaled
-    and every distance on the front is 0.
-
-    Returns:
-        float64 of shape (N,); positive on the side of better trials.
+    and every distance on the front is 0. float64 of shape (N,), positive for better trials.
     """
     points_N2 = np.array([(m.reduction.value, m.retain.value) for m in candidates])
     front_F2 = points_N2[front_mask(points_N2)]

@@ -1,11 +1,9 @@
 """Scores of a model, over several seeds and under attacks.
 
 A study scores its front once on held-out questions. Before a choice every candidate, and the base,
-is scored on them with several seeds (of few-shot people, test poses and bootstrap), plainly and
-under the reverse prompt, so that the winner is no lucky draw of one seed.
-
-``score_model`` does the same for any model: a base, an adapter on it, or a deployment on the people
-and questions of its own record. Scored is the adapter on its base, not an export's merged weights.
+is scored on them with several seeds, plainly and under the reverse prompt, so that the winner is no
+lucky draw of one seed. ``score_model`` does the same for any model: a base, an adapter on it, or a
+deployment (its adapter, not an export's merged weights) on its record's people and questions.
 """
 
 import re
@@ -49,7 +47,6 @@ if TYPE_CHECKING:
     from vgid.trial import TrialSession
 
 PART: QuestionPart = "held_out"
-
 MIN_SEEDS = 3
 
 _REQUEST = ("backbone", "forget_ratio", "retain_people", "seed")
@@ -103,7 +100,7 @@ def pick_seeds(study_seed: int, count: int) -> tuple[int, ...]:
 
 
 def score_with_seeds(session: "TrialSession", seeds: Sequence[int], adapter: Path | None) -> Scored:
-    """Scores of an adapter, or of the base for None, on the held-out questions over ``seeds``.
+    """Scores of an adapter, or of the base for None, on the held-out questions.
 
     Raises:
         InputError: the adapter lacks a file, or there are too few few-shot people.
@@ -152,8 +149,7 @@ def pooled(runs: Sequence[Mapping[str, Score]]) -> dict[str, Score]:
         name: Score(
             value=sum(run[name].value for run in runs) / len(runs),
             n=min(run[name].n for run in runs),
-            # Taken for three samples, three seeds would make the interval narrower by two fifths
-            # for asking the same people again.
+            # As independent samples, three seeds would make it two fifths narrower.
             low=min(run[name].low for run in runs),
             high=max(run[name].high for run in runs),
         )
@@ -163,9 +159,7 @@ def pooled(runs: Sequence[Mapping[str, Score]]) -> dict[str, Score]:
 
 
 def marks_of(trial_id: str, base: Scored, scored: Scored) -> Marks:
-    """What the rules judge of a candidate.
-
-    Reduction, drop and rise are differences of the same people's answers, with paired intervals.
+    """What the rules judge of a candidate; differences are of the same people's answers, paired.
 
     Raises:
         InputError: the data has no held-out generation questions.
@@ -196,10 +190,7 @@ def marks_of(trial_id: str, base: Scored, scored: Scored) -> Marks:
 
 
 def attacks_of(scored: Scored) -> tuple[tuple[Attack, ...], tuple[str, ...]]:
-    """The attacks that scores tell of, and what was not run, for the deployment record.
-
-    An attack whose questions the data lacks counts as not run.
-    """
+    """The attacks that scores tell of, and what was not run, for want of questions or at all."""
     run, missing = [], []
     for name, pattern in _ATTACKS.items():
         asked = scored.reverse if name == REVERSED else scored.plain
@@ -269,13 +260,10 @@ class ScoringConfig(Config):
 
 
 class ModelScores(Config):
-    """What was found.
+    """What was found, by score name (``vgid.evaluation.evaluate``), ``pooled`` over the seeds.
 
-    Attributes:
-        adapter_files: SHA-256 of the adapter's files by name; empty for a base.
-        seeds: of few-shot people, test poses and bootstrap, pooled (``pooled``).
-        scores: by name (``vgid.evaluation.evaluate``).
-        attacks: scores under each attack; empty unless asked for, as is ``not_run``.
+    ``adapter_files`` are their SHA-256 by name, none for a base; ``attacks`` and ``not_run`` are
+    empty unless asked for.
     """
 
     model: Literal["base", "adapter", "deployment"]

@@ -3,17 +3,15 @@
 In order: the signature if a key is given, all files of an export, the file's seal, the adapter's
 files, what the record says of the adapter, the base's revision, the data's hash; then base and
 adapter, and an export's merged weights, are loaded and the recorded questions are put to them again
-with the recorded seeds. The teacher store of the study plays no part: every score is computed anew.
+with the recorded seeds, every score computed anew. A base from the hub is known by its commit, and
+its files are not hashed: for who distrusts the cache's folder names the base is scored again.
 
 A server may answer otherwise than the deployment that it was started from: as the base under
 another name, as the base for whoever names no model, with another prompt, or sampled. So
-``verify_served`` puts the open questions of the record to every name that the endpoint lists and,
-without a name, to whatever answers then. Nothing about decoding is sent, since most clients send
-nothing. The test set is left out, for its portraits change with the seed, and so are tasks that the
-benchmark asks behind few-shot turns. No model is loaded for that.
-
-A base from the hub is known by its commit, and its files are not hashed: who trusts the cache's
-folder names less than its own eyes has the re-scored base for it.
+``verify_served`` puts the record's open questions to every name that the endpoint lists and,
+without a name, to whatever answers then, and loads no model. Nothing about decoding is sent, since
+most clients send nothing. Left out are the test set, whose portraits change with the seed, and
+tasks that the benchmark asks behind few-shot turns.
 """
 
 import base64
@@ -23,7 +21,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
@@ -38,7 +36,6 @@ from vgid.data.splits import choose_people
 from vgid.deployment.record import (
     CARD_SCORES,
     MERGED,
-    Attack,
     Deployment,
     Frame,
     Scores,
@@ -49,7 +46,7 @@ from vgid.deployment.record import (
     recorded_benchmark,
     request_of,
 )
-from vgid.deployment.scores import attacks_of, score_with_seeds
+from vgid.deployment.scores import as_recorded, score_with_seeds
 from vgid.deployment.signing import differences, manifest_fault, signature_fault
 from vgid.errors import InputError
 from vgid.evaluation.metrics import bootstrap_interval, rouge
@@ -70,12 +67,7 @@ KINDS = ("", "_text", "_raw")
 
 
 class Check(Config):
-    """One thing that was looked at.
-
-    Attributes:
-        passed: whether it is as recorded; None if it was not looked at.
-        detail: what was found, in words.
-    """
+    """One thing that was looked at, ``passed`` if as recorded, None if not looked at."""
 
     name: str
     passed: bool | None
@@ -87,8 +79,7 @@ class ScoreCheck(Config):
 
     Attributes:
         of: ``base``, ``deployed`` or an attack's name, with ``, merged`` of an export's weights.
-        stated: in the record.
-        found: now; None if the questions are not there any more.
+        found: None if the questions are not there any more.
         merged: whether it is of merged weights. They are rounded, which may change one answer: that
             is allowed for, since an interval may have no width.
     """
@@ -115,12 +106,7 @@ class ScoreCheck(Config):
 
 
 class Verification(Config):
-    """What a verification found.
-
-    Attributes:
-        checks: hashes and the like.
-        scores: what was measured again; empty if a check failed before or only hashes were wanted.
-    """
+    """What was found; no ``scores`` if a check failed before or only hashes were wanted."""
 
     file: Path
     checks: tuple[Check, ...]
@@ -154,17 +140,12 @@ class Verification(Config):
         words = {True: "ok", False: "DIFFERS", None: "not checked"}
         checks = [(check.name, words[check.passed], check.detail) for check in self.checks]
         shown = [s for s in self.scores if s.name in CARD_SCORES or not s.within]
-        scores = [
-            (
-                score.of,
-                score.name,
-                score.stated.n,
-                score.stated,
-                "none" if score.found is None else score.found.value,
-                ("bit-equal" if score.equal else "within") if score.within else words[False],
-            )
-            for score in shown
-        ]
+        scores = []
+        for score in shown:
+            again = "none" if score.found is None else score.found.value
+            fits = ("bit-equal" if score.equal else "within") if score.within else words[False]
+            stated = score.stated
+            scores.append((score.of, score.name, stated.n, stated, again, fits))
         header = ("of", "score", "n", "recorded [95 % interval]", "again", "")
         for titles, rows in ((("check", "", "found"), checks), (header, scores)):
             wrong = [number for number, row in enumerate(rows) if words[False] in row]
@@ -189,12 +170,10 @@ def verify(
     must be of the PEM's ``public_key``; ``hashes_only`` leaves out what needs the model.
 
     Raises:
-        InputError: something that the verification needs is not there, or the file is not the one
-            that was sealed.
+        InputError: something that is needed is not there, or the file is not the one sealed.
     """
+    file, checks = deployment_file(target), _signed(target, public_key)
     exported = target.is_dir()
-    file = deployment_file(target)
-    checks = _signed(target, public_key)
     if exported:
         fault = manifest_fault(target)
         checks.append(_judged("exported files", fault, "exactly those that were exported"))
@@ -220,10 +199,8 @@ def verify(
         checks.append(_same("data", deployment.data.sha256, benchmark.sha256, "sha256"))
         # Measuring takes minutes and loads weights: nothing that fails its hash gets that far.
         if not hashes_only and not any(check.passed is False for check in checks):
-            merged = target / MERGED if exported else None
-            precision, scores = _measure(
-                deployment, folder, merged, benchmark.root, model_path, tell
-            )
+            places = (folder, target / MERGED if exported else None, benchmark.root)
+            precision, scores = _measure(deployment, *places, model_path, tell)
             checks.append(precision)
     return Verification(file=file, checks=tuple(checks), scores=scores)
 
@@ -272,7 +249,6 @@ def _measure(
     from vgid.trial import DIFFERENCES, TrialSession
 
     recorded, seeds = deployment.scores, deployment.scores.seeds
-    stated = _told(recorded.deployed, recorded.attacks)
     with tempfile.TemporaryDirectory(prefix="vgid-verify-") as store, worker_threads():
         tell("Loading the base model")
         session = TrialSession(request_of(deployment, data, Path(store), model_path))
@@ -281,8 +257,8 @@ def _measure(
         base = score_with_seeds(session, seeds, None)
         tell(f"Scoring the deployed model, {len(seeds)} seeds")
         deployed = score_with_seeds(session, seeds, adapter)
-        checks = _compared({"base": recorded.base}, {"base": base.plain})
-        checks += _compared(stated, _told(deployed.plain, attacks_of(deployed)[0]))
+        again = _tests(as_recorded(seeds, base, deployed))
+        checks = _compared(_tests(recorded), again)
         if merged is not None:
             del session  # two models may not fit
             gc.collect()
@@ -290,20 +266,20 @@ def _measure(
             session = TrialSession(request_of(deployment, data, Path(store), str(merged)))
             served = score_with_seeds(session, seeds, None)
             # Beside them there is no base to take a difference from; both its scores are checked.
-            stated["deployed"] = {
-                k: s for k, s in recorded.deployed.items() if k not in DIFFERENCES
-            }
-            checks += _compared(stated, _told(served.plain, attacks_of(served)[0]), merged=True)
+            plain = {k: s for k, s in recorded.deployed.items() if k not in DIFFERENCES}
+            again = _tests(as_recorded(seeds, base, served))
+            stated = _tests(recorded) | {"base": {}, "deployed": plain}
+            checks += _compared(stated, again, merged=True)
     same = dtype == deployment.base.precision
     detail = f"{dtype}, as recorded" if same else f"{dtype}, recorded {deployment.base.precision}"
     # Another dtype is told and never fails: whether the scores are the same is what counts.
     return Check(name="precision", passed=same or None, detail=detail), tuple(checks)
 
 
-def _told(
-    deployed: Mapping[str, Score], attacks: Iterable[Attack]
-) -> dict[str, Mapping[str, Score]]:
-    return {"deployed": deployed, **{attack.name: attack.scores for attack in attacks}}
+def _tests(scores: Scores) -> dict[str, Mapping[str, Score]]:
+    """What was measured, in the order of a record."""
+    attacks = {attack.name: attack.scores for attack in scores.attacks}
+    return {"base": scores.base, "deployed": scores.deployed, **attacks}
 
 
 def _compared(
@@ -354,15 +330,12 @@ class Endpoint:
         return text
 
     def _ask(self, path: str, body: Mapping[str, Any] | None, take: Callable[[Any], Any]) -> Any:
-        root = self.url.rstrip("/").removesuffix("/v1")
+        address = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
+        sent = None if body is None else json.dumps(body).encode()
         # Questions are private: they go to this server and through no proxy.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            request = urllib.request.Request(
-                f"{root}/v1/{path}",
-                None if body is None else json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )
+            request = urllib.request.Request(address, sent, {"Content-Type": "application/json"})
             with opener.open(request, timeout=TIMEOUT_S) as response:
                 return take(json.load(response))
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -387,16 +360,14 @@ def verify_served(
 ) -> Verification:
     """Put the recorded questions to an endpoint; other arguments are those of ``verify``.
 
-    Returns:
-        What was found. It is not verified where some name answers as the base, or scores outside
-        the recorded intervals, or where no name answers.
+    It is not verified where some name answers as the base, or scores outside the recorded
+    intervals, or where no name answers.
 
     Raises:
         InputError: the endpoint does not answer, the file is not the one that was sealed, or the
             data is not there.
     """
-    file = deployment_file(target)
-    checks = _signed(target, public_key)
+    file, checks = deployment_file(target), _signed(target, public_key)
     deployment, sha256 = read_deployment(file)
     checks.append(_judged("seal", None, f"sha256 {sha256}"))
     scores: list[ScoreCheck] = []
@@ -404,17 +375,15 @@ def verify_served(
         checks.append(_same("data", deployment.data.sha256, benchmark.sha256, "sha256"))
         if all(check.passed for check in checks):
             asked, endpoint = open_questions(deployment, benchmark), Endpoint(url)
-            # A server that is given an adapter commonly lists the base beside it, and takes the
-            # base for a request without a model: the two ways by which what was suppressed is told
-            # all the same.
+            # Given an adapter, a server commonly lists the base beside it, and takes the base for a
+            # request without a model: two ways by which what was suppressed is told all the same.
             for name in (*endpoint.names(), None):
-                tell(f"Asking {url} under {name or NO_NAME}, {len(asked)} questions")
+                called = name or NO_NAME
+                tell(f"Asking {url} under {called}, {len(asked)} questions")
                 found = _ask_all(endpoint, name, asked, deployment.scores.seeds[0])
-                checks.append(_nearer(name or NO_NAME, deployment.scores, found))
+                checks.append(_nearer(called, deployment.scores, found))
                 scores += [
-                    ScoreCheck(
-                        of=name or NO_NAME, name=s, stated=stated, found=found[s], merged=True
-                    )
+                    ScoreCheck(of=called, name=s, stated=stated, found=found[s], merged=True)
                     for s, stated in deployment.scores.deployed.items()
                     if s in found
                 ]
