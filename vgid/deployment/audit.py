@@ -1,8 +1,7 @@
 """For an auditor: which deployments were to suppress a subject, and under which tests they do.
 
 Deployment files are found below the given folders: ``deployments/*.yaml`` of studies and
-``deployment.yaml`` of exports. A copy of a file counts once. A file whose seal is broken is told
-and not believed.
+``deployment.yaml`` of exports. A file whose seal is broken is told and not believed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -32,15 +31,12 @@ class Suppression(Config):
     """One deployment that answers for the subject, whether or not it suppresses it.
 
     Attributes:
-        created: UTC, ISO 8601.
         role: ``own`` if its request named the subject, ``kept`` if an earlier one did.
         requests: the ids of its request, the earlier ones in front where it is ``kept``.
         chain: sha256 of its ancestors, the latest first; None at the end says that the last one's
             file was not found, so that what it follows is unknown.
         people: subjects of the split that is scored: forget and test, or those of earlier requests.
         suppressed: whether their own questions on their portraits are suppressed.
-        verdict: under which tests they are and under which not, see
-            ``vgid.evaluation.suppression``.
         base: the base's scores of that split, as are ``deployed`` and ``attacks``.
     """
 
@@ -61,12 +57,10 @@ class Suppression(Config):
 
 
 class SubjectReport(Config):
-    """What is known of a subject.
+    """What is known of a subject: its ``suppressions`` in the order of their creation.
 
-    Attributes:
-        suppressions: the deployments, in the order of their creation.
-        damaged: deployment files that could not be believed, with the reason.
-        looked_at: deployment files that were read.
+    ``damaged`` are the deployment files that could not be believed, with the reason; ``looked_at``
+    were read.
     """
 
     subject: str
@@ -98,8 +92,7 @@ class SubjectReport(Config):
 def report(subject: str, folders: Iterable[Path]) -> SubjectReport:
     """Find the deployments below some folders that suppress a subject, who has a pseudonym.
 
-    Raises:
-        InputError: the subject is no pseudonym, a folder is not there, or none holds a deployment.
+    InputError where it is none, a folder is not there, or none holds a deployment.
     """
     try:
         TypeAdapter(Pseudonym).validate_python(subject)

@@ -10,13 +10,13 @@
     OUT/SHA256SUMS           the hash of each of these files (``vgid.deployment.signing``)
 
 Merged is one shard in memory at a time. Dtypes and shards stay the base's, and names are the hub's
-(``vgid.models.weight_names``), so that whatever loads the public base loads what is merged. That is
-what is deployed: a server of the base with the adapter beside it keeps the base itself under a
-name, and takes it for every request that names no model. Servers bind to the loopback.
+(``vgid.models.weight_names``), so whatever loads the public base loads what is merged. That is what
+is deployed: a server of the base with the adapter beside it keeps the base itself under a name, and
+takes it for every request that names no model. Servers bind to the loopback.
 
-The card (``card.md.jinja``) has the front matter that the Hugging Face hub reads. It says what was
-suppressed under which tests, and what was not tested; never that it is gone. Subjects and requests
-stay in ``deployment.yaml``: a card travels further than an audit's record.
+The card has the front matter that the Hugging Face hub reads. It says what was suppressed under
+which tests, and what was not tested; never that it is gone. Subjects and requests stay in
+``deployment.yaml``: a card travels further than an audit's record.
 
 Shape legend: r rank, I inputs and O outputs of a linear map.
 """
@@ -107,9 +107,8 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
             write_manifest(made)
     except OSError as error:
         raise InputError(str(unwritable(output, error))) from None
-    return Exported(
-        output=output, serve=serve_merged(deployment), compare=serve_adapter(deployment)
-    )
+    serve, compare = serve_merged(deployment), serve_adapter(deployment)
+    return Exported(output=output, serve=serve, compare=compare)
 
 
 def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
@@ -127,8 +126,7 @@ def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
             renamed = {name: names.on_hub(name) for name in list(file.keys())}
             inner = {names.in_model(name): new for name, new in renamed.items()}
             changed = {inner[name]: modules.pop(name) for name in inner.keys() & modules.keys()}
-            # Nothing in it changes: bytes are copied, so that they stay those whose hash the hub
-            # states.
+            # Nothing in it changes: bytes are copied, and keep the hash that the hub states.
             if list(renamed) == list(renamed.values()) and not changed:
                 shutil.copyfile(base / shard, output / shard)
                 continue
@@ -171,7 +169,7 @@ def _index(base: Path) -> dict[str, Any]:
 
 
 def model_card(deployment: Deployment) -> str:
-    """The card's text."""
+    """The card's text, of ``card.md.jinja``."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     from vgid.models.decoding import MAX_NEW_TOKENS
@@ -228,10 +226,7 @@ def serve_merged(deployment: Deployment) -> str:
 
 
 def serve_adapter(deployment: Deployment) -> str | None:
-    """The command that serves the base with the adapter, see ``COMPARISON_ONLY``.
-
-    None where vLLM takes no adapter of its rank.
-    """
+    """The command that serves the base with the adapter; None where vLLM takes none of its rank."""
     limit, base = max_lora_rank(deployment.adapter.rank), deployment.base
     if limit is None:
         return None
@@ -256,12 +251,11 @@ def chat_template(frame: Frame, bos: str, image_tokens: Sequence[str]) -> str:
     Where the benchmark asks in another turn than models are taught in, a question is asked in its
     turn by the answer instructions that end it (``prompts.generation_text``). One user message with
     at most one image is taken and nothing else, for nothing else was measured. Base models' own
-    templates may put another white space somewhere, and so ask another question than the one that
-    was trained and measured.
+    templates may put white space elsewhere, and so ask another question than the measured one.
 
-    Its loops over ``messages`` and ``message.content`` are what vLLM looks for to hand a message on
-    in its parts; otherwise it joins them to one text with line breaks of its own. ``bos`` is the
-    text of the token that the tokenizer puts in front; no text may contain ``image_tokens``.
+    vLLM looks for its loops over ``messages`` and ``message.content`` to hand a message on in its
+    parts; otherwise it joins them with line breaks of its own. ``bos`` is the text of the token
+    that the tokenizer puts in front; no text may contain ``image_tokens``.
     """
     turns = {}
     forms: tuple[Form, ...] = ("image", "text")
@@ -300,8 +294,7 @@ def chat_template_of(frame: Frame, base: Path) -> str:
 def _command(model: str, deployment: Deployment, *flags: str) -> str:
     from vgid.models.decoding import MAX_NEW_TOKENS
 
-    # As measured: sampled, or given more room, the same weights may say more than the record
-    # promises.
+    # As measured: sampled, or given more room, the weights may say more than the record promises.
     decoding = json.dumps({"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS})
     parts = [
         f"vllm serve {model}",

@@ -135,7 +135,7 @@ class Adapter(Config):
 
 
 class Frame(Config):
-    """What surrounds the user text; ``{text}`` is its place (see ``backbones.PromptFrame``).
+    """What surrounds the user text, ``{text}`` its place (see ``backbones.PromptFrame``).
 
     ``asked`` says where the scores were measured in other turns, the benchmark's.
     """
@@ -193,19 +193,14 @@ def score_grid(
     names: Sequence[str] = CARD_SCORES,
 ) -> Grid:
     """A model's scores, plainly, beside the base's if there are any, and under each attack."""
-    tests: list[tuple[str, Mapping[str, Score], Mapping[str, Score]]] = [
-        ("plain", base, deployed),
-        *((attack.name, {}, attack.scores) for attack in attacks),
-    ]
-    rows = [
-        (test, name, score.n, known[name].value if name in known else None, score)
-        for test, known, found in tests
-        for name, score in shown_scores(found, names).items()
-    ]
-    if base:
-        return Grid(("test", "score", "n", "base", "deployed [95 % interval]"), rows)
-    header = ("test", "score", "n", "value [95 % interval]")
-    return Grid(header, [(*row[:3], row[-1]) for row in rows])
+    tests = {"plain": deployed} | {attack.name: attack.scores for attack in attacks}
+    rows = []
+    for test, found in tests.items():
+        for name, score in shown_scores(found, names).items():
+            known = base[name].value if test == "plain" and name in base else None
+            rows.append((test, name, score.n, *([known] if base else []), score))
+    last = ("base", "deployed [95 % interval]") if base else ("value [95 % interval]",)
+    return Grid(("test", "score", "n", *last), rows)
 
 
 class Data(Config):
@@ -239,7 +234,7 @@ class Origin(Config):
 
 
 class Parent(Config):
-    """The deployment that a sequential request started from, by the SHA-256 of its file.
+    """The deployment that a request started from, by the SHA-256 of its file.
 
     Requests and subjects, who must stay forgotten, are its own and its ancestors'.
     """
@@ -289,11 +284,7 @@ def benchmark_beside(file: Path) -> Path:
 
 
 def write_deployment(path: Path, deployment: Deployment) -> str:
-    """Write the sealed file in one step; the SHA-256 of the whole file, which names it elsewhere.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Write the sealed file in one step; the SHA-256 of all its bytes, which names it elsewhere."""
     plain = deployment.model_dump(mode="json")
     # Without what the method does not use: to a reader it would be a setting that had an effect.
     used = deployment.hyperparameters.used
@@ -307,18 +298,16 @@ def write_deployment(path: Path, deployment: Deployment) -> str:
 
 
 def read_deployment(path: Path) -> tuple[Deployment, str]:
-    """Read a deployment file and check its seal; the SHA-256 of the whole file as well.
+    """Read a deployment file; what ``write_deployment`` was given and what it returned.
 
-    Raises:
-        InputError: it is not there, changed since it was written, or no deployment.
+    InputError where it is not there, changed since it was written, or no deployment.
     """
     recover(path.parent)  # a killed pick may have left the new one ready and not in place
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); name a deployment file."
-        ) from None
+        message = f"{path}: cannot be read ({error.strerror}); name a deployment file."
+        raise InputError(message) from None
     seal = _SEAL.search(content)
     if seal is None:
         raise InputError(
@@ -339,8 +328,7 @@ def read_deployment(path: Path) -> tuple[Deployment, str]:
 def hash_files(folder: Path) -> dict[str, str]:
     """SHA-256 of each file below a folder by relative path; what is no file has the hash "".
 
-    Raises:
-        InputError: the folder is not there, or a file cannot be read.
+    InputError where the folder is not there, or a file cannot be read.
     """
     found = {}
     try:
@@ -353,9 +341,8 @@ def hash_files(folder: Path) -> dict[str, str]:
                 continue  # its files tell of it
             found[path.relative_to(folder).as_posix()] = sha256
     except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be read ({error.strerror}); restore the folder."
-        ) from None
+        message = f"{folder}: cannot be read ({error.strerror}); restore the folder."
+        raise InputError(message) from None
     return found
 
 
@@ -375,18 +362,15 @@ class Shipped:
     @property
     def as_parent(self) -> Parent:
         """What the next deployment records of it and of its ancestors."""
-        own, before = self.deployment, self.deployment.parent
-        return Parent(
-            sha256=self.sha256,
-            requests=(*(before.requests if before else ()), *own.requests),
-            subjects=(*(before.subjects if before else ()), *own.subjects),
-        )
+        chain = [one for one in (self.deployment.parent, self.deployment) if one is not None]
+        requests = tuple(request for one in chain for request in one.requests)
+        subjects = tuple(subject for one in chain for subject in one.subjects)
+        return Parent(sha256=self.sha256, requests=requests, subjects=subjects)
 
     def request_fields(self, backbone: str | None, model_path: str | None) -> dict[str, Any]:
         """Fields of a ``RequestConfig`` that starts from it, as far as they are not left open.
 
-        Raises:
-            InputError: another backbone, or a base that is not the parent's.
+        InputError for another backbone, or a base that is not the parent's.
         """
         own = self.deployment.backbone
         if backbone not in (None, own):
@@ -420,11 +404,7 @@ class Shipped:
 
 
 def read_shipped(file: Path) -> Shipped:
-    """Read a deployment file whose adapter is as recorded.
-
-    Raises:
-        InputError: see ``read_deployment``; or the adapter is not there, or another.
-    """
+    """Read a deployment file whose adapter is as recorded; InputError where it is not."""
     deployment, sha256 = read_deployment(file)
     folder = deployment.adapter_folder(file)
     if hash_files(folder) != deployment.adapter.files:
@@ -465,11 +445,8 @@ def ship(
     """Write ``<backbone>.yaml`` and the adapter beside it; the record, and its file's SHA-256.
 
     Of the record are given the fields of ``setting_of``, and ``scores``, ``hyperparameters``,
-    ``requests`` and ``origin``.
-
-    Raises:
-        ValidationError: a field is not as it must be.
-        InputError: the adapter cannot be shipped, or the folder cannot be written.
+    ``requests`` and ``origin``; ValidationError where one is not as it must be, InputError where
+    the adapter cannot be shipped.
     """
     base, place = fields["base"], f"{fields['backbone']}/adapter"
     copy_adapter(adapter, folder / place, base.hub_id, base.revision)
@@ -513,8 +490,7 @@ def recorded_benchmark(
 ) -> Iterator[Benchmark]:
     """The benchmark of a deployment: as named, as the study wrote it, or the embedded one anew.
 
-    Raises:
-        InputError: it is not there, and nothing says that it was the embedded backbone's own.
+    InputError where it is not there, and nothing says that it was the embedded backbone's own.
     """
     own = benchmark_beside(file)
     if data is not None or own.is_dir():
@@ -532,11 +508,7 @@ def recorded_benchmark(
 
 
 def find_base(deployment: Deployment, model_path: str | None = None) -> Path:
-    """The folder of the very base that a deployment was made from.
-
-    Raises:
-        InputError: it is not there, or is another one.
-    """
+    """The folder of the very base that a deployment was made from; InputError for another one."""
     folder = locate(spec(deployment.backbone), model_path or deployment.base.model_path)
     found, wanted = revision_of(folder), deployment.base.revision
     if found != wanted:

@@ -8,10 +8,9 @@ exported model (``vgid export``) is what a server serves. ::
     model.predict(pandas.DataFrame({"image": [png_bytes], "question": ["Who is this?"]}))
 
 Nothing that the registry keeps is ever executed, neither pickle nor code: the package has to be
-installed where the model is loaded. A version's tags lead back to study, trial and requests.
-
-Aliases are set last, so that whoever loads the champion gets the old version whole or the new one
-whole, and a registration that broke off is made again by the same call.
+installed where the model is loaded. Aliases are set last, so whoever loads the champion gets the
+old version whole or the new one whole, and a registration that broke off is made again by the same
+call.
 """
 
 import shutil
@@ -44,13 +43,8 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
     """Make a deployment the champion of its backbone; the champion so far becomes ``previous``.
 
     A deployment that is registered already gets no second version. Without an address it is written
-    to ``mlflow.db`` in the folder that holds ``deployments``, as a study writes it.
-
-    Returns:
-        The number of the version.
-
-    Raises:
-        InputError: the file or its adapter changed, or MLflow refuses.
+    to ``mlflow.db`` in the folder that holds ``deployments``, as a study writes it. Returned is the
+    version's number; InputError where the file or its adapter changed, or MLflow refuses.
     """
     shipped = read_shipped(file)
     deployment, sha256 = shipped.deployment, shipped.sha256
@@ -68,8 +62,8 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
         found = [int(version.version) for version in client.search_model_versions(query)]
         version = max(found) if found else _make_version(open_store, name, file, deployment, sha256)
         champion = _aliases(client, name).get(CHAMPION)
-        # Repeated after a break, the version may be champion already: it must not become its own
-        # predecessor, or a rollback would go nowhere.
+        # Repeated after a break, the version may be champion already: were it its own predecessor,
+        # a rollback would go nowhere.
         if champion not in (None, version):
             client.set_registered_model_alias(name, PREVIOUS, str(champion))
         client.set_registered_model_alias(name, CHAMPION, str(version))
@@ -79,11 +73,8 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
 def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
     """Make the previous champion the champion again, and the present one ``previous``.
 
-    Returns:
-        The version that is champion now, and the one that was.
-
-    Raises:
-        InputError: there is none to go back to, or MLflow refuses.
+    Returned are the version that is champion now, and the one that was; InputError where there is
+    none to go back to, or MLflow refuses.
     """
     spec(backbone)
     client, shown = open_client(tracking_uri)
@@ -95,8 +86,7 @@ def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
                 f"--backbone {backbone}: no previous champion to go back to; its versions are in "
                 f"the registry of {shown} as '{name}'."
             )
-        # What is served changes first: a break behind it leaves the alias `previous` stale and
-        # nobody harmed.
+        # What is served changes first: after a break only the alias `previous` is stale.
         client.set_registered_model_alias(name, CHAMPION, str(previous))
         client.set_registered_model_alias(name, PREVIOUS, str(champion))
     return previous, champion
@@ -221,10 +211,8 @@ class DeployedModel:
         """Answer each row's question on its image, greedily, as the benchmark asks open questions.
 
         ``model_input`` is a ``pandas.DataFrame`` with columns ``image`` (bytes of a PNG or JPEG
-        file) and ``question``; MLflow hands on ``params``, of which none are known.
-
-        Raises:
-            InputError: a column is missing, or an image cannot be read.
+        file) and ``question``; MLflow hands on ``params``, of which none are known. InputError
+        where a column is missing, or an image cannot be read.
         """
         from vgid.models.decoding import greedy_decode
         from vgid.models.encoding import Query
@@ -248,12 +236,9 @@ class DeployedModel:
 def load_deployed(
     file: Path, model_path: str | None = None, device: str | None = None
 ) -> DeployedModel:
-    """Load base and adapter of a deployment file, and check that they are the ones that it names.
+    """Load base and adapter of a deployment file; without ``device`` on the first GPU, if any.
 
-    Without ``device`` it is the first GPU if there is one.
-
-    Raises:
-        InputError: a file changed, the adapter is not whole, or the base is another one.
+    InputError where a file changed, the adapter is not whole, or the base is another one.
     """
     from vgid.models import adapters, backbones
 

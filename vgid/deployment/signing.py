@@ -6,8 +6,8 @@ the hash of each file of its adapter). It lies beside what it covers: ``model.si
 without this package.
 
 An export also has a manifest, ``SHA256SUMS``: what each of its files must be, and that there is no
-other. The format is coreutils', so ``sha256sum --check SHA256SUMS`` reads it. Whoever can change a
-file can change the manifest too: the signature covers both.
+other; ``sha256sum --check SHA256SUMS`` reads it. Whoever can change a file can change the manifest
+too: the signature covers both.
 
 Keys are elliptic (P-256, P-384 or P-521), as openssl makes them::
 
@@ -34,11 +34,8 @@ _LINE = re.compile(r"(?P<sha256>[0-9a-f]{64})  (?P<name>.+)")
 def sign(target: Path, private_key: Path) -> Path:
     """Sign an export's folder or a deployment file with a PEM's key that is not encrypted.
 
-    Returns:
-        The signature's file, in place of an earlier one.
-
-    Raises:
-        InputError: no such target, a key that cannot be used, or a link in the folder.
+    Returned is the signature's file, in place of an earlier one; InputError for no such target, a
+    key that cannot be used, or a link in the folder.
     """
     from model_signing import signing
 
@@ -64,8 +61,7 @@ def sign(target: Path, private_key: Path) -> Path:
 def signature_fault(target: Path, public_key: Path) -> str | None:
     """What is wrong with a signature; None if the key's owner signed exactly what is there now.
 
-    Raises:
-        InputError: no such target, no signature, or a key that cannot be used.
+    InputError for no such target, no signature, or a key that cannot be used.
     """
     from cryptography.exceptions import InvalidSignature
     from model_signing import verifying

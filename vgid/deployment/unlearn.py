@@ -1,11 +1,9 @@
 """One forget request from data to deployment: one trial, scored with several seeds, put in place.
 
-With ``from_deployment`` the request follows another one (``record.Shipped``). People of
-the requests before are never trained on, and are scored as split ``earlier``: their suppression
-must not come back. Scored is the one adapter that is shipped, on the original base.
-
-A study searches better settings than one trial has; this is for a request that must be answered
-with settings that were found before, such as the parent's.
+With ``from_deployment`` the request follows another one (``record.Shipped``). People of the
+requests before are never trained on, and are scored as split ``earlier``: their suppression must
+not come back. A study searches better settings; this is for a request that must be answered with
+settings that were found before, such as the parent's.
 """
 
 import tempfile
@@ -46,13 +44,7 @@ from vgid.deployment.record import (
     ship,
 )
 from vgid.deployment.rules import Bounds, ShareForgotten
-from vgid.deployment.scores import (
-    as_recorded,
-    marks_of,
-    pick_seeds,
-    score_base,
-    score_with_seeds,
-)
+from vgid.deployment.scores import as_recorded, marks_of, pick_seeds, score_base, score_with_seeds
 from vgid.errors import InputError
 from vgid.evaluation.rehearsal import rehearsed
 from vgid.evaluation.suppression import MIN_FORGET
@@ -97,11 +89,7 @@ class UnlearnConfig(Config):
 
 @dataclass(frozen=True)
 class Unlearned:
-    """What was written: the deployment file, its SHA-256, its content.
-
-    Attributes:
-        warning: a sentence where earlier people's suppression came back.
-    """
+    """What was written, and a sentence where earlier people's suppression came back."""
 
     file: Path
     sha256: str
@@ -116,9 +104,8 @@ class Unlearned:
 def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: None) -> Unlearned:
     """Answer a forget request and write its deployment, whole or not at all.
 
-    Raises:
-        InputError: bad input, a parent that was changed since it was written, or a trial that
-            failed or forgot too little.
+    InputError for bad input, a parent that was changed since it was written, or a trial that
+    failed or forgot too little.
     """
     from vgid.cluster.resources import worker_threads
 
@@ -175,9 +162,8 @@ def _train(
     tell(f"Forgetting {len(session.people.forget)} people")
     result = session.run(trial, TRIAL_ID, folder, evaluate=False)
     if result.status != "completed":
-        raise InputError(
-            f"--setting: the trial {result.status} ({result.error}); lower learning_rate."
-        )
+        message = f"the trial {result.status} ({result.error}); lower learning_rate."
+        raise InputError(f"--setting: {message}")
 
 
 def _measure(
@@ -186,8 +172,8 @@ def _measure(
     """Scores and setting for the record; the floor is that of a pick's candidates."""
     from vgid.trial import TrialSession
 
-    # On the original base, since the one adapter that is shipped holds the parent's as well: on the
-    # parent's merged weights it would be counted twice.
+    # On the original base: what is shipped holds the parent's adapter too, which would be counted
+    # twice on the parent's merged weights.
     session = TrialSession(request.model_copy(update={"deployed_adapter": None}))
     seeds = pick_seeds(config.seed, config.seeds)
     base = score_base(session, seeds, tell)
@@ -208,9 +194,8 @@ def _trial(config: UnlearnConfig, parent: Shipped | None) -> TrialConfig:
     for setting in config.setting:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise InputError(
-                f"--setting: {setting!r} is no NAME=VALUE, such as learning_rate=1e-3."
-            )
+            example = "such as learning_rate=1e-3"
+            raise InputError(f"--setting: {setting!r} is no NAME=VALUE, {example}.")
         try:
             loaded = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2020-99-99, no date
