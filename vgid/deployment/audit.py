@@ -12,15 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from vgid.config import Config
-from vgid.deployment.record import (
-    DEPLOYMENT,
-    FOLDER,
-    Attack,
-    Deployment,
-    Pseudonym,
-    read_deployment,
-    score_grid,
-)
+from vgid.deployment import record
+from vgid.deployment.record import Deployment
 from vgid.errors import InputError
 from vgid.evaluation.suppression import is_suppressed
 from vgid.files import READY, recover
@@ -52,7 +45,7 @@ class Suppression(Config):
     verdict: str
     base: dict[str, Score]
     deployed: dict[str, Score]
-    attacks: tuple[Attack, ...]
+    attacks: tuple[record.Attack, ...]
     not_run: tuple[str, ...]
 
 
@@ -83,7 +76,7 @@ class SubjectReport(Config):
                 *(["and its file was not found here"] if None in found.chain else []),
             ]
             console.print("\n  ".join(told), highlight=False, markup=False)
-            console.print(score_grid(found.base, found.deployed, found.attacks).rich())
+            console.print(record.score_grid(found.base, found.deployed, found.attacks).rich())
             console.print(f"  not run: {'; '.join(found.not_run)}\n", highlight=False)
         for line in self.damaged:
             console.print(f"not believed: {line}", highlight=False, markup=False, style="red")
@@ -95,7 +88,7 @@ def report(subject: str, folders: Iterable[Path]) -> SubjectReport:
     InputError where it is none, a folder is not there, or none holds a deployment.
     """
     try:
-        TypeAdapter(Pseudonym).validate_python(subject)
+        TypeAdapter(record.Pseudonym).validate_python(subject)
     except ValidationError:
         raise InputError(
             "--subject: is no pseudonym (letters, digits, '.', '_' and '-'); give the ID that the "
@@ -105,7 +98,7 @@ def report(subject: str, folders: Iterable[Path]) -> SubjectReport:
     damaged = []
     for file in _files(folders):
         try:
-            deployment, sha256 = read_deployment(file)
+            deployment, sha256 = record.read_deployment(file)
         except InputError as error:
             damaged.append(str(error))
         else:
@@ -138,7 +131,7 @@ def _files(folders: Iterable[Path]) -> list[Path]:
         files |= {
             path
             for path in folder.rglob("*.yaml")
-            if path.parent.name == FOLDER or path.name == DEPLOYMENT
+            if path.parent.name == record.FOLDER or path.name == record.DEPLOYMENT
         }
     return sorted(files)
 
@@ -152,7 +145,7 @@ def _suppression(
     def of_split(values: dict[str, Score]) -> dict[str, Score]:
         return {name: score for name, score in values.items() if name.split("_")[0] in splits}
 
-    attacks = [Attack(name=a.name, scores=of_split(a.scores)) for a in scores.attacks]
+    attacks = [record.Attack(name=a.name, scores=of_split(a.scores)) for a in scores.attacks]
     earlier = () if own or parent is None else parent.requests
     chain: list[str | None] = []
     ancestor = parent

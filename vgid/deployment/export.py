@@ -33,16 +33,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vgid.config import Config
-from vgid.deployment.record import (
-    ADAPTER,
-    DEPLOYMENT,
-    MERGED,
-    Deployment,
-    Frame,
-    find_base,
-    read_shipped,
-    shown_scores,
-)
+from vgid.deployment import record
+from vgid.deployment.record import Deployment
 from vgid.deployment.signing import write_manifest
 from vgid.errors import InputError
 from vgid.files import appearing, unwritable
@@ -91,16 +83,16 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
     output = output.expanduser().absolute()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise InputError(f"{output}: is there already; name a new folder to export to.")
-    shipped = read_shipped(file)
+    shipped = record.read_shipped(file)
     deployment, adapter = shipped.deployment, read_adapter(shipped.adapter)
-    base = find_base(deployment, model_path)
+    base = record.find_base(deployment, model_path)
     adapter.check(skeleton(base), spec(deployment.backbone).lora_targets)
     try:
         with appearing(output) as made:
             recorded = deployment.base
-            copy_adapter(shipped.adapter, made / ADAPTER, recorded.hub_id, recorded.revision)
-            merge(base, adapter, made / MERGED)
-            shutil.copyfile(file, made / DEPLOYMENT)
+            copy_adapter(shipped.adapter, made / record.ADAPTER, recorded.hub_id, recorded.revision)
+            merge(base, adapter, made / record.MERGED)
+            shutil.copyfile(file, made / record.DEPLOYMENT)
             (made / "README.md").write_text(model_card(deployment), encoding="utf-8")
             template = chat_template_of(deployment.frame, base)
             (made / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
@@ -187,7 +179,7 @@ def model_card(deployment: Deployment) -> str:
             metric_name=score,
             metric_value=round(found.value, 4),
         )
-        for score, found in shown_scores(scores.deployed).items()
+        for score, found in record.shown_scores(scores.deployed).items()
         if score.rpartition("_")[2] in HUB_METRICS  # not those of text-only and raw questions
     ]
     card_data = ModelCardData(
@@ -245,7 +237,7 @@ def served_name(deployment: Deployment) -> str:
     return f"{deployment.backbone}-{deployment.origin.trial_id}"
 
 
-def chat_template(frame: Frame, bos: str, image_tokens: Sequence[str]) -> str:
+def chat_template(frame: record.Frame, bos: str, image_tokens: Sequence[str]) -> str:
     """The turns that open questions were measured in, as a Jinja template.
 
     Where the benchmark asks in another turn than models are taught in, a question is asked in its
@@ -273,7 +265,7 @@ def chat_template(frame: Frame, bos: str, image_tokens: Sequence[str]) -> str:
     return "".join(head) + Path(__file__).with_name(CHAT_TEMPLATE).read_text(encoding="utf-8")
 
 
-def chat_template_of(frame: Frame, base: Path) -> str:
+def chat_template_of(frame: record.Frame, base: Path) -> str:
     """The chat template with the tokens that a base's own files name."""
     from transformers import AutoConfig, AutoTokenizer
 

@@ -26,6 +26,7 @@ from vgid.cluster.resources import worker_threads
 from vgid.command_line import Parser, Printed, exit_code
 from vgid.config import Config, Flag
 from vgid.data.benchmark import Benchmark
+from vgid.deployment import record
 from vgid.deployment.pick_page import (
     COMPARISON,
     PickReport,
@@ -34,16 +35,7 @@ from vgid.deployment.pick_page import (
     write_comparison,
     write_report,
 )
-from vgid.deployment.record import (
-    FOLDER,
-    Deployment,
-    RequestIds,
-    Shipped,
-    read_shipped,
-    refuse_to_replace,
-    setting_of,
-    ship,
-)
+from vgid.deployment.record import Deployment
 from vgid.deployment.rules import RETAIN_DROP, REVERSE_RISE, Bounds, Rule, ShareForgotten, choose
 from vgid.deployment.scores import MIN_SEEDS, as_recorded, pick_seeds, score_front
 from vgid.errors import InputError
@@ -86,7 +78,7 @@ class PickConfig(Config):
         ge=MIN_SEEDS,
         description="seeds of few-shot people, test poses and bootstrap to score with",
     )
-    request_id: RequestIds = ()
+    request_id: record.RequestIds = ()
     tracking_uri: Annotated[str | None, Flag("URI")] = Field(
         None,
         description="MLflow server or database of mlflow:RUN; without it, MLFLOW_TRACKING_URI",
@@ -181,7 +173,7 @@ def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda lin
             _decide(config, source, output, Path(scratch) / f"shipped-{number}", tell)
             for number, source in enumerate(sources)
         ]
-        deployments, several = output / FOLDER, len(names) > 1
+        deployments, several = output / record.FOLDER, len(names) > 1
         parts = [part for name in names for part in (name, f"{name}.yaml")]
         with staged(deployments, [*parts, *(COMPARISON if several else ())]) as staging:
             pairs = zip(sources, decisions, strict=True)
@@ -189,8 +181,8 @@ def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda lin
             if several:
                 write_comparison(staging, [one.report for one in picked])
     if config.champion:
-        pairs = zip(picked, sources, strict=True)
-        picked = [_registered(one, source, tell) for one, source in pairs]
+        both = zip(picked, sources, strict=True)
+        picked = [_registered(one, source, tell) for one, source in both]
     return Picked(tuple(picked), deployments / COMPARISON[0] if several else None)
 
 
@@ -219,7 +211,7 @@ def _output(config: PickConfig, sources: list[Source]) -> Path:
 
 def _decide(
     config: PickConfig, source: Source, output: Path, scratch: Path, tell: Callable[[str], None]
-) -> tuple[PickReport, dict[str, Any], Shipped | None]:
+) -> tuple[PickReport, dict[str, Any], record.Shipped | None]:
     """Score and choose; the choice, its ``setting_of``, and the deployment that the study follows.
 
     ``scratch`` gets the adapters that would be shipped.
@@ -236,13 +228,13 @@ def _decide(
     parent, trials = None, list(source.trials)
     file = source.config.from_deployment
     if file is not None:
-        parent = read_shipped(file)
+        parent = record.read_shipped(file)
         if parent.sha256 != source.config.from_deployment_sha256:
             raise InputError(
                 f"{file}: is not what the study started from any more; restore the file."
             )
         # What would be shipped is scored: each adapter with the parent's in it, on the base.
-        refuse_to_replace(file, output / FOLDER / f"{source.config.backbone}.yaml")
+        record.refuse_to_replace(file, output / record.FOLDER / f"{source.config.backbone}.yaml")
         request = request.model_copy(update={"earlier_ids": parent.as_parent.subjects})
         trials = [replace(trial, adapter=scratch / trial.trial_id) for trial in trials]
         for fresh, trial in zip(source.trials, trials, strict=True):
@@ -267,7 +259,7 @@ def _decide(
         )
         choice = choose(candidates.marks(), config.rule, bounds)
         report = PickReport(source.config.backbone, source.study_id, candidates, choice)
-        return report, setting_of(session), parent
+        return report, record.setting_of(session), parent
 
 
 def _check_trials(source: Source) -> None:
@@ -290,7 +282,7 @@ def _check_trials(source: Source) -> None:
 def _write(
     config: PickConfig,
     source: Source,
-    decision: tuple[PickReport, dict[str, Any], Shipped | None],
+    decision: tuple[PickReport, dict[str, Any], record.Shipped | None],
     deployments: Path,
     staging: Path,
 ) -> PickedBackbone:
@@ -305,7 +297,7 @@ def _write(
         **source.origin,
     }
     try:
-        deployment, sha256 = ship(
+        deployment, sha256 = record.ship(
             staging,
             trial.adapter,
             parent,

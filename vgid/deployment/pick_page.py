@@ -116,7 +116,7 @@ def report_grid(report: PickReport) -> Grid:
     shown = _columns([report])
 
     def cells(scored: Scored) -> list[float | None]:
-        return [score and score.value for score in _scores(scored, shown)]
+        return [None if score is None else score.value for score in _scores(scored, shown)]
 
     rows = [
         [trial.trial_id, describe(trial.config), *cells(scored), report.choice.why[trial.trial_id]]

@@ -19,21 +19,7 @@ from rich.console import Console
 
 from vgid.config import Config, Flag, ForgetRatio, ModelPath, RequestConfig, parse
 from vgid.data.synthetic import write_benchmark
-from vgid.deployment.record import (
-    CARD_SCORES,
-    NOT_RUN,
-    REVERSED,
-    Attack,
-    BackboneToScore,
-    Scores,
-    deployment_file,
-    find_base,
-    hash_files,
-    read_shipped,
-    recorded_benchmark,
-    request_of,
-    score_grid,
-)
+from vgid.deployment import record
 from vgid.deployment.rules import Marks, Measure
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
@@ -53,7 +39,7 @@ _REQUEST = ("backbone", "forget_ratio", "retain_people", "seed")
 """What a deployment's record says itself."""
 
 _ATTACKS = {
-    REVERSED: r"(forget|test|earlier)_",
+    record.REVERSED: r"(forget|test|earlier)_",
     "new portraits and wording (test set)": r"test_(?!.*_(text|raw)$)",
     "questions as they stand, without answer instructions": r"(forget|test|earlier)_.*_raw$",
     "text-only questions": r"(forget|test|earlier)_.*_text$",
@@ -189,23 +175,23 @@ def marks_of(trial_id: str, base: Scored, scored: Scored) -> Marks:
     )
 
 
-def attacks_of(scored: Scored) -> tuple[tuple[Attack, ...], tuple[str, ...]]:
+def attacks_of(scored: Scored) -> tuple[tuple[record.Attack, ...], tuple[str, ...]]:
     """The attacks that scores tell of, and what was not run, for want of questions or at all."""
     run, missing = [], []
     for name, pattern in _ATTACKS.items():
-        asked = scored.reverse if name == REVERSED else scored.plain
+        asked = scored.reverse if name == record.REVERSED else scored.plain
         scores = {score: value for score, value in asked.items() if re.match(pattern, score)}
         if scores:
-            run.append(Attack(name=name, scores=scores))
+            run.append(record.Attack(name=name, scores=scores))
         else:
             missing.append(f"{name}: the data has no such questions")
-    return tuple(run), (*missing, *NOT_RUN)
+    return tuple(run), (*missing, *record.NOT_RUN)
 
 
-def as_recorded(seeds: tuple[int, ...], base: Scored, scored: Scored) -> Scores:
+def as_recorded(seeds: tuple[int, ...], base: Scored, scored: Scored) -> record.Scores:
     """Scores of the base and of what is shipped, as a deployment's record has them."""
     attacks, not_run = attacks_of(scored)
-    return Scores(
+    return record.Scores(
         part=PART,
         seeds=seeds,
         base=dict(base.plain),
@@ -222,7 +208,7 @@ class ScoringConfig(Config):
         None,
         description="deployment file, export's folder or PEFT adapter; the base if left out",
     )
-    backbone: BackboneToScore = None
+    backbone: record.BackboneToScore = None
     model_path: ModelPath = None
     data: Annotated[Path | None, Flag("DIR")] = Field(
         None,
@@ -279,14 +265,14 @@ class ModelScores(Config):
     part: QuestionPart
     option_scoring: Literal["letter", "likelihood"]
     scores: dict[str, Score]
-    attacks: tuple[Attack, ...] = ()
+    attacks: tuple[record.Attack, ...] = ()
     not_run: tuple[str, ...] = ()
 
     def print(self, console: Console) -> None:
         """Show the main scores, and what was not run."""
         further = [name for name in sorted(self.scores) if name.endswith(("_bleu", "_shots"))]
-        names = (*CARD_SCORES, *further)
-        console.print(score_grid({}, self.scores, self.attacks, names).rich())
+        names = (*record.CARD_SCORES, *further)
+        console.print(record.score_grid({}, self.scores, self.attacks, names).rich())
         sentences = [
             f"{len(self.scores)} scores of {self.part} questions; --json has all.",
             f"Not run: {'; '.join(self.not_run)}." if self.not_run else None,
@@ -327,7 +313,7 @@ def score_model(
             **{name: getattr(request, name) for name in _REQUEST},
             model="deployment" if deployed else "adapter" if adapter else "base",
             base_revision=backbone.revision,
-            adapter_files={} if adapter is None else hash_files(adapter),
+            adapter_files={} if adapter is None else record.hash_files(adapter),
             data_sha256=session.benchmark.sha256,
             seeds=seeds,
             protocol=config.protocol,
@@ -358,7 +344,7 @@ def _asked(config: ScoringConfig) -> Iterator[tuple[RequestConfig, Path | None, 
             values = given | places | {"backbone": backbone}
             yield parse(RequestConfig, values, "command line"), target, False
             return
-        file = deployment_file(target)
+        file = record.deployment_file(target)
         if not file.is_file():
             raise InputError(
                 f"{target}: is no deployment file, no export's folder and no PEFT adapter; name "
@@ -367,9 +353,9 @@ def _asked(config: ScoringConfig) -> Iterator[tuple[RequestConfig, Path | None, 
         if given:
             flag = min(given).replace("_", "-")
             raise InputError(f"--{flag}: is in the record of {file}; leave it out.")
-        shipped = read_shipped(file)
+        shipped = record.read_shipped(file)
         deployment = shipped.deployment
-        find_base(deployment, config.model_path)
-        with recorded_benchmark(deployment, file, config.data) as benchmark:
-            request = request_of(deployment, benchmark.root, store, config.model_path)
+        record.find_base(deployment, config.model_path)
+        with record.recorded_benchmark(deployment, file, config.data) as benchmark:
+            request = record.request_of(deployment, benchmark.root, store, config.model_path)
             yield request, shipped.adapter, True

@@ -31,18 +31,8 @@ from vgid.config import (
     parse,
     words,
 )
-from vgid.deployment.record import (
-    FOLDER,
-    BackboneToScore,
-    Deployment,
-    Pseudonym,
-    RequestIds,
-    Shipped,
-    read_shipped,
-    refuse_to_replace,
-    setting_of,
-    ship,
-)
+from vgid.deployment import record
+from vgid.deployment.record import Deployment
 from vgid.deployment.rules import Bounds, ShareForgotten
 from vgid.deployment.scores import as_recorded, marks_of, pick_seeds, score_base, score_with_seeds
 from vgid.errors import InputError
@@ -60,7 +50,7 @@ TRIAL_ID = "0000"
 class UnlearnConfig(Config):
     """A forget request to answer."""
 
-    backbone: BackboneToScore = None
+    backbone: record.BackboneToScore = None
     model_path: ModelPath = None
     data: Annotated[UsablePath, Flag("DIR")] = Field(
         description="benchmark folder in the MLLMU-Bench layout"
@@ -72,10 +62,10 @@ class UnlearnConfig(Config):
         None, description="deployment file to start from, for a next request"
     )
     forget_ratio: RatioToForget = 5
-    forget_ids: Annotated[tuple[Pseudonym, ...] | None, Flag("LIST", read=words)] = Field(
+    forget_ids: Annotated[tuple[record.Pseudonym, ...] | None, Flag("LIST", read=words)] = Field(
         None, min_length=1, description="IDs among those people, with commas; without it, all"
     )
-    request_id: RequestIds = ()
+    request_id: record.RequestIds = ()
     setting: Annotated[tuple[str, ...], Flag("NAME=VALUE")] = Field(
         (), description="a trial's hyperparameter; others are the deployment's, or the defaults"
     )
@@ -109,7 +99,7 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     """
     from vgid.cluster.resources import worker_threads
 
-    parent = None if config.from_deployment is None else read_shipped(config.from_deployment)
+    parent = None if config.from_deployment is None else record.read_shipped(config.from_deployment)
     trial = _trial(config, parent)
     own: dict[str, Any] = {"backbone": config.backbone or "tiny-llava"}
     if parent is not None:
@@ -119,10 +109,10 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     left_out = rehearsed(request, [trial]).left_out
     if left_out:
         tell(f"Left out as defective: {describe_left_out(left_out)}")
-    deployments = config.output / FOLDER
+    deployments = config.output / record.FOLDER
     file = deployments / f"{request.backbone}.yaml"
     if config.from_deployment is not None:
-        refuse_to_replace(config.from_deployment, file)
+        record.refuse_to_replace(config.from_deployment, file)
     with tempfile.TemporaryDirectory(prefix="vgid-unlearn-") as scratch, worker_threads():
         fresh = shipped = Path(scratch) / "fresh"
         _train(request, trial, fresh, tell)
@@ -138,7 +128,7 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
                 "rule": f"one trial of {settings}; nothing was chosen",
                 **provenance(),
             }
-            deployment, sha256 = ship(
+            deployment, sha256 = record.ship(
                 staging,
                 shipped,
                 parent,
@@ -185,10 +175,10 @@ def _measure(
             f"--min-forget: the trial has {broken}, so no deployment is written; train it more "
             "with --setting, ask for less, or run a study."
         )
-    return {"scores": as_recorded(seeds, base, scored), **setting_of(session)}
+    return {"scores": as_recorded(seeds, base, scored), **record.setting_of(session)}
 
 
-def _trial(config: UnlearnConfig, parent: Shipped | None) -> TrialConfig:
+def _trial(config: UnlearnConfig, parent: record.Shipped | None) -> TrialConfig:
     """The parent's hyperparameters, or the defaults, with what was set."""
     values: dict[str, Any] = {} if parent is None else parent.deployment.hyperparameters.used
     for setting in config.setting:

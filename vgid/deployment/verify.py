@@ -33,19 +33,8 @@ from rich.console import Console
 from vgid.config import Config
 from vgid.data.benchmark import Benchmark, Person, Question, decode_image, split_questions
 from vgid.data.splits import choose_people
-from vgid.deployment.record import (
-    CARD_SCORES,
-    MERGED,
-    Deployment,
-    Frame,
-    Scores,
-    benchmark_beside,
-    deployment_file,
-    hash_files,
-    read_deployment,
-    recorded_benchmark,
-    request_of,
-)
+from vgid.deployment import record
+from vgid.deployment.record import Deployment
 from vgid.deployment.scores import as_recorded, score_with_seeds
 from vgid.deployment.signing import differences, manifest_fault, signature_fault
 from vgid.errors import InputError
@@ -139,7 +128,7 @@ class Verification(Config):
         """Show the checks, the scores of the model card, and every other that differs."""
         words = {True: "ok", False: "DIFFERS", None: "not checked"}
         checks = [(check.name, words[check.passed], check.detail) for check in self.checks]
-        shown = [s for s in self.scores if s.name in CARD_SCORES or not s.within]
+        shown = [s for s in self.scores if s.name in record.CARD_SCORES or not s.within]
         scores = []
         for score in shown:
             again = "none" if score.found is None else score.found.value
@@ -172,17 +161,17 @@ def verify(
     Raises:
         InputError: something that is needed is not there, or the file is not the one sealed.
     """
-    file, checks = deployment_file(target), _signed(target, public_key)
+    file, checks = record.deployment_file(target), _signed(target, public_key)
     exported = target.is_dir()
     if exported:
         fault = manifest_fault(target)
         checks.append(_judged("exported files", fault, "exactly those that were exported"))
-    deployment, sha256 = read_deployment(file)
+    deployment, sha256 = record.read_deployment(file)
     folder = deployment.adapter_folder(file)
     base = locate(spec(deployment.backbone), model_path or deployment.base.model_path)
-    frame = Frame(**spec(deployment.backbone).frame.recorded)
+    frame = record.Frame(**spec(deployment.backbone).frame.recorded)
     another = None if frame == deployment.frame else "this version has another"
-    files = differences(deployment.adapter.files, hash_files(folder))
+    files = differences(deployment.adapter.files, record.hash_files(folder))
     checks += [
         _judged("seal", None, f"sha256 {sha256}"),
         _judged("adapter files", files, f"{len(deployment.adapter.files)} files with their sha256"),
@@ -191,15 +180,15 @@ def verify(
     if not files:
         checks.append(_adapter_settings(deployment, folder, base))
     checks.append(_same("base", deployment.base.revision, revision_of(base), "revision"))
-    if hashes_only and data is None and not benchmark_beside(file).is_dir():
+    if hashes_only and data is None and not record.benchmark_beside(file).is_dir():
         checks.append(Check(name="data", passed=None, detail="name its folder with --data"))
         return Verification(file=file, checks=tuple(checks))
     scores: tuple[ScoreCheck, ...] = ()
-    with recorded_benchmark(deployment, file, data) as benchmark:
+    with record.recorded_benchmark(deployment, file, data) as benchmark:
         checks.append(_same("data", deployment.data.sha256, benchmark.sha256, "sha256"))
         # Measuring takes minutes and loads weights: nothing that fails its hash gets that far.
         if not hashes_only and not any(check.passed is False for check in checks):
-            places = (folder, target / MERGED if exported else None, benchmark.root)
+            places = (folder, target / record.MERGED if exported else None, benchmark.root)
             precision, scores = _measure(deployment, *places, model_path, tell)
             checks.append(precision)
     return Verification(file=file, checks=tuple(checks), scores=scores)
@@ -251,7 +240,7 @@ def _measure(
     recorded, seeds = deployment.scores, deployment.scores.seeds
     with tempfile.TemporaryDirectory(prefix="vgid-verify-") as store, worker_threads():
         tell("Loading the base model")
-        session = TrialSession(request_of(deployment, data, Path(store), model_path))
+        session = TrialSession(record.request_of(deployment, data, Path(store), model_path))
         dtype = session.precision
         tell(f"Scoring the base model, {len(seeds)} seeds")
         base = score_with_seeds(session, seeds, None)
@@ -263,7 +252,7 @@ def _measure(
             del session  # two models may not fit
             gc.collect()
             tell(f"Scoring the merged weights, {len(seeds)} seeds")
-            session = TrialSession(request_of(deployment, data, Path(store), str(merged)))
+            session = TrialSession(record.request_of(deployment, data, Path(store), str(merged)))
             served = score_with_seeds(session, seeds, None)
             # Beside them there is no base to take a difference from; both its scores are checked.
             plain = {k: s for k, s in recorded.deployed.items() if k not in DIFFERENCES}
@@ -276,7 +265,7 @@ def _measure(
     return Check(name="precision", passed=same or None, detail=detail), tuple(checks)
 
 
-def _tests(scores: Scores) -> dict[str, Mapping[str, Score]]:
+def _tests(scores: record.Scores) -> dict[str, Mapping[str, Score]]:
     """What was measured, in the order of a record."""
     attacks = {attack.name: attack.scores for attack in scores.attacks}
     return {"base": scores.base, "deployed": scores.deployed, **attacks}
@@ -367,11 +356,11 @@ def verify_served(
         InputError: the endpoint does not answer, the file is not the one that was sealed, or the
             data is not there.
     """
-    file, checks = deployment_file(target), _signed(target, public_key)
-    deployment, sha256 = read_deployment(file)
+    file, checks = record.deployment_file(target), _signed(target, public_key)
+    deployment, sha256 = record.read_deployment(file)
     checks.append(_judged("seal", None, f"sha256 {sha256}"))
     scores: list[ScoreCheck] = []
-    with recorded_benchmark(deployment, file, data) as benchmark:
+    with record.recorded_benchmark(deployment, file, data) as benchmark:
         checks.append(_same("data", deployment.data.sha256, benchmark.sha256, "sha256"))
         if all(check.passed for check in checks):
             asked, endpoint = open_questions(deployment, benchmark), Endpoint(url)
@@ -395,7 +384,7 @@ def verify_served(
 def open_questions(deployment: Deployment, benchmark: Benchmark) -> list[Asked]:
     """The generation questions of a record, worded as in the evaluation and with its images."""
     with tempfile.TemporaryDirectory(prefix="vgid-served-") as store:
-        request = request_of(deployment, benchmark.root, Path(store))
+        request = record.request_of(deployment, benchmark.root, Path(store))
     people = choose_people(benchmark, request)
     splits = {"forget": people.forget, "earlier": people.earlier, "retain": people.retain}
     asked = []
@@ -439,7 +428,7 @@ def _ask_all(
     }
 
 
-def _nearer(name: str, recorded: Scores, found: Mapping[str, Score]) -> Check:
+def _nearer(name: str, recorded: record.Scores, found: Mapping[str, Score]) -> Check:
     """Whether answers about suppressed people are nearer to the base's than to those recorded.
 
     Only scores tell that set the two apart: those whose recorded intervals do not meet. A third

@@ -1,9 +1,8 @@
 """The drawing kit: a picture is declared once, and drawn as a PNG and for a browser.
 
 A ``Picture`` is panels side by side or one above the other; a panel holds series of marks, lines
-or bars on two scales. matplotlib draws ``Picture.png``, plotly ``Picture.plotly``
-(``vgid.report.page`` makes a page of it); both are imported when something is drawn. All texts are
-plain: what would be markup to plotly is escaped here.
+or bars on two scales. matplotlib draws ``Picture.png``, plotly ``Picture.plotly``; both are
+imported when something is drawn. Texts are plain: what would be markup to plotly is escaped here.
 """
 
 import io
@@ -35,7 +34,7 @@ BARS = {"bar": "v", "bar-right": "h"}
 """Marks that are bars, upwards or to the right, and plotly's names of these directions."""
 
 POINTS_PER_PIXEL = 0.65
-"""A mark of one pixel in a page has this diameter in a PNG, whose figures are a bit smaller."""
+"""Diameter in a PNG of a mark of one pixel in a page."""
 
 Places = Sequence[float | None]
 Bounds = Sequence[tuple[float, float]]
@@ -49,16 +48,11 @@ class Series:
     Attributes:
         name: in the legend, where all series of one name are one entry.
         x: places of the points; None ends a line, and what follows begins another.
-        y: the same upwards.
-        colour: as ``#rrggbb``.
         mark: a key of ``MARKERS``, or one for each point; empty for a line alone; or of ``BARS``.
         size: a mark's diameter in pixels of a page.
-        opacity: from 0 to 1.
         line: width of the line in pixels, 0 for none.
-        dotted: whether the line is.
         steps: the line goes up or down first, then right, instead of straight.
         x_bounds: low and high end of each point's interval; empty for none.
-        y_bounds: the same upwards.
         hover: what hovering over each point shows in lines; of several the first is bold.
         keys: what a click on each point tells the page's script.
         labels: a text beside each point.
@@ -90,7 +84,7 @@ class Series:
 
     @property
     def bars(self) -> str:
-        """Direction of its bars, as plotly calls it; empty where its marks are no bars."""
+        """Direction of its bars as plotly calls it, if it has any."""
         return BARS.get(self.mark, "") if isinstance(self.mark, str) else ""
 
 
@@ -99,7 +93,6 @@ class Scale:
     """One axis of a panel.
 
     Attributes:
-        label: its title.
         range: its ends, the first at the left or at the bottom; None to hold what is drawn.
         ticks: places and their texts instead of numbers.
         marked: the text among them that stands out.
@@ -139,16 +132,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure.
-
-    Attributes:
-        title: its headline.
-        panels: from left to right, or from top to bottom where they are stacked.
-        subtitle: a second headline.
-        size: width and height of the PNG in inches.
-        dpi: its pixels an inch.
-        stacked: panels stand one above the other.
-    """
+    """Panels from left to right, or ``stacked``; ``size`` is the PNG's in inches, of ``dpi``."""
 
     title: str
     panels: Sequence[Panel]
@@ -164,14 +148,12 @@ class Picture:
 
         figure = Figure(figsize=self.size, dpi=self.dpi, layout="constrained")
         canvas = FigureCanvasAgg(figure)  # no pyplot: no global state, no display
-        pairs = list(
-            zip(figure.subplots(*self._shape, squeeze=False).flat, self.panels, strict=True)
-        )
+        places = figure.subplots(*self._shape, squeeze=False).flat
+        pairs = list(zip(places, self.panels, strict=True))
         headline = " · ".join(filter(None, (self.title, self.subtitle)))
         letters = int(11 * self.size[0])  # on one line
-        figure.suptitle(
-            textwrap.fill(headline, letters, break_on_hyphens=False), fontsize=12, color=BASE
-        )
+        headline = textwrap.fill(headline, letters, break_on_hyphens=False)
+        figure.suptitle(headline, fontsize=12, color=BASE)
         legend: dict[str, Any] = {}
         for axes, panel in pairs:
             _draw_panel(axes, panel)
@@ -198,9 +180,8 @@ class Picture:
         from plotly.subplots import make_subplots
 
         rows, columns = self._shape
-        figure = make_subplots(
-            rows, columns, horizontal_spacing=0.14 / columns, vertical_spacing=0.28 / rows
-        )
+        gaps = {"horizontal_spacing": 0.14 / columns, "vertical_spacing": 0.28 / rows}
+        figure = make_subplots(rows, columns, **gaps)
         title = {"text": _markup(self.title), "subtitle": {"text": _markup(self.subtitle)}}
         figure.update_layout(
             template="none",
@@ -307,7 +288,9 @@ def _write_labels(axes: Any, panel: Panel) -> None:
     from matplotlib.patheffects import withStroke
 
     frame = np.array(axes.bbox.size) * 72 / axes.figure.dpi
+    halo = withStroke(linewidth=2, foreground="white")
     for label in _labels(panel, np.array((axes.get_xlim(), axes.get_ylim())), frame, 7.5):
+        arrow = {"arrowstyle": "-", "linewidth": 0.8 if label.far else 0, "shrinkB": 2}
         axes.annotate(
             label.text,
             label.at,
@@ -318,13 +301,8 @@ def _write_labels(axes: Any, panel: Panel) -> None:
             ha="center",
             va="center",
             zorder=6,
-            path_effects=[withStroke(linewidth=2, foreground="white")],
-            arrowprops={
-                "arrowstyle": "-",
-                "linewidth": 0.8 if label.far else 0,
-                "color": label.colour,
-                "shrinkB": 2,
-            },
+            path_effects=[halo],
+            arrowprops={**arrow, "color": label.colour},
         )
 
 

@@ -1,11 +1,11 @@
 """The front of a study: what its picture shows, ``front.png`` and ``front.html``.
 
 Axes as in the paper's figure 4: how much of the forget people's ROUGE-L is gone against what is
-left of the retain people's. The picture shows every completed trial, the front, the base model
-and the paper's default setting, and, where given, the front's held-out scores with their
-intervals. In the page hovering shows a trial's setting and scores. A click keeps them below the
-picture, names the trial's run on the tracking server and links to it; MLflow's artifact viewer
-lets no page open another, so there the click copies the run's address instead.
+left of the retain people's. The picture shows every completed trial, the front, the base model and
+the paper's default setting, and, where given, the front's held-out scores with their intervals. In
+the page hovering shows a trial's setting and scores. A click keeps them below the picture and links
+to the trial's run on the tracking server; MLflow's artifact viewer lets no page open another, so
+there the click copies the run's address instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,10 +26,7 @@ Y_LABEL = "Retain-set ROUGE-L  (higher: more is kept)"
 MARKS = {"random": "circle", "gaussian": "square", "white": "triangle-up", None: "circle"}
 """Marks of trials by the noise of their teacher, None for methods without."""
 
-_STYLE = """#chosen { padding: 8px 20px 12px; border-top: 1px solid #e6e9ed; min-height: 42px; }
-#chosen div { margin-top: 3px; color: #555; }
-#address { color: #1f6f8b; }
-span#address { user-select: all; }"""
+_STYLE = Path(__file__).with_name("front.css").read_text(encoding="utf-8").rstrip()
 
 _BODY = '<div id="chosen" aria-live="polite">Click a point to keep its trial here.</div>'
 
@@ -43,9 +40,8 @@ class Front:
         records: the trials; those without both objectives are counted, not drawn.
         base: the base model's scores on the search questions, by name.
         base_held_out: its scores on the held-out questions, if the front was scored again.
-        pages: page of each trial's run by trial id, relative to the address of the tracking
-            server; see ``Tracker.pages``.
-        server: that address, ending in ``/``; empty if there is none.
+        pages: page of each trial's run by trial id, relative to ``server`` (``Tracker.pages``).
+        server: the tracking server's address, ending in ``/``; empty if there is none.
     """
 
     title: str
@@ -125,14 +121,8 @@ def write_html(path: Path, front: Front) -> None:
         for record in front.drawn
     }
     payload = {"trials": trials, "server": front.server}
-    write_page(
-        path,
-        page_picture(front),
-        payload,
-        style=_STYLE,
-        body=_BODY,
-        script=rendered("vgid.report", "front.js"),
-    )
+    picture, script = page_picture(front), rendered("vgid.report", "front.js")
+    write_page(path, picture, payload, style=_STYLE, body=_BODY, script=script)
 
 
 def page_picture(front: Front) -> Picture:
@@ -145,10 +135,10 @@ def page_picture(front: Front) -> Picture:
 
 def _trials(front: Front) -> list[Series]:
     """The trials off the front, by their perturbation."""
+    others = [record for record in front.drawn if not record.on_front]
     found = []
     for noise, mark in MARKS.items():
-        shown = [r for r in front.drawn if _noise(r) == noise and not r.on_front]
-        if shown:
+        if shown := [record for record in others if _noise(record) == noise]:
             label = "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"
             found.append(_of(label, shown, TRIAL, mark=mark, opacity=0.85))
     return found
@@ -189,22 +179,21 @@ def _held_out(front: Front) -> list[Series]:
         f"forget reduction {x}, n = {x.n}\nretain ROUGE-L {y}, n = {y.n}"
         for record, x, y in found
     ]
-    return [
-        Series(name, ties_x, ties_y, HELD_OUT, "", line=0.9, dotted=True, listed=False),
-        Series(
-            name,
-            [score.value for score in x],
-            [score.value for score in y],
-            HELD_OUT,
-            "diamond",
-            7,
-            0.7,
-            x_bounds=[(score.low, score.high) for score in x],
-            y_bounds=[(score.low, score.high) for score in y],
-            hover=hover,
-            keys=[record.result.trial_id for record in records],
-        ),
-    ]
+    again = Series(
+        name,
+        [score.value for score in x],
+        [score.value for score in y],
+        HELD_OUT,
+        "diamond",
+        7,
+        0.7,
+        x_bounds=[(score.low, score.high) for score in x],
+        y_bounds=[(score.low, score.high) for score in y],
+        hover=hover,
+        keys=[record.result.trial_id for record in records],
+    )
+    ties = Series(name, ties_x, ties_y, HELD_OUT, "", line=0.9, dotted=True, listed=False)
+    return [ties, again]
 
 
 def _marks(front: Front) -> list[Series]:

@@ -18,7 +18,6 @@ from vgid.report.records import HYPERPARAMETERS, TrialRecord, run_name
 from vgid.results import OBJECTIVES
 
 FIGURES = ("front.html", "front.png", "insights.html", "insights.png")
-"""All figures of a study."""
 
 MIN_TRIALS = 8
 """Completed trials below which shares of variance are noise and are not shown."""
@@ -39,10 +38,8 @@ LOGARITHMIC = ("alpha", "beta", "learning_rate")
 class Axis(NamedTuple):
     """One vertical axis of the parallel coordinates.
 
-    Attributes:
-        label: what is on it.
-        heights: place of each trial on it between 0 and 1, None where the trial has no value.
-        ticks: heights and what stands there: both ends, or every value of those without an order.
+    ``heights`` are between 0 and 1, None where the trial has no value; ``ticks`` are heights and
+    what stands there: both ends, or every value of those without an order.
     """
 
     label: str
@@ -62,11 +59,8 @@ def write_figures(folder: Path, front: Front) -> list[Path]:
 def varied(records: Sequence[TrialRecord]) -> list[str]:
     """The hyperparameters that take more than one value in these trials."""
     names = [*HYPERPARAMETERS, "response_source", "lora_rank", "epochs", "preference_beta"]
-    return [
-        name
-        for name in names
-        if len({str(r.config.used.get(name)) for r in records} - {"None"}) > 1
-    ]
+    values = {name: {str(r.config.used.get(name)) for r in records} for name in names}
+    return [name for name in names if len(values[name] - {"None"}) > 1]
 
 
 def importances(records: Sequence[TrialRecord]) -> Shares:
@@ -88,10 +82,8 @@ def importances(records: Sequence[TrialRecord]) -> Shares:
     study = optuna.create_study(directions=["maximize"] * len(OBJECTIVES))
     points = [list(record.point or ()) for record in records]
     for settings, values in zip(used, points, strict=True):
-        params = {name: settings[name] for name in names}
-        study.add_trial(
-            optuna.trial.create_trial(params=params, distributions=distributions, values=values)
-        )
+        given = {"params": {name: settings[name] for name in names}, "values": values}
+        study.add_trial(optuna.trial.create_trial(distributions=distributions, **given))
     found = {}
     # One by one: fANOVA explains the variance of a single number.
     for index, objective in enumerate(OBJECTIVES):

@@ -34,10 +34,8 @@ class Interval:
 def t_interval(values: Iterable[float | None], comparisons: int = 1) -> Interval:
     """Student's t interval of a mean: mean ± t(1 - 0.025 / comparisons, n - 1) · s / sqrt(n).
 
-    Args:
-        values: one number a seed; None and NaN where a seed has none, which are left out.
-        comparisons: with k, any of k such intervals misses its mean in at most 5 % of studies
-            (Bonferroni).
+    A seed's None or NaN is left out. With k ``comparisons``, any of k such intervals misses its
+    mean in at most 5 % of studies (Bonferroni).
     """
     found = [value for value in values if value is not None and math.isfinite(value)]
     n = len(found)

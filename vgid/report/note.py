@@ -18,10 +18,9 @@ from vgid.report.tables import Grid
 from vgid.results import OBJECTIVES, LeftOut, Verbatim, describe_left_out
 
 NOTE_PICTURE = "front-small.png"
-"""The note shows a picture at its own size, so it gets one that fits beside the run's details."""
+"""Shown at its own size, so one that fits beside the run's details."""
 
 INSIGHTS = "insights.png"
-"""The picture that the note shows below the front, if the study made it."""
 
 MAX_COMPARED = 8
 """Runs side by side on one page, those of the front that forget most."""
@@ -37,11 +36,8 @@ PAPER_RETAIN_DROP = 0.055
 class NoteLinks:
     """Where the note's links lead, each relative to the address of the tracking server.
 
-    Attributes:
-        picture: the small picture of the front.
-        insights: the picture of what made the difference, if there is one.
-        runs: page of each trial's run by trial id.
-        pages: further pages of MLflow by what they show.
+    ``runs`` are the pages of the trials' runs by trial id, ``pages`` further ones of MLflow by what
+    they show; ``insights`` is the picture of what made the difference, if there is one.
     """
 
     picture: str
@@ -74,8 +70,8 @@ def note_links(
     }
     compared = [runs[r.result.trial_id] for r in front.front if r.result.trial_id in runs]
     if compared:
-        side_by_side = compare_page(experiment_id, compared[-MAX_COMPARED:])
-        pages["the front's runs side by side"] = side_by_side
+        page = compare_page(experiment_id, compared[-MAX_COMPARED:])
+        pages["the front's runs side by side"] = page
     return NoteLinks(
         artifact.format(NOTE_PICTURE),
         artifact.format(INSIGHTS) if any(file.name == INSIGHTS for file in files) else None,
@@ -93,12 +89,8 @@ def study_note(
 ) -> str:
     """The note in Markdown: the result in three sentences, the picture, the front as a table.
 
-    Args:
-        front: the study's trials and its base model's scores.
-        phases: seconds by phase, in the order to show them.
-        links: where its links lead.
-        verbatim: which scored questions training sees.
-        left_out: what of the data was left out as defective.
+    ``phases`` are seconds by phase in the order to show them, ``verbatim`` says which scored
+    questions training sees, ``left_out`` what of the data was left out as defective.
     """
     pick, again = recommended(front), front.base_held_out
     values: dict[str, Any] = {}
@@ -108,7 +100,6 @@ def study_note(
         if again is not None and (pick.held_out or {}).keys() >= set(OBJECTIVES):
             base, where, scores = again, "on held-out questions", held_out_scores(pick) or {}
             known = {name: score.value for name, score in scores.items()}
-        table = _table(front, links)
         values = {
             "setting": describe(pick.config),
             "base": base,
@@ -116,7 +107,8 @@ def study_note(
             "scores": known,
             "verdict": verdict(base, scores),
             "questions": "held-out questions" if front.held_out() else "the search questions",
-            "table": table.markdown(gap="&emsp;"),  # MLflow's have no space between columns
+            # MLflow's tables have no space between columns.
+            "table": _table(front, links).markdown(gap="&emsp;"),
             "more": len(front.front) - MAX_ROWS,
         }
     return rendered(

@@ -50,18 +50,12 @@ def write_page(
     script: str = "",
     beside: bool = False,
 ) -> None:
-    """Write one page that needs nothing from elsewhere.
+    """Write one page that needs nothing from elsewhere; its stem is the id of the picture.
 
-    Args:
-        path: the file; its stem is the id of the picture's element, of class ``picture``.
-        picture: what to draw.
-        payload: further plain data for ``script``.
-        style: CSS.
-        body: HTML below the picture, in which what comes from a user is escaped.
-        script: JavaScript that runs once it is drawn, with the element ``plot`` and ``payload``
-            (plotly's ``data`` and ``layout`` among it) at hand.
-        beside: plotly's code lies beside the page as ``plotly.min.js``, put there if it is not,
-            instead of inside it.
+    ``style`` is CSS, ``body`` HTML below the picture (what comes from a user is escaped in it), and
+    ``script`` JavaScript that runs once it is drawn, with the element ``plot`` and ``payload``
+    (plotly's ``data`` and ``layout`` among it) at hand. ``beside``: plotly's code lies beside the
+    page as ``plotly.min.js``, put there if it is not, instead of inside it.
     """
     if beside and not (path.parent / "plotly.min.js").exists():
         write_atomically(path.parent / "plotly.min.js", _plotly().encode())

@@ -1,9 +1,9 @@
 """The tables of a study: ``trials.csv``, ``front.csv`` and ``study.json``.
 
 Each file is written beside its place and moved there, so that a reader never sees half of one; to
-``trials.csv`` each ended trial adds its row while the study runs.
-Numbers are written with ``repr``: ``float`` (or ``pandas.read_csv(..., float_precision=
-"round_trip")``) reads the same bits back. Nothing here is a name, a question or an answer.
+``trials.csv`` each ended trial adds its row while the study runs. Numbers are written with
+``repr``: ``float`` (or ``pandas.read_csv(..., float_precision="round_trip")``) reads the same bits
+back. Nothing here is a name, a question or an answer.
 """
 
 import errno
@@ -99,11 +99,8 @@ def _short(rate: float) -> str:
 class TrialRecord:
     """One ended trial as the tables, the figures and the tracking server show it.
 
-    Attributes:
-        config: what was run.
-        result: what came of it.
-        on_front: whether no other trial of the study dominates it.
-        held_out: scores on the held-out questions, for trials that were scored again.
+    ``on_front``: no other trial of the study dominates it; ``held_out`` are its scores on the
+    held-out questions, for trials that were scored again.
     """
 
     config: TrialConfig
@@ -135,9 +132,8 @@ class TrialsTable:
     """``trials.csv`` while a study runs: each trial that ends adds a row, whatever came before.
 
     Rows stand in the order in which trials ended, each with ``on_front`` as it was then. The file
-    is written whole, as ``write_trials`` does, before its first row is added, so that a line which
-    a killed process left half-written is mended, when a trial has a metric without a column, and
-    at the end of the study.
+    is written whole before its first row is added (which mends a line that a killed process left
+    half-written), when a trial has a metric without a column, and at the end of the study.
     """
 
     def __init__(self, path: Path) -> None:
@@ -157,11 +153,7 @@ class TrialsTable:
         self._columns = columns
 
     def add(self, record: TrialRecord) -> None:
-        """Add a row for a trial that the table ``holds``.
-
-        Raises:
-            DiskError: the file cannot be written; it is left as it was.
-        """
+        """Add a row for a trial that the table ``holds``; DiskError leaves the file as it was."""
         row = _cells(record, self._columns, self._path.parent)
         _, line = Grid(self._columns, [row]).csv().split(b"\n", 1)
         try:
@@ -181,8 +173,7 @@ def write_front(path: Path, records: Iterable[TrialRecord]) -> None:
     """Write ``front.csv``: the front's rows of ``trials.csv`` and their held-out scores.
 
     Each held-out score takes four columns: ``heldout_<name>``, the bounds of its 95 % interval
-    ``_low`` and ``_high``, and the number of questions ``_n``. Records that are not on the front
-    are left out.
+    ``_low`` and ``_high``, and the number of questions ``_n``.
     """
     everything = _ordered(records)
     columns = _columns(everything)
@@ -200,9 +191,7 @@ def write_front(path: Path, records: Iterable[TrialRecord]) -> None:
 def write_study(path: Path, summary: Mapping[str, Any]) -> None:
     """Write ``study.json``, or another summary of plain data, paths and configurations.
 
-    Raises:
-        DiskError: the file cannot be written.
-        ValueError: a number is NaN or infinite, which JSON does not have.
+    ValueError where a number is NaN or infinite, which JSON does not have.
     """
     text = json.dumps(summary, indent=2, allow_nan=False, default=_plain, ensure_ascii=False)
     write_atomically(path, f"{text}\n".encode())

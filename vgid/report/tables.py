@@ -47,12 +47,8 @@ def four_cells(score: Score | None) -> list[float | None]:
 class Grid:
     """A table; a cell is a text, a number, a score with its interval, or None for an empty one.
 
-    Attributes:
-        header: title of each column.
-        rows: from top to bottom.
-        caption: above it.
-        notes: sentences below it.
-        marks: rows that stand out, by their number from 0.
+    ``caption`` stands above it, ``notes`` are sentences below it, ``marks`` are rows that stand
+    out, by their number from 0.
     """
 
     header: Sequence[str]
