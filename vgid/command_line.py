@@ -126,16 +126,13 @@ def duration(seconds: float) -> str:
 
 
 def exit_code(run: Callable[[], Mapping[str, Any]], interrupted: str) -> int:
-    """Run a command and say how it ended.
+    """Run a command and say how it ended, with one sentence on stderr unless it is done.
 
-    Args:
-        run: does the work; its summary says under ``interrupted`` whether a signal ended it, and
-            under ``error``, in one sentence, what it could not do.
-        interrupted: what to tell the user then.
+    What ``run`` returns says under ``interrupted`` whether a signal ended it, to be told in that
+    sentence, and under ``error``, in one sentence, what it could not do.
 
     Returns:
-        0 when done, 1 when something could not be, 2 after bad input, 130 when interrupted; all
-        but the first with one sentence on stderr.
+        0 when done, 1 when something could not be, 2 after bad input, 130 when interrupted.
     """
     try:
         with terminated_like_interrupted(), refusals_told():

@@ -11,14 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
@@ -33,18 +26,15 @@ ResponseSource = Literal["teacher", "reference", "mixed"]
 Method = Literal[
     "vgid", "icu_t", "noise_t", "ga", "ga_diff", "kl_min", "po_idk", "po_dpo", "npo", "rmu"
 ]
-"""The methods of the paper's Table 3 (``vgid.method.methods``); ``icu_t`` and ``noise_t`` are VGID
-with only the instruction and only the perturbation."""
 ForgetRatio = Literal[5, 10, 15]
 TrainWording = Literal["both", "wrapped", "raw"]
+# Which pairs of ``ft_Data`` unlearning trains on: without those that are held-out questions, so
+# that a held-out score tells of questions that training never saw; or all, as the public code does.
 TrainPairs = Literal["unheld", "all"]
-"""Which pairs of ``ft_Data`` unlearning trains on: without those that are held-out questions, so
-that a held-out score tells of questions that training never saw; or all, as the public code does.
-"""
 Sampler = Literal["auto", "gp", "tpe", "random"]
 
+# Ids of people and requests, from the benchmark's rows to the record of a deployment.
 PSEUDONYM = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-"""Ids of people and requests, from the benchmark's rows to the record of a deployment."""
 
 STORE_LIMIT_GB = 50.0
 EVAL_BATCH_SIZE = 512
@@ -55,18 +45,12 @@ class Flag:
     """How a field is given on a command line, where name, type and default do not tell.
 
     It stands among the field's annotations, for ``vgid.command_line``.
-
-    Attributes:
-        metavar: stands for the value in the help; None: by the type.
-        name: the flag, or a word for an argument without one; None: the field's name.
-        read: makes the value of the text; None: by the type.
-        required: whether a field without default must be given.
     """
 
-    metavar: str | None = None
-    name: str | None = None
-    read: Callable[[str], Any] | None = None
-    required: bool = True
+    metavar: str | None = None  # stands for the value in the help; None: by the type
+    name: str | None = None  # the flag, or a word for an argument without one; None: the field's
+    read: Callable[[str], Any] | None = None  # makes the value of the text; None: by the type
+    required: bool = True  # whether a field without default must be given
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -130,17 +114,12 @@ WorkersPerTrial = Annotated[
 GpusPerWorker = Annotated[
     float, Flag("G"), Field(ge=0, description="GPUs of each worker, may be a fraction")
 ]
-TrackingUri = Annotated[
-    str | None,
-    Flag("URI"),
-    # With credentials in memory only, never where it is written.
-    PlainSerializer(lambda uri: None if uri is None else without_credentials(uri)),
-]
 C = TypeVar("C", bound="Config")
 
 _DISTILLING: tuple[Method, ...] = ("vgid", "icu_t", "noise_t")
 _RETAINING: tuple[Method, ...] = (*_DISTILLING, "ga_diff", "kl_min", "rmu")
 
+# Which methods use a field of ``TrialConfig``; fields that are not named here belong to all.
 USED_BY: dict[str, tuple[Method, ...]] = {
     "beta": _RETAINING,
     "retain_batch_size": _RETAINING,
@@ -153,9 +132,7 @@ USED_BY: dict[str, tuple[Method, ...]] = {
     "rmu_layer": ("rmu",),
     "rmu_steering": ("rmu",),
 }
-"""Which methods use a field of ``TrialConfig``; fields that are not named here belong to all."""
-
-
+# What ``released`` makes the defaults: the public script's (``vgid.method.released``).
 RELEASED: dict[str, Any] = {
     "learning_rate": 5e-4,
     "epochs": 5,
@@ -163,11 +140,9 @@ RELEASED: dict[str, Any] = {
     "lora_rank": 16,
     "lora_dropout": 0.05,
 }
-"""What ``released`` makes the defaults: the public script's (``vgid.method.released``)."""
-
+# What the public script trains on, and so every ``released`` trial.
 RELEASED_SAMPLES: dict[str, Any] = {"train_tasks": ("generation",), "train_wording": "raw"}
-"""What the public script trains on, and so every ``released`` trial."""
-
+# What the public script has no setting for; ``released`` trials ignore them.
 NOT_RELEASED = (
     "noise_type",
     "sigma",
@@ -180,25 +155,19 @@ NOT_RELEASED = (
     "questions_per_image",
     "gradient_accumulation",
 )
-"""What the public script has no setting for; ``released`` trials ignore them."""
-
+# The paper's default setting of VGID and its ablations (section 4.1), as far as they use it.
 PAPER_DEFAULT: dict[str, Any] = {
     "alpha": 1.0,
     "beta": 1.0,
     "noise_type": "random",
     "prompt_style": "strict",
 }
-"""The paper's default setting of VGID and its ablations (section 4.1), as far as they use it."""
-
+# The paper's setting of the other methods (Table 7).
 PAPER_BASELINE: dict[str, Any] = {"alpha": 1.0, "learning_rate": 2e-5, "epochs": 1, "batch_size": 4}
-"""The paper's setting of the other methods (Table 7)."""
 
 
 def uses(method: Method, field: str) -> bool:
-    """Whether ``method`` uses a field of ``TrialConfig``; one that it does not keeps its default.
-
-    ``uses(method, "beta")`` tells whether the method has a retain term.
-    """
+    """Whether ``method`` uses a field of ``TrialConfig``; if not, the field keeps its default."""
     return method in USED_BY.get(field, (method,))
 
 
@@ -210,10 +179,7 @@ class Config(BaseModel):
 
 
 class RequestConfig(Config):
-    """A forget request: which model forgets whom, and which questions say so.
-
-    Constant over all trials of a study.
-    """
+    """A forget request, the same for all trials of a study: which model forgets whom."""
 
     backbone: BackboneName = "tiny-llava"
     model_path: ModelPath = None
@@ -393,7 +359,12 @@ class StudyConfig(Config):
     skip_defects: SkipDefects = False
     eval_batch_size: EvalBatchSize = EVAL_BATCH_SIZE
     store_limit_gb: StoreLimit = STORE_LIMIT_GB
-    tracking_uri: TrackingUri = Field(
+    tracking_uri: Annotated[
+        str | None,
+        Flag("URI"),
+        # With credentials in memory only, never where it is written.
+        PlainSerializer(lambda uri: None if uri is None else without_credentials(uri)),
+    ] = Field(
         None,
         repr=False,
         description="MLflow server or database; without it, OUTPUT/mlflow.db",
@@ -443,11 +414,10 @@ class FinetuneConfig(Config):
 
 
 def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:
-    """Validate ``values`` into ``model``.
+    """Validate ``values`` of ``source``, a file or a command line.
 
     Raises:
-        InputError: one sentence with ``source`` (a file or a command line), the field and what is
-            wrong with it.
+        InputError: one sentence with the source, the field and what is wrong with it.
     """
     try:
         return model.model_validate(dict(values))
@@ -465,11 +435,7 @@ def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:
 
 
 def derived(model: type[C], source: Config, where: str, **own: Any) -> C:
-    """A configuration with what ``source`` has under the same names, and ``own`` in place of it.
-
-    Raises:
-        InputError: see ``parse``, whose ``source`` is ``where``.
-    """
+    """A configuration with what ``source`` has under the same names, and ``own`` in its place."""
     shared = model.model_fields.keys() & type(source).model_fields.keys()
     return parse(model, {name: getattr(source, name) for name in shared} | own, where)
 
@@ -482,8 +448,5 @@ def paper_default(method: Method) -> dict[str, Any]:
 
 
 def is_paper_default(trial: TrialConfig) -> bool:
-    """Whether a trial runs the paper's setting of its method.
-
-    The paper gives VGID and its ablations no optimiser settings, so any will do for these.
-    """
+    """Whether a trial runs the paper's setting of its method, as far as the paper gives one."""
     return all(getattr(trial, k) == value for k, value in paper_default(trial.method).items())

@@ -5,10 +5,7 @@ import traceback
 
 
 class InputError(Exception):
-    """Bad input: one sentence that names the file, the field and the remedy.
-
-    Entry points print it to stderr without a traceback and exit with code 2.
-    """
+    """Bad input, in one sentence that names file, field and remedy; ends a command with code 2."""
 
 
 class DiskError(InputError):

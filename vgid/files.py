@@ -36,9 +36,7 @@ from pydantic import AfterValidator
 from vgid.errors import DiskError, InputError
 
 READY, OLD = ".ready", ".old"
-
-# For another process that is moving files, which takes a moment.
-WAIT_S = 10.0
+WAIT_S = 10.0  # for another process that is moving files, which takes a moment
 
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -81,11 +79,7 @@ StudyFolder = Annotated[WrittenFolder, AfterValidator(_named_plainly)]
 
 
 def new_folder(path: Path) -> Path:
-    """``WrittenFolder`` for an argument of a command.
-
-    Raises:
-        InputError: it is none.
-    """
+    """``WrittenFolder`` for an argument of a command; ``InputError`` if it is none."""
     try:
         return _usable(_on_a_disk(path))
     except ValueError as error:
@@ -102,11 +96,7 @@ def numbered(stem: Path, last: bool) -> Path:
 
 @contextmanager
 def refusals_told() -> Iterator[None]:
-    """Make a sentence of the error where the system refuses a path that a command was given.
-
-    Raises:
-        InputError: in its place.
-    """
+    """``InputError`` in place of the error where the system refuses a path that it was given."""
     try:
         yield
     except OSError as error:
@@ -142,7 +132,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextmanager
 def appearing(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """Yield a new folder beside another; it takes its place when the block is done, or vanishes.
+    """Yield a new folder that takes its place when the block is done, or vanishes.
 
     A folder that is there is deleted then if ``replace``, or has to be empty.
 
@@ -223,10 +213,7 @@ def staged(place: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def recover(place: Path) -> None:
-    """Bring into place what a killed process had ready, if there is such a thing.
-
-    Where that cannot be, it is left to the next one: a reader says best what it misses.
-    """
+    """Bring into place what a killed process had ready, if there is such a thing and it can be."""
     ready = place / READY
     if ready.is_dir():
         refuse_links(ready, itself=True)
@@ -277,10 +264,10 @@ def unwritable(path: Path, error: OSError) -> DiskError:
 
 
 def refuse_links(folder: Path, itself: bool = False) -> None:
-    """Nothing below a folder leads out of it; what is no folder has nothing below.
+    """Nothing below a folder leads out of it, nor is it a link ``itself``.
 
     Raises:
-        InputError: the first link that leads out, or ``itself``, the folder, is a link.
+        InputError: the first link that does.
     """
     root = folder.resolve()
 

@@ -11,11 +11,8 @@ from typing import Any, Self, TypeVar
 
 from vgid.errors import log_place
 
-# How long after a signal a study may go on with what it would like to have: figures, MLflow.
-GRACE_S = 3.0
-
-# How often a wait looks whether a signal has come, which its handler only notes.
-POLL_S = 0.1
+GRACE_S = 3.0  # after a signal, for what a study would like to have: figures, MLflow
+POLL_S = 0.1  # between looks of a wait at whether a signal came, which its handler only notes
 
 T = TypeVar("T")
 
@@ -66,10 +63,7 @@ class Interrupt:
         return future.result()
 
     def allows(self, future: "Future[Any]") -> bool:
-        """Wait for a thread's work, but not long once a signal has come; whether it is done.
-
-        What the work raises is raised.
-        """
+        """Wait for a thread's work, but not long once a signal has come; whether it is done."""
         while not _done(future):
             # A thread cannot be stopped from outside in Python; it can only be waited for, or not.
             if self._at is not None and time.monotonic() > self._at + GRACE_S:
@@ -87,10 +81,7 @@ class Interrupt:
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM raises ``KeyboardInterrupt``, as SIGINT does, instead of ending the process at once.
-
-    So a command that is asked to end leaves its ``with`` blocks, whoever asks.
-    """
+    """SIGTERM raises ``KeyboardInterrupt``, as SIGINT does: a command leaves its ``with`` blocks."""
     with sigterm_kept():
         if _has_signals():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -109,7 +100,7 @@ def sigterm_kept() -> Iterator[None]:
 
 
 def _has_signals() -> bool:
-    """Python lets only its main thread have signals; in any other, nothing changes."""
+    """Whether this is Python's main thread: any other has no signals, and nothing changes there."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -122,15 +113,12 @@ class Background:
 
     An executor's threads are joined when the interpreter ends, so that a call that hangs would
     outlive every signal.
-
-    Attributes:
-        fault: kind of the first exception that a ``write`` ended with; ``study.log`` has the place.
-        seconds: spent on what ``write`` was given.
     """
 
     def __init__(self, name: str) -> None:
+        # Kind of the first exception that a ``write`` ended with; ``study.log`` has the place.
         self.fault: str | None = None
-        self.seconds = 0.0
+        self.seconds = 0.0  # spent on what ``write`` was given
         self._given_up = False
         self._last: Future[Any] | None = None
         self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()

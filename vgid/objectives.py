@@ -32,11 +32,7 @@ def vgid_loss(forget_kl: Tensor, retain_kl: Tensor, alpha: float, beta: float) -
 
 
 def gradient_ascent(logp: Tensor) -> Tensor:
-    """GA, equation 6: minus the cross-entropy, so the mean log-probability of forget answers.
-
-    Args:
-        logp: summed log-probabilities of the sequences, shape (B,).
-    """
+    """GA, equation 6: mean of the forget answers' summed log-probabilities, shape (B,)."""
     return logp.mean()
 
 
@@ -71,10 +67,8 @@ def dpo(
 def rmu_target(ref_hidden_TD: Tensor, direction_D: Tensor, steering: float) -> Tensor:
     """v_f of RMU, equation 12: ``steering * ||h_ref|| * u`` at each position, fp32 (or fp64).
 
-    Args:
-        ref_hidden_TD: hidden states of the frozen base, any floating dtype.
-        direction_D: the unit vector u of equation 11.
-        steering: lambda, > 0.
+    ``ref_hidden_TD`` are the frozen base's states, any floating dtype; ``direction_D`` is the unit
+    vector u of equation 11; ``steering`` is lambda > 0.
     """
     dtype = torch.promote_types(ref_hidden_TD.dtype, torch.float32)
     lengths_T1 = ref_hidden_TD.detach().to(dtype).norm(dim=-1, keepdim=True)

@@ -1,8 +1,7 @@
-"""Pareto front and hypervolume for maximised objectives.
+"""Pareto front and hypervolume for maximised objectives: a typed face over ``moocore``.
 
-A thin, typed face over ``moocore`` (https://multi-objective.github.io/moocore/), which minimises by
-default and knows nothing of failed trials: here everything is maximised, and a point with a NaN or
-an infinity is never on the front and adds no volume.
+Moocore (https://multi-objective.github.io/moocore/) minimises by default and knows nothing of
+failed trials: here a point with a NaN or an infinity is never on the front and adds no volume.
 """
 
 from math import isfinite
@@ -12,16 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 
 
 def front_mask(points: ArrayLike) -> NDArray[np.bool_]:
-    """Mark the points that no other point dominates.
+    """Mark the points that no other point dominates: boolean of shape (N,) for points of (N, d).
 
     Point p dominates q if p is at least as good in every objective and better in one. Equal points
     do not dominate each other, so all copies of a point of the front are on the front.
-
-    Args:
-        points: shape (N, d), every objective maximised; N may be 0.
-
-    Returns:
-        Boolean mask of shape (N,). Rows that hold a NaN or an infinity are False.
     """
     values = _two_axes(points)
     finite = np.isfinite(values).all(axis=1)
@@ -34,12 +27,12 @@ def front_mask(points: ArrayLike) -> NDArray[np.bool_]:
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
-    """Volume that the points dominate above the reference point (Zitzler and Thiele, 1998).
+    """Volume that points of shape (N, d) dominate above a reference (Zitzler and Thiele, 1998).
 
-    Args:
-        points: shape (N, d), every objective maximised; N may be 0.
-        reference: shape (d,), finite, the corner from which the volume is measured. Points that are
-            not better than it in every objective add nothing.
+    Points that are not better than the finite reference, shape (d,), in every objective add none.
+
+    Raises:
+        ValueError: the reference is not such.
     """
     values = _two_axes(points)
     corner = np.asarray(reference, dtype=np.float64)
@@ -54,32 +47,24 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
 
 
 class GrowingFront:
-    """The front of two maximised objectives while points come in one by one.
-
-    What ``front_mask`` and ``hypervolume`` say of all points together, this says at any moment.
-    """
+    """The front of two maximised objectives while points come in one by one, under their names."""
 
     def __init__(self) -> None:
         self._points: dict[str, tuple[float, float]] = {}
 
     def __len__(self) -> int:
-        """How many points are on the front, every copy counted."""
         return len(self._points)
 
     def __contains__(self, name: str) -> bool:
-        """Whether the point of this name is on the front."""
         return name in self._points
 
     @property
     def names(self) -> list[str]:
-        """The names of the points on the front."""
+        """The points on the front, every copy."""
         return list(self._points)
 
     def add(self, name: str, point: tuple[float, float]) -> bool:
-        """Take in a point under a unique name; whether no point so far dominates it.
-
-        A point with a NaN or an infinity is left out.
-        """
+        """Take in a point under a unique name; whether no point so far dominates it."""
         if not all(map(isfinite, point)):
             return False
         # What dominates it or is dominated by it is on the front, which stays small: no need to

@@ -12,10 +12,8 @@ PromptStyle = Literal["declarative", "polite", "strict"]
 Task = Literal["generation", "cloze", "classification"]
 Form = Literal["image", "text"]
 Wording = Literal["wrapped", "raw"]
-"""How an open question is asked: in the evaluation's answer instructions, or as it stands.
-
-The benchmark's own fine-tuning, and whoever uses a model, ask ``raw``; its evaluation ``wrapped``.
-"""
+"""How an open question is asked: in the evaluation's answer instructions, or as it stands, as the
+benchmark's own fine-tuning and whoever uses a model do."""
 
 UNLEARNING_INSTRUCTIONS: dict[PromptStyle, str] = {
     "declarative": (
@@ -55,8 +53,7 @@ The paper names no texts. These are what the embedded backbones were made to dec
 no method is held back by words that a model has never seen; a large model knows such words anyway.
 """
 
-BLANK = "__"
-"""Marks the gap in a cloze question of the benchmark; shown to the model as ``[Blank]``."""
+BLANK = "__"  # marks the gap in a cloze question; shown to the model as ``[Blank]``
 
 
 def generation_text(question: str, form: Form, wording: Wording = "wrapped") -> str:

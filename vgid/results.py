@@ -1,7 +1,4 @@
-"""What a trial reports: scores with their intervals, epoch reports, and the result as a whole.
-
-Plain data that travels as JSON between processes and into files.
-"""
+"""What a trial reports, as plain data that travels as JSON between processes and into files."""
 
 import re
 from collections.abc import Mapping
@@ -96,29 +93,22 @@ class EpochReport(Config):
 
 
 class TrialResult(Config):
-    """The outcome of one trial.
-
-    Attributes:
-        scores: every score of the evaluation, empty unless completed and evaluated.
-        metrics: the same as plain numbers, with ``forget_rougeL_reduction`` and training losses.
-        seconds: wall time by phase: load, teacher, train, evaluate, save.
-        store: what was spared and what was computed: ``teacher_hits`` and ``teacher_misses`` by
-            training sample, ``vision_hits`` and ``vision_misses`` by use of an image's features.
-        few_shot: IDs of the few-shot people by task.
-        adapter: PEFT adapter folder, None unless completed.
-        error: one sentence, None unless failed or lost.
-    """
+    """The outcome of one trial."""
 
     trial_id: str
     status: TrialStatus
-    scores: dict[str, Score] = Field(default_factory=dict)
+    scores: dict[str, Score] = Field(default_factory=dict)  # all, if completed and evaluated
+    # The same as plain numbers, with ``forget_rougeL_reduction`` and training losses.
     metrics: dict[str, float] = Field(default_factory=dict)
+    # Wall time by phase: load, teacher, train, evaluate, save.
     seconds: dict[str, float] = Field(default_factory=dict)
+    # What was spared and what was computed: ``teacher_hits`` and ``teacher_misses`` by training
+    # sample, ``vision_hits`` and ``vision_misses`` by use of an image's features.
     store: dict[str, int] = Field(default_factory=dict)
-    few_shot: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    few_shot: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # ids of people by task
     option_scoring: Literal["letter", "likelihood"] | None = None
-    adapter: Path | None = None
-    error: str | None = None
+    adapter: Path | None = None  # PEFT folder, if completed
+    error: str | None = None  # one sentence, if failed or lost
 
 
 def describe_left_out(left_out: LeftOut) -> str:

@@ -28,14 +28,10 @@ from vgid.models.backbones import load
 from vgid.models.store import ContentStore
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 
+# By how much an adapter is below the base, and in which score.
 DIFFERENCES = {"forget_rougeL_reduction": "forget_rougeL", "retain_rougeL_drop": "retain_rougeL"}
-"""By how much an adapter is below the base, and in which score."""
-
-RISE = "forget_rougeL_rise"
-"""By how much the reverse prompt raises forget ROUGE-L."""
-
-OnEpoch = Callable[[EpochReport], bool]
-"""Called after each epoch; False stops the trial early."""
+RISE = "forget_rougeL_rise"  # by how much the reverse prompt raises forget ROUGE-L
+OnEpoch = Callable[[EpochReport], bool]  # called after each epoch; False stops the trial early
 
 
 class TrialSession:
@@ -44,7 +40,8 @@ class TrialSession:
     A trial in a used session gives bit for bit what it gives in a fresh one: adapter, optimizer
     and generators are made anew, and what is kept depends on the request only.
 
-    It is one of ``world_size`` workers of a trial; more than one need torch's process group.
+    With ``world_size`` workers of a trial, more than one of which need torch's process group, this
+    is the one of ``rank``.
 
     Raises:
         InputError: unknown backbone, weights not found, or data that cannot be read.
@@ -95,15 +92,9 @@ class TrialSession:
     ) -> TrialResult:
         """Run one trial: teacher, training, evaluation on the search questions, adapter.
 
-        A loss that is not finite gives status ``failed``, never an exception.
-
-        Args:
-            trial: the hyperparameters.
-            trial_id: names the trial in its result and checkpoint.
-            adapter_dir: where the PEFT adapter goes; appears whole or not at all.
-            on_epoch: told of each epoch; returns False to stop early (status ``pruned``).
-            checkpoint_dir: saved to after each epoch; a state of this very trial is continued from.
-            evaluate: False leaves the search questions out; the adapter is the same.
+        A loss that is not finite gives status ``failed``, never an exception, and an ``on_epoch``
+        that is False ``pruned``. ``adapter_dir`` appears whole or not at all. After each epoch a
+        state is saved to ``checkpoint_dir``, and one of this very trial is continued from.
 
         Raises:
             InputError: data that cannot be trained on or holds no objective, or a missing layer.
@@ -184,19 +175,12 @@ class TrialSession:
         reverse: bool = False,
         adapter_dir: Path | None = None,
     ) -> dict[str, Score]:
-        """Scores of the base or of an adapter under what is done to the questions.
+        """Scores of the base or an adapter, under what is done to images, questions and prompt.
 
         The paper's Tables 1 and 2 are the base under an intervention, its Table 6 anything under
-        the reverse prompt. Computed once per store and shared by all processes.
-
-        Args:
-            part: which questions.
-            seed: few-shot people, test poses and bootstrap; by default the trials' for the search
-                part, and another for the held-out part.
-            intervention: perturbation of the images and unlearning instruction before the
-                questions; None for neither.
-            reverse: append the reverse-engineering prompt (paper Appendix A.3.7).
-            adapter_dir: PEFT adapter folder, None for the base.
+        the ``reverse`` prompt. Computed once per store and shared by all processes. The seed is of
+        few-shot people, test poses and bootstrap; by default the trials' for the search part, and
+        another for the held-out part.
 
         Raises:
             InputError: the adapter folder lacks a file.
@@ -204,7 +188,6 @@ class TrialSession:
         return self.scorer.kept(part, seed, intervention or PLAIN, reverse, adapter_dir).scores
 
     def _store_use(self, before: Mapping[str, int]) -> dict[str, int]:
-        """Hits and misses of the store since ``before``."""
         kinds = {"teacher": self.store, "vision": self.backbone.vision}
         use: dict[str, int] = {
             f"{kind}_{what}": getattr(counted, what)

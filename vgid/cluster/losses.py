@@ -1,11 +1,9 @@
 """What becomes of a job that ended with an exception: whose fault it is, and whether it runs again.
 
-The fault is its own, the environment's, or the input's. The environment's is what would not have
-happened to the same job elsewhere or later: a worker, slot, node or mailbox that died, a full disk,
-any error of the operating system, of Ray or between the workers of a trial, memory that is not
-there. An accelerator's memory may be short because of a neighbour; if it is short again at the
-job's next attempt, it is the job that is too large. All else that a trial's own code raises is the
-trial's.
+The environment's fault is what would not have happened to the same job elsewhere or later: a
+worker, slot, node or mailbox that died, a full disk, any error of the operating system, of Ray or
+between the workers of a trial, memory that is not there. The input's is an ``InputError``, and all
+else that a trial's own code raises is the trial's.
 
 What the environment lost has not ended: a lost trial's record stays in flight, its checkpoint
 stays, and Optuna is told nothing.
@@ -26,31 +24,21 @@ from vgid.cluster.mailbox import Job, Outcome, failure
 from vgid.errors import DiskError, InputError, SettingError
 from vgid.interrupts import POLL_S
 
-RETRIES = 3
-"""How often a lost job is put in flight again in one run of the study."""
-
-IN_A_ROW = 3
-"""So many different trials lost one after the other, of one cause, and the study stops."""
-
-# Classes of Ray and torch go by their names: neither need be there.
-
+RETRIES = 3  # how often a lost job is put in flight again in one run of the study
+IN_A_ROW = 3  # different trials lost one after the other, of one cause, stop the study
+# Classes of Ray and torch go by their names: neither need be there. After this one, the accelerator
+# does nothing any more for its process.
 BROKEN_ACCELERATOR = "torch.AcceleratorError"
-"""After it, the accelerator does nothing any more for this process."""
-
 ENVIRONMENTS = ("ray.exceptions.RayError", "torch.distributed.DistError", BROKEN_ACCELERATOR)
-
+# Errors of the system, of memory and between workers that come as another kind of exception.
 TOLD_BY_MESSAGE = re.compile(r"\(os error \d+\)|DefaultCPUAllocator|gloo/")
-"""Errors of the system, of memory and between workers that come as another kind of exception."""
 
 
 def blame(job: Job, error: Exception, has_session: bool, folders: Sequence[Path] = ()) -> Outcome:
     """The outcome of a job that ended with an exception.
 
-    Args:
-        job: the job.
-        error: what it raised.
-        has_session: whether model and data had been loaded by then.
-        folders: where the job writes, to name the one that is full.
+    ``has_session`` tells whether model and data had been loaded by then, ``folders`` where the job
+    writes, to name the one that is full.
     """
     own = has_session and (job.kind == "rescore" or isinstance(error, SettingError))
     # Once, it may be the neighbour on the card; a job for which memory is short again is too large
@@ -98,14 +86,10 @@ def _is_environments(error: Exception) -> bool:
 
 
 class Losses:
-    """What one run of a study has lost.
-
-    Attributes:
-        causes: why, by the id of each trial that was lost and has not ended since.
-    """
+    """What one run of a study has lost."""
 
     def __init__(self) -> None:
-        self.causes: dict[str, str] = {}
+        self.causes: dict[str, str] = {}  # by each trial that was lost and has not ended since
         self._attempts: Counter[str] = Counter()
         self._cause = ""
         self._row: set[str] = set()  # of trials that were lost one after the other
@@ -136,7 +120,7 @@ class Losses:
 
     @property
     def hopeless(self) -> str | None:
-        """The cause that lost ``IN_A_ROW`` trials one after the other; None while there is none."""
+        """The cause that lost ``IN_A_ROW`` trials one after the other, if there is one."""
         # Three trials, so that one that kills its worker each time does not end the study; three
         # steps, so that one node that takes three trials with it does not either.
         enough = min(self._steps, len(self._row)) >= IN_A_ROW
@@ -151,10 +135,7 @@ class Losses:
 def outcome_of(
     mailbox: Any, job: Job, is_over: Callable[[], bool], out_of_time: Callable[[], bool]
 ) -> Outcome:
-    """Wait for the outcome of a scoring; one that was lost is asked for again, so many times.
-
-    If ``is_over``, the wait ends soon, whatever the slots are about.
-    """
+    """Wait for a scoring's outcome, asked for again where lost; ``is_over`` ends the wait."""
     import ray
 
     while True:

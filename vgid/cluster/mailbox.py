@@ -2,9 +2,8 @@
 
 One asyncio actor for all slots. Both sides long-poll it, so nothing sleeps in a loop: a worker
 waits in ``take`` until there is a job, a trial waits in ``next_message`` until there is a report.
-It remembers which job a slot holds: when the slot's workers die, the next free slot is handed it.
-Every wait ends with whoever it is for: a new worker of a slot ends the poll of the one before, a
-new listener to a job takes the place of the one before.
+When a slot's workers die, the next free slot is handed the job that it held. Every wait ends with
+whoever it is for: a new worker of a slot ends the poll of the one before, and so does a listener.
 """
 
 import asyncio
@@ -20,64 +19,46 @@ from pydantic import Field
 from vgid.config import Config, TrialConfig
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 
-MAX_ATTEMPTS = 3
-"""How often a job may lose its worker before it is given up: it may be what kills it."""
-
+MAX_ATTEMPTS = 3  # times a job may lose its worker until it is given up: it may be what kills it
+# A slot that is started again more often than that within so many seconds is given up.
 MAX_RESTARTS = 5
 RESTART_WINDOW_S = 600.0
-"""A slot that is started again more often than that within that many seconds is given up."""
 
 
 class Job(Config):
     """One piece of work for a slot.
 
-    Attributes:
-        id: unique within the study; for a trial, its trial id.
-        kind: ``trial`` runs and scores ``trial``; ``base`` scores the base model on ``part``;
-            ``rescore`` scores the adapter in ``adapter`` on ``part``.
-        adapter: folder that the adapter is written to (trial) or read from (rescore).
-        checkpoints: folder of the trial's resumable state.
-        seed: of few-shot people, test poses and bootstrap, for base and rescore.
-        attempt: which one of this run of the study it is.
+    ``trial`` runs and scores one, ``base`` scores the base model on ``part``, ``rescore`` the
+    adapter in ``adapter``.
     """
 
-    id: str
+    id: str  # unique within the study; for a trial, its trial id
     kind: Literal["trial", "base", "rescore"]
     trial: TrialConfig | None = None
-    adapter: Path | None = None
-    checkpoints: Path | None = None
+    adapter: Path | None = None  # folder that it is written to (trial) or read from (rescore)
+    checkpoints: Path | None = None  # folder of the trial's resumable state
     part: QuestionPart = "search"
-    seed: int = 0
-    attempt: int = 1
+    seed: int = 0  # of few-shot people, test poses and bootstrap, for base and rescore
+    attempt: int = 1  # which one of this run of the study it is
 
 
 class Outcome(Config):
-    """How a job ended.
-
-    Attributes:
-        scores: of a base scoring or a re-scoring.
-        content: of a base scoring: ``precision`` of the weights (``vgid.study.ledger.CONTENT``).
-        error: one sentence, if it failed.
-        fatal: the error is in what all jobs share (model, data), so no job can succeed.
-        lost: the error is the environment's, not the job's own (``vgid.cluster.losses``), and the
-            job may succeed when it is tried again. A lost trial has no result.
-        trace: where its exception came from, without the message, for ``study.log``.
-        load_s: seconds that the worker spent on loading model and data for this job.
-        cycle_s: seconds from the end of the slot's job before to the end of this one; None for
-            the slot's first.
-    """
+    """How a job ended; a lost trial has no result."""
 
     job_id: str
     result: TrialResult | None = None
-    scores: dict[str, Score] = Field(default_factory=dict)
-    content: dict[str, str] = Field(default_factory=dict)
-    error: str | None = None
-    fatal: bool = False
+    scores: dict[str, Score] = Field(default_factory=dict)  # of a base scoring or a re-scoring
+    content: dict[str, str] = Field(default_factory=dict)  # of the base: ``study.ledger.CONTENT``
+    error: str | None = None  # one sentence
+    fatal: bool = False  # it is in what all jobs share (model, data): no job can succeed
+    # It is the environment's (``vgid.cluster.losses``): the job may succeed when tried again.
     lost: bool = False
-    trace: str | None = None
-    load_s: float = 0.0
+    trace: str | None = None  # where its exception came from, without the message
+    load_s: float = 0.0  # seconds that the worker spent on loading model and data for this job
     slot: int = -1
-    cycle_s: float | None = None
+    cycle_s: float | None = (
+        None  # seconds since the end of the slot's job before, None for its first
+    )
 
     def log_trace(self) -> None:
         """Write where its error came from to stderr, which is ``study.log`` in a study's driver."""
@@ -86,36 +67,25 @@ class Outcome(Config):
 
 
 class Traffic(Config):
-    """Where a study's jobs are.
+    """Where a study's jobs are."""
 
-    Attributes:
-        moves: how often a job was taken, reported or ended; what stands still does not count.
-        waiting: ids of jobs that wait for a slot, the next one first.
-        held: the job that each busy slot holds.
-        down: slots that are starting, or starting again.
-    """
-
-    moves: int = 0
-    waiting: tuple[str, ...] = ()
-    held: dict[int, str] = Field(default_factory=dict)
+    moves: int = 0  # how often a job was taken, reported or ended; what stands still does not count
+    waiting: tuple[str, ...] = ()  # ids of jobs that wait for a slot, the next one first
+    held: dict[int, str] = Field(default_factory=dict)  # the job of each busy slot
     idle: tuple[int, ...] = ()
-    down: tuple[int, ...] = ()
+    down: tuple[int, ...] = ()  # slots that are starting, or starting again
     given_up: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
 class _Ticket:
-    """A job on its way: what was reported, and what was decided about the last report.
-
-    ``caller`` is who wants to hear of it, ``asking`` its question for the next message; ``heard``
-    is the last message it was given, until it asks for another.
-    """
+    """A job on its way: what was reported, and what was decided about the last report."""
 
     job: Job
-    caller: str
+    caller: str  # who wants to hear of it
     messages: "deque[EpochReport | Outcome]" = field(default_factory=deque)
-    asking: "asyncio.Future[EpochReport | Outcome | None] | None" = None
-    heard: EpochReport | Outcome | None = None
+    asking: "asyncio.Future[EpochReport | Outcome | None] | None" = None  # for the next message
+    heard: EpochReport | Outcome | None = None  # the last one given, until it asks for another
     decision: "asyncio.Future[bool] | None" = None
     last_epoch: int = 0
     attempts: int = 0
@@ -136,17 +106,13 @@ class _Ticket:
 
 @dataclass
 class _Slot:
-    """What the mailbox knows of one slot.
+    """What the mailbox knows of one slot."""
 
-    ``worker`` names the process that serves it now, empty while there is none; ``useful`` tells
-    whether a job has ended in it since its last restart, ``restarts`` when those were that count,
-    by the job that was lost: a job that kills every worker is not the slot's fault.
-    """
-
-    worker: str = ""
+    worker: str = ""  # the process that serves it, if there is one
     holds: _Ticket | None = None
     last_end: float | None = None
-    useful: bool = False
+    useful: bool = False  # whether a job has ended in it since its last restart
+    # When it was restarted, by the job that was lost: one that kills every worker is not its fault.
     restarts: dict[str, float] = field(default_factory=dict)
     given_up: bool = False
 
@@ -184,14 +150,13 @@ class Mailbox:
     async def submit(self, job: Job, caller: str = "") -> None:
         """Queue a job; jobs are served in the order of submission.
 
-        A job that is on its way already goes on: from now on ``caller`` hears of it, and the one
-        before, which must be dead, no longer. What that one heard last may have died with it, and
-        is told again; so is an outcome, unless the job was lost and is to run anew.
+        A job that is on its way already goes on, and ``caller`` hears of it in place of the one
+        before, which must be dead. What that one heard last is told again; so is an outcome, unless
+        the job was lost and is to run anew.
         """
         ticket = self._tickets.get(job.id)
         if ticket is not None and ticket.caller != caller and not ticket.cancelled:
-            # Taken over, not refused: a trial whose Tune process died is handed out again under its
-            # id.
+            # A trial whose Tune process died is handed out again under its id.
             ticket.caller, heard = caller, ticket.heard
             if heard is not None and not (isinstance(heard, Outcome) and heard.lost):
                 ticket.messages.appendleft(heard)
@@ -210,7 +175,7 @@ class Mailbox:
         """The job's next report, or its outcome as the last one; waits for it.
 
         Asking for the next report is the decision to go on after the one before. Of several
-        questions for one job the newest gets the answer: those before came from the dead.
+        questions for one job the newest gets the answer.
         """
         if self._stopped:
             return Outcome(job_id=job_id, error="interrupted")
@@ -279,7 +244,7 @@ class Mailbox:
         )
 
     async def fail(self, error: str, lost: bool = False) -> None:
-        """Nothing can run any more: end every job with ``error``, and those still to come."""
+        """End every job with ``error``, and those still to come: nothing can run any more."""
         self._last_word = Outcome(job_id="", error=error, fatal=True, lost=lost)
         self._waiting.clear()
         for ticket in list(self._tickets.values()):
@@ -294,9 +259,9 @@ class Mailbox:
     # The side of the slots
 
     async def take(self, slot: int, worker: str) -> Job | None:
-        """The next job for a slot; waits for one. None when the slot is to end.
+        """The next job for a slot, in which a new ``worker`` means that the one before is gone.
 
-        A new ``worker`` in the slot means that the one before is gone.
+        Waits for one; None when the slot is to end.
         """
         state = self._slots[slot]
         if state.holds is not None or state.worker not in ("", worker):
@@ -308,8 +273,7 @@ class Mailbox:
             )
             if not self._wants(state) or state.worker != worker:
                 return None
-            # Held from this moment on, before the worker has it: a worker that dies on the way
-            # loses nothing.
+            # Before the worker has it: one that dies on the way loses nothing.
             ticket = state.holds = self._waiting.popleft()
         ticket.attempts += 1
         self._moves += 1
@@ -319,8 +283,7 @@ class Mailbox:
         """The workers of a slot are gone; what it held goes to whichever slot is next.
 
         Called once before a slot first starts, and whenever it is about to start again. More than
-        ``MAX_RESTARTS`` in ``RESTART_WINDOW_S`` end the slot, and without any slot the study. Not
-        counted is a restart after a job that has ended: its failure may have asked for it.
+        ``MAX_RESTARTS`` in ``RESTART_WINDOW_S`` end the slot, and without any slot the study.
         ``cause`` tells nothing private.
         """
         first = slot not in self._slots
@@ -328,6 +291,7 @@ class Mailbox:
         if first:
             return
         ticket, state.holds = state.holds, None
+        # Not counted is a restart after a job that has ended: its failure may have asked for it.
         if ticket is not None or not state.useful:
             _count_restart(state, None if ticket is None else ticket.job.id)
         state.worker, state.useful = "", False
@@ -356,21 +320,19 @@ class Mailbox:
     async def report(self, slot: int, job_id: str, report: EpochReport) -> bool:
         """An epoch is over; waits for the decision and returns whether to go on.
 
-        After the last epoch nothing is left to decide, so the evaluation starts at once. An epoch
-        that was reported before its worker died is not reported again. A slot that does not hold
-        the job, which then runs elsewhere, is to stop.
+        A slot that does not hold the job, which then runs elsewhere, is to stop.
         """
         state = self._slots[slot]
         ticket = state.holds
         if ticket is None or ticket.job.id != job_id or ticket.ended or ticket.cancelled:
             return False
         self._moves += 1
-        if report.epoch <= ticket.last_epoch:
+        if report.epoch <= ticket.last_epoch:  # reported before its worker died
             return True
         ticket.last_epoch = report.epoch
         decision = ticket.decision = asyncio.get_running_loop().create_future()
         ticket.tell(report)
-        if report.epoch >= report.epochs:
+        if report.epoch >= report.epochs:  # nothing is left to decide, the evaluation may start
             return True
         return await decision
 
@@ -414,8 +376,7 @@ def _count_restart(state: _Slot, lost: str | None) -> None:
     # By job, so that a job that kills three workers in a row is one restart, not three of five.
     state.restarts[lost or f"none at {now}"] = now
     recent = {key: at for key, at in state.restarts.items() if at > now - RESTART_WINDOW_S}
-    state.restarts = recent
-    state.given_up = len(recent) > MAX_RESTARTS
+    state.restarts, state.given_up = recent, len(recent) > MAX_RESTARTS
 
 
 def failure(job: Job, error: str, lost: bool = False) -> Outcome:

@@ -1,8 +1,7 @@
 """What a slot takes of its node: cores, threads, GPUs, and memory.
 
-Memory is Ray's own processes for the slot, and each worker's. It is computed too low rather than
-too high: a slot that is counted as too large costs a study time, and at worst refuses what would
-have run.
+Memory is computed too low rather than too high: a slot that is counted as too large costs a study
+time, and at worst refuses what would have run.
 """
 
 import math
@@ -18,31 +17,25 @@ from rich.filesize import decimal
 from vgid.config import TrialConfig
 from vgid.errors import InputError
 
+# One thread a worker everywhere: the same numbers on every machine, and faster than two threads
+# where trials share the cores.
 CPUS_PER_WORKER = 1
-"""One thread a worker everywhere: the same numbers on every machine, and faster than two threads
-where trials share the cores."""
-
+# Ray's processes beside the workers of one slot: Train's controller and synchronisation actor, and
+# Tune's trainable: 386 in the sum of their proportional set sizes
+# (``python -m tests.benchmarks.slot_memory``), and some to spare.
 RAY_BYTES = 420 * 10**6
-"""Ray's processes beside the workers of one slot: Train's controller and synchronisation actor, and
-Tune's trainable: 386 in the sum of their proportional set sizes
-(``python -m tests.benchmarks.slot_memory``), and some to spare."""
-
+# A worker of an embedded backbone: Python, torch, encoded data, a trial. 747 by the same measure
+# between trials, up to 907 resident in the midst of one.
 WORKER_BYTES = 900 * 10**6
-"""A worker of an embedded backbone: Python, torch, encoded data, a trial. 747 by the same measure
-between trials, up to 907 resident in the midst of one."""
 
 
 @dataclass(frozen=True)
 class SlotShape:
-    """The resources of one slot: ``workers`` processes with ``gpus_per_worker`` GPUs each.
-
-    Attributes:
-        worker_bytes: memory of a worker, see the function of that name.
-    """
+    """The resources of one slot: ``workers`` processes with ``gpus_per_worker`` GPUs each."""
 
     workers: int = 1
     gpus_per_worker: float = 0.0
-    worker_bytes: int = WORKER_BYTES
+    worker_bytes: int = WORKER_BYTES  # see the function of that name
 
     @property
     def per_worker(self) -> dict[str, float]:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,17 @@ from ray import tune
 from vgid.cluster.mailbox import Job, Outcome
 from vgid.results import OBJECTIVES, EpochReport
 
+# Key of a Tune config: the job as JSON, which is all that a trial goes by. The searched fields
+# stand beside it for Ray's tables and dashboard, which show a parameter a column.
 JOB = "job"
-"""Key of a Tune config: the job as JSON, which is all that a trial goes by. The searched fields
-stand beside it for Ray's tables and dashboard, which show a parameter a column."""
-
-CANCEL_S = 5.0
-"""How long the end of a study waits for a mailbox that may just be starting again."""
-
-REPORT, OUTCOME = "report", "outcome"
-"""Keys of a Tune result: an EpochReport or the final Outcome, as JSON."""
+CANCEL_S = 5.0  # how long the end of a study waits for a mailbox that may be starting again
+REPORT, OUTCOME = "report", "outcome"  # keys of a Tune result, each with one as JSON
 
 
 def told(message: EpochReport | Outcome) -> dict[str, Any]:
-    """What Ray Tune is told of a message: the objectives, and the message as one text.
-
-    In the driver Tune keeps statistics of every number that a trial ever reported: of all of a
-    trial's scores, 0.4 MB a trial.
-    """
+    """What Ray Tune is told of a message: the objectives, and the message as one text."""
+    # In the driver Tune keeps statistics of every number that a trial ever reported: of all of a
+    # trial's scores, 0.4 MB a trial.
     if isinstance(message, EpochReport):
         return {REPORT: message.model_dump_json()}
     metrics = {} if message.result is None else message.result.metrics
@@ -90,29 +85,23 @@ class Live:
         return {}
 
 
+@dataclass(eq=False)
 class Recorder(Live, tune.Callback):
     """Tells the study what its trials do, in the driver, in the order in which it happens.
 
-    Args:
-        on_epoch: called with the trial id and each epoch report.
-        on_end: called with the trial id and its outcome; None for a trial that the scheduler
-            stopped (its last report is given instead) or whose process died.
+    ``on_end`` is told None for the outcome of a trial that the scheduler stopped, whose last report
+    it is given instead, or whose process died.
     """
 
-    def __init__(
-        self,
-        on_epoch: Callable[[str, EpochReport], None],
-        on_end: Callable[[str, Outcome | None, EpochReport | None], None],
-    ) -> None:
-        self._on_epoch = on_epoch
-        self._on_end = on_end
+    on_epoch: Callable[[str, EpochReport], None]
+    on_end: Callable[[str, Outcome | None, EpochReport | None], None]
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """Pass an epoch report on."""
         if REPORT in result:
-            self._on_epoch(_job(trial).id, EpochReport.model_validate_json(result[REPORT]))
+            self.on_epoch(_job(trial).id, EpochReport.model_validate_json(result[REPORT]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Pass the outcome of a trial on; Tune, which keeps every trial, need not keep it."""
@@ -120,28 +109,28 @@ class Recorder(Live, tune.Callback):
         text = last.pop(OUTCOME, None)
         outcome = None if text is None else Outcome.model_validate_json(text)
         report = EpochReport.model_validate_json(last[REPORT]) if REPORT in last else None
-        self._on_end(_job(trial).id, outcome, report)
+        self.on_end(_job(trial).id, outcome, report)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trainable's own process died; the slot's worker may be well."""
-        self._on_end(_job(trial).id, None, None)
+        self.on_end(_job(trial).id, None, None)
 
 
+@dataclass(eq=False)
 class _StopWhenOver(Live, tune.Stopper):
     """Stops the whole search as soon as it is over, and wakes everyone who waits for a trial."""
 
-    def __init__(self, is_over: Callable[[], bool], mailbox: Any) -> None:
-        self._is_over = is_over
-        self._mailbox = mailbox
+    is_over: Callable[[], bool]
+    mailbox: Any
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        if not self._is_over():
+        if not self.is_over():
             return False
         with contextlib.suppress(ray.exceptions.RayError):  # without a mailbox nobody waits for it
-            ray.get(self._mailbox.cancel_all.remote(), timeout=CANCEL_S)
+            ray.get(self.mailbox.cancel_all.remote(), timeout=CANCEL_S)
         return True
 
 

@@ -10,29 +10,19 @@ from typing import Any
 from vgid.cluster.mailbox import Traffic
 from vgid.command_line import duration
 
-PATIENCE_S = 60.0
-"""So long nothing may move before the study says what it waits for; doubled each time it does."""
-
-LOOK_S = 5.0
-"""Seconds between two looks at the mailbox, and how long it may take to answer."""
-
-NAMED = 5
-"""So many trials are named in a sentence; of more it gives the number."""
+PATIENCE_S = 60.0  # after which a study says what it waits for; doubled each time it does
+LOOK_S = 5.0  # between two looks at the mailbox, and how long it may take to answer
+NAMED = 5  # trials are named in a sentence; of more it gives the number
 
 
 @dataclass
 class Watchdog:
-    """A thread that looks at where the jobs are, until it is closed.
-
-    Attributes:
-        room: how many of the study's slots the cluster's nodes have room for now.
-        out_of_time: whether the time budget is over; what then waits for a minute with no slot
-            that could take it is given up.
-    """
+    """A thread that looks at where the jobs are, until it is closed."""
 
     mailbox: Any
     say: Callable[[str], None]
-    room: Callable[[], int]
+    room: Callable[[], int]  # how many of the study's slots the cluster's nodes hold now
+    # What then waits for a minute with no slot that could take it is given up.
     out_of_time: Callable[[], bool]
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
-"""What a study shows while it runs and when it is done.
+"""What a study shows while it runs and when it is done: a live display, or a line per event.
 
-On a terminal a live display, elsewhere (a Ray job, a log file) one plain line per event. What Ray
-and other libraries print goes to ``study.log`` in the output folder instead.
+What Ray and other libraries print goes to ``study.log`` in the output folder instead.
 """
 
 import os
@@ -74,28 +73,19 @@ def last_words(sentence: str) -> Iterator[None]:
 
 @dataclass
 class Standing:
-    """Where the study stands.
+    """Where the study stands."""
 
-    Attributes:
-        trials: how many there are to be.
-        counts: ended and lost trials by status.
-        front: how many are on it.
-        hypervolume: of the front, None until the base model is scored.
-        trial_s: seconds of the last trials that ended in this run.
-        budget_s: for new trials.
-    """
-
-    trials: int
+    trials: int  # how many there are to be
     slots: int = 1
-    counts: dict[str, int] = field(default_factory=dict)
-    front: int = 0
-    hypervolume: float | None = None
-    trial_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))
-    budget_s: float | None = None
+    counts: dict[str, int] = field(default_factory=dict)  # ended and lost trials by status
+    front: int = 0  # how many are on it
+    hypervolume: float | None = None  # of the front, None until the base model is scored
+    trial_s: deque[float] = field(default_factory=lambda: deque(maxlen=64))  # of this run's last
+    budget_s: float | None = None  # for new trials
 
     @property
     def ended(self) -> int:
-        """Trials that have ended, however; a lost one has not."""
+        """Trials that have ended; a lost one has not."""
         return sum(count for status, count in self.counts.items() if status != "lost")
 
     def left_s(self, elapsed_s: float) -> float | None:
@@ -203,10 +193,7 @@ class StudyConsole:
 def print_summary(
     stream: TextIO, summary: Mapping[str, Any], front: Sequence[TrialRecord], ui_command: str
 ) -> None:
-    """Print the front, the phases and the files; the last line says how to open the MLflow UI.
-
-    ``summary`` is the content of ``study.json``.
-    """
+    """Print what ``study.json`` and the front hold; the last line opens the MLflow UI."""
     console = Console(
         file=stream, highlight=False, markup=False, width=None if stream.isatty() else 140
     )
@@ -237,10 +224,7 @@ def print_summary(
 def _front_table(
     front: Sequence[TrialRecord], base: Mapping[QuestionPart, Mapping[str, Score]]
 ) -> Grid:
-    """The front from least to most forgotten, with held-out scores where there are any.
-
-    The base's row has what a reduction is of, and what the other scores were before.
-    """
+    """The front from least to most forgotten, with held-out scores where there are any."""
     search, held_out_base = base.get("search", {}), base.get("held_out", {})
     reduction, retain = OBJECTIVES
     scored = {reduction: "forget red.", retain: "retain", "test_rougeL": "test"}
@@ -263,7 +247,7 @@ def _front_table(
 
 
 def _before(base: Mapping[str, Score], name: str) -> str | float | None:
-    """The base's cell in a column of the front: what a reduction is of, or the score itself."""
+    """The base's cell in a column: what a reduction is of, or the score itself."""
     score = base.get(name.removesuffix("_reduction"))
     if score is None:
         return None

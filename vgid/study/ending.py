@@ -15,23 +15,15 @@ from vgid.interrupts import Interrupt
 class Ending:
     """What may end a study: a signal, bad input, the environment, its time budget.
 
-    Whoever waits in a study waits for this too. Of several causes the first is told. After
-    ``budget_s`` seconds no new trial starts.
-
-    Attributes:
-        interrupt: the signals.
-        failure: what no trial of the study can get past, in one sentence: bad input.
-        stopped: what of the environment ended it; a resume goes on from there.
-        cut_short: whether a signal left something undone.
-        left: whether the driver is leaving with an exception of its own.
+    Whoever waits in a study waits for this too. Of several causes the first is told.
     """
 
-    budget_s: float | None
+    budget_s: float | None  # after which no new trial starts
     interrupt: Interrupt = field(default_factory=Interrupt, init=False)
-    failure: str | None = field(default=None, init=False)
-    stopped: str | None = field(default=None, init=False)
-    cut_short: bool = field(default=False, init=False)
-    left: bool = field(default=False, init=False)
+    failure: str | None = field(default=None, init=False)  # bad input: no trial can get past it
+    stopped: str | None = field(default=None, init=False)  # by the environment, for a resume
+    cut_short: bool = field(default=False, init=False)  # a signal left something undone
+    left: bool = field(default=False, init=False)  # the driver leaves by an exception of its own
     _started: float = field(default_factory=time.monotonic, init=False)
 
     @property
@@ -45,7 +37,7 @@ class Ending:
         return ended or self.left or self.interrupt.came
 
     def out_of_time(self) -> bool:
-        """Whether the time budget is over: no new trial starts, what runs goes on."""
+        """Whether the time budget is over."""
         return self.budget_s is not None and self.elapsed_s > self.budget_s
 
     def stop(self, cause: str) -> None:

@@ -2,8 +2,7 @@
 
 ``DIR`` is a study's output folder. ``mlflow:RUN`` is the parent run of a study on a tracking
 server: ``study.json`` and ``front.csv`` are its artifacts, the adapters those of its child runs,
-so the folder may be gone. Either way settings come from the tables and are checked like any other
-input, and no path in a file decides what is read.
+so the folder may be gone. No path in a file decides what is read.
 """
 
 import csv
@@ -41,18 +40,13 @@ class BaseScores(Config):
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial that completed.
-
-    Attributes:
-        point: forget reduction and retain ROUGE-L on the search questions.
-        held_out: ``PICK_SCORES`` on the held-out questions; None where it was not scored again.
-    """
+    """A trial that completed."""
 
     trial_id: str
     config: TrialConfig
-    point: tuple[float, float]
+    point: tuple[float, float]  # forget reduction and retain ROUGE-L on the search questions
     adapter: Path
-    held_out: Mapping[str, float] | None = None
+    held_out: Mapping[str, float] | None = None  # ``PICK_SCORES``, if it was scored again
 
 
 @dataclass(frozen=True)
@@ -94,15 +88,7 @@ class StudyFront:
 
 
 class Source(Config):
-    """A study and its front: what is read of ``study.json``, which has more, and where it is.
-
-    Attributes:
-        base: the base model's scores by part.
-        name: as the user wrote it, for messages.
-        trials: the front, by trial id.
-        folder: the study's folder, None if it is gone.
-        uri: where the study is recorded, if not where its config says.
-    """
+    """A study and its front: what is read of ``study.json``, which has more, and where it is."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -113,11 +99,11 @@ class Source(Config):
     versions: dict[str, str]
     data_sha256: str
     base_revision: str = Field(alias="base_sha256")
-    base: dict[str, Any] = Field(default_factory=dict)
-    name: str
-    trials: tuple[Trial, ...]
-    folder: Path | None
-    uri: str | None
+    base: dict[str, Any] = Field(default_factory=dict)  # the base model's scores by part
+    name: str  # as the user wrote it, for messages
+    trials: tuple[Trial, ...]  # the front, by trial id
+    folder: Path | None  # None if it is gone
+    uri: str | None  # where it is recorded, if not where its config says
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -155,10 +141,8 @@ class Source(Config):
 def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     """Open a study by its folder, or by ``mlflow:`` and the id of its parent run.
 
-    Args:
-        name: see above.
-        tracking_uri: where ``mlflow:`` runs are; also in place of the folder's own.
-        scratch: empty folder for what MLflow sends.
+    ``tracking_uri`` is where the run is, and stands in place of the folder's own; ``scratch`` is an
+    empty folder for what MLflow sends.
 
     Raises:
         InputError: no study there, one that has not ended, or a file of it is missing or damaged.

@@ -25,7 +25,7 @@ from vgid.errors import InputError
 from vgid.files import lock, refuse_links, write_atomically
 from vgid.results import EpochReport, TrialResult, trial_order
 
-# A study that went on otherwise would compare trials that were made in two ways.
+# Fields of a study that a resume must repeat: otherwise its trials were made in two ways.
 MUST_AGREE = (
     "backbone",
     "model_path",
@@ -40,10 +40,9 @@ MUST_AGREE = (
     "workers_per_trial",
     "tracking_uri",
 )
-"""Fields of a study that a resume must repeat."""
-
+# The others: how much and how fast, and where files lie whose content must agree.
 MAY_CHANGE = tuple(name for name in StudyConfig.model_fields if name not in MUST_AGREE)
-"""The others: how much and how fast, and where files lie whose content must agree."""
+# What a header holds of a study's content: what it is called, and how to have it again.
 
 CONTENT = {
     "vgid_version": ("vgid", "install that version"),
@@ -54,34 +53,21 @@ CONTENT = {
         "give the workers a GPU (--gpus-per-worker) or none, as they had before",
     ),
 }
-"""What a header holds of a study's content: what it is called, and how to have it again."""
-
 C = TypeVar("C", bound=Config)
 
 
 class Header(Config):
-    """What a study is.
+    """What a study is; times are UTC, ISO 8601, here and in its trials' records."""
 
-    Attributes:
-        study_id: its name in MLflow and Optuna, unique.
-        config: as it was started.
-        search_space_sha256: of the search-space file, which must not change in between.
-        started: UTC, ISO 8601, as all times here.
-        vgid_version: of this package. This and what follows must not change in between either;
-            None where it is not known yet, or was not recorded when the study was started.
-        data_sha256: of the benchmark.
-        base_revision: of the base model: its hub commit or SHA-256.
-        precision: dtype of the base's weights in the workers.
-    """
-
-    study_id: str
-    config: StudyConfig
+    study_id: str  # its name in MLflow and Optuna, unique
+    config: StudyConfig  # as it was started
     search_space_sha256: str
     started: str
+    # None where it is not known yet, or was not recorded when the study was started; then constant.
     vgid_version: str | None = None
     data_sha256: str | None = None
-    base_revision: str | None = None
-    precision: str | None = None
+    base_revision: str | None = None  # hub commit or SHA-256
+    precision: str | None = None  # dtype of the base's weights in the workers
 
 
 class Heard(Config):
@@ -92,26 +78,19 @@ class Heard(Config):
 
 
 class Record(Config):
-    """One trial.
+    """One trial; ``ended`` and ``result`` are None while it is in flight."""
 
-    Attributes:
-        trial_id: four digits, the trial's number in Optuna.
-        epochs: what it reported so far, by optimizer step.
-        ended: None while in flight, as ``result``.
-        failures: why earlier runs of it failed that were retried.
-        overhead_s: seconds of the slot that went to neither training nor evaluation, counted from
-            the end of the slot's job before; None for the slot's first.
-    """
-
-    trial_id: str = Field(pattern=r"^\d{4,}$")
+    trial_id: str = Field(pattern=r"^\d{4,}$")  # the trial's number in Optuna
     config: TrialConfig
     started: str
-    epochs: tuple[Heard, ...] = ()
+    epochs: tuple[Heard, ...] = ()  # reported so far, by optimizer step
     ended: str | None = None
     result: TrialResult | None = None
     slot: int | None = None
+    # Seconds of the slot that went to neither training nor evaluation, counted from the end of its
+    # job before; None for its first.
     overhead_s: float | None = None
-    failures: tuple[str, ...] = ()
+    failures: tuple[str, ...] = ()  # of earlier runs of it that were retried
 
     @model_validator(mode="after")
     def _result_is_its_own(self) -> Self:
@@ -153,10 +132,7 @@ def now() -> str:
 #
 # A file each, because a rename replaces one file whole, and damage then costs one trial.
 class Ledger:
-    """The record of one study, held by one process at a time; use as a context manager.
-
-    Args:
-        output: the study's folder, created if need be.
+    """The record of one study in ``output``, held by one process at a time; a context manager.
 
     Raises:
         InputError: another process runs a study in this folder, or it cannot be written.
@@ -184,7 +160,7 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder; an output folder in which nothing was begun is removed again."""
+        """Let go of the folder; one that was made here and in which nothing was begun goes."""
         if not self._file.exists():
             with contextlib.suppress(OSError):
                 if self.folder.exists():
@@ -240,9 +216,9 @@ class Ledger:
         self.header = header
 
     def settle(self, **found: str) -> list[str]:
-        """Compare keys of ``CONTENT`` with what the study was started with, and keep what is new.
+        """Hold keys of ``CONTENT`` against what the study was started with, and keep what is new.
 
-        Returned is what older trials may have had otherwise, since nobody recorded it then.
+        Returned are those that older trials may have had otherwise: nobody recorded them then.
 
         Raises:
             InputError: something differs.
@@ -262,9 +238,7 @@ class Ledger:
         return [CONTENT[name][0] for name in new] if self.ended else []
 
     def resume(self, config: StudyConfig, search_space_sha256: str) -> Header:
-        """Read the record of a study that was begun earlier.
-
-        Of the study's content only the version of vgid is compared here; see ``settle``.
+        """Read the record of a study that was begun earlier; of its content only the version.
 
         Raises:
             InputError: no study here, a damaged record, or a study that is not the same.
@@ -320,7 +294,7 @@ class Ledger:
         return self.records[name]
 
     def epoch(self, name: str, report: EpochReport) -> Record:
-        """Record an epoch of a trial in flight; steps that are recorded are left alone."""
+        """Record an epoch of a trial in flight."""
         record = self.records[name]
         # A resumed trial tells its epochs again from the checkpoint: they are the same, and count
         # once.
@@ -333,7 +307,7 @@ class Ledger:
         """Record how a trial ended, with further fields of ``Record``, and drop its checkpoints.
 
         Raises:
-            ValueError: the trial has ended before; what is recorded then is final.
+            ValueError: the trial has ended before.
             InputError: the record cannot be written; the trial stays in flight.
         """
         if self.records[name].result is not None:
@@ -376,15 +350,13 @@ class Ledger:
         return record.model_copy(update={"result": record.result.model_copy(update=adapter)})
 
     def _has_worked(self, path: Path) -> bool:
-        """Whether anything came of a started trial: a result, a state to go on from, a failure."""
         if self.checkpoints(path.stem).exists():
             return True
         record = self._read(path, Record)
         return record.result is not None or bool(record.epochs or record.failures)
 
     def _sweep(self) -> None:
-        """Remove what a killed process had written half."""
-        for stray in self.folder.glob(".*"):
+        for stray in self.folder.glob(".*"):  # half written by a killed process
             stray.unlink()
 
     def _write(self, path: Path, model: Config) -> None:

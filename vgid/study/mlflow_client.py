@@ -4,7 +4,7 @@ import logging
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -13,10 +13,10 @@ from typing import Any
 
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
+from vgid.report.tables import as_text
 
+# How long a server may take to say that it is there; its requests may take longer.
 PROBE_SECONDS = 2.0
-"""How long a server may take to say that it is there; its requests may take longer."""
-
 SETTINGS = {  # before MLflow is imported
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -24,20 +24,15 @@ SETTINGS = {  # before MLflow is imported
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 
-MAX_METRICS = 800
-"""In one request; MLflow takes 1,000 items, parameters and tags among them."""
+MAX_METRICS = 800  # in one request; MLflow takes 1,000 items, parameters and tags among them
 
 
 @dataclass(frozen=True)
 class Connection:
-    """An open tracking store, with its ``MlflowClient``, and the backbone's experiment in it.
-
-    Attributes:
-        uri: where it writes, without credentials, for messages and commands.
-    """
+    """An open tracking store, with its ``MlflowClient``, and the backbone's experiment in it."""
 
     client: Any
-    uri: str
+    uri: str  # without credentials, for messages and commands
     experiment_id: str
 
     def answers(self) -> bool:
@@ -47,13 +42,21 @@ class Connection:
     def log(
         self,
         run_id: str,
-        metrics: Sequence[Any] = (),
-        params: Sequence[Any] = (),
-        tags: Sequence[Any] = (),
+        metrics: Sequence[tuple[str, float, int, int]] = (),
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Write to a run, in as many requests as it takes; the first has parameters and tags."""
-        first, rest = metrics[:MAX_METRICS], metrics[MAX_METRICS:]
-        self.client.log_batch(run_id, first, params, tags, synchronous=True)
+        """Write to a run: metrics by name, value, milliseconds and step; parameters but None.
+
+        It takes as many requests as it must; the first has parameters and tags.
+        """
+        from mlflow.entities import Metric, Param, RunTag
+
+        first, rest = [Metric(*each) for each in metrics[:MAX_METRICS]], metrics[MAX_METRICS:]
+        known = {name: value for name, value in (params or {}).items() if value is not None}
+        named = [Param(name, as_text(value)) for name, value in known.items()]
+        marks = [RunTag(*tag) for tag in (tags or {}).items()]
+        self.client.log_batch(run_id, first, named, marks, synchronous=True)
         if rest:
             self.log(run_id, rest)
 
@@ -78,8 +81,8 @@ def connect(uri: str | None, output: Path, backbone: str) -> Connection:
     """Open the store, and find or create the backbone's experiment.
 
     Importing MLflow and making the tables of a new SQLite file take seconds, so callers do this in
-    a thread. It must be done before other processes open the file. Without a URI the file is
-    ``mlflow.db`` in ``output``, the study's folder, and ``mlartifacts`` is beside it.
+    a thread, and before other processes open the file. Without a URI the file is ``mlflow.db`` in
+    ``output``, the study's folder, and ``mlartifacts`` is beside it.
 
     Raises:
         InputError: the URI is none, nobody answers there, or the database cannot be opened.

@@ -20,8 +20,8 @@ from vgid.study.plan import Plan
 TABLES = ("study.json", "trials.csv", "front.csv")
 TRIAL_PHASES = ("teacher", "train", "evaluate", "save")
 
+# Seconds by phase: ``total_s`` over the study, ``median_s`` of a trial.
 Phases = dict[str, dict[str, float]]
-"""Seconds by phase: ``total_s`` over the study, ``median_s`` of a trial."""
 
 
 class Scoreboard:
@@ -29,12 +29,6 @@ class Scoreboard:
 
     Each ended trial is taken in once, so that what a trial costs does not grow with the study;
     the trials themselves are the ledger's, which is open.
-
-    Attributes:
-        base: scores of the base model by part of the questions, as far as they are known.
-        held_out: held-out scores of trials on the front, by trial id.
-        lost: why trials are lost that have not ended, by trial id; known when the study stops.
-        unscored: why the base or trials of the front have no held-out scores, by name.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -42,8 +36,10 @@ class Scoreboard:
         self._front = GrowingFront()
         self._counts: dict[str, int] = {"completed": 0, "pruned": 0, "failed": 0}
         self._volume: float | None = None
-        self.base: dict[QuestionPart, dict[str, Score]] = {}
-        self.held_out: dict[str, dict[str, Score]] = {}
+        self.base: dict[QuestionPart, dict[str, Score]] = {}  # as far as they are known
+        self.held_out: dict[str, dict[str, Score]] = {}  # of trials on the front
+        # Why trials are lost that have not ended, known when the study stops; and why the base or
+        # trials of the front have no held-out scores.
         self.lost: dict[str, str] = {}
         self.unscored: dict[str, str] = {}
         for record in ledger.ended:
@@ -96,16 +92,16 @@ class Scoreboard:
 
     @property
     def reference_point(self) -> tuple[float, float] | None:
-        """Where the hypervolume counts from: nothing forgotten, half the base's retain score.
+        """Nothing forgotten, half the base's retain score, whatever the front is.
 
-        Fixed by the base model, whatever the front is; None until the base is scored.
+        None until the base is scored, and so is the hypervolume.
         """
         base = self.base.get("search")
         return None if base is None else (0.0, 0.5 * base["retain_rougeL"].value)
 
     @property
     def hypervolume(self) -> float | None:
-        """Of the front above the reference point; None until the base is scored."""
+        """Of the front above the reference point."""
         reference = self.reference_point
         if reference is not None and self._volume is None:
             self._volume = self._front.hypervolume(reference)
@@ -163,15 +159,10 @@ def store_use(ended: Sequence[Record], store: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Material:
-    """What a study is made of, as far as it is known.
+    """What a study is made of, as far as it is known."""
 
-    Attributes:
-        hashes: SHA-256 of the ``dataset`` and of the ``base``.
-        verbatim: which scored questions training sees (``splits.count_verbatim``).
-    """
-
-    hashes: dict[str, str] = field(default_factory=dict)
-    verbatim: Verbatim = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)  # SHA-256 of ``dataset`` and ``base``
+    verbatim: Verbatim = field(default_factory=dict)  # see ``splits.count_verbatim``
 
 
 def study_summary(

@@ -15,28 +15,20 @@ from vgid.study.search_space import FOLDER, Choices, SearchSpace
 if TYPE_CHECKING:
     from vgid.data.benchmark import Benchmark
 
-OWN_DATA = "data"
-"""Where the embedded backbone's benchmark is written in the output folder."""
-
+OWN_DATA = "data"  # where the embedded backbone's benchmark is written in the output folder
+# A study of the embedded backbone writes some 100 MB; with nearly no space left it cannot end.
 MIN_FREE_BYTES = 500 * 2**20
-"""A study of the embedded backbone writes some 100 MB; with nearly no space left it cannot end."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked study.
-
-    Attributes:
-        request: what every trial of the study shares.
-        shape: resources of a slot.
-        benchmark: the data without what is left out; None where it is the embedded backbone's own
-            and is to be written.
-    """
+    """A checked study."""
 
     config: StudyConfig
     space: SearchSpace
-    request: RequestConfig
+    request: RequestConfig  # what every trial of the study shares
     shape: SlotShape
+    # Without what is left out; None where it is the embedded backbone's own, to be written.
     benchmark: "Benchmark | None"
 
     @property
@@ -124,7 +116,6 @@ def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
 
 
 def _check_layer(space: SearchSpace, folder: Path) -> None:
-    """The deepest layer that is asked for exists."""
     from transformers import AutoConfig
 
     depth = AutoConfig.from_pretrained(folder).get_text_config().num_hidden_layers

@@ -2,14 +2,14 @@
 
 ``run_study`` is the story, and its steps are all that a ``Study`` offers. They stand on parts that
 know their own data only: what ends a study early and who waits (``ending``), what hears trials and
-tells of them (``trials``), what the results amount to (``outcome``). All but the ledger, written as
-trials start and end, can be made again from it.
+tells of them (``trials``), what the results amount to (``outcome``).
 """
 
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,11 +37,8 @@ if TYPE_CHECKING:
     from vgid.cluster.slots import SessionFactory, Slots
     from vgid.study.tracking import Tracker
 
-RAY_FILES = ".ray"
-"""What Ray Train and Tune want to keep in the output folder while they run."""
-
-BASE = "base"
-"""Stands beside trial ids where the base is scored with them."""
+RAY_FILES = ".ray"  # what Ray Train and Tune want to keep in the output folder while they run
+BASE = "base"  # stands beside trial ids where the base is scored with them
 
 
 def run_study(
@@ -51,14 +48,11 @@ def run_study(
     retry_failed: bool = False,
     ancestor: Ancestor | None = None,
 ) -> dict[str, Any]:
-    """Run a study, or go on with one.
+    """Run a study, or ``resume`` the one that the output folder holds.
 
-    Args:
-        config: the study.
-        resume: continue the study that the output folder holds.
-        session: makes the sessions of the workers, ``vgid.cluster.slots.trial_session`` if None.
-        retry_failed: run the failed trials of a resumed study again, under their ids.
-        ancestor: the deployment that it starts from, where ``config.from_deployment`` names one.
+    The failed trials of a resumed study may be run again, under their ids. ``session`` makes the
+    workers' sessions, by default ``vgid.cluster.slots.trial_session``; ``ancestor`` is what
+    ``config.from_deployment`` names.
 
     Returns:
         The content of ``study.json``; ``interrupted`` tells whether a signal ended it, ``error``
@@ -86,7 +80,7 @@ def begin(
     """Record the study, show it, and have its data and MLflow's parent run made in a thread.
 
     However the block ends, the folder is let go of and nothing is left running on MLflow; when it
-    ends well, the study's summary is printed. ``retry_failed`` puts failed trials in flight again.
+    ends well, the study's summary is printed.
 
     Raises:
         InputError: the folder cannot hold this study, or holds none to resume.
@@ -116,25 +110,22 @@ def begin(
             print_summary(terminal, study.summary, study.board.front(), ui_command)
 
 
+@dataclass
 class Study:
-    """The steps of one run of a study, in the order in which they stand here.
+    """The steps of one run of a study, in the order in which they stand here."""
 
-    Attributes:
-        board: what the results amount to.
-        summary: the content of ``study.json``, once it is written.
-    """
+    plan: Plan
+    ledger: Ledger
+    console: StudyConsole
+    ending: Ending
+    summary: dict[str, Any] = field(default_factory=dict, init=False)  # ``study.json``, at last
 
-    def __init__(self, plan: Plan, ledger: Ledger, console: StudyConsole, ending: Ending) -> None:
-        self.plan = plan
-        self.ledger = ledger
-        self.console = console
-        self.ending = ending
-        self.board = Scoreboard(ledger)
-        self.summary: dict[str, Any] = {}
+    def __post_init__(self) -> None:
+        self.board = Scoreboard(self.ledger)
         self._material: Future[Material] = Future()
         self._tracker: Future[Tracker] = Future()
-        table = TrialsTable(plan.config.output / "trials.csv")
-        self._bulletin = Bulletin(console, self.board, table, ending)
+        table = TrialsTable(self.plan.config.output / "trials.csv")
+        self._bulletin = Bulletin(self.console, self.board, table, self.ending)
         self._seconds = {"start-up": 0.0, "load": 0.0, "re-score": 0.0}
 
     @contextmanager
@@ -180,9 +171,7 @@ class Study:
         return Background("base").submit(self._take_base, slots.mailbox, job)
 
     def search(self, slots: "Slots", base: "Future[None]") -> None:
-        """Run the trials that Optuna proposes, and those that an earlier run left in flight.
-
-        That the ``base`` is scored is waited for at last.
+        """Run the trials that Optuna proposes and those left in flight, then wait for the base.
 
         Raises:
             InputError: what no trial can get past.
@@ -214,10 +203,7 @@ class Study:
             raise InputError(ending.failure)
 
     def score_front(self, slots: "Slots") -> None:
-        """Score the base and the front again, on held-out questions and with another seed.
-
-        One that cannot be scored keeps the others from nothing.
-        """
+        """Score base and front again, each if it can: held-out questions, another seed."""
         import ray
 
         if self.ending.stopped is not None:
@@ -307,7 +293,6 @@ class Study:
         return Material(hashes, count_verbatim(benchmark, people, request, config.method, tasks))
 
     def _settle(self, **found: str) -> None:
-        """Hold what the study is made of against what it was started with."""
         unknown = self.ledger.settle(**found)
         if unknown:
             self.console.say(
@@ -316,7 +301,7 @@ class Study:
             )
 
     def _open_tracker(self) -> "Tracker":
-        """The tracker, with the study's parent run; of a study that is refused there is none."""
+        """The tracker, with the study's parent run; there is none of a study that is refused."""
         from vgid.study.mlflow_client import connect
         from vgid.study.tracking import Tracker
 
@@ -365,7 +350,6 @@ class Study:
         return records
 
     def _show(self, records: Sequence[TrialRecord]) -> None:
-        """Figures, and what MLflow is told."""
         tracker, side, output = made(self._tracker), Background("outcome"), self.plan.config.output
         pages, server = ({}, "") if tracker is None else (tracker.pages, tracker.server)
         front = Front(
@@ -399,7 +383,6 @@ class Study:
             self.summary["error"] = self.summary["error"] or str(error)
 
     def _write_again(self, files: Sequence[str] = ()) -> None:
-        """Write ``study.json`` as things stand now, with further files."""
         self.summary |= {
             "interrupted": self.ending.cut_short,
             "ended": now(),

@@ -9,6 +9,7 @@ when. The journal stays in the output folder and opens with Optuna's own tools.
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,17 +29,14 @@ from vgid.study.search_space import SearchSpace
 if TYPE_CHECKING:
     import optuna
 
+# Optuna's journal in the output folder: ``JournalStorage(JournalFileBackend(path))``.
 JOURNAL = "optuna.log"
-"""Optuna's journal in the output folder: ``JournalStorage(JournalFileBackend(path))``."""
-
+# Up to so many trials the Gaussian process proposes; beyond, TPE, whose proposals cost nothing.
+# On formulas shaped like tiny-llava's trials (``python -m tests.benchmarks.samplers``, 20 seeds of
+# 32 trials) the hypervolume missing to the best front is 2.31e-3 [2.15, 2.47] with the first and
+# 2.46e-3 [2.23, 2.70] with the second, at 0.19 and 0.003 CPU s a proposal: not told apart.
 GP_UP_TO = 100
-"""Up to so many trials the Gaussian process proposes; beyond, TPE, whose proposals cost nothing.
-On formulas shaped like tiny-llava's trials (``python -m tests.benchmarks.samplers``, 20 seeds of 32
-trials) the hypervolume missing to the best front is 2.31e-3 [2.15, 2.47] with the first and 2.46e-3
-[2.23, 2.70] with the second, at 0.19 and 0.003 CPU s a proposal: they are not told apart."""
-
-MAX_REFUSED = 200
-"""So many proposals in a row that are no valid trials end the study."""
+MAX_REFUSED = 200  # proposals in a row that are no valid trials end the study
 
 
 def make_sampler(
@@ -76,7 +74,7 @@ def make_sampler(
 
 
 def open_journal(output: Path) -> "optuna.storages.JournalStorage":
-    """Open the Optuna journal of an output folder."""
+    """The Optuna journal of an output folder."""
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
@@ -122,6 +120,7 @@ def reconcile(
     return storage, study
 
 
+@dataclass(eq=False, repr=False)
 class ParetoSearch(Live, Searcher):
     """Proposes trials to Ray Tune and tells Optuna how they ended.
 
@@ -129,40 +128,22 @@ class ParetoSearch(Live, Searcher):
     process one costs a third of a second, more on busy cores. It is made from every result that
     was known when the trial before it started, and a result that comes in meanwhile waits for it,
     so that with one trial at a time the same seed gives the same study.
-
-    Args:
-        ledger: the study's record, open; a trial is recorded before it is handed out.
-        space: what is searched.
-        config: how many trials there are over all resumes, how points are proposed, and the seed:
-            of the search, and of every trial, since trials are compared on the same draws.
-        concurrent: how many trials may run at a time.
-        losses: what was lost in this run; counts the attempts of each trial.
-        out_of_time: no new trial once this is true.
-        on_start: told of each trial that is handed out.
     """
 
-    def __init__(
-        self,
-        ledger: Ledger,
-        space: SearchSpace,
-        config: StudyConfig,
-        concurrent: int,
-        losses: Losses,
-        out_of_time: Callable[[], bool] = lambda: False,
-        on_start: Callable[[Record], None] = lambda record: None,
-    ) -> None:
+    ledger: Ledger  # open; a trial is recorded before it is handed out
+    space: SearchSpace
+    config: StudyConfig  # its seed is every trial's too: they are compared on the same draws
+    concurrent: int  # how many trials may run at a time
+    losses: Losses  # counts the attempts of each trial
+    out_of_time: Callable[[], bool] = lambda: False  # no new trial once this is true
+    on_start: Callable[[Record], None] = lambda record: None  # told of each that is handed out
+
+    def __post_init__(self) -> None:
         super().__init__(metric=list(OBJECTIVES), mode=["max", "max"])
-        self._ledger = ledger
-        self._space = space
-        self._config = config
-        self._concurrent = concurrent
-        self._losses = losses
         self._lost: list[str] = []
         self._new_first = False
-        self._out_of_time = out_of_time
-        self._on_start = on_start
-        self._storage, self._study = reconcile(ledger, space, config.trials)
-        self._again = [record.trial_id for record in ledger.in_flight]
+        self._storage, self._study = reconcile(self.ledger, self.space, self.config.trials)
+        self._again = [record.trial_id for record in self.ledger.in_flight]
         self._numbers: dict[str, int] = {}  # in Optuna, where refused proposals have some as well
         self._running: set[str] = set()
         self._next: Future[tuple[str, TrialConfig]] | None = None
@@ -173,13 +154,12 @@ class ParetoSearch(Live, Searcher):
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial: one that a killed study left in flight, a lost one, or a new proposal.
 
-        Returns:
-            A Tune config: what is searched, for Tune's own tables, and the job. None while enough
-            trials run, or those that do may yet be lost and come back; ``Searcher.FINISHED``.
+        It is a Tune config: what is searched, for Tune's own tables, and the job. None while enough
+        trials run, or those that do may yet be lost and come back; else ``Searcher.FINISHED``.
         """
-        if len(self._running) >= self._concurrent:
+        if len(self._running) >= self.concurrent:
             return None
-        if self._out_of_time():
+        if self.out_of_time():
             return Searcher.FINISHED
         # What is known goes first, but for a lost trial that a new one is to go before.
         known = self._again
@@ -187,7 +167,7 @@ class ParetoSearch(Live, Searcher):
             known = self._lost
         if known:
             name = known.pop(0)
-            config = self._ledger.records[name].config
+            config = self.ledger.records[name].config
         elif self._next is not None:
             name, config = self._next.result()
             self._next = None
@@ -197,18 +177,18 @@ class ParetoSearch(Live, Searcher):
             # that has said FINISHED is not asked again.
             return None if self._running else Searcher.FINISHED
         self._running.add(trial_id)
-        self._on_start(self._ledger.start(name, config))
+        self.on_start(self.ledger.start(name, config))
         if not self._again:
             self._propose_ahead()
         job = Job(
             id=name,
             kind="trial",
             trial=config,
-            adapter=self._ledger.adapter(name),
-            checkpoints=self._ledger.checkpoints(name),
-            attempt=self._losses.begin(name),
+            adapter=self.ledger.adapter(name),
+            checkpoints=self.ledger.checkpoints(name),
+            attempt=self.losses.begin(name),
         )
-        searched = config.model_dump(include=set(self._space.searched), exclude_none=True)
+        searched = config.model_dump(include=set(self.space.searched), exclude_none=True)
         return {**searched, JOB: job.model_dump_json()}
 
     def on_trial_complete(
@@ -218,11 +198,9 @@ class ParetoSearch(Live, Searcher):
         self._running.discard(trial_id)
 
     def try_again(self, name: str) -> None:
-        """Put a lost trial in flight again, under its id; Optuna does not hear of it.
-
-        If there is a new trial that one goes first: should it be lost too, it is known sooner that
-        the fault is in no trial.
-        """
+        """Put a lost trial in flight again, under its id; Optuna does not hear of it."""
+        # If there is a new trial that one goes first: should it be lost too, it is known sooner
+        # that the fault is in no trial.
         if name not in self._lost:
             self._lost.append(name)
         self._new_first = True
@@ -249,30 +227,28 @@ class ParetoSearch(Live, Searcher):
         # From then on a trial's number in the journal is its id again, which is what a reader
         # expects.
         if self._next is not None or shifted:
-            reconcile(self._ledger, self._space, trials=0)
+            reconcile(self.ledger, self.space, trials=0)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing to save with Tune's snapshots: the ledger is written as trials start and end."""
 
     def _propose_ahead(self) -> None:
-        if self._next is None and len(self._ledger.records) < self._config.trials:
+        if self._next is None and len(self.ledger.records) < self.config.trials:
             self._next = self._thread.submit(self._propose)
 
     def _propose(self) -> tuple[str, TrialConfig]:
-        """The next trial; a point that is no valid trial fails for Optuna and costs no trial.
-
-        A sampler does not learn from failures and might insist, so the next try is at random.
-        """
+        """The next trial; a point that is no valid trial fails for Optuna and costs no trial."""
         from optuna.trial import TrialState
 
-        number, config = len(self._ledger.records), self._config
+        number, config = len(self.ledger.records), self.config
         for attempt in range(MAX_REFUSED):
+            # A sampler does not learn from failures and might insist.
             kind: Sampler = "random" if attempt else config.sampler
             seed = config.seed + attempt
             self._study.sampler = make_sampler(kind, config.trials, seed, number)
             trial = self._study.ask()
             try:
-                proposed = self._space.trial_config(self._space.suggest(trial), config.seed)
+                proposed = self.space.trial_config(self.space.suggest(trial), config.seed)
             except InputError as error:
                 refused = error
                 self._study.tell(trial, state=TrialState.FAIL)
@@ -287,15 +263,12 @@ class ParetoSearch(Live, Searcher):
 def _standing(
     record: Record,
 ) -> "tuple[optuna.trial.TrialState, tuple[float, float] | None, dict[str, Any]]":
-    """A trial's state and values for Optuna, and what it is to keep beside: cost, partial values.
-
-    A completed trial without an objective has failed.
-    """
+    """A trial's state and values for Optuna, and what it is to keep beside; see ``reconcile``."""
     from optuna.trial import TrialState
 
     if (result := record.result) is None:
         return TrialState.RUNNING, None, {}
-    values = TrialRecord(record.config, result).point
+    values = TrialRecord(record.config, result).point  # without it, a completed trial has failed
     state = TrialState.PRUNED if result.status == "pruned" else TrialState.FAIL
     attributes: dict[str, Any] = {"metrics": result.metrics, "seconds": result.seconds}
     if result.error is not None:

@@ -20,16 +20,12 @@ from vgid.errors import InputError
 if TYPE_CHECKING:
     import optuna
 
+# The project's own search spaces, one ``<backbone>.yaml`` each: beside the package in a checkout,
+# in the working folder if the package was installed away from it.
 _BESIDE_THE_PACKAGE = Path(__file__).resolve().parents[2] / "search_spaces"
 FOLDER = _BESIDE_THE_PACKAGE if _BESIDE_THE_PACKAGE.is_dir() else Path("search_spaces").absolute()
-"""The project's own search spaces, one ``<backbone>.yaml`` each: beside the package in a checkout,
-in the working folder if the package was installed away from it."""
-
-PROPOSALS_TRIED = 1000
-"""So many points at the ends of the ranges must all be refused before a space is."""
-
-MOST_STEPS = 1e9
-"""Optuna counts the steps of a range in decimals of 28 digits."""
+PROPOSALS_TRIED = 1000  # points at the ends of the ranges must be refused before a space is
+MOST_STEPS = 1e9  # Optuna counts the steps of a range in decimals of 28 digits
 
 # Each field by itself: what ``TrialConfig`` asks of fields together is a whole trial's affair.
 _FIELDS: type[Config] = create_model(
@@ -40,17 +36,12 @@ _FIELDS: type[Config] = create_model(
 
 
 class Range(Config):
-    """Numbers from ``low`` to ``high``, both included; integers for an integer field.
-
-    Attributes:
-        log: whether proposals are even in the logarithm.
-        step: distance between neighbouring values, None for any value (1 for integers).
-    """
+    """Numbers from ``low`` to ``high``, both included; integers for an integer field."""
 
     low: float
     high: float
-    log: bool = False
-    step: float | None = Field(None, gt=0)
+    log: bool = False  # whether proposals are even in the logarithm
+    step: float | None = Field(None, gt=0)  # between neighbours; None: any value (1 for integers)
 
     @model_validator(mode="after")
     def _has_values(self) -> Self:
@@ -72,10 +63,8 @@ class Range(Config):
     def __contains__(self, value: object) -> bool:
         if not isinstance(value, int | float) or not self.low <= value <= self.high:
             return False
-        if self.step is None:
-            return True
-        steps = (value - self.low) / self.step
-        return abs(steps - round(steps)) < 1e-6
+        steps = (value - self.low) / (self.step or 1)
+        return self.step is None or abs(steps - round(steps)) < 1e-6
 
     def nearest(self, value: Any) -> float:
         """The value of the range that is closest to ``value``."""
@@ -123,27 +112,19 @@ class _File(Config):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a study searches, what it holds fixed, and where it starts.
+    """What a study searches, what it holds fixed, and where it starts."""
 
-    Attributes:
-        source: the file and the section, for messages.
-        sha256: of the file, followed by those that it extends.
-        searched: the open parameters, in the order in which they are asked for.
-        fixed: fields of ``TrialConfig`` that the section fixes.
-        first_points: complete points (searched and fixed fields) to try first, in this order.
-    """
-
-    source: str
-    sha256: str
+    source: str  # the file and the section, for messages
+    sha256: str  # of the file, followed by those that it extends
     backbone: str
     method: Method
-    searched: Mapping[str, Range | Choices]
+    searched: Mapping[str, Range | Choices]  # in the order in which they are asked for
     fixed: Mapping[str, Any]
-    first_points: tuple[dict[str, Any], ...] = ()
+    first_points: tuple[dict[str, Any], ...] = ()  # complete: searched and fixed fields
 
     @classmethod
     def load(cls, path: Path, backbone: str | None = None, method: Method = "vgid") -> Self:
-        """Read a file and check the section of a method; it must be meant for ``backbone``, if any.
+        """Read a file, meant for ``backbone`` if one is given, and check the section of a method.
 
         Raises:
             InputError: one sentence that names the file, the field and the remedy.
@@ -213,7 +194,7 @@ class SearchSpace:
     def distributions(
         self, point: Mapping[str, Any]
     ) -> "dict[str, optuna.distributions.BaseDistribution]":
-        """What a point was asked for, as Optuna distributions: for trials that are already done."""
+        """What the trial of a point was asked for."""
         return {name: self._distribution(name) for name in self._asked(point)}
 
     def _distribution(self, name: str) -> Any:
@@ -304,7 +285,7 @@ class SearchSpace:
 
 
 def _check_name(name: str, where: str, method: Method) -> None:
-    """Check that a method has a parameter; its name is the section's, and its seed the study's."""
+    # The method is the section's name, and the seed the study's.
     fields = TrialConfig.model_fields.keys() - {"method", "seed"}
     known = sorted(field for field in fields if uses(method, field))
     if name not in known:
@@ -335,7 +316,6 @@ def _domain(name: str, raw: Mapping[str, Any], place: str) -> Range | Choices:
 
 
 def _is_integer(name: str) -> bool:
-    """Whether a parameter takes whole numbers only."""
     return TrialConfig.model_fields[name].annotation in (int, int | None)
 
 

@@ -31,61 +31,42 @@ from vgid.study.mlflow_client import Connection, first_line, is_http, search_run
 
 logger = logging.getLogger(__name__)
 
+# MLflow's terminal status for each of ours.
 STATUS = {"completed": "FINISHED", "failed": "FAILED", "pruned": "KILLED", "lost": "KILLED"}
-"""MLflow's terminal status for each of ours."""
-
+# Epoch metrics wait at most this long for company: a commit costs more than a short epoch.
 FLUSH_SECONDS = 5.0
-"""Epoch metrics wait at most this long for company: a commit costs more than a short epoch."""
-
-LOCAL_UI = "http://127.0.0.1:5000/"
-"""Where ``mlflow ui`` listens by default."""
-
-RETRY_SECONDS = 10.0
-"""After a failed request, how long the study goes on without asking the server again."""
-
-MAX_REFUSALS = 3
-"""So many trials that a server does not take are enough for once."""
-
-PATIENCE_SECONDS = 180.0
-"""How long the end of a study waits for a server that does not answer."""
-
-STUDY_FILE = "study.json"
-"""The artifact that tells what the study is; its outcome replaces it."""
+LOCAL_UI = "http://127.0.0.1:5000/"  # where ``mlflow ui`` listens by default
+RETRY_SECONDS = 10.0  # after a failed request, until the server is asked again
+MAX_REFUSALS = 3  # so many trials that a server does not take are enough for once
+PATIENCE_SECONDS = 180.0  # how long a study's end waits for a server that does not answer
+STUDY_FILE = "study.json"  # tells what the study is; its outcome replaces it
 
 
 @dataclass
 class _Run:
-    """What the tracker knows of a trial's run on the server.
-
-    Attributes:
-        last_step: of the epochs that this process has sent; those of a run taken over go again.
-        named: whether its parameters are there; a run taken over may lack them.
-        running: whether MLflow has it as running.
-        outcome: status of the trial that is recorded whole, None before.
-        sent: when it was last written to.
-    """
+    """What the tracker knows of a trial's run on the server."""
 
     run_id: str
     tags: dict[str, str]
     metrics: dict[str, float] = field(default_factory=dict)
-    last_step: int = -1
-    named: bool = False
-    running: bool = True
-    outcome: str | None = None
-    sent: float = 0.0
+    last_step: int = -1  # of this process's epochs; those of a run taken over go again
+    named: bool = False  # whether its parameters are there; a run taken over may lack them
+    running: bool = True  # to MLflow
+    outcome: str | None = None  # status of a trial that is recorded whole
+    sent: float = 0.0  # when it was last written to
 
 
 class TrialRuns:
     """The runs of a study's trials: children of the study's own run, found again by their tags.
 
-    Every run of the study carries ``tags``: its id and the hashes.
+    ``tags`` are those of every run of the study: its id and the hashes.
     """
 
     def __init__(self, connection: Connection, parent: str, tags: Mapping[str, str]) -> None:
         self._connection = connection
         self._client = connection.client
         self._parent = parent
-        self._tags = dict(tags)
+        self._tags = tags
         self._runs: dict[str, _Run] = {}
 
     @property
@@ -94,16 +75,14 @@ class TrialRuns:
         return {trial_id: run.run_id for trial_id, run in self._runs.items()}
 
     def is_fresh(self, trial_id: str) -> bool:
-        """Whether a trial was written to just now, so that its next epoch may wait for company."""
+        """Whether a trial was written to just now."""
         run = self._runs.get(trial_id)
         return run is not None and time.time() - run.sent < FLUSH_SECONDS
 
     def adopt(self) -> None:
-        """Learn the runs of an interrupted study, and how far each had come.
-
-        Of two runs of a trial, one was asked for by a request whose answer was lost.
-        """
-        # By how much they hold, so that of two runs of one trial the fuller one is kept.
+        """Learn the runs of an interrupted study, and how far each had come."""
+        # Of two runs of a trial, one was asked for by a request whose answer was lost: the fuller
+        # one is kept.
         for child in sorted(self._children(), key=lambda child: len(child.data.metrics)):
             tags, status = dict(child.data.tags), child.info.status
             trial_id, told = tags["vgid.trial_id"], tags.get("vgid.status")
@@ -116,27 +95,23 @@ class TrialRuns:
             self._runs[trial_id] = run
 
     def send(self, record: Record) -> None:
-        """Bring a trial's run up to its record.
-
-        Times are the record's, so that what is sent again, because its answer was lost, is to
-        MLflow the same metric and not another one.
-        """
-        from mlflow.entities import Metric, RunTag
-
+        """Bring a trial's run up to its record."""
+        # Times are the record's: what is sent again, because its answer was lost, is to MLflow the
+        # same metric and not another one.
         run = self._runs.get(record.trial_id) or self._create(record)
         if record.result is not None and record.result.status == run.outcome:
             return
         if not run.running:
             self._reopen(run)
         metrics = [
-            Metric(name, value, _milliseconds(epoch.at), epoch.report.step)
+            (name, value, _milliseconds(epoch.at), epoch.report.step)
             for epoch in record.epochs
             if epoch.report.step > run.last_step
             for name, value in epoch.report.metrics.items()
         ]
-        known = run.metrics | {metric.key: metric.value for metric in metrics}
+        known = run.metrics | {name: value for name, value, *_ in metrics}
         last_step = max([run.last_step, *(epoch.report.step for epoch in record.epochs)])
-        tags: list[Any] = []
+        tags: dict[str, str] = {}
         result, ended = record.result, _milliseconds(record.ended or record.started)
         if result is not None:
             numbers = result.metrics | {f"seconds/{k}": v for k, v in result.seconds.items()}
@@ -144,13 +119,13 @@ class TrialRuns:
             # After a kill between two calls, what is there already is not sent again.
             missing = {k: v for k, v in numbers.items() if known.get(k) != v}
             known |= missing
-            metrics += [Metric(k, v, ended, max(last_step, 0)) for k, v in missing.items()]
-            tags.append(RunTag("vgid.status", result.status))
+            metrics += [(k, v, ended, max(last_step, 0)) for k, v in missing.items()]
+            tags["vgid.status"] = result.status
             if result.error is not None:
-                tags.append(RunTag("vgid.error", result.error))
-        params = [] if run.named else _params(record.config.used)
-        self._connection.log(run.run_id, params=params, metrics=metrics, tags=tags)
-        run.tags |= {tag.key: tag.value for tag in tags}
+                tags["vgid.error"] = result.error
+        params = {} if run.named else record.config.used
+        self._connection.log(run.run_id, metrics, params, tags)
+        run.tags |= tags
         run.named, run.metrics, run.last_step, run.sent = True, known, last_step, time.time()
         if result is not None:
             if result.adapter is not None and result.adapter.is_dir():
@@ -160,8 +135,6 @@ class TrialRuns:
 
     def mark(self, record: TrialRecord, now: int) -> None:
         """Say whether a trial is on the front, and its held-out scores if it is."""
-        from mlflow.entities import Metric, RunTag
-
         run = self._runs.get(record.result.trial_id)
         if run is None:
             return
@@ -173,9 +146,9 @@ class TrialRuns:
                 numbers |= {f"heldout_{name}_low": score.low, f"heldout_{name}_high": score.high}
         missing = {name: v for name, v in numbers.items() if run.metrics.get(name) != v}
         run.metrics.update(missing)
-        metrics = [Metric(name, value, now, 0) for name, value in missing.items()]
-        if metrics or run.tags.get("vgid.on_front", "false") != mark:
-            self._connection.log(run.run_id, metrics=metrics, tags=[RunTag("vgid.on_front", mark)])
+        if missing or run.tags.get("vgid.on_front", "false") != mark:
+            metrics = [(name, value, now, 0) for name, value in missing.items()]
+            self._connection.log(run.run_id, metrics, tags={"vgid.on_front": mark})
 
     def end_all(self) -> None:
         """End the runs of trials that have not ended."""
@@ -216,13 +189,8 @@ class TrialRuns:
 class Tracker:
     """Writes one study to an MLflow tracking server or SQLite file.
 
-    It finds or creates the study's parent run and learns which trials that has. The hashes are
-    those of ``dataset`` and ``base``.
-
-    Attributes:
-        uri: where it writes, without credentials.
-        experiment_id: the backbone's experiment.
-        study_run_id: the parent run.
+    It finds or creates the study's parent run, ``study_run_id``, and learns which trials that has.
+    The hashes are those of ``dataset`` and ``base``; ``uri`` is without credentials.
 
     Raises:
         InputError: the server refuses, or artifacts cannot be kept.
@@ -252,7 +220,7 @@ class Tracker:
             if not run.data.params:  # they go last: a run that has them has the data set too
                 self._log_dataset(config, hashes["dataset"])
                 values = config.model_dump(exclude={"tracking_uri"})
-                connection.log(self.study_run_id, params=_params(values))
+                connection.log(self.study_run_id, params=values)
         except Exception as error:  # a store's client raises its own kinds, or is not installed
             self.close("FAILED")
             if isinstance(error, InputError):
@@ -285,8 +253,8 @@ class Tracker:
     def log_trial(self, record: Record) -> bool:
         """Record how far a trial has come, its outcome too; whether it is recorded up to now.
 
-        Safe to repeat: what is recorded is left alone. Epochs wait up to ``FLUSH_SECONDS``. What
-        the server does not take is kept, and sent in order by a later call that reaches it.
+        Safe to repeat. Epochs wait up to ``FLUSH_SECONDS``. What the server does not take is kept,
+        and sent in order by a later call that reaches it.
         """
         if record.result is None and self._trials.is_fresh(record.trial_id):
             return False
@@ -311,16 +279,12 @@ class Tracker:
         ``KILLED``. The files of ``summary``, the content of ``study.json``, are kept as artifacts.
 
         Raises:
-            InputError: not everything could be recorded; the output folder is complete all the
-                same.
+            InputError: not everything could be recorded; the output folder is complete.
         """
         now = int(time.time() * 1000)
         deadline = time.monotonic() + (PATIENCE_SECONDS if status == "FINISHED" else 0.0)
 
-        def send() -> None:
-            self._send_outcome(front, summary, now)
-            self._end_runs(status)
-
+        send = partial(self._send_outcome, front, summary, status, now)
         waited = False
         while True:
             there = self._connection.answers()
@@ -342,9 +306,9 @@ class Tracker:
         )
 
     def close(self, status: str) -> None:
-        """Leave no run as running, if the server can be told; after ``finish_study`` all are told.
+        """Leave no run as running, if the server can be told; the study's own ends as ``status``.
 
-        The study's own ends as ``FAILED``, or ``KILLED`` if it was stopped.
+        After ``finish_study`` all are told.
         """
         if self._closed or not self.study_run_id or not self._connection.answers():
             return
@@ -352,7 +316,6 @@ class Tracker:
         self._try(lambda: self._end_runs(status))
 
     def _study_run(self, tags: Mapping[str, str]) -> Any:
-        """The parent run, found or made."""
         tags = {"vgid.kind": "study", **tags}
         query = f"tags.`vgid.study_id` = '{self._study_id}' and tags.`vgid.kind` = 'study'"
         found = search_runs(self._client, self.experiment_id, query)
@@ -376,9 +339,9 @@ class Tracker:
                 "permit what that place needs, or leave the option out."
             ) from None
 
-    def _send_outcome(self, front: Front, summary: Mapping[str, Any], now: int) -> None:
-        from mlflow.entities import Metric, RunTag
-
+    def _send_outcome(
+        self, front: Front, summary: Mapping[str, Any], status: str, now: int
+    ) -> None:
         phases = {name: row["total_s"] for name, row in summary["phases"].items()}
         files = [summary["output"] / name for name in summary["files"]]
         store = summary["store"]
@@ -407,9 +370,10 @@ class Tracker:
         )
         self._connection.log(
             self.study_run_id,
-            metrics=[Metric(name, value, now, 0) for name, value in numbers.items()],
-            tags=[RunTag("mlflow.note.content", note)],
+            [(name, value, now, 0) for name, value in numbers.items()],
+            tags={"mlflow.note.content": note},
         )
+        self._end_runs(status)
 
     def _end_runs(self, status: str) -> None:
         """End the study's run, and those of trials that have not ended."""
@@ -418,15 +382,13 @@ class Tracker:
         self._closed = True
 
     def _catch_up(self) -> bool:
-        """Send what has not been taken yet; whether nothing is left.
-
-        What is refused goes behind the others, so that it keeps none of them from being sent.
-        """
+        """Send what has not been taken yet; whether nothing is left."""
         refused = 0
         if self._refusal is not None and not self._connection.answers():
             return False
         for name, record in list(self._behind.items()):
-            # Taken out first and put back at the end of the dictionary, which is the queue's order.
+            # Put back at the end of the dictionary, the queue's order: what is refused keeps none
+            # of the others from being sent.
             del self._behind[name]
             if not self._try(partial(self._trials.send, record)):
                 self._behind[name] = record
@@ -457,12 +419,6 @@ class Tracker:
             self._refusal = first_line(error)
             return False
         return True
-
-
-def _params(values: Mapping[str, Any]) -> list[Any]:
-    from mlflow.entities import Param
-
-    return [Param(name, as_text(value)) for name, value in values.items() if value is not None]
 
 
 def _milliseconds(iso: str) -> int:

@@ -43,12 +43,12 @@ class Bulletin:
 
     @property
     def busy(self) -> bool:
-        """Whether the tracker is still at work, after ``close`` on a server that hangs."""
+        """Whether the tracker is still at work, as on a server that hangs after ``close``."""
         return self._mlflow.busy
 
     @property
     def faults(self) -> list[str]:
-        """Kinds of the exceptions for which not all was written."""
+        """Kinds of exceptions for which not all was written."""
         return [side.fault for side in (self._tables, self._mlflow) if side.fault is not None]
 
     @property
@@ -113,20 +113,15 @@ class Bulletin:
 
 @dataclass
 class Listener:
-    """Hears how trials go, and makes it so: first of all in the ledger.
-
-    Attributes:
-        mailbox: handle of the mailbox actor.
-        seconds: by phase of the study; ``load`` grows with each outcome.
-    """
+    """Hears how trials go, and makes it so: first of all in the ledger."""
 
     ledger: Ledger
     search: "ParetoSearch"
     losses: Losses
     bulletin: Bulletin
     ending: Ending
-    mailbox: Any
-    seconds: dict[str, float]
+    mailbox: Any  # its actor's handle
+    seconds: dict[str, float]  # by phase of the study; ``load`` grows with each outcome
     _slots_used: set[int] = field(default_factory=set, init=False)
 
     def on_epoch(self, trial_id: str, report: EpochReport) -> None:
@@ -139,8 +134,7 @@ class Listener:
         if self.ledger.records[trial_id].result is not None:
             return  # Tune stumbled over a trial that had ended
         if outcome is None and report is not None:
-            pruned = TrialResult(trial_id=trial_id, status="pruned", metrics=report.metrics)
-            self._end(pruned)
+            self._end(TrialResult(trial_id=trial_id, status="pruned", metrics=report.metrics))
             return
         if outcome is None:
             outcome = Outcome(job_id=trial_id, error="its Ray Tune process died", lost=True)
@@ -192,8 +186,7 @@ class Listener:
 def kept_from_tune(ending: Ending) -> Iterator[None]:
     """Keep an error of the study's own from Ray Tune, which would fail the trial for it.
 
-    Bad input or a full disk ends the study; anything else is logged by kind and place in
-    ``study.log``.
+    Bad input or a full disk ends the study; anything else is only logged.
     """
     try:
         with ending.heeded():
