@@ -1,14 +1,13 @@
 """The ``vgid`` command: a thin shell in which each command calls one function of the package.
 
-Modules with heavy imports are imported inside the commands that need them, so that ``vgid --help``
-is quick. Commands that take a config have its fields for flags (``vgid.command_line``).
+Heavy imports are inside the commands that need them, so that ``vgid --help`` is quick.
 """
 
 import inspect
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,13 +33,13 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make, fetch or check a benchmark.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-FROM_CONFIG: Any = {
+FROM_CONFIG: Any = {  # of a command whose flags are the fields of a config
     "add_help_option": False,  # --help is among the flags
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
 }
-"""Of a command whose flags are the fields of a config."""
 
 NewFolder = Annotated[Path, Argument(metavar="DIR", help="New or empty.", callback=new_folder)]
+DeploymentFile = Annotated[Path, Argument(metavar="FILE", help="Deployment file.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON object, for machines.")]
 ModelPathOption = Annotated[str | None, Option(help="Folder or hub id of the base, if another.")]
 
@@ -127,6 +126,7 @@ def teachers(
     """
     from vgid.models.store import clear, find_root, info
     from vgid.report.tables import Grid
+    from vgid.study.ledger import Ledger
 
     if show == remove:
         raise InputError("vgid teachers: give exactly one of --info and --clear.")
@@ -142,10 +142,15 @@ def teachers(
         bound = "no bound" if held.limit_bytes is None else f"at most {decimal(held.limit_bytes)}"
         _show(held, as_json, f"{held.root}: {held.entries} entries, {held.size}, {bound}")
         return
-    with _no_study_in(root.parent):
+    # No study may run there meanwhile; a store elsewhere has no study's folder to hold.
+    with Ledger(root.parent) if (root.parent / ".lock").exists() else nullcontext():
         held = info(root)
         if not yes:
-            _ask(f"Remove {held.entries} entries ({held.size}) from {root}?")
+            # On stderr: stdout may be read by a machine.
+            question = f"Remove {held.entries} entries ({held.size}) from {root}?"
+            print(f"{question} [y/N]", file=sys.stderr, flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                raise InputError("vgid teachers: nothing was removed; answer y or add --yes.")
         gone = clear(root)
     _show(gone, as_json, f"Removed {gone.entries} entries and freed {gone.size}.")
 
@@ -236,7 +241,7 @@ def verify_command(
 
 @app.command("export")
 def export_command(
-    file: Annotated[Path, Argument(metavar="FILE", help="Deployment file.")],
+    file: DeploymentFile,
     output: NewFolder,
     model_path: ModelPathOption = None,
     as_json: JsonOption = False,
@@ -341,30 +346,16 @@ def _read(
 
 def _show(found: Any, as_json: bool, *lines: str) -> None:
     """Print what a command found: one JSON object, or for people, with lines behind it."""
-    if not as_json:
-        if hasattr(found, "print"):
-            found.print(Console())
-        print(*lines, sep="\n", end="\n" if lines else "")
-    else:
+    if as_json:
         print(found.model_dump_json() if isinstance(found, BaseModel) else json.dumps(found))
+        return
+    if hasattr(found, "print"):
+        found.print(Console())
+    print(*lines, sep="\n", end="\n" if lines else "")
 
 
 def _tell(line: str) -> None:
     print(f"{line} ...", file=sys.stderr, flush=True)
-
-
-def _no_study_in(output: Path) -> AbstractContextManager[object]:
-    """Hold a study's folder so that no study runs in it; a store elsewhere has none to hold."""
-    from vgid.study.ledger import Ledger
-
-    return Ledger(output) if (output / ".lock").exists() else nullcontext()
-
-
-def _ask(question: str) -> None:
-    # On stderr, all of it: stdout may be read by a machine.
-    print(f"{question} [y/N]", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise InputError("vgid teachers: nothing was removed; answer y or add --yes.")
 
 
 if __name__ == "__main__":

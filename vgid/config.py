@@ -286,8 +286,7 @@ class TrialConfig(Config):
         "lora_dropout, whose masks are each part's own",
     )
     released: bool = Field(
-        False,
-        description="the public script's variant, with its defaults (vgid.method.released)",
+        False, description="the public script's variant, with its defaults (vgid.method.released)"
     )
     seed: int = Field(0, ge=0, description="adapter initialisation, batch order, noise")
 
@@ -365,9 +364,7 @@ class StudyConfig(Config):
         # With credentials in memory only, never where it is written.
         PlainSerializer(lambda uri: None if uri is None else without_credentials(uri)),
     ] = Field(
-        None,
-        repr=False,
-        description="MLflow server or database; without it, OUTPUT/mlflow.db",
+        None, repr=False, description="MLflow server or database; without it, OUTPUT/mlflow.db"
     )
     fresh_workers: bool = Field(False, description="new worker processes for every trial (slow)")
     log_responses: LogResponses = False

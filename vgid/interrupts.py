@@ -81,7 +81,7 @@ class Interrupt:
 
 @contextmanager
 def terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM raises ``KeyboardInterrupt``, as SIGINT does: a command leaves its ``with`` blocks."""
+    """SIGTERM raises ``KeyboardInterrupt``, as SIGINT does: commands leave ``with`` blocks."""
     with sigterm_kept():
         if _has_signals():
             signal.signal(signal.SIGTERM, signal.default_int_handler)
