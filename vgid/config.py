@@ -59,11 +59,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def seconds(text: str) -> float:
-    """Parse a duration: ``90``, ``90s``, ``10m``, ``1.5h``.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
+    """Parse a duration: ``90``, ``90s``, ``10m``, ``1.5h``; ``ArgumentTypeError`` for all else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration, write for example 10m")
@@ -204,10 +200,7 @@ class RequestConfig(Config):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that results depend on, as plain data: part of the name of kept scores.
-
-        Not where data, weights and results lie: what they hold is named by hashes.
-        """
+        """The fields that results depend on, beside what hashes name: part of kept scores' names."""
         places = {"data", "store", "store_limit_gb", "model_path", "deployed_adapter"}
         return self.model_dump(mode="json", exclude=places | {"log_responses"})
 
@@ -411,11 +404,7 @@ class FinetuneConfig(Config):
 
 
 def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:
-    """Validate ``values`` of ``source``, a file or a command line.
-
-    Raises:
-        InputError: one sentence with the source, the field and what is wrong with it.
-    """
+    """Validate ``values``; ``InputError`` names their source, the field and what is wrong."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:

@@ -17,10 +17,7 @@ class SettingError(InputError):
 
 
 class SampleError(InputError):
-    """A question that a model cannot be asked, or an answer that it cannot be taught.
-
-    ``problem`` is what is wrong with the sample and the remedy, as the end of a sentence.
-    """
+    """A sample that a model cannot be asked or taught; ``problem`` ends a sentence about it."""
 
     def __init__(self, sample: str, problem: str) -> None:
         super().__init__(f"sample {sample}: {problem}")
@@ -29,9 +26,6 @@ class SampleError(InputError):
 
 
 def log_place(said: str, error: Exception) -> None:
-    """Log an exception by kind and place on stderr, without its message, which may quote an answer.
-
-    ``said`` stands before the kind: what came of it.
-    """
+    """Log on stderr what came of an exception, its kind and place; its message may be private."""
     print(f"{said}: {type(error).__name__}", file=sys.stderr)
     traceback.print_tb(error.__traceback__)

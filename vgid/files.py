@@ -108,11 +108,7 @@ def refusals_told() -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step: write beside it, sync, rename.
-
-    Raises:
-        DiskError: no space, or the folder cannot be written.
-    """
+    """Replace a file in one step: write beside it, sync, rename; ``DiskError`` if it cannot be."""
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,10 +130,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def appearing(folder: Path, replace: bool = False) -> Iterator[Path]:
     """Yield a new folder that takes its place when the block is done, or vanishes.
 
-    A folder that is there is deleted then if ``replace``, or has to be empty.
-
-    Raises:
-        OSError: the place is taken or cannot be written.
+    What is there is deleted then if ``replace``; otherwise ``OSError`` unless it is empty.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
@@ -164,11 +157,8 @@ def lock(file: Path, taken: str) -> FileLock:
 def staged(place: Path, names: Sequence[str]) -> Iterator[Path]:
     """Yield an empty folder, whose ``names`` the block makes and which replace those in ``place``.
 
-    If the block fails, nothing has changed.
-
-    Raises:
-        InputError: another process writes there, the folder cannot be written, or a link leads out
-            of it.
+    ``InputError`` if another process writes there, it cannot be written or a link leads out; what
+    fails changes nothing.
     """
     refuse_links(place, itself=True)
     made = not place.exists()
@@ -264,11 +254,7 @@ def unwritable(path: Path, error: OSError) -> DiskError:
 
 
 def refuse_links(folder: Path, itself: bool = False) -> None:
-    """Nothing below a folder leads out of it, nor is it a link ``itself``.
-
-    Raises:
-        InputError: the first link that does.
-    """
+    """``InputError`` for a link that leads out of a folder, or the folder ``itself`` being one."""
     root = folder.resolve()
 
     def refuse(path: Path) -> None:

@@ -53,11 +53,7 @@ class Interrupt:
             raise StudyInterruptedError
 
     def result(self, future: "Future[T]") -> T:
-        """Wait for what a thread makes, or for a signal.
-
-        Raises:
-            StudyInterruptedError: a signal came first; the thread is left to itself.
-        """
+        """Wait for what a thread makes; ``StudyInterruptedError`` if a signal comes first."""
         while not _done(future):
             self.check()
         return future.result()

@@ -30,9 +30,6 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Volume that points of shape (N, d) dominate above a reference (Zitzler and Thiele, 1998).
 
     Points that are not better than the finite reference, shape (d,), in every objective add none.
-
-    Raises:
-        ValueError: the reference is not such.
     """
     values = _two_axes(points)
     corner = np.asarray(reference, dtype=np.float64)

@@ -38,10 +38,8 @@ class TrialSession:
     """A process ready to run trials of one forget request, one after the other.
 
     A trial in a used session gives bit for bit what it gives in a fresh one: adapter, optimizer
-    and generators are made anew, and what is kept depends on the request only.
-
-    With ``world_size`` workers of a trial, more than one of which need torch's process group, this
-    is the one of ``rank``.
+    and generators are made anew, and what is kept depends on the request only. Several workers of a
+    trial, each of a ``rank``, need torch's process group.
 
     Raises:
         InputError: unknown backbone, weights not found, or data that cannot be read.

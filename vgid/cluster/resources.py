@@ -76,9 +76,6 @@ def worker_bytes(
 
     Weights pass through the node's memory on their way to a GPU. Without one they stay there, in
     fp32, and so does what a step of distillation keeps (``vgid.models.memory``).
-
-    Raises:
-        InputError: a file of weights is damaged.
     """
     from vgid.models.backbones import spec
 

@@ -1,8 +1,6 @@
-"""Ray Tune's side of a trial: a thin trainable that hands its config to a slot.
+"""Ray Tune's side of a trial: a trainable that hands its config to a slot and passes reports on.
 
-The trainable holds no resources and no model; it submits a job to the mailbox and passes each
-report on, so that Tune's searcher, scheduler and callbacks see an ordinary trial. Tune reuses its
-process for the next trial.
+It holds no resources and no model, and Tune reuses its process for the next trial.
 """
 
 import contextlib
@@ -142,11 +140,7 @@ def run_trials(
     storage: Path,
     at_a_time: int,
 ) -> None:
-    """Have Ray Tune run what the search proposes, until it proposes no more or all is over.
-
-    Raises:
-        OSError: Tune cannot write its own files.
-    """
+    """Have Ray Tune run what the search proposes; ``OSError`` if it cannot write its own files."""
     # With a searcher of one's own Tune lets one trial at a time wait for its process, and
     # slots would come to work one after the other.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_a_time)

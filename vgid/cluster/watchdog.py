@@ -39,10 +39,7 @@ class Watchdog:
         self._thread.join()
 
     def look(self, traffic: Traffic | None, now: float) -> float | None:
-        """For how many seconds nothing has moved, if that is long enough to be told.
-
-        There is no traffic where the mailbox does not answer.
-        """
+        """Seconds for which nothing has moved, if it is time to tell; no traffic means no answer."""
         if traffic is not None:
             busy = traffic.waiting or traffic.held
             if traffic.moves != self._moves or not busy:

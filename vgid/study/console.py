@@ -31,10 +31,8 @@ from vgid.results import OBJECTIVES, EpochReport, QuestionPart, Score, TrialResu
 
 @contextmanager
 def libraries_silenced(log: Path) -> Iterator[TextIO]:
-    """Send all output of this process and its children to ``log``; yield the real terminal.
-
-    By file descriptor, because Ray's C++ parts and child processes write there directly.
-    """
+    """Send all output of this process and its children to ``log``; yield the real terminal."""
+    # By file descriptor, because Ray's C++ parts and child processes write there directly.
 
     def lead(to_out: int, to_err: int) -> None:
         sys.stdout.flush()
@@ -56,10 +54,9 @@ def libraries_silenced(log: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def last_words(sentence: str) -> Iterator[None]:
-    """Have a sentence on stderr should this process end without a word of its own.
+    """Have a sentence on stderr should this process be killed, or ended by Ray with its raylet.
 
-    So it does when it is killed, and when Ray's core ends it because the raylet of its node has
-    died: Python does not hear of it. A shell that reads from a pipe does, for the pipe ends too.
+    Python does not hear of it. A shell that reads from a pipe does, for the pipe ends too.
     """
     script = 'read -r _ || printf "%s\\n" "$0" >&2'
     shell = subprocess.Popen(

@@ -117,11 +117,7 @@ class Source(Config):
         return self.uri or self.config.tracking_uri or own
 
     def request(self, store: Path, data: Path | None, model_path: str | None) -> RequestConfig:
-        """The study's forget request, with ``data`` and ``model_path`` in place of the study's own.
-
-        Raises:
-            InputError: the benchmark is not where the study had it.
-        """
+        """The study's forget request, with these for its own; ``InputError`` without its data."""
         place = data or self.config.data or (self.folder or self.config.output) / OWN_DATA
         if not place.is_dir():
             raise InputError(
@@ -159,11 +155,7 @@ def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
 
 
 def read_study(folder: Path) -> StudyFront:
-    """Read all trials of a study that completed, and the front's held-out scores.
-
-    Raises:
-        InputError: a file is missing or damaged.
-    """
+    """All completed trials and the front's held-out scores; ``InputError`` for a damaged file."""
     try:
         source = _from_folder(str(folder), None)
         base = parse(BaseScores, source.base, f"{folder / 'study.json'}: base")

@@ -171,11 +171,7 @@ class Ledger:
         self._lock.release()
 
     def open(self, config: StudyConfig, search_space_sha256: str, resume: bool) -> Header:
-        """Begin a study under a new id, or go on with the one that is there.
-
-        Raises:
-            InputError: as ``begin`` and ``resume`` do, or a link leads out of the folder.
-        """
+        """Begin a study under a new id, or go on with the one there; ``InputError`` if neither."""
         refuse_links(self.output)
         if resume:
             return self.resume(config, search_space_sha256)
@@ -193,11 +189,7 @@ class Ledger:
         return header
 
     def begin(self, header: Header) -> None:
-        """Start a new study; one that is there without any work done is started anew.
-
-        Raises:
-            InputError: the folder already holds a study or anything else.
-        """
+        """Start a new study, in place of one without any work done; ``InputError`` for all else."""
         started = list(self.folder.glob("[0-9]*.json"))
         if any(self._has_worked(path) for path in started):
             what = "the folder already holds a study"
@@ -216,12 +208,10 @@ class Ledger:
         self.header = header
 
     def settle(self, **found: str) -> list[str]:
-        """Hold keys of ``CONTENT`` against what the study was started with, and keep what is new.
+        """Hold keys of ``CONTENT`` against the study's, and keep what is new.
 
         Returned are those that older trials may have had otherwise: nobody recorded them then.
-
-        Raises:
-            InputError: something differs.
+        ``InputError`` if something differs.
         """
         new = {}
         for name, value in found.items():
@@ -240,8 +230,7 @@ class Ledger:
     def resume(self, config: StudyConfig, search_space_sha256: str) -> Header:
         """Read the record of a study that was begun earlier; of its content only the version.
 
-        Raises:
-            InputError: no study here, a damaged record, or a study that is not the same.
+        ``InputError`` if there is none, or it is damaged or another study's.
         """
         if not self._file.exists():
             raise _refusal(self.output, "the folder holds no study to resume", "leave out --resume")
@@ -270,11 +259,7 @@ class Ledger:
         return self.header
 
     def whole(self, name: str) -> Record:
-        """A trial's record with its scores, which ``records`` has not.
-
-        Raises:
-            InputError: the record is damaged.
-        """
+        """A trial's record with its scores, as on disk; ``InputError`` if it is damaged."""
         return self._record(self.folder / f"{name}.json")
 
     @property
@@ -306,9 +291,7 @@ class Ledger:
     def end(self, name: str, result: TrialResult, **details: Any) -> Record:
         """Record how a trial ended, with further fields of ``Record``, and drop its checkpoints.
 
-        Raises:
-            ValueError: the trial has ended before.
-            InputError: the record cannot be written; the trial stays in flight.
+        ``InputError`` if it cannot be written and stays in flight, ``ValueError`` if it had ended.
         """
         if self.records[name].result is not None:
             raise ValueError(f"trial {name} has ended")

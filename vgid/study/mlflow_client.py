@@ -62,11 +62,7 @@ class Connection:
 
 
 def open_client(uri: str) -> tuple[Any, str]:
-    """Open a store that is there: its ``MlflowClient``, and the URI without credentials.
-
-    Raises:
-        InputError: the URI is none, nobody answers there, or the database is not there.
-    """
+    """A store's ``MlflowClient`` and URI without credentials; ``InputError`` if none is there."""
     file = _database_file(uri)
     if file is not None and not file.is_file():
         raise InputError(

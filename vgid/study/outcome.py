@@ -92,10 +92,7 @@ class Scoreboard:
 
     @property
     def reference_point(self) -> tuple[float, float] | None:
-        """Nothing forgotten, half the base's retain score, whatever the front is.
-
-        None until the base is scored, and so is the hypervolume.
-        """
+        """Nothing forgotten, half the base's retain score; None until the base is scored."""
         base = self.base.get("search")
         return None if base is None else (0.0, 0.5 * base["retain_rougeL"].value)
 

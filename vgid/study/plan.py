@@ -71,12 +71,9 @@ class Ancestor(Protocol):
 
 
 def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
-    """Check a study: backbone, weights, data, search space, output folder, free space.
+    """Check all of a study before anything starts; ``InputError`` for what is wrong.
 
     ``ancestor`` is what ``config.from_deployment`` holds, where it names a file.
-
-    Raises:
-        InputError: one sentence that names what is wrong and the remedy.
     """
     from vgid.models import backbones
 

@@ -48,15 +48,12 @@ def run_study(
     retry_failed: bool = False,
     ancestor: Ancestor | None = None,
 ) -> dict[str, Any]:
-    """Run a study, or ``resume`` the one that the output folder holds.
+    """Run a study, or ``resume`` the one that the output folder holds; its ``study.json``.
 
-    The failed trials of a resumed study may be run again, under their ids. ``session`` makes the
-    workers' sessions, by default ``vgid.cluster.slots.trial_session``; ``ancestor`` is what
-    ``config.from_deployment`` names.
-
-    Returns:
-        The content of ``study.json``; ``interrupted`` tells whether a signal ended it, ``error``
-        why it has not all that it should have.
+    There ``interrupted`` tells whether a signal ended it, ``error`` why it has not all that it
+    should have. The failed trials of a resumed study may be run again, under their ids. ``session``
+    makes the workers' sessions, by default ``vgid.cluster.slots.trial_session``; ``ancestor`` is
+    what ``config.from_deployment`` names.
 
     Raises:
         InputError: bad input; nothing was started if it is in what can be checked before.
@@ -80,10 +77,7 @@ def begin(
     """Record the study, show it, and have its data and MLflow's parent run made in a thread.
 
     However the block ends, the folder is let go of and nothing is left running on MLflow; when it
-    ends well, the study's summary is printed.
-
-    Raises:
-        InputError: the folder cannot hold this study, or holds none to resume.
+    ends well, the study's summary is printed. ``InputError`` if the folder is not for this study.
     """
     output = plan.config.output
     sudden = f"{output}: the study's process was killed, or Ray's on its node; go on with --resume."
@@ -158,8 +152,7 @@ class Study:
     def score_base(self, slots: "Slots") -> "Future[None]":
         """Have the base model scored; done when it is, or cannot be, which ends the study.
 
-        Raises:
-            InputError: the data or weights are not those that the study was started with.
+        ``InputError`` if data or weights are not those that the study was started with.
         """
         import ray
 
@@ -173,8 +166,7 @@ class Study:
     def search(self, slots: "Slots", base: "Future[None]") -> None:
         """Run the trials that Optuna proposes and those left in flight, then wait for the base.
 
-        Raises:
-            InputError: what no trial can get past.
+        ``InputError`` for what no trial can get past.
         """
         from vgid.cluster.tune import Recorder, run_trials
         from vgid.study.search import ParetoSearch
@@ -239,12 +231,9 @@ class Study:
         self._seconds["re-score"] = self.ending.elapsed_s - began
 
     def write(self) -> dict[str, Any]:
-        """Write tables and ``study.json``, then figures, then MLflow's parent run.
+        """Write tables and ``study.json``, its return value, then figures, then MLflow's parent run.
 
-        What a signal leaves no time for is missing, and said in ``study.json``, which is returned.
-
-        Raises:
-            DiskError: a file cannot be written.
+        What a signal leaves no time for is missing, and said there. ``DiskError`` for a full disk.
         """
         self.console.stage("Writing tables and figures")
         ending = self.ending

@@ -84,10 +84,9 @@ def open_journal(output: Path) -> "optuna.storages.JournalStorage":
 def reconcile(
     ledger: Ledger, space: SearchSpace, trials: int
 ) -> "tuple[optuna.storages.JournalStorage, optuna.study.Study]":
-    """Write Optuna's journal anew from the ledger.
+    """Write Optuna's journal anew from the ledger, trial ids for numbers.
 
-    Ended trials come back with their state and values, trials in flight as running, and the first
-    points that were not started yet as enqueued. A trial's number there is its trial id.
+    Trials in flight come back as running, and first points that were not started as enqueued.
     """
     import optuna
 

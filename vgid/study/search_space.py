@@ -124,11 +124,7 @@ class SearchSpace:
 
     @classmethod
     def load(cls, path: Path, backbone: str | None = None, method: Method = "vgid") -> Self:
-        """Read a file, meant for ``backbone`` if one is given, and check the section of a method.
-
-        Raises:
-            InputError: one sentence that names the file, the field and the remedy.
-        """
+        """Read a file, meant for ``backbone``, with a method's section; ``InputError`` if wrong."""
         from vgid.models import backbones
 
         chain = _chain(path)
@@ -210,11 +206,7 @@ class SearchSpace:
         return distributions.FloatDistribution(low, high, log=domain.log, step=step)
 
     def trial_config(self, params: Mapping[str, Any], seed: int) -> TrialConfig:
-        """The trial of a point; fixed fields may be left out.
-
-        Raises:
-            InputError: the point is not a valid trial.
-        """
+        """The trial of a point, perhaps without fixed fields; ``InputError`` if it is not one."""
         values = {**self._with_fixed(params), "method": self.method, "seed": seed}
         return parse(TrialConfig, values, self.source)
 

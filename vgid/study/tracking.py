@@ -57,10 +57,7 @@ class _Run:
 
 
 class TrialRuns:
-    """The runs of a study's trials: children of the study's own run, found again by their tags.
-
-    ``tags`` are those of every run of the study: its id and the hashes.
-    """
+    """The runs of a study's trials: children of its own run, all with its ``tags``."""
 
     def __init__(self, connection: Connection, parent: str, tags: Mapping[str, str]) -> None:
         self._connection = connection
@@ -187,13 +184,10 @@ class TrialRuns:
 
 
 class Tracker:
-    """Writes one study to an MLflow tracking server or SQLite file.
+    """Writes one study to an MLflow server or SQLite file, in a parent run found or made.
 
-    It finds or creates the study's parent run, ``study_run_id``, and learns which trials that has.
-    The hashes are those of ``dataset`` and ``base``; ``uri`` is without credentials.
-
-    Raises:
-        InputError: the server refuses, or artifacts cannot be kept.
+    The hashes are those of ``dataset`` and ``base``; ``uri`` is without credentials. ``InputError``
+    if the server refuses, or artifacts cannot be kept.
     """
 
     def __init__(
@@ -273,13 +267,10 @@ class Tracker:
         status: str = "FINISHED",
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
-        """Record the study's outcome on the parent, and held-out scores on the front's trials.
+        """Record the outcome and files of ``study.json``, and held-out scores of the front.
 
         A server that does not answer is waited for and ``tell`` told, unless ``status`` is
-        ``KILLED``. The files of ``summary``, the content of ``study.json``, are kept as artifacts.
-
-        Raises:
-            InputError: not everything could be recorded; the output folder is complete.
+        ``KILLED``; then ``InputError``, though the output folder is complete.
         """
         now = int(time.time() * 1000)
         deadline = time.monotonic() + (PATIENCE_SECONDS if status == "FINISHED" else 0.0)
@@ -306,10 +297,7 @@ class Tracker:
         )
 
     def close(self, status: str) -> None:
-        """Leave no run as running, if the server can be told; the study's own ends as ``status``.
-
-        After ``finish_study`` all are told.
-        """
+        """End all runs, the study's own with a ``status``, if ``finish_study`` has not."""
         if self._closed or not self.study_run_id or not self._connection.answers():
             return
         self._catch_up()

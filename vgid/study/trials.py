@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bulletin:
-    """Tells of trials: the console at once, table and MLflow in a thread each, in order.
-
-    The board takes in each trial that ends; ``ending`` is told of a disk that is full.
-    """
+    """Tells of trials: the console at once, table and MLflow in a thread each, in order."""
 
     console: StudyConsole
     board: Scoreboard
