@@ -200,7 +200,7 @@ class RequestConfig(Config):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that results depend on, beside what hashes name: part of kept scores' names."""
+        """The fields that results depend on, apart from hashes: part of kept scores' names."""
         places = {"data", "store", "store_limit_gb", "model_path", "deployed_adapter"}
         return self.model_dump(mode="json", exclude=places | {"log_responses"})
 

@@ -231,7 +231,7 @@ class Study:
         self._seconds["re-score"] = self.ending.elapsed_s - began
 
     def write(self) -> dict[str, Any]:
-        """Write tables and ``study.json``, its return value, then figures, then MLflow's parent run.
+        """Write tables and ``study.json``, which it returns, then figures, then MLflow's run.
 
         What a signal leaves no time for is missing, and said there. ``DiskError`` for a full disk.
         """
