@@ -65,7 +65,8 @@ class Parser(argparse.ArgumentParser):
         option = flag.name or f"--{negated}{name.replace('_', '-')}"
         help_text = (field.description or "").replace("%", "%%")
         if field.default not in (None, ()) and not field.is_required() and not negated:
-            help_text += f" (default: {_shown(field.default)})"
+            shown = field.default if isinstance(field.default, tuple) else (field.default,)
+            help_text += f" (default: {', '.join(map(str, shown))})"
         settings = {"help": help_text, **_by_type(_plain(field.annotation), flag, field.default)}
         if not option.startswith("-"):
             self.add_argument(name, nargs="?", **settings | {"metavar": option, "default": None})
@@ -109,10 +110,6 @@ def _by_type(kind: Any, flag: Flag, default: Any) -> dict[str, Any]:
         choices = get_args(kind)
         return {"type": type(choices[0]), "choices": choices}
     return {"type": kind, "metavar": flag.metavar or _METAVARS[kind]}
-
-
-def _shown(default: Any) -> str:
-    return ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def duration(seconds: float) -> str:

@@ -56,9 +56,7 @@ class Outcome(Config):
     trace: str | None = None  # where its exception came from, without the message
     load_s: float = 0.0  # seconds that the worker spent on loading model and data for this job
     slot: int = -1
-    cycle_s: float | None = (
-        None  # seconds since the end of the slot's job before, None for its first
-    )
+    cycle_s: float | None = None  # since the end of the slot's job before; None for its first
 
     def log_trace(self) -> None:
         """Write where its error came from to stderr, which is ``study.log`` in a study's driver."""
@@ -187,10 +185,9 @@ class Mailbox:
         if ticket.asking is not None and not ticket.asking.done():
             ticket.asking.set_result(None)
         ticket.heard = None
-        if ticket.messages:
-            ticket.heard = ticket.messages.popleft()
-            return ticket.heard
         ticket.asking = asyncio.get_running_loop().create_future()
+        if ticket.messages:
+            ticket.asking.set_result(ticket.messages.popleft())
         message = await ticket.asking
         if message is None:
             return forgotten
@@ -286,10 +283,10 @@ class Mailbox:
         ``MAX_RESTARTS`` in ``RESTART_WINDOW_S`` end the slot, and without any slot the study.
         ``cause`` tells nothing private.
         """
-        first = slot not in self._slots
-        state = self._slots[slot]
-        if first:
+        if slot not in self._slots:
+            self._slots[slot] = _Slot()
             return
+        state = self._slots[slot]
         ticket, state.holds = state.holds, None
         # Not counted is a restart after a job that has ended: its failure may have asked for it.
         if ticket is not None or not state.useful:
@@ -322,8 +319,7 @@ class Mailbox:
 
         A slot that does not hold the job, which then runs elsewhere, is to stop.
         """
-        state = self._slots[slot]
-        ticket = state.holds
+        ticket = self._slots[slot].holds
         if ticket is None or ticket.job.id != job_id or ticket.ended or ticket.cancelled:
             return False
         self._moves += 1
@@ -344,8 +340,7 @@ class Mailbox:
         ticket = state.holds
         if ticket is None or ticket.job.id != outcome.job_id:
             return
-        state.holds = None
-        state.useful = True
+        state.holds, state.useful = None, True
         if not ticket.ended:
             self._end(ticket, outcome, slot)
 

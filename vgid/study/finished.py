@@ -24,6 +24,7 @@ from vgid.models.adapter_files import FILES
 from vgid.pareto import hypervolume
 from vgid.report.records import TRIAL_FIELDS
 from vgid.results import OBJECTIVES, QuestionPart, Score, trial_order
+from vgid.study.mlflow_client import first_line, open_client, search_runs
 from vgid.study.plan import OWN_DATA
 
 MLFLOW = "mlflow:"
@@ -181,8 +182,6 @@ def _from_folder(name: str, tracking_uri: str | None) -> Source:
 
 
 def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
-    from vgid.study.mlflow_client import open_client, search_runs
-
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each file
     run_id = name.removeprefix(MLFLOW)
     if re.fullmatch(r"[0-9a-f]{32}", run_id) is None:
@@ -226,8 +225,6 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
 
 def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str) -> None:
     """Fetch one file into ``folder``, under its own name."""
-    from vgid.study.mlflow_client import first_line
-
     try:
         local = Path(client.download_artifacts(run_id, artifact, str(folder)))
         local.rename(folder / local.name)

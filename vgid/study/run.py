@@ -209,12 +209,11 @@ class Study:
         seed = held_out_seed(self.plan.config.seed, study=True)
         part: QuestionPart = "held_out"
         # The base here and not before the trials, which would wait for it.
-        jobs = {BASE: Job(id=f"base-{part}", kind="base", part=part, seed=seed)}
-        for trial_id in front:
-            adapter = self.ledger.adapter(trial_id)
-            jobs[trial_id] = Job(
-                id=f"rescore-{trial_id}", kind="rescore", adapter=adapter, part=part, seed=seed
-            )
+        job_of = partial(Job, part=part, seed=seed)
+        jobs = {BASE: job_of(id=f"base-{part}", kind="base")}
+        for name in front:
+            adapter = self.ledger.adapter(name)
+            jobs[name] = job_of(id=f"rescore-{name}", kind="rescore", adapter=adapter)
         ray.get([slots.mailbox.submit.remote(job) for job in jobs.values()])
         for name, job in jobs.items():
             outcome = outcome_of(slots.mailbox, job, self.ending.is_over, self.ending.out_of_time)

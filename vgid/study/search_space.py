@@ -236,11 +236,10 @@ class SearchSpace:
         for left in reversed(range(PROPOSALS_TRIED)):
             try:
                 self.trial_config({name: draw.choice(some) for name, some in ends.items()}, seed=0)
+                return
             except InputError:
                 if not left:
                     raise
-            else:
-                return
 
     def _with_first_points(self, points: list[dict[str, Any]] | None) -> Self:
         """The space with its first points; without any, the paper's setting if it lies inside."""

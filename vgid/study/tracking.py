@@ -56,14 +56,16 @@ class _Run:
     sent: float = 0.0  # when it was last written to
 
 
+@dataclass
 class TrialRuns:
     """The runs of a study's trials: children of its own run, all with its ``tags``."""
 
-    def __init__(self, connection: Connection, parent: str, tags: Mapping[str, str]) -> None:
-        self._connection = connection
-        self._client = connection.client
-        self._parent = parent
-        self._tags = tags
+    connection: Connection
+    parent: str
+    tags: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        self._client = self.connection.client
         self._runs: dict[str, _Run] = {}
 
     @property
@@ -121,7 +123,7 @@ class TrialRuns:
             if result.error is not None:
                 tags["vgid.error"] = result.error
         params = {} if run.named else record.config.used
-        self._connection.log(run.run_id, metrics, params, tags)
+        self.connection.log(run.run_id, metrics, params, tags)
         run.tags |= tags
         run.named, run.metrics, run.last_step, run.sent = True, known, last_step, time.time()
         if result is not None:
@@ -145,11 +147,11 @@ class TrialRuns:
         run.metrics.update(missing)
         if missing or run.tags.get("vgid.on_front", "false") != mark:
             metrics = [(name, value, now, 0) for name, value in missing.items()]
-            self._connection.log(run.run_id, metrics, tags={"vgid.on_front": mark})
+            self.connection.log(run.run_id, metrics, tags={"vgid.on_front": mark})
 
     def end_all(self) -> None:
         """End the runs of trials that have not ended."""
-        if is_http(self._connection.uri):  # a request whose answer was lost may have made two
+        if is_http(self.connection.uri):  # a request whose answer was lost may have made two
             for id in {child.info.run_id for child in self._children()} - {*self.ids.values()}:
                 self._client.delete_run(id)
         for run in self._runs.values():
@@ -166,21 +168,17 @@ class TrialRuns:
         run.running, run.outcome = True, None
 
     def _create(self, record: Record) -> _Run:
-        tags = {
-            "mlflow.parentRunId": self._parent,
-            "vgid.kind": "trial",
-            "vgid.trial_id": record.trial_id,
-            **self._tags,
-        }
+        own = {"vgid.kind": "trial", "vgid.trial_id": record.trial_id}
+        tags = {"mlflow.parentRunId": self.parent, **own, **self.tags}
         name = run_name(record.config, record.trial_id)
         started = _milliseconds(record.started)
-        created = self._client.create_run(self._connection.experiment_id, started, tags, name)
+        created = self._client.create_run(self.connection.experiment_id, started, tags, name)
         run = self._runs[record.trial_id] = _Run(created.info.run_id, tags)
         return run
 
     def _children(self) -> list[Any]:
-        query = f"tags.`mlflow.parentRunId` = '{self._parent}'"
-        return search_runs(self._client, self._connection.experiment_id, query)
+        query = f"tags.`mlflow.parentRunId` = '{self.parent}'"
+        return search_runs(self._client, self.connection.experiment_id, query)
 
 
 class Tracker:
@@ -274,7 +272,6 @@ class Tracker:
         """
         now = int(time.time() * 1000)
         deadline = time.monotonic() + (PATIENCE_SECONDS if status == "FINISHED" else 0.0)
-
         send = partial(self._send_outcome, front, summary, status, now)
         waited = False
         while True:
@@ -340,10 +337,8 @@ class Tracker:
         numbers |= {f"trials_{status}": count for status, count in summary["counts"].items()}
         numbers |= {f"seconds/{phase}": seconds for phase, seconds in phases.items()}
         numbers |= {f"base_{name}": score.value for name, score in front.base.items()}
-        runs = self._trials.ids
-        links = note_links(
-            front, self.experiment_id, self.study_run_id, self._study_id, runs, files
-        )
+        place = (self.experiment_id, self.study_run_id, self._study_id, self._trials.ids)
+        links = note_links(front, *place, files)
         note = study_note(front, phases, links, summary["trained_verbatim"], summary["left_out"])
         for record in front.records:
             self._trials.mark(record, now)
@@ -353,9 +348,8 @@ class Tracker:
             path = Path(folder) / NOTE_PICTURE
             write_png(path, front, whole_only=True)
             self._client.log_artifact(self.study_run_id, str(path))
-        self._client.set_experiment_tag(
-            self.experiment_id, *view_tag(self._study_id, f"Study {self._study_id}", now)
-        )
+        view = view_tag(self._study_id, f"Study {self._study_id}", now)
+        self._client.set_experiment_tag(self.experiment_id, *view)
         self._connection.log(
             self.study_run_id,
             [(name, value, now, 0) for name, value in numbers.items()],
