@@ -1,22 +1,18 @@
 """Paths that users name, and files that the platform writes: whole or not at all, in their folder.
 
-What a user names becomes an absolute path on a disk, such that all libraries take it as it is.
-
 Written are one file (``write_atomically``), one folder (``appearing``), or several of both that
-belong together and replace others (``staged``). These are made in a hidden folder beside their
-places. When all of it is there, that folder gets another name in one step, and from then on the
-new ones are what will be: whatever moves are left then can be done by anyone, and are, by the next
-who reads or writes there (``recover``). A process that is killed before that step leaves what was
-there, and one that is killed behind it has placed the new; the old is deleted last. Files are taken
-away before folders and come after them, so at no moment does a record stand beside a folder that is
-not its own. ::
+belong together and replace others (``staged``), all made in a hidden folder beside their places.
+When all is there, that folder gets another name in one step. A process that is killed before it
+leaves what was there; behind it the new ones are what will be, and whoever reads or writes there
+next makes the moves that are left (``recover``). Files go before folders and come after them, so at
+no moment does a record stand beside a folder that is not its own. ::
 
     PLACE/.<pid>*.new/    being made, or to be deleted
     PLACE/.ready/         made: what is still to be moved to its place
     PLACE/.ready/.old/    what it replaces
 
-The platform makes no symbolic links, and none may lead out: who can put a link into such a folder
-could otherwise have files elsewhere overwritten, moved or passed off as the study's own.
+No symbolic link may lead out: who can put one into such a folder could otherwise have files
+elsewhere overwritten, moved or passed off as the study's own.
 """
 
 import errno
@@ -37,7 +33,6 @@ from vgid.errors import DiskError, InputError
 
 READY, OLD = ".ready", ".old"
 WAIT_S = 10.0  # for another process that is moving files, which takes a moment
-
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
@@ -219,11 +214,6 @@ def _finish(place: Path, done: list[tuple[Path, Path]] | None = None) -> None:
     old = ready / OLD
     old.mkdir(exist_ok=True)
 
-    def move(source: Path, target: Path) -> None:
-        source.rename(target)
-        if done is not None:
-            done.append((source, target))
-
     # The deployment `b.yaml` with its folder `b` replaces another of that name, step by step:
     #
     #     b.yaml -> .old    the old record is gone before its adapter is
@@ -233,12 +223,13 @@ def _finish(place: Path, done: list[tuple[Path, Path]] | None = None) -> None:
     #
     # Killed anywhere between, what is left in `.ready` says what is still to do.
     new = sorted((p for p in ready.iterdir() if p != old), key=lambda p: (p.is_file(), p.name))
-    for path in reversed(new):
-        target = place / path.name
-        if target.exists():
-            move(target, old / f"{len(list(old.iterdir()))}-{path.name}")
-    for path in new:
-        move(path, place / path.name)
+    replaced = [place / path.name for path in reversed(new) if (place / path.name).exists()]
+    before = len(list(old.iterdir()))  # of a process that was killed on the way
+    moves = [(path, old / f"{n}-{path.name}") for n, path in enumerate(replaced, start=before)]
+    for source, target in moves + [(path, place / path.name) for path in new]:
+        source.rename(target)
+        if done is not None:
+            done.append((source, target))
     # In one step: half deleted, it would be taken for what is still to come.
     discarded = place / f".{os.getpid()}.{secrets.token_hex(4)}.new"
     ready.rename(discarded)

@@ -1,9 +1,9 @@
-"""A trial is a plain function from a config to a result.
+"""A trial is a plain function from a config to a result; Ray, Optuna and MLflow are unknown here.
 
     result = run_trial(TrialConfig(beta=3.0), RequestConfig(data=..., store=...), Path("adapter"))
 
 ``TrialSession`` is what a process keeps between trials: the base model, the encoded data, the
-teacher store, the examination. Ray, Optuna and MLflow wrap it elsewhere and are unknown here.
+teacher store, the examination.
 """
 
 import json

@@ -105,11 +105,9 @@ class Scoreboard:
         return self._volume
 
     def _trial(self, record: Record) -> TrialRecord:
-        assert record.result is not None
-        name = record.trial_id
-        return TrialRecord(
-            record.config, record.result, name in self._front, self.held_out.get(name)
-        )
+        name, result = record.trial_id, record.result
+        assert result is not None
+        return TrialRecord(record.config, result, name in self._front, self.held_out.get(name))
 
 
 def phases(ended: Sequence[Record], study_s: Mapping[str, float]) -> Phases:
