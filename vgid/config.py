@@ -222,10 +222,7 @@ class TrialConfig(Config):
     )
     noise_type: NoiseType = Field("random", description="visual perturbation P_phi, section 3.3")
     sigma: float | None = Field(
-        None,
-        gt=0,
-        le=MAX_SIGMA,
-        description="of Gaussian noise, in units of the [0, 1] pixel range",
+        None, gt=0, le=MAX_SIGMA, description="of Gaussian noise, in units of a [0, 1] pixel range"
     )
     prompt_style: PromptStyle = Field("strict", description="instruction t_ic, Appendix A.1")
     learning_rate: float = Field(1e-3, gt=0, le=1)
@@ -333,9 +330,7 @@ class StudyConfig(Config):
     forget_ratio: RatioToForget = 5
     trials: int = Field(60, ge=1, description="trials of the whole study, over all resumes")
     seed: Annotated[int, Flag("S")] = Field(
-        0,
-        ge=0,
-        description="seed of the search, every trial and the splits of people and questions",
+        0, ge=0, description="seed of the search, every trial and splits of people and questions"
     )
     sampler: SamplerName = "auto"
     time_budget_s: Annotated[float | None, Flag("TIME", "--time-budget", seconds)] = Field(

@@ -104,8 +104,6 @@ class _Ticket:
 
 @dataclass
 class _Slot:
-    """What the mailbox knows of one slot."""
-
     worker: str = ""  # the process that serves it, if there is one
     holds: _Ticket | None = None
     last_end: float | None = None

@@ -221,7 +221,6 @@ def print_summary(
 def _front_table(
     front: Sequence[TrialRecord], base: Mapping[QuestionPart, Mapping[str, Score]]
 ) -> Grid:
-    """The front from least to most forgotten, with held-out scores where there are any."""
     search, held_out_base = base.get("search", {}), base.get("held_out", {})
     reduction, retain = OBJECTIVES
     scored = {reduction: "forget red.", retain: "retain", "test_rougeL": "test"}

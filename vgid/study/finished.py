@@ -224,7 +224,6 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
 
 
 def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str) -> None:
-    """Fetch one file into ``folder``, under its own name."""
     try:
         local = Path(client.download_artifacts(run_id, artifact, str(folder)))
         local.rename(folder / local.name)

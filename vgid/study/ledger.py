@@ -318,7 +318,6 @@ class Ledger:
         return self.output / "adapters" / name
 
     def _keep(self, record: Record, **update: Any) -> Record:
-        """Write a trial's record, with some fields anew; returns it whole."""
         record = record.model_copy(update=update)
         self._write(self.folder / f"{record.trial_id}.json", record)
         self.records[record.trial_id] = _without_scores(record)

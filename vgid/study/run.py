@@ -289,7 +289,6 @@ class Study:
             )
 
     def _open_tracker(self) -> "Tracker":
-        """The tracker, with the study's parent run; there is none of a study that is refused."""
         from vgid.study.mlflow_client import connect
         from vgid.study.tracking import Tracker
 
@@ -298,7 +297,6 @@ class Study:
         return Tracker(connection, self.ledger.header.study_id, config, hashes)
 
     def _take_base(self, mailbox: Any, job: Job) -> None:
-        """Take in the base's scores; if they do not come, the study ends."""
         ending, config = self.ending, self.plan.config
         outcome = outcome_of(mailbox, job, ending.is_over, ending.out_of_time)
         if outcome.error is not None:

@@ -95,15 +95,11 @@ class Choices(Config):
 
 
 class _Section(Config):
-    """What a file says about one method."""
-
     parameters: dict[str, Any] = Field(default_factory=dict)
     first_points: list[dict[str, Any]] | None = None
 
 
 class _File(Config):
-    """The top level of a search-space file."""
-
     backbone: str
     extends: str | None = None
     shared: dict[str, Any] = Field(default_factory=dict)
@@ -286,7 +282,6 @@ def _check_name(name: str, where: str, method: Method) -> None:
 
 
 def _domain(name: str, raw: Mapping[str, Any], place: str) -> Range | Choices:
-    """Parse ``{low, high, ...}`` or ``{choices}`` of a parameter."""
     where = f"{place}.{name}"
     if "choices" in raw:
         listed = parse(Choices, raw, where).choices

@@ -44,8 +44,6 @@ STUDY_FILE = "study.json"  # tells what the study is; its outcome replaces it
 
 @dataclass
 class _Run:
-    """What the tracker knows of a trial's run on the server."""
-
     run_id: str
     tags: dict[str, str]
     metrics: dict[str, float] = field(default_factory=dict)
@@ -358,7 +356,6 @@ class Tracker:
         self._end_runs(status)
 
     def _end_runs(self, status: str) -> None:
-        """End the study's run, and those of trials that have not ended."""
         self._trials.end_all()
         self._client.set_terminated(self.study_run_id, status)
         self._closed = True

@@ -170,7 +170,6 @@ class Listener:
             self.ending.stop(self.losses.hopeless)
 
     def _overhead(self, outcome: Outcome) -> float | None:
-        """Seconds of the slot that went to neither training nor evaluation."""
         first = outcome.slot not in self._slots_used
         self._slots_used.add(outcome.slot)
         if first or outcome.cycle_s is None or outcome.result is None:
