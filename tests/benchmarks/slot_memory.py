@@ -24,7 +24,6 @@ from tests.benchmarks.machine import MIN_ROUNDS, ROOT, arguments, one_thread, re
 PAUSE_S = 3.0
 TIMEOUT_S = 600
 RAY_OF_A_SLOT = (
-    "ray::TrainController",
     "ray::SynchronizationActor",
     "ray::ResourceTrainable",
 )

@@ -37,7 +37,6 @@ An instance is made in each worker; what it is to do otherwise, it reads from ``
 BASE = {"forget_rougeL": 0.9, "retain_rougeL": 0.95, "test_rougeL": 0.85}
 KINDS = {
     "worker": "ray::RayTrainWorker",
-    "controller": "ray::TrainController",
     "slot host": "ray::_SlotHost",
     "mailbox": "ray::Mailbox",
     "trainable": "ray::ResourceTrainable",  # while it waits for its trial

@@ -3,7 +3,7 @@
 from tests.end_to_end.light import LightStudy
 
 TRIALS = 40
-AT_ONCE = (("trainable", "worker"), ("controller", "mailbox"), ("slot host",))
+AT_ONCE = (("trainable", "worker"), ("slot host", "mailbox"), ("slot host",))
 """Kinds of process that die together; the next ones when the study has got over it."""
 
 

@@ -21,9 +21,8 @@ from tests.end_to_end.light import LightStudy
 SERVER = "MLflow server"
 KILLS = {
     "driver": 2,
-    "worker": 4,
-    "controller": 3,
-    "slot host": 2,
+    "worker": 5,
+    "slot host": 4,
     "mailbox": 3,
     "trainable": 3,
     "raylet": 1,

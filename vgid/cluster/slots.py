@@ -8,8 +8,10 @@ mailbox. A worker that dies restarts inside the same run and goes on with the jo
 Only the workers import torch; with several a slot, Ray's side of them does too.
 """
 
+import asyncio
 import contextlib
 import importlib
+import os
 import secrets
 import sys
 import time
@@ -105,14 +107,8 @@ class Slots:
         self.count = count
         loop = {"mailbox": mailbox, "request": request, "fresh": fresh}
         loop["session"] = session or trial_session
-        # Its children inherit this. Without the address those of Ray's that look after a controller
-        # ask the newest cluster of the machine, take the controller for dead and end its workers.
-        address = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-        environment = {"env_vars": TRAIN_SETTINGS | address}
-        # A thread for each slot, which holds it for the whole study, and one for what controllers
-        # tell.
-        actor = ray.remote(max_concurrency=count + 1, runtime_env=environment, **_immortal())
-        self._host = actor(_SlotHost).remote(shape)
+        # A thread for each slot, which holds it for the whole study.
+        self._host = ray.remote(max_concurrency=count, **_immortal())(_SlotHost).remote(shape)
         self._held = [self._host.hold.remote(slot, storage, loop) for slot in range(count)]
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -134,25 +130,20 @@ class Slots:
 # Starting a run costs a dozen seconds and a trial on tiny-llava seven, so a run a trial would spend
 # most of a study on starting.
 #
-#   driver (no torch) -- host actor -- thread of slot 0 -- Train controller -- workers (torch)
-#                                  \-- thread of slot 1 -- Train controller -- workers
+#   driver (no torch) -- host actor -- thread of slot 0: Train's controller -- workers (torch)
+#                                  \-- thread of slot 1: Train's controller -- workers
 #
 # Who dies takes along what is to the right; what it hangs on (for the host: Ray) starts it again.
 class _SlotHost:
     """Holds the Train runs, a thread each. When it dies they die too, and it starts them again."""
 
     def __init__(self, shape: SlotShape) -> None:
-        from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
-            get_or_create_autoscaling_coordinator,
-        )
-
-        # Controllers ask for it one after the other, and wait a second until it has come up.
-        get_or_create_autoscaling_coordinator()
+        # Here and not as Ray's `runtime_env`, for which it would start a Python of its own.
+        os.environ.update(TRAIN_SETTINGS)
         # Once and not in each thread: Ray's packages import each other in circles.
         self._trainer = _trainer(shape.workers)
         self._shape = shape
         self._placed: dict[int, str] = {}
-        self._host = ray.get_runtime_context().current_actor
         _give_back(self._shape, self._placed.values())
 
     def hold(self, slot: int, storage: Path, loop: dict[str, Any]) -> None:
@@ -173,14 +164,9 @@ class _SlotHost:
                 ray.get(mailbox.free.remote(slot, where(error)))
             run += 1
 
-    def placed(self, slot: int, placement_group: str) -> None:
-        """A slot's workers are up, in the placement group of that id."""
-        self._placed[slot] = placement_group
-
     def _fit(self, slot: int, run: int, storage: Path, loop: dict[str, Any]) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-        environment = {"OMP_NUM_THREADS": str(CPUS_PER_WORKER), "OMP_WAIT_POLICY": "passive"}
         self._trainer(
             serve,
             train_loop_config={**loop, "slot": slot},
@@ -196,8 +182,7 @@ class _SlotHost:
                 storage_path=str(storage),
                 # The mailbox counts, and sends home the workers of a slot that is given up.
                 failure_config=FailureConfig(max_failures=-1),
-                callbacks=[_tells(self._host, loop["mailbox"], slot)],
-                worker_runtime_env={"env_vars": environment},
+                callbacks=[_tells(self._placed, loop["mailbox"], slot)],
             ),
         ).fit()
 
@@ -220,11 +205,16 @@ def _give_back(shape: SlotShape, but: Collection[str] = ()) -> None:
 
 
 def _trainer(workers: int) -> Any:
-    """Ray Train's trainer; one worker has no use for a process group, nor Ray for torch then."""
+    """Ray Train's trainer, with its controller in this process.
+
+    One worker has no use for a process group, nor Ray for torch then.
+    """
     from ray.train.v2._internal.callbacks import DatasetsCallback
     from ray.train.v2._internal.callbacks.placement_group_callback import (
         PlacementGroupCleanerCallback,
     )
+    from ray.train.v2._internal.execution.controller.controller import TrainController
+    from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
     if workers > 1:
         plain = importlib.import_module("ray.train.torch").TorchTrainer
@@ -233,7 +223,21 @@ def _trainer(workers: int) -> Any:
             "ray.train.v2.api.data_parallel_trainer"
         ).DataParallelTrainer
 
+    class Waiting(FixedScalingPolicy):
+        # Ray's own tells an autoscaler what it needs, through a process of its own. A placement
+        # group that waits for its place tells it too.
+        def after_controller_start(self, train_run_context: Any) -> None: ...
+        def _maybe_send_resource_request(self) -> None: ...
+
     class Trainer(plain):  # type: ignore[valid-type,misc]
+        # Ray's own starts a process for it: 130 MB a slot, all of them on the driver's node, and a
+        # second of a core before the first trial. A controller waits for its workers, and no more.
+        def _initialize_and_run_controller(self, **parts: Any) -> Any:
+            parts["scaling_policy"] = Waiting(self.scaling_config)
+            controller = TrainController(**parts)
+            asyncio.run(controller.run())
+            return controller.get_result()
+
         def _create_default_callbacks(self) -> list[Any]:
             # Each holds a process of 120 MB a slot, and a second of a core before the first trial.
             # There are no Ray datasets here, and what dead controllers leave `_give_back` gives
@@ -245,8 +249,8 @@ def _trainer(workers: int) -> Any:
     return Trainer
 
 
-def _tells(host: Any, mailbox: Any, slot: int) -> Any:
-    """A callback of a Train run, in its controller: tells when a group of workers comes and goes.
+def _tells(placed: dict[int, str], mailbox: Any, slot: int) -> Any:
+    """A callback of a Train run: notes where a group of workers is placed, tells when it goes.
 
     So a slot whose node does not come back keeps no job from the others while it waits for one.
     """
@@ -255,7 +259,7 @@ def _tells(host: Any, mailbox: Any, slot: int) -> Any:
     class Tells(WorkerGroupCallback):
         def after_worker_group_start(self, worker_group: Any) -> None:
             group = worker_group.get_worker_group_state().placement_group_handle.placement_group
-            ray.get(host.placed.remote(slot, group.id.hex()))
+            placed[slot] = group.id.hex()
 
         def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
             ray.get(mailbox.free.remote(slot))
@@ -274,6 +278,7 @@ def serve(config: dict[str, Any]) -> None:
     """
     from ray.train import get_context
 
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # torch, which reads it, comes with the session
     context = get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     line = _Line(config["mailbox"], config["slot"], rank, alone=world_size == 1)
