@@ -48,7 +48,7 @@ def test_a_laptop_of_16_cores_and_16_gb_is_limited_by_its_memory(nodes):
     [
         ((2.0, 0.0, 18.0 * GB), SlotShape(), None, 60, False, (2, "cores")),
         (LAPTOP, SlotShape(), 3, 60, False, (3, "--max-concurrent")),
-        (LAPTOP, SlotShape(), 16, 60, False, (9, "memory")),
+        (LAPTOP, SlotShape(), 16, 60, False, (10, "memory")),
         (LAPTOP, SlotShape(), 16, 60, True, (16, "--max-concurrent")),  # nodes may join
         (LAPTOP, SlotShape(), None, 2, False, (2, "the number of trials")),
         ((32.0, 4.0, 256.0 * GB), SlotShape(1, 1.0, 30 * GB), None, 60, True, (4, "GPUs")),
@@ -62,13 +62,13 @@ def test_what_runs_short_first_decides(nodes, node, shape, wanted, trials, joine
 
 
 def test_each_node_counts_its_own_memory(nodes):
-    nodes((8.0, 0.0, 2.0 * GB), (8.0, 0.0, 1.3 * GB), (2.0, 0.0, 64.0 * GB))
+    nodes((8.0, 0.0, 2.0 * GB), (8.0, 0.0, 1.1 * GB), (2.0, 0.0, 64.0 * GB))
     assert slot_count(SlotShape(), None, 60, joined=True)[0] == 1 + 0 + 2
 
 
 def test_a_slot_that_fits_nowhere_is_refused_by_what_is_missing(nodes):
     nodes((16.0, 0.0, 1.0 * GB))
-    with pytest.raises(InputError, match=r"too little memory .* 1.3 GB memory each; free some"):
+    with pytest.raises(InputError, match=r"too little memory .* 1.2 GB memory each; free some"):
         slot_count(SlotShape(), None, 60, joined=False)
     nodes((16.0, 0.0, 64.0 * GB))
     with pytest.raises(InputError, match="too little GPUs"):

@@ -20,10 +20,10 @@ from vgid.errors import InputError
 # One thread a worker everywhere: the same numbers on every machine, and faster than two threads
 # where trials share the cores.
 CPUS_PER_WORKER = 1
-# Ray's processes beside the workers of one slot: Train's controller and synchronisation actor, and
-# Tune's trainable: 386 in the sum of their proportional set sizes
-# (``python -m tests.benchmarks.slot_memory``), and some to spare.
-RAY_BYTES = 420 * 10**6
+# Ray's processes beside the workers of one slot: Train's synchronisation actor and Tune's trainable:
+# 252 in the sum of their proportional set sizes (``python -m tests.benchmarks.slot_memory``), and
+# some to spare.
+RAY_BYTES = 280 * 10**6
 # A worker of an embedded backbone: Python, torch, encoded data, a trial. 747 by the same measure
 # between trials, up to 907 resident in the midst of one.
 WORKER_BYTES = 900 * 10**6
@@ -43,7 +43,7 @@ class SlotShape:
         gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
         # Ray's own processes take no resource of their own, so the workers ask for them: else a
         # node fills with slots by what their workers need, and the kernel ends one when the
-        # controllers come up.
+        # they come up.
         memory = self.worker_bytes + RAY_BYTES // self.workers
         return {"CPU": float(CPUS_PER_WORKER), **gpus, "memory": float(memory)}
 
