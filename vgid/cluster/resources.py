@@ -20,9 +20,9 @@ from vgid.errors import InputError
 # One thread a worker everywhere: the same numbers on every machine, and faster than two threads
 # where trials share the cores.
 CPUS_PER_WORKER = 1
-# Ray's processes beside the workers of one slot: Train's synchronisation actor and Tune's trainable,
-# 252 MB in the sum of their proportional set sizes (``python -m tests.benchmarks.slot_memory``), and
-# some to spare.
+# Ray's processes beside the workers of one slot: Train's synchronisation actor and Tune's
+# trainable, 252 MB in the sum of their proportional set sizes
+# (``python -m tests.benchmarks.slot_memory``), and some to spare.
 RAY_BYTES = 280 * 10**6
 # A worker of an embedded backbone: Python, torch, encoded data, a trial. 747 by the same measure
 # between trials, up to 907 resident in the midst of one.
