@@ -153,9 +153,7 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
         count.people_left_out = len(whole_rows)
         count.questions_left_out = len({d.question for d in mine if d.row not in whole_rows})
     return Report(
-        configs=counts,
-        defects=sorted(defects, key=_place),
-        left_out=sorted(left_out, key=_place),
+        configs=counts, defects=sorted(defects, key=_place), left_out=sorted(left_out, key=_place)
     )
 
 

@@ -64,9 +64,7 @@ class CompareConfig(Config):
         description="folder, new or to go on with: studies that it holds are used"
     )
     retain_drop: Annotated[float, Flag("D")] = Field(
-        0.02,
-        ge=0,
-        description="largest loss of retain ROUGE-L that a method's best point may have",
+        0.02, ge=0, description="largest loss of retain ROUGE-L that a method's best point may have"
     )
     sampler: SamplerName = "auto"
     data: Annotated[UsablePath | None, Flag("DIR")] = Field(

@@ -30,14 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from vgid.cluster.resources import worker_threads
-from vgid.config import (
-    Config,
-    ForgetRatio,
-    NoiseType,
-    RequestConfig,
-    TrialConfig,
-    derived,
-)
+from vgid.config import Config, ForgetRatio, NoiseType, RequestConfig, TrialConfig, derived
 from vgid.errors import InputError
 from vgid.files import write_atomically
 from vgid.prompts import PromptStyle
@@ -277,10 +270,7 @@ def _run_group(
 
 
 def _run_in_processes(
-    cache: Cache,
-    groups: Sequence[Sequence[Experiment]],
-    processes: int,
-    update: Callable[[], None],
+    cache: Cache, groups: Sequence[Sequence[Experiment]], processes: int, update: Callable[[], None]
 ) -> None:
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())

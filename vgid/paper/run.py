@@ -14,16 +14,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Field, field_validator
 from rich.console import Console
 
-from vgid.config import (
-    Config,
-    Flag,
-    Method,
-    ModelPath,
-    RetainPeople,
-    TrialConfig,
-    derived,
-    words,
-)
+from vgid.config import Config, Flag, Method, ModelPath, RetainPeople, TrialConfig, derived, words
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
 from vgid.files import UsablePath, WrittenFolder, write_atomically
