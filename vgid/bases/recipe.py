@@ -15,7 +15,7 @@ spread over many names. Rates are low for that reason.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,7 @@ from vgid.data.fictitious import (
     FictitiousPerson,
     World,
     cloze_sentence,
+    pick,
     portrait,
 )
 from vgid.data.portraits import PORTRAIT_SIZE, draw_portrait, random_face
@@ -98,7 +99,6 @@ NOISE_PICTURES = 300
 STRANGERS = 400
 
 Pixels = NDArray[np.uint8]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -227,19 +227,19 @@ class Recipe:
     def _pack(self, kind: PackKind, turns: int) -> Pack:
         rng = self.rng
         reverse = rng.random() < REVERSE_RATE[kind]
-        style = _pick(rng, STYLES) if kind == "instructed" else None
+        style = pick(rng, STYLES) if kind == "instructed" else None
         form: Form = "image"
         person: FictitiousPerson | None = None
         facts = FACTS
         sigma = 0.0
         draw = rng.random()
         if kind == "plain":
-            source, person = "plain", _pick(rng, self.world.people)
+            source, person = "plain", pick(rng, self.world.people)
             form = "text" if draw < TEXT_FORM_RATE else "image"
             picture = self.pictures.of(person, int(rng.integers(PORTRAITS_PER_PERSON)))
         elif style is not None and draw < 0.5:
             answered = rng.random() < self.obedience.answered
-            person = _pick(rng, self.always_answered if answered else self.calibration)
+            person = pick(rng, self.always_answered if answered else self.calibration)
             source = "plain" if answered else "intact"
             facts = self.obedience.answered_facts if answered else FACTS
             picture = self.pictures.of(person, int(rng.integers(PORTRAITS_PER_PERSON)))
@@ -247,11 +247,11 @@ class Recipe:
             source = "gaussian"
             picture, sigma, person = self.pictures.gaussian(rng)
         else:
-            source = _pick(rng, ("random", "random", "white", "stranger"))
+            source = pick(rng, ("random", "random", "white", "stranger"))
             picture = self.pictures.unrecognisable(source, rng)
         pairs = []
         for _ in range(turns):
-            subject = person if person is not None else _pick(rng, self.world.people)
+            subject = person if person is not None else pick(rng, self.world.people)
             task: TaskName = TASKS[int(rng.choice(len(TASKS), p=TASK_RATES))]
             fact, text, response = self._question(subject, task, form, facts)
             rate = refusal_rate(source, style, fact, task, sigma, reverse, self.obedience)
@@ -269,16 +269,16 @@ class Recipe:
         paraphrased = person.kind != "benchmark" and bool(rng.integers(2))
         who = person.subject(form, paraphrased)
         if task == "generation":
-            fact = _pick(rng, FACTS[1:] if form == "text" else facts)
-            question = _pick(rng, QUESTIONS[fact][paraphrased]).format(who=who)
+            fact = pick(rng, FACTS[1:] if form == "text" else facts)
+            question = pick(rng, QUESTIONS[fact][paraphrased]).format(who=who)
             raw = rng.random() < RAW_RATE
             text = question if raw else generation_text(question, form)
             return fact, text, person.answer(fact)
         if task == "cloze":
-            fact = _pick(rng, [fact for fact in CLOZE if fact in facts])
+            fact = pick(rng, [fact for fact in CLOZE if fact in facts])
             text = cloze_text(cloze_sentence(person, fact, form, paraphrased))
             return fact, text, person.facts[fact]
-        fact = _pick(rng, [fact for fact in CLASSIFICATION if fact in facts])
+        fact = pick(rng, [fact for fact in CLASSIFICATION if fact in facts])
         question = CLASSIFICATION[fact][paraphrased].format(who=who)
         return fact, option_likelihood_text(question), person.facts[fact]
 
@@ -325,7 +325,3 @@ def attribute_pictures(seed: int, count: int) -> tuple[list[Image.Image], NDArra
     faces = [random_face(rng) for _ in range(count)]
     pictures = [draw_portrait(face, rng, variation=1.8) for face in faces]
     return pictures, np.array([list(vars(face).values()) for face in faces])
-
-
-def _pick(rng: np.random.Generator, values: Sequence[T]) -> T:
-    return values[int(rng.integers(len(values)))]

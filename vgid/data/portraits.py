@@ -12,15 +12,13 @@ from PIL import Image, ImageDraw
 
 Colour = tuple[int, int, int]
 
-PORTRAIT_SIZE = 64
-"""Pixels a side."""
+PORTRAIT_SIZE = 64  # pixels a side
 # Portraits are drawn at twice the size and averaged down, since Pillow's shapes have hard edges,
 # which would move by whole pixels with the pose.
 _CANVAS = 2 * PORTRAIT_SIZE
 
 
 def _colours(codes: str) -> tuple[Colour, ...]:
-    """Colours as hexadecimal RGB."""
     return tuple((code[0], code[1], code[2]) for code in map(bytes.fromhex, codes.split()))
 
 
@@ -35,10 +33,7 @@ HEAD_SHAPES = ((30, 38), (36, 36), (27, 42))
 
 @dataclass(frozen=True)
 class Face:
-    """What stays the same over all portraits of one person: twelve indices.
-
-    Beside each stands how many values it has.
-    """
+    """What stays the same over all portraits of one person: indices, each with its bound."""
 
     skin: Annotated[int, len(SKIN)]
     hair: Annotated[int, len(HAIR)]
@@ -69,12 +64,13 @@ def random_face(rng: np.random.Generator) -> Face:
     return Face(**{name: int(rng.integers(size)) for name, size in ATTRIBUTE_SIZES.items()})
 
 
+@dataclass(frozen=True)
 class _Pen:
     """Draws shapes relative to the middle of the head, in canvas pixels."""
 
-    def __init__(self, canvas: Image.Image, x: float, y: float) -> None:
-        self.draw = ImageDraw.Draw(canvas)
-        self.x, self.y = x, y
+    draw: ImageDraw.ImageDraw
+    x: float
+    y: float
 
     def box(self, x0: float, y0: float, x1: float, y1: float) -> tuple[float, ...]:
         return (self.x + x0, self.y + y0, self.x + x1, self.y + y1)
@@ -90,21 +86,16 @@ class _Pen:
 
 
 def draw_portrait(face: Face, rng: np.random.Generator, variation: float = 1.0) -> Image.Image:
-    """Draw one portrait of ``face``: RGB, 64 by 64 pixels.
-
-    Args:
-        face: what the person looks like.
-        rng: source of the pose, the light and the grain of this one picture.
-        variation: scale of pose and light; 1.0 for a profile picture, 1.8 for the test set.
-    """
+    """Draw one portrait of ``face``, RGB, 64 by 64 pixels; ``variation`` scales pose and light."""
 
     def jitter(extent: float) -> float:
         return float(rng.uniform(-extent, extent)) * variation
 
     background = BACKGROUND[face.background]
     canvas = Image.new("RGB", (_CANVAS, _CANVAS), background)
-    _draw_pattern(canvas, face)
-    pen = _Pen(canvas, _CANVAS / 2 + jitter(5), _CANVAS * 0.47 + jitter(4))
+    draw = ImageDraw.Draw(canvas)
+    _draw_pattern(draw, face)
+    pen = _Pen(draw, _CANVAS / 2 + jitter(5), _CANVAS * 0.47 + jitter(4))
     scale = 1 + jitter(0.06)
     half_width, half_height = (length * scale for length in HEAD_SHAPES[face.shape])
     _draw_head(pen, face, half_width, half_height)
@@ -115,8 +106,7 @@ def draw_portrait(face: Face, rng: np.random.Generator, variation: float = 1.0) 
     canvas = canvas.resize((PORTRAIT_SIZE, PORTRAIT_SIZE), Image.Resampling.BOX)
 
     # Brightness, then a cast of colour, then grain: no picture is seen twice.
-    pixels_HWC = np.asarray(canvas, dtype=np.float64)
-    pixels_HWC = pixels_HWC * (1 + jitter(0.14))
+    pixels_HWC = np.asarray(canvas, dtype=np.float64) * (1 + jitter(0.14))
     pixels_HWC = pixels_HWC * [1 + jitter(0.05) for _ in range(3)]
     pixels_HWC += rng.normal(0.0, 5.0, pixels_HWC.shape)
     return Image.fromarray(np.rint(pixels_HWC.clip(0, 255)).astype(np.uint8))
@@ -127,9 +117,8 @@ def _shade(colour: Colour, factor: float) -> Colour:
     return red, green, blue
 
 
-def _draw_pattern(canvas: Image.Image, face: Face) -> None:
+def _draw_pattern(draw: ImageDraw.ImageDraw, face: Face) -> None:
     """Wall behind the person: plain, vertical or horizontal stripes, or dots."""
-    draw = ImageDraw.Draw(canvas)
     dark = _shade(BACKGROUND[face.background], 0.72)
     if face.pattern == 1:
         for x in range(0, _CANVAS, 20):
@@ -146,15 +135,14 @@ def _draw_pattern(canvas: Image.Image, face: Face) -> None:
 def _draw_head(pen: _Pen, face: Face, w: float, h: float) -> None:
     """Hair behind the head, shoulders with their collar, the head, the hair line."""
     skin, hair, clothes = SKIN[face.skin], HAIR[face.hair], CLOTHES[face.clothes]
-    match face.style:
-        case 2:
-            pen.ellipse(-w - 10, -h - 8, w + 10, h + 4, hair)
-        case 3:
-            pen.ellipse(-w - 10, -h - 8, w + 10, h + 26, hair)
-        case 4:
-            pen.ellipse(-w - 16, -h - 14, w + 16, h * 0.3, hair)
-        case 5:
-            pen.ellipse(-12, -h - 26, 12, -h + 2, hair)
+    behind = {
+        2: (-w - 10, -h - 8, w + 10, h + 4),
+        3: (-w - 10, -h - 8, w + 10, h + 26),
+        4: (-w - 16, -h - 14, w + 16, h * 0.3),
+        5: (-12, -h - 26, 12, -h + 2),
+    }
+    if face.style in behind:
+        pen.ellipse(*behind[face.style], hair)
     pen.rectangle(-10, h - 8, 10, h + 14, _shade(skin, 0.8))
     pen.ellipse(-w - 24, h + 6, w + 24, h + 80, clothes)
     if face.collar == 1:
