@@ -1,8 +1,4 @@
-"""Reading a benchmark: people, questions, training pairs and images, and how questions are split.
-
-A study reads parquet in the MLLMU-Bench layout (``vgid.data.layout``) and never knows whether the
-real or the synthetic benchmark wrote it.
-"""
+"""Reading a benchmark: people, questions, training pairs and images; splitting its questions."""
 
 import hashlib
 import io
@@ -30,13 +26,9 @@ from vgid.results import LeftOut, QuestionPart
 
 __all__ = ["Benchmark", "Person", "Question", "TrainingPair", "decode_image", "split_questions"]
 
-# Larger images are refused by their header, before memory is spent on decoding them.
-MAX_IMAGE_PIXELS = 50_000_000
-
-# Larger encoded images are not even opened.
-MAX_IMAGE_BYTES = 32 * 2**20
-
-# What an image may be encoded as; Pillow's rarer parsers are left out as needless risk.
+MAX_IMAGE_PIXELS = 50_000_000  # by the header, before memory is spent on decoding
+MAX_IMAGE_BYTES = 32 * 2**20  # of the file, before it is opened
+# Pillow's rarer parsers are left out as needless risk.
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
@@ -45,14 +37,13 @@ class Benchmark:
     """A benchmark folder, read config by config when asked.
 
     Every reading method raises InputError at the first defect of what it reads, and only of that:
-    a torn config stops nobody who does not need it.
+    a torn config stops nobody who does not need it. Methods that take ``only`` read just these
+    person IDs, which saves memory.
 
     Attributes:
-        root: the folder that holds one folder a config.
         skip_defects: leave broken questions out in place of raising, and people with them whose
             portrait, ID or whole metadata is broken. Defects of files and columns still raise.
-        unfit: IDs of sound questions and training pairs that are left out too, since a backbone
-            cannot take them.
+        unfit: IDs of sound questions and training pairs that a backbone cannot take; left out too.
         dropped: what reading left out so far by config: IDs of questions, rows of people.
     """
 
@@ -96,14 +87,11 @@ class Benchmark:
         return self._people(f"forget_{_checked_ratio(ratio)}")
 
     def retain(self, ratio: int) -> tuple[Person, ...]:
-        """The people to retain when ``ratio`` per cent are forgotten (``retain_95`` for 5)."""
+        """The people to retain when ``ratio`` per cent are forgotten."""
         return self._people(f"retain_{100 - _checked_ratio(ratio)}")
 
     def test(self, only: Collection[str] | None = None) -> tuple[Person, ...]:
-        """Everyone again with transformed portraits and paraphrased questions.
-
-        ``only`` reads just these person IDs, which saves memory; None reads all.
-        """
+        """Everyone again with transformed portraits and paraphrased questions."""
         return self._people("Test_Set", only)
 
     def full(self, only: Collection[str] | None = None) -> tuple[Person, ...]:
@@ -128,8 +116,7 @@ class Benchmark:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest over names and bytes of every shard of every config."""
-        # Names too: the same shard in another config is other data.
+        """Digest over the bytes and the name of every shard: in another config it is other data."""
         digest = hashlib.sha256()
         for config in sorted(CONFIGS):
             for path in shard_paths(self.root, config):
@@ -152,7 +139,7 @@ class Benchmark:
         look = image_problem if self.skip_defects else None
         for parsed in parsed_rows(self.root, config, columns, look, only):
             if isinstance(parsed, Defect):
-                raise self.error(parsed)
+                raise self._error(parsed)
             if not self.skip_defects:
                 self.refuse(parsed.defects)
             gone = self.unfit | {defect.question for defect in parsed.defects}
@@ -173,16 +160,11 @@ class Benchmark:
         return people_defects(places, ratio)
 
     def refuse(self, defects: Iterable[Defect]) -> None:
-        """Raise at the first defect, if there is one.
-
-        Raises:
-            InputError: one sentence with config, row, field and remedy.
-        """
+        """Raise InputError at the first defect, if there is one."""
         for defect in defects:
-            raise self.error(defect)
+            raise self._error(defect)
 
-    def error(self, defect: Defect) -> InputError:
-        """A defect as the sentence for users."""
+    def _error(self, defect: Defect) -> InputError:
         row = "" if defect.row is None else f"row {defect.row}, "
         return InputError(
             f"{self.root / defect.config}: {row}{defect.field}: {defect.problem}; "
@@ -218,12 +200,10 @@ def _checked_ratio(ratio: int) -> int:
 def split_questions(person: Person, part: QuestionPart, seed: int) -> tuple[Question, ...]:
     """One part of a person's questions: selection and evaluation must not share any.
 
-    Within each task and form the questions are shuffled by a seeded hash and dealt to the two
-    parts in turn. The hash covers what a question says, not where it stands, so the same question
-    falls into the same part whatever the order of the file and whichever config it is read from.
-
-    ``search`` and ``held_out`` are together all questions, each once, and differ per task and form
-    by at most one. They keep the person's order.
+    Within each task and form the questions are shuffled by a seeded hash and dealt to ``search``
+    and ``held_out`` in turn, so that both are alike in number; each keeps the person's order. The
+    hash covers what a question says, not where it stands, so the same question falls into the same
+    part whatever the order of the file and whichever config it is read from.
     """
     if part == "all":
         return person.questions

@@ -1,11 +1,11 @@
 """Checking a benchmark folder: what it holds by config and task, and every defect it has.
 
-Unlike the reader, the checker never stops: a torn file of one config hides nothing in another.
-Reports name configs, rows and fields, and never a value of the data but person IDs.
+A torn file of one config hides nothing in another. Reports name configs, rows and fields, and never
+a value of the data but person IDs.
 """
 
 import hashlib
-from collections.abc import Iterable, Set
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 from typing import Protocol, get_args
 
@@ -33,14 +33,10 @@ from vgid.results import describe_left_out
 
 
 class ConfigCount(BaseModel):
-    """What one config holds, defective or not.
+    """What one config holds, defective or not, and what of it a run leaves out.
 
-    Attributes:
-        questions: number by task and form.
-        training_pairs: questions with answers in the training metadata.
-        in_training: generation questions that stand word for word in the person's training pairs.
-        questions_left_out: questions or training pairs that a run with ``skip_defects`` leaves out.
-        people_left_out: people whom it leaves out.
+    ``questions_left_out`` counts training pairs too; ``in_training`` are the generation questions
+    that stand word for word in the person's training pairs.
     """
 
     people: int = 0
@@ -55,12 +51,9 @@ class ConfigCount(BaseModel):
 
 
 class Report(Config):
-    """Counts by config and every defect, in the order of ``CONFIGS`` and rows.
+    """Counts by config, and every defect in the order of ``CONFIGS`` and rows.
 
-    Attributes:
-        configs: counts by config.
-        defects: what is to be repaired.
-        left_out: defects that need not be, since the run leaves out what has them.
+    ``left_out`` are defects that need no repair, since the run leaves out what has them.
     """
 
     configs: dict[str, ConfigCount]
@@ -132,10 +125,17 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
     # A person is missing elsewhere only where that config could be read whole.
     places: dict[str, dict[str, int]] = {}
     asked: dict[str, list[tuple[str, str]]] = {}
-    known_images: dict[str, str | None] = {}
+    known_images: dict[bytes, str | None] = {}
+
+    def problem_of(image: bytes) -> str | None:
+        digest = hashlib.sha256(image).digest()
+        if digest not in known_images:  # no image is decoded twice
+            known_images[digest] = image_problem(image)
+        return known_images[digest]
+
     stderr = Console(stderr=True)
     for config in track(CONFIGS, "Checking", console=stderr, disable=not progress, transient=True):
-        counts[config], found, rows, asked[config] = _read(root, config, known_images)
+        counts[config], found, rows, asked[config] = _read(root, config, problem_of)
         judge(found)
         if not any(d.row is None and d.field.endswith(("ID", ".parquet")) for d in found):
             places[config] = rows
@@ -163,23 +163,13 @@ def _place(defect: Defect) -> tuple[int, int]:
 
 
 def _read(
-    root: Path, config: str, known_images: dict[str, str | None]
+    root: Path, config: str, problem_of: Callable[[bytes], str | None]
 ) -> tuple[ConfigCount, list[Defect], dict[str, int], list[tuple[str, str]]]:
-    """A config's counts, its defects, the row of each ID, and who is asked what in free words.
-
-    ``known_images`` holds problems by digest, so that no image is decoded twice.
-    """
+    """A config's counts, its defects, the row of each ID, and who is asked what in free words."""
     count = ConfigCount()
     defects: list[Defect] = []
     rows: dict[str, int] = {}
     asked: list[tuple[str, str]] = []
-
-    def problem_of(data: bytes) -> str | None:
-        digest = hashlib.sha256(data).hexdigest()
-        if digest not in known_images:
-            known_images[digest] = image_problem(data)
-        return known_images[digest]
-
     if config == "Retain_Set" and not holds_people(root, config):  # a benchmark may lack it
         return count, defects, rows, asked
     columns = TRAINING_COLUMNS if config == "ft_Data" else EVALUATION_COLUMNS

@@ -1,8 +1,7 @@
 """Brings the public MLLMU-Bench from the Hugging Face hub, at a pinned commit.
 
 The download goes to a hidden folder beside the wanted one and is renamed when all of it is there.
-One that was cut short is continued by the next call: whole files are kept, and a connection that
-breaks in mid-file is taken up again at the byte where it broke.
+One that was cut short is continued by the next call, within a file at the byte where it broke.
 
 Source: https://huggingface.co/datasets/MLLMMU/MLLMU-Bench (layout in ``vgid.data.layout``).
 """
@@ -40,14 +39,7 @@ _SHARD = re.compile(rf"({'|'.join(CONFIGS)})/train-\d+-of-\d+\.parquet")
 class Fetched(Config):
     """A benchmark folder from the hub.
 
-    Attributes:
-        data: the folder.
-        repository: where it came from.
-        revision: what was asked for: a commit, branch or tag.
-        commit: the 40 hexadecimal digits that it stands for.
-        files: number of them.
-        bytes: of all of them.
-        check: what the folder holds, and every defect.
+    ``commit`` is the 40 hexadecimal digits that ``revision``, a commit, branch or tag, stands for.
     """
 
     data: Path
@@ -79,13 +71,12 @@ def fetch_benchmark(folder: Path, revision: str | None = None, progress: bool = 
     known = _provenance(folder)
     if known is None or known["commit"] != revision:
         known = _download(folder, revision, known, progress)
-    sizes = known["bytes"]
     return Fetched(
         data=folder,
         revision=revision,
         commit=known["commit"],
-        files=len(sizes),
-        bytes=sum(sizes.values()),
+        files=len(known["bytes"]),
+        bytes=sum(known["bytes"].values()),
         check=check_benchmark(folder, progress),
     )
 
@@ -106,11 +97,8 @@ def _provenance(folder: Path) -> dict[str, Any] | None:
 
 def _shard_sizes(info: "DatasetInfo", revision: str) -> dict[str, int]:
     """Bytes of the data set's parquet files by name."""
-    sizes = {
-        sibling.rfilename: sibling.size or 0
-        for sibling in sorted(info.siblings or (), key=lambda sibling: sibling.rfilename)
-        if _SHARD.fullmatch(sibling.rfilename)
-    }
+    found = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
+    sizes = {name: size for name, size in sorted(found.items()) if _SHARD.fullmatch(name)}
     for config in CONFIGS:
         if not any(name.startswith(f"{config}/") for name in sizes):
             raise InputError(
@@ -149,20 +137,11 @@ def _download(
         held.callback(lock(lock_file, taken).release)
         _make_sure_of_room(folder, partial, sizes)
         # By commit, not by branch: all files are of one moment. Files that are there are kept.
-        snapshot_download(
-            REPOSITORY,
-            repo_type="dataset",
-            revision=commit,
-            local_dir=partial,
-            allow_patterns=list(sizes),
-        )
+        whole: Any = {"repo_type": "dataset", "local_dir": partial, "allow_patterns": list(sizes)}
+        snapshot_download(REPOSITORY, revision=commit, **whole)
         shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's own notes
-        record = {
-            "repository": REPOSITORY,
-            "revision": revision,
-            "commit": commit,
-            "bytes": {name: (partial / name).stat().st_size for name in sizes},
-        }
+        sizes = {name: (partial / name).stat().st_size for name in sizes}
+        record = {"repository": REPOSITORY, "revision": revision, "commit": commit, "bytes": sizes}
         (partial / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
         partial.replace(folder)
         lock_file.unlink(missing_ok=True)

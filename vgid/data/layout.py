@@ -2,8 +2,7 @@
 
 Facts from the data card and code of https://github.com/franciscoliu/MLLMU-Bench: a folder per
 config with parquet shards ``train-00000-of-00001.parquet``. Rows and defects come out of one
-stream, so that the reader (which stops at the first defect, ``vgid.data.benchmark``) and the
-checker (which lists them all, ``vgid.data.check``) can never disagree about what is sound.
+stream, so that reader and checker can never disagree about what is sound.
 
 Writers differ in how they store the same rows. Read are also: an image as bytes alone, whole
 numbers where text is expected, categories (pandas), large, view and fixed-size types (polars,
@@ -85,10 +84,10 @@ class Defect:
     """Something wrong with a config.
 
     Attributes:
-        row: 0-based row over all its shards, None for a whole file or column.
+        row: 0-based over all shards, None for a whole file or column.
         field: column, or path within it such as ``Mask_Task[1].Ground_Truth``; or file name.
         problem: what is wrong, without any value of the data.
-        question: ID of the one question or training pair that it concerns, None where it is more.
+        question: ID of the question or training pair, None where more is concerned.
     """
 
     config: str
@@ -115,10 +114,7 @@ def shard_paths(root: Path, config: str) -> list[Path]:
 
 
 def holds_people(root: Path, config: str) -> bool:
-    """Whether there is a config with somebody in it, for one that a benchmark may lack.
-
-    A torn one counts: reading it names the defect.
-    """
+    """Whether a config has somebody in it; a torn one counts, since reading it names the defect."""
     try:
         return any(pq.read_metadata(path).num_rows for path in shard_paths(root, config))
     except (pa.ArrowException, OSError, ValueError):
@@ -128,12 +124,9 @@ def holds_people(root: Path, config: str) -> bool:
 def read_rows(root: Path, config: str, columns: Sequence[str]) -> Iterator[Row | Defect]:
     """Stream a config: its rows in order, and file-level defects where they are met.
 
-    Each column is required, except that ``image`` and ``images`` stand in for each other.
-
-    Yields:
-        Rows with those columns that are present and have the layout's type or one that is read
-        like it, their values in the layout's form; and a defect for a missing config or shard, a
-        torn file, a missing, doubled or ill-typed column, or a config without rows.
+    Each column is required, except that ``image`` and ``images`` stand in for each other. Rows
+    have those that can be read, their values in the layout's form. Defects are a missing config or
+    shard, a torn file, a missing, doubled or ill-typed column, and a config without rows.
     """
     # A generator of both, not an exception a defect: a torn shard must not hide the next one.
     shards = shard_paths(root, config)
@@ -187,15 +180,15 @@ def records(lists: Mapping[str, Sequence[Any] | None]) -> list[dict[str, Any]]:
 
 
 def _missing_shards(config: str, shards: Sequence[Path]) -> Iterator[Defect]:
-    numbers = [[int(digits) for digits in re.findall(r"\d+", path.name)] for path in shards]
-    present, totals = {number for number, _ in numbers}, {total for _, total in numbers}
-    if len(totals) > 1:
+    present, totals = zip(
+        *(map(int, re.findall(r"\d+", path.name)) for path in shards), strict=True
+    )
+    if len(set(totals)) > 1:
         problem = "the shard names disagree about the number of shards"
         yield Defect(config, None, "train-*.parquet", problem)
         return
-    total = totals.pop()
-    for number in sorted(set(range(total)) - present):
-        name = f"train-{number:05d}-of-{total:05d}.parquet"
+    for number in sorted(set(range(totals[0])).difference(present)):
+        name = f"train-{number:05d}-of-{totals[0]:05d}.parquet"
         yield Defect(config, None, name, "the shard is missing")
 
 

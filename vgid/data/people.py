@@ -1,8 +1,7 @@
 """Rows of the benchmark parsed into people and their questions, with every defect on the way.
 
-Nothing here raises: ``parsed_rows`` yields what there is and what is wrong with it, and its caller
-decides whether a defect stops the reading (``vgid.data.benchmark``) or is listed
-(``vgid.data.check``).
+Nothing here raises: whether a defect stops the reading (``vgid.data.benchmark``) or is listed
+(``vgid.data.check``) is the caller's matter.
 """
 
 import json
@@ -29,9 +28,9 @@ class Question:
     Attributes:
         id: ``<config>/<person_id>/<task>/<form>/<index>``, index counted within task and form.
         form: ``image`` shows the person, ``text`` names them.
-        text: the question as stored, without the benchmark's answer instructions.
+        text: as stored, without the benchmark's answer instructions.
         answer: the ground truth; for classification the letter of the right option.
-        options: letter to option for classification, otherwise None.
+        options: by letter, for classification only.
     """
 
     id: str
@@ -70,9 +69,8 @@ class Parsed:
         row: its index over all shards.
         id: of the person; empty if it is defective or another row's.
         images: encoded images by field (``image``, ``images[0]``, ...).
-        questions: all of them, the defective ones too.
-        pairs: all training pairs, which ``ft_Data`` has in place of questions.
-        defects: of the row; those of one question or pair name it.
+        questions: the defective ones too, as with ``pairs``, which ``ft_Data`` has in their place.
+        defects: those of one question or pair name it.
     """
 
     row: int
@@ -116,13 +114,8 @@ def parsed_rows(
     """Stream a config's people, and file-level defects where they are met.
 
     Tasks that a row lacks are no defect: profiles short of questions exist in the real data.
-
-    Args:
-        root: the benchmark folder.
-        config: one of ``CONFIGS``.
-        columns: as for ``read_rows``; what is not among them is not judged either.
-        image_problem: says what is wrong with an encoded image; None looks at none.
-        only: person IDs to yield, and whoever has a defective one, who may be meant; None: all.
+    Columns (``read_rows``) that are not asked for are not judged, nor are images without
+    ``image_problem``. With ``only``, whoever has a defective ID is yielded too: they may be meant.
     """
     first: dict[str, int] = {}
     for row in read_rows(root, config, columns):
@@ -150,7 +143,7 @@ def parsed_rows(
 
 
 def _images(config: str, row: Row) -> tuple[dict[str, bytes], list[Defect]]:
-    """The encoded images of a row by field (``image``, ``images[0]``, ...), and what is wrong."""
+    """The encoded images of a row by field, and what is wrong."""
     cells = {"image": row.values["image"]} if row.values.get("image") is not None else {}
     cells |= {f"images[{index}]": cell for index, cell in enumerate(row.values.get("images") or [])}
     images = {field: cell["bytes"] for field, cell in cells.items() if cell and cell.get("bytes")}
@@ -198,11 +191,8 @@ def _questions(config: str, row: Row, person_id: str) -> tuple[list[Question], l
         if task == "classification":
             given = entry.get("Options") or {}
             options = {letter: option for letter, option in given.items() if option is not None}
-            problems += [
-                (f"Options.{letter}", "the option is empty")
-                for letter, option in options.items()
-                if not option.strip()
-            ]
+            blank = [letter for letter, option in options.items() if not option.strip()]
+            problems += [(f"Options.{letter}", "the option is empty") for letter in blank]
             if len(options) < 2:
                 problems.append(("Options", "there are fewer than two options"))
             if answer.strip() and answer not in options:

@@ -1,13 +1,13 @@
 """Who is forgotten, who is trained on, and who is scored, on which questions.
 
-The forget people come from the benchmark's ``forget_*`` config. Of the retain people, a seeded
-``retain_people`` are scored, half of them also seen by training; the training pool is everyone
-else. So retain scores tell what distillation kept (seen) from what merely survived it (unseen). In
-a few steps training shows a part of a large pool only, so those to be seen come first in it.
+Of the retain people, a seeded ``retain_people`` are scored, half of them also seen by training; the
+training pool is everyone else. So retain scores tell what distillation kept (seen) from what merely
+survived it (unseen). In a few steps training shows a part of a large pool only, so those to be seen
+come first in it.
 
 Training questions are the pairs of ``ft_Data``, which may repeat the evaluation's questions word
 for word. Pairs that are search questions are trained on; pairs that are held-out questions only
-where the request says ``train_pairs: all``. ``count_verbatim`` tells how many are.
+where the request says ``train_pairs: all``.
 """
 
 from collections.abc import Collection
@@ -31,14 +31,14 @@ class People:
     """The people of one forget request.
 
     Attributes:
-        forget: to be forgotten, with the questions of their ``forget_*`` config.
+        forget: with the questions of their ``forget_*`` config.
         test: the same people with transformed portraits and paraphrased questions.
         retain_seen: scored retain people that training sees, before others of the pool.
         retain_unseen: scored retain people that training never sees.
         retain_pool: people of the retain loss, ``retain_seen`` included.
         few_shot: candidates for few-shot turns: the retain pool's people that are not scored.
         earlier: people that an earlier request suppressed, scored only.
-        celebrities: real people of the general utility, scored only; none where the data has none.
+        celebrities: scored only; none where the data has none.
     """
 
     forget: tuple[Person, ...]
@@ -65,10 +65,9 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
     """
     forget = _forget(benchmark, request)
     forget_ids = {person.id for person in forget}
-    earlier_ids = set(request.earlier_ids)
-    earlier = benchmark.full(only=earlier_ids) if earlier_ids else ()
+    earlier = benchmark.full(only=request.earlier_ids) if request.earlier_ids else ()
     _check_known(request.earlier_ids, earlier, benchmark.root / "Full_Set")
-    suppressed = forget_ids | earlier_ids
+    suppressed = forget_ids.union(request.earlier_ids)
     retain = [p for p in benchmark.retain(request.forget_ratio) if p.id not in suppressed]
     if len(retain) < request.retain_people + 4:
         raise InputError(
@@ -78,8 +77,7 @@ def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
     order = sample_generator(request.seed, "retain people").permutation(len(retain))
     shuffled = [retain[i] for i in order]
     half = request.retain_people // 2
-    # From one shuffle, so that seen and unseen people differ in nothing but training: the gap
-    # between their scores is what distillation kept and otherwise would not have been.
+    # From one shuffle, so that seen and unseen people differ in nothing but training.
     seen, unseen = shuffled[:half], shuffled[half : request.retain_people]
     others = shuffled[request.retain_people :]
     celebrities: tuple[Person, ...] = ()

@@ -25,9 +25,7 @@ from vgid.files import appearing
 from vgid.prompts import Form
 from vgid.seeds import sample_generator
 
-TEST_PORTRAITS = 2
-"""Transformed portraits a person in ``Test_Set``."""
-
+TEST_PORTRAITS = 2  # a person in ``Test_Set``
 _TYPES: dict[Form, str] = {"image": "Image_Textual", "text": "Pure_Text"}
 
 
@@ -118,7 +116,7 @@ def _training_row(person: FictitiousPerson, portrait: bytes) -> dict[str, Any]:
 
 
 def _profile(seed: int, person: FictitiousPerson, paraphrased: bool) -> dict[str, Any]:
-    """Every column but the portraits; the paraphrased wording is that of the test set."""
+    """Every column but the portraits."""
     generation = fictitious.generation_questions(person, paraphrased)
     # By person and wording, so that nobody's options depend on who was written before.
     rng = sample_generator(seed, f"options/{person.id}/{paraphrased}")
