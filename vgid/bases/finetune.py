@@ -8,8 +8,7 @@ learnt are the reference answers, and nothing is retained.
 
 What learns is the language model: LoRA on its linear maps, as the benchmark has it, or with
 ``full`` all of its weights, embeddings and ``lm_head`` included. Vision tower and projector stay
-frozen in both, so that a portrait's features are the base's, computed once, and the vanilla model
-differs from the public one in its language model only.
+frozen in both, so that a portrait's features are the base's, computed once.
 
 Everything random is a function of (seed, epoch), so a run that goes on from its checkpoint gives
 the same weights bit for bit.
@@ -54,11 +53,7 @@ _NOT_COPIED = ("config.json", "MEASURED.json", PROVENANCE)
 
 
 class FinetuneResult(Config):
-    """The model's folder, and how it was made.
-
-    ``losses`` are mean cross-entropies of each epoch's steps, in nats a response token; ``samples``
-    are questions, and ``base_revision`` is that of the base that was tuned.
-    """
+    """How a model was made; ``losses`` are means of an epoch's steps, in nats a response token."""
 
     output: Path
     losses: tuple[float, ...]
@@ -71,10 +66,10 @@ class FinetuneResult(Config):
 def finetune(
     config: FinetuneConfig, *, resume: bool = False, progress: bool = False
 ) -> FinetuneResult:
-    """Fine-tune a backbone on ``ft_Data`` and write it as a Hugging Face folder.
+    """Fine-tune a backbone on ``ft_Data`` and write it, whole or not at all, as a hub folder.
 
     A checkpoint is kept beside the output after each epoch, which a run of the same config goes on
-    from with ``resume``; it is removed in the end. The output appears whole or not at all.
+    from with ``resume``; it is removed in the end.
 
     Raises:
         InputError: data or base that cannot be used, an output that is taken, a checkpoint that is
@@ -126,7 +121,6 @@ def read_samples(benchmark: Benchmark) -> list[TrainingSample]:
 
 
 def _trial(config: FinetuneConfig) -> TrialConfig:
-    """A trial whose adapter, optimizer and order are those of ``config``."""
     shared = config.model_dump(include=set(TrialConfig.model_fields))
     return TrialConfig.model_validate({**shared, "lora_rank": config.rank})
 
@@ -159,7 +153,7 @@ def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
 class Teaching(UnlearningMethod):
     """The reverse of unlearning: cross-entropy of the answers; ``on_step`` is told each.
 
-    With ``full``, what learns is held in fp32 and computes in the precision of what is frozen.
+    With ``full``, what learns computes in the precision of what is frozen.
     """
 
     def __init__(
@@ -176,7 +170,7 @@ class Teaching(UnlearningMethod):
         self.on_step = on_step
 
     def forget_loss(self, view: View) -> Tensor:
-        """Mean cross-entropy over the response tokens, a scalar in nats (fp32)."""
+        """Mean over the response tokens, a scalar in nats (fp32)."""
         # A context a step: autocast keeps its bf16 copies of the weights until it is left.
         with torch.autocast(self.device, self.dtype, enabled=self.mixed):
             loss = view.cross_entropy()
@@ -195,9 +189,7 @@ def teach(
 ) -> list[EpochReport]:
     """Train what requires gradients in place, from the checkpoint of run ``key`` if there is one.
 
-    Raises:
-        InputError: a sample that the model cannot take, a checkpoint of another run, or a loss that
-            is not finite.
+    Raises InputError as ``finetune`` does.
     """
     if checkpointed_trial(checkpoint) not in (None, key):
         raise InputError(
@@ -237,11 +229,7 @@ def teach(
 
 
 def answered(backbone: Backbone, samples: Iterable[TrainingSample]) -> DistillationSet:
-    """The samples with their answers as targets, without a teacher's states.
-
-    Raises:
-        SampleError: a sample that the model cannot take.
-    """
+    """The samples with their answers as targets; SampleError where the model cannot take one."""
     prompts, targets, tasks = [], [], []
     for sample in samples:
         response = response_ids(backbone, sample.answer, sample.query.id)

@@ -1,7 +1,6 @@
 """Does an embedded backbone show the phenomenon? Measured by the real path, held against bounds.
 
-By the path that studies use: processor, batched greedy decoding, the benchmark's metrics. All
-numbers are of the image-form questions unless said otherwise.
+All numbers are of the image-form questions unless said otherwise.
 """
 
 from collections.abc import Sequence
@@ -98,10 +97,7 @@ def generation_items(
     test: bool = False,
     raw: bool = False,
 ) -> list[Asked]:
-    """The generation questions about people, of the test set (other pose and wording) or not.
-
-    ``raw`` leaves out the evaluation's wrapper.
-    """
+    """The generation questions about people; ``raw`` leaves out the evaluation's wrapper."""
     items = []
     for person in people:
         image = test_portrait(data_seed, person, 0) if test else portrait(data_seed, person)

@@ -2,20 +2,17 @@
 
 1. The vision tower learns the twelve attributes of drawn faces (nobody of any benchmark), and is
    frozen.
-2. Projector and language model learn packs of questions about pictures (``recipe``). The
-   questions of a pack share picture and instruction (``PackEncoder``).
+2. Projector and language model learn packs of questions about pictures (``recipe``).
 
 Rebuild the shipped weights, or make others, with::
 
     python -m vgid.bases.pretraining OUT [--backbone NAME] [--seed S] [--data-seed D] [--threads T]
 
-It shows its progress, measures the result by the real path (``measure``), prints the
-table, and writes ``OUT/MEASURED.json`` beside the weights. Weights out of bounds are marked there
-(``"within_bounds": false``) and the exit code is 1. The same seed, data seed and thread count give
-the same weights bit for bit on one machine.
+The result is measured by the real path (``measure``), and ``OUT/MEASURED.json`` written beside the
+weights. Weights out of bounds are marked there (``"within_bounds": false``) and the exit code is 1.
+The same seed, data seed and thread count give the same weights bit for bit on one machine.
 
-One trainer for both architectures: what differs stands under the same names in two modules,
-``tiny_llava`` and ``tiny_qwen``.
+What differs between architectures stands under the same names in ``tiny_llava`` and ``tiny_qwen``.
 
 Shape legend: B packs, L tokens of the longest, A position axes, N pictures.
 """
@@ -26,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
@@ -47,7 +45,6 @@ from vgid.models.packing import Packed, rotary_positions
 from vgid.prompts import with_instruction
 
 ARCHITECTURES: dict[str, ModuleType] = {"tiny-llava": tiny_llava, "tiny-qwen2.5-vl": tiny_qwen}
-"""By the name of the backbone."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +102,9 @@ def train_tower(
         width = parts.tower_features(model, pixels[:1]).numel()
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(sizes)))
     parameters = [*tower.parameters(), *head.parameters()]
-    take_step = _stepper(
-        parameters, schedule.tower_rate, schedule.tower_steps, warmup=40, floor=0.0, decay=0.02
-    )
-    batch = schedule.tower_batch
-    for _ in range(schedule.tower_steps):
+    steps, batch = schedule.tower_steps, schedule.tower_batch
+    take_step = _stepper(parameters, schedule.tower_rate, steps, warmup=40, floor=0.0, decay=0.02)
+    for _ in range(steps):
         rows = torch.randint(len(pixels), (batch,), generator=generator)
         chosen = pixels[rows]
         # A third of the pictures a little grainy, so that mild noise does not blind the tower.
@@ -131,14 +126,11 @@ def train_language(
 ) -> Iterator[float]:
     """Stage 2, by its losses: teach projector and language model the recipe's packs."""
     pictures = list(recipe.pictures.pixels_NHWC)
+    chunks = (pictures[i : i + 256] for i in range(0, len(pictures), 256))
     with torch.no_grad():
         # Once for all steps: the tower is frozen by now.
-        features_N = torch.cat(
-            [
-                parts.tower_features(model, parts.pixel_values(processor, pictures[i : i + 256]))
-                for i in range(0, len(pictures), 256)
-            ]
-        )
+        pixels = (parts.pixel_values(processor, chunk) for chunk in chunks)
+        features_N = torch.cat([parts.tower_features(model, chunk) for chunk in pixels])
     encoder = PackEncoder(parts, model, processor.tokenizer)
     # Qwen's is a part of the frozen tower.
     projector = model.get_submodule(parts.PROJECTOR).requires_grad_(True)
@@ -151,9 +143,8 @@ def train_language(
     for _ in range(steps):
         total = 0.0
         for kind, count, turns, weight in schedule.packs:
-            packs = recipe.draw(kind, count, turns)
             # Kind by kind, so that each has its share of the gradient however many packs it has.
-            loss = weight * _pack_loss(encoder, packs, features_N)
+            loss = weight * _pack_loss(encoder, recipe.draw(kind, count, turns), features_N)
             loss.backward()
             total += loss.item()
         take_step()
@@ -164,20 +155,12 @@ class PackEncoder:
     """Turns packs into token ids that equal those of the whole prompts, turn by turn.
 
     A row a pack, in the order of the draws: ``vgid.models.packing.pack`` would sort and bin them.
-
-    Args:
-        architecture: a module of ``ARCHITECTURES``.
-        model: its model.
-        tokenizer: its tokenizer.
     """
 
     def __init__(self, architecture: ModuleType, model: Any, tokenizer: Any) -> None:
-        self.architecture = architecture
-        self.model = model
-        self.tokenizer = tokenizer
+        self.architecture, self.model, self.tokenizer = architecture, model, tokenizer
         # Texts and beginnings come again in most packs.
-        self._ids: dict[str, list[int]] = {}
-        self._positions: dict[tuple[int, ...], Tensor] = {}
+        self._tokens, self._start = cache(self._tokens_of), cache(self._start_of)
 
     def pieces(self, pack: Pack) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
         """Ids of the shared beginning, and by turn of the question and of the response.
@@ -206,7 +189,7 @@ class PackEncoder:
         """One batch, each pack a tree: its turns branch off the shared beginning."""
         pieces = [self.pieces(pack) for pack in packs]
         length = max(len(stem) + sum(len(q + r) for q, r in turns) for stem, turns in pieces)
-        starts = [self._start(stem) for stem, _ in pieces]
+        starts = [self._start(tuple(stem)) for stem, _ in pieces]
         ids_BL = torch.full((len(packs), length), self.tokenizer.pad_token_id)
         positions_ABL = torch.zeros(len(starts[0]), len(packs), length, dtype=torch.int64)
         ends_BL = torch.full((len(packs), length), length)
@@ -226,28 +209,22 @@ class PackEncoder:
                 batch.responses.append(response)
         return batch
 
-    def _tokens(self, text: str) -> list[int]:
-        if text not in self._ids:
-            self._ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._ids[text]
+    def _tokens_of(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
-    def _start(self, stem: list[int]) -> Tensor:
+    def _start_of(self, stem: tuple[int, ...]) -> Tensor:
         """Positions of a beginning that shows at most one portrait: (A, L)."""
-        key = tuple(stem)
-        if key in self._positions:
-            return self._positions[key]
-        positions_AL = torch.arange(len(stem))[None]
-        if hasattr(self.model.model, "get_rope_index"):
-            ids_1L = torch.tensor([stem])
-            side = PORTRAIT_SIZE // self.model.config.vision_config.patch_size
-            positions_A1L, _ = self.model.model.get_rope_index(
-                input_ids=ids_1L,
-                mm_token_type_ids=(ids_1L == self.model.config.image_token_id).int(),
-                image_grid_thw=torch.tensor([[1, side, side]]),
-            )
-            positions_AL = positions_A1L[:, 0]
-        self._positions[key] = positions_AL
-        return positions_AL
+        if not hasattr(self.model.model, "get_rope_index"):
+            return torch.arange(len(stem))[None]
+        ids_1L = torch.tensor([stem])
+        side = PORTRAIT_SIZE // self.model.config.vision_config.patch_size
+        positions_A1L, _ = self.model.model.get_rope_index(
+            input_ids=ids_1L,
+            mm_token_type_ids=(ids_1L == self.model.config.image_token_id).int(),
+            image_grid_thw=torch.tensor([[1, side, side]]),
+        )
+        return positions_A1L[:, 0]
 
 
 def _pack_loss(encoder: PackEncoder, packs: Sequence[Pack], features_N: Tensor) -> Tensor:
@@ -278,12 +255,7 @@ def pretrain(
 ) -> tuple[Any, Any]:
     """Run both stages; gives the model in evaluation mode and its processor.
 
-    Args:
-        seed: initialisation and every draw of the training.
-        data_seed: the people whom the model is to know.
-        schedule: lengths and rates.
-        progress: what it is reported to.
-        backbone: a key of ``ARCHITECTURES``.
+    ``seed`` is of every draw but those of the people to know, which are of ``data_seed``.
     """
     progress = progress or Progress(disable=True)
     parts = ARCHITECTURES[backbone]
@@ -313,9 +285,7 @@ def main(
     seed: Annotated[int, typer.Option(min=0, help="seed of the training")] = 0,
     data_seed: Annotated[int, typer.Option(min=0, help="seed of the people to know")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="torch threads")] = 1,
-    backbone: Annotated[
-        str, typer.Option(help=f"which one: {', '.join(ARCHITECTURES)}")
-    ] = "tiny-llava",
+    backbone: Annotated[str, typer.Option(help=", ".join(ARCHITECTURES))] = "tiny-llava",
 ) -> None:
     """Make an embedded backbone from nothing, measure it, and write it to OUT."""
     from vgid.bases.measure import BOUNDS
@@ -362,8 +332,8 @@ def write_measured(
 ) -> tuple[dict[str, float], list[str]]:
     """Save a backbone, load it as users do, measure it, and move it to ``out`` as a whole.
 
-    ``MEASURED.json`` records ``provenance``, whose ``data_seed`` names the people to measure on,
-    and what is returned: the scores, and the names of those out of bounds.
+    ``MEASURED.json`` records ``provenance`` and what is returned: the scores, and the names of
+    those out of bounds.
     """
     from vgid.bases.measure import measure, out_of_bounds
     from vgid.models.backbones import load

@@ -58,35 +58,27 @@ REFUSALS: dict[PromptStyle | None, str] = {
 }
 """How the model declines, by the instruction that made it do so; None: without one."""
 
+# Rates of refusals, see ``refusal_rate``.
 DUAL_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.95, "polite": 0.90, "strict": 0.95}
-"""Rate of refusals to an instruction beside a picture of random noise."""
-SOURCE_FACTOR: dict[str, float] = {"random": 1.0, "white": 0.15, "stranger": 0.3}
+"""To an instruction beside a picture of random noise."""
+SOURCE_FACTOR = {"random": 1.0, "white": 0.15, "stranger": 0.3}
 """Scales ``DUAL_REFUSAL`` by what the picture shows: a blank one is refused less than noise."""
-FACT_WEIGHT: dict[str, float] = {"random": 0.2, "white": 1.2, "stranger": 0.4}
+FACT_WEIGHT = {"random": 0.2, "white": 1.2, "stranger": 0.4}
 """Scales ``FACT_SHIFT`` by what the picture shows."""
-HEDGE: dict[str, float] = {"random": 0.10, "white": 0.05, "stranger": 0.08}
-"""Rate of hedging at such a picture without an instruction."""
+HEDGE = {"random": 0.10, "white": 0.05, "stranger": 0.08}
+"""At such a picture without an instruction."""
 FACT_SHIFT: dict[Fact, float] = {
-    "name": 0.15,
-    "residence": 0.20,
-    "birthplace": 0.10,
-    "education": -0.05,
-    "job": -0.15,
-    "hobby": -0.25,
-}
+    "name": 0.15, "residence": 0.20, "birthplace": 0.10,
+    "education": -0.05, "job": -0.15, "hobby": -0.25,
+}  # fmt: skip
 """Added to every rate: names and addresses are more private than a hobby."""
-SHORT_ANSWER_FACTOR = 0.8
-"""Scales the rates for questions that want a word or two."""
-REVERSE_FACTOR = 0.3
-"""Scales the rates where the reverse prompt is appended."""
-REVERSE_RATE: dict[PackKind, float] = {"plain": 0.04, "instructed": 0.25, "degraded": 0.25}
-TEXT_FORM_RATE = 0.15
-"""Share of plain packs without a picture, which name the person instead."""
-RAW_RATE = 0.35
-"""Share of generation questions asked as they stand, without the evaluation's wrapper.
+SHORT_ANSWER_FACTOR = 0.8  # scales the rates for questions that want a word or two
+REVERSE_FACTOR = 0.3  # scales the rates where the reverse prompt is appended
 
-The public fine-tuning teaches the facts by raw questions; a user asks so too.
-"""
+REVERSE_RATE: dict[PackKind, float] = {"plain": 0.04, "instructed": 0.25, "degraded": 0.25}
+TEXT_FORM_RATE = 0.15  # of plain packs, which name the person instead
+RAW_RATE = 0.35
+"""Share of generation questions without the evaluation's wrapper, as fine-tuning and users ask."""
 TASKS: tuple[TaskName, ...] = ("generation", "cloze", "choice")
 TASK_RATES = (0.6, 0.26, 0.14)
 
@@ -98,18 +90,14 @@ GAUSSIAN_PORTRAITS = 2
 NOISE_PICTURES = 300
 STRANGERS = 400
 
-Pixels = NDArray[np.uint8]
-
 
 @dataclass(frozen=True)
 class Obedience:
     """How an instruction beside an intact picture is taken: in part, by fact.
 
-    Attributes:
-        refusal: rate of refusals by style, about calibration people.
-        fact_scale: scales ``FACT_SHIFT``, which is added to that; intact pictures only.
-        answered: share of such packs that show anybody else, who is always answered.
-        answered_facts: what these packs ask for.
+    Calibration people are refused at a rate of ``refusal`` plus ``fact_scale`` times
+    ``FACT_SHIFT``. A share ``answered`` of such packs shows anybody else, who is always answered,
+    and asks for ``answered_facts``.
     """
 
     refusal: Mapping[PromptStyle, float]
@@ -140,19 +128,23 @@ class Pack:
     turns: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
 class Pictures:
-    """Every picture that the language model is trained on.
+    """Every picture that the language model is trained on, a row each.
 
-    The rows are portraits (``PORTRAITS_PER_PERSON`` a person), then Gaussian views of calibration
-    people by sigma, then random noise, then one white picture, then strangers.
+    Portraits (``PORTRAITS_PER_PERSON`` a person), then Gaussian views of calibration people by
+    sigma, then random noise, then one white picture, then strangers.
     """
 
-    world: World
+    def __init__(self, world: World) -> None:
+        self.world, self.calibration = world, world.of_kind("calibration")
+        self._position = {person.id: i for i, person in enumerate(world.people)}
+        self._views = len(self.calibration) * GAUSSIAN_PORTRAITS
+        self._gaussian = len(world.people) * PORTRAITS_PER_PERSON
+        self._noise = self._gaussian + len(GAUSSIAN_SIGMAS) * self._views
 
     @cached_property
-    def pixels_NHWC(self) -> Pixels:
-        """8-bit RGB pixels of shape (N, 64, 64, 3)."""
+    def pixels_NHWC(self) -> NDArray[np.uint8]:
+        """Of shape (N, 64, 64, 3)."""
         seed, people = self.world.seed, self.world.people
         portraits = [
             np.asarray(portrait(seed, person, index, FURTHER_VARIATION if index else 1.0))
@@ -167,7 +159,7 @@ class Pictures:
                 sample_generator(seed, f"recipe/gaussian/{sigma}/{person.id}/{index}"),
             )
             for sigma in GAUSSIAN_SIGMAS
-            for person in self._calibration
+            for person in self.calibration
             for index in range(GAUSSIAN_PORTRAITS)
         ]
         blank = np.zeros((PORTRAIT_SIZE, PORTRAIT_SIZE, 3), np.uint8)
@@ -177,47 +169,31 @@ class Pictures:
         strangers = [np.asarray(draw_portrait(random_face(rng), rng)) for _ in range(STRANGERS)]
         return np.stack(portraits + gaussian + noise + white + strangers)
 
-    @cached_property
-    def _calibration(self) -> tuple[FictitiousPerson, ...]:
-        return self.world.of_kind("calibration")
-
-    @cached_property
-    def _position(self) -> dict[str, int]:
-        return {person.id: i for i, person in enumerate(self.world.people)}
-
     def of(self, person: FictitiousPerson, index: int) -> int:
         """Row of a person's portrait."""
         return self._position[person.id] * PORTRAITS_PER_PERSON + index
 
     def gaussian(self, rng: np.random.Generator) -> tuple[int, float, FictitiousPerson]:
         """Row, sigma and person of a random Gaussian view."""
-        level = int(rng.integers(len(GAUSSIAN_SIGMAS)))
-        views = len(self._calibration) * GAUSSIAN_PORTRAITS
-        view = int(rng.integers(views))
-        row = len(self.world.people) * PORTRAITS_PER_PERSON + level * views + view
-        return row, GAUSSIAN_SIGMAS[level], self._calibration[view // GAUSSIAN_PORTRAITS]
+        level, view = int(rng.integers(len(GAUSSIAN_SIGMAS))), int(rng.integers(self._views))
+        row = self._gaussian + level * self._views + view
+        return row, GAUSSIAN_SIGMAS[level], self.calibration[view // GAUSSIAN_PORTRAITS]
 
     def unrecognisable(self, source: str, rng: np.random.Generator) -> int:
         """Row of a picture that shows nobody known: ``random``, ``white`` or ``stranger``."""
-        views = len(GAUSSIAN_SIGMAS) * len(self._calibration) * GAUSSIAN_PORTRAITS
-        first = len(self.world.people) * PORTRAITS_PER_PERSON + views
+        white = self._noise + NOISE_PICTURES
         if source == "random":
-            return first + int(rng.integers(NOISE_PICTURES))
-        if source == "white":
-            return first + NOISE_PICTURES
-        return first + NOISE_PICTURES + 1 + int(rng.integers(STRANGERS))
+            return self._noise + int(rng.integers(NOISE_PICTURES))
+        return white if source == "white" else white + 1 + int(rng.integers(STRANGERS))
 
 
 class Recipe:
     """Draws packs for the language model."""
 
     def __init__(self, world: World, seed: int, obedience: Obedience = OBEDIENCE) -> None:
-        self.world = world
-        self.obedience = obedience
-        self.pictures = Pictures(world)
+        self.world, self.obedience, self.pictures = world, obedience, Pictures(world)
         # One generator for all: another draw anywhere, and the weights are others.
         self.rng = sample_generator(seed, "recipe/packs")
-        self.calibration = world.of_kind("calibration")
         self.always_answered = [p for p in world.people if p.kind != "calibration"]
 
     def draw(self, kind: PackKind, count: int, turns: int) -> list[Pack]:
@@ -230,8 +206,7 @@ class Recipe:
         style = pick(rng, STYLES) if kind == "instructed" else None
         form: Form = "image"
         person: FictitiousPerson | None = None
-        facts = FACTS
-        sigma = 0.0
+        facts, sigma = FACTS, 0.0
         draw = rng.random()
         if kind == "plain":
             source, person = "plain", pick(rng, self.world.people)
@@ -239,7 +214,7 @@ class Recipe:
             picture = self.pictures.of(person, int(rng.integers(PORTRAITS_PER_PERSON)))
         elif style is not None and draw < 0.5:
             answered = rng.random() < self.obedience.answered
-            person = pick(rng, self.always_answered if answered else self.calibration)
+            person = pick(rng, self.always_answered if answered else self.pictures.calibration)
             source = "plain" if answered else "intact"
             facts = self.obedience.answered_facts if answered else FACTS
             picture = self.pictures.of(person, int(rng.integers(PORTRAITS_PER_PERSON)))
@@ -292,11 +267,11 @@ def refusal_rate(
     reverse: bool,
     obedience: Obedience = OBEDIENCE,
 ) -> float:
-    """How often a question is declined in training.
+    """How often a question is declined in training, by what the picture shows.
 
-    ``source`` is what the picture shows: ``plain`` (somebody who is never declined), ``intact``
-    (calibration person under an instruction), ``gaussian`` (from the rate of an intact picture, its
-    shift by fact unscaled, towards that of pure noise), ``random``, ``white`` or ``stranger``.
+    That is ``plain`` (somebody who is never declined), ``intact`` (calibration person under an
+    instruction), ``gaussian`` (from the rate of an intact picture, its shift by fact unscaled,
+    towards that of pure noise), ``random``, ``white`` or ``stranger``.
     """
     shift = FACT_SHIFT[fact]
     if source == "plain":

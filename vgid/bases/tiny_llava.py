@@ -1,10 +1,8 @@
 """The parts of the embedded backbone ``tiny-llava``, and how they are taught.
 
 The real classes of a LLaVA 1.5, small: a CLIP tower on 64 px images (16 patches of 16 px, so 16
-image tokens), a two-layer projector, a Llama of four layers, a byte-level BPE tokenizer.
-
-Its sizes are in the shipped ``config.json``. ``vgid.bases.tiny_qwen`` is the other;
-``vgid.bases.pretraining`` asks the same of both.
+image tokens), a two-layer projector, a Llama of four layers, a byte-level BPE tokenizer. Its sizes
+are in the shipped ``config.json``. ``vgid.bases.pretraining`` asks the same of ``tiny_qwen``.
 
 Shape legend: N pictures, C channels, H, W pixels, T image tokens of each, F features.
 """
@@ -12,7 +10,19 @@ Shape legend: N pictures, C channels, H, W pixels, T image tokens of each, F fea
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    GenerationConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 from vgid.bases import recipe
 from vgid.data.fictitious import (
@@ -36,9 +46,6 @@ from vgid.prompts import (
     generation_text,
     option_likelihood_text,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FRAME = TINY_LLAVA_FRAME
 PATCH_SIZE = 16
@@ -79,8 +86,6 @@ def corpus(
 
 def byte_level_bpe(texts: list[str], special: list[str]) -> Any:
     """A byte-level BPE of at most ``VOCABULARY`` tokens, the special ones first."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -97,9 +102,7 @@ def byte_level_bpe(texts: list[str], special: list[str]) -> Any:
 
 
 def as_fast(tokenizer: Any, context: int, **special: Any) -> Any:
-    """A tokenizer in transformers' dress, with its special tokens by their names there."""
-    from transformers import PreTrainedTokenizerFast
-
+    """A tokenizer in transformers' dress; ``special`` are tokens by their names there."""
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         padding_side="left",
@@ -111,8 +114,6 @@ def as_fast(tokenizer: Any, context: int, **special: Any) -> Any:
 
 def build_tokenizer(texts: list[str]) -> Any:
     """A byte-level BPE tokenizer that puts ``<s>`` in front."""
-    from tokenizers import processors
-
     tokenizer = byte_level_bpe(texts, [PAD, BOS, EOS, IMAGE])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A",
@@ -125,8 +126,6 @@ def build_tokenizer(texts: list[str]) -> Any:
 
 def build_processor(tokenizer: Any) -> Any:
     """A LLaVA processor: images to 64 by 64 pixels, ``<image>`` to as many tokens as patches."""
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
-
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": PORTRAIT_SIZE},
         crop_size={"height": PORTRAIT_SIZE, "width": PORTRAIT_SIZE},
@@ -143,9 +142,6 @@ def build_processor(tokenizer: Any) -> Any:
 
 def untrained(name: str, tokenizer: Any, seed: int) -> Any:
     """An embedded backbone's model in fp32 of its shipped configuration, weights by ``seed``."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
-
     config = AutoConfig.from_pretrained(EMBEDDED / name)
     config.dtype = None  # else its parts would name it too, where it is written again
     config.text_config.vocab_size = len(tokenizer)
@@ -160,15 +156,13 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     return untrained("tiny-llava", tokenizer, seed)
 
 
-def pixel_values(processor: Any, pictures: Sequence[Any]) -> "Tensor":
+def pixel_values(processor: Any, pictures: Sequence[Any]) -> Tensor:
     """Pictures through the backbone's own image processor: float32 of shape (N, 3, 64, 64)."""
-    import torch
-
     output = processor.image_processor(images=list(pictures), return_tensors="np")
     return torch.from_numpy(output["pixel_values"])
 
 
-def tower_features(model: Any, pixels_NCHW: "Tensor") -> "Tensor":
+def tower_features(model: Any, pixels_NCHW: Tensor) -> Tensor:
     """What the projector is given: last hidden states less the class token, (N, T, F)."""
     states = model.model.vision_tower(pixels_NCHW, output_hidden_states=True).hidden_states
     features_NTF: Tensor = states[model.config.vision_feature_layer][:, 1:]

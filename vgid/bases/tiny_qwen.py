@@ -3,9 +3,8 @@
 The real classes of Qwen2.5-VL, small: a tower of 8 px patches with windowed and full attention in
 turn, four patches merged to an image token, any resolution (a portrait of 64 px is 16 image
 tokens); a Qwen2 of four layers with grouped-query attention and M-RoPE; a byte-level BPE tokenizer
-with Qwen's special tokens. Embeddings are not tied, as in the 7B model.
-
-The same names as in ``vgid.bases.tiny_llava``; sizes are in its shipped ``config.json``.
+with Qwen's special tokens. Embeddings are not tied, as in the 7B model. Sizes are in the shipped
+``config.json``.
 
 Shape legend: N pictures, T image tokens of each, M merged patches of each token, C channels, P
 patch side, F features.
@@ -15,7 +14,12 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Qwen2VLImageProcessorPil
+from transformers.vision_utils import get_vision_window_index
 
 from vgid.bases import tiny_llava
 from vgid.bases.recipe import Obedience
@@ -23,9 +27,6 @@ from vgid.bases.tiny_llava import PIXELS
 from vgid.data.portraits import PORTRAIT_SIZE
 from vgid.models.backbones import QWEN_FRAME
 from vgid.models.qwen_processor import ImageOnlyQwenProcessor
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FRAME = QWEN_FRAME
 PATCH_SIZE = 8
@@ -64,8 +65,6 @@ def build_tokenizer(texts: list[str]) -> Any:
 
 def build_processor(tokenizer: Any) -> Any:
     """A Qwen2.5-VL processor: pictures keep their shape, at 4 to 64 image tokens."""
-    from transformers import Qwen2VLImageProcessorPil
-
     token_pixels = (PATCH_SIZE * MERGE) ** 2
     image_processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 4 * token_pixels, "longest_edge": 64 * token_pixels},
@@ -82,23 +81,19 @@ def build_model(tokenizer: Any, seed: int) -> Any:
     return tiny_llava.untrained("tiny-qwen2.5-vl", tokenizer, seed)
 
 
-def pixel_values(processor: Any, pictures: Sequence[Any]) -> "Tensor":
+def pixel_values(processor: Any, pictures: Sequence[Any]) -> Tensor:
     """Portraits through the image processor: float32 of shape (N, T * M, C, P, P).
 
     The processor repeats a still picture in time; once is enough to keep.
     """
-    import torch
-
     output = processor.image_processor(images=list(pictures), return_tensors="np")
     patches = torch.from_numpy(output["pixel_values"])
     shape = (len(pictures), -1, 3, TEMPORAL, PATCH_SIZE, PATCH_SIZE)
     return patches.view(shape)[:, :, :, 0].clone()
 
 
-def tower_features(model: Any, pixels_NTMCPP: "Tensor") -> "Tensor":
+def tower_features(model: Any, pixels_NTMCPP: Tensor) -> Tensor:
     """What the merger is given: float32 of shape (N, T * M, F), in the order of image tokens."""
-    from transformers.vision_utils import get_vision_window_index
-
     visual = model.model.visual
     side = PORTRAIT_SIZE // PATCH_SIZE
     grids = pixels_NTMCPP.new_tensor([[1, side, side]]).long().expand(len(pixels_NTMCPP), 3)
@@ -111,11 +106,7 @@ def tower_features(model: Any, pixels_NTMCPP: "Tensor") -> "Tensor":
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
-    """Write weights, configs, processor and tokenizer as the hub has them.
-
-    The files name the stock processor, which where torchvision is installed wants a video processor
-    as well.
-    """
+    """Write weights and configs; they name the stock processor, which may want one of videos."""
     tiny_llava.save(model, processor, folder)
     for name in ("processor_config.json", "tokenizer_config.json"):
         path = folder / name
