@@ -24,9 +24,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.resources import files
 from typing import Literal, get_args
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from vgid.config import Method, TrialConfig, parse
@@ -85,11 +87,7 @@ def paper_evidence(backbone: str) -> Evidence:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper, in our words, and how it is measured.
-
-    ``note`` is what a reader of the verdict must know; for ``compare`` and ``about`` see the
-    module's docstring.
-    """
+    """A claim of ``claims.yaml``; for ``compare`` and ``about`` see the module's docstring."""
 
     id: str
     text: str
@@ -102,12 +100,10 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a claim's comparisons say on one backbone.
+    """What a claim's comparisons say on one backbone: the statistics of each, a number a seed.
 
-    Attributes:
-        by_seed: the statistics of each seed, by comparison.
-        paper: the statistic on the paper's own numbers, the least where there are several (the
-            largest difference for a claim about some), None where it has none.
+    ``paper`` is the statistic on the paper's own numbers, of several the least (for a claim about
+    some the largest difference), None where it has none.
     """
 
     claim: Claim
@@ -115,23 +111,23 @@ class Judgement:
     by_seed: Mapping[str, Sequence[float] | Statistic]
     paper: float | None = None
 
+    def corrected_for(self, comparisons: int) -> dict[str, Interval]:
+        """The 95 % interval of each comparison, corrected for a number of comparisons."""
+        return {name: t_interval(values, comparisons) for name, values in self.by_seed.items()}
+
     @cached_property
     def intervals(self) -> dict[str, Interval]:
-        """The 95 % interval of each comparison."""
+        """The same, uncorrected."""
         return self.corrected_for(1)
 
     @cached_property
     def corrected(self) -> dict[str, Interval]:
-        """The same, corrected for their number."""
+        """The same, corrected for the claim's own comparisons."""
         return self.corrected_for(len(self.by_seed))
-
-    def corrected_for(self, comparisons: int) -> dict[str, Interval]:
-        """The same, corrected for a number of comparisons."""
-        return {name: t_interval(values, comparisons) for name, values in self.by_seed.items()}
 
     @cached_property
     def verdict(self) -> Verdict:
-        """Held, not held or undecided, see the module's docstring."""
+        """See the module's docstring."""
         corrected = self.corrected.values()
         if self.claim.about == "some":
             return "held" if any(i.low > 0 or i.high < 0 for i in corrected) else "undecided"
@@ -167,7 +163,7 @@ def _bound(value: float) -> float:
 
 def _label(name: str) -> str:
     """What a comparison is called: methods as in the tables, other rows by their key."""
-    return {str(method): label for method, label in METHOD_LABELS.items()}.get(name, name)
+    return dict[str, str](METHOD_LABELS).get(name, name)
 
 
 def judge(claim: Claim, backbone: str, evidence: Evidence, paper: Evidence) -> Judgement:
@@ -189,7 +185,7 @@ def _leads(table: int, own: str, others: Sequence[str], metric: str) -> Comparin
 
 
 def _vgid_leads(table: int, methods: Sequence[str], metric: str) -> Comparing:
-    """VGID's leads over other methods; those that have no value at all are left out."""
+    """As ``_leads``, but methods that have no value at all are left out."""
 
     def compare(values: Evidence) -> Comparisons:
         run = [method for method in methods if not np.isnan(values(table, method, metric)).all()]
@@ -205,8 +201,7 @@ def _icu_leaves_most(values: Evidence) -> Comparisons:
 
 
 def _forgetting_grows_with_sigma(values: Evidence) -> Comparisons:
-    # A slope over all sigmas and not each step: with few seeds a single step up and down would
-    # decide.
+    # A slope over all sigmas: of the steps, with few seeds, a single one up or down would decide.
     away = np.array(SIGMAS) - np.mean(SIGMAS)
     return {"": -(away @ np.stack([values(4, key, FORGET) for key in GAUSSIAN])) / (away @ away)}
 
@@ -219,10 +214,7 @@ def _styles_differ(values: Evidence) -> Comparisons:
 
 
 def _strict_is_most_stable(values: Evidence) -> Comparisons:
-    """How much better strict is than each other style, mean over the nine scores.
-
-    The mean distance to the best style, score by score, differs between two styles by just that.
-    """
+    """How much better strict is than each other style, mean over the nine scores."""
     others = [style for style in STYLES if style != "strict"]
     leads = [_leads(5, "strict", others, metric)(values) for metric in ALL_NINE]
     return {style: np.mean([lead[style] for lead in leads], axis=0) for style in others}
@@ -248,73 +240,35 @@ def _ascent_loses_retain(values: Evidence) -> Comparisons:
     return {"": values(3, "vgid", RETAIN) - mean}
 
 
-CLAIMS: tuple[Claim, ...] = (
-    Claim("a", "The unlearning instruction alone leaves most of the knowledge in place.",
-          "section 3.2, Table 1",
-          f"share of the base's forget ROUGE-L left by each style, minus {MOST}",
-          _icu_leaves_most,
-          "How often an instruction alone is obeyed is set by the embedded backbone's training "
-          "mix."),
-    Claim("b", "Both interventions together suppress more than text or image alone.",
-          "section 3.3, Table 2",
-          "forget ROUGE-L of each single intervention minus that of both",
-          _leads(2, "dual", ("icu_strict", "visual"), FORGET),
-          "On an embedded backbone the order of the raw teachers is built in by its training mix, "
-          "so this checks the code and is no evidence for the paper."),
-    Claim("c1", "VGID forgets more than each baseline.", "section 4.2, Table 3",
-          "lead in forget ROUGE-L over each of GA, GA_Diff, KL_Min, PO, NPO, RMU",
-          _vgid_leads(3, BASELINES, FORGET)),
-    Claim("c2", "VGID loses no more of the retain set than each baseline.",
-          "section 4.3, Figure 4",
-          "lead in retain ROUGE-L over each of the same",
-          _vgid_leads(3, BASELINES, RETAIN),
-          "Taken literally: a baseline that forgets nothing keeps everything, so this fails "
-          "wherever one does, in the paper's numbers too; see the fronts of a fair comparison "
-          "for the trade-off."),
-    Claim("d", "A teacher with one intervention (ICU-T, Noise-T) makes the student forget less "
-          "than VGID's.", "section 4.4, Table 3",
-          "forget ROUGE-L of each of both minus VGID's",
-          _vgid_leads(3, SINGLE_TEACHERS, FORGET)),
-    Claim("e", "Forgetting grows with the strength of Gaussian noise.", "section 4.5, Table 4",
-          "minus the least-squares slope of forget ROUGE-L over sigma",
-          _forgetting_grows_with_sigma),
-    Claim("f", "Random noise forgets more than white and Gaussian images.", "section 4.5, Table 4",
-          "forget ROUGE-L of each other minus that of random noise",
-          _leads(4, "random", OTHER_NOISES, FORGET)),
-    Claim("g1", "Prompt styles make a difference to what VGID forgets.", "section 4.6, Table 5",
-          "difference in forget ROUGE-L of each two styles, of which some is to differ from zero",
-          _styles_differ, about="some"),
-    Claim("g2", "The strict style is the most stable over all scores.", "section 4.6, Table 5",
-          "lead of strict over each other style, mean over the nine scores",
-          _strict_is_most_stable),
-    Claim("h", "Under the reverse prompt VGID rises less than in-context unlearning.",
-          "section 4.7, Table 6", "rise in forget ROUGE-L of ICU minus that of VGID",
-          _vgid_rises_less,
-          "How far the reverse prompt undoes an instruction alone is set by the embedded "
-          "backbone's training mix."),
-    Claim("i", "The test set (new portraits and wording) is forgotten with the forget set.",
-          "section 4.2, Table 3", "test ROUGE-L of the base minus VGID's", _test_falls),
-    Claim("j1", "VGID forgets most at 10 % too.", "appendix A.3.5, Table 8",
-          "lead in forget ROUGE-L over each other method",
-          _vgid_leads(8, OTHER_METHODS, FORGET)),
-    Claim("j2", "VGID forgets most at 15 % too.", "appendix A.3.5, Table 9",
-          "lead in forget ROUGE-L over each other method",
-          _vgid_leads(9, OTHER_METHODS, FORGET)),
-    Claim("k", "Gradient-ascent baselines lose retain performance where they forget.",
-          "section 4.3, Figure 4",
-          f"VGID's retain ROUGE-L minus the mean of those of GA, GA_Diff, KL_Min that take at "
-          f"least {FORGETS:.0%} of forget ROUGE-L away", _ascent_loses_retain,
-          "A seed in which none of the three forgets says nothing."),
-)  # fmt: skip
+_COMPARE: dict[str, Comparing] = {
+    "a": _icu_leaves_most,
+    "b": _leads(2, "dual", ("icu_strict", "visual"), FORGET),
+    "c1": _vgid_leads(3, BASELINES, FORGET),
+    "c2": _vgid_leads(3, BASELINES, RETAIN),
+    "d": _vgid_leads(3, SINGLE_TEACHERS, FORGET),
+    "e": _forgetting_grows_with_sigma,
+    "f": _leads(4, "random", OTHER_NOISES, FORGET),
+    "g1": _styles_differ,
+    "g2": _strict_is_most_stable,
+    "h": _vgid_rises_less,
+    "i": _test_falls,
+    "j1": _vgid_leads(8, OTHER_METHODS, FORGET),
+    "j2": _vgid_leads(9, OTHER_METHODS, FORGET),
+    "k": _ascent_loses_retain,
+}
+_TEXTS = files("vgid.paper").joinpath("claims.yaml").read_text(encoding="utf-8")
+CLAIMS = tuple(
+    Claim(**told, compare=_COMPARE[told["id"]])
+    for told in yaml.safe_load(_TEXTS.format(most=MOST, forgets=FORGETS))
+)
 """Claims (a) to (k); (l), that all of it holds on both architectures, is ``on_all``."""
 
 
 def on_all(judgements: Sequence[Judgement]) -> Verdict:
     """Claim (l): held if every claim held on every backbone, not held if a comparison failed.
 
-    By the same reasoning as a single claim (see the module's docstring): upper bounds are
-    corrected for the comparisons of all claims and backbones together, so that a claim may be not
-    held where this one is undecided.
+    Upper bounds are corrected for the comparisons of all claims and backbones together, so that a
+    claim may be not held where this one is undecided.
     """
     if all(judgement.verdict == "held" for judgement in judgements):
         return "held"
@@ -351,15 +305,10 @@ def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) ->
 def verdicts(judgements: Sequence[Judgement]) -> Grid:
     """Every claim on every backbone, and claim (l) where there are several."""
     rows = [
-        (
-            f"({judgement.claim.id}) {judgement.claim.text}",
-            judgement.backbone,
-            judgement.verdict,
-            judgement.measured,
-            "–" if judgement.paper is None else f"{judgement.paper:+.3f}",
-        )
-        for judgement in judgements
-    ]
+        (f"({j.claim.id}) {j.claim.text}", j.backbone, j.verdict, j.measured,
+         "–" if j.paper is None else f"{j.paper:+.3f}")
+        for j in judgements
+    ]  # fmt: skip
     backbones = dict.fromkeys(judgement.backbone for judgement in judgements)
     if len(backbones) > 1:
         names = ", ".join(backbones)
