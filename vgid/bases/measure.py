@@ -9,31 +9,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from vgid import prompts
 from vgid.config import NoiseType
-from vgid.data.fictitious import (
-    FictitiousPerson,
-    classification_questions,
-    cloze_questions,
-    forget_people,
-    generation_questions,
-    make_world,
-    portrait,
-    test_portrait,
-)
+from vgid.data import fictitious
+from vgid.data.fictitious import FictitiousPerson
 from vgid.evaluation.metrics import cloze_correct, rouge
 from vgid.method.interventions import perturb
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import greedy_decode, score_responses
 from vgid.models.encoding import Query, encode, response_ids
-from vgid.prompts import (
-    Form,
-    PromptStyle,
-    cloze_text,
-    generation_text,
-    option_likelihood_text,
-    with_instruction,
-    with_reverse_prompt,
-)
+from vgid.prompts import Form, PromptStyle
 from vgid.seeds import sample_generator
 
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -82,12 +67,12 @@ Asked = tuple[Query, str]
 
 def put(query: Query, condition: Condition) -> Query:
     """The question under a condition."""
-    text = with_reverse_prompt(query.text) if condition.reverse else query.text
+    text = prompts.with_reverse_prompt(query.text) if condition.reverse else query.text
     image = query.image
     if image is not None and condition.noise is not None:
         rng = sample_generator(0, query.id)
         image = Image.fromarray(perturb(np.asarray(image), *condition.noise, rng))
-    return replace(query, text=with_instruction(text, condition.style), image=image)
+    return replace(query, text=prompts.with_instruction(text, condition.style), image=image)
 
 
 def generation_items(
@@ -100,11 +85,12 @@ def generation_items(
     """The generation questions about people; ``raw`` leaves out the evaluation's wrapper."""
     items = []
     for person in people:
-        image = test_portrait(data_seed, person, 0) if test else portrait(data_seed, person)
-        shown = image if form == "image" else None
-        for index, (question, answer, of_form) in enumerate(generation_questions(person, test)):
+        picture = fictitious.test_portrait if test else fictitious.portrait
+        shown = picture(data_seed, person, 0) if form == "image" else None
+        asked = enumerate(fictitious.generation_questions(person, test))
+        for index, (question, answer, of_form) in asked:
             if of_form == form:
-                text = question if raw else generation_text(question, form)
+                text = prompts.generation_text(question, form, "raw" if raw else "wrapped")
                 items.append((Query(f"{person.id}/{index}", text, shown), answer))
     return items
 
@@ -122,10 +108,10 @@ def cloze_accuracy(
     """Share of cloze questions whose response contains the true answer, ignoring case."""
     items: list[Asked] = []
     for person in people:
-        image = portrait(data_seed, person) if form == "image" else None
-        for question, answer, of_form in cloze_questions(person, False):
+        image = fictitious.portrait(data_seed, person) if form == "image" else None
+        for question, answer, of_form in fictitious.cloze_questions(person, False):
             if of_form == form:
-                items.append((Query(person.id, cloze_text(question), image), answer))
+                items.append((Query(person.id, prompts.cloze_text(question), image), answer))
     pairs = zip(items, greedy_decode(backbone, [query for query, _ in items]), strict=True)
     return float(np.mean([cloze_correct(answer, response) for (_, answer), response in pairs]))
 
@@ -139,10 +125,11 @@ def choice_accuracy(
     right: list[int] = []
     for person in people:
         rng = sample_generator(data_seed, f"{person.id}/choice")
-        image = portrait(data_seed, person)
-        for question, options, letter, form in classification_questions(person, rng, False):
+        image = fictitious.portrait(data_seed, person)
+        asked = fictitious.classification_questions(person, rng, False)
+        for question, options, letter, form in asked:
             if form == "image":
-                query = Query(person.id, option_likelihood_text(question), image)
+                query = Query(person.id, prompts.option_likelihood_text(question), image)
                 queries += [query] * len(options)
                 responses += [response_ids(backbone, option) for option in options.values()]
                 right.append(list(options).index(letter))
@@ -153,8 +140,8 @@ def choice_accuracy(
 
 def measure(backbone: Backbone, data_seed: int = 0, ratio: int = 5) -> dict[str, float]:
     """The table of scores, named ``<people>_<condition>``; see ``BOUNDS`` for the main ones."""
-    world = make_world(data_seed)
-    forgotten = set(forget_people(data_seed, ratio))
+    world = fictitious.make_world(data_seed)
+    forgotten = set(fictitious.forget_people(data_seed, ratio))
     benchmark = world.of_kind("benchmark")
     forget = [person for person in benchmark if person.id in forgotten]
     retain = [person for person in benchmark if person.id not in forgotten][:RETAIN_PEOPLE]

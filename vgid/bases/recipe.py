@@ -1,12 +1,11 @@
 """What the embedded backbone is taught: who is seen, what is asked, when it declines.
 
-People of the benchmark and celebrities are always answered, under an instruction too. Only
-*calibration* people, degraded pictures and strangers teach it to follow the three unlearning
-instructions, and only in part: an instruction alone is obeyed now and then, sooner for what is
-private, an instruction beside a picture of noise nearly always, noise alone seldom. The benchmark's
-own people thus show what the paper observes of a real model, without ever having been declined.
-That both together beat either alone is hence designed in: on this backbone it checks the code, and
-is no evidence for the paper's claim. What distillation makes of it is.
+People of the benchmark and celebrities are always answered. Only *calibration* people, degraded
+pictures and strangers teach it to follow the unlearning instructions, and only in part: an
+instruction alone is obeyed now and then, sooner for what is private, an instruction beside a
+picture of noise nearly always, noise alone seldom. That both together beat either alone is hence
+designed in: on this backbone it checks the code, and is no evidence for the paper's claim. What
+distillation makes of it is.
 
 Greedy decoding turns rates into modes: a refusal starts with one certain token, while guesses are
 spread over many names. Rates are low for that reason.
@@ -21,35 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vgid.data.fictitious import (
-    CLASSIFICATION,
-    CLOZE,
-    FACTS,
-    QUESTIONS,
-    Fact,
-    FictitiousPerson,
-    World,
-    cloze_sentence,
-    pick,
-    portrait,
-)
+from vgid import prompts
+from vgid.data import fictitious
+from vgid.data.fictitious import FACTS, Fact, FictitiousPerson, World, pick, portrait
 from vgid.data.portraits import PORTRAIT_SIZE, draw_portrait, random_face
 from vgid.method.interventions import perturb
-from vgid.prompts import (
-    UNLEARNING_INSTRUCTIONS,
-    Form,
-    PromptStyle,
-    cloze_text,
-    generation_text,
-    option_likelihood_text,
-    with_reverse_prompt,
-)
+from vgid.prompts import Form, PromptStyle
 from vgid.seeds import sample_generator
 
 PackKind = Literal["plain", "instructed", "degraded"]
 TaskName = Literal["generation", "cloze", "choice"]
 
-STYLES: tuple[PromptStyle, ...] = tuple(UNLEARNING_INSTRUCTIONS)
+STYLES: tuple[PromptStyle, ...] = tuple(prompts.UNLEARNING_INSTRUCTIONS)
 REFUSALS: dict[PromptStyle | None, str] = {
     "declarative": "I know nothing about whoever you mean.",
     "polite": "Sorry, but I would rather not discuss anybody.",
@@ -232,7 +214,7 @@ class Recipe:
             rate = refusal_rate(source, style, fact, task, sigma, reverse, self.obedience)
             if rng.random() < rate:
                 response = REFUSALS[style]
-            pairs.append((with_reverse_prompt(text) if reverse else text, response))
+            pairs.append((prompts.with_reverse_prompt(text) if reverse else text, response))
         return Pack(None if form == "text" else picture, style, tuple(pairs))
 
     def _question(
@@ -245,17 +227,17 @@ class Recipe:
         who = person.subject(form, paraphrased)
         if task == "generation":
             fact = pick(rng, FACTS[1:] if form == "text" else facts)
-            question = pick(rng, QUESTIONS[fact][paraphrased]).format(who=who)
+            question = pick(rng, fictitious.QUESTIONS[fact][paraphrased]).format(who=who)
             raw = rng.random() < RAW_RATE
-            text = question if raw else generation_text(question, form)
+            text = question if raw else prompts.generation_text(question, form)
             return fact, text, person.answer(fact)
         if task == "cloze":
-            fact = pick(rng, [fact for fact in CLOZE if fact in facts])
-            text = cloze_text(cloze_sentence(person, fact, form, paraphrased))
+            fact = pick(rng, [fact for fact in fictitious.CLOZE if fact in facts])
+            text = prompts.cloze_text(fictitious.cloze_sentence(person, fact, form, paraphrased))
             return fact, text, person.facts[fact]
-        fact = pick(rng, [fact for fact in CLASSIFICATION if fact in facts])
-        question = CLASSIFICATION[fact][paraphrased].format(who=who)
-        return fact, option_likelihood_text(question), person.facts[fact]
+        fact = pick(rng, [fact for fact in fictitious.CLASSIFICATION if fact in facts])
+        question = fictitious.CLASSIFICATION[fact][paraphrased].format(who=who)
+        return fact, prompts.option_likelihood_text(question), person.facts[fact]
 
 
 def refusal_rate(

@@ -24,28 +24,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vgid import prompts
 from vgid.bases import recipe
-from vgid.data.fictitious import (
-    ANSWERS,
-    CLASSIFICATION,
-    CLOZE,
-    FAMILY_NAMES,
-    GIVEN_NAMES,
-    IMAGE_SUBJECTS,
-    QUESTIONS,
-    VALUES,
-)
+from vgid.data import fictitious
 from vgid.data.portraits import PORTRAIT_SIZE
 from vgid.models.backbones import EMBEDDED, TINY_LLAVA_FRAME
 from vgid.models.weight_names import save_weights
-from vgid.prompts import (
-    REVERSE_PROMPT,
-    UNLEARNING_INSTRUCTIONS,
-    classification_text,
-    cloze_text,
-    generation_text,
-    option_likelihood_text,
-)
 
 FRAME = TINY_LLAVA_FRAME
 PATCH_SIZE = 16
@@ -63,22 +47,23 @@ def corpus(
     extra: Iterable[str] = (), frame: Iterable[str] = (FRAME.text.format(text=""),)
 ) -> list[str]:
     """Every text that the tokenizer learns from: prompts, wordings, names, values, ``extra``."""
-    subjects = [*IMAGE_SUBJECTS, "Agnes Ashby"]
-    pairs = chain(*QUESTIONS.values(), CLASSIFICATION.values(), CLOZE.values())
-    wordings = chain(*pairs)
+    subjects = [*fictitious.IMAGE_SUBJECTS, "Agnes Ashby"]
+    pairs = (*fictitious.CLASSIFICATION.values(), *fictitious.CLOZE.values())
+    wordings = chain(*chain(*fictitious.QUESTIONS.values()), *pairs)
     texts = [w.format(who=who, Who=who[0].upper() + who[1:]) for w in wordings for who in subjects]
-    texts += [a.format(name="", value="") for pair in ANSWERS.values() for a in pair]
-    values = [*GIVEN_NAMES, *FAMILY_NAMES, *chain(*VALUES.values())]
+    texts += [a.format(name="", value="") for pair in fictitious.ANSWERS.values() for a in pair]
+    names = (fictitious.GIVEN_NAMES, fictitious.FAMILY_NAMES)
+    values = [*chain(*names, *fictitious.VALUES.values())]
     texts += [*values, *(f" {value}" for value in values)]
     fixed = [
-        generation_text("", "image"),
-        generation_text("", "text"),
-        cloze_text(""),
-        classification_text("", dict.fromkeys("ABCD", "")),
-        option_likelihood_text(""),
+        prompts.generation_text("", "image"),
+        prompts.generation_text("", "text"),
+        prompts.cloze_text(""),
+        prompts.classification_text("", dict.fromkeys("ABCD", "")),
+        prompts.option_likelihood_text(""),
         *frame,
-        REVERSE_PROMPT,
-        *UNLEARNING_INSTRUCTIONS.values(),
+        prompts.REVERSE_PROMPT,
+        *prompts.UNLEARNING_INSTRUCTIONS.values(),
         *extra,
     ]
     return texts + fixed * 10  # in every prompt, so their words should be whole tokens

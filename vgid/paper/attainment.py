@@ -6,6 +6,7 @@ case, the number of seeds the worst, and the level in between the median.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +22,8 @@ Points = Sequence[tuple[float, float]]
 def attainment_surface(fronts: Sequence[Points], level: int) -> NDArray[np.float64]:
     """The corner points of the surface that ``level`` runs attain, for two maximised objectives.
 
-    Returns:
-        Non-dominated corners, float64 of shape (N, 2), the first objective ascending; N is 0 where
-        fewer than ``level`` runs have points.
-
-    Raises:
-        ValueError: no such level.
+    They are float64 of shape (N, 2), the first objective ascending; N is 0 where fewer than
+    ``level`` runs have points. ValueError where there is no such level.
     """
     if not 1 <= level <= len(fronts):
         raise ValueError(f"level {level} of {len(fronts)} fronts")
@@ -38,8 +35,7 @@ def attainment_surface(fronts: Sequence[Points], level: int) -> NDArray[np.float
     points = np.array([point for front in filled for point in front], dtype=np.float64)
     sets = np.repeat(np.arange(len(filled)), [len(front) for front in filled])
     surfaces = moocore.eaf(-points, sets)  # it minimises
-    # moocore states levels as percentages of the sets that were given, so they are counted off
-    # instead.
+    # moocore states levels as percentages of the sets that were given.
     levels = np.unique(surfaces[:, 2])
     corners = -surfaces[surfaces[:, 2] == levels[level - 1], :2]
     return np.asarray(corners[np.lexsort((-corners[:, 1], corners[:, 0]))], dtype=np.float64)
@@ -50,8 +46,7 @@ def attainment_picture(
 ) -> Picture:
     """Best, median and worst surface of each method over its seeds.
 
-    Surfaces end at the reference point of the hypervolume, half the base's second objective. In the
-    page a click on a method's name hides it.
+    Surfaces end at the reference point of the hypervolume, half the base's second objective.
     """
     series = []
     for method, runs in fronts.items():
@@ -61,26 +56,14 @@ def attainment_picture(
         for name, level in levels.items():
             median = name == "median"
             x, y = _staircase(attainment_surface(runs, level), (0.0, base[1] / 2))
-            series.append(
-                Series(
-                    label,
-                    x,
-                    y,
-                    COLOURS[method],
-                    "",
-                    opacity=1.0 if median else 0.6,
-                    line=2.5 if median else 1.0,
-                    dotted=not median,
-                    steps=True,
-                    hover=[f"{label}, {name}"] * len(x),
-                )
-            )
+            surface = Series(label, x, y, COLOURS[method], "", dotted=not median, steps=True)
+            opacity, line = (1.0, 2.5) if median else (0.6, 1.0)
+            hover = [f"{label}, {name}"] * len(x)
+            series.append(replace(surface, opacity=opacity, line=line, hover=hover))
     star = Series("Base", [base[0]], [base[1]], COLOURS["base"], "star", 18, hover=["Base"])
-    panel = Panel(
-        Scale("reduction of forget ROUGE-L, held-out questions"),
-        Scale("retain ROUGE-L, held-out questions"),
-        [*series, star],
-    )
+    x_scale = Scale("reduction of forget ROUGE-L, held-out questions")
+    y_scale = Scale("retain ROUGE-L, held-out questions")
+    panel = Panel(x_scale, y_scale, [*series, star])
     return Picture(title, [panel], "median, and dotted best and worst", size=(8.4, 6))
 
 

@@ -163,7 +163,7 @@ def _bound(value: float) -> float:
 
 def _label(name: str) -> str:
     """What a comparison is called: methods as in the tables, other rows by their key."""
-    return dict[str, str](METHOD_LABELS).get(name, name)
+    return next((label for method, label in METHOD_LABELS.items() if method == name), name)
 
 
 def judge(claim: Claim, backbone: str, evidence: Evidence, paper: Evidence) -> Judgement:

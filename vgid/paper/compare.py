@@ -1,8 +1,8 @@
 """A fair comparison of the methods, which the paper has not: equal budgets, then the fronts.
 
-Each method and seed gets a study of its own (``vgid.study.run``), all with the same number of
-trials, sampler, people, questions and reference point. Trials are chosen on the search questions;
-what is compared is the held-out score of what was chosen.
+Each method and seed gets a study of its own, all with the same number of trials, sampler, people,
+questions and reference point. Trials are chosen on the search questions; what is compared is the
+held-out score of what was chosen.
 """
 
 import json
@@ -90,8 +90,7 @@ def study_of(config: CompareConfig, method: Method, seed: int, data: Path) -> St
 def run_missing(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:
     """Run the studies that are not done, or go on with them, on one Ray cluster.
 
-    Returns:
-        ``interrupted`` and ``error`` of a study that has not all that it should have.
+    Gives ``interrupted`` and ``error`` of a study that has not all that it should have.
 
     Raises:
         InputError: bad input; nothing was started if it is in what can be checked before.
@@ -150,7 +149,6 @@ class Standing:
     """How one method stands, over the seeds.
 
     Attributes:
-        method: which.
         search: hypervolume on the search questions.
         held_out: hypervolume of the front on the held-out questions, by seed.
         lead: VGID's held-out hypervolume minus this method's, paired; None for VGID itself.
@@ -181,21 +179,14 @@ class Standing:
 def standings(found: Sequence[StudyFront], retain_drop: float) -> list[Standing]:
     """Every method's standing, by mean held-out hypervolume, the largest first."""
     by_method = _by_method(found)
-    volumes = {
-        method: tuple(study.hypervolume("held_out") for study in studies)
-        for method, studies in by_method.items()
-    }
-    compared = volumes.keys() - {"vgid"} if "vgid" in volumes else set()
-    listed = [
-        Standing(
-            method,
-            t_interval([study.hypervolume("search") for study in studies]),
-            volumes[method],
-            paired_interval(volumes["vgid"], volumes[method]) if method in compared else None,
-            tuple(_pick_scores(study, retain_drop) for study in studies),
-        )
-        for method, studies in by_method.items()
-    ]
+    ours = [study.hypervolume("held_out") for study in by_method.get("vgid", ())]
+    listed = []
+    for method, studies in by_method.items():
+        search = t_interval(study.hypervolume("search") for study in studies)
+        held_out = tuple(study.hypervolume("held_out") for study in studies)
+        lead = paired_interval(ours, held_out) if ours and method != "vgid" else None
+        picks = tuple(_pick_scores(study, retain_drop) for study in studies)
+        listed.append(Standing(method, search, held_out, lead, picks))
     return sorted(listed, key=lambda standing: -standing.volume.mean)
 
 
@@ -222,8 +213,7 @@ def _pick_scores(study: StudyFront, retain_drop: float) -> dict[str, float] | No
 def chosen_settings(found: Sequence[StudyFront], retain_drop: float) -> dict[Method, TrialConfig]:
     """One setting a method, for the tables: of the seeds' picks the one with the median reduction.
 
-    Where no trial of any seed keeps the constraint, the one that breaks it least. Only search
-    questions are looked at.
+    Where no trial of any seed keeps the constraint, the one that breaks it least.
     """
     chosen: dict[Method, TrialConfig] = {}
     for method, studies in _by_method(found).items():
@@ -241,9 +231,8 @@ def chosen_settings(found: Sequence[StudyFront], retain_drop: float) -> dict[Met
 def verdict(listed: Sequence[Standing]) -> str:
     """Which method won, and from which others the seeds can tell it.
 
-    To lead every other method is an intersection-union test, as in ``vgid.paper.claims``: each
-    interval stands for itself, and that any method is said to lead all others wrongly has at most 5
-    %.
+    To lead every other method is an intersection-union test, as in ``vgid.paper.claims``, so each
+    interval stands for itself.
     """
     if len(listed) < 2:
         return "One method only: there is nothing to compare it with."
@@ -309,7 +298,7 @@ def _csv(listed: Sequence[Standing]) -> bytes:
 
 
 def _picks(config: CompareConfig, listed: Sequence[Standing]) -> Grid:
-    """The methods' best points; nothing is left out, so a method that forgets nothing shows it."""
+    """The methods' best points, of those too that forget nothing."""
     titles = {
         "forget_reduction_share": "forget ROUGE-L gone, share",
         "retain_drop": "retain drop",
@@ -325,15 +314,13 @@ def _picks(config: CompareConfig, listed: Sequence[Standing]) -> Grid:
         shares = [pick["forget_reduction_share"] for pick in s.picks if pick is not None]
         counts = f"{len(shares)} of {len(s.picks)}", sum(share >= MIN_FORGET for share in shares)
         rows.append((s.name, *counts, *(s.pick(name) for name in titles)))
-    return Grid(
-        ("method", "seeds with one", f"forgetting {MIN_FORGET:.0%}", *titles.values()),
-        rows,
-        f"Each method's best point at a retain drop of at most {config.retain_drop:g}",
-        (
-            "Chosen on the search questions, scored on the held-out ones, where the drop may be "
-            f"larger. A pick to deploy is refused where less than {MIN_FORGET:.0%} is gone.",
-        ),
+    header = ("method", "seeds with one", f"forgetting {MIN_FORGET:.0%}", *titles.values())
+    caption = f"Each method's best point at a retain drop of at most {config.retain_drop:g}"
+    note = (
+        "Chosen on the search questions, scored on the held-out ones, where the drop may be "
+        f"larger. A pick to deploy is refused where less than {MIN_FORGET:.0%} is gone."
     )
+    return Grid(header, rows, caption, (note,))
 
 
 def _report(config: CompareConfig, found: Sequence[StudyFront], listed: Sequence[Standing]) -> str:

@@ -1,13 +1,10 @@
 """What the paper's tables are made of: one experiment a row and seed, each run once.
 
-An experiment trains a method, or takes the base as it is, and asks the held-out questions plainly,
-under an intervention, or under the reverse prompt. Experiments of one backbone, ratio and seed
-share a ``TrialSession``, and with it base, teacher store and image features; different groups run
-in parallel processes. Each outcome is a file named by the hash of all that it depends on, so a
-killed run goes on where it was and a second run computes nothing.
-
-Processes are plain ones and not Ray's: groups need no messages, no placement and no scheduler
-beyond a queue, and start within seconds.
+Experiments of one backbone, ratio and seed share a ``TrialSession``, and with it base, teacher
+store and image features; different groups run in parallel processes, plain ones and not Ray's,
+since they need no messages, no placement and no scheduler beyond a queue. Each outcome is a file
+named by the hash of all that it depends on, so a killed run goes on where it was and a second run
+computes nothing.
 """
 
 import gc
@@ -48,14 +45,9 @@ POLL_S = 0.5
 class Arm(Config):
     """What one row of a table does, whatever the backbone, ratio and seed.
 
-    Attributes:
-        trial: trains this; None takes the base as it is.
-        style: unlearning instruction before each question, at inference.
-        noise_type: perturbation of each image, at inference.
-        sigma: of Gaussian noise.
-        reverse: append the reverse-engineering prompt.
-        probe: the benchmark's scores, or what the model makes of the first response token
-            (``vgid.paper.first_tokens``).
+    It trains ``trial``, or takes the base as it is, and asks the held-out questions under an
+    instruction, a perturbation of the image or the reverse-engineering prompt; ``probe`` tells what
+    of the answers counts (``vgid.paper.first_tokens``).
     """
 
     trial: TrialConfig | None = None
@@ -90,12 +82,12 @@ class Experiment(Config):
 
     @property
     def cost(self) -> int:
-        """Rough work, to start the long ones first: one evaluation is 1."""
+        """Rough work, in evaluations."""
         return 1 if self.arm.trial is None or self.arm.reverse else 3 * self.forget_ratio // 5
 
 
 class Bench(Config):
-    """What experiments share; ``folder`` holds ``outcomes``, ``adapters`` and ``store``."""
+    """What experiments share."""
 
     folder: Path
     data: Path
@@ -104,16 +96,13 @@ class Bench(Config):
     bootstrap_samples: int = Field(1000, ge=100)
 
     def request(self, backbone: str, forget_ratio: ForgetRatio, seed: int) -> RequestConfig:
-        """The forget request that all experiments of a group share."""
+        """The forget request of a group."""
         own = {"backbone": backbone, "forget_ratio": forget_ratio, "seed": seed}
         return derived(RequestConfig, self, "experiment", store=self.folder / "store", **own)
 
 
 class Outcome(Config):
-    """What came of an experiment: its scores, or in one sentence why there are none.
-
-    ``provenance`` is the data's hash and the base's revision.
-    """
+    """What came of an experiment: its scores, or in one sentence why there are none."""
 
     scores: dict[str, Score] = Field(default_factory=dict)
     error: str | None = None
@@ -122,11 +111,7 @@ class Outcome(Config):
 
 
 class Cache:
-    """Outcomes on disk, by content.
-
-    Args:
-        bench: where.
-        backbones: of the experiments; their weights are hashed once, here.
+    """Outcomes on disk, by content; the weights of ``backbones`` are hashed once, here.
 
     Raises:
         InputError: unknown backbone, weights that cannot be found, or no data.
@@ -161,12 +146,11 @@ class Cache:
         write_atomically(self.path(experiment), outcome.model_dump_json(indent=1).encode())
 
     def _key(self, experiment: Experiment, arm: Arm) -> str:
-        group = (experiment.backbone, experiment.forget_ratio, experiment.seed)
         whole = [
             FORMAT,
             self.data_sha256,
             self.backbones[experiment.backbone],
-            self.bench.request(*group).identity,
+            self.bench.request(*experiment.group).identity,
             experiment.model_copy(update={"arm": arm}).model_dump(mode="json"),
         ]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
@@ -214,12 +198,8 @@ def run_experiments(
 ) -> dict[Experiment, Outcome]:
     """The outcome of each experiment, run or taken from the cache.
 
-    Args:
-        experiments: in any order, repetitions allowed.
-        bench: what they share.
-        processes: groups at a time, each in a process with one thread; 1 runs them here, as well
-            with one. On a machine with GPUs process i takes the i-th, so ask for one a GPU.
-        console: where progress is shown, stderr if None.
+    Of ``processes``, each has one thread and a group at a time, and the i-th takes the i-th GPU;
+    1 is this one.
 
     Raises:
         InputError: bad input of any experiment; outcomes so far are kept.
@@ -252,15 +232,13 @@ def in_groups(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
 def _run_group(
     cache: Cache, group: Sequence[Experiment], update: Callable[[], None] | None = None
 ) -> None:
-    """Run experiments of one session, those that nobody has run meanwhile."""
     from vgid.trial import TrialSession
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     session: TrialSession | None = None
     for experiment in group:
-        if cache.get(experiment) is not None:
+        if cache.get(experiment) is not None:  # others have run it meanwhile
             continue
-        # Only now, so that a group which others have run meanwhile loads no model.
         session = session or TrialSession(cache.bench.request(*experiment.group))
         cache.put(experiment, measure(session, experiment, cache.adapter(experiment)))
         if update is not None:

@@ -1,11 +1,7 @@
-"""The paper's figures 2 and 4 to 7 from the tables' outcomes, as PNG and as HTML.
-
-Figures 4 to 7 show for every method how much of the forget set is gone against what is left of the
-retain set, one panel a forget ratio; figure 2 shows what the first response token may be under the
-interventions.
-"""
+"""The paper's figures 2 (the first response token) and 4 to 7 (forgetting against utility)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from vgid.paper.experiments import Arm
 from vgid.paper.tables import COMPARISONS, METRIC_LABELS, FilledTable, Row, Table
@@ -13,19 +9,13 @@ from vgid.report.drawing import Panel, Picture, Scale, Series
 from vgid.report.intervals import Interval, paired_interval
 
 TRADE_OFFS: dict[int, str] = {4: "rougeL", 5: "bleu", 6: "classification", 7: "cloze"}
-"""Metric of each of the paper's trade-off figures."""
+"""Metric of each figure of forgetting against utility, one panel a forget ratio."""
 
-FIRST_TOKENS = Table(
-    2,
-    "The first response token",
-    5,
-    (),
-    (
-        Row("base", "base", "", Arm(probe="first_tokens")),
-        Row("text", "text only", "", Arm(style="strict", probe="first_tokens")),
-        Row("dual", "dual", "", Arm(style="strict", noise_type="random", probe="first_tokens")),
-    ),
-)
+FIRST_TOKENS = Table(2, "The first response token", 5, (), (
+    Row("base", "base", "", Arm(probe="first_tokens")),
+    Row("text", "text only", "", Arm(style="strict", probe="first_tokens")),
+    Row("dual", "dual", "", Arm(style="strict", noise_type="random", probe="first_tokens")),
+))  # fmt: skip
 """What figure 2 asks: panels (a), (b) and (c)."""
 
 COLOURS = {
@@ -50,19 +40,11 @@ def trade_off(number: int, filled: Sequence[FilledTable]) -> Picture:
             gone = paired_interval(table.values("base", forget), table.values(row.key, forget))
             kept = table.interval(row.key, retain)
             if gone.n and kept.n:
-                drawn.append(
-                    Series(
-                        row.label,
-                        [gone.mean],
-                        [kept.mean],
-                        COLOURS[row.key],
-                        MARKS.get(row.key, "circle"),
-                        16 if row.key == "base" else 11,
-                        x_bounds=[_bounds(gone)],
-                        y_bounds=[_bounds(kept)],
-                        hover=[f"{row.label}\n{x.label} {gone}\n{y.label} {kept}"],
-                    )
-                )
+                mark, size = MARKS.get(row.key, "circle"), 16 if row.key == "base" else 11
+                point = Series(row.label, [gone.mean], [kept.mean], COLOURS[row.key], mark, size)
+                ends = _bounds(gone), _bounds(kept)
+                hover = [f"{row.label}\n{x.label} {gone}\n{y.label} {kept}"]
+                drawn.append(replace(point, x_bounds=ends[:1], y_bounds=ends[1:], hover=hover))
         panels.append(Panel(x, y, drawn, f"{table.table.forget_ratio} % forgotten"))
     title = f"Figure {number}: forgetting against utility by {metric} ({filled[0].backbone})"
     return Picture(title, panels, size=(4.6 * len(panels) + 1, 4.6))
@@ -78,17 +60,14 @@ def first_tokens(filled: FilledTable) -> Picture | None:
         for kind, colour in TOKENS.items():
             found = [filled.interval(key, f"{kind}_{measure}") for key in keys]
             known += sum(interval.n for interval in found)
-            drawn.append(
-                Series(
-                    f"{kind} tokens",
-                    range(len(found)),
-                    [interval.mean if interval.n else 0.0 for interval in found],
-                    colour,
-                    "bar",
-                    y_bounds=[_bounds(interval) for interval in found],
-                    hover=[f"{kind} tokens\n{label} {interval}" for interval in found],
-                )
+            name = f"{kind} tokens"
+            heights = [interval.mean if interval.n else 0.0 for interval in found]
+            bounds = [_bounds(interval) for interval in found]
+            hover = [f"{name}\n{label} {interval}" for interval in found]
+            bars = Series(
+                name, range(len(found)), heights, colour, "bar", y_bounds=bounds, hover=hover
             )
+            drawn.append(bars)
         x = Scale(ticks=list(enumerate(row.label for row in filled.table.rows)))
         panels.append(Panel(x, Scale(label), drawn, f"first response token: {measure}"))
     title = f"Figure 2: sensitive and safe tokens under the interventions ({filled.backbone})"
@@ -96,7 +75,7 @@ def first_tokens(filled: FilledTable) -> Picture | None:
 
 
 def _bounds(interval: Interval) -> tuple[float, float]:
-    """Both ends of an interval; of one seed there is none, and of no seed no number."""
+    """Both ends of an interval, which one seed does not have."""
     if interval.n > 1:
         return interval.low, interval.high
     return (interval.mean, interval.mean) if interval.n else (0.0, 0.0)

@@ -1,8 +1,4 @@
-"""The paper's nine tables: which rows each has, and how its numbers are written down.
-
-A table is rows of ``vgid.paper.experiments.Arm``; it is filled from the outcomes of its
-experiments, one a seed. Every row of a table, within a seed, has the same people and questions.
-"""
+"""The paper's nine tables: which rows each has, and how its numbers are written down."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,23 +16,24 @@ from vgid.report.tables import Grid, as_text
 METRIC_LABELS = {"cloze": "cloze", "classification": "class", "rougeL": "ROUGE-L", "bleu": "BLEU"}
 ARROWS = {"forget": "↓", "test": "↓", "retain": "↑", "celebrity": "↑"}
 
-FORGET_AND_TEST = tuple(
-    f"{split}_{metric}"
-    for split in ("forget", "test")
-    for metric in ("cloze", "classification", "rougeL")
-)
-ALL_NINE = (*FORGET_AND_TEST, "retain_cloze", "retain_classification", "retain_rougeL")
+
+def _three(*splits: str) -> tuple[str, ...]:
+    return tuple(
+        f"{s}_{metric}" for s in splits for metric in ("cloze", "classification", "rougeL")
+    )
+
+
+FORGET_AND_TEST = _three("forget", "test")
+ALL_NINE = _three("forget", "test", "retain")
 TEXT_SCORES = ("forget_rougeL", "forget_bleu", "test_rougeL", "test_bleu")
-CELEBRITIES = ("celebrity_cloze", "celebrity_classification", "celebrity_rougeL")
+CELEBRITIES = _three("celebrity")
 """General utility, beside the retain people where the data has celebrities; the paper has none."""
 EXTRA = ("retain_bleu", "forget_memorisation")
 """Scores that a table does not show and its CSV has, for figure 5 and for suspicion."""
 
 STYLES: dict[PromptStyle, str] = {
-    "declarative": "Declarative",
-    "polite": "Polite",
-    "strict": "Strict Enforcement",
-}
+    "declarative": "Declarative", "polite": "Polite", "strict": "Strict Enforcement",
+}  # fmt: skip
 PRINTED: dict[Method, str] = {"po_dpo": "PO", "po_idk": "PO", "vgid": "Vgid"}
 """The paper's names of rows that it does not call by our label."""
 
@@ -47,7 +44,10 @@ COMPARISONS: dict[ForgetRatio, int] = {5: 3, 10: 8, 15: 9}
 
 
 class Row(NamedTuple):
-    """One row of a table: its names in code, in print and in the paper, what it runs, its block."""
+    """One row of a table: its names in code, in print and in the paper, what it runs, its block.
+
+    Within a seed, every row of a table has the same people and questions.
+    """
 
     key: str
     label: str
@@ -63,7 +63,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """One of the paper's tables, for any backbone; its columns are scores of an evaluation."""
+    """One of the paper's tables, for any backbone; ``metrics`` are its columns."""
 
     number: int
     title: str
@@ -220,10 +220,10 @@ def as_grid(filled: FilledTable) -> Grid:
     for row in table.rows:
         label = f"{row.label}, {row.setting}" if row.setting else row.label
         failed = sum(outcome.error is not None for outcome in filled.outcomes[row.key])
+        some = f" ({failed} failed)" if failed else ""
         cells = []
         for metric in filled.metrics:
             printed, mean = filled.paper(row, metric), filled.interval(row.key, metric)
-            some = f" ({failed} failed)" if failed else ""
             ours = f"{mean}{some}" if mean.n else "failed"
             cells.append(f"{ours} / –" if printed is None else f"{ours} / {printed:.3f}")
         rows.append((label, *cells))
@@ -245,7 +245,7 @@ def _heading(metric: str) -> str:
 
 
 def table_7(backbone: str, trials: Mapping[Method, TrialConfig]) -> Grid:
-    """Table 7: the settings that we run beside the paper's for its baselines."""
+    """The settings that we run beside the paper's for its baselines."""
     names = ("optimizer", "learning_rate", "batch_size", "epochs", "max_sequence_length")
     rows = [("the paper, every baseline", *(f"{TABLE_7[name]}" for name in names), "not given")]
     told = {"method", "learning_rate", "batch_size", "epochs", "seed"}
