@@ -7,8 +7,7 @@ look and what is asked about them comes from ``vgid.data.fictitious``.
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,38 +39,7 @@ def write_benchmark(root: Path, seed: int = 0, progress: bool = False) -> None:
     if seed < 0:
         raise InputError(f"seed {seed}: must not be negative; give 0 or more.")
     root = root.expanduser().resolve()
-    world = fictitious.make_world(seed)
-    people = world.of_kind("benchmark")
-    with (
-        _appearing_at(root) as folder,
-        Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar,
-    ):
-        rows = {p.id: _evaluation_row(seed, p) for p in bar.track(people, description="Portraits")}
-        celebrities = [_evaluation_row(seed, p) for p in world.of_kind("celebrity")]
-        test_rows = [_test_row(seed, p) for p in bar.track(people, description="Test portraits")]
-        evaluation = layout.EVALUATION_SCHEMA
-        _write(folder / "Full_Set", [list(rows.values())], evaluation)
-        _write(folder / "Retain_Set", [celebrities], evaluation)
-        for ratio in layout.FORGET_RATIOS:
-            forgotten = set(fictitious.forget_people(seed, ratio))
-            forget = [row for person_id, row in rows.items() if person_id in forgotten]
-            retain = [row for person_id, row in rows.items() if person_id not in forgotten]
-            _write(folder / f"forget_{ratio}", [forget], evaluation)
-            _write(folder / f"retain_{100 - ratio}", [retain], evaluation)
-        middle = len(test_rows) // 2
-        # In two shards, as real configs may be, so that whatever reads it has met that.
-        _write(folder / "Test_Set", [test_rows[:middle], test_rows[middle:]], layout.TEST_SCHEMA)
-        training = [_training_row(p, rows[p.id]["image"]["bytes"]) for p in people]
-        _write(folder / "ft_Data", [training], layout.TRAINING_SCHEMA)
-
-
-@contextmanager
-def _appearing_at(root: Path) -> Iterator[Path]:
-    """A folder beside ``root`` that takes its place when the block ends, and vanishes if it fails.
-
-    Raises:
-        InputError: ``root`` is in use, the disk is full, or the parent is read-only.
-    """
+    bar = Progress(console=Console(stderr=True), disable=not progress, transient=True)
     try:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise InputError(
@@ -81,13 +49,35 @@ def _appearing_at(root: Path) -> Iterator[Path]:
             raise InputError(
                 f"{root}: is the current folder; name a new folder, such as benchmark."
             )
-        with appearing(root) as folder:
-            yield folder
+        with appearing(root) as folder, bar:
+            _write_configs(folder, seed, bar)
     except OSError as error:
         raise InputError(
             f"{root}: cannot write the benchmark there ({error.strerror or error}); "
             "free some space or name another folder."
         ) from None
+
+
+def _write_configs(folder: Path, seed: int, bar: Progress) -> None:
+    world = fictitious.make_world(seed)
+    people = world.of_kind("benchmark")
+    rows = {p.id: _evaluation_row(seed, p) for p in bar.track(people, description="Portraits")}
+    celebrities = [_evaluation_row(seed, p) for p in world.of_kind("celebrity")]
+    test_rows = [_test_row(seed, p) for p in bar.track(people, description="Test portraits")]
+    evaluation = layout.EVALUATION_SCHEMA
+    _write(folder / "Full_Set", [list(rows.values())], evaluation)
+    _write(folder / "Retain_Set", [celebrities], evaluation)
+    for ratio in layout.FORGET_RATIOS:
+        forgotten = set(fictitious.forget_people(seed, ratio))
+        forget = [row for person_id, row in rows.items() if person_id in forgotten]
+        retain = [row for person_id, row in rows.items() if person_id not in forgotten]
+        _write(folder / f"forget_{ratio}", [forget], evaluation)
+        _write(folder / f"retain_{100 - ratio}", [retain], evaluation)
+    middle = len(test_rows) // 2
+    # In two shards, as real configs may be, so that whatever reads it has met that.
+    _write(folder / "Test_Set", [test_rows[:middle], test_rows[middle:]], layout.TEST_SCHEMA)
+    training = [_training_row(p, rows[p.id]["image"]["bytes"]) for p in people]
+    _write(folder / "ft_Data", [training], layout.TRAINING_SCHEMA)
 
 
 def _write(folder: Path, shards: Sequence[list[dict[str, Any]]], schema: pa.Schema) -> None:
@@ -103,10 +93,8 @@ def _evaluation_row(seed: int, person: FictitiousPerson) -> dict[str, Any]:
 
 
 def _test_row(seed: int, person: FictitiousPerson) -> dict[str, Any]:
-    images = [
-        _image(fictitious.test_portrait(seed, person, index), f"{person.id}_{index}.png")
-        for index in range(TEST_PORTRAITS)
-    ]
+    portraits = (fictitious.test_portrait(seed, person, index) for index in range(TEST_PORTRAITS))
+    images = [_image(image, f"{person.id}_{index}.png") for index, image in enumerate(portraits)]
     return {"images": images, **_profile(seed, person, paraphrased=True)}
 
 

@@ -90,10 +90,8 @@ def study_of(config: CompareConfig, method: Method, seed: int, data: Path) -> St
 def run_missing(studies: Sequence[StudyConfig]) -> dict[str, Any] | None:
     """Run the studies that are not done, or go on with them, on one Ray cluster.
 
-    Gives ``interrupted`` and ``error`` of a study that has not all that it should have.
-
-    Raises:
-        InputError: bad input; nothing was started if it is in what can be checked before.
+    Gives ``interrupted`` and ``error`` of a study that has not all that it should have. InputError
+    comes before anything is started, if it is in what can be checked before.
     """
     missing = [study for study in studies if not _done(study)]
     if not missing:
@@ -163,7 +161,7 @@ class Standing:
 
     @property
     def name(self) -> str:
-        """What people call the method."""
+        """Of the method, for people."""
         return METHOD_LABELS[self.method]
 
     @property
@@ -252,11 +250,7 @@ def verdict(listed: Sequence[Standing]) -> str:
 
 
 def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict[str, Any]:
-    """Write report, numbers, picture and settings; returns the content of ``comparison.json``.
-
-    Raises:
-        InputError: the studies did not answer the same questions.
-    """
+    """Write report, numbers, picture and settings; returns the content of ``comparison.json``."""
     _check_same_questions(found)
     output = config.output
     listed, by_method = standings(found, config.retain_drop), _by_method(found)

@@ -36,9 +36,7 @@ from vgid.results import Score
 if TYPE_CHECKING:
     from vgid.trial import TrialSession
 
-FORMAT = 2
-"""Part of every cache key; raised when the same experiment would give other numbers."""
-
+FORMAT = 2  # part of every cache key; raised when the same experiment would give other numbers
 POLL_S = 0.5
 
 
@@ -59,10 +57,7 @@ class Arm(Config):
 
 
 class Experiment(Config):
-    """One arm on one backbone, at one forget ratio, with one seed.
-
-    The seed is that of the splits of people and questions, few-shot people, noise, and training.
-    """
+    """One arm, with the seed of the splits, the few-shot people, the noise and the training."""
 
     backbone: str
     forget_ratio: ForgetRatio
@@ -111,11 +106,7 @@ class Outcome(Config):
 
 
 class Cache:
-    """Outcomes on disk, by content; the weights of ``backbones`` are hashed once, here.
-
-    Raises:
-        InputError: unknown backbone, weights that cannot be found, or no data.
-    """
+    """Outcomes on disk, by content; the weights of ``backbones`` are hashed once, here."""
 
     def __init__(self, bench: Bench, backbones: Sequence[str]) -> None:
         from vgid.data.benchmark import Benchmark
@@ -219,10 +210,8 @@ def run_experiments(
 
 
 def in_groups(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
-    """Experiments that share a session, the group with most work first.
-
-    Within a group what is trained comes first, so that a row of the same adapter finds it there.
-    """
+    """Experiments that share a session, the group with most work first."""
+    # Within a group what is trained comes first, so that a row of the same adapter finds it there.
     groups: dict[tuple[str, ForgetRatio, int], list[Experiment]] = {}
     for experiment in sorted(experiments, key=lambda e: (e.group, e.arm.reverse)):
         groups.setdefault(experiment.group, []).append(experiment)
@@ -252,9 +241,8 @@ def _run_in_processes(
 ) -> None:
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        min(processes, len(groups)), context, _start_worker, (context.Value("i", 0),)
-    )
+    started = context.Value("i", 0)
+    pool = ProcessPoolExecutor(min(processes, len(groups)), context, _start_worker, (started,))
     try:
         pending = {pool.submit(_run_group, cache, group) for group in groups}
         while pending:
@@ -300,10 +288,7 @@ def _start_worker(started: Any) -> None:
 def _progress(
     cache: Cache, experiments: Sequence[Experiment], console: Console
 ) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, elsewhere a line now and then; yields what brings it up to date.
-
-    The cache is where finished experiments show, so processes need not report.
-    """
+    """A bar on a terminal, elsewhere a line now and then; yields what brings it up to date."""
     total, shown = len(experiments), console.is_terminal
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not shown, transient=True) as bar:
@@ -312,13 +297,14 @@ def _progress(
 
         def update() -> None:
             nonlocal last
+            # Finished experiments show in the cache, so processes need not report.
             now = sum(cache.get(experiment) is not None for experiment in experiments)
             bar.update(task, completed=now)
-            due = last is None or now - last >= max(1, total // 20) or last < now == total
-            if due and not shown:
-                where = " from the cache" if last is None else ""
-                console.print(f"{now} of {total} experiments{where}", highlight=False)
-            last = now if due else last
+            if last is None or now - last >= max(1, total // 20) or last < now == total:
+                if not shown:
+                    where = " from the cache" if last is None else ""
+                    console.print(f"{now} of {total} experiments{where}", highlight=False)
+                last = now
 
         update()
         yield update

@@ -15,24 +15,16 @@ from typing import NamedTuple
 PAPER_BACKBONES = ("LLaVA-1.5-7B", "LLaVA-1.5-13B", "Qwen2.5-VL-3B")
 
 TABLE_7: dict[str, str | float | int] = {
-    "optimizer": "AdamW",
-    "learning_rate": 2e-5,
-    "batch_size": 4,
-    "epochs": 1,
+    "optimizer": "AdamW", "learning_rate": 2e-5, "batch_size": 4, "epochs": 1,
     "max_sequence_length": 384,
-}
-"""Table 7: the baselines' training settings, the same in its columns for all three backbones."""
+}  # fmt: skip
+"""The baselines' training settings, the same in its columns for all three backbones."""
 
 
 class PaperRow(NamedTuple):
-    """One row of one of the paper's tables.
+    """One row of one of the paper's tables, all named as there but the scores.
 
-    Attributes:
-        backbone: as the paper names it, one of ``PAPER_BACKBONES``.
-        forget_ratio: per cent of the people.
-        setting: block of the table, such as ``w/ Reverse Attack``; empty where it has none.
-        method: the row's name in the paper.
-        scores: what it prints, by our score names; cells that it lacks are left out.
+    ``setting`` is the block of the table, such as ``w/ Reverse Attack``; empty where it has none.
     """
 
     table: int
@@ -58,18 +50,16 @@ def paper_rows() -> tuple[PaperRow, ...]:
 
 def paper_row(table: int, backbone: str, method: str, setting: str = "") -> PaperRow | None:
     """One row by its names in the paper, None if the paper does not have it."""
-    for row in paper_rows():
-        if (row.table, row.backbone, row.method, row.setting) == (table, backbone, method, setting):
-            return row
-    return None
+    wanted = (table, backbone, method, setting)
+    rows = (r for r in paper_rows() if (r.table, r.backbone, r.method, r.setting) == wanted)
+    return next(rows, None)
 
 
 def closest_backbone(name: str, table: int) -> str:
     """The paper's backbone that one of ours stands beside in a table.
 
-    A backbone of the paper stands beside itself where the table has it; another, such as an
-    embedded one, beside the one of its architecture, else beside LLaVA-1.5-7B, which every table
-    has.
+    Itself where the table has it, else the one of its architecture, else LLaVA-1.5-7B, which every
+    table has.
     """
     folded = name.lower()
     itself = next((p for p in PAPER_BACKBONES if p.lower() == folded), None)
@@ -79,13 +69,6 @@ def closest_backbone(name: str, table: int) -> str:
 
 
 def repeated_rows() -> list[tuple[PaperRow, PaperRow]]:
-    """Pairs of rows for different backbones that agree in all of at least nine cells.
-
-    Two models do not agree in nine numbers by chance, so one of the two is a copy.
-    """
-    full = [row for row in paper_rows() if len(row.scores) >= 9]
-    return [
-        (a, b)
-        for a, b in itertools.combinations(full, 2)
-        if a.backbone != b.backbone and a.scores == b.scores
-    ]
+    """Pairs of rows for different backbones that agree in nine cells or more: one is a copy."""
+    pairs = itertools.combinations([row for row in paper_rows() if len(row.scores) >= 9], 2)
+    return [(a, b) for a, b in pairs if a.backbone != b.backbone and a.scores == b.scores]

@@ -1,9 +1,4 @@
-"""The paper's tables, figures and claims in one run: ``studies/paper_tables.py``.
-
-What every table needs is put together, run once (``vgid.paper.experiments``), and written as one
-CSV and one Markdown file a table, the figures, ``claims.md``, and an index as Markdown and as one
-page.
-"""
+"""The paper's tables, figures and claims in one run: ``studies/paper_tables.py``."""
 
 import argparse
 import re
@@ -104,11 +99,8 @@ def run_paper_tables(
 ) -> tuple[list[Judgement], dict[str, Any]]:
     """Run, or take from the cache, what the tables need, and write them.
 
-    Returns:
-        Every claim on every backbone, and the content of ``tables.json``.
-
-    Raises:
-        InputError: bad input, told before anything runs where it can be checked.
+    Gives every claim on every backbone, and the content of ``tables.json``. InputError comes before
+    anything runs, where bad input can be checked.
     """
     started = time.monotonic()
     if config.model_path is not None and len(config.backbones) > 1:
@@ -121,7 +113,6 @@ def run_paper_tables(
     for name in config.backbones:
         chosen[name] = [t for n, t in tables(trials[name]).items() if n in config.tables]
         chosen[name] += [FIRST_TOKENS] if 2 in config.tables else []
-    for name in config.backbones:
         backbones.locate(backbones.spec(name), config.model_path)
     data = prepare_data(config.backbones, config.data, config.output)
     bench = derived(Bench, config, "tables", folder=config.output / "cache", data=data)
@@ -194,18 +185,20 @@ def _write(
 
     output, written, index = config.output, [], []
     filled = [table for table in everything if table.table is not FIRST_TOKENS]
+
+    def write(name: str, content: bytes) -> None:
+        write_atomically(output / name, content)
+        written.append(name)
+
     for number in config.tables:
         mine = [table for table in filled if table.table.number == number]
         if number == 7:
             grids = [table_7(name, trials[name]) for name in config.backbones]
         else:
             grids = [as_grid(table) for table in mine]
-            write_atomically(output / f"table_{number}.csv", as_csv(mine))
-            written.append(f"table_{number}.csv")
-        text = "\n".join(grid.markdown() for grid in grids)
-        write_atomically(output / f"table_{number}.md", text.encode())
-        written.append(f"table_{number}.md")
-        index.append(text)
+            write(f"table_{number}.csv", as_csv(mine))
+        index.append("\n".join(grid.markdown() for grid in grids))
+        write(f"table_{number}.md", index[-1].encode())
     figures = []
     for name in config.backbones:
         drawn = pictures([table for table in everything if table.backbone == name])
@@ -229,11 +222,7 @@ def _write(
         figures=figures,
     )
     page = MarkdownIt("commonmark", {"html": False}).enable("table").render(told)
-    for name, text in (
-        ("claims.md", claims_markdown(judgements, embedded)),
-        ("index.md", told),
-        ("index.html", rendered("vgid.paper", "index.html.jinja", body=page)),
-    ):
-        write_atomically(output / name, text.encode())
-        written.append(name)
+    write("claims.md", claims_markdown(judgements, embedded).encode())
+    write("index.md", told.encode())
+    write("index.html", rendered("vgid.paper", "index.html.jinja", body=page).encode())
     return written

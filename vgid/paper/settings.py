@@ -19,11 +19,7 @@ class Settings(Config):
 
 
 def prepare_data(backbones: Sequence[str], data: Path | None, folder: Path) -> Path:
-    """The benchmark to use: the one given, or the embedded backbones' own, written once.
-
-    Raises:
-        InputError: none is given and a backbone has none of its own.
-    """
+    """The benchmark to use: the one given, or the embedded backbones' own, written once."""
     from vgid.models.backbones import spec
 
     if data is not None:
@@ -43,11 +39,7 @@ def prepare_data(backbones: Sequence[str], data: Path | None, folder: Path) -> P
 
 
 def default_trials(backbone: str, methods: Sequence[Method]) -> dict[Method, TrialConfig]:
-    """Each method's default for a backbone: the first point of its search-space section.
-
-    Raises:
-        InputError: the backbone has no search space, or it lacks a method.
-    """
+    """Each method's default for a backbone: the first point of its search-space section."""
     from vgid.study.search_space import FOLDER, SearchSpace
 
     file = FOLDER / f"{backbone}.yaml"
@@ -56,11 +48,7 @@ def default_trials(backbone: str, methods: Sequence[Method]) -> dict[Method, Tri
 
 
 def read_settings(path: Path) -> tuple[str, dict[Method, TrialConfig]]:
-    """The backbone and the settings by method of a settings file.
-
-    Raises:
-        InputError: the file cannot be read, or a setting is not valid.
-    """
+    """The backbone and the settings by method of a file; InputError where one is not valid."""
     try:
         content = dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError, RecursionError) as error:
