@@ -45,9 +45,7 @@ from vgid.models.weight_names import save_weights
 from vgid.provenance import provenance
 from vgid.results import EpochReport
 
-PROVENANCE = "finetuned.json"
-"""Beside the weights: how they were made."""
-
+PROVENANCE = "finetuned.json"  # beside the weights
 _COPIED = (".json", ".jinja", ".txt", ".model")
 _NOT_COPIED = ("config.json", "MEASURED.json", PROVENANCE)
 
@@ -108,11 +106,7 @@ def finetune(
 
 
 def read_samples(benchmark: Benchmark) -> list[TrainingSample]:
-    """Everyone's fine-tuning questions with the portraits of ``ft_Data``, in file order.
-
-    Raises:
-        InputError: a defect of ``ft_Data``, or an image that cannot be read.
-    """
+    """Everyone's fine-tuning questions with the portraits of ``ft_Data``, in file order."""
     samples = []
     for row in benchmark.rows("ft_Data", TRAINING_COLUMNS):
         image = decode_image(next(iter(row.images.values())), f"the ft_Data image of {row.id}")
@@ -127,11 +121,7 @@ def _trial(config: FinetuneConfig) -> TrialConfig:
 
 @contextmanager
 def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
-    """Make what is to learn require gradients; yields the ``PeftModel``, the model without one.
-
-    With ``full`` on a GPU, the language model is held in fp32 and computes in bf16: updates of
-    2e-5 would be lost in bf16 weights.
-    """
+    """Make what is to learn require gradients; yields the ``PeftModel``, the model without one."""
     model = backbone.model
     if not config.full:  # the adapter is that of a trial
         with adapter.attached(backbone, _trial(config)) as student:
@@ -140,7 +130,7 @@ def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
     dtype = model.dtype
     learning = (model.model.language_model, model.lm_head)
     for module in learning:
-        module.float().requires_grad_(True)
+        module.float().requires_grad_(True)  # updates of 2e-5 would be lost in bf16 weights
     try:
         with adapter.checkpointed(model, config.gradient_checkpointing):
             yield model
@@ -187,10 +177,7 @@ def teach(
     checkpoint: Path,
     progress: bool = False,
 ) -> list[EpochReport]:
-    """Train what requires gradients in place, from the checkpoint of run ``key`` if there is one.
-
-    Raises InputError as ``finetune`` does.
-    """
+    """Train what requires gradients, from the checkpoint of run ``key`` if there is one."""
     if checkpointed_trial(checkpoint) not in (None, key):
         raise InputError(
             f"{checkpoint}: the checkpoint was made with other settings, data or base; "

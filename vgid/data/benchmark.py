@@ -54,11 +54,7 @@ class Benchmark:
 
     @classmethod
     def open(cls, root: Path, skip_defects: bool = False) -> Self:
-        """Open a benchmark folder without reading any of its rows.
-
-        Raises:
-            InputError: the folder is missing or holds no config of the layout.
-        """
+        """Open a folder without reading any row; InputError if it has no config of the layout."""
         if not root.is_dir():
             raise InputError(
                 f"{root}: no such benchmark folder; make one with `vgid data make {root}`."
@@ -103,7 +99,7 @@ class Benchmark:
         return self._people("Retain_Set", only)
 
     def has_celebrities(self) -> bool:
-        """Whether there is a ``Retain_Set`` with somebody in it; a benchmark may lack one."""
+        """Whether there are any; a benchmark may lack them."""
         return holds_people(self.root, "Retain_Set")
 
     def person_ids(self, config: str) -> tuple[str, ...]:
@@ -175,7 +171,7 @@ class Benchmark:
 def people_defects(places: Mapping[str, Mapping[str, int]], ratio: int) -> Iterator[Defect]:
     """Who is both to forget and to retain, or is missing in a config that another one presumes.
 
-    ``places`` is the row of each person by config, of the configs that could be read whole.
+    ``places`` is the row of each person in the configs that could be read whole.
     """
     forget, retain = f"forget_{ratio}", f"retain_{100 - ratio}"
     for person_id, row in places.get(forget, {}).items():
@@ -228,9 +224,7 @@ def decode_image(data: bytes, source: str = "the image") -> Image.Image:
     """Decode a stored image of any Pillow mode to 8-bit RGB, its first frame if it has several.
 
     Transparency is dropped and orientation tags are ignored, as the benchmark's own code does.
-
-    Raises:
-        InputError: ``source`` is too large (told by its header, before decoding) or not readable.
+    InputError where ``source`` is not readable or, by its header, too large.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise InputError(

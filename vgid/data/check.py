@@ -94,21 +94,21 @@ class Report(Config):
 
 
 class Rehearsed(Protocol):
-    """What a benchmark is to be good for besides being read (``vgid.evaluation.rehearsal.Run``)."""
+    """What a benchmark is to be good for besides being read (``vgid.evaluation.rehearsal.Run``).
+
+    Its ``defects`` are what would stop it, looking at no config that is broken.
+    """
 
     @property
-    def skip_defects(self) -> bool:
-        """Whether what is defective is left out."""
+    def skip_defects(self) -> bool: ...  # noqa: D102
 
-    def defects(self, root: Path, broken: Set[str]) -> list[Defect]:
-        """What would stop it, looking at no config that is broken."""
+    def defects(self, root: Path, broken: Set[str]) -> list[Defect]: ...  # noqa: D102
 
 
 def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = None) -> Report:
     """Read a benchmark whole and report what it holds, every defect, and what would stop ``run``.
 
-    Raises:
-        InputError: there is no such folder, or the run's backbone cannot be found.
+    InputError where there is no such folder, or the run's backbone cannot be found.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; name the benchmark folder to check.")
@@ -152,14 +152,9 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
         whole_rows = {defect.row for defect in mine if defect.question is None}
         count.people_left_out = len(whole_rows)
         count.questions_left_out = len({d.question for d in mine if d.row not in whole_rows})
-    return Report(
-        configs=counts, defects=sorted(defects, key=_place), left_out=sorted(left_out, key=_place)
-    )
-
-
-def _place(defect: Defect) -> tuple[int, int]:
-    """Whole files first, then by row."""
-    return CONFIGS.index(defect.config), -1 if defect.row is None else defect.row
+    for found in (defects, left_out):  # whole files first, then by row
+        found.sort(key=lambda d: (CONFIGS.index(d.config), -1 if d.row is None else d.row))
+    return Report(configs=counts, defects=defects, left_out=left_out)
 
 
 def _read(

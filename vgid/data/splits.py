@@ -59,9 +59,7 @@ class People:
 def choose_people(benchmark: Benchmark, request: RequestConfig) -> People:
     """Choose the people of a request; depends on the data, the ids and ``request.seed`` only.
 
-    Raises:
-        InputError: fewer retain people than the request asks for, an id that the data lacks, or
-            nobody to forget.
+    InputError where there are fewer than the request asks for, or nobody to forget.
     """
     forget = _forget(benchmark, request)
     forget_ids = {person.id for person in forget}
@@ -140,11 +138,9 @@ def count_verbatim(
     method: Method,
     tasks: Collection[Task],
 ) -> Verbatim:
-    """How many of the scored generation questions training sees word for word, wrapped or raw.
-
-    ``method`` trains on the retain people too if it has a retain term, and on ``tasks`` only.
-    """
+    """How many of the scored generation questions training sees word for word, wrapped or raw."""
     left_out = held_out_of_training(people, request)
+    # Retain people are trained on by methods with a retain term only.
     trained = people.forget + (people.retain_pool if uses(method, "beta") else ())
     pairs = benchmark.training_pairs() if "generation" in tasks else {}
     seen = {
