@@ -135,7 +135,13 @@ def _download(
         # A partial folder belongs to one commit, so no file of another is left in it.
         partial.mkdir(parents=True, exist_ok=True)
         held.callback(lock(lock_file, taken).release)
-        _make_sure_of_room(folder, partial, sizes)
+        wanted = sum(size for name, size in sizes.items() if not (partial / name).is_file())
+        free = shutil.disk_usage(partial).free
+        if wanted > free:
+            raise InputError(
+                f"{folder}: {wanted / 1e9:.1f} GB are wanted and {free / 1e9:.1f} GB are free; "
+                "make room, or name a folder on another disk."
+            )
         # By commit, not by branch: all files are of one moment. Files that are there are kept.
         whole: Any = {"repo_type": "dataset", "local_dir": partial, "allow_patterns": list(sizes)}
         snapshot_download(REPOSITORY, revision=commit, **whole)
@@ -146,16 +152,6 @@ def _download(
         partial.replace(folder)
         lock_file.unlink(missing_ok=True)
     return record
-
-
-def _make_sure_of_room(folder: Path, partial: Path, sizes: dict[str, int]) -> None:
-    wanted = sum(size for name, size in sizes.items() if not (partial / name).is_file())
-    free = shutil.disk_usage(partial).free
-    if wanted > free:
-        raise InputError(
-            f"{folder}: {wanted / 1e9:.1f} GB are wanted and {free / 1e9:.1f} GB are free; "
-            "make room, or name a folder on another disk."
-        )
 
 
 @contextmanager

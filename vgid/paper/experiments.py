@@ -15,6 +15,7 @@ import os
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -75,11 +76,6 @@ class Experiment(Config):
         trial = self.arm.trial
         return None if trial is None else trial.model_copy(update={"seed": self.seed})
 
-    @property
-    def cost(self) -> int:
-        """Rough work, in evaluations."""
-        return 1 if self.arm.trial is None or self.arm.reverse else 3 * self.forget_ratio // 5
-
 
 class Bench(Config):
     """What experiments share."""
@@ -132,10 +128,6 @@ class Cache:
         except (OSError, ValueError):
             return None
 
-    def put(self, experiment: Experiment, outcome: Outcome) -> None:
-        """Keep an outcome; it appears whole or not at all."""
-        write_atomically(self.path(experiment), outcome.model_dump_json(indent=1).encode())
-
     def _key(self, experiment: Experiment, arm: Arm) -> str:
         whole = [
             FORMAT,
@@ -150,16 +142,20 @@ class Cache:
 def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> Outcome:
     """Run one experiment in a session of its group; an adapter that is whole is kept as it is."""
     from vgid.method.teacher import Intervention
+    from vgid.models.adapter_files import read_adapter
     from vgid.paper.first_tokens import first_token_scores
 
     started = time.perf_counter()
     arm, trial = experiment.arm, experiment.trial
     scores, error = {}, None
-    if trial is not None and not _whole(adapter):
-        adapter.parent.mkdir(parents=True, exist_ok=True)
-        result = session.run(trial, adapter.name[:12], adapter, evaluate=False)
-        if result.status != "completed":
-            error = result.error or f"training ended as {result.status}"
+    if trial is not None:
+        try:
+            read_adapter(adapter)
+        except InputError:  # not there, or torn
+            adapter.parent.mkdir(parents=True, exist_ok=True)
+            result = session.run(trial, adapter.name[:12], adapter, evaluate=False)
+            if result.status != "completed":
+                error = result.error or f"training ended as {result.status}"
     if error is None:
         intervention = Intervention(arm.noise_type, arm.sigma, arm.style, experiment.seed)
         if arm.probe == "first_tokens":
@@ -169,16 +165,6 @@ def measure(session: "TrialSession", experiment: Experiment, adapter: Path) -> O
             scores = session.scores_under("held_out", None, intervention, arm.reverse, trained)
     seconds = time.perf_counter() - started
     return Outcome(scores=scores, error=error, seconds=seconds, provenance=session.provenance)
-
-
-def _whole(adapter: Path) -> bool:
-    from vgid.models.adapter_files import read_adapter
-
-    try:
-        read_adapter(adapter)
-    except InputError:  # not there, or torn
-        return False
-    return True
 
 
 def run_experiments(
@@ -211,11 +197,13 @@ def run_experiments(
 
 def in_groups(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
     """Experiments that share a session, the group with most work first."""
-    # Within a group what is trained comes first, so that a row of the same adapter finds it there.
     groups: dict[tuple[str, ForgetRatio, int], list[Experiment]] = {}
-    for experiment in sorted(experiments, key=lambda e: (e.group, e.arm.reverse)):
-        groups.setdefault(experiment.group, []).append(experiment)
-    return sorted(groups.values(), key=lambda members: -sum(e.cost for e in members))
+    work: Counter[tuple[str, ForgetRatio, int]] = Counter()  # in evaluations
+    # Within a group what is trained comes first, so that a row of the same adapter finds it there.
+    for e in sorted(experiments, key=lambda e: (e.group, e.arm.reverse)):
+        groups.setdefault(e.group, []).append(e)
+        work[e.group] += 1 if e.trial is None or e.arm.reverse else 3 * e.forget_ratio // 5
+    return [groups[group] for group in sorted(groups, key=lambda group: -work[group])]
 
 
 def _run_group(
@@ -229,7 +217,9 @@ def _run_group(
         if cache.get(experiment) is not None:  # others have run it meanwhile
             continue
         session = session or TrialSession(cache.bench.request(*experiment.group))
-        cache.put(experiment, measure(session, experiment, cache.adapter(experiment)))
+        outcome = measure(session, experiment, cache.adapter(experiment))
+        content = outcome.model_dump_json(indent=1).encode()
+        write_atomically(cache.path(experiment), content)
         if update is not None:
             update()
     del session

@@ -2,10 +2,8 @@
 
 The paper shows logits of sensitive tokens ("software", "engineer") beside those of safe ones
 ("sorry", "know") for one question. Here, for every fill-in question about the forget people's
-portraits (its answer is the value itself, so its first token is the first response token):
-
-- sensitive: the first token of the true answer;
-- safe: the first tokens of the refusals of ``vgid.prompts.REFUSALS``.
+portraits, the first token of the true answer is sensitive (it is the first response token, as the
+answer is the value itself), and those of ``vgid.prompts.REFUSALS`` are safe.
 
 Shape legend: N questions, D hidden width, V vocabulary, S distinct safe tokens.
 """
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vgid.data.people import Person
+from vgid.data.benchmark import Person, decode_image
 from vgid.evaluation.metrics import bootstrap_interval
 from vgid.method.teacher import Intervention, intervene
 from vgid.models.backbones import Backbone
@@ -32,13 +30,10 @@ NAMES = ("sensitive_logit", "safe_logit", "sensitive_probability", "safe_probabi
 
 
 def first_token_scores(session: "TrialSession", intervention: Intervention) -> dict[str, Score]:
-    """Mean logit and probability of sensitive and safe tokens of the base under an intervention.
+    """``NAMES`` of the base under an intervention, each a mean over the questions; empty if none.
 
-    Returns:
-        ``sensitive_logit``, ``safe_logit`` (mean over the safe tokens, both relative to the mean
-        logit of the vocabulary, since softmax leaves a constant open), ``sensitive_probability``
-        and ``safe_probability`` (sum over the safe tokens), each a mean over the questions; empty
-        where the forget people have no cloze question with an image.
+    Logits (of safe tokens their mean) are relative to the mean of the vocabulary, since softmax
+    leaves a constant open; probabilities of safe tokens are summed.
     """
     request = session.request
     groups, values = _first_token_values(session.backbone, session.people.forget, intervention)
@@ -52,8 +47,6 @@ def _first_token_values(
     backbone: Backbone, people: Sequence[Person], intervention: Intervention
 ) -> tuple[list[str], list[tuple[float, ...]]]:
     """The person behind each question, and the values of ``NAMES``."""
-    from vgid.data.benchmark import decode_image
-
     groups: list[str] = []
     asked: list[tuple[Query, int]] = []
     for person in people:
