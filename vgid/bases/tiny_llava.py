@@ -13,16 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    CLIPImageProcessorPil,
-    GenerationConfig,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
 
 from vgid import prompts
 from vgid.bases import recipe
@@ -88,7 +81,7 @@ def byte_level_bpe(texts: list[str], special: list[str]) -> Any:
 
 def as_fast(tokenizer: Any, context: int, **special: Any) -> Any:
     """A tokenizer in transformers' dress; ``special`` are tokens by their names there."""
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         padding_side="left",
         model_max_length=context,
@@ -111,12 +104,12 @@ def build_tokenizer(texts: list[str]) -> Any:
 
 def build_processor(tokenizer: Any) -> Any:
     """A LLaVA processor: images to 64 by 64 pixels, ``<image>`` to as many tokens as patches."""
-    image_processor = CLIPImageProcessorPil(
+    image_processor = transformers.CLIPImageProcessorPil(
         size={"shortest_edge": PORTRAIT_SIZE},
         crop_size={"height": PORTRAIT_SIZE, "width": PORTRAIT_SIZE},
         **PIXELS,
     )
-    return LlavaProcessor(
+    return transformers.LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=PATCH_SIZE,
@@ -127,12 +120,12 @@ def build_processor(tokenizer: Any) -> Any:
 
 def untrained(name: str, tokenizer: Any, seed: int) -> Any:
     """An embedded backbone's model in fp32 of its shipped configuration, weights by ``seed``."""
-    config = AutoConfig.from_pretrained(EMBEDDED / name)
+    config = transformers.AutoConfig.from_pretrained(EMBEDDED / name)
     config.dtype = None  # else its parts would name it too, where it is written again
     config.text_config.vocab_size = len(tokenizer)
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
-    model.generation_config = GenerationConfig.from_pretrained(EMBEDDED / name)
+    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    model.generation_config = transformers.GenerationConfig.from_pretrained(EMBEDDED / name)
     return model
 
 

@@ -12,14 +12,8 @@ from typing import Self
 import numpy as np
 from PIL import Image, ImageCms
 
-from vgid.data.layout import (
-    CONFIGS,
-    EVALUATION_COLUMNS,
-    FORGET_RATIOS,
-    Defect,
-    holds_people,
-    shard_paths,
-)
+from vgid.data import layout
+from vgid.data.layout import Defect
 from vgid.data.people import Parsed, Person, Question, TrainingPair, parsed_rows
 from vgid.errors import InputError
 from vgid.results import LeftOut, QuestionPart
@@ -59,7 +53,7 @@ class Benchmark:
             raise InputError(
                 f"{root}: no such benchmark folder; make one with `vgid data make {root}`."
             )
-        if not any(shard_paths(root, config) for config in CONFIGS):
+        if not any(layout.shard_paths(root, config) for config in layout.CONFIGS):
             raise InputError(
                 f"{root}: no MLLMU-Bench config (a folder such as forget_5 with "
                 "train-00000-of-00001.parquet) in this folder; name the folder that holds them."
@@ -74,7 +68,7 @@ class Benchmark:
                 "questions": sum(isinstance(what, str) for what in self.dropped[config]),
                 "people": sum(isinstance(what, int) for what in self.dropped[config]),
             }
-            for config in CONFIGS
+            for config in layout.CONFIGS
             if config in self.dropped
         }
 
@@ -100,7 +94,7 @@ class Benchmark:
 
     def has_celebrities(self) -> bool:
         """Whether there are any; a benchmark may lack them."""
-        return holds_people(self.root, "Retain_Set")
+        return layout.holds_people(self.root, "Retain_Set")
 
     def person_ids(self, config: str) -> tuple[str, ...]:
         """The person IDs of a config in file order, read without images or questions."""
@@ -114,8 +108,8 @@ class Benchmark:
     def sha256(self) -> str:
         """Digest over the bytes and the name of every shard: in another config it is other data."""
         digest = hashlib.sha256()
-        for config in sorted(CONFIGS):
-            for path in shard_paths(self.root, config):
+        for config in sorted(layout.CONFIGS):
+            for path in layout.shard_paths(self.root, config):
                 with path.open("rb") as file:
                     content = hashlib.file_digest(file, "sha256").hexdigest()
                 digest.update(f"{config}/{path.name}\0{content}\n".encode())
@@ -124,7 +118,7 @@ class Benchmark:
     def _people(self, config: str, only: Collection[str] | None = None) -> tuple[Person, ...]:
         return tuple(
             Person(row.id, tuple(row.images.values()), tuple(row.questions))
-            for row in self.rows(config, EVALUATION_COLUMNS, only)
+            for row in self.rows(config, layout.EVALUATION_COLUMNS, only)
         )
 
     def rows(
@@ -187,8 +181,8 @@ def people_defects(places: Mapping[str, Mapping[str, int]], ratio: int) -> Itera
 
 
 def _checked_ratio(ratio: int) -> int:
-    if ratio not in FORGET_RATIOS:
-        known = ", ".join(map(str, FORGET_RATIOS))
+    if ratio not in layout.FORGET_RATIOS:
+        known = ", ".join(map(str, layout.FORGET_RATIOS))
         raise InputError(f"forget ratio {ratio}: unknown; choose one of {known} per cent.")
     return ratio
 

@@ -17,15 +17,9 @@ from rich.progress import track
 from rich.table import Table
 
 from vgid.config import Config
+from vgid.data import layout
 from vgid.data.benchmark import image_problem, people_defects
-from vgid.data.layout import (
-    CONFIGS,
-    EVALUATION_COLUMNS,
-    FORGET_RATIOS,
-    TRAINING_COLUMNS,
-    Defect,
-    holds_people,
-)
+from vgid.data.layout import Defect
 from vgid.data.people import comparable, parsed_rows
 from vgid.errors import InputError
 from vgid.prompts import Form, Task
@@ -134,7 +128,9 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
         return known_images[digest]
 
     stderr = Console(stderr=True)
-    for config in track(CONFIGS, "Checking", console=stderr, disable=not progress, transient=True):
+    for config in track(
+        layout.CONFIGS, "Checking", console=stderr, disable=not progress, transient=True
+    ):
         counts[config], found, rows, asked[config] = _read(root, config, problem_of)
         judge(found)
         if not any(d.row is None and d.field.endswith(("ID", ".parquet")) for d in found):
@@ -143,7 +139,9 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
     for config, questions in asked.items():
         counts[config].in_training = sum(question in trained_on for question in questions)
     # Never left out: a person on both sides would be forgotten and retained at once.
-    defects += [defect for ratio in FORGET_RATIOS for defect in people_defects(places, ratio)]
+    defects += [
+        defect for ratio in layout.FORGET_RATIOS for defect in people_defects(places, ratio)
+    ]
     if run is not None:
         # After the data's own defects: what is broken cannot be asked, and is known already.
         judge(run.defects(root, {defect.config for defect in defects}))
@@ -153,7 +151,7 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
         count.people_left_out = len(whole_rows)
         count.questions_left_out = len({d.question for d in mine if d.row not in whole_rows})
     for found in (defects, left_out):  # whole files first, then by row
-        found.sort(key=lambda d: (CONFIGS.index(d.config), -1 if d.row is None else d.row))
+        found.sort(key=lambda d: (layout.CONFIGS.index(d.config), -1 if d.row is None else d.row))
     return Report(configs=counts, defects=defects, left_out=left_out)
 
 
@@ -165,9 +163,9 @@ def _read(
     defects: list[Defect] = []
     rows: dict[str, int] = {}
     asked: list[tuple[str, str]] = []
-    if config == "Retain_Set" and not holds_people(root, config):  # a benchmark may lack it
+    if config == "Retain_Set" and not layout.holds_people(root, config):  # a benchmark may lack it
         return count, defects, rows, asked
-    columns = TRAINING_COLUMNS if config == "ft_Data" else EVALUATION_COLUMNS
+    columns = layout.TRAINING_COLUMNS if config == "ft_Data" else layout.EVALUATION_COLUMNS
     for parsed in parsed_rows(root, config, columns, problem_of):
         if isinstance(parsed, Defect):
             defects.append(parsed)
