@@ -8,7 +8,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +73,17 @@ class Parsed:
         defects: those of one question or pair name it.
     """
 
+    config: str
     row: int
     id: str
-    images: Mapping[str, bytes]
-    questions: Sequence[Question]
-    pairs: Sequence[TrainingPair]
-    defects: Sequence[Defect]
+    images: dict[str, bytes] = field(default_factory=dict)
+    questions: list[Question] = field(default_factory=list)
+    pairs: list[TrainingPair] = field(default_factory=list)
+    defects: list[Defect] = field(default_factory=list)
+
+    def note(self, place: str, problem: str, question: str | None = None) -> None:
+        """Add a defect."""
+        self.defects.append(Defect(self.config, self.row, place, problem, question))
 
 
 def comparable(text: str) -> str:
@@ -122,59 +127,48 @@ def parsed_rows(
         if isinstance(row, Defect):
             yield row
             continue
-        person_id, defects = _person_id(config, row)
-        if not defects and only is not None and person_id not in only:
+        person_id, problem = row.values.get("ID") or "", None
+        if "ID" in row.values:  # else the whole column is a defect
+            problem = id_problem(person_id, celebrity=config == "Retain_Set")
+        if problem is None and only is not None and person_id not in only:
             continue
         if person_id in first:
-            what = f"the ID is a duplicate of row {first[person_id]}"
-            defects = [Defect(config, row.index, "ID", what)]
-        elif person_id and not defects:
+            problem = f"the ID is a duplicate of row {first[person_id]}"
+        elif person_id and problem is None:
             first[person_id] = row.index
-        named = "" if defects else person_id
-        images, image_defects = _images(config, row)
-        questions, question_defects = _questions(config, row, person_id)
-        pairs, pair_defects = _training_pairs(config, row, person_id)
-        defects += image_defects + question_defects + pair_defects
+        parsed = Parsed(config, row.index, person_id if problem is None else "")
+        if problem is not None:
+            parsed.note("ID", problem)
+        _read_images(row, parsed)
+        _read_questions(row, person_id, parsed)
+        _read_training_pairs(row, person_id, parsed)
         if image_problem is not None:
-            for field, data in images.items():
-                if problem := image_problem(data):
-                    defects.append(Defect(config, row.index, field, problem))
-        yield Parsed(row.index, named, images, questions, pairs, defects)
+            for place, data in parsed.images.items():
+                if told := image_problem(data):
+                    parsed.note(place, told)
+        yield parsed
 
 
-def _images(config: str, row: Row) -> tuple[dict[str, bytes], list[Defect]]:
-    """The encoded images of a row by field, and what is wrong."""
+def _read_images(row: Row, parsed: Parsed) -> None:
     cells = {"image": row.values["image"]} if row.values.get("image") is not None else {}
     cells |= {f"images[{index}]": cell for index, cell in enumerate(row.values.get("images") or [])}
-    images = {field: cell["bytes"] for field, cell in cells.items() if cell and cell.get("bytes")}
-    problem = "the image has no bytes; embed the file in the parquet"
-    defects = [Defect(config, row.index, field, problem) for field in cells if field not in images]
-    if not cells and not row.values.keys().isdisjoint(IMAGE_COLUMNS):
-        field = next(name for name in IMAGE_COLUMNS if name in row.values)
-        defects.append(Defect(config, row.index, field, "the person has no image"))
-    return images, defects
+    for place, cell in cells.items():
+        if cell and cell.get("bytes"):
+            parsed.images[place] = cell["bytes"]
+        else:
+            parsed.note(place, "the image has no bytes; embed the file in the parquet")
+    column = next((name for name in IMAGE_COLUMNS if name in row.values), None)
+    if column is not None and not cells:
+        parsed.note(column, "the person has no image")
 
 
-def _person_id(config: str, row: Row) -> tuple[str, list[Defect]]:
-    """The person ID of a row (empty if the column is missing), and what is wrong with it."""
-    if "ID" not in row.values:
-        return "", []
-    value = row.values["ID"]
-    problem = id_problem(value, celebrity=config == "Retain_Set")
-    defects = [Defect(config, row.index, "ID", problem)] if problem else []
-    return value or "", defects
-
-
-def _questions(config: str, row: Row, person_id: str) -> tuple[list[Question], list[Defect]]:
-    """Every question of a row, and what is wrong with any of them."""
-    questions: list[Question] = []
-    defects: list[Defect] = []
-    for field, task, kind, entry in _raw_questions(row.values):
+def _read_questions(row: Row, person_id: str, parsed: Parsed) -> None:
+    for place, task, kind, entry in _raw_questions(row.values):
         form = _FORMS.get(kind, "image")
         # Counted over broken questions too, so that leaving some out changes nobody else's id, and
         # with it which half of the questions it falls into.
-        number = sum(question.task == task and question.form == form for question in questions)
-        question_id = f"{config}/{person_id}/{task}/{form}/{number}"
+        number = sum(q.task == task and q.form == form for q in parsed.questions)
+        question_id = f"{parsed.config}/{person_id}/{task}/{form}/{number}"
         text = entry.get("Question") or ""
         answer_field = "Correct_Answer" if task == "classification" else "Ground_Truth"
         answer = entry.get(answer_field) or ""
@@ -197,11 +191,10 @@ def _questions(config: str, row: Row, person_id: str) -> tuple[list[Question], l
                 problems.append(("Options", "there are fewer than two options"))
             if answer.strip() and answer not in options:
                 problems.append((answer_field, "the letter is none of the options"))
-        questions.append(Question(question_id, person_id, task, form, text, answer, options))
-        defects += [
-            Defect(config, row.index, f"{field}.{at}", what, question_id) for at, what in problems
-        ]
-    return questions, defects
+        question = Question(question_id, person_id, task, form, text, answer, options)
+        parsed.questions.append(question)
+        for at, what in problems:
+            parsed.note(f"{place}.{at}", what, question_id)
 
 
 def _raw_questions(values: Mapping[str, Any]) -> Iterator[tuple[str, Task, str, dict[str, Any]]]:
@@ -219,35 +212,31 @@ def _raw_questions(values: Mapping[str, Any]) -> Iterator[tuple[str, Task, str, 
             yield f"{column}[{index}]", task, known.get("Type") or "", known
 
 
-def _training_pairs(
-    config: str, row: Row, person_id: str
-) -> tuple[list[TrainingPair], list[Defect]]:
-    """The question-answer pairs in the ``metadata`` of a row, and what is wrong with them."""
+def _read_training_pairs(row: Row, person_id: str, parsed: Parsed) -> None:
     if "metadata" not in row.values:
-        return [], []
+        return
     entries = row.values["metadata"]
     # Thousands of open brackets exhaust the parser's stack: RecursionError, not ValueError.
     try:
         if not isinstance(entries, list):
             entries = json.loads(entries or "")
     except (ValueError, RecursionError):
-        return [], [Defect(config, row.index, "metadata", "the metadata is not valid JSON")]
+        parsed.note("metadata", "the metadata is not valid JSON")
+        return
     if isinstance(entries, dict) and all(isinstance(v, list) for v in entries.values()):
         entries = records(entries)
     if not isinstance(entries, list) or not entries:
-        problem = "the metadata is not a list of questions and answers"
-        return [], [Defect(config, row.index, "metadata", problem)]
-    pairs, defects = [], []
+        parsed.note("metadata", "the metadata is not a list of questions and answers")
+        return
     for index, entry in enumerate(entries):
         values = entry if isinstance(entry, dict) else {}
         texts = {key: _text(values.get(key)) for key in ("Question", "Answer")}
-        pair = TrainingPair(f"{config}/{person_id}/{index}", person_id, *texts.values())
-        pairs.append(pair)
+        pair_id = f"{parsed.config}/{person_id}/{index}"
+        parsed.pairs.append(TrainingPair(pair_id, person_id, *texts.values()))
         for key, text in texts.items():
             if not text.strip():
                 what = f"the {key.lower()} is empty or no text"
-                defects.append(Defect(config, row.index, f"metadata[{index}].{key}", what, pair.id))
-    return pairs, defects
+                parsed.note(f"metadata[{index}].{key}", what, pair_id)
 
 
 def _text(value: object) -> str:
