@@ -23,6 +23,8 @@ NoiseType = Literal["random", "gaussian", "white"]
 MAX_SIGMA = 2.0
 
 ResponseSource = Literal["teacher", "reference", "mixed"]
+# Of the paper's Table 3 (``vgid.method.methods``); ``icu_t`` and ``noise_t`` are VGID with only the
+# instruction and only the perturbation.
 Method = Literal[
     "vgid", "icu_t", "noise_t", "ga", "ga_diff", "kl_min", "po_idk", "po_dpo", "npo", "rmu"
 ]
@@ -200,7 +202,8 @@ class RequestConfig(Config):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that results depend on, apart from hashes: part of kept scores' names."""
+        """The fields that results depend on: part of the name of kept scores."""
+        # Not where data and weights lie: what they hold is named by hashes.
         places = {"data", "store", "store_limit_gb", "model_path", "deployed_adapter"}
         return self.model_dump(mode="json", exclude=places | {"log_responses"})
 
@@ -416,7 +419,7 @@ def parse(model: type[C], values: Mapping[str, Any], source: str) -> C:
 
 
 def derived(model: type[C], source: Config, where: str, **own: Any) -> C:
-    """A configuration with what ``source`` has under the same names, and ``own`` in its place."""
+    """``source``'s fields of the same names, and ``own`` in their place, through ``parse``."""
     shared = model.model_fields.keys() & type(source).model_fields.keys()
     return parse(model, {name: getattr(source, name) for name in shared} | own, where)
 

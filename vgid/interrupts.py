@@ -59,7 +59,7 @@ class Interrupt:
         return future.result()
 
     def allows(self, future: "Future[Any]") -> bool:
-        """Wait for a thread's work, but not long once a signal has come; whether it is done."""
+        """Wait for a thread's work, and raise what it raises; whether a signal left it the time."""
         while not _done(future):
             # A thread cannot be stopped from outside in Python; it can only be waited for, or not.
             if self._at is not None and time.monotonic() > self._at + GRACE_S:

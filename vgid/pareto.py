@@ -29,7 +29,8 @@ def front_mask(points: ArrayLike) -> NDArray[np.bool_]:
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Volume that points of shape (N, d) dominate above a reference (Zitzler and Thiele, 1998).
 
-    Points that are not better than the finite reference, shape (d,), in every objective add none.
+    Points that are not better than the reference in every objective add none. ``ValueError`` for a
+    reference that has not shape (d,) or is not finite.
     """
     values = _two_axes(points)
     corner = np.asarray(reference, dtype=np.float64)

@@ -92,7 +92,8 @@ class TrialSession:
 
         A loss that is not finite gives status ``failed``, never an exception, and an ``on_epoch``
         that is False ``pruned``. ``adapter_dir`` appears whole or not at all. After each epoch a
-        state is saved to ``checkpoint_dir``, and one of this very trial is continued from.
+        state is saved to ``checkpoint_dir``, and one of this very trial is continued from. Without
+        ``evaluate`` the search questions are left out; the adapter is the same.
 
         Raises:
             InputError: data that cannot be trained on or holds no objective, or a missing layer.

@@ -35,9 +35,10 @@ TOLD_BY_MESSAGE = re.compile(r"\(os error \d+\)|DefaultCPUAllocator|gloo/")
 
 
 def blame(job: Job, error: Exception, has_session: bool, folders: Sequence[Path] = ()) -> Outcome:
-    """The outcome of a job that ended with an exception, with model and data loaded by then or not.
+    """The outcome of a job that ended with an exception.
 
-    ``folders`` are where the job writes, to name the one that is full.
+    ``has_session``: model and data had been loaded by then. ``folders``: where the job writes, to
+    name the one that is full.
     """
     own = has_session and (job.kind == "rescore" or isinstance(error, SettingError))
     # Once, it may be the neighbour on the card; a job for which memory is short again is too large

@@ -72,7 +72,7 @@ def worker_threads() -> Iterator[None]:
 def worker_bytes(
     backbone: str, model_path: str | None, folder: Path, trial: TrialConfig, on_gpu: bool
 ) -> int:
-    """Memory of its node that a worker takes whose base is in ``folder``.
+    """Memory of its node that a worker takes; ``InputError`` if weights in ``folder`` are damaged.
 
     Weights pass through the node's memory on their way to a GPU. Without one they stay there, in
     fp32, and so does what a step of distillation keeps (``vgid.models.memory``).

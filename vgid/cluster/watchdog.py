@@ -39,7 +39,7 @@ class Watchdog:
         self._thread.join()
 
     def look(self, traffic: Traffic | None, now: float) -> float | None:
-        """Seconds for which nothing has moved, if it is time to tell; None traffic: no answer."""
+        """Seconds for which nothing has moved, if it is time to tell; no traffic is no answer."""
         if traffic is not None:
             busy = traffic.waiting or traffic.held
             if traffic.moves != self._moves or not busy:

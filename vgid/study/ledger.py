@@ -189,7 +189,7 @@ class Ledger:
         return header
 
     def begin(self, header: Header) -> None:
-        """Start a new study, in place of one without any work done; ``InputError`` for all else."""
+        """Start a study, also over one without any work done; ``InputError`` if there is more."""
         started = list(self.folder.glob("[0-9]*.json"))
         if any(self._has_worked(path) for path in started):
             what = "the folder already holds a study"

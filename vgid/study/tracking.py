@@ -55,7 +55,7 @@ class _Run:
 
 
 @dataclass
-class TrialRuns:
+class _TrialRuns:
     """The runs of a study's trials: children of its own run, all with its ``tags``."""
 
     connection: Connection
@@ -68,11 +68,9 @@ class TrialRuns:
 
     @property
     def ids(self) -> dict[str, str]:
-        """Run ids by trial id."""
         return {trial_id: run.run_id for trial_id, run in self._runs.items()}
 
     def is_fresh(self, trial_id: str) -> bool:
-        """Whether a trial was written to just now."""
         run = self._runs.get(trial_id)
         return run is not None and time.time() - run.sent < FLUSH_SECONDS
 
@@ -148,7 +146,6 @@ class TrialRuns:
             self.connection.log(run.run_id, metrics, tags={"vgid.on_front": mark})
 
     def end_all(self) -> None:
-        """End the runs of trials that have not ended."""
         if is_http(self.connection.uri):  # a request whose answer was lost may have made two
             for id in {child.info.run_id for child in self._children()} - {*self.ids.values()}:
                 self._client.delete_run(id)
@@ -204,7 +201,7 @@ class Tracker:
         try:
             run = self._study_run(tags)
             self.study_run_id = run.info.run_id
-            self._trials = TrialRuns(connection, self.study_run_id, tags)
+            self._trials = _TrialRuns(connection, self.study_run_id, tags)
             self._trials.adopt()
             self._leave_artifact(run, config)
             if not run.data.params:  # they go last: a run that has them has the data set too
