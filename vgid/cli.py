@@ -39,7 +39,6 @@ FROM_CONFIG: Any = {  # of a command whose flags are the fields of a config
 }
 
 NewFolder = Annotated[Path, Argument(metavar="DIR", help="New or empty.", callback=new_folder)]
-DeploymentFile = Annotated[Path, Argument(metavar="FILE", help="Deployment file.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON object, for machines.")]
 ModelPathOption = Annotated[str | None, Option(help="Folder or hub id of the base, if another.")]
 
@@ -241,7 +240,7 @@ def verify_command(
 
 @app.command("export")
 def export_command(
-    file: DeploymentFile,
+    file: Annotated[Path, Argument(metavar="FILE", help="Deployment file.")],
     output: NewFolder,
     model_path: ModelPathOption = None,
     as_json: JsonOption = False,

@@ -101,11 +101,7 @@ class Bulletin:
         self._mlflow.give_up()
 
     def _tabulate(self, write: Callable[[Any], None], what: Any) -> None:
-        def heed() -> None:
-            with self.ending.heeded():
-                write(what)
-
-        self._tables.write(heed)
+        self._tables.write(self.ending.heeded()(write), what)
 
 
 @dataclass
