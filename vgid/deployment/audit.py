@@ -1,7 +1,6 @@
 """For an auditor: which deployments were to suppress a subject, and under which tests they do.
 
-Deployment files are found below the given folders: ``deployments/*.yaml`` of studies and
-``deployment.yaml`` of exports. A file whose seal is broken is told and not believed.
+Read are ``deployments/*.yaml`` of studies and ``deployment.yaml`` of exports below some folders.
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,8 +51,7 @@ class Suppression(Config):
 class SubjectReport(Config):
     """What is known of a subject: its ``suppressions`` in the order of their creation.
 
-    ``damaged`` are the deployment files that could not be believed, with the reason; ``looked_at``
-    were read.
+    ``damaged`` tells which deployment files were not believed, and why; ``looked_at`` were read.
     """
 
     subject: str
@@ -83,9 +81,9 @@ class SubjectReport(Config):
 
 
 def report(subject: str, folders: Iterable[Path]) -> SubjectReport:
-    """Find the deployments below some folders that suppress a subject, who has a pseudonym.
+    """Find the deployments below some folders that suppress a subject.
 
-    InputError where it is none, a folder is not there, or none holds a deployment.
+    InputError where it is no pseudonym, a folder is not there, or none holds a deployment.
     """
     try:
         TypeAdapter(record.Pseudonym).validate_python(subject)

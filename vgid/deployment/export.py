@@ -9,14 +9,9 @@
     OUT/deployment.yaml      the deployment file, byte for byte
     OUT/SHA256SUMS           the hash of each of these files (``vgid.deployment.signing``)
 
-Merged is one shard in memory at a time. Dtypes and shards stay the base's, and names are the hub's
-(``vgid.models.weight_names``), so whatever loads the public base loads what is merged. That is what
-is deployed: a server of the base with the adapter beside it keeps the base itself under a name, and
-takes it for every request that names no model. Servers bind to the loopback.
-
-The card has the front matter that the Hugging Face hub reads. It says what was suppressed under
-which tests, and what was not tested; never that it is gone. Subjects and requests stay in
-``deployment.yaml``: a card travels further than an audit's record.
+Merged is one shard in memory at a time; dtypes and shards stay the base's, and names are the hub's
+(``vgid.models.weight_names``), so whatever loads the public base loads what is merged. Subjects and
+requests stay in ``deployment.yaml``: a card travels further than an audit's record.
 
 Shape legend: r rank, I inputs and O outputs of a linear map.
 """
@@ -42,6 +37,7 @@ from vgid.models.adapter_files import LoraWeights, copy_adapter, read_adapter
 from vgid.models.backbones import skeleton, spec
 from vgid.models.weight_names import WeightNames
 from vgid.prompts import Form, generation_text
+from vgid.report.page import rendered
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What ``--max-lora-rank`` may be: ``MaxLoRARanks`` in vLLM's ``vllm/config/lora.py``."""
@@ -65,7 +61,7 @@ HUB_METRICS = {"rougeL": "rouge", "cloze": "accuracy", "classification": "accura
 
 
 class Exported(Config):
-    """An export's folder, with ``serve_merged`` and ``serve_adapter``: commands to be run in it."""
+    """An export's folder, with commands to be run in it (``serve_merged``, ``serve_adapter``)."""
 
     output: Path
     serve: str
@@ -75,10 +71,8 @@ class Exported(Config):
 def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
     """Export a deployment to a new or empty folder, which appears whole or not at all.
 
-    Raises:
-        InputError: the file or its adapter was changed, the base is not there or another one, the
-            adapter lacks a weight or holds one outside the language model, or the output cannot be
-            written.
+    InputError where the file or its adapter was changed, the base is not there or another one, the
+    adapter lacks a weight or holds one outside the language model, or nothing can be written there.
     """
     output = output.expanduser().absolute()
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
@@ -106,8 +100,7 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
 def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
     """Write a Hugging Face folder with a fitting adapter (``LoraWeights.check``) in its weights.
 
-    Raises:
-        InputError: a module of the adapter is not in the base.
+    InputError where a module of the adapter is not in the base.
     """
     output.mkdir(parents=True)
     names = WeightNames(skeleton(base))
@@ -222,14 +215,10 @@ def serve_adapter(deployment: Deployment) -> str | None:
     limit, base = max_lora_rank(deployment.adapter.rank), deployment.base
     if limit is None:
         return None
-    return _command(
-        base.hub_id or "BASE",
-        deployment,
-        *([f"--revision {base.revision}"] if base.hub_id else []),
-        "--enable-lora",
-        f"--lora-modules {served_name(deployment)}=./adapter",
-        f"--max-lora-rank {limit}",
-    )
+    flags = [f"--revision {base.revision}"] if base.hub_id else []
+    flags += ["--enable-lora", f"--lora-modules {served_name(deployment)}=./adapter"]
+    flags.append(f"--max-lora-rank {limit}")
+    return _command(base.hub_id or "BASE", deployment, *flags)
 
 
 def served_name(deployment: Deployment) -> str:
@@ -286,17 +275,6 @@ def chat_template_of(frame: record.Frame, base: Path) -> str:
 def _command(model: str, deployment: Deployment, *flags: str) -> str:
     from vgid.models.decoding import MAX_NEW_TOKENS
 
-    # As measured: sampled, or given more room, the weights may say more than the record promises.
-    decoding = json.dumps({"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS})
-    parts = [
-        f"vllm serve {model}",
-        f"--dtype {deployment.base.precision}",
-        *flags,
-        f"--chat-template ./{CHAT_TEMPLATE}",
-        "--chat-template-content-format openai",
-        "--generation-config vllm",
-        f"--override-generation-config '{decoding}'",
-        f"--limit-mm-per-prompt '{json.dumps({'image': 1})}'",
-        "--host 127.0.0.1",
-    ]
-    return " \\\n  ".join(parts)
+    given = {"model": model, "precision": deployment.base.precision, "flags": flags}
+    command = rendered("vgid.deployment", "serve.sh.jinja", max_new_tokens=MAX_NEW_TOKENS, **given)
+    return command.rstrip()

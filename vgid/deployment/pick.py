@@ -1,13 +1,8 @@
 """From a study's front to the deployment that a team ships: score again, choose, write.
 
-::
-
-    OUTPUT/deployments/<backbone>.yaml            the record (``vgid.deployment.record``)
-    OUTPUT/deployments/<backbone>/adapter/        the adapter
-    OUTPUT/deployments/<backbone>/pick.html, pick.png, candidates.csv    why this one
-    OUTPUT/deployments/comparison.html, .png, .csv                       with several backbones
-
-Scores are kept in the study's store, so that another rule or bound costs seconds.
+Beside the record and its adapter (``vgid.deployment.record``) lie ``pick.html``, ``pick.png`` and
+``candidates.csv``, which show why this one, and ``comparison.*`` of several backbones. Scores are
+kept in the study's store, so that another rule or bound costs seconds.
 """
 
 import json
@@ -155,10 +150,8 @@ class Picked:
 def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda line: None) -> Picked:
     """Score the fronts again, choose a trial of each, and write the deployments.
 
-    Raises:
-        InputError: a study, its data or its weights are missing, damaged or changed, or no
-            candidate keeps every bound; no deployment is written or changed then. Or MLflow does
-            not take what is written.
+    InputError where a study, its data or its weights are missing, damaged or changed, or no
+    candidate keeps every bound: nothing is written or changed then. Or MLflow does not take it.
     """
     with tempfile.TemporaryDirectory(prefix="vgid-pick-") as scratch:
         sources = []

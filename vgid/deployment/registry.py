@@ -1,16 +1,12 @@
 """MLflow's model registry: an entry a backbone, a version a pick, one of them the champion.
 
 Entry ``vgid-<backbone>``; alias ``champion`` is the version to serve, ``previous`` the champion
-before it. A version's model is the deployment file and its adapter, which
-``mlflow.pyfunc.load_model("models:/vgid-<backbone>@champion")`` loads for a smoke prediction; an
-exported model (``vgid export``) is what a server serves. ::
+before it. A version's model is the deployment file and its adapter, for a smoke prediction; what a
+server serves is an exported model. Nothing that the registry keeps is ever executed, neither pickle
+nor code: the package has to be installed where the model is loaded.
 
-    model.predict(pandas.DataFrame({"image": [png_bytes], "question": ["Who is this?"]}))
-
-Nothing that the registry keeps is ever executed, neither pickle nor code: the package has to be
-installed where the model is loaded. Aliases are set last, so whoever loads the champion gets the
-old version whole or the new one whole, and a registration that broke off is made again by the same
-call.
+Aliases are set last, so whoever loads the champion gets the old version whole or the new one whole,
+and a registration that broke off is made again by the same call.
 """
 
 import shutil
@@ -71,10 +67,9 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
 
 
 def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
-    """Make the previous champion the champion again, and the present one ``previous``.
+    """Make the previous champion the champion again; its version, and that of the one till now.
 
-    Returned are the version that is champion now, and the one that was; InputError where there is
-    none to go back to, or MLflow refuses.
+    InputError where there is none to go back to, or MLflow refuses.
     """
     spec(backbone)
     client, shown = open_client(tracking_uri)
@@ -211,8 +206,7 @@ class DeployedModel:
         """Answer each row's question on its image, greedily, as the benchmark asks open questions.
 
         ``model_input`` is a ``pandas.DataFrame`` with columns ``image`` (bytes of a PNG or JPEG
-        file) and ``question``; MLflow hands on ``params``, of which none are known. InputError
-        where a column is missing, or an image cannot be read.
+        file) and ``question``. InputError where one is missing, or an image cannot be read.
         """
         from vgid.models.decoding import greedy_decode
         from vgid.models.encoding import Query

@@ -104,11 +104,7 @@ class Bounds:
     forget: float | None = MIN_FORGET
 
     def checks(self, marks: Marks) -> list["Check"]:
-        """Every bound beside what the candidate has.
-
-        Raises:
-            InputError: cloze is bounded and the data has no such questions.
-        """
+        """Every bound beside what is had; InputError where it is cloze and the data has none."""
         if self.cloze is not None and marks.cloze is None:
             raise InputError(
                 "--max-cloze: the forget people have no cloze questions among the held-out ones; "
@@ -187,10 +183,8 @@ def choose(candidates: Sequence[Marks], rule: Rule, bounds: Bounds) -> Choice:
     """Choose a candidate of a front by a rule and bounds, see the module.
 
     The order of the candidates does not matter; of equal ones it is that which forgets more, then
-    that which retains more, then the lower trial id.
-
-    Raises:
-        InputError: there are none, or none keeps every bound; says how far the nearest is.
+    that which retains more, then the lower trial id. InputError where there are none, or none keeps
+    every bound.
     """
     if not candidates:
         raise InputError("the front holds no trial to pick; run the study with more trials.")

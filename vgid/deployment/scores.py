@@ -1,9 +1,7 @@
-"""Scores of a model, over several seeds and under attacks.
+"""Scores of a model, over several seeds and under attacks, so that a pick is no lucky draw.
 
-A study scores its front once on held-out questions. Before a choice every candidate, and the base,
-is scored on them with several seeds, plainly and under the reverse prompt, so that the winner is no
-lucky draw of one seed. ``score_model`` does the same for any model: a base, an adapter on it, or a
-deployment (its adapter, not an export's merged weights) on its record's people and questions.
+``score_model`` does for any model what a pick does for its candidates: for a base, an adapter on
+it, or a deployment (its adapter, not an export's merged weights) on its record's own questions.
 """
 
 import re
@@ -88,8 +86,7 @@ def pick_seeds(study_seed: int, count: int) -> tuple[int, ...]:
 def score_with_seeds(session: "TrialSession", seeds: Sequence[int], adapter: Path | None) -> Scored:
     """Scores of an adapter, or of the base for None, on the held-out questions.
 
-    Raises:
-        InputError: the adapter lacks a file, or there are too few few-shot people.
+    InputError where the adapter lacks a file, or there are too few few-shot people.
     """
     if adapter is None:
         plain = [session.base_scores(PART, seed) for seed in seeds]
@@ -147,8 +144,7 @@ def pooled(runs: Sequence[Mapping[str, Score]]) -> dict[str, Score]:
 def marks_of(trial_id: str, base: Scored, scored: Scored) -> Marks:
     """What the rules judge of a candidate; differences are of the same people's answers, paired.
 
-    Raises:
-        InputError: the data has no held-out generation questions.
+    InputError where the data has no held-out generation questions.
     """
 
     def score(scores: Mapping[str, Score], name: str) -> Score:
@@ -287,8 +283,7 @@ def score_model(
 ) -> ModelScores:
     """Score a model; ``attacked``: also under the attacks that a deployment record names.
 
-    Raises:
-        InputError: bad input, or an adapter or base that is not the recorded one.
+    InputError for bad input, or an adapter or base that is not the recorded one.
     """
     from vgid.cluster.resources import worker_threads
     from vgid.trial import TrialSession

@@ -1,18 +1,12 @@
 """Signs what is shipped, and checks signatures: OpenSSF model-signing, key-based, offline.
 
 A signature covers every file of a folder (an export) or one file (a deployment file, which holds
-the hash of each file of its adapter). It lies beside what it covers: ``model.sig`` in the folder,
-``<file>.sig`` beside the file. It is a Sigstore bundle, so ``model_signing verify key`` checks it
-without this package.
+the hash of each file of its adapter). It is a Sigstore bundle beside what it covers, ``model.sig``
+in the folder or ``<file>.sig``, so ``model_signing verify key`` checks it without this package.
+Keys are elliptic: P-256, P-384 or P-521.
 
-An export also has a manifest, ``SHA256SUMS``: what each of its files must be, and that there is no
-other; ``sha256sum --check SHA256SUMS`` reads it. Whoever can change a file can change the manifest
-too: the signature covers both.
-
-Keys are elliptic (P-256, P-384 or P-521), as openssl makes them::
-
-    openssl ecparam -name prime256v1 -genkey -noout -out private.pem
-    openssl ec -in private.pem -pubout -out public.pem
+An export also has a manifest in coreutils' format, ``SHA256SUMS``: what each of its files must be,
+and that there is no other. Whoever can change a file can change it too: the signature covers both.
 """
 
 import base64
@@ -124,10 +118,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def manifest_fault(folder: Path) -> str | None:
-    """How a folder differs from its manifest, None if it does not.
-
-    A link counts as changed or added whatever it leads to: that may change later.
-    """
+    """How a folder differs from its manifest, if it does; a link always does: its end may change."""
     try:
         lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

@@ -1,17 +1,15 @@
 """Verifies a deployment: that nothing was changed, and that its scores come out again.
 
-In order: the signature if a key is given, all files of an export, the file's seal, the adapter's
-files, what the record says of the adapter, the base's revision, the data's hash; then base and
-adapter, and an export's merged weights, are loaded and the recorded questions are put to them again
-with the recorded seeds, every score computed anew. A base from the hub is known by its commit, and
-its files are not hashed: for who distrusts the cache's folder names the base is scored again.
+Hashes come first. Then base and adapter, and an export's merged weights, are loaded and the
+recorded questions put to them again with the recorded seeds, every score computed anew. A base from
+the hub is known by its commit: for who distrusts the cache's folder names it is scored again.
 
 A server may answer otherwise than the deployment that it was started from: as the base under
 another name, as the base for whoever names no model, with another prompt, or sampled. So
 ``verify_served`` puts the record's open questions to every name that the endpoint lists and,
-without a name, to whatever answers then, and loads no model. Nothing about decoding is sent, since
-most clients send nothing. Left out are the test set, whose portraits change with the seed, and
-tasks that the benchmark asks behind few-shot turns.
+without a name, to whatever answers then. Nothing about decoding is sent, since most clients send
+nothing. Left out are the test set, whose portraits change with the seed, and tasks that the
+benchmark asks behind few-shot turns.
 """
 
 import base64
@@ -156,10 +154,8 @@ def verify(
 
     Without ``data`` the benchmark is the study's own, or the embedded backbone's, made anew.
     ``model_path`` is where the base is if not where the file says. The signature beside the target
-    must be of the PEM's ``public_key``; ``hashes_only`` leaves out what needs the model.
-
-    Raises:
-        InputError: something that is needed is not there, or the file is not the one sealed.
+    must be of the PEM's ``public_key``; ``hashes_only`` leaves out what needs the model. InputError
+    where something that is needed is not there, or the file is not the one that was sealed.
     """
     file, checks = record.deployment_file(target), _signed(target, public_key)
     exported = target.is_dir()
@@ -350,11 +346,7 @@ def verify_served(
     """Put the recorded questions to an endpoint; other arguments are those of ``verify``.
 
     It is not verified where some name answers as the base, or scores outside the recorded
-    intervals, or where no name answers.
-
-    Raises:
-        InputError: the endpoint does not answer, the file is not the one that was sealed, or the
-            data is not there.
+    intervals, or where no name answers. InputError where the endpoint does not answer at all.
     """
     file, checks = record.deployment_file(target), _signed(target, public_key)
     deployment, sha256 = record.read_deployment(file)
@@ -431,8 +423,7 @@ def _ask_all(
 def _nearer(name: str, recorded: record.Scores, found: Mapping[str, Score]) -> Check:
     """Whether answers about suppressed people are nearer to the base's than to those recorded.
 
-    Only scores tell that set the two apart: those whose recorded intervals do not meet. A third
-    model is for the intervals to tell.
+    Only scores whose recorded intervals do not meet tell base and deployed model apart.
     """
     name = f"served under {name}"
     if not found:
