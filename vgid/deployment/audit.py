@@ -22,14 +22,10 @@ from vgid.results import Score
 class Suppression(Config):
     """One deployment that answers for the subject, whether or not it suppresses it.
 
-    Attributes:
-        role: ``own`` if its request named the subject, ``kept`` if an earlier one did.
-        requests: the ids of its request, the earlier ones in front where it is ``kept``.
-        chain: sha256 of its ancestors, the latest first; None at the end says that the last one's
-            file was not found, so that what it follows is unknown.
-        people: subjects of the split that is scored: forget and test, or those of earlier requests.
-        suppressed: whether their own questions on their portraits are suppressed.
-        base: the base's scores of that split, as are ``deployed`` and ``attacks``.
+    Its own request named the subject, or it was ``kept`` from an earlier one; scores and the number
+    of people are of that split only. Earlier requests stand in front. ``chain`` is the sha256 of
+    its ancestors, the latest first; None at the end says that the last one's file was not found,
+    so that what it follows is unknown.
     """
 
     file: Path

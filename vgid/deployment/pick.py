@@ -9,7 +9,7 @@ import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -147,7 +147,7 @@ class Picked:
             console.print(f"Wrote {self.comparison}", markup=False, soft_wrap=True)
 
 
-def pick_deployment(config: PickConfig, tell: Callable[[str], None] = lambda line: None) -> Picked:
+def pick_deployment(config: PickConfig, tell: record.Tell = lambda line: None) -> Picked:
     """Score the fronts again, choose a trial of each, and write the deployments.
 
     InputError where a study, its data or its weights are missing, damaged or changed, or no
@@ -203,7 +203,7 @@ def _output(config: PickConfig, sources: list[Source]) -> Path:
 
 
 def _decide(
-    config: PickConfig, source: Source, output: Path, scratch: Path, tell: Callable[[str], None]
+    config: PickConfig, source: Source, output: Path, scratch: Path, tell: record.Tell
 ) -> tuple[PickReport, dict[str, Any], record.Shipped | None]:
     """Score and choose; the choice, its ``setting_of``, and the deployment that the study follows.
 
@@ -279,7 +279,6 @@ def _write(
     deployments: Path,
     staging: Path,
 ) -> PickedBackbone:
-    """Write one backbone's record, adapter and report into ``staging``."""
     report, setting, parent = decision
     candidates, choice = report.candidates, report.choice
     trial, scored = candidates.of(choice.chosen.trial_id)
@@ -312,10 +311,7 @@ def _write(
     return PickedBackbone(file, sha256, deployment, report)
 
 
-def _registered(
-    picked: PickedBackbone, source: Source, tell: Callable[[str], None]
-) -> PickedBackbone:
-    """Make a deployment the champion where its study is recorded."""
+def _registered(picked: PickedBackbone, source: Source, tell: record.Tell) -> PickedBackbone:
     from vgid.deployment.registry import register
 
     tell(f"Registering the deployment of {picked.report.backbone}")

@@ -22,7 +22,6 @@ from vgid.report.front import setting_lines
 from vgid.report.page import rendered, write_picture
 from vgid.report.records import describe
 from vgid.report.tables import FOUR_PARTS, Grid, four_cells
-from vgid.results import Score
 from vgid.study.finished import Trial
 
 KEY_SCORES = (
@@ -116,7 +115,8 @@ def report_grid(report: PickReport) -> Grid:
     shown = _columns([report])
 
     def cells(scored: Scored) -> list[float | None]:
-        return [None if score is None else score.value for score in _scores(scored, shown)]
+        found = (scored.get(kind, name) for kind, name, _ in shown)
+        return [None if score is None else score.value for score in found]
 
     rows = [
         [trial.trial_id, describe(trial.config), *cells(scored), report.choice.why[trial.trial_id]]
@@ -138,10 +138,6 @@ def _columns(reports: Sequence[PickReport]) -> list[tuple[str, str, str]]:
         for kind, name, title in COLUMNS
         if name != "celebrity_rougeL" or any(name in r.candidates.base.plain for r in reports)
     ]
-
-
-def _scores(scored: Scored, shown: Sequence[tuple[str, str, str]]) -> list[Score | None]:
-    return [scored.get(kind, name) for kind, name, _ in shown]
 
 
 def _candidates_csv(report: PickReport) -> bytes:
@@ -272,7 +268,8 @@ def comparison_grid(reports: Sequence[PickReport]) -> Grid:
     rows = []
     for report in reports:
         _, trial, chosen = report.rows[0]
-        pairs = zip(*(_scores(s, shown) for s in (report.candidates.base, chosen)), strict=True)
+        base = report.candidates.base
+        pairs = [(base.get(kind, name), chosen.get(kind, name)) for kind, name, _ in shown]
         cells = [" → ".join(f"{s.value:.3f}" for s in pair if s is not None) for pair in pairs]
         setting = describe(trial.config)
         rows.append([report.backbone, trial.trial_id, setting, *cells, len(report.choice.order)])

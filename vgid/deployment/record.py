@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -58,7 +58,6 @@ DEPLOYMENT, ADAPTER, MERGED = "deployment.yaml", "adapter", "merged"
 SCHEMA = Path(__file__).with_suffix(".schema.json")
 
 REVERSED = "reverse prompt (paper A.3.7)"
-"""Name of the attack that asks everything again under the reverse prompt."""
 
 NOT_RUN = (
     "relearning: fine-tuning the adapter's model on a few of the forgotten facts",
@@ -95,6 +94,9 @@ RequestIds = Annotated[
     Flag("ID"),
     Field(description="id of a forget request that the deployment answers; may be repeated"),
 ]
+
+Tell = Callable[[str], None]
+"""Shows a line on what is being done."""
 
 _SEAL = re.compile(rb"sha256: ([0-9a-f]{64})\n\Z")
 

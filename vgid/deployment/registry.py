@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vgid.data.benchmark import decode_image
-from vgid.deployment.record import Deployment, find_base, read_shipped, score_grid
+from vgid.deployment.record import Deployment, Shipped, find_base, read_shipped, score_grid
 from vgid.errors import InputError
 from vgid.models.backbones import spec
 from vgid.prompts import generation_text
@@ -43,7 +43,7 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
     version's number; InputError where the file or its adapter changed, or MLflow refuses.
     """
     shipped = read_shipped(file)
-    deployment, sha256 = shipped.deployment, shipped.sha256
+    deployment = shipped.deployment
     open_store = connect(tracking_uri, file.absolute().parent.parent, deployment.backbone)
     client, name = open_store.client, registered_name(deployment.backbone)
     with _refusals_in_one_sentence(open_store.uri, "the deployment cannot be registered"):
@@ -54,9 +54,9 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
                 "rollback`); `mlflow.pyfunc.load_model` needs the package `vgid`."
             )
             client.create_registered_model(name, {"vgid.backbone": deployment.backbone}, about)
-        query = f"name = '{name}' and tags.`vgid.deployment_sha256` = '{sha256}'"
+        query = f"name = '{name}' and tags.`vgid.deployment_sha256` = '{shipped.sha256}'"
         found = [int(version.version) for version in client.search_model_versions(query)]
-        version = max(found) if found else _make_version(open_store, name, file, deployment, sha256)
+        version = max(found) if found else _make_version(open_store, name, file, shipped)
         champion = _aliases(client, name).get(CHAMPION)
         # Repeated after a break, the version may be champion already: were it its own predecessor,
         # a rollback would go nowhere.
@@ -107,11 +107,9 @@ def _aliases(client: Any, name: str) -> dict[str, int]:
     return {alias: int(number) for entry in entries for alias, number in entry.aliases.items()}
 
 
-def _make_version(
-    open_store: Connection, name: str, file: Path, deployment: Deployment, sha256: str
-) -> int:
+def _make_version(open_store: Connection, name: str, file: Path, shipped: Shipped) -> int:
     """Log the model, whole, and only then give it a number."""
-    client = open_store.client
+    client, deployment, sha256 = open_store.client, shipped.deployment, shipped.sha256
     tags = {
         "vgid.study_id": deployment.origin.study_id,
         "vgid.trial_id": deployment.origin.trial_id,
@@ -141,7 +139,6 @@ def _make_version(
 
 
 def _save(folder: Path, file: Path, deployment: Deployment) -> None:
-    """Write the MLflow model: the deployment file, its adapter, and how to load them."""
     import mlflow.pyfunc
     from mlflow.models.signature import ModelSignature
     from mlflow.types.schema import ColSpec, DataType, Schema
@@ -182,7 +179,6 @@ def _run_of(open_store: Connection, deployment: Deployment) -> str:
 
 
 def _description(deployment: Deployment) -> str:
-    """The version in a few lines of Markdown."""
     scores, origin = deployment.scores, deployment.origin
     grid = score_grid(scores.base, scores.deployed, names=_SHOWN)
     requests = ", ".join(deployment.requests) or "none named"

@@ -6,7 +6,7 @@ it, or a deployment (its adapter, not an export's merged weights) on its record'
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,9 +96,7 @@ def score_with_seeds(session: "TrialSession", seeds: Sequence[int], adapter: Pat
     return Scored(pooled(plain), pooled(reverse))
 
 
-def score_base(
-    session: "TrialSession", seeds: Sequence[int], tell: Callable[[str], None]
-) -> Scored:
+def score_base(session: "TrialSession", seeds: Sequence[int], tell: record.Tell) -> Scored:
     """Scores of the base, with a warning where it may never have known the people."""
     tell(f"Scoring the base model on held-out questions, {len(seeds)} seeds")
     base = score_with_seeds(session, seeds, None)
@@ -109,10 +107,7 @@ def score_base(
 
 
 def score_front(
-    session: "TrialSession",
-    trials: Sequence[Trial],
-    seeds: Sequence[int],
-    tell: Callable[[str], None],
+    session: "TrialSession", trials: Sequence[Trial], seeds: Sequence[int], tell: record.Tell
 ) -> Candidates:
     """Score a front and its base."""
     base, scores = score_base(session, seeds, tell), []
@@ -279,7 +274,7 @@ class ModelScores(Config):
 
 
 def score_model(
-    config: ScoringConfig, attacked: bool, tell: Callable[[str], None] = lambda line: None
+    config: ScoringConfig, attacked: bool, tell: record.Tell = lambda line: None
 ) -> ModelScores:
     """Score a model; ``attacked``: also under the attacks that a deployment record names.
 

@@ -118,7 +118,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def manifest_fault(folder: Path) -> str | None:
-    """How a folder differs from its manifest, if it does; a link always does: its end may change."""
+    """How a folder differs from its manifest, if it does; a link always: it may change later."""
     try:
         lines = (folder / MANIFEST).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):

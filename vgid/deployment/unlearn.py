@@ -7,7 +7,6 @@ settings that were found before, such as the parent's.
 """
 
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,7 +90,7 @@ class Unlearned:
         console.print(self.deployment.scores.grid().rich())
 
 
-def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: None) -> Unlearned:
+def unlearn(config: UnlearnConfig, tell: record.Tell = lambda line: None) -> Unlearned:
     """Answer a forget request and write its deployment, whole or not at all.
 
     InputError for bad input, a parent that was changed since it was written, or a trial that
@@ -141,9 +140,7 @@ def unlearn(config: UnlearnConfig, tell: Callable[[str], None] = lambda line: No
     return Unlearned(file, sha256, deployment, warning)
 
 
-def _train(
-    request: RequestConfig, trial: TrialConfig, folder: Path, tell: Callable[[str], None]
-) -> None:
+def _train(request: RequestConfig, trial: TrialConfig, folder: Path, tell: record.Tell) -> None:
     """Train the request's own adapter, on a base that is let go of before the scoring."""
     from vgid.trial import TrialSession
 
@@ -157,7 +154,7 @@ def _train(
 
 
 def _measure(
-    config: UnlearnConfig, request: RequestConfig, adapter: Path, tell: Callable[[str], None]
+    config: UnlearnConfig, request: RequestConfig, adapter: Path, tell: record.Tell
 ) -> dict[str, Any]:
     """Scores and setting for the record; the floor is that of a pick's candidates."""
     from vgid.trial import TrialSession
@@ -179,7 +176,6 @@ def _measure(
 
 
 def _trial(config: UnlearnConfig, parent: record.Shipped | None) -> TrialConfig:
-    """The parent's hyperparameters, or the defaults, with what was set."""
     values: dict[str, Any] = {} if parent is None else parent.deployment.hyperparameters.used
     for setting in config.setting:
         name, equals, value = setting.partition("=")

@@ -62,13 +62,10 @@ class Check(Config):
 
 
 class ScoreCheck(Config):
-    """One score, measured again.
+    """One score, measured again; not ``found`` if the questions are not there any more.
 
-    Attributes:
-        of: ``base``, ``deployed`` or an attack's name, with ``, merged`` of an export's weights.
-        found: None if the questions are not there any more.
-        merged: whether it is of merged weights. They are rounded, which may change one answer: that
-            is allowed for, since an interval may have no width.
+    It is ``of`` ``base``, ``deployed`` or an attack, with ``, merged`` of an export's weights,
+    whose rounding may change one answer: allowed for, since an interval may have no width.
     """
 
     of: str
@@ -148,7 +145,7 @@ def verify(
     model_path: str | None = None,
     public_key: Path | None = None,
     hashes_only: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: record.Tell = lambda line: None,
 ) -> Verification:
     """Verify a deployment file, or an export's folder with all its files.
 
@@ -227,9 +224,8 @@ def _measure(
     merged: Path | None,
     data: Path,
     model_path: str | None,
-    tell: Callable[[str], None],
+    tell: record.Tell,
 ) -> tuple[Check, tuple[ScoreCheck, ...]]:
-    """Put the questions to base, adapter and merged weights again."""
     from vgid.cluster.resources import worker_threads
     from vgid.trial import DIFFERENCES, TrialSession
 
@@ -341,7 +337,7 @@ def verify_served(
     url: str,
     data: Path | None = None,
     public_key: Path | None = None,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: record.Tell = lambda line: None,
 ) -> Verification:
     """Put the recorded questions to an endpoint; other arguments are those of ``verify``.
 

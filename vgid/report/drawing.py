@@ -46,17 +46,14 @@ class Series:
     """Marks, a line through them, or both; or bars, beside those of the panel's other series.
 
     Attributes:
-        name: in the legend, where all series of one name are one entry.
+        name: in the legend (if ``listed``), where all series of one name are one entry.
         x: places of the points; None ends a line, and what follows begins another.
         mark: a key of ``MARKERS``, or one for each point; empty for a line alone; or of ``BARS``.
-        size: a mark's diameter in pixels of a page.
-        line: width of the line in pixels, 0 for none.
+        size: a mark's diameter in pixels of a page, as is the width of the ``line``.
         steps: the line goes up or down first, then right, instead of straight.
         x_bounds: low and high end of each point's interval; empty for none.
         hover: what hovering over each point shows in lines; of several the first is bold.
         keys: what a click on each point tells the page's script.
-        labels: a text beside each point.
-        listed: whether the legend names it.
     """
 
     name: str
@@ -90,14 +87,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Scale:
-    """One axis of a panel.
+    """One axis of a panel, ``range`` its ends from left or bottom, None to hold what is drawn.
 
-    Attributes:
-        range: its ends, the first at the left or at the bottom; None to hold what is drawn.
-        ticks: places and their texts instead of numbers.
-        marked: the text among them that stands out.
-        percent: numbers are shares, written as per cent.
-        shown: whether there is anything of it to be seen.
+    ``ticks`` are places and their texts instead of numbers, ``marked`` the one that stands out.
     """
 
     label: str = ""
@@ -284,7 +276,6 @@ def _reaches(series: Series) -> dict[str, Floats]:
 
 
 def _write_labels(axes: Any, panel: Panel) -> None:
-    """Write the labels of a panel whose layout stands."""
     from matplotlib.patheffects import withStroke
 
     frame = np.array(axes.bbox.size) * 72 / axes.figure.dpi

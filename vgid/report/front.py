@@ -33,15 +33,11 @@ _BODY = '<div id="chosen" aria-live="polite">Click a point to keep its trial her
 
 @dataclass(frozen=True)
 class Front:
-    """What a picture shows.
+    """What a picture shows: trials, of which those without both objectives are only counted.
 
-    Attributes:
-        title: its headline, such as the backbone and the number of trials.
-        records: the trials; those without both objectives are counted, not drawn.
-        base: the base model's scores on the search questions, by name.
-        base_held_out: its scores on the held-out questions, if the front was scored again.
-        pages: page of each trial's run by trial id, relative to ``server`` (``Tracker.pages``).
-        server: the tracking server's address, ending in ``/``; empty if there is none.
+    ``base`` are the base model's scores on the search questions by name, ``base_held_out`` those on
+    the held-out ones if the front was scored again; ``pages`` is each run's page by trial id,
+    relative to the tracking ``server``, whose address ends in ``/`` (``Tracker.pages``).
     """
 
     title: str
@@ -134,7 +130,6 @@ def page_picture(front: Front) -> Picture:
 
 
 def _trials(front: Front) -> list[Series]:
-    """The trials off the front, by their perturbation."""
     others = [record for record in front.drawn if not record.on_front]
     found = []
     for noise, mark in MARKS.items():
@@ -154,7 +149,6 @@ def _front(front: Front, ids: bool = False) -> list[Series]:
 
 
 def _of(name: str, records: Sequence[TrialRecord], colour: str, **style: Any) -> Series:
-    """A series of trials that are hovered over and clicked on."""
     ids = [record.result.trial_id for record in records]
     hover = [
         "\n".join([f"trial {trial_id}", *setting_lines(record.config), *_score_lines(record)])
@@ -197,7 +191,6 @@ def _held_out(front: Front) -> list[Series]:
 
 
 def _marks(front: Front) -> list[Series]:
-    """Rings around the paper's default, and the base's star."""
     x, y = front.base_point
     ring = Series("the paper's default setting", *_places(front.default), BASE, "circle-open", 21)
     told = [f"base model\nretain ROUGE-L {y:.3f}"]
@@ -206,13 +199,11 @@ def _marks(front: Front) -> list[Series]:
 
 
 def _places(records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:
-    """Places to the right and upwards of trials that have both objectives."""
     x, y = ([record.result.metrics[name] for record in records] for name in OBJECTIVES)
     return x, y
 
 
 def _noise(record: TrialRecord) -> str | None:
-    """The trial's visual perturbation, None where its method has none."""
     return record.config.used.get("noise_type")
 
 

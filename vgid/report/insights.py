@@ -175,7 +175,6 @@ def _lines(records: Sequence[TrialRecord], columns: Sequence[Axis], on_front: bo
 
 
 def _some(all_of_them: Sequence[T]) -> list[T]:
-    """``MAX_TRIALS`` at most, evenly."""
     taken = min(len(all_of_them), MAX_TRIALS)
     return [all_of_them[number * len(all_of_them) // taken] for number in range(taken)]
 

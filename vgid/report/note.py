@@ -156,7 +156,6 @@ def _trained_on(verbatim: Verbatim) -> list[str]:
 
 
 def _table(front: Front, links: NoteLinks) -> Grid:
-    """The front's trials, by their held-out scores where there are any."""
     titles = dict(zip(OBJECTIVES, ("reduction", "retain"), strict=True))
     rows: list[Mapping[str, Any]] = [record.result.metrics for record in front.front]
     if front.held_out():

@@ -42,10 +42,7 @@ FURTHER_METRICS = (
 )
 """Metrics that stand before the many others, where a trial has them."""
 
-TRIAL_FIELDS = HYPERPARAMETERS + tuple(
-    name for name in TrialConfig.model_fields if name not in HYPERPARAMETERS
-)
-
+TRIAL_FIELDS = tuple(dict.fromkeys((*HYPERPARAMETERS, *TrialConfig.model_fields)))
 
 NOISE_LABELS = {"random": "random noise", "gaussian": "Gaussian noise", "white": "white image"}
 METHOD_LABELS: dict[Method, str] = {
@@ -81,18 +78,13 @@ def describe(config: TrialConfig) -> str:
         parts.append(f"layer {layer} · steering {config.rmu_steering:.2g}")
     if "beta" in used:
         parts.append(f"α{config.alpha:.2g} β{config.beta:.2g}")
-    return " · ".join([*parts, f"lr {_short(config.learning_rate)}"])
+    mantissa, exponent = f"{config.learning_rate:.1e}".split("e")
+    return " · ".join([*parts, f"lr {mantissa.removesuffix('.0')}e{int(exponent)}"])
 
 
 def run_name(config: TrialConfig, trial_id: str) -> str:
     """What the tracking server calls a trial's run: which trial, and what it is."""
     return f"{trial_id} · {describe(config)}"
-
-
-def _short(rate: float) -> str:
-    """A learning rate in two digits at most: ``3e-4``."""
-    mantissa, exponent = f"{rate:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 @dataclass(frozen=True)

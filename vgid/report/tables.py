@@ -126,7 +126,6 @@ class Grid:
 
 
 def _shown(cell: Any) -> str:
-    """A cell for people."""
     if cell is None:
         return ""
     return f"{cell:.3f}" if isinstance(cell, float) else str(cell)
