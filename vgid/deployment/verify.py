@@ -97,10 +97,15 @@ class Verification(Config):
     scores: tuple[ScoreCheck, ...] = ()
 
     @property
+    def wrong(self) -> list[str]:
+        """What was looked at and is not as recorded."""
+        wrong = [check.name for check in self.checks if check.passed is False]
+        return wrong + [f"{score.name} ({score.of})" for score in self.scores if not score.within]
+
+    @property
     def verified(self) -> bool:
         """Whether all that was looked at is as recorded."""
-        failed = any(check.passed is False for check in self.checks)
-        return not failed and all(score.within for score in self.scores)
+        return not self.wrong
 
     @property
     def bit_equal(self) -> bool | None:
@@ -110,10 +115,8 @@ class Verification(Config):
     @property
     def conclusion(self) -> str:
         """One sentence."""
-        wrong = [check.name for check in self.checks if check.passed is False]
-        wrong += [f"{score.name} ({score.of})" for score in self.scores if not score.within]
-        if wrong:
-            return f"{self.file}: NOT verified; it differs in {', '.join(wrong)}."
+        if self.wrong:
+            return f"{self.file}: NOT verified; it differs in {', '.join(self.wrong)}."
         if not self.scores:
             return f"{self.file}: hashes verified; scores were not measured again."
         bits = "bit for bit" if self.bit_equal else "within their intervals"
@@ -297,18 +300,16 @@ class Endpoint:
 
     def names(self) -> list[str]:
         """The models that it lists; InputError where it cannot be reached, or lists none."""
-        names: list[str] = self._ask("models", None, lambda found: [m["id"] for m in found["data"]])
-        return names
+        return self._ask("models", None, lambda found: [model["id"] for model in found["data"]])
 
     def answer(self, name: str | None, content: Sequence[Mapping[str, Any]]) -> str | None:
         """The answer to one message; None where the server refuses it."""
         named = {} if name is None else {"model": name}
-        text: str | None = self._ask(
+        return self._ask(
             "chat/completions",
             {"messages": [{"role": "user", "content": content}], **named},
             lambda answer: str(answer["choices"][0]["message"]["content"] or "").strip(),
         )
-        return text
 
     def _ask(self, path: str, body: Mapping[str, Any] | None, take: Callable[[Any], Any]) -> Any:
         address = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
