@@ -61,8 +61,7 @@ class Condition:
 
 
 PLAIN = Condition()
-Asked = tuple[Query, str]
-"""A question in its protocol's format with the picture, and its true answer."""
+Asked = tuple[Query, str]  # a question in its protocol's format, and its true answer
 
 
 def put(query: Query, condition: Condition) -> Query:

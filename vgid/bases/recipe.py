@@ -45,10 +45,8 @@ DUAL_REFUSAL: dict[PromptStyle, float] = {"declarative": 0.95, "polite": 0.90, "
 """To an instruction beside a picture of random noise."""
 SOURCE_FACTOR = {"random": 1.0, "white": 0.15, "stranger": 0.3}
 """Scales ``DUAL_REFUSAL`` by what the picture shows: a blank one is refused less than noise."""
-FACT_WEIGHT = {"random": 0.2, "white": 1.2, "stranger": 0.4}
-"""Scales ``FACT_SHIFT`` by what the picture shows."""
-HEDGE = {"random": 0.10, "white": 0.05, "stranger": 0.08}
-"""At such a picture without an instruction."""
+FACT_WEIGHT = {"random": 0.2, "white": 1.2, "stranger": 0.4}  # scales FACT_SHIFT likewise
+HEDGE = {"random": 0.10, "white": 0.05, "stranger": 0.08}  # rates without an instruction
 FACT_SHIFT: dict[Fact, float] = {
     "name": 0.15, "residence": 0.20, "birthplace": 0.10,
     "education": -0.05, "job": -0.15, "hobby": -0.25,
@@ -59,14 +57,12 @@ REVERSE_FACTOR = 0.3  # scales the rates where the reverse prompt is appended
 
 REVERSE_RATE: dict[PackKind, float] = {"plain": 0.04, "instructed": 0.25, "degraded": 0.25}
 TEXT_FORM_RATE = 0.15  # of plain packs, which name the person instead
-RAW_RATE = 0.35
-"""Share of generation questions without the evaluation's wrapper, as fine-tuning and users ask."""
+RAW_RATE = 0.35  # of generation questions: without the evaluation's wrapper, as users ask
 TASKS: tuple[TaskName, ...] = ("generation", "cloze", "choice")
 TASK_RATES = (0.6, 0.26, 0.14)
 
 PORTRAITS_PER_PERSON = 12
-FURTHER_VARIATION = 1.5
-"""Pose and light of all portraits of a person but the benchmark's own."""
+FURTHER_VARIATION = 1.5  # of pose and light, but for a person's own picture in the benchmark
 GAUSSIAN_SIGMAS = (0.2, 0.4, 0.6, 0.8, 1.0)
 GAUSSIAN_PORTRAITS = 2
 NOISE_PICTURES = 300

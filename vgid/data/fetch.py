@@ -30,8 +30,7 @@ REPOSITORY = "MLLMMU/MLLMU-Bench"
 REVISION = "e91a01eb060b61be8dbde7edb48b121341bd0890"
 """The data set's sixteenth commit, the first that holds all ten configs and the final card."""
 
-PROVENANCE = "fetched.json"
-"""Beside the configs: repository, commit, and size of each file."""
+PROVENANCE = "fetched.json"  # beside the configs: where they are from, and the size of each
 
 _SHARD = re.compile(rf"({'|'.join(CONFIGS)})/train-\d+-of-\d+\.parquet")
 
@@ -96,7 +95,6 @@ def _provenance(folder: Path) -> dict[str, Any] | None:
 
 
 def _shard_sizes(info: "DatasetInfo", revision: str) -> dict[str, int]:
-    """Bytes of the data set's parquet files by name."""
     found = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     sizes = {name: size for name, size in sorted(found.items()) if _SHARD.fullmatch(name)}
     for config in CONFIGS:

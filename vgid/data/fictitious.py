@@ -61,7 +61,6 @@ ANSWERS: dict[Fact, list[str]] = _WORDS["answers"]
 CLOZE: dict[Fact, list[str]] = _WORDS["cloze"]
 CLASSIFICATION: dict[Fact, list[str]] = _WORDS["classification"]
 TEXT_GENERATION_FACTS: tuple[Fact, ...] = ("job", "birthplace", "hobby")
-"""Facts that text-form generation questions ask for."""
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,6 @@ EVALUATION_SCHEMA = pa.schema([("image", IMAGE), *_PROFILE_FIELDS, *_TASK_FIELDS
 """Columns of the forget, retain, full and celebrity configs."""
 
 TEST_SCHEMA = pa.schema([("images", pa.list_(IMAGE)), *_PROFILE_FIELDS, *_TASK_FIELDS])
-"""Columns of ``Test_Set``: several poses a person."""
 
 TRAINING_SCHEMA = pa.schema(
     [("image", pa.struct([("bytes", pa.binary())])), *_texts("ID", "metadata")]
@@ -193,7 +192,6 @@ def _missing_shards(config: str, shards: Sequence[Path]) -> Iterator[Defect]:
 
 
 def _wanted(columns: Sequence[str], schema: pa.Schema) -> list[str]:
-    """``columns`` with whichever image columns the file has."""
     wanted = [name for name in columns if name not in IMAGE_COLUMNS]
     if len(wanted) < len(columns):
         wanted += [name for name in IMAGE_COLUMNS if name in schema.names] or ["image"]

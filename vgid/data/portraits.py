@@ -27,8 +27,7 @@ HAIR = _colours("1c1818 603a22 a86c30 eac872 bc4022 bcbcc4 4a3e98")
 IRIS = _colours("482e1c 306ebc 3a8a48 82828a")
 CLOTHES = _colours("c62a34 2a48a8 2a8a52 eeeeee 2a2a2e e49622 843e96 7a5c3e")
 BACKGROUND = _colours("eaeade 7aaada 8ec68e e4a07a c68ec6 5c667a eed670 7ad0d0")
-HEAD_SHAPES = ((30, 38), (36, 36), (27, 42))
-"""Half width and half height of the head, canvas pixels."""
+HEAD_SHAPES = ((30, 38), (36, 36), (27, 42))  # half width and half height, canvas pixels
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,6 @@ def _draw_features(pen: _Pen, face: Face, w: float, h: float, turn: float) -> No
 
 
 def _draw_hat(pen: _Pen, face: Face, w: float, h: float) -> None:
-    """No hat, a brimmed hat or a cap."""
     if face.hat == 1:
         felt = (52, 52, 62)
         pen.rectangle(-w - 12, -h * 0.72, w + 12, -h * 0.55, felt)

@@ -104,7 +104,6 @@ def _training_row(person: FictitiousPerson, portrait: bytes) -> dict[str, Any]:
 
 
 def _profile(seed: int, person: FictitiousPerson, paraphrased: bool) -> dict[str, Any]:
-    """Every column but the portraits."""
     generation = fictitious.generation_questions(person, paraphrased)
     # By person and wording, so that nobody's options depend on who was written before.
     rng = sample_generator(seed, f"options/{person.id}/{paraphrased}")

@@ -317,7 +317,6 @@ def verdicts(judgements: Sequence[Judgement]) -> Grid:
 
 
 def _every_comparison(judgements: Sequence[Judgement]) -> Grid:
-    """A table of the claims that have several comparisons, a row each."""
     return Grid(
         ("claim", "backbone", "compared", "seeds", "95 % interval", "corrected for their number"),
         [

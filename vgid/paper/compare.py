@@ -130,7 +130,6 @@ def _done(study: StudyConfig) -> bool:
 
 
 def _check_same_questions(found: Sequence[StudyFront]) -> None:
-    """The base answers the same questions in every study of a seed, or something differs."""
     first: dict[int, StudyFront] = {}
     for study in found:
         other = first.setdefault(study.seed, study)
@@ -189,7 +188,6 @@ def standings(found: Sequence[StudyFront], retain_drop: float) -> list[Standing]
 
 
 def _by_method(found: Sequence[StudyFront]) -> dict[Method, list[StudyFront]]:
-    """Every method's studies by seed."""
     by_method: dict[Method, list[StudyFront]] = {}
     for study in sorted(found, key=lambda study: study.seed):
         by_method.setdefault(study.method, []).append(study)

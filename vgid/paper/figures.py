@@ -24,8 +24,7 @@ COLOURS = {
     "icu_t": "#e9a23b", "noise_t": "#5fa8d3", "vgid": "#d1495b",
 }  # fmt: skip
 MARKS = {"base": "star", "vgid": "diamond", "icu_t": "triangle-up", "noise_t": "triangle-down"}
-TOKENS = {"sensitive": "#e08a3c", "safe": "#4a9d6e"}
-"""Kinds of tokens in figure 2, and their colours."""
+TOKENS = {"sensitive": "#e08a3c", "safe": "#4a9d6e"}  # kinds of tokens in figure 2
 
 
 def trade_off(number: int, filled: Sequence[FilledTable]) -> Picture:

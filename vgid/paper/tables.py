@@ -28,8 +28,7 @@ ALL_NINE = _three("forget", "test", "retain")
 TEXT_SCORES = ("forget_rougeL", "forget_bleu", "test_rougeL", "test_bleu")
 CELEBRITIES = _three("celebrity")
 """General utility, beside the retain people where the data has celebrities; the paper has none."""
-EXTRA = ("retain_bleu", "forget_memorisation")
-"""Scores that a table does not show and its CSV has, for figure 5 and for suspicion."""
+EXTRA = ("retain_bleu", "forget_memorisation")  # in the CSV only, for figure 5 and for suspicion
 
 STYLES: dict[PromptStyle, str] = {
     "declarative": "Declarative", "polite": "Polite", "strict": "Strict Enforcement",
@@ -39,8 +38,7 @@ PRINTED: dict[Method, str] = {"po_dpo": "PO", "po_idk": "PO", "vgid": "Vgid"}
 
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
 REVERSED = "w/ Reverse Attack"
-COMPARISONS: dict[ForgetRatio, int] = {5: 3, 10: 8, 15: 9}
-"""The table that compares all methods, by forget ratio."""
+COMPARISONS: dict[ForgetRatio, int] = {5: 3, 10: 8, 15: 9}  # all methods, by forget ratio
 
 
 class Row(NamedTuple):
@@ -109,7 +107,6 @@ def tables(trials: Mapping[Method, TrialConfig]) -> dict[int, Table]:
 
 
 def _ablations(vgid: TrialConfig) -> tuple[list[Row], list[Row]]:
-    """VGID with each noise, and with each style."""
 
     def row(key: str, label: str, paper: str, **update: object) -> Row:
         changed = parse(TrialConfig, {**vgid.model_dump(), **update}, "table")
