@@ -41,9 +41,9 @@ def trade_off(number: int, filled: Sequence[FilledTable]) -> Picture:
             if gone.n and kept.n:
                 mark, size = MARKS.get(row.key, "circle"), 16 if row.key == "base" else 11
                 point = Series(row.label, [gone.mean], [kept.mean], COLOURS[row.key], mark, size)
-                ends = _bounds(gone), _bounds(kept)
+                x_ends, y_ends = [_bounds(gone)], [_bounds(kept)]
                 hover = [f"{row.label}\n{x.label} {gone}\n{y.label} {kept}"]
-                drawn.append(replace(point, x_bounds=ends[:1], y_bounds=ends[1:], hover=hover))
+                drawn.append(replace(point, x_bounds=x_ends, y_bounds=y_ends, hover=hover))
         panels.append(Panel(x, y, drawn, f"{table.table.forget_ratio} % forgotten"))
     title = f"Figure {number}: forgetting against utility by {metric} ({filled[0].backbone})"
     return Picture(title, panels, size=(4.6 * len(panels) + 1, 4.6))
