@@ -5,7 +5,6 @@ baselines' training settings, is ``TABLE_7``.
 """
 
 import csv
-import io
 import itertools
 from collections.abc import Mapping
 from functools import cache
@@ -41,7 +40,7 @@ def paper_rows() -> tuple[PaperRow, ...]:
     text = files("vgid.paper").joinpath("paper_tables.csv").read_text(encoding="utf-8")
     names = ("table", "backbone", "forget_ratio_percent", "setting", "method")
     rows = []
-    for row in csv.DictReader(io.StringIO(text)):
+    for row in csv.DictReader(text.splitlines()):
         table, backbone, ratio, setting, method = (row.pop(name) for name in names)
         scores = {name: float(cell) for name, cell in row.items() if cell}
         rows.append(PaperRow(int(table), backbone, int(ratio), setting, method, scores))

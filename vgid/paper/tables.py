@@ -107,7 +107,6 @@ def tables(trials: Mapping[Method, TrialConfig]) -> dict[int, Table]:
 
 
 def _ablations(vgid: TrialConfig) -> tuple[list[Row], list[Row]]:
-
     def row(key: str, label: str, paper: str, **update: object) -> Row:
         changed = parse(TrialConfig, {**vgid.model_dump(), **update}, "table")
         return Row(key, label, paper, Arm(trial=changed))
