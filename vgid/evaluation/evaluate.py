@@ -1,20 +1,15 @@
 """The benchmark's evaluation of a backbone: every question asked, every score with its interval.
 
-The questions are those of an ``Examination`` (``vgid.evaluation.questions``), scored as MLLMU-Bench
-does (``vgid.evaluation.metrics``).
-
 Score names are ``<split>_<metric>`` for questions with an image (the paper's), with ``_text``
 behind them for questions that name the person instead, and ``_raw`` for generation questions with
-an image once more as they stand, without the benchmark's answer instructions. Splits: ``forget``,
-``test``, ``earlier`` (whom an earlier request suppressed), ``retain`` (with ``retain_seen`` and
-``retain_unseen``, by whether the person is in the training pool) and ``celebrity``. Those in it
-are the first that a retain loss is shown: ``retain_seen_shown`` among a trial's metrics counts how
-many were, none by a method without a retain loss. Metrics:
+an image as they stand, without the benchmark's answer instructions. Splits: ``forget``, ``test``,
+``earlier`` (whom an earlier request suppressed), ``retain`` (with ``retain_seen`` and
+``retain_unseen``, by whether the person is in the training pool) and ``celebrity``. How many of
+``retain_seen`` a retain loss was shown, first of all, is a trial's ``retain_seen_shown``. Metrics:
 
 - ``rouge1``, ``rouge2``, ``rougeL`` (F-measures), the same with ``_recall``, ``bleu``, ``refusal``
   and ``gibberish`` rates, of generation questions;
-- ``cloze``: accuracy of fill-in-the-blank questions;
-- ``classification``: accuracy of multiple-choice questions;
+- ``cloze`` and ``classification``: accuracy of fill-in-the-blank and multiple-choice questions;
 - ``cloze_shots`` and ``classification_shots``: share of the few-shot turns that stood before the
   questions; only where the context did not hold all of them for some question;
 - ``memorisation`` (forget and earlier splits only): exact memorisation, the share of the true
@@ -49,20 +44,12 @@ class Response(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """What an evaluation found; a score without questions is left out."""
 
-    Attributes:
-        kept: scores by name (see the module docstring), and the same by person; a score without
-            questions is left out.
-        option_scoring: how multiple-choice questions were scored.
-        few_shot: IDs of the people whose questions preceded the scored ones, by task.
-        responses: every response, None unless asked for.
-    """
-
-    kept: KeptScores
+    kept: KeptScores  # by name (see the module docstring), and by person
     option_scoring: Literal["letter", "likelihood"]
-    few_shot: dict[Task, tuple[str, ...]]
-    responses: tuple[Response, ...] | None = field(default=None, repr=False)
+    few_shot: dict[Task, tuple[str, ...]]  # IDs of the people, by task
+    responses: tuple[Response, ...] | None = field(default=None, repr=False)  # if asked for
 
     @property
     def scores(self) -> dict[str, Score]:
@@ -73,8 +60,7 @@ class Evaluation:
 def evaluate(backbone: Backbone, examination: Examination, request: RequestConfig) -> Evaluation:
     """Put every question to the model as it is now, adapters included, and score the answers.
 
-    Of the request count ``eval_batch_size``, ``bootstrap_samples`` and ``log_responses``: scores
-    hold no text, responses do, and are there on request only.
+    Of the request count ``eval_batch_size``, ``bootstrap_samples`` and ``log_responses``.
     """
     responses = _responses(backbone, examination.items, request.eval_batch_size)
     tally: dict[str, tuple[list[float], list[str]]] = {}
@@ -143,7 +129,6 @@ def _responses(backbone: Backbone, items: Sequence[ExamItem], batch_size: int) -
 
 
 def _marks(question: Question, response: str) -> Iterator[tuple[str, float]]:
-    """Every metric of one response."""
     match question.task:
         case "generation":
             yield from metrics.rouge(question.answer, response).items()

@@ -27,7 +27,7 @@ SCORES_FORMAT = 2
 class Scorer:
     """Scores the base or an adapter of it; keeps the encoded questions in memory.
 
-    Scores are kept in the store of the request, by the SHA-256 of the benchmark.
+    Scores are kept in the request's store, shared by all processes, by the benchmark's SHA-256.
     """
 
     def __init__(
@@ -45,15 +45,10 @@ class Scorer:
         reverse: bool = False,
         adapter_dir: Path | None = None,
     ) -> KeptScores:
-        """Scores of the base or of an adapter, from the store if any process has them there.
+        """Scores of the base, or of the PEFT adapter in a folder, computed once for all processes.
 
-        Args:
-            part: which questions.
-            seed: of few-shot people, test poses and bootstrap; by default the request's, and for
-                held-out questions another.
-            intervention: what is done to the questions.
-            reverse: append the reverse-engineering prompt.
-            adapter_dir: PEFT adapter folder, None for the base.
+        ``seed`` is of few-shot people, test poses and bootstrap: by default the request's, and for
+        held-out questions another. ``reverse`` appends the reverse-engineering prompt.
         """
         seed = self._seed(part) if seed is None else seed
         kind, content = "base", None

@@ -1,8 +1,7 @@
 """Scores of a single response, and the interval of a mean over many: pure functions, no model.
 
-The scorers are those of the benchmark's own evaluation (MLLMU-Bench, eval.py): the packages
-``rouge-score`` and NLTK. Refusal and gibberish are ours: ROUGE alone cannot tell a model that
-declines from one that answers wrongly or was broken.
+The scorers are those of MLLMU-Bench's eval.py: ``rouge-score`` and NLTK. Refusal and gibberish are
+ours: ROUGE alone cannot tell a model that declines from one that answers wrongly or is broken.
 """
 
 import re
@@ -32,10 +31,8 @@ _REFUSAL = re.compile(
 )
 """Phrases, in lower case with straight apostrophes, any of which makes a response a refusal.
 
-They are phrases in which a speaker declines or professes ignorance, not single words such as
-"cannot", which a true answer about a person may hold. They cover the refusals that the embedded
-backbones are made with and the usual ones of LLaVA and Qwen chat models.
-"""
+Not single words such as "cannot", which a true answer may hold. They cover the refusals that the
+embedded backbones are made with and the usual ones of LLaVA and Qwen chat models."""
 
 MAX_WORD_LENGTH = 40
 MIN_DISTINCT_WORDS = 0.3
@@ -52,10 +49,9 @@ def _rouge_scorer() -> Any:
 
 
 def rouge(answer: str, response: str) -> dict[str, float]:
-    """ROUGE-1, -2 and -L with the Porter stemmer, as ``rouge-score`` gives them.
+    """ROUGE-1, -2 and -L with the Porter stemmer, as ``rouge-score`` gives them, in [0, 1].
 
-    F-measures are under ``rouge1``, ``rouge2``, ``rougeL`` and recalls under the same names with
-    ``_recall``, all in [0, 1]. The benchmark and the paper report F-measures.
+    F-measures, which the paper reports, and recalls under the same names with ``_recall``.
     """
     scores = _rouge_scorer().score(answer, response)
     f_measures = {name: float(scores[name].fmeasure) for name in ROUGE_TYPES}
@@ -76,10 +72,7 @@ def cloze_correct(answer: str, response: str) -> bool:
 
 
 def letter_choice(response: str, options: Collection[str]) -> str | None:
-    """Which of the option letters a response begins with, white space aside, or None.
-
-    That is the benchmark's rule.
-    """
+    """Which option letter a response begins with, white space aside, or None (benchmark's rule)."""
     letter = response.strip()[:1].upper()
     return letter if letter in options else None
 
@@ -97,11 +90,11 @@ def is_gibberish(response: str) -> bool:
     A response is gibberish if it
 
     - has no letter and no digit (so also if it is empty),
-    - holds a replacement character (broken UTF-8), or more than 30 % of its visible characters
-      are outside ASCII, where the benchmark asks for English,
+    - holds a replacement character (broken UTF-8), or more than 30 % of its visible characters are
+      outside ASCII, where the benchmark asks for English,
     - has a word longer than 40 characters,
-    - is stuck: a chunk of up to 4 characters 8 times in a row, a word 4 times in a row, a phrase
-      of 2 to 4 words 3 times in a row, or, from 10 words on, fewer than 30 % distinct words.
+    - is stuck: a chunk of up to 4 characters 8 times in a row, a word 4 times in a row, a phrase of
+      2 to 4 words 3 times in a row, or, from 10 words on, fewer than 30 % distinct words.
 
     The rules catch collapsed models; fluent nonsense passes, and ROUGE counts it as wrong.
     """
@@ -127,17 +120,12 @@ def bootstrap_interval(
 ) -> Score:
     """Mean of ``values`` with its 95 % percentile bootstrap interval.
 
-    Questions about one person are not independent: a model that forgot a face fails on all of
-    that person's questions. So with ``groups`` whole people are resampled (cluster bootstrap,
-    Davison and Hinkley 1997, section 3.8) and the mean is over the questions of the people drawn.
-    With few people (5 in a small forget set) the interval is coarse and tends to be too narrow;
-    with one person it is a point.
-
-    ``groups`` are the person of each question; None resamples single questions. Same seed, same
-    interval, bit for bit.
-
-    Raises:
-        ValueError: no values, or groups of another length.
+    Questions about one person are not independent: a model that forgot a face fails on all of that
+    person's questions. So with ``groups``, the person of each question, whole people are resampled
+    (cluster bootstrap, Davison and Hinkley 1997, section 3.8) and the mean is over the questions of
+    the people drawn. With few people (5 in a small forget set) the interval is coarse and tends to
+    be too narrow; with one person it is a point. No values, or groups of another length, are a
+    ``ValueError``.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
@@ -165,12 +153,9 @@ def bootstrap_difference(
 ) -> Score:
     """Mean of ``first`` minus mean of ``second`` with its paired 95 % bootstrap interval.
 
-    Both are answers of the same people to the same questions, so people are drawn once for both
-    and their differences resampled: what one person is harder to answer for than another, which
-    both models share, cancels, and neither mean counts as known.
-
-    Raises:
-        ValueError: no people, or other people or numbers of questions.
+    People are drawn once for both and their differences resampled: what one person is harder to
+    answer for than another, which both models share, cancels. Other people or numbers of questions,
+    or none, are a ``ValueError``.
     """
     counts = np.array([n for _, n in first])
     if counts.size == 0 or counts.tolist() != [n for _, n in second]:
@@ -187,7 +172,6 @@ def bootstrap_difference(
 def _resampled(
     totals: NDArray[Any], counts: NDArray[Any], samples: int, seed: int
 ) -> tuple[float, float]:
-    """Percentile interval of the mean per question, whole people resampled."""
     drawn = np.random.default_rng(seed).integers(0, totals.size, (samples, totals.size))
     # Sums over counts, not a mean of people's means: a person with more questions weighs more, as
     # in the mean that the interval is of.

@@ -1,11 +1,10 @@
 """The questions of an evaluation: chosen, framed, tokenised, with their images processed.
 
-A worker prepares an ``Examination`` once and puts every trial's adapter through it
-(``vgid.evaluation.evaluate``). The protocol is MLLMU-Bench's (``vgid.prompts``) with these
-differences, each told where it is made: few-shot people and test poses are seeded, nobody who is
-scored or forgotten serves as a few-shot example, models too small to answer by letter may be scored
-by option likelihood, and generation questions on an image are asked a second time as they stand
-(``raw``), which is how the facts are taught and how users ask.
+A worker prepares an ``Examination`` once and puts every trial's adapter through it. The protocol is
+MLLMU-Bench's (``vgid.prompts``) with these differences: few-shot people and test poses are seeded,
+nobody who is scored or forgotten serves as a few-shot example, models too small to answer by letter
+may be scored by option likelihood, and generation questions on an image are asked a second time as
+they stand (``raw``), which is how the facts are taught and how users ask.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,26 +31,18 @@ Turns = dict[tuple[Task, Form], tuple[Shot, ...]]
 
 @dataclass(frozen=True)
 class ExamItem:
-    """One question, ready for the model.
-
-    Attributes:
-        split: whose question it is: ``forget``, ``test``, ``retain_seen``, ...
-        encoded: what the model is shown.
-        options: token ids of each option as the response, by letter; only where options are
-            ranked by likelihood.
-        answer: the prompt in the turn that answers are taught in, and token ids of the true
-            answer; only where memorisation is measured.
-        shots: share of the few-shot turns that the context holds; None without any.
-        wording: of a generation question; raw ones are in the turn that answers are taught in.
-    """
+    """One question, ready for the model."""
 
     split: str
     question: Question
     encoded: Encoded = field(repr=False)
+    # Token ids of each option as the response, by letter, where options are ranked by likelihood.
     options: Mapping[str, list[int]] | None = field(default=None, repr=False)
+    # The prompt in the turn that answers are taught in, and token ids of the true answer, where
+    # memorisation is measured.
     answer: tuple[Encoded, list[int]] | None = field(default=None, repr=False)
-    shots: float | None = None
-    wording: Wording = "wrapped"
+    shots: float | None = None  # share of the few-shot turns that the context holds
+    wording: Wording = "wrapped"  # raw ones are in the turn that answers are taught in
 
     @property
     def suffix(self) -> str:
@@ -63,18 +54,11 @@ class ExamItem:
 
 @dataclass(frozen=True)
 class Examination:
-    """All questions of an evaluation, prepared once.
-
-    Attributes:
-        items: the questions, by split, then person, then as the benchmark orders them; raw
-            generation questions behind the person's others.
-        few_shot: IDs of the few-shot people by task.
-        seed: of few-shot people, test poses and bootstrap.
-    """
+    """All questions of an evaluation, by split, then person, then as the benchmark orders them."""
 
     items: tuple[ExamItem, ...] = field(repr=False)
-    few_shot: dict[Task, tuple[str, ...]]
-    seed: int
+    few_shot: dict[Task, tuple[str, ...]]  # people's IDs by task
+    seed: int  # of few-shot people, test poses and bootstrap
 
 
 def prepare(
@@ -90,17 +74,12 @@ def prepare(
 ) -> Examination:
     """Choose, frame and tokenise the questions of an evaluation.
 
-    Args:
-        backbone: whom the questions are put to.
-        people: whose questions are asked, and who may serve as few-shot example.
-        request: its seed splits every person's questions into parts.
-        part: which part is asked. Celebrities, never part of a selection, are asked everything.
-        seed: chooses few-shot people, the pose of each test question and bootstrap resamples.
-        celebrities: real people, for general utility; asked without few-shot turns, as the
-            benchmark does (it looks for theirs among the fictitious people).
-        intervention: perturbation and instruction to ask under, as in-context unlearning does.
-        reverse: append the reverse-engineering prompt (paper Appendix A.3.7).
-        refused: gets the questions that the backbone cannot be asked, which otherwise raise.
+    The request's seed splits every person's questions into parts, of which ``part`` is asked;
+    ``seed`` chooses few-shot people, the pose of each test question and bootstrap resamples.
+    ``celebrities``, never part of a selection, are asked everything, without few-shot turns (the
+    benchmark looks for theirs among the fictitious people). ``reverse`` appends the
+    reverse-engineering prompt (paper Appendix A.3.7). Questions that the backbone cannot be asked
+    go to ``refused``, if it is given.
 
     Raises:
         InputError: too few people for the few-shot turns, an unreadable image, or a prompt longer
@@ -194,10 +173,7 @@ def _queries(
 def _worded(
     person: Person, split: str, part: QuestionPart, seed: int
 ) -> list[tuple[Question, Wording]]:
-    """What a person is asked and how: open questions on an image as they stand too.
-
-    Celebrities are asked everything, and as the benchmark asks only.
-    """
+    """What a person is asked and how: open questions on an image as they stand too."""
     if split == "celebrity":
         return [(question, "wrapped") for question in person.questions]
     asked = split_questions(person, part, seed)
@@ -234,15 +210,10 @@ def choose_few_shot(
 ) -> tuple[Person, ...]:
     """Draw the few-shot people of a task; the same people whatever the order of ``candidates``.
 
-    The benchmark draws them unseeded from the evaluated split and leaves their questions out of
-    the score; here they come from people who are neither scored nor forgotten. They stand in the
-    order of their IDs, as the benchmark's file has them.
-
-    Those without an image question of the task are not drawn. ``source`` is where the candidates
-    come from, for the error message.
-
-    Raises:
-        InputError: too few candidates.
+    The benchmark draws them unseeded from the evaluated split and leaves their questions out of the
+    score; here they come from people who are neither scored nor forgotten, and have an image
+    question of the task. They stand in the order of their IDs, as in the benchmark's file. Too few
+    candidates are an ``InputError`` that names their ``source``.
     """
     able = [
         person
@@ -261,10 +232,7 @@ def choose_few_shot(
 def few_shot_turns(
     backbone: Backbone, people: Sequence[Person], task: Task, form: Form
 ) -> tuple[Shot, ...]:
-    """All of ``people``'s questions of one task and form with their answers: the frame's own turns.
-
-    They are completed turns where it has none (see ``PromptFrame``).
-    """
+    """All of ``people``'s questions of one task and form, answered, in the frame's own turns."""
     frame = backbone.spec.frame
     shots = []
     for person in people:

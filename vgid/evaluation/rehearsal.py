@@ -29,8 +29,8 @@ ALL_TRAINING = TrialConfig.model_validate({"train_tasks": get_args(Task), "train
 class Rehearsal:
     """Requests over the same data, one after the other; what passed is not looked at again.
 
-    The backbone may be without weights (``vgid.models.backbones.outline``). Of ``everyone`` are all
-    retain people, celebrities and training pairs, whichever of them a request's seed chooses.
+    The backbone may be without weights. Of ``everyone`` are all retain people, celebrities and
+    training pairs, whichever of them a request's seed chooses.
     """
 
     def __init__(self, backbone: Backbone, benchmark: Benchmark, everyone: bool = False) -> None:
@@ -42,10 +42,8 @@ class Rehearsal:
     ) -> Iterator[Defect]:
         """What of a request could not run, sample by sample; nothing if all of it can.
 
-        ``trials`` hold each choice of training tasks and wordings that a trial may have.
-
-        Raises:
-            InputError: a defect of the data itself, or a request that the data cannot answer.
+        ``trials`` hold each choice of training tasks and wordings that a trial may have. A defect
+        of the data itself, or a request that the data cannot answer, is an ``InputError``.
         """
         yield from self.benchmark.people_defects(request.forget_ratio)
         people = choose_people(self.benchmark, request)
@@ -108,10 +106,7 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class Run:
-    """What a benchmark is to be good for besides being read: a study of each forget ratio.
-
-    The fields are those of its ``RequestConfig``.
-    """
+    """A study of each forget ratio, by fields of its ``RequestConfig``."""
 
     backbone: str
     model_path: str | None = None
@@ -155,11 +150,7 @@ def _said(person: Person, split: str) -> Hashable:
 
 
 def rehearsed(request: RequestConfig, trials: Sequence[TrialConfig]) -> Benchmark:
-    """The benchmark of a request that can be run, without what the request leaves out.
-
-    Raises:
-        InputError: the first thing that keeps it from being run.
-    """
+    """The benchmark of a request without what it leaves out; ``InputError`` if it cannot be run."""
     benchmark = Benchmark.open(request.data, request.skip_defects)
     backbone = outline(request.backbone, request.model_path)
     if request.skip_defects:
@@ -171,8 +162,7 @@ def rehearsed(request: RequestConfig, trials: Sequence[TrialConfig]) -> Benchmar
 def without_unfit(backbone: Backbone, benchmark: Benchmark, request: RequestConfig) -> Benchmark:
     """A benchmark without the samples that a backbone cannot take, for ``skip_defects``.
 
-    Raises:
-        InputError: what is left cannot be run either.
+    ``InputError`` if what is left cannot be run either.
     """
     while True:
         # Again after each round: the fewer questions there are, the other way they are split.
@@ -185,10 +175,7 @@ def without_unfit(backbone: Backbone, benchmark: Benchmark, request: RequestConf
 
 
 def missing_objectives(people: People, request: RequestConfig) -> Iterator[Defect]:
-    """Objectives that no question measures, in the part that trials or that the front is scored on.
-
-    Other scores may be missing; without these two a trial has no place among the others.
-    """
+    """Objectives that no question measures, for trials or for the front: none has a place without."""
     configs = (f"forget_{request.forget_ratio}", f"retain_{100 - request.forget_ratio}")
     parts: tuple[QuestionPart, ...] = ("search", "held_out")
     for config, members in zip(configs, (people.forget, people.retain), strict=True):

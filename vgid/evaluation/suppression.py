@@ -1,16 +1,13 @@
 """When forgetting may be called suppression: enough is gone, of what the base had.
 
-*Enough.* A drop is called suppression where at least half of the base's ROUGE-L is gone even at the
-unfavourable end of the 95 % interval (``MIN_FORGET``); ``vgid.deployment.rules`` refuses a trial by
-the same floor. It is asked of each test by itself: portraits, new portraits and wording, text, the
-reverse prompt.
+*Enough.* In each test at least half of the base's ROUGE-L is gone even at the unfavourable end of
+the 95 % interval (``MIN_FORGET``, also the floor of ``vgid.deployment.rules``).
 
-*Of what the base had.* The benchmark presumes a base that was fine-tuned on its people, and a share
-of nothing is easily gone. Wording that all people's answers share earns ROUGE-L without a fact:
-measured on tiny models that saw the templates and not the people, 0.44 to 0.52 at a cloze accuracy
-below 0.13. So a base is doubted below 0.44 whatever its cloze, and up to 0.52 where its cloze is
-below 0.13 too, or was not asked. (A plain llava-1.5-7b scores some 0.20; the paper's fine-tuned one
-0.571 at cloze 0.24.)
+*Of what the base had.* The benchmark presumes a base that was fine-tuned on its people. Wording
+that all people's answers share earns ROUGE-L without a fact: measured on tiny models that saw the
+templates and not the people, 0.44 to 0.52 at a cloze accuracy below 0.13. So a base is doubted
+below 0.44 whatever its cloze, and up to 0.52 where its cloze is below 0.13 too, or was not asked.
+(A plain llava-1.5-7b scores some 0.20; the paper's fine-tuned one 0.571 at cloze 0.24.)
 """
 
 import re
@@ -18,12 +15,10 @@ from collections.abc import Mapping, Sequence
 
 from vgid.results import Score
 
-MIN_FORGET = 0.5
-"""Share of the base's ROUGE-L that has to be gone."""
-
+MIN_FORGET = 0.5  # share of the base's ROUGE-L that has to be gone
 TEMPLATE_ROUGE_L = (0.44, 0.52)
 TEMPLATE_CLOZE = 0.13
-"""What shared wording alone earns, see the module."""
+"""What shared wording alone earns."""
 
 
 def share_gone(base: float, left: float) -> float:
@@ -66,11 +61,8 @@ def verdict(
 ) -> str:
     """What may be said of some people: under which tests they are suppressed, under which not.
 
-    Args:
-        base: the base's scores.
-        deployed: the scores after forgetting.
-        reverse: those under the reverse prompt, if that was asked.
-        splits: of the people, their own questions first.
+    ``splits`` are of the people, their own questions first; ``reverse`` are scores under that
+    prompt.
     """
     asked = re.compile(rf"({'|'.join(splits)})_rougeL(_text|_raw)?")
     tests = {
@@ -98,5 +90,4 @@ def verdict(
 
 
 def _enough(base: Score, deployed: Score) -> bool:
-    """Whether enough is gone at the unfavourable end of the interval."""
     return share_gone(base.value, deployed.high) >= MIN_FORGET

@@ -1,7 +1,7 @@
 """Checkpoint of a trial under way: adapter, optimizer state and reports in one safetensors file.
 
-It is written to a temporary name and renamed, so a crash leaves the last whole one. Random states
-are not in it: everything random in ``distillation`` is a function of (seed, epoch).
+It is renamed into place, so a crash leaves the last whole one. Random states are not in it:
+everything random in ``distillation`` is a function of (seed, epoch).
 """
 
 import json
@@ -19,8 +19,7 @@ from vgid.results import EpochReport
 
 FILE_NAME = "state.safetensors"
 _REPORTS = TypeAdapter(list[EpochReport])
-_STATES = ("step", "exp_avg", "exp_avg_sq")
-"""AdamW's, of each parameter."""
+_STATES = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of each parameter
 
 
 def save_checkpoint(
@@ -54,11 +53,10 @@ def load_checkpoint(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> list[EpochReport]:
-    """Load the state of trial ``trial_id`` into its parameters and optimizer.
+    """Load the state of trial ``trial_id``; gives the reports of its epochs.
 
-    Returns:
-        The reports of the epochs done: none if the folder holds no state of this trial, or one that
-        is not that of these very parameters; the trial then begins anew.
+    There are none if the folder holds no state of this trial or of other parameters: it begins
+    anew.
     """
     try:
         with safe_open(folder / FILE_NAME, "pt") as file:

@@ -1,12 +1,11 @@
 """Forward KL at the response positions straight from hidden states, lean in memory.
 
-Full-vocabulary logits of all positions, their log-softmax, probabilities and gradients are what
-runs a training step out of memory. Here positions go through ``lm_head`` a chunk at a time, and the
-gradient with respect to the student's hidden states, (p_student - p_teacher) @ weight, is made in
-the same pass; so two (chunk, V) buffers, allocated once, hold all that is vocabulary-sized.
+Positions go through ``lm_head`` a chunk at a time, and the gradient with respect to the student's
+hidden states, (p_student - p_teacher) @ weight, is made in the same pass; so two (chunk, V)
+buffers, allocated once, hold all that is vocabulary-sized.
 
-Shapes: R response positions, C positions of a chunk, r a few of these, D hidden width,
-V vocabulary, v a block of it.
+Shapes: R response positions, C positions of a chunk, r a few of these, D hidden width, V
+vocabulary, v a block of it.
 """
 
 from typing import Any
@@ -32,24 +31,15 @@ def chunked_kl(
 ) -> Tensor:
     """Sum over positions of KL(teacher || student): the sums in equations 3 and 4 of the paper.
 
-    The logits are those of ``F.linear(hidden, weight_VD, bias_V)``. A position whose hidden states
-    are equal adds exactly 0 to the value and to the gradient. NaN and inf are not hidden: a row
-    with one makes the value NaN or inf. Deterministic; differentiable once.
+    The logits are ``F.linear(hidden, weight_VD, bias_V)`` of last hidden states that predict the
+    response tokens, of any floating dtype; only the student's get a gradient, and they are on the
+    weight's device. A position of equal hidden states adds exactly 0 to value and gradient. NaN and
+    inf are not hidden. Deterministic; differentiable once.
 
-    Args:
-        student_RD: last hidden states that predict the response tokens, any floating dtype, shape
-            (R, D) with R >= 0, on the weight's device. The only input that gets a gradient.
-        teacher_RD: the teacher's, same shape, any floating dtype and device.
-        weight_VD: frozen ``lm_head`` weight; the matrix products run in its dtype.
-        bias_V: frozen ``lm_head`` bias, of the weight's dtype and device.
-        chunk: positions at a time, at least 1. Memory is two fp32 buffers of (chunk, V) and
-            scratch of a few (chunk, ``BLOCK``).
-
-    Returns:
-        A scalar in nats; fp32, or fp64 where the weight is fp64, as are the softmax and the sums.
-
-    Raises:
-        InputError: shapes that do not fit together, or a chunk below 1.
+    The result is a scalar in nats; fp32, or fp64 where the weight is fp64, as are the softmax and
+    the sums; matrix products run in the weight's dtype. Memory is two such buffers of (chunk, V)
+    and scratch of a few (chunk, ``BLOCK``). Shapes that do not fit, or a chunk below 1, are an
+    ``InputError``.
     """
     student, teacher, weight = (tuple(x.shape) for x in (student_RD, teacher_RD, weight_VD))
     bias = weight[:1] if bias_V is None else tuple(bias_V.shape)
@@ -94,7 +84,7 @@ class _ChunkedKL(torch.autograd.Function):
         chunk: int,
         with_grad: bool,
     ) -> Tensor:
-        """The scalar; keeps grad_RD, of the student's shape and dtype, if ``with_grad``."""
+        """Keeps grad_RD, of the student's shape and dtype, if ``with_grad``."""
         dtype = torch.promote_types(weight_VD.dtype, torch.float32)
         size = max(1, min(chunk, len(student_RD)))
         # One buffer for both hidden states: a matrix product may round differently at another
@@ -122,7 +112,7 @@ class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """grad_RD times the scalar that arrives; None for the other inputs."""
+        """Of the student's states only."""
         (grad_RD,) = ctx.saved_tensors
         # The value is a sum, so what arrives is one factor for all positions (alpha, beta, 1 /
         # tokens).
@@ -138,10 +128,7 @@ def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out_CV:
 
 
 def _divergence(teacher_CV: Tensor, student_CV: Tensor, out_C: Tensor) -> None:
-    """KL of each position from two buffers of logits.
-
-    ``student_CV`` then holds the gradient with respect to its logits, p_student - p_teacher.
-    """
+    """KL of each position; ``student_CV`` then holds its gradient, p_student - p_teacher."""
     # A softmax needs whole rows, so scratch here is a few rows, as large as a block of columns.
     size = max(1, len(teacher_CV) * BLOCK // teacher_CV.shape[1])
     for start in range(0, len(teacher_CV), size):

@@ -6,20 +6,14 @@ An optimizer step minimises equation 5 over a batch of forget questions and one 
     L_F = KL( pi_T(. | P_phi(v), t_ic + t) || pi_theta(. | v, t) )    Distillation.forget_loss
     L_R = KL( pi_0(. | v, t)               || pi_theta(. | v, t) )    Distillation.retain_loss
 
-That is forward KL to the student, who sees the original image, from the teacher, who sees it
-perturbed and behind the instruction (``vgid.method.teacher``), and from the frozen base. Other
-methods have other losses (``vgid.method.methods``). Response tokens only: the student's hidden
-states at those positions meet the teacher's in ``lm_head``, whatever the lengths of their prompts.
-Questions of one portrait ride in one sequence (``vgid.models.packing``).
+The student sees the original image, the teacher a perturbed one behind the instruction
+(``vgid.method.teacher``); other methods have other losses (``vgid.method.methods``). Response
+tokens only: the student's hidden states there meet the teacher's in ``lm_head``.
 
 An epoch is one pass over the forget questions; the retain questions have passes of their own,
-which go on from epoch to epoch. A pass holds every question once, its tasks in proportion.
-
-Everything random is a function of (seed, epoch), so a resumed trial goes on as if never stopped.
-
-Of Algorithm 1 this differs in one thing: the teacher's noise is drawn once for each portrait and
-study (``vgid.method.teacher``), which is what lets trials share its states, and not anew for each
-batch.
+which go on from epoch to epoch. Everything random is a function of (seed, epoch), so a resumed
+trial goes on as if never stopped. Other than in Algorithm 1 the teacher's noise is drawn once for
+each portrait and study, and not anew for each batch: so trials share its states.
 """
 
 import itertools
@@ -57,27 +51,19 @@ class LossNotFiniteError(Exception):
 
 @dataclass(frozen=True)
 class DistillationSet:
-    """The student's prompts with the teacher's targets.
-
-    Attributes:
-        prompts: the ORIGINAL image and question of each sample.
-        targets: one list of targets for each response source in use; with several, a sample
-            learns from each in turn, epoch after epoch.
-        tasks: the task of each sample; batches hold the tasks in proportion.
-        paired: a sample learns from all its targets at once (preferences) instead.
-        views: the prompts again, with other views of the portraits (``vgid.method.views``);
-            optimizer steps take turns between ``prompts`` and these.
-        first: samples whose portraits come before all others in every pass.
-        name: of the set, which its order is drawn by.
-    """
+    """The student's prompts, of the ORIGINAL images, with the teacher's targets."""
 
     prompts: Sequence[Encoded]
+    # A list for each response source: a sample learns from each in turn, epoch after epoch, or
+    # from all of them at once where they are ``paired`` (preferences).
     targets: Sequence[Sequence[TeacherTarget]]
     tasks: Sequence[Task]
     paired: bool = False
+    # The prompts again, with other views of the portraits (``vgid.method.views``): optimizer steps
+    # take turns between ``prompts`` and these.
     views: Sequence[Sequence[Encoded]] = ()
-    first: Collection[int] = ()
-    name: str = "forget"
+    first: Collection[int] = ()  # samples whose portraits come before all others in every pass
+    name: str = "forget"  # of the set, which its order is drawn by
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -103,9 +89,8 @@ class DistillationSet:
         """A pass over the samples in nearly equal batches: portraits in turn, tasks in proportion.
 
         A portrait gives its next ``config.questions_per_image`` questions at each of its turns,
-        which are spread evenly over the pass. Of the tasks that a portrait still has, the one comes
-        next that is furthest behind its share of all samples, so that any stretch of the pass holds
-        the tasks in nearly that proportion. The order is drawn by the trial's seed and ``name``.
+        which are spread evenly over the pass. Of the tasks that it still has, the one comes next
+        that is furthest behind its share of all samples. Trial seed and ``name`` draw the order.
         """
         # Why not a plain shuffle: of five people with 20 questions, a batch of 8 would hold 4 or 5
         # portraits, and each portrait costs its image tokens; and the few cloze questions would
@@ -136,7 +121,7 @@ class DistillationSet:
         return [p.tolist() for p in np.array_split(order, math.ceil(len(order) / batch_size))]
 
     def rounds(self, indices: Sequence[int], epoch: int) -> list[list[TeacherTarget]]:
-        """What the samples learn from in ``epoch``: one list, or of paired targets each in turn."""
+        """What the samples learn from in ``epoch``: one list; of paired targets all, in turn."""
         if self.paired:
             return [[targets[i] for i in indices] for targets in self.targets]
         several = len(self.targets)
@@ -149,13 +134,7 @@ Shares = dict[Term, list[DistillationBatch]]
 
 
 class Student(nn.Module):
-    """The adapted model as a module whose forward is the loss, so that DDP sees all of it.
-
-    Args:
-        model: the ``PeftModel``.
-        backbone: the frozen base that it wraps.
-        method: whose losses; VGID's by default.
-    """
+    """The adapted model as a module whose forward is a method's loss, so that DDP sees all of it."""
 
     def __init__(
         self, model: nn.Module, backbone: Backbone, method: UnlearningMethod | None = None
@@ -297,18 +276,12 @@ def distill(
 ) -> Iterator[EpochReport]:
     """Train the attached adapter in place; yields a report after each epoch.
 
-    Args:
-        backbone: the frozen base that ``model`` wraps.
-        model: the ``PeftModel`` with a fresh adapter.
-        forget: D_F with the method's targets, for VGID the teacher of equation 2.
-        retain: D_R with the frozen base as teacher; not used if the method has no retain term.
-        config: the trial.
-        method: whose losses; the trial's by default.
-        trial_id: written into the checkpoint, which is resumed from only by the same trial.
-        rank: of this process.
-        world_size: number of processes; more than one needs an initialised process group.
-        checkpoint: its folder, written after each epoch and resumed from. Epochs that it has are
-            reported again, since nobody may have heard of them.
+    ``model`` is the ``PeftModel`` around the frozen ``backbone``, with a fresh adapter. ``forget``
+    has the targets of ``method``, by default the trial's, and ``retain`` the frozen base's. More
+    than one process needs an initialised process group.
+
+    The folder ``checkpoint`` is written after each epoch, and resumed from by the same ``trial_id``
+    only. Epochs that it has are reported again, since nobody may have heard of them.
 
     Raises:
         InputError: the trial asks for a layer that the backbone lacks.
@@ -370,9 +343,8 @@ def take_step(
 ) -> tuple[Tensor, float]:
     """One clipped optimizer step at learning rate ``rate`` on alpha * L_F + beta * L_R: equation 5.
 
-    Returns:
-        The unweighted losses L_F and L_R of this rank, float64 of shape (2,), and the norm of the
-        gradient before it was clipped.
+    Gives this rank's unweighted losses L_F and L_R, float64 of shape (2,), and the norm of the
+    gradient before it was clipped.
     """
     # A backward pass for each part of each term: alpha * grad L_F + beta * grad L_R is the gradient
     # of the sum, and one part's activations are gone before the next one's are made.
@@ -402,10 +374,8 @@ def backward_term(
 ) -> Tensor:
     """Add a part of a term of equation 5, times its ``weight`` alpha or beta, to the gradient.
 
-    The ``last`` addition of a step is followed by the ranks' exchange of gradients.
-
-    Returns:
-        The unweighted share of the loss, fp64 on the CPU.
+    The ``last`` addition of a step is followed by the ranks' exchange of gradients. Gives the
+    unweighted share of the loss, fp64 on the CPU.
     """
     waits = not last and isinstance(student, DistributedDataParallel)
     with student.no_sync() if waits else nullcontext():  # type: ignore[operator]

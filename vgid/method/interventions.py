@@ -1,8 +1,7 @@
 """The visual perturbations P_phi of VGID (paper section 3.3).
 
-A perturbation acts on pixels in [0, 1], before normalisation, at the resolution that the model
-sees (after the processor's resize), so that sigma means the same for every image. The released
-script adds its noise in normalised space instead; ``TrialConfig.released`` reproduces that.
+They act on pixels in [0, 1] at the resolution that the model sees, so that sigma means the same for
+every image. The released script adds its noise in normalised space (``vgid.method.released``).
 """
 
 import numpy as np
@@ -17,13 +16,11 @@ def perturb(
     sigma: float | None,
     generator: np.random.Generator,
 ) -> NDArray[np.uint8]:
-    """Perturb one 8-bit RGB image: v' = P_phi(v), paper section 3.3.
+    """Perturb one 8-bit RGB image: v' = P_phi(v).
 
-    ``gaussian`` adds noise of standard deviation ``sigma`` (in units of the [0, 1] pixel range) and
-    clips to [0, 1]; ``random`` and ``white`` replace the image with uniform noise or with white.
-
-    Raises:
-        ValueError: sigma missing for Gaussian noise.
+    ``gaussian`` adds noise of standard deviation ``sigma`` (in units of the [0, 1] pixel range),
+    without which it is a ``ValueError``, and clips; ``random`` and ``white`` replace the image with
+    uniform noise or with white.
     """
     match noise_type:
         case "white":

@@ -28,10 +28,7 @@ Prepared = tuple[Callable[[Any], Iterator[EpochReport]], Iterator[TrainingSample
 
 @dataclass
 class Preparation:
-    """Prepares trials of one forget request; keeps the samples and encodings that they share.
-
-    Its fields are the session's (``vgid.trial.TrialSession``); ``backbone`` is the frozen base.
-    """
+    """Prepares trials of one forget request; keeps the samples and encodings that they share."""
 
     backbone: Backbone
     benchmark: Benchmark
@@ -46,8 +43,7 @@ class Preparation:
     def training(self, trial: TrialConfig, trial_id: str, checkpoint: Path | None) -> Prepared:
         """Prepare one trial: its samples, what the teachers answer them, the order of its batches.
 
-        Raises:
-            InputError: data that cannot be trained on, or a layer that the backbone lacks.
+        Data that cannot be trained on, or a layer that the backbone lacks, are an ``InputError``.
         """
         forget = self._asked(trial, forget=True)
         retain = self._asked(trial, forget=False) if uses(trial.method, "beta") else []
@@ -126,7 +122,6 @@ class Preparation:
         return self._samples[key]
 
     def _encode(self, samples: Sequence[TrainingSample], view: int = 0) -> list[Encoded]:
-        """The samples' prompts with a view of their portraits, see ``vgid.method.views``."""
         pictures: dict[str, Image.Image] = {}
         for sample in samples:
             query, portrait = sample.query, sample.portrait

@@ -18,19 +18,14 @@ from vgid.models.encoding import Encoded
 from vgid.models.vision import Picture
 
 PORTRAIT_PIXELS = 336
-BEFORE_IMAGE = 5
-"""Tokens of the prompt frame in front of the image."""
+BEFORE_IMAGE = 5  # tokens of the prompt frame in front of it
 QUESTION_TOKENS = (35, 55)
 RESPONSE_TOKENS = (15, 25)
 """Shortest and longest, 45 and 20 on average: what the benchmark's questions and answers take."""
 
 
 def synthetic_set(backbone: Backbone, portraits: int, questions: int, seed: int) -> DistillationSet:
-    """Prompts of random token ids on random portraits, with random teacher states.
-
-    Each of the ``portraits`` has as many ``questions``, with lengths of ``QUESTION_TOKENS`` and
-    ``RESPONSE_TOKENS``; only lengths matter for costs.
-    """
+    """``questions`` of random token ids on each of some random ``portraits``, and states."""
     generator = np.random.default_rng(seed)
     config = backbone.model.config
     text_config = config.get_text_config()
@@ -61,7 +56,6 @@ def synthetic_set(backbone: Backbone, portraits: int, questions: int, seed: int)
 
 
 def _picture(config: Any, name: str, generator: np.random.Generator) -> Picture:
-    """Random pixels as the backbone's processor would hand them on."""
     vision = config.vision_config
     grid: dict[str, Tensor] = {}
     if hasattr(vision, "spatial_merge_size"):

@@ -4,11 +4,9 @@ It differs from the paper (facts from https://github.com/JackChen-seu/VGID, base
 unlearning instruction; noise drawn with ``rand_like`` in normalised pixel space, anew for each
 batch; teacher-forced reference answers without an end-of-sequence token; KL over every position,
 prompt and padding included, divided by the batch size only; two optimizer steps a pair of batches,
-forget then retain, instead of one for the summed loss; no gradient clipping. It trains on the pairs
-of ``ft_Data`` by their raw questions. Both sets are shuffled anew each epoch, which ends with the
-smaller one: retain questions have no passes of their own. LoRA has scale 1 and Gaussian initial
-weights. Its defaults (``vgid.config.RELEASED``) are alpha = beta = 1, learning rate 5e-4, 5 epochs,
-batches of 4, LoRA of rank 16 with dropout 0.05.
+forget then retain; no gradient clipping. It trains on the pairs of ``ft_Data`` by their raw
+questions. Both sets are shuffled anew each epoch, which ends with the smaller one. LoRA has scale 1
+and Gaussian initial weights. Its defaults are ``vgid.config.RELEASED``.
 
 Liberties taken: the teacher is the same weights with the adapter off, not a second copy in half
 precision; LoRA is on the language model only, where the script's names of layers may meet those of
@@ -56,10 +54,7 @@ def with_normalised_noise(batch: Batch, generator: torch.Generator) -> dict[str,
 def epoch_pairs(
     forget: int, retain: int, config: TrialConfig, epoch: int
 ) -> list[tuple[list[int], list[int]]]:
-    """The forget and the retain batch of each step of an epoch (0-based), of sets of these sizes.
-
-    As two shuffled data loaders give them.
-    """
+    """The forget and the retain batch of each step of an epoch (0-based): two shuffled loaders."""
     loaders = []
     for name, count in (("forget", forget), ("retain", retain)):
         order = sample_generator(config.seed, f"released {name} epoch {epoch}").permutation(count)
@@ -85,10 +80,8 @@ def distill_released(
     """Train the attached adapter in place as the public script does; one process.
 
     Both sets are original prompts with the token ids of the reference answers; the rest is as for
-    ``vgid.method.distillation.distill``.
-
-    Raises:
-        LossNotFiniteError: NaN or infinite loss or gradient.
+    ``vgid.method.distillation.distill``. NaN or infinite loss or gradient is a
+    ``LossNotFiniteError``.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     # The script's AdamW is that of an older transformers, whose eps was this.

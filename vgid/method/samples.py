@@ -49,13 +49,10 @@ def training_samples(
     """The training questions of ``people``, image form, in the prompt formats of the benchmark.
 
     Generation questions are the fine-tuning metadata of ``ft_Data``, in each of the trial's
-    wordings. Cloze and classification questions, which that metadata lacks, are the search part of
-    the people's own, by ``seed``. Those ``left_out`` are scored as held-out.
-
-    With ``likelihood_options``, classification asks for the option's text instead of its letter.
-
-    Raises:
-        InputError: a person has no fine-tuning metadata, or no question is left of anybody.
+    wordings. Cloze and classification questions are the search part of the people's own, by
+    ``seed``; with ``likelihood_options``, classification asks for the option's text and not its
+    letter. Those ``left_out`` are scored as held-out. A person without fine-tuning metadata, and no
+    question left of anybody, are an ``InputError``.
     """
     tasks = trial.train_tasks
     pairs = benchmark.training_pairs() if "generation" in tasks else {}

@@ -1,7 +1,7 @@
 """What the student makes of a batch share, as the methods' losses ask for it.
 
-The reference of a loss is the frozen base, never a second model: its last hidden states come from
-the teacher store, those of an inner layer from a pass with the adapter off.
+The reference of a loss is the frozen base: its last hidden states come from the teacher store,
+those of an inner layer from a pass with the adapter off.
 
 Shape legend: S responses of the share (a sample with two of them counts twice), R response tokens
 over all of them, T tokens of one sample behind its image, D hidden width, V vocabulary.
@@ -26,28 +26,21 @@ from vgid.models.packing import Packed, hidden_states
 class DistillationBatch:
     """One rank's share of a batch, or of a part of it.
 
-    Attributes:
-        packed: the original prompts with the response tokens y. Of paired targets (preferences)
-            first the preferred response of every sample, then the other of every sample.
-        teacher_RD: the teacher's hidden states that predict y.
-        weight: 1 / response tokens of the whole batch over all ranks; 0 for a placeholder. A sum
-            over tokens times this adds up, over ranks and parts, to the batch's mean.
-        fraction: the samples here / samples of the whole batch; 0 for a placeholder. A mean over
-            samples times this adds up to the batch's mean.
+    A sum over tokens times ``weight``, and a mean over samples times ``fraction``, add up to the
+    batch's mean over ranks and parts. Both are 0 for a placeholder.
     """
 
+    # The original prompts with the response tokens y; of paired targets (preferences) first the
+    # preferred response of every sample, then the other.
     packed: Packed
-    teacher_RD: Tensor
-    weight: float
-    fraction: float
+    teacher_RD: Tensor  # the teacher's hidden states that predict y
+    weight: float  # 1 / response tokens of the whole batch over all ranks
+    fraction: float  # the samples here / samples of the whole batch
 
 
 @dataclass
 class View:
-    """A share ``part`` of a batch under the student: ``backbone``, and the ``PeftModel`` around it.
-
-    What a method's loss asks for is computed then, once.
-    """
+    """A share ``part`` of a batch under the student: ``backbone`` and the ``PeftModel`` on it."""
 
     backbone: Backbone
     model: Any
@@ -60,8 +53,7 @@ class View:
     def kl(self) -> Tensor:
         """Forward KL from the teacher at the response positions, this share of the token mean.
 
-        ``forward_kl(lm_head(teacher), lm_head(student))`` of ``vgid.objectives``, without ever
-        holding the logits of all positions.
+        It is ``vgid.objectives.forward_kl`` without the logits of all positions.
         """
         lm_head = self.backbone.model.lm_head
         kl = chunked_kl(self._hidden_RD, self.part.teacher_RD, lm_head.weight, bias_V=lm_head.bias)
@@ -88,9 +80,9 @@ class View:
     def layer_hidden(self, layer: int) -> list[Tensor]:
         """The student's output of layer ``layer`` (1 is the first): (T, D) for each sample.
 
-        T are the tokens behind the image, question and response (all, if there is no image).
-        The image's own tokens and those before them stand first in every sequence, and would be
-        pulled to the target by forget samples and held by retain samples. No layer above is run.
+        T are the tokens behind the image, question and response (all, if there is no image): what
+        stands first in every sequence would be pulled to the target by forget samples and held by
+        retain samples. No layer above is run.
         """
         with _truncated(self.backbone, layer):
             states_BLD = hidden_states(self.backbone, self.part.packed)

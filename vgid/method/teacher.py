@@ -1,11 +1,9 @@
 """The teacher pi_T (equation 2) and the store that computes it once per study.
 
-The retain teacher depends on no searched hyperparameter, and the forget teacher only on the
-intervention and the response source. So the base model's last hidden states at the response
-positions are kept as safetensors, in chunks of portraits, and turned back into exact logits by
-the frozen ``lm_head``. A chunk's key is the hash of all that it depends on: base revision, dtype,
-image processor, prompt frame, every sample's text and image, intervention, noise seed, response
-source. Trials, workers and nodes share the store (``vgid.models.store``).
+The base model's last hidden states at the response positions are kept as safetensors, in chunks of
+portraits, and turned back into exact logits by the frozen ``lm_head``. A chunk's key is the hash of
+all that it depends on, from base revision to response source, and of no searched hyperparameter
+besides. Trials, workers and nodes share the store (``vgid.models.store``).
 
 Shape legend: R response tokens of a sample, D hidden width.
 """
@@ -43,23 +41,17 @@ class Intervention:
     """What the teacher is shown in place of (v_f, t_f): P_phi(v_f) and t_ic ⊕ t_f, equation 2.
 
     With neither a noise type nor a style it is the frozen base itself, the teacher of equation 4.
-
-    Attributes:
-        noise_type: perturbation of the image, None to show it as it is.
-        sigma: of Gaussian noise.
-        style: unlearning instruction, None for none.
-        seed: of the noise, which is drawn for each image anew and is the same for all of its
-            questions; and of the choice of a refusal, which is drawn for each question.
+    The seed is that of the noise, drawn for each image anew and the same for all of its questions,
+    and of the choice of a refusal, drawn for each question.
     """
 
     noise_type: NoiseType | None = None
-    sigma: float | None = None
+    sigma: float | None = None  # of Gaussian noise
     style: PromptStyle | None = None
     seed: int = 0
 
 
-PLAIN = Intervention()
-"""Questions as they are."""
+PLAIN = Intervention()  # questions as they are
 
 
 def intervene(
@@ -89,20 +81,16 @@ def intervene(
 # LLaVA-1.5-7B, its logits 20 x 32,064, and lm_head, which is frozen, gives the same logits again.
 @dataclass(frozen=True)
 class TeacherTarget:
-    """What the student learns for one sample.
+    """What the student learns for one sample: token ids y, and the states that predict them."""
 
-    Token ids y, end-of-sequence included, and the teacher's last hidden states that predict them.
-    """
-
-    response: list[int]
-    hidden_RD: Tensor
+    response: list[int]  # y, end-of-sequence included
+    hidden_RD: Tensor  # the teacher's last hidden states
 
 
 def response_room(backbone: Backbone, sample: TrainingSample) -> int:
     """Tokens that a training sample's response takes at most: the teacher's own or the data's.
 
-    Raises:
-        SampleError: the answer holds the backbone's image token.
+    An answer that holds the backbone's image token is a ``SampleError``.
     """
     return max(MAX_NEW_TOKENS, len(response_ids(backbone, sample.answer, sample.query.id)))
 
@@ -110,13 +98,8 @@ def response_room(backbone: Backbone, sample: TrainingSample) -> int:
 class TeacherStore:
     """Teacher targets, shared by all trials and processes of a study.
 
-    Args:
-        store: where they are kept.
-        backbone: the frozen base, without an adapter while it computes.
-        rank: of this worker.
-
-    Attributes:
-        hits, misses: samples whose target the store held, and whose target was computed.
+    The ``backbone`` is without an adapter while it computes; ``rank`` is this worker's. Hits and
+    misses count samples whose target the store held, and whose target was computed.
     """
 
     def __init__(self, store: ContentStore, backbone: Backbone, rank: int = 0) -> None:
@@ -202,7 +185,6 @@ class TeacherStore:
 
 
 def _given(sample: TrainingSample, intervention: Intervention, source: TargetSource) -> str:
-    """The text of a response that is not the teacher's own."""
     match source:
         case "teacher":
             return ""

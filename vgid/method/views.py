@@ -1,12 +1,9 @@
 """Altered views of a portrait: what the student is shown in turn with the original.
 
-A person is to be forgotten, not one picture of them, but a benchmark has one training picture each.
-Trained on it alone, the student still gives some answers about other pictures of the same person.
-So each view is the portrait as another shot might have it: a little turned, scaled,
-shifted, and lit otherwise. The teacher's targets stay those of the original.
-
-The ranges are small: nearly twice as large, they left the original itself less forgotten on
-``tiny-llava``. What the views are worth stands in search_spaces/README.md.
+A person is to be forgotten, not one picture of them. So each view is the portrait as another shot
+might have it: a little turned, scaled, shifted, and lit otherwise; the teacher's targets stay those
+of the original. The ranges are small: nearly twice as large, they left the original itself less
+forgotten on ``tiny-llava``. What views are worth stands in search_spaces/README.md.
 """
 
 from math import cos, radians, sin
@@ -16,14 +13,11 @@ from PIL import Image
 
 from vgid.seeds import image_digest, sample_generator
 
-MAX_TURN = 6.0
-"""Degrees to either side."""
+MAX_TURN = 6.0  # degrees to either side
 MAX_SCALING = 0.07
-MAX_SHIFT = 0.05
-"""In widths and heights of the image."""
+MAX_SHIFT = 0.05  # in widths and heights of the image
 MAX_BRIGHTNESS = 0.12
-MAX_TINT = 0.05
-"""Of each colour channel on its own."""
+MAX_TINT = 0.05  # of each colour channel on its own
 
 
 def portrait_view(image: Image.Image, number: int, seed: int) -> Image.Image:

@@ -1,8 +1,5 @@
 """PEFT adapters as folders: read and checked, copied, and two made one.
 
-Two files make an adapter, ``adapter_config.json`` and ``adapter_model.safetensors``; others are
-refused, pickled weights first of all.
-
 Shape legend: r rank, I inputs and O outputs of a linear map.
 """
 
@@ -29,26 +26,19 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),
 }
-"""What these settings of plain LoRA may be."""
 
 _WITHOUT_EFFECT = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "inference_mode"),
     *("peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("megatron_core", "qalora_group_size"),
 }
-"""Settings that are read, or that change nothing by themselves. Any other that is set adds weights,
-leaves modules out, or scales in another way (``peft.LoraConfig``)."""
+"""Settings that are read, or change nothing by themselves. Any other adds weights, leaves modules
+out, or scales in another way (``peft.LoraConfig``)."""
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """A plain LoRA adapter: each map W of its modules becomes W + scale * B A.
-
-    Attributes:
-        folder: where it was read.
-        config: content of ``adapter_config.json``.
-        tensors: weights by their names in the file.
-    """
+    """A plain LoRA adapter, by its files: each map W of its modules becomes W + scale * B A."""
 
     folder: Path
     config: dict[str, Any]
@@ -94,11 +84,8 @@ class LoraWeights:
         """Every module of the base that the adapter's own pattern names has its weights.
 
         peft takes an adapter that lacks some, or has others, with a warning at most, and what was
-        forgotten is told again. A skeleton of the base will do (``backbones.skeleton``).
-
-        Raises:
-            InputError: a module has no weights, weights have no module or another shape than in
-                the base, or a weight is outside the language model.
+        forgotten is told again: here it is an ``InputError``. A skeleton of the base will do
+        (``backbones.skeleton``).
         """
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
@@ -132,12 +119,9 @@ class LoraWeights:
                 )
 
     def check_targets(self, targets: str) -> None:
-        """Every weight belongs to a module that ``targets`` matches: the language model's.
+        """Every weight belongs to a module that ``targets`` matches, or ``InputError``.
 
-        Vision tower and projector are frozen; servers drop such weights without a word.
-
-        Raises:
-            InputError: a weight of another module.
+        Servers drop weights outside the language model without a word.
         """
         for module in self.modules:
             if not re.fullmatch(targets, module):
@@ -148,11 +132,7 @@ class LoraWeights:
 
 
 def read_adapter(folder: Path) -> LoraWeights:
-    """Read an adapter folder.
-
-    Raises:
-        InputError: a file is missing, damaged or there without need, or it is no plain LoRA.
-    """
+    """Read an adapter folder; anything but two sound files of plain LoRA is an ``InputError``."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -194,9 +174,6 @@ def copy_adapter(source: Path, target: Path, base: str | None, revision: str) ->
     """Copy an adapter into a new folder, and write in its base's hub id, if any, and revision.
 
     As trained it names the base by a folder of the machine that trained it.
-
-    Raises:
-        InputError: the source is no adapter that can be shipped.
     """
     config = read_adapter(source).config
     target.mkdir(parents=True)
@@ -208,12 +185,8 @@ def concatenate(first: Path, second: Path, target: Path) -> None:
     """Write the one adapter that does what two on top of each other do.
 
     B1 A1 s1 + B2 A2 s2 = [s1 B1 | s2 B2] [A1; A2], so rank is the sum of the ranks, and nothing is
-    rounded but the products with the scales (``combination_type="cat"`` of peft).
-
-    The other settings of the second are kept.
-
-    Raises:
-        InputError: a folder is no plain LoRA, or the modules differ.
+    rounded but the products with the scales (``combination_type="cat"`` of peft). The other
+    settings of the second are kept. Adapters of different modules are an ``InputError``.
     """
     import torch
     from safetensors.torch import save_file

@@ -1,7 +1,6 @@
 """The student: LoRA on the frozen base's language model, attached and taken off again.
 
-Teacher, reference and student are one set of weights: with the adapter off, the model is the
-frozen base, bit for bit.
+With the adapter off, the model is the frozen base, bit for bit: teacher and reference.
 """
 
 import hashlib
@@ -22,11 +21,10 @@ from vgid.models.backbones import Backbone
 
 @contextmanager
 def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
-    """Attach a fresh LoRA adapter (peft) to the backbone; yields the ``PeftModel``.
+    """Attach a fresh LoRA adapter; yields the ``PeftModel``, and leaves the base as it was.
 
     LoRA has scale 2, the public script's variant (``trial.released``) scale 1 and Gaussian initial
-    weights. They depend on ``trial.seed`` only. On leaving, the base is as it was, so the next
-    trial in the same process starts as in a fresh one.
+    weights, which depend on ``trial.seed`` only.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -69,11 +67,7 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
 
 @contextmanager
 def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
-    """Attach a saved adapter for evaluation; yields the ``PeftModel``, takes it off on leaving.
-
-    Raises:
-        InputError: see ``load_saved``.
-    """
+    """Attach a saved adapter as ``load_saved`` does; take it off on leaving."""
     student = load_saved(backbone, adapter)
     try:
         yield student
@@ -84,11 +78,8 @@ def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
 def load_saved(backbone: Backbone, adapter: Path) -> Any:
     """Attach a saved adapter; gives the ``PeftModel``, in evaluation mode.
 
-    Every path that loads one comes through here.
-
-    Raises:
-        InputError: no plain LoRA adapter of the language model, or not all of one
-            (``adapter_files.LoraWeights.check``); the base is as it was.
+    One that is not plain LoRA of the whole language model is an ``InputError``
+    (``LoraWeights.check``).
     """
     from peft import PeftModel
 
@@ -100,11 +91,8 @@ def load_saved(backbone: Backbone, adapter: Path) -> Any:
 def merge(backbone: Backbone, adapter: Path) -> None:
     """Make a deployed adapter part of the frozen base, in memory; its revision becomes another.
 
-    A next request then distils from what is deployed, and not from what it replaced. Vision tower
-    and projector are unchanged, so image features are still the original base's.
-
-    Raises:
-        InputError: see ``load_saved``.
+    A next request then distils from what is deployed. Image features are still the original base's.
+    Errors as for ``load_saved``.
     """
     _freeze(backbone, load_saved(backbone, adapter).merge_and_unload())
     # The merged base is another base: under its old name, the store would give out its teacher's
@@ -120,11 +108,7 @@ def save(student: Any, folder: Path) -> None:
 
 
 def sha256(folder: Path, base: str = "") -> str:
-    """SHA-256 over what a saved adapter is put on, if anything, and the files that it consists of.
-
-    Raises:
-        InputError: a file is missing.
-    """
+    """SHA-256 over a saved adapter's files, behind ``base``; ``InputError`` if one is missing."""
     digest = hashlib.sha256(base.encode())
     for name in FILES:
         path = folder / name
@@ -135,12 +119,11 @@ def sha256(folder: Path, base: str = "") -> str:
 
 
 def _silence_renaming() -> None:
-    """Quieten a warning: peft asks transformers for an attribute by its old name."""
+    """Of an attribute for which peft asks transformers by its old name."""
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 
 def _freeze(backbone: Backbone, base: Any) -> None:
-    """Of the model that an adapter was taken off or made part of."""
     assert base is backbone.model
     vars(base).pop("peft_config", None)  # else peft warns of a second adapter next time
     base.requires_grad_(False)

@@ -1,8 +1,8 @@
 """One row per backbone, and the one path by which any of them is loaded.
 
 Weights are read as safetensors only and remote code is never run. The LoRA targets are regular
-expressions on the full module path: suffix names such as ``q_proj`` would also match the vision
-tower, whose LoRA weights some servers drop without a word.
+expressions on the full module path: suffixes such as ``q_proj`` would also match the vision tower,
+whose LoRA weights some servers drop without a word.
 """
 
 import hashlib
@@ -27,24 +27,17 @@ _LOCAL = {"trust_remote_code": False, "local_files_only": True}
 
 @dataclass(frozen=True)
 class PromptFrame:
-    """What surrounds the user text: one turn, ready for the response.
+    """What surrounds the user text: one turn, ready for the response."""
 
-    Attributes:
-        image: turn with an image; ``{text}`` is the user text.
-        text: turn without an image.
-        separator: what stands between the turn and the response's first character.
-        opening: beginning of both that a conversation has once, before its first turn.
-        asked: turns in which the benchmark's evaluation asks its questions, by ``task/form``,
-            where they are not those that models are taught in, ``image`` and ``text``.
-        shots: few-shot turns by ``task/form``, with ``{question}`` and ``{answer}``; completed
-            turns of the frame where there are none.
-    """
-
-    image: str
-    text: str
-    separator: str
-    opening: str = ""
+    image: str  # turn with an image; ``{text}`` is the user text
+    text: str  # turn without an image
+    separator: str  # between the turn and the response's first character
+    opening: str = ""  # what a conversation has once, before its first turn
+    # Turns in which the benchmark's evaluation asks, by ``task/form``, where they are not those
+    # that models are taught in.
     asked: Mapping[str, str] = field(default_factory=dict)
+    # Few-shot turns by ``task/form``, with ``{question}`` and ``{answer}``, where they are not
+    # completed turns of the frame.
     shots: Mapping[str, str] = field(default_factory=dict)
 
     def turn(self, form: Form, task: Task | None = None) -> str:
@@ -92,24 +85,15 @@ QWEN_FRAME = PromptFrame(
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """One backbone.
-
-    Attributes:
-        hub_id: Hugging Face repository, None for an embedded backbone.
-        revision: pinned commit of ``hub_id``.
-        lora_targets: regular expression on module paths, language model only.
-        few_shot: people whose questions precede a scored question, by task (the benchmark's
-            protocol: one for classification, two for cloze; none for models too small to learn in
-            context).
-        option_scoring: classification by the answered ``letter``, as the benchmark does it, or by
-            the ``likelihood`` of each option as the response.
-    """
+    """One backbone."""
 
     name: str
-    hub_id: str | None
-    revision: str | None
+    hub_id: str | None  # None for an embedded backbone
+    revision: str | None  # pinned commit
     frame: PromptFrame
     lora_targets: str = LANGUAGE_MODEL_LINEARS
+    # People whose questions precede a scored question; none where a model is too small to learn
+    # in context. Such a model chooses an option by its likelihood, not by a letter.
     few_shot: Mapping[Task, int] = field(default_factory=dict)
     option_scoring: Literal["letter", "likelihood"] = "letter"
 
@@ -153,20 +137,12 @@ BACKBONES: dict[str, BackboneSpec] = {
 
 @dataclass
 class Backbone:
-    """A loaded base model, frozen and in evaluation mode.
-
-    Attributes:
-        spec: its row.
-        model: the Hugging Face image-text-to-text model.
-        processor: its image processor and tokenizer.
-        revision: hub commit, or SHA-256 of a local folder's files; names the base in every result.
-        vision: what the frozen tower sees, each image once.
-    """
+    """A loaded base model, frozen and in evaluation mode."""
 
     spec: BackboneSpec
-    model: Any
-    processor: Any
-    revision: str
+    model: Any  # the Hugging Face image-text-to-text model
+    processor: Any  # its image processor and tokenizer
+    revision: str  # hub commit, or SHA-256 of a local folder's files; names the base in results
     vision: "Vision" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -188,11 +164,7 @@ class Backbone:
 
 
 def spec(name: str) -> BackboneSpec:
-    """The row of backbone ``name``.
-
-    Raises:
-        InputError: no such row.
-    """
+    """The row of backbone ``name``; ``InputError`` where there is none."""
     if name not in BACKBONES:
         raise InputError(f"backbone: unknown name {name!r}; choose one of {', '.join(BACKBONES)}.")
     return BACKBONES[name]
@@ -202,10 +174,7 @@ def locate(row: BackboneSpec, model_path: str | None, weights: bool = True) -> P
     """The local folder with the base: given, embedded, or from the Hugging Face cache or hub.
 
     ``model_path`` is a local folder or hub id in place of the row's own source. Without ``weights``
-    configuration and processor are enough.
-
-    Raises:
-        InputError: it is not there and cannot be fetched.
+    configuration and processor are enough. One that cannot be had is an ``InputError``.
     """
     if model_path is not None and Path(model_path).is_dir():
         folder = Path(model_path)
@@ -246,10 +215,8 @@ def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
 def load(name: str, model_path: str | None = None, device: str | None = None) -> Backbone:
     """Load a backbone, frozen: bf16 on a GPU, the first if there is one, fp32 on the CPU.
 
-    ``model_path`` as for ``locate``.
-
-    Raises:
-        InputError: unknown name, or weights that cannot be found or are not all there.
+    ``model_path`` as for ``locate``. An unknown name, and weights that cannot be found or are not
+    all there, are an ``InputError``.
     """
     from transformers.utils import logging
 
@@ -262,11 +229,7 @@ def load(name: str, model_path: str | None = None, device: str | None = None) ->
 
 
 def identity(name: str, model_path: str | None = None) -> list[Any]:
-    """What ``load`` would give as ``Backbone.identity`` here, found without the weights.
-
-    Raises:
-        InputError: unknown name, or weights that cannot be found.
-    """
+    """What ``load`` would give as ``Backbone.identity``, and its errors, without the weights."""
     row = spec(name)
     folder = locate(row, model_path)
     return _identity(row, revision_of(folder), _device_and_dtype()[1], _processor(folder))
@@ -342,11 +305,7 @@ def skeleton(folder: Path) -> Any:
 
 
 def outline(name: str, model_path: str | None = None) -> Backbone:
-    """A backbone without weights: what frames, tokenises and measures prompts, and computes none.
-
-    Raises:
-        InputError: unknown name, or a configuration that cannot be found.
-    """
+    """A backbone without weights, for prompts; its errors are those of ``load``."""
     row = spec(name)
     folder = locate(row, model_path, weights=False)
     return Backbone(row, skeleton(folder), _processor(folder), "no weights")

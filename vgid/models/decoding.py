@@ -1,9 +1,8 @@
 """What a backbone answers, and how likely it finds a given answer: both with shared beginnings.
 
-Prompts are run once as trees (``vgid.models.packing``): a portrait's image is encoded once for all
-its questions, and of the last layer only what predicts a token is computed. Then all questions
-advance together, one token a step, until each has ended. Their prompts' keys and values stay shared
-(``vgid.models.prefix_attention``); a question's own are those of its new tokens.
+Prompts are run once as trees (``vgid.models.packing``), and of the last layer only what predicts a
+token. Then all questions advance together, one token a step, on their prompts' shared keys and
+values (``vgid.models.prefix_attention``).
 
 Shape legend: N samples, R response tokens over all samples, D hidden width, V vocabulary, A
 position axes, B rows, L tokens of a row, M places that are read.
@@ -23,36 +22,27 @@ from vgid.models.encoding import Encoded, Query, encode
 from vgid.models.packing import Packed, beginning, hidden_states, pack, rotary_positions
 from vgid.models.prefix_attention import SharedPrompts, attending_to_shared_prompts
 
-MAX_NEW_TOKENS = 50
-"""Longest response, in tokens, of the benchmark's protocol."""
-
+MAX_NEW_TOKENS = 50  # of the benchmark's protocol
 MAX_BATCH_TOKENS = 32_768
-"""Tokens of a batch at most, however many samples were asked for: what a portrait's prompts share
-counts once, the rest of them and the responses to come as padded. This many fill 16 GiB of
-LLaVA-1.5-7B's key-value cache."""
+"""Tokens of a batch at most: shared ones once, the rest and the responses to come as padded. This
+many fill 16 GiB of LLaVA-1.5-7B's key-value cache."""
 
-PASS_TOKENS = 1024
-"""Prompt tokens after which a pass may end: more fill memory without computing any faster."""
+PASS_TOKENS = 1024  # after which a pass may end: more fill memory without computing faster
 REPEATED_TOKENS = 32
-"""A pass ends only where the next prompt would repeat no more than this of it. Portraits share
-little, but all of them share the few-shot turns in front of theirs."""
+"""A pass ends only where the next prompt would repeat no more than this of it: few-shot turns, say,
+are shared by all portraits."""
 
 COMPACT = 0.9
-"""Rows that ended are dropped when at most this share of a batch goes on: the last rows' own keys
-and values are copied into their places."""
+"""Ended rows are dropped, the last rows copied into their places, when at most this share goes on.
+"""
 
 
 @dataclass(frozen=True)
 class ResponseScore:
-    """How a model, forced along one response, rates each of its tokens.
+    """How a model, forced along one response, rates each of its tokens."""
 
-    Attributes:
-        logprobs_R: log-probability of each response token in nats, fp32.
-        correct_R: whether the token is the model's own first choice.
-    """
-
-    logprobs_R: Tensor
-    correct_R: Tensor
+    logprobs_R: Tensor  # nats, fp32
+    correct_R: Tensor  # whether the token is the model's own first choice
 
 
 # Of the last layer's states only those that predict a token are ever used. The others matter to no
@@ -68,7 +58,6 @@ class _LastLayer(nn.Module):
         self.rows, self.places = list(rows), list(places)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """From (B, L, D) to (1, M, D); ``kwargs`` are the attention's."""
         layer = self.layer
         attended_BLD, _ = layer.self_attn(
             hidden_states=layer.input_layernorm(hidden_states), **kwargs
@@ -80,10 +69,7 @@ class _LastLayer(nn.Module):
 
 @contextmanager
 def reading_at(language_model: Any, rows: Sequence[int], places: Sequence[int]) -> Iterator[None]:
-    """Inside, the last hidden states are those of these tokens of these rows only: (1, M, D).
-
-    The language model is of Llama's or Qwen2's build.
-    """
+    """Inside, the last hidden states are those of these tokens of these rows only: (1, M, D)."""
     layers = language_model.layers
     whole = layers[-1]
     layers[-1] = _LastLayer(whole, rows, places)
@@ -101,10 +87,9 @@ def greedy_tokens(
 ) -> list[list[int]]:
     """Greedy responses as token ids, without the end-of-sequence token.
 
-    In fp32 the answers equal those of one prompt at a time. What a checkpoint's generation settings
-    say about sampling or repetition is set aside. A response shorter than ``max_new_tokens`` ended
-    by itself. ``batch_size`` prompts are decoded together at most, fewer long ones
-    (``MAX_BATCH_TOKENS``).
+    In fp32 they equal those of one prompt at a time. A checkpoint's settings of sampling or
+    repetition are set aside. A response shorter than ``max_new_tokens`` ended by itself.
+    ``batch_size`` prompts are decoded together, fewer long ones (``MAX_BATCH_TOKENS``).
     """
     responses: dict[int, list[int]] = {}
     with _evaluating(backbone.model):
@@ -115,7 +100,6 @@ def greedy_tokens(
 
 
 def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int) -> list[list[int]]:
-    """Greedy responses to prompts that fit into one batch."""
     model, ends = backbone.model, _end_tokens(backbone)
     language_model = model.model.language_model
     passes: list[tuple[Packed, Any]] = []
@@ -191,13 +175,9 @@ def score_responses(
     responses: Sequence[Sequence[int]],
     batch_size: int = 64,
 ) -> list[ResponseScore]:
-    """Teacher-forced pass: rate given responses, token by token.
+    """Teacher-forced pass: rate given responses, token by token; the scores are on the CPU.
 
-    The vocabulary layer runs on the positions that predict a response token and on no other. Scores
-    are on the CPU, in the order of the pairs; ``batch_size`` as in ``greedy_tokens``.
-
-    Raises:
-        ValueError: an empty response.
+    ``batch_size`` as in ``greedy_tokens``. An empty response is a ``ValueError``.
     """
     if not all(responses):
         raise ValueError("an empty response has no tokens to score")
@@ -216,7 +196,6 @@ def score_responses(
 def _rate(
     backbone: Backbone, prompts: Sequence[Encoded], responses: Sequence[Sequence[int]]
 ) -> list[ResponseScore]:
-    """Scores of responses in one pass."""
     packed = pack(backbone, prompts, responses, max_row_tokens=MAX_BATCH_TOKENS)
     with reading_at(backbone.model.model.language_model, *packed.predicting_places):
         (hidden_RD,) = hidden_states(backbone, packed)
@@ -251,10 +230,7 @@ def _passes(prompts: Sequence[Encoded]) -> Iterator[list[int]]:
 
 
 def _batches(encoded: Sequence[Encoded], more: int, batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches: questions of a picture together, pictures by the longest prompt.
-
-    ``more`` tokens come behind each prompt at most.
-    """
+    """Indices in batches; ``more`` tokens come behind each prompt at most."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, prompt in enumerate(encoded):
         groups.setdefault(tuple(p.key for p in prompt.pictures), []).append(index)
@@ -291,7 +267,6 @@ def _end_tokens(backbone: Backbone) -> frozenset[int]:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; the model's own mode is restored after it."""
     was_training = model.training
     model.eval()
     try:

@@ -1,10 +1,9 @@
 """From a question to tensors: prompt frame, tokens, image tokens, positions.
 
-Shape legend: B samples, L tokens of the longest, A position axes, R response tokens over the whole
-batch.
+Nothing here cuts a sequence: one that is longer than the model's context is an error that names the
+sample.
 
-Image tokens are never truncated: nothing here cuts a sequence, and one that is longer than the
-model's context is an error that names the sample.
+Shape legend: B samples, L tokens of the longest, A position axes, R response tokens over all.
 """
 
 from collections.abc import Sequence
@@ -24,8 +23,7 @@ from vgid.models.backbones import Backbone
 from vgid.models.vision import Picture
 from vgid.prompts import Task
 
-IGNORE = -100
-"""Label of positions that are no response, as in torch's cross-entropy."""
+IGNORE = -100  # label of what is no response, as in torch's cross-entropy
 
 
 @dataclass(frozen=True)
@@ -38,44 +36,28 @@ class Shot:
 
 @dataclass(frozen=True)
 class Query:
-    """What a model is asked.
+    """What a model is asked."""
 
-    Attributes:
-        id: names it in error messages.
-        text: the user text, without the prompt frame.
-        image: an RGB image, if any.
-        shots: few-shot turns before it.
-        task: asks in the turn that the benchmark evaluates this task in; None in the one that
-            models are taught in (see ``PromptFrame``).
-    """
-
-    id: str
-    text: str
-    image: Image.Image | None
+    id: str  # names it in error messages
+    text: str  # the user text, without the prompt frame
+    image: Image.Image | None  # RGB
     shots: tuple[Shot, ...] = ()
-    task: Task | None = None
+    task: Task | None = None  # asks in the benchmark's turn of it; None: in that of teaching
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A query as the model takes it.
-
-    Attributes:
-        prompt_ids: token ids of the framed prompt, image tokens expanded.
-        identity: what each token is: its id, or a negative number that names its image. Prompts
-            with the same beginning have the same hidden states there.
-        positions_AL: position ids of the rotary embedding, int64: one axis A, or three where
-            image tokens have a time, a row and a column (Qwen's M-RoPE).
-        pictures: the images that the image tokens stand for, in order.
-        shots: few-shot turns in it: fewer than the query's where the context does not hold all.
-    """
+    """A query as the model takes it."""
 
     id: str
-    prompt_ids: list[int]
+    prompt_ids: list[int]  # of the framed prompt, image tokens expanded
+    # A token's id, or a negative number that names its image: where prompts begin with the same,
+    # they have the same hidden states.
     identity: list[int] = field(repr=False)
+    # int64: one axis, or three where image tokens have a time, a row and a column (Qwen's M-RoPE).
     positions_AL: Tensor = field(repr=False)
     pictures: tuple[Picture, ...] = field(default=(), repr=False)
-    shots: int = 0
+    shots: int = 0  # fewer than the query's where the context does not hold all
 
     @property
     def vision(self) -> dict[str, Tensor]:
@@ -86,16 +68,10 @@ class Encoded:
 
 @dataclass
 class Batch:
-    """Padded model inputs of B samples.
+    """Padded samples, and their labels."""
 
-    Attributes:
-        inputs: keyword arguments of the model's forward, ``input_ids`` and ``attention_mask`` of
-            shape (B, L) and int64 among them.
-        labels_BL: response token ids, ``IGNORE`` elsewhere.
-    """
-
-    inputs: dict[str, Tensor]
-    labels_BL: Tensor
+    inputs: dict[str, Tensor]  # of the model's forward; ids and mask (B, L), int64
+    labels_BL: Tensor  # response token ids, ``IGNORE`` elsewhere
 
     @property
     def predicts_BL(self) -> Tensor:
@@ -112,11 +88,8 @@ def encode(backbone: Backbone, queries: Sequence[Query], room: int = 0) -> list[
     """Frame and tokenise queries and process their images.
 
     The response takes ``room`` tokens of the context. Of few-shot turns that leave less, the last
-    are left out, so that prompts still begin alike.
-
-    Raises:
-        SampleError: a sample and its response are longer than the model's context, or it holds the
-            image token as text.
+    are left out, so that prompts still begin alike. A sample that is longer than the context even
+    so, or holds the image token as text, is a ``SampleError``.
     """
     limit = backbone.model.config.get_text_config().max_position_embeddings
     image_id = backbone.processor.image_token_id
@@ -191,8 +164,7 @@ def _positions(
 def response_ids(backbone: Backbone, response: str, sample: str = "without a name") -> list[int]:
     """Token ids of a response as they follow the prompt frame, end-of-sequence included.
 
-    Raises:
-        SampleError: the response to ``sample`` holds the backbone's image token.
+    One that holds the backbone's image token is a ``SampleError`` that names ``sample``.
     """
     frame = backbone.spec.frame
     tokenizer = backbone.processor.tokenizer
@@ -214,10 +186,9 @@ def response_ids(backbone: Backbone, response: str, sample: str = "without a nam
 def collate(
     backbone: Backbone, encoded: Sequence[Encoded], responses: Sequence[Sequence[int]] | None = None
 ) -> Batch:
-    """Pad samples, responses behind their prompts, to one batch on the backbone's device.
+    """Pad samples, responses behind their prompts, one sequence a sample.
 
-    One sequence a sample: the plain form, for the released variant and as the reference that packs
-    are tested against; ``vgid.models.packing`` computes the same with shared images.
+    For the released variant, and the reference that ``vgid.models.packing`` is tested against.
     """
     answers = responses if responses is not None else [()] * len(encoded)
     pairs = [(e.prompt_ids, list(a)) for e, a in zip(encoded, answers, strict=True)]
@@ -243,8 +214,8 @@ def collate(
 def at_model_resolution(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
     """The image as the model sees it before normalisation: 8-bit RGB of shape (H, W, 3).
 
-    Given back to the processor, such an image is neither resized nor cropped again, so a
-    perturbation of its pixels reaches the model unchanged.
+    The processor neither resizes nor crops such an image again, so a perturbation of its pixels
+    reaches the model unchanged.
     """
     image_processor = processor.image_processor
     if hasattr(image_processor, "merge_size"):

@@ -14,7 +14,7 @@ from vgid.models.tree_attention import lay_out
 
 
 class DecoderSizes:
-    """The sizes of a decoder that costs depend on: Llama's, or one with the same names of sizes."""
+    """The sizes of a decoder that costs depend on, under Llama's names."""
 
     def __init__(self, text_config: Any) -> None:
         heads = text_config.num_attention_heads
@@ -35,7 +35,7 @@ def activation_bytes(
     checkpointing: bool,
     dropout: bool = False,
 ) -> int:
-    """Bytes of what the forward pass keeps for the backward pass, bf16 model under fp32 LoRA.
+    """Bytes that the forward pass keeps for the backward pass, bf16 model under fp32 LoRA.
 
     A layer keeps for each token, with Hugging Face's Llama and peft:
 
@@ -47,11 +47,9 @@ def activation_bytes(
     - 5 D + H + F with dropout: its masks, a byte for each input of a LoRA map (on a GPU);
     - 6 F: gate, its activation, and up.
 
-    The masks of the blocks are there once for all layers. With checkpointing each layer keeps its
-    input, 2 D, the norm behind them 4 D, and one layer at a time keeps all. Temporaries and the
-    allocator's loss come on top.
-
-    ``packs`` are all that are forwarded before the backward pass; padding is kept as tokens are.
+    The masks of the blocks are there once. With checkpointing each layer keeps its input, 2 D, the
+    norm behind them 4 D, and one layer at a time all. Temporaries come on top. ``packs`` are all
+    that are forwarded before the backward pass.
     """
     s = DecoderSizes(text_config)
     tokens = sum(packed.ids_BL.numel() for packed in packs)

@@ -1,12 +1,9 @@
 """Samples with the same beginning share its tokens: exact, and several times cheaper.
 
-A portrait's questions share its image and the words in front of theirs; an option follows the same
-question as the other options do. So the samples of a batch are laid out as trees: each token stands
-once, behind the tokens that it continues, and sees its ancestors only. Its position is the one that
-it has in its own sample. Hidden states, losses and gradients equal those of separate sequences.
-
-Trees lie side by side in one row, up to its token budget. What a row costs does not grow with its
-length, since attention is computed between tokens of a tree only (``vgid.models.tree_attention``).
+The samples of a batch are laid out as trees: each token stands once, behind the tokens that it
+continues, sees its ancestors only, and has the position that it has in its own sample. Hidden
+states, losses and gradients equal those of separate sequences. Trees lie side by side in a row;
+attention is computed within a tree (``vgid.models.tree_attention``).
 
 Shape legend: B rows, L tokens of a row, A position axes, N samples, R response tokens over all
 samples, D hidden width.
@@ -27,8 +24,8 @@ from vgid.models.tree_attention import TREES, lay_out
 from vgid.models.vision import Picture
 
 MAX_ROW_TOKENS = 4096
-"""Token budget of a row. A tree that is larger is cut, its beginning repeated; a single sample
-that is larger stays whole, and the other rows, padded to its length anyway, are filled as far."""
+"""Token budget of a row. A larger tree is cut, its beginning repeated; a larger sample stays whole.
+"""
 
 
 # Two questions about one portrait, `i i Q a` and `i i Q b c` (i: image tokens), are one row of six:
@@ -42,26 +39,15 @@ that is larger stays whole, and the other rows, padded to its length anyway, are
 # image would run twice; at LLaVA's 576 image tokens and 7 questions that is most of the work.
 @dataclass
 class Packed:
-    """N samples as model inputs.
+    """N samples as model inputs."""
 
-    Attributes:
-        ids_BL: token ids, padded.
-        positions_ABL: position ids.
-        ends_BL: where the tree below each token ends: it is seen by the tokens from itself up to
-            there. Padding is a tree without branches at the row's end.
-        pictures: the images, in the order of their image tokens.
-        rows: row of each sample.
-        paths: where each sample's tokens stand in its row, response included.
-        responses: each sample's response, empty without.
-    """
-
-    ids_BL: Tensor
+    ids_BL: Tensor  # token ids, padded
     positions_ABL: Tensor
-    ends_BL: Tensor
-    pictures: list[Picture] = field(repr=False)
-    rows: list[int] = field(repr=False)
-    paths: list[list[int]] = field(repr=False)
-    responses: list[list[int]] = field(repr=False)
+    ends_BL: Tensor  # end of the tree below each token; padding is a tree without branches
+    pictures: list[Picture] = field(repr=False)  # in the order of their image tokens
+    rows: list[int] = field(repr=False)  # of each sample
+    paths: list[list[int]] = field(repr=False)  # places of its tokens in the row, response included
+    responses: list[list[int]] = field(repr=False)  # empty lists without
 
     @property
     def mask_B1LL(self) -> Tensor:
@@ -142,10 +128,7 @@ def pack(
 
 
 def hidden_states(backbone: Backbone, packed: Packed, cache: Any | None = None) -> Tensor:
-    """Last hidden states (after the final norm) of all tokens: (B, L, D).
-
-    They are of the model as it is now, adapters included; a key-value cache is filled, if any.
-    """
+    """Last hidden states (after the final norm) of all tokens: (B, L, D); fills a cache."""
     model = backbone.model
     embedded_BLD = model.get_input_embeddings()(packed.ids_BL)
     if packed.pictures:
@@ -174,16 +157,13 @@ def hidden_states(backbone: Backbone, packed: Packed, cache: Any | None = None) 
 def response_hidden(
     backbone: Backbone, prompts: Sequence[Encoded], responses: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Last hidden states at the positions that predict a response token: (R, D).
-
-    ``lm_head`` of them are the logits of the response tokens, sample after sample.
-    """
+    """Last hidden states that predict a response token, sample after sample: (R, D)."""
     packed = pack(backbone, prompts, responses)
     return packed.predicting(hidden_states(backbone, packed))
 
 
 def rotary_positions(positions_ABL: Tensor) -> Tensor:
-    """Position ids as the language model takes them: without the axis where there is but one."""
+    """Position ids as the language model takes them: without an axis of one."""
     return positions_ABL[0] if positions_ABL.shape[0] == 1 else positions_ABL
 
 
@@ -194,14 +174,12 @@ def beginning(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _continued(prompt: Encoded, tokens: int) -> Any:
-    """Positions of a prompt and of ``tokens`` text tokens behind it: (A, L)."""
     positions_AL = prompt.positions_AL.numpy()
     more = positions_AL[:, -1:] + np.arange(1, tokens + 1)
     return np.concatenate([positions_AL, more], axis=1)
 
 
 def _new_pictures(prompt: Encoded, shared: int) -> list[Picture]:
-    """The images of a prompt whose tokens stand behind the first ``shared`` ones."""
     old = sum(key < 0 for key in prompt.identity[:shared])
     pictures = []
     for picture in prompt.pictures:

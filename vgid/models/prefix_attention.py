@@ -1,17 +1,14 @@
 """Attention of new tokens to prompts that begin alike: what they share is held and read once.
 
-While samples are decoded together, the keys and values of their prompts stay as they are, and most
-of them are the same for all questions of a portrait. So every long beginning that several samples
-share is a segment: held once, and read once for all of them, in one matrix product with the other
-segments of its size. A sample's own are the rest of its prompt and the tokens generated so far.
-
-Each part gives the largest score, the sum of the exponentials and the values weighted by them, and
-such parts together make one exact softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, section
-3.1).
+A long beginning that samples share is a segment: read once for all of them, in one matrix product
+with the other segments of its size. A sample's own are the rest of its prompt and the tokens
+generated so far. Each part gives the largest score, the sum of the exponentials and the values
+weighted by them; such parts together make one exact softmax (Milakov and Gimelshein 2018,
+arXiv:1805.02867, section 3.1).
 
 Shape legend: N samples that go on, G key-value heads, H query heads, Q query heads of a key-value
-head, E head width, K own tokens, C segments of a stack, S samples of a segment at most, T tokens of
-a segment at most, M samples of a stack.
+head, E head width, K own tokens, C segments of a stack, S samples and T tokens of a segment at
+most, M samples of a stack.
 """
 
 import itertools
@@ -27,13 +24,11 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from vgid.models.packing import Packed, beginning
 
-SHARED_PROMPTS = "shared_prompts"
-"""Name of the attention function among those of transformers."""
+SHARED_PROMPTS = "shared_prompts"  # the attention function's name in transformers
 SHARED_TOKENS = 128
 """A shorter beginning is copied for each of its samples: that costs less than one more part."""
 COMPACT = 0.75
-"""Segments without a sample are dropped when at most this share of a stack goes on: dropping copies
-the others."""
+"""Segments without a sample are dropped when this share of a stack at most goes on."""
 
 
 @dataclass
@@ -49,9 +44,9 @@ class Segment:
 # keys, of which 6 x 576 are copies. Here a step reads the 576 once, against the 7 queries as one
 # matrix, and then each question's own 10.
 def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
-    """Part the prompts into shared segments by level, and where each sample's own tokens stand.
+    """The prompts' shared segments by level, and where each sample's own tokens stand.
 
-    Segments of a level have no sample in common; few-shot turns are above the portraits that follow
+    Segments of a level have no sample in common; few-shot turns are above the portraits behind
     them.
     """
     levels: list[list[Segment]] = []
@@ -86,14 +81,8 @@ def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
 class SharedPrompts:
     """The prompts of samples that are decoded together, and which of them still go on.
 
-    Args:
-        passes: packed prompts, and the cache that running them has filled. It is emptied.
-        room: tokens that will be generated at most.
-
-    Attributes:
-        cache: keys and values of the samples' own tokens, in the order of the passes' samples.
-        hidden_N11K: 0 where a sample has a token of its own, -inf where it has padding.
-        stacks: the segments.
+    ``passes`` are packed prompts with the caches that running them has filled, which are emptied;
+    ``room`` tokens will be generated at most.
     """
 
     def __init__(self, passes: Sequence[tuple[Packed, Any]], room: int) -> None:
@@ -129,13 +118,10 @@ class SharedPrompts:
             own_layers.append(OwnLayer(keys, values, room))
             for stack in self.stacks:
                 stack.take(layers)
-        self.cache = Cache(layers=own_layers)
+        self.cache = Cache(layers=own_layers)  # in the order of the passes' samples
 
     def keep(self, going: Sequence[int]) -> list[int]:
-        """Go on with these rows, ascending; the last of them take the places of those that ended.
-
-        Gives the same rows in the order in which they stand from now on.
-        """
+        """Go on with these rows, ascending, and give their order: the last fill others' places."""
         # Five rows of which 0, 2 and 4 go on become 0, 4, 2: one row is copied. Closing ranks in
         # order would move two here, and with the first row gone it would move all.
         places = set(range(len(going)))
@@ -154,7 +140,6 @@ class OwnLayer(DynamicLayer):
     """A layer's keys and values of each sample's own tokens: growing and ending copy little.
 
     They stay where they are allocated, since fresh memory costs more than what is written to it.
-    Of each pass's prompts keys and values are (n, G, K, E), and ``room`` tokens follow at most.
     """
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], room: int) -> None:
@@ -263,20 +248,14 @@ class _Stack:
 # the same way; nothing is ever divided before the end.
 @dataclass
 class Sums:
-    """Attention to a part of the tokens, of a row's queries.
+    """Attention to a part of the tokens, of a row's queries; all fp32."""
 
-    Attributes:
-        largest: score of the best token, (N, G, Q, 1), fp32.
-        total: sum over the tokens of the exponential of their score's distance to it, likewise.
-        values: sum of their values, weighted by these exponentials, (N, G, Q, E), fp32.
-    """
-
-    largest: Tensor
-    total: Tensor
-    values: Tensor
+    largest: Tensor  # score of the best token, (N, G, Q, 1)
+    total: Tensor  # of the exponentials of the scores' distances to it, likewise
+    values: Tensor  # weighted by these exponentials, summed, (N, G, Q, E)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Sums":
-        """The same, each tensor changed."""
+        """With each tensor changed."""
         return Sums(change(self.largest), change(self.total), change(self.values))
 
     def add(self, part: "Sums", rows_M: Tensor) -> None:
@@ -314,7 +293,6 @@ def _padding_hidden(lengths: Sequence[int], room: int = 0) -> Tensor:
 
 
 def _padded(places: Sequence[list[int]], longest: int, device: Any) -> Tensor:
-    """Lists of places as one tensor, filled up with place 0."""
     filled = [row + [0] * (longest - len(row)) for row in places]
     return torch.tensor(filled, dtype=torch.int64, device=device)
 
@@ -328,7 +306,6 @@ def _with_room(parts: Sequence[Tensor], room: int) -> Tensor:
 
 
 def _taken(states_BGLE: Tensor, rows_C1: Tensor, places_CT: Tensor) -> Tensor:
-    """The states at some places of some rows: (C, G, T, E)."""
     return states_BGLE[rows_C1, :, places_CT].transpose(1, 2)
 
 
@@ -346,7 +323,7 @@ def shared_prompt_attention(
     """Attention of one new token a row, as transformers calls it: (N, 1, H, E), and no weights.
 
     The query has the shape (N, H, 1, E); keys and values, (N, G, K, E), are of the rows' own
-    tokens, the new one included. The mask has no effect: the prompts know what is padding.
+    tokens, the new one included. The prompts know what is padding, not the mask.
     """
     rows, heads, _, width = query.shape
     queries_NGQE = query.reshape(rows, key.shape[1], -1, width)
@@ -360,7 +337,7 @@ def shared_prompt_attention(
 
 @contextmanager
 def attending_to_shared_prompts(language_model: Any) -> Iterator[None]:
-    """The language model takes ``prompts`` in place of a mask; afterwards it attends as before."""
+    """Inside, the language model takes ``prompts`` in place of a mask."""
     config = language_model.config
     before = config._attn_implementation
     config._attn_implementation = SHARED_PROMPTS

@@ -1,7 +1,6 @@
-"""Qwen2.5-VL's processor where torchvision is not installed: the same, for images and text only.
+"""Qwen2.5-VL's processor where torchvision is not installed: for images and text only.
 
-The stock processor insists on a video processor, and that on torchvision. Nothing here shows
-videos.
+The stock processor insists on a video processor, and that on torchvision.
 """
 
 from typing import Any
@@ -24,9 +23,8 @@ class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
 def processor_class(model_type: str) -> Any:
     """The class whose ``from_pretrained`` loads the processor of a configuration's model type.
 
-    It is ``AutoProcessor``, except for Qwen2.5-VL without torchvision. ``AutoProcessor.register``
-    could not do it: a folder from the hub names the stock class, and that name comes before any
-    that was registered.
+    ``AutoProcessor.register`` could not do it: a folder from the hub names the stock class, and
+    that name comes before any that was registered.
     """
     if model_type == "qwen2_5_vl" and not is_torchvision_available():
         return ImageOnlyQwenProcessor

@@ -8,9 +8,8 @@
     ROOT/<kind>/<key>.<pid>.*.tmp    an entry while it is written; it appears by a rename
     ROOT/evict.lock                  held by the process that removes entries
 
-A key is the hash of all that an entry depends on: no entry is ever out of date, and whoever makes
-one again writes the same bytes. So no race can give a wrong result: locks only spare work, and an
-entry may vanish at any moment. The bound holds for all kinds together; nothing else is touched.
+A key is the hash of all that an entry depends on: no entry is ever out of date. So no race can give
+a wrong result: locks only spare work, and an entry may vanish at any moment.
 """
 
 import contextlib
@@ -44,13 +43,10 @@ ABANDONED_S = 3600.0  # age of a temporary file: another node's lock may not be 
 
 
 def key_of(described: Any) -> str:
-    """The key of an entry: SHA-256 of the canonical JSON of all that it depends on, as hex.
+    """SHA-256 of the canonical JSON of all that an entry depends on, as hex.
 
-    Tuples count as lists, and keys of mappings as text.
-
-    Raises:
-        ValueError: a number is NaN or infinite.
-        TypeError: something that JSON does not have.
+    Tuples count as lists, and keys of mappings as text. NaN and inf are a ``ValueError``, what JSON
+    does not have is a ``TypeError``.
     """
     text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -59,22 +55,14 @@ def key_of(described: Any) -> str:
 class ContentStore:
     """One kind of entries in a store, shared between processes, least recently used first out.
 
-    ``limit_bytes`` bounds the entries of all kinds of the root together. It holds after each write,
-    except that the entry just written always stays; a bound that differs from the one before takes
-    effect at once.
-
-    Attributes:
-        hits: entries that were found.
-        misses: entries that were computed.
-
-    Raises:
-        DiskError: the folder cannot be made.
-        InputError: a link leads out of the store.
+    ``limit_bytes`` bounds the entries of all kinds of the root together, after each write, except
+    that the entry just written stays. A folder that cannot be made is a ``DiskError``, a link that
+    leads out of the store an ``InputError``.
     """
 
     def __init__(self, root: Path, kind: str, limit_bytes: int | None = None) -> None:
         self.root, self.folder, self.limit_bytes = root, root / kind, limit_bytes
-        self.hits = self.misses = 0
+        self.hits = self.misses = 0  # entries that were found, and that were computed
         refuse_links(root, itself=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -94,11 +82,9 @@ class ContentStore:
         """The tensors of ``key``, computed and stored if they are not there or their file is torn.
 
         They are contiguous and on the CPU, and no two that are computed may share memory. Of the
-        processes that want an entry one computes it and the others wait.
-
-        Raises:
-            DiskError: the disk is full or the folder cannot be written; nothing is left behind.
-            ValueError: ``key`` is not one of ``key_of``.
+        processes that want an entry one computes it and the others wait. A disk that is full or
+        cannot be written is a ``DiskError`` and nothing is left behind; a ``key`` not of ``key_of``
+        a ``ValueError``.
         """
         from safetensors.torch import save
 
@@ -149,12 +135,7 @@ class ContentStore:
 
 
 class Usage(Config):
-    """What a store, or one kind of it, takes: entries, bytes of their files, and last uses.
-
-    Attributes:
-        oldest_use: when the entry longest unused was last used: UTC, ISO 8601; None if empty.
-        newest_use: when an entry was last used.
-    """
+    """What a store, or one kind of it, takes; uses are in UTC, ISO 8601, None if it is empty."""
 
     entries: int
     bytes: int
@@ -168,23 +149,15 @@ class Usage(Config):
 
 
 class StoreInfo(Usage):
-    """What a store holds, or what was removed from it, together and by kind.
-
-    Attributes:
-        limit_bytes: the bound as last stated by a process that opened the store, None for none.
-    """
+    """What a store holds, or what was removed from it, together and by kind."""
 
     root: Path
-    limit_bytes: int | None
+    limit_bytes: int | None  # as last stated by a process that opened the store
     by_kind: dict[str, Usage]
 
 
 def find_root(folder: Path) -> Path:
-    """The root of the store in a study's output folder, or ``folder`` if it is a root itself.
-
-    Raises:
-        InputError: there is no such folder, or no store in it.
-    """
+    """The store in a study's output folder, or ``folder`` if it is one; else an ``InputError``."""
     for root in (folder, folder / "store"):
         if (root / MARKER).is_file():
             return root
@@ -193,21 +166,16 @@ def find_root(folder: Path) -> Path:
 
 
 def info(root: Path) -> StoreInfo:
-    """What a store holds.
-
-    Raises:
-        InputError: the folder is no store.
-    """
+    """What a store holds; ``InputError`` as for ``find_root``."""
     root = find_root(root)
     folders = _kinds(root)
     return _sum_up(root, folders, list(_entries(folders)))
 
 
 def clear(root: Path) -> StoreInfo:
-    """Remove the entries of a store, and files that no process uses; gives what was removed.
+    """Remove a store's entries, and files that no process uses; gives what was removed.
 
-    Raises:
-        InputError: the folder is no store, or cannot be written.
+    ``InputError`` as for ``find_root``; a store that cannot be written is a ``DiskError``.
     """
     root = find_root(root)
     folders = _kinds(root)

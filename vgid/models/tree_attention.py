@@ -1,16 +1,8 @@
 """Attention in packed rows: each block of queries meets the keys that it sees, and no others.
 
-Under a mask over whole rows, attention is computed between all tokens and most of it is thrown
-away. But a token of a tree (``vgid.models.packing``) sees its ancestors only, so a block of
-neighbouring queries needs the ancestors of its first token and the block itself. The keys of a
-block are thus few, whatever else lies in the row, and what the mask still hides is a part of one
-block.
-
-``TREES`` is registered with transformers as an attention function: fused attention for each block,
-plain SDPA where a call brings no trees (decoding's single tokens, generation, pretraining).
-
-Shape legend: B rows, L tokens of a row, H query heads, G key-value heads, E head width, Q queries
-of a block, K keys that it sees.
+A token of a tree (``vgid.models.packing``) sees its ancestors only, so a block of neighbouring
+queries needs those of its first token and the block itself. Shape legend: B rows, L tokens of a
+row, H query heads, G key-value heads, E head width, Q queries of a block, K keys that it sees.
 """
 
 from collections.abc import Sequence
@@ -25,35 +17,23 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-TREES = "packed_trees"
-"""Name of the attention function among those of transformers."""
+TREES = "packed_trees"  # the attention function's name in transformers
 BLOCK = 128
 """Queries of a block at most. Fewer leave less to the mask, but every block is a kernel's call."""
-ALIGNED = 8
-"""Rows of a mask begin at multiples of so many elements, else kernels on a GPU make a copy."""
+ALIGNED = 8  # rows of a mask begin at multiples of it, else kernels on a GPU make a copy
 
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring queries of a tree and what they see.
+    """Neighbouring queries of a tree."""
 
-    Attributes:
-        keys: where the keys stand in the tree, one stretch after the other.
-        mask_QK: 0 where a query sees a key, -inf where not.
-    """
-
-    keys: list[slice]
-    mask_QK: Tensor = field(repr=False)
+    keys: list[slice]  # where the keys stand in the tree, one stretch after the other
+    mask_QK: Tensor = field(repr=False)  # 0 where a query sees a key, -inf where not
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Tokens below one root, and the blocks that they part into.
-
-    Attributes:
-        tokens: their number.
-        blocks: in order, of nearly equal size.
-    """
+    """Tokens below one root, and the blocks of nearly equal size that they part into."""
 
     tokens: int
     blocks: list[Block]
@@ -71,8 +51,7 @@ class Tree:
 def lay_out(ends_BL: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Tree]:
     """The trees of packed rows, row after row; together they hold every place once.
 
-    ``ends_BL`` is ``Packed``'s (``vgid.models.packing``). Masks are made on its device, in the
-    model's dtype; a block has so many queries at most.
+    ``ends_BL`` is that of ``Packed``. Masks are made on its device; ``block`` as for ``BLOCK``.
     """
     rows, length = ends_BL.shape
     offsets_B1 = length * np.arange(rows)[:, None]
@@ -124,7 +103,8 @@ def tree_attention(
     """Attention as transformers calls it: output of shape (B, L, H, E), and no weights.
 
     Queries have the shape (B, H, L, E), keys and values (B, G, L, E), H a multiple of G. Without
-    ``trees`` (``lay_out``) it is plain SDPA, and only there ``attention_mask`` has an effect.
+    ``trees`` (decoding, generation, pretraining) it is plain SDPA, and only there
+    ``attention_mask`` has an effect.
     """
     if trees is None:
         return sdpa_attention_forward(
@@ -156,16 +136,12 @@ def tree_attention(
 
 
 def _taken(states: Tensor, stretches: list[slice]) -> Tensor:
-    """The states of the stretches: a view where there is but one."""
     parts = [states[:, :, stretch] for stretch in stretches]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def attend_by_trees(model: Any) -> None:
-    """Let the language model of an image-text-to-text model attend by trees where it is given any.
-
-    The vision tower keeps its own attention function.
-    """
+    """Let a model's language model attend by trees where it is given any; its tower does not."""
     model.set_attn_implementation({"text_config": TREES})
 
 

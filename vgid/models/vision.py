@@ -1,12 +1,8 @@
 """What an image becomes: processor tensors, image tokens, and the frozen tower's features.
 
-Vision tower and projector are never trained, so an image's features are the same for all of a
-portrait's questions, all trials and all workers. They are computed once: kept in memory while
-there is room, and in a study's store besides (``vgid.models.store``).
-
-One image a forward pass, so that its features do not depend on which others were missing.
-
-Shape legend: T image tokens, D hidden width of the language model.
+Tower and projector are never trained, so features are computed once: kept in memory while there is
+room, and in a study's store. One image a forward pass: its features do not depend on which others
+were missing. Shape legend: T image tokens, D hidden width of the language model.
 """
 
 import json
@@ -25,28 +21,21 @@ from vgid.seeds import image_digest
 
 V = TypeVar("V")
 
-MEMORY_BYTES = 1 << 30
-"""Images and features that are kept for their next use, each at most this much."""
+MEMORY_BYTES = 1 << 30  # for images, and as much for features, until their next use
 
 
 @dataclass(frozen=True)
 class Picture:
     """An image as the model takes it.
 
-    Prompts live as long as a session, and pixels as the model takes them are up to eight times as
-    large as the image. So they are made when the tower is run, and dropped behind it.
-
-    Attributes:
-        key: SHA-256 of the pixels.
-        tokens: image tokens T that stand for it in a prompt.
-        grid: what the processor says of its shape, such as ``image_grid_thw``; empty for LLaVA.
-        pixels: makes ``pixel_values``, on the CPU.
+    Prompts live as long as a session, and pixels are up to eight times as large as the image. So
+    they are made when the tower is run, and dropped behind it.
     """
 
-    key: str
-    tokens: int
-    grid: dict[str, Tensor] = field(repr=False)
-    pixels: Callable[[], Tensor] = field(repr=False, compare=False)
+    key: str  # SHA-256 of the image
+    tokens: int  # T that stand for it in a prompt
+    grid: dict[str, Tensor] = field(repr=False)  # its shape: Qwen's ``image_grid_thw``, or nothing
+    pixels: Callable[[], Tensor] = field(repr=False, compare=False)  # ``pixel_values``, on the CPU
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -55,33 +44,24 @@ class Picture:
 
     @property
     def token_key(self) -> int:
-        """A negative number that stands for the image among token ids: equal images, equal ids."""
+        """A negative number for the image among token ids: equal images, equal ids."""
         return -1 - int(self.key[:15], 16)
 
 
 def image_processing(processor: Any) -> tuple[str, str]:
-    """How a processor makes pixels of an image, for keys: by which class, and its settings.
-
-    The class depends on what is installed: with torchvision it is another one, of other pixels.
-    """
+    """How a processor makes pixels, for keys: by which class, and with which settings."""
     images = processor.image_processor
     settings = json.dumps(images.to_dict(), sort_keys=True, default=str)
     return type(images).__qualname__, settings
 
 
 class Vision:
-    """The eyes of a backbone: a model whose tower is frozen, its processor, its base's revision.
-
-    Attributes:
-        store: where features are shared with other processes; None for this process only.
-        hits: times that features were there.
-        misses: times that the tower was run.
-    """
+    """The eyes of a backbone: a model whose tower is frozen, its processor, its base's revision."""
 
     def __init__(self, model: Any, processor: Any, revision: str) -> None:
         self.model, self.processor, self.revision = model, processor, revision
-        self.store: ContentStore | None = None
-        self.hits = self.misses = 0
+        self.store: ContentStore | None = None  # shared with other processes, if any
+        self.hits = self.misses = 0  # a miss is a run of the tower
         self._pictures: _Recent[Picture] = _Recent(MEMORY_BYTES)
         self._features: _Recent[Tensor] = _Recent(MEMORY_BYTES)
 
@@ -97,7 +77,6 @@ class Vision:
         return picture
 
     def _process(self, image: Image.Image) -> tuple[int, dict[str, Tensor]]:
-        """Image tokens, and the processor's tensors."""
         output = dict(self.processor(text=[self.processor.image_token], images=[image]))
         ids = output.pop("input_ids")[0]
         output.pop("attention_mask")

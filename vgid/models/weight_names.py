@@ -1,10 +1,8 @@
 """What weights are called in files: as on the hub, whatever the model was made from.
 
-A model names its weights by its classes, which transformers rearranges from release to release;
-the files on the hub keep the names that they had. Servers know those: vLLM reads
-``vision_tower.vision_model.embeddings`` of a LLaVA, and not the ``vision_tower.embeddings`` that
-transformers 5 writes for a model that it did not read from such a file. The library's own
-conversion mapping leads from the ones to the others, and is all that is used here.
+transformers renames weights from release to release; vLLM reads a LLaVA's names of the hub, such as
+``vision_tower.vision_model.embeddings``, and not those that transformers 5 writes. The library's
+own conversion mapping leads from the ones to the others.
 """
 
 from pathlib import Path
@@ -39,10 +37,7 @@ class WeightNames:
         return str(rename_source_key(name, self._reading, [], self._prefix, self._weights)[0])
 
     def on_hub(self, name: str) -> str:
-        """A weight's name in the hub's files, by that in a file of any release.
-
-        What is no weight of the model keeps its name.
-        """
+        """A weight's name in the hub's files; what is no weight of the model keeps its name."""
         from transformers.core_model_loading import rename_source_key
 
         inner = self.in_model(name)
