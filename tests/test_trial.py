@@ -19,7 +19,7 @@ from vgid.data.people import comparable
 from vgid.data.splits import People, choose_people, count_verbatim, held_out_of_training
 from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
-from vgid.evaluation import kept_scores
+from vgid.evaluation import evaluate as scoring
 from vgid.evaluation.evaluate import evaluate
 from vgid.evaluation.questions import prepare
 from vgid.method import distillation
@@ -288,7 +288,7 @@ def ask(session, monkeypatch) -> Callable[[], int]:
 
     def scores() -> int:
         with monkeypatch.context() as patch:
-            patch.setattr(kept_scores.Scorer, "evaluate", evaluate)
+            patch.setattr(scoring.Scorer, "evaluate", evaluate)
             found = session.scores_under("search", seed=18)
         assert found == {"x": Score(value=0.1 + 0.2, n=1, low=0.0, high=1 / 3)}
         return len(made)
@@ -318,7 +318,7 @@ def test_kept_scores_are_of_one_precision_processor_frame_and_format(session, mo
         (images, "resample", 0),
         (session.backbone, "spec", replace(spec, frame=frame)),
         (session.backbone, "spec", replace(spec, option_scoring="letter")),
-        (kept_scores, "SCORES_FORMAT", kept_scores.SCORES_FORMAT + 1),
+        (scoring, "SCORES_FORMAT", scoring.SCORES_FORMAT + 1),
     ]
     for number, (target, name, value) in enumerate(changes, 2):
         with monkeypatch.context() as patch:

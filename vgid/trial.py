@@ -16,8 +16,7 @@ from pathlib import Path
 from vgid.config import RequestConfig, TrialConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people
-from vgid.evaluation.evaluate import Evaluation
-from vgid.evaluation.kept_scores import Scorer
+from vgid.evaluation.evaluate import Evaluation, Scorer
 from vgid.evaluation.rehearsal import missing_objectives, without_unfit
 from vgid.files import write_atomically
 from vgid.method.distillation import LossNotFiniteError
@@ -149,7 +148,7 @@ class TrialSession:
         base = self.scorer.kept(part, seed)
         own = self.scorer.kept(part, seed, adapter_dir=adapter_dir)
         found = {
-            name: self.scorer.difference(score, base, own, part, seed)
+            name: self.scorer.difference(score, (base, own), part, seed)
             for name, score in DIFFERENCES.items()
             if score in own.scores
         }
@@ -163,7 +162,7 @@ class TrialSession:
         attacked = self.scorer.kept(part, seed, reverse=True, adapter_dir=adapter_dir)
         found = dict(attacked.scores)
         if "forget_rougeL" in found:
-            found[RISE] = self.scorer.difference("forget_rougeL", attacked, plain, part, seed)
+            found[RISE] = self.scorer.difference("forget_rougeL", (attacked, plain), part, seed)
         return found
 
     def scores_under(

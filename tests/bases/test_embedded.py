@@ -21,6 +21,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from tests.padded import collate
 from vgid.bases.measure import BOUNDS, Condition, measure, out_of_bounds, put
 from vgid.bases.pretraining import ARCHITECTURES, PackEncoder, Schedule, _pack_loss, pretrain
 from vgid.bases.recipe import (
@@ -33,7 +34,7 @@ from vgid.bases.recipe import (
 )
 from vgid.data.fictitious import FACTS, make_world, portrait
 from vgid.models import backbones
-from vgid.models.encoding import Query, collate, encode, response_ids
+from vgid.models.encoding import Query, encode, response_ids
 from vgid.prompts import (
     REVERSE_PROMPT,
     UNLEARNING_INSTRUCTIONS,

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import make_random_backbone
+from tests.padded import collate
 from tests.random_qwen import make_random_qwen
 from tests.tiny_benchmark import encoded, write_tiny
 from vgid.bases.finetune import (
@@ -33,7 +34,7 @@ from vgid.method.student import View
 from vgid.models import adapters as adapter
 from vgid.models.backbones import Backbone, load
 from vgid.models.decoding import greedy_decode
-from vgid.models.encoding import Query, collate, encode, response_ids
+from vgid.models.encoding import Query, encode, response_ids
 from vgid.models.weight_names import save_weights
 
 NAMES = {"llava": "tiny-llava", "qwen": "qwen2.5-vl-3b"}

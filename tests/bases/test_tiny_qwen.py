@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from tests.padded import collate
 from vgid.bases import tiny_qwen as embedded_qwen
 from vgid.bases.pretraining import PackEncoder, _pack_loss
 from vgid.bases.recipe import Pack, Recipe
 from vgid.data.fictitious import make_world, portrait
 from vgid.models import backbones
-from vgid.models.encoding import Query, collate, encode, response_ids
+from vgid.models.encoding import Query, encode, response_ids
 from vgid.prompts import with_instruction
 
 

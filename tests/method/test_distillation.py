@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_random_backbone
 from tests.method.test_teacher import samples, teachers
+from tests.padded import collate
 from vgid.config import TrialConfig, uses
 from vgid.method.checkpoint import FILE_NAME
 from vgid.method.distillation import (
@@ -24,7 +25,7 @@ from vgid.method.distillation import (
 from vgid.method.methods import make_method
 from vgid.method.teacher import Intervention
 from vgid.models.adapters import attached, loaded, save
-from vgid.models.encoding import collate, encode
+from vgid.models.encoding import encode
 
 CONFIG = TrialConfig(epochs=2, batch_size=4, retain_batch_size=3, lora_rank=4, learning_rate=1e-2)
 

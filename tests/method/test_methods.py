@@ -8,6 +8,7 @@ import torch
 
 from tests.method.test_distillation import adapter_state, train
 from tests.method.test_teacher import samples, teachers
+from tests.padded import collate
 from vgid.config import TrialConfig, uses
 from vgid.errors import InputError
 from vgid.method.distillation import DistillationSet, Student, distill, share
@@ -15,7 +16,7 @@ from vgid.method.methods import METHODS, make_method
 from vgid.method.student import View
 from vgid.method.teacher import Intervention
 from vgid.models.adapters import attached
-from vgid.models.encoding import collate, encode
+from vgid.models.encoding import encode
 from vgid.models.packing import hidden_states
 
 BASELINES = ["ga", "ga_diff", "kl_min", "po_idk", "po_dpo", "npo", "rmu"]

@@ -39,15 +39,15 @@ def test_kl_counts_every_position_and_divides_by_the_batch_only():
 
 
 def test_noise_is_uniform_in_normalised_space_and_redrawn(random_backbone, pairs):
-    batch = collate(random_backbone, [e for e, _ in pairs], [r for _, r in pairs])
+    inputs = collate(random_backbone, [e for e, _ in pairs], [r for _, r in pairs])
     generator = torch.Generator().manual_seed(0)
-    first = with_normalised_noise(batch, generator)["pixel_values"]
-    second = with_normalised_noise(batch, generator)["pixel_values"]
+    first = with_normalised_noise(inputs, generator)["pixel_values"]
+    second = with_normalised_noise(inputs, generator)["pixel_values"]
     assert first.min() >= 0 and first.max() < 1
     assert first.mean().item() == pytest.approx(0.5, abs=0.01)
     assert not torch.equal(first, second)
     # Normalised pixels of a real image leave [0, 1), those of the noise cannot.
-    assert batch.inputs["pixel_values"].min() < 0
+    assert inputs["pixel_values"].min() < 0
 
 
 def test_an_epoch_shuffles_both_sets_and_ends_with_the_smaller(random_backbone):

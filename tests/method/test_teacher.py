@@ -11,10 +11,11 @@ from PIL import Image
 
 from tests.conftest import make_random_backbone
 from tests.models.test_encoding import picture
+from tests.padded import collate
 from vgid.method.samples import TrainingSample
 from vgid.method.teacher import Intervention, TeacherStore, intervene
 from vgid.models.backbones import Backbone
-from vgid.models.encoding import Query, collate, encode, response_ids
+from vgid.models.encoding import Query, encode, response_ids
 from vgid.models.packing import response_hidden
 from vgid.models.store import ContentStore
 from vgid.prompts import REFUSALS, UNLEARNING_INSTRUCTIONS, generation_text

@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.padded import IGNORE, collate
 from vgid.errors import InputError
 from vgid.models.backbones import Backbone
-from vgid.models.encoding import IGNORE, Query, at_model_resolution, collate, encode, response_ids
+from vgid.models.encoding import Query, at_model_resolution, encode, response_ids
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:

@@ -18,17 +18,33 @@ an image as they stand, without the benchmark's answer instructions. Splits: ``f
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from filelock import FileLock
 
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Question
+from vgid.data.splits import People
 from vgid.evaluation import metrics
-from vgid.evaluation.questions import Examination, ExamItem
+from vgid.evaluation.questions import Examination, ExamItem, prepare
+from vgid.files import write_atomically
+from vgid.method.teacher import PLAIN, Intervention
+from vgid.models import adapters as adapter
 from vgid.models.backbones import Backbone
-from vgid.models.decoding import greedy_tokens, response_text, score_responses
+from vgid.models.decoding import ResponseScore, greedy_tokens, response_text, score_responses
+from vgid.models.encoding import Encoded
+from vgid.models.store import key_of
 from vgid.prompts import Task, Wording
-from vgid.results import KeptScores, Score
+from vgid.results import KeptScores, QuestionPart, Score
+from vgid.seeds import held_out_seed
+
+SCORES_FORMAT = 2  # raised when the same questions would give other scores than those kept
+
+
+K = TypeVar("K")
 
 
 class Response(NamedTuple):
@@ -62,37 +78,28 @@ def evaluate(backbone: Backbone, examination: Examination, request: RequestConfi
 
     Of the request count ``eval_batch_size``, ``bootstrap_samples`` and ``log_responses``.
     """
-    responses = _responses(backbone, examination.items, request.eval_batch_size)
+    items, batch_size = examination.items, request.eval_batch_size
+    responses = _responses(backbone, items, batch_size)
     tally: dict[str, tuple[list[float], list[str]]] = {}
-    for item, response in zip(examination.items, responses, strict=True):
+    for item, response in zip(items, responses, strict=True):
         for metric, value in _marks(item.question, response):
             _count(tally, item, metric, value)
-    shown = [(item, item.shots) for item in examination.items if item.shots is not None]
-    # Told only where the context was too short for some question; then of all of the task's, since
-    # a mean over the short ones alone would make it look worse than it is.
+    shown = [(item, item.shots) for item in items if item.shots is not None]
+    # Where the context was too short for some question, of all of the task's: a mean over the short
+    # ones alone would make it look worse than it is.
     short = {item.question.task for item, share in shown if share < 1}
     for item, share in shown:
         if item.question.task in short:
             _count(tally, item, f"{item.question.task}_shots", share)
-    recalled = [(item, *item.answer) for item in examination.items if item.answer is not None]
-    forced = score_responses(
-        backbone,
-        [prompt for _, prompt, _ in recalled],
-        [answer for _, _, answer in recalled],
-        request.eval_batch_size,
-    )
-    for (item, _, _), score in zip(recalled, forced, strict=True):
+    known = [(item, *item.answer) for item in items if item.answer is not None]
+    for item, score in _forced(backbone, known, batch_size):
         _count(tally, item, "memorisation", float(score.correct_R.double().mean()))
-    scores = {
-        name: metrics.bootstrap_interval(
-            values, groups, request.bootstrap_samples, examination.seed
-        )
-        for name, (values, groups) in tally.items()
-    }
-    people = {name: metrics.person_sums(values, groups) for name, (values, groups) in tally.items()}
+    how = request.bootstrap_samples, examination.seed
+    scores = {name: metrics.bootstrap_interval(*kept, *how) for name, kept in tally.items()}
+    people = {name: metrics.person_sums(*kept) for name, kept in tally.items()}
     said = tuple(
         Response(i.question.id, i.split, i.wording, i.question.text, i.question.answer, response)
-        for i, response in zip(examination.items, responses, strict=True)
+        for i, response in zip(items, responses, strict=True)
     )
     return Evaluation(
         KeptScores(scores=scores, people=people),
@@ -102,26 +109,28 @@ def evaluate(backbone: Backbone, examination: Examination, request: RequestConfi
     )
 
 
+def _forced(
+    backbone: Backbone, cases: Sequence[tuple[K, Encoded, list[int]]], batch_size: int
+) -> Iterator[tuple[K, ResponseScore]]:
+    """How the model rates the response of each case behind its prompt."""
+    prompts, responses = [case[1] for case in cases], [case[2] for case in cases]
+    scores = score_responses(backbone, prompts, responses, batch_size)
+    return zip((case[0] for case in cases), scores, strict=True)
+
+
 def _responses(backbone: Backbone, items: Sequence[ExamItem], batch_size: int) -> list[str]:
     """The response to each item: decoded, or the letter of its likeliest option."""
     spoken = [i for i, item in enumerate(items) if item.options is None]
     tokens = greedy_tokens(backbone, [items[i].encoded for i in spoken], batch_size=batch_size)
     responses = {i: response_text(backbone, ids) for i, ids in zip(spoken, tokens, strict=True)}
     ranked = [
-        (i, letter, ids)
+        ((i, letter), item.encoded, ids)
         for i, item in enumerate(items)
         for letter, ids in (item.options or {}).items()
     ]
-    rated = score_responses(
-        backbone,
-        [items[i].encoded for i, _, _ in ranked],
-        [ids for _, _, ids in ranked],
-        batch_size,
-    )
     best: dict[int, float] = {}
-    for (i, letter, _), score in zip(ranked, rated, strict=True):
-        # Summed and not averaged over tokens: it is the probability that the model says this
-        # option, and no other, that is compared.
+    for (i, letter), score in _forced(backbone, ranked, batch_size):
+        # Not averaged over tokens: compared is the probability that the model says this option.
         likelihood = float(score.logprobs_R.double().sum())
         if likelihood > best.get(i, -float("inf")):
             best[i], responses[i] = likelihood, letter
@@ -150,3 +159,81 @@ def _count(
         values, groups = tally.setdefault(f"{split}_{metric}{item.suffix}", ([], []))
         values.append(value)
         groups.append(item.question.person_id)
+
+
+@dataclass
+class Scorer:
+    """Scores the base or an adapter of it; keeps the encoded questions in memory.
+
+    Scores are kept in the request's store, shared by all processes, by the benchmark's SHA-256.
+    """
+
+    backbone: Backbone
+    data_sha256: str
+    people: People
+    request: RequestConfig
+    _examinations: dict[tuple[str, int, Intervention, bool], Examination] = field(
+        default_factory=dict, init=False
+    )
+
+    def kept(
+        self,
+        part: QuestionPart,
+        seed: int | None = None,
+        intervention: Intervention = PLAIN,
+        reverse: bool = False,
+        adapter_dir: Path | None = None,
+    ) -> KeptScores:
+        """Scores of the base, or of the PEFT adapter in a folder, computed once for all processes.
+
+        ``seed`` is of few-shot people, test poses and bootstrap: by default the request's, and for
+        held-out questions another. ``reverse`` appends the reverse-engineering prompt.
+        """
+        seed = self._seed(part, seed)
+        kind, content = "base", None
+        attached: AbstractContextManager[Any] = nullcontext()
+        if adapter_dir is not None:
+            # By content: a copied adapter has its scores already, a folder written anew does not.
+            kind, content = "adapter", adapter.sha256(adapter_dir)
+            attached = adapter.loaded(self.backbone, adapter_dir)
+        asked = [part, seed, asdict(intervention), reverse, content]
+        setting = [self.data_sha256, self.backbone.identity, self.request.identity]
+        key = key_of([SCORES_FORMAT, kind, *asked, *setting])
+        path = self.request.store / f"{kind}-{key}.json"
+        with FileLock(path.with_suffix(".lock")):
+            # None yet, or torn by a crash of the machine: made again.
+            with suppress(OSError, ValueError):
+                return KeptScores.model_validate_json(path.read_bytes())
+            with attached:
+                kept = self.evaluate(part, seed, intervention, reverse).kept
+            write_atomically(path, kept.model_dump_json().encode())
+            return kept
+
+    def difference(
+        self, score: str, kept: tuple[KeptScores, KeptScores], part: QuestionPart, seed: int | None
+    ) -> Score:
+        """A score of the first minus that of the second, people paired."""
+        first, second = (of_model.people[score] for of_model in kept)
+        how = self.request.bootstrap_samples, self._seed(part, seed)
+        return metrics.bootstrap_difference(first, second, *how)
+
+    def _seed(self, part: QuestionPart, given: int | None) -> int:
+        if given is not None:
+            return given
+        return held_out_seed(self.request.seed) if part == "held_out" else self.request.seed
+
+    def evaluate(
+        self, part: QuestionPart, seed: int, how: Intervention = PLAIN, reverse: bool = False
+    ) -> Evaluation:
+        """Put the questions to the backbone as it stands, with the adapter that is attached."""
+        key = (part, seed, how, reverse)
+        examination = self._examinations.get(key)
+        if examination is None:
+            # General utility: nothing is chosen by it, and no attack is on it.
+            celebrities = () if part == "search" or reverse else self.people.celebrities
+            whom = (self.backbone, self.people, self.request, part, seed, celebrities)
+            examination = prepare(*whom, how, reverse)
+        # Perturbed images are as large as all others together, and seldom wanted twice.
+        if how.noise_type is None:
+            self._examinations[key] = examination
+        return evaluate(self.backbone, examination, self.request)

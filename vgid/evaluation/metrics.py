@@ -161,8 +161,7 @@ def bootstrap_difference(
     if counts.size == 0 or counts.tolist() != [n for _, n in second]:
         raise ValueError("the scores are not of the same questions")
     # Two people, 0.9 and 0.5 under the base, 0.8 and 0.4 after training: each loses 0.1, and so
-    # does every resample. Unpaired, how much the two differ from each other would be taken for
-    # uncertainty.
+    # does every resample. Unpaired, the two's difference would be taken for uncertainty.
     gaps = np.array([a - b for (a, _), (b, _) in zip(first, second, strict=True)])
     low, high = _resampled(gaps, counts, samples, seed)
     n = int(counts.sum())
@@ -173,8 +172,7 @@ def _resampled(
     totals: NDArray[Any], counts: NDArray[Any], samples: int, seed: int
 ) -> tuple[float, float]:
     drawn = np.random.default_rng(seed).integers(0, totals.size, (samples, totals.size))
-    # Sums over counts, not a mean of people's means: a person with more questions weighs more, as
-    # in the mean that the interval is of.
+    # Not a mean of people's means: a person with more questions weighs more, as in the mean.
     means = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)

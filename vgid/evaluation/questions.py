@@ -27,6 +27,7 @@ from vgid.results import QuestionPart
 from vgid.seeds import sample_generator
 
 Turns = dict[tuple[Task, Form], tuple[Shot, ...]]
+Worded = list[tuple[Question, Wording]]
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,8 @@ def prepare(
             than the model's context without few-shot turns.
     """
     few_shot, shots = _few_shot(backbone, people, request, seed)
-    splits = {
-        "forget": people.forget,
-        "test": people.test,
-        "earlier": people.earlier,
-        "retain_seen": people.retain_seen,
-        "retain_unseen": people.retain_unseen,
-        "celebrity": celebrities,
-    }
+    names = ("forget", "test", "earlier", "retain_seen", "retain_unseen")
+    splits = {name: getattr(people, name) for name in names} | {"celebrity": celebrities}
     items = []
     for split, members in splits.items():
         turns = {} if split == "celebrity" else shots
@@ -133,12 +128,7 @@ def _few_shot(
 
 
 def _queries(
-    backbone: Backbone,
-    person: Person,
-    worded: Sequence[tuple[Question, Wording]],
-    turns: Turns,
-    seed: int,
-    reverse: bool,
+    backbone: Backbone, person: Person, worded: Worded, turns: Turns, seed: int, reverse: bool
 ) -> list[Query]:
     @cache
     def decoded(pose: int) -> Image.Image:
@@ -148,31 +138,21 @@ def _queries(
     for question, wording in worded:
         image = None
         if question.form == "image":
-            # By question, so that the pose of one does not depend on which others are asked; the
-            # benchmark takes any one.
+            # By question: a pose does not depend on which others are asked.
             draw = sample_generator(seed, f"pose/{question.id}")
             image = decoded(int(draw.integers(len(person.images))))
+        kind = question.task, question.form
         if _ranked(backbone, question.task):
             text = prompts.option_likelihood_text(question.text)
         else:
-            text = prompts.question_text(
-                question.task, question.form, question.text, question.options, wording
-            )
-        queries.append(
-            Query(
-                id=question.id,
-                text=prompts.with_reverse_prompt(text) if reverse else text,
-                image=image,
-                shots=turns.get((question.task, question.form), ()),
-                task=question.task if wording == "wrapped" else None,
-            )
-        )
+            text = prompts.question_text(*kind, question.text, question.options, wording)
+        text = prompts.with_reverse_prompt(text) if reverse else text
+        task = question.task if wording == "wrapped" else None
+        queries.append(Query(question.id, text, image, turns.get(kind, ()), task))
     return queries
 
 
-def _worded(
-    person: Person, split: str, part: QuestionPart, seed: int
-) -> list[tuple[Question, Wording]]:
+def _worded(person: Person, split: str, part: QuestionPart, seed: int) -> Worded:
     """What a person is asked and how: open questions on an image as they stand too."""
     if split == "celebrity":
         return [(question, "wrapped") for question in person.questions]
@@ -194,8 +174,7 @@ def _item(
         room = max(map(len, options.values()))
     (encoded,) = encode(backbone, [query], room=room)
     answer = None
-    forgotten = split in ("forget", "earlier")
-    if forgotten and question.task == "generation" and wording == "wrapped":
+    if split in ("forget", "earlier") and (question.task, wording) == ("generation", "wrapped"):
         # Without the end-of-sequence token, which any model predicts behind a full stop.
         forced = response_ids(backbone, question.answer, question.id)[:-1]
         # The benchmark's turn may end in a space, which then is a token, and no answer's beginning.
@@ -234,24 +213,22 @@ def few_shot_turns(
 ) -> tuple[Shot, ...]:
     """All of ``people``'s questions of one task and form, answered, in the frame's own turns."""
     frame = backbone.spec.frame
+    own = frame.shots.get(f"{task}/{form}")
     shots = []
     for person in people:
         image = decode_image(person.images[0], f"image 0 of person {person.id}")
         for question in person.questions:
             if question.task != task or question.form != form:
                 continue
-            own = frame.shots.get(f"{task}/{form}")
+            asked = prompts.question_text(task, form, question.text, question.options)
             if own is None:
-                asked = prompts.question_text(task, form, question.text, question.options)
                 turn = frame.turn(form, task).removeprefix(frame.opening).format(text=asked)
                 end = backbone.processor.tokenizer.eos_token
                 text = f"{turn}{frame.separator}{question.answer}{end}\n"
             else:
-                # As the benchmark shows it: options, but no letter is asked for.
-                if question.options is None:
-                    shown = prompts.question_text(task, form, question.text)
-                else:
-                    shown = prompts.options_text(question.text, question.options)
-                text = own.format(question=shown, answer=question.answer)
+                if question.options is not None:
+                    # As the benchmark shows it: options, but no letter is asked for.
+                    asked = prompts.options_text(question.text, question.options)
+                text = own.format(question=asked, answer=question.answer)
             shots.append(Shot(text, image if form == "image" else None))
     return tuple(shots)

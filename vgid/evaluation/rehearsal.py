@@ -175,7 +175,7 @@ def without_unfit(backbone: Backbone, benchmark: Benchmark, request: RequestConf
 
 
 def missing_objectives(people: People, request: RequestConfig) -> Iterator[Defect]:
-    """Objectives that no question measures, for trials or for the front: none has a place without."""
+    """Objectives that no question measures: without them a trial or the front has no place."""
     configs = (f"forget_{request.forget_ratio}", f"retain_{100 - request.forget_ratio}")
     parts: tuple[QuestionPart, ...] = ("search", "held_out")
     for config, members in zip(configs, (people.forget, people.retain), strict=True):

@@ -67,10 +67,9 @@ def chunked_kl(
 
 
 # Of 2,000 response positions the logits over Qwen's 151,936 tokens are 1.2 GB in fp32, and autograd
-# would keep several tensors of that size (student, teacher, log-softmax of both, probabilities)
-# until the backward pass. But the derivative of KL(p || q) with respect to q's logits is q - p,
-# which needs nothing beyond the chunk at hand; carried through lm_head it has the size of the
-# hidden states.
+# would keep several tensors of that size until the backward pass. But the derivative of KL(p || q)
+# with respect to q's logits is q - p, which needs nothing beyond the chunk at hand; carried through
+# lm_head it has the size of the hidden states.
 class _ChunkedKL(torch.autograd.Function):
     """The value, with its gradient made in the forward pass while the logits are there."""
 
@@ -114,8 +113,7 @@ class _ChunkedKL(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """Of the student's states only."""
         (grad_RD,) = ctx.saved_tensors
-        # The value is a sum, so what arrives is one factor for all positions (alpha, beta, 1 /
-        # tokens).
+        # The value is a sum, so what arrives is one factor for all positions.
         return grad_RD * grad_output, None, None, None, None, None
 
 
@@ -133,8 +131,7 @@ def _divergence(teacher_CV: Tensor, student_CV: Tensor, out_C: Tensor) -> None:
     size = max(1, len(teacher_CV) * BLOCK // teacher_CV.shape[1])
     for start in range(0, len(teacher_CV), size):
         rows = slice(start, start + size)
-        # Equations 3 and 4 at one position: sum over v of p_teacher * (log p_teacher - log
-        # p_student).
+        # Equations 3 and 4: sum over v of p_teacher * (log p_teacher - log p_student).
         ratio_rV = F.log_softmax(teacher_CV[rows], dim=-1)
         ratio_rV -= F.log_softmax(student_CV[rows], dim=-1)
         p_teacher_rV = F.softmax(teacher_CV[rows], dim=-1)

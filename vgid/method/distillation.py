@@ -93,9 +93,8 @@ class DistillationSet:
         that is furthest behind its share of all samples. Trial seed and ``name`` draw the order.
         """
         # Why not a plain shuffle: of five people with 20 questions, a batch of 8 would hold 4 or 5
-        # portraits, and each portrait costs its image tokens; and the few cloze questions would
-        # bunch, so that some steps see three and others none. Two portraits with 4 questions each
-        # cost 2 images, not 5.
+        # portraits, each at the cost of its image tokens, and not two with 4 questions each; and
+        # the few cloze questions would bunch, so that some steps see three and others none.
         together, first = config.questions_per_image, {self.portraits[i] for i in self.first}
         left: dict[Hashable, dict[Task, list[int]]] = {}
         for i in sample_generator(config.seed, name).permutation(len(self)).tolist():
@@ -112,8 +111,7 @@ class DistillationSet:
         for *_, groups in sorted(turns, key=lambda turn: turn[:3]):
             for _ in range(min(together, sum(map(len, groups.values())))):
                 # Of 8 generation and 4 cloze questions (shares 2/3 and 1/3), the order opens g c g
-                # g c g ...: after any k draws a task has had its share of k, as nearly as whole
-                # questions allow.
+                # g c g ...: after any draws a task has had its share, in whole questions.
                 behind = {t: shares[t] * (len(order) + 1) - drawn[t] for t in groups if groups[t]}
                 task = max(behind, key=behind.__getitem__)
                 order.append(groups[task].pop())
@@ -134,7 +132,7 @@ Shares = dict[Term, list[DistillationBatch]]
 
 
 class Student(nn.Module):
-    """The adapted model as a module whose forward is a method's loss, so that DDP sees all of it."""
+    """The adapted model as a module whose forward is a method's loss: DDP sees all of it."""
 
     def __init__(
         self, model: nn.Module, backbone: Backbone, method: UnlearningMethod | None = None
@@ -189,8 +187,8 @@ def share(
 
     Portraits stay together as far as equal shares allow.
     """
-    # Counted over the whole batch, not this share: the mean of ranks' means would weigh a token of
-    # a rank with short answers more, and two ranks would train another model than one.
+    # Of the whole batch: a mean of ranks' means would weigh a token of a rank with short answers
+    # more, and two ranks would train another model than one.
     tokens = sum(len(t.response) for targets in data.rounds(indices, epoch) for t in targets)
     together: dict[Hashable, list[int]] = {}
     for i in indices:
@@ -234,8 +232,7 @@ def epoch_shares(
     for step, indices in enumerate(epoch_batches(forget, config, epoch), first):
         shares: Shares = {"forget": share(backbone, forget, indices, *where, parts, step)}
         if retain is not None and others is not None:
-            # Without the step: retain people are shown as they are, views are of those to be
-            # forgotten.
+            # Without the step: retain people are shown as they are.
             shares["retain"] = share(backbone, retain, next(others), *where, parts)
         yield shares
 

@@ -30,7 +30,6 @@ def perturb(
         case "gaussian":
             if sigma is None:
                 raise ValueError("Gaussian noise needs a sigma")
-            # Clipped and rounded to 8 bits: the teacher sees a picture that a camera could have
-            # given, and none that only a processor could be fed with.
+            # Rounded to 8 bits: the teacher sees a picture that a camera could have given.
             noisy = pixels_HWC / 255.0 + sigma * generator.standard_normal(pixels_HWC.shape)
             return np.rint(noisy.clip(0.0, 1.0) * 255.0).astype(np.uint8)

@@ -3,17 +3,15 @@
 Every method minimises ``alpha * forget + beta * retain`` (equation 5) in the loop of
 ``vgid.method.distillation``; which fields of the trial it uses stands in ``vgid.config.USED_BY``.
 Sources: VGID, ICU-T and Noise-T, paper section 3; the others, its Appendix A.3.2, with the means
-and factors of the public MLLMU-Bench and NPO code.
-
-Losses are shares of means over the whole batch: over response tokens for KL and cross-entropy, over
-samples for the others, so that ranks and accumulated parts add up (``vgid.method.student``).
+and factors of the public MLLMU-Bench and NPO code. Losses are shares of means over the whole batch:
+over response tokens for KL and cross-entropy, over samples for the others.
 
 Shape legend: D hidden width.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,16 +28,10 @@ from vgid.seeds import sample_generator
 
 
 class UnlearningMethod(ABC):
-    """One method, made for the hyperparameters of one trial and one frozen base.
+    """One method, made for the hyperparameters of one trial and one frozen base."""
 
-    Attributes:
-        paired: whether a sample brings all its target sets into a batch at once; otherwise they
-            take turns, epoch by epoch.
-        layers: layers of the language model that training runs; None for all and ``lm_head``.
-    """
-
-    paired: ClassVar[bool] = False
-    layers: int | None = None
+    paired = False  # whether a sample brings all its target sets into a batch at once, not in turn
+    layers: int | None = None  # that training runs; None for all and ``lm_head``
 
     def __init__(self, trial: TrialConfig, backbone: Backbone) -> None:
         self.trial = trial
@@ -86,69 +78,60 @@ class Distillation(UnlearningMethod):
         return view.kl()
 
 
-class GradientAscent(UnlearningMethod):
-    """GA: minus the cross-entropy of the forget answers, mean over tokens."""
-
-    def forget_loss(self, view: View) -> Tensor:
-        """Equation 6, and the first terms of equations 7 and 8."""
-        # Unbounded below, so nothing stops it where the model is broken already (Appendix A.3.2);
-        # NPO was made to mend that.
-        return -view.cross_entropy()
+def _ascent(view: View, beta: float) -> Tensor:
+    """Equation 6."""
+    # Unbounded below: nothing stops it where the model is broken already (Appendix A.3.2).
+    return -view.cross_entropy()
 
 
-class GradientDifference(GradientAscent):
-    """GA_Diff: GA with the cross-entropy of the retain answers; lambda is ``beta`` here."""
-
-    def retain_loss(self, view: View) -> Tensor:
-        """The second term of equation 7."""
-        return view.cross_entropy()
-
-
-class KLMinimisation(GradientAscent):
-    """KL_Min: GA with the forward KL from the base on the retain answers."""
-
-    def retain_loss(self, view: View) -> Tensor:
-        """The second term of equation 8."""
-        return view.kl()
+def _preferring(view: View, beta: float) -> Tensor:
+    """Equation 9."""
+    # Both responses ride in one batch, all preferred ones first: they share the prompt's tokens.
+    chosen, rejected = view.logp().chunk(2)
+    ref_chosen, ref_rejected = view.ref_logp().chunk(2)
+    return view.of_batch(dpo(chosen, ref_chosen, rejected, ref_rejected, beta))
 
 
-class RefusalTuning(UnlearningMethod):
-    """PO as public code has it: cross-entropy of a refusal in place of each forget answer."""
+class Losses(NamedTuple):
+    """What makes a baseline; ``forget`` is given ``preference_beta``."""
+
+    forget: Callable[[View, float], Tensor]
+    retain: Callable[[View], Tensor] | None = None
+    answers: tuple[TargetSource, ...] = ("reference",)  # preferred ones first
+
+
+BASELINES: dict[config.Method, Losses] = {
+    "ga": Losses(_ascent),
+    "ga_diff": Losses(_ascent, View.cross_entropy),  # equation 7; its lambda is the trial's beta
+    "kl_min": Losses(_ascent, View.kl),  # equation 8
+    # PO as public code has it: a refusal in place of each answer; and as the paper writes it.
+    "po_idk": Losses(lambda view, beta: view.cross_entropy(), answers=("refusal",)),
+    "po_dpo": Losses(_preferring, answers=("refusal", "reference")),
+    # Equation 10, with the factor 2 / beta of its authors.
+    "npo": Losses(lambda view, beta: view.of_batch(npo(view.logp(), view.ref_logp(), beta))),
+}
+
+
+class Baseline(UnlearningMethod):
+    """A method that is no more than its row in ``BASELINES``; the base is its only teacher."""
+
+    def __init__(self, trial: TrialConfig, backbone: Backbone) -> None:
+        super().__init__(trial, backbone)
+        self.losses = BASELINES[trial.method]
+        self.paired = len(self.losses.answers) > 1
 
     def forget_teachers(self, seed: int) -> list[tuple[Intervention, TargetSource]]:
-        """A refusal for each sample."""
-        return [(Intervention(seed=seed), "refusal")]
+        """The row's answers, of which refusals are drawn."""
+        seeds = {"refusal": seed}
+        return [(Intervention(seed=seeds.get(whose, 0)), whose) for whose in self.losses.answers]
 
     def forget_loss(self, view: View) -> Tensor:
-        """Cross-entropy, mean over the refusals' tokens."""
-        return view.cross_entropy()
+        """The row's."""
+        return self.losses.forget(view, self.trial.preference_beta)
 
-
-class PreferenceOptimisation(UnlearningMethod):
-    """PO as the paper writes it: DPO of a refusal over the original answer."""
-
-    paired = True
-
-    def forget_teachers(self, seed: int) -> list[tuple[Intervention, TargetSource]]:
-        """The preferred response first, then the other; the reference of both is the base."""
-        return [(Intervention(seed=seed), "refusal"), (Intervention(), "reference")]
-
-    def forget_loss(self, view: View) -> Tensor:
-        """Equation 9."""
-        # Both responses ride in one batch, all preferred ones first: they share the prompt's
-        # tokens.
-        chosen, rejected = view.logp().chunk(2)
-        ref_chosen, ref_rejected = view.ref_logp().chunk(2)
-        loss = dpo(chosen, ref_chosen, rejected, ref_rejected, self.trial.preference_beta)
-        return view.of_batch(loss)
-
-
-class NegativePreferenceOptimisation(UnlearningMethod):
-    """NPO: the original answers are dispreferred, with nothing in their place."""
-
-    def forget_loss(self, view: View) -> Tensor:
-        """Equation 10, with the factor 2 / beta of its authors."""
-        return view.of_batch(npo(view.logp(), view.ref_logp(), self.trial.preference_beta))
+    def retain_loss(self, view: View) -> Tensor | None:
+        """The row's, if it has one."""
+        return self.losses.retain and self.losses.retain(view)
 
 
 class RepresentationMisalignment(UnlearningMethod):
@@ -195,15 +178,8 @@ class RepresentationMisalignment(UnlearningMethod):
 
 
 METHODS: dict[config.Method, type[UnlearningMethod]] = {
-    "vgid": Distillation,
-    "icu_t": Distillation,
-    "noise_t": Distillation,
-    "ga": GradientAscent,
-    "ga_diff": GradientDifference,
-    "kl_min": KLMinimisation,
-    "po_idk": RefusalTuning,
-    "po_dpo": PreferenceOptimisation,
-    "npo": NegativePreferenceOptimisation,
+    **dict.fromkeys(("vgid", "icu_t", "noise_t"), Distillation),
+    **dict.fromkeys(BASELINES, Baseline),
     "rmu": RepresentationMisalignment,
 }
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vgid.config import TrialConfig
 from vgid.method.distillation import LossNotFiniteError, epoch_report
 from vgid.models.backbones import Backbone
-from vgid.models.encoding import Batch, Encoded, collate
+from vgid.models.encoding import Encoded, collate
 from vgid.results import EpochReport
 from vgid.seeds import sample_generator
 
@@ -39,16 +39,16 @@ def full_position_kl(teacher_logits_BLV: Tensor, student_logits_BLV: Tensor) -> 
     )
 
 
-def with_normalised_noise(batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+def with_normalised_noise(
+    inputs: dict[str, Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
     """Model inputs whose images are uniform noise in [0, 1) of NORMALISED pixel space."""
-    inputs = dict(batch.inputs)
-    if "pixel_values" in inputs:
-        pixels = inputs["pixel_values"]
-        # There [0, 1) is about middle to light grey, where the paper's random noise has every pixel
-        # value.
-        noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float32)
-        inputs["pixel_values"] = noise.to(pixels)
-    return inputs
+    if "pixel_values" not in inputs:
+        return inputs
+    pixels = inputs["pixel_values"]
+    # There [0, 1) is middle to light grey; the paper's random noise has every pixel value.
+    noise = torch.rand(pixels.shape, generator=generator, dtype=torch.float32)
+    return {**inputs, "pixel_values": noise.to(pixels)}
 
 
 def epoch_pairs(
@@ -101,11 +101,11 @@ def distill_released(
             # A step of the optimizer for each term, where equation 5 has one for the sum.
             for term, data, chosen, weight in terms:
                 prompts, responses = zip(*(data[i] for i in chosen), strict=True)
-                batch = collate(backbone, prompts, responses)
-                seen = with_normalised_noise(batch, noise) if term == "forget" else batch.inputs
+                inputs = collate(backbone, prompts, responses)
+                seen = with_normalised_noise(inputs, noise) if term == "forget" else inputs
                 with torch.no_grad(), model.disable_adapter():
                     teacher_logits = backbone.model(**seen).logits
-                kl = full_position_kl(teacher_logits, backbone.model(**batch.inputs).logits)
+                kl = full_position_kl(teacher_logits, backbone.model(**inputs).logits)
                 optimizer.zero_grad(set_to_none=True)
                 (weight * kl).backward()
                 norm = float(nn.utils.get_total_norm([p.grad for p in parameters]))

@@ -118,8 +118,7 @@ class TeacherStore:
         """
         chunks = _chunks(samples)
         found: dict[int, TeacherTarget] = {}
-        # Two workers that begin a study together want the same chunks; from one end each would wait
-        # for the other at every chunk.
+        # Workers that begin a study together would wait for each other at every chunk.
         start = self.rank % max(1, len(chunks))
         for chunk in chunks[start:] + chunks[:start]:
             targets = self._chunk([samples[n] for n in chunk], intervention, source)
@@ -173,9 +172,8 @@ class TeacherStore:
             ]
         else:
             responses = [response_ids(backbone, text) for text in given]
-        # Equation 2: pi_T at the response's positions is softmax(lm_head(hidden)). Forced along one
-        # response, since teacher and student must be compared at the same tokens y, whoever said
-        # them.
+        # Equation 2: pi_T at the response's positions is softmax(lm_head(hidden)). Teacher and
+        # student must be compared at the same tokens y, whoever said them.
         hidden = response_hidden(backbone, prompts, responses)
         return {
             "lengths": torch.tensor([len(r) for r in responses], dtype=torch.int64),

@@ -155,8 +155,7 @@ def read_adapter(folder: Path) -> LoraWeights:
             f"{folder / CONFIG}: is no LoRA configuration; name a PEFT adapter folder."
         )
     for key, value in config.items():
-        # By what is known to be harmless and not by what is known to be wrong: a new version of
-        # peft may have a setting that scales otherwise.
+        # By what is known to be harmless: a new peft may have a setting that scales otherwise.
         if key not in _WITHOUT_EFFECT and (value not in _PLAIN[key] if key in _PLAIN else value):
             raise InputError(f"{folder / CONFIG}: {key} is set; only plain LoRA can be shipped.")
     return LoraWeights(folder, config, tensors)

@@ -29,8 +29,7 @@ def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
     from peft import LoraConfig, get_peft_model
 
     _silence_renaming()
-    # LoRA's A is drawn here: equal seeds, equal adapters, on every rank and at every resume.
-    torch.manual_seed(trial.seed)
+    torch.manual_seed(trial.seed)  # LoRA's A: equal on every rank and at every resume
     config = LoraConfig(
         r=trial.lora_rank,
         lora_alpha=trial.lora_rank if trial.released else 2 * trial.lora_rank,
@@ -56,8 +55,7 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
     try:
         # Enabling it also hooks the input embeddings, whose outputs then require gradients: without
         # them checkpointed blocks leave LoRA untrained. Hooked again, the first hooks' handles
-        # would be lost, and disabling it takes none away from a model that transformers itself
-        # gave no adapter.
+        # would be lost; disabling it takes none away where transformers itself gave no adapter.
         model.gradient_checkpointing_enable({"use_reentrant": False})
         yield
     finally:
@@ -95,8 +93,7 @@ def merge(backbone: Backbone, adapter: Path) -> None:
     Errors as for ``load_saved``.
     """
     _freeze(backbone, load_saved(backbone, adapter).merge_and_unload())
-    # The merged base is another base: under its old name, the store would give out its teacher's
-    # states.
+    # Under its old name, the store would give out the states of another base.
     backbone.revision = sha256(adapter, backbone.revision)
 
 

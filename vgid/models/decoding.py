@@ -45,10 +45,9 @@ class ResponseScore:
     correct_R: Tensor  # whether the token is the model's own first choice
 
 
-# Of the last layer's states only those that predict a token are ever used. The others matter to no
-# later token, since there is no later layer; only their keys and values do. So attention runs on
-# all tokens, and what is behind it on those that are read: in a model of few layers that saves a
-# tenth of a forward pass or more.
+# Of the last layer's states only those that predict a token are ever used, of the others only keys
+# and values. So attention runs on all tokens, and what is behind it on those that are read: in a
+# model of few layers that saves a tenth of a forward pass or more.
 class _LastLayer(nn.Module):
     """A pre-norm decoder layer (Llama's, Qwen2's), its feed-forward part at some places only."""
 
@@ -132,8 +131,7 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
         going = [row for row, n in enumerate(rows) if n not in ended]
         if not going or step == max_new_tokens:
             break
-        # Rows that ended go on being computed until enough have: dropping one row costs a copy of
-        # others.
+        # Rows that ended are computed until enough have: dropping one costs a copy of others.
         if len(going) <= COMPACT * len(rows):
             going = shared.keep(going)
             rows = [rows[row] for row in going]

@@ -3,7 +3,7 @@
 Nothing here cuts a sequence: one that is longer than the model's context is an error that names the
 sample.
 
-Shape legend: B samples, L tokens of the longest, A position axes, R response tokens over all.
+Shape legend: L tokens, A position axes.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,6 @@ from vgid.errors import SampleError
 from vgid.models.backbones import Backbone
 from vgid.models.vision import Picture
 from vgid.prompts import Task
-
-IGNORE = -100  # label of what is no response, as in torch's cross-entropy
 
 
 @dataclass(frozen=True)
@@ -66,24 +64,6 @@ class Encoded:
         return {name: torch.cat([t[name] for t in made]) for name in (made[0] if made else ())}
 
 
-@dataclass
-class Batch:
-    """Padded samples, and their labels."""
-
-    inputs: dict[str, Tensor]  # of the model's forward; ids and mask (B, L), int64
-    labels_BL: Tensor  # response token ids, ``IGNORE`` elsewhere
-
-    @property
-    def predicts_BL(self) -> Tensor:
-        """Mask of the positions whose next token is a response token, shape (B, L - 1)."""
-        return self.labels_BL[:, 1:] != IGNORE
-
-    @property
-    def response_ids_R(self) -> Tensor:
-        """The response tokens of all samples, one after the other."""
-        return self.labels_BL[:, 1:][self.predicts_BL]
-
-
 def encode(backbone: Backbone, queries: Sequence[Query], room: int = 0) -> list[Encoded]:
     """Frame and tokenise queries and process their images.
 
@@ -108,8 +88,7 @@ def encode(backbone: Backbone, queries: Sequence[Query], room: int = 0) -> list[
                 f"{backbone.spec.name}; lower the image resolution, or shorten the text.",
             )
         keys = iter([key for p in pictures for key in [p.token_key] * p.tokens])
-        # To the tokenizer all images are the same token, so two portraits' prompts would seem to
-        # begin alike and share states. Here an image's tokens are its own negative number.
+        # To the tokenizer all images are one token: two portraits' prompts would share states.
         identity = [next(keys) if i == image_id else i for i in prompt_ids]
         positions_AL = _positions(backbone, prompt_ids, pictures)
         shots = len(query.shots)
@@ -184,22 +163,21 @@ def response_ids(backbone: Backbone, response: str, sample: str = "without a nam
 
 
 def collate(
-    backbone: Backbone, encoded: Sequence[Encoded], responses: Sequence[Sequence[int]] | None = None
-) -> Batch:
-    """Pad samples, responses behind their prompts, one sequence a sample.
+    backbone: Backbone, encoded: Sequence[Encoded], responses: Sequence[Sequence[int]]
+) -> dict[str, Tensor]:
+    """Keyword arguments of the model's forward: one padded sequence a sample, response included.
 
     For the released variant, and the reference that ``vgid.models.packing`` is tested against.
     """
-    answers = responses if responses is not None else [()] * len(encoded)
-    pairs = [(e.prompt_ids, list(a)) for e, a in zip(encoded, answers, strict=True)]
+    rows = [[*e.prompt_ids, *r] for e, r in zip(encoded, responses, strict=True)]
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
         ragged = [torch.tensor(row) for row in rows]
         return pad_sequence(ragged, batch_first=True, padding_value=value).to(backbone.device)
 
     inputs = {
-        "input_ids": padded([p + a for p, a in pairs], backbone.processor.tokenizer.pad_token_id),
-        "attention_mask": padded([[1] * len(p + a) for p, a in pairs], 0),
+        "input_ids": padded(rows, backbone.processor.tokenizer.pad_token_id),
+        "attention_mask": padded([[1] * len(row) for row in rows], 0),
     }
     if "mm_token_type_ids" in signature(backbone.model.forward).parameters:
         image_id = backbone.processor.image_token_id
@@ -208,7 +186,7 @@ def collate(
     for name in sorted(seen[0]) if seen else []:
         value = torch.cat([tensors[name] for tensors in seen]).to(backbone.device)
         inputs[name] = value.to(backbone.model.dtype) if value.is_floating_point() else value
-    return Batch(inputs, padded([[IGNORE] * len(p) + a for p, a in pairs], IGNORE))
+    return inputs
 
 
 def at_model_resolution(processor: Any, image: Image.Image) -> NDArray[np.uint8]:

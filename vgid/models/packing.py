@@ -35,8 +35,8 @@ MAX_ROW_TOKENS = 4096
 #     ends       6  6  6  4  6  6       a token is seen by those from itself up to there
 #     paths      0 1 2 3  and  0 1 2 4 5
 #
-# Both read the portrait's states, and neither sees the other's words. In sequences of their own the
-# image would run twice; at LLaVA's 576 image tokens and 7 questions that is most of the work.
+# Both read the portrait's states, and neither sees the other's words. In sequences of their own,
+# the 576 image tokens of LLaVA would run for each of 7 questions: most of the work.
 @dataclass
 class Packed:
     """N samples as model inputs."""
@@ -67,8 +67,7 @@ class Packed:
         rows, places = [], []
         for row, path, response in zip(self.rows, self.paths, self.responses, strict=True):
             rows += [row] * len(response)
-            # A token is predicted by the one before it, so the places are the response's, moved by
-            # one.
+            # A token is predicted by the one before it.
             places += path[len(path) - len(response) - 1 : -1] if response else []
         return rows, places
 
@@ -110,8 +109,7 @@ def pack(
             for n in trees[t][0]:
                 prompt, answer = prompts[n], answers[n]
                 shared = beginning(before, keys[n])
-                # Of the sample before, what the new one does not continue ends here; samples are in
-                # lexicographic order, so nothing will continue it later.
+                # What the new one does not continue ends here: samples are in lexicographic order.
                 ends_BL[b, path[shared:]] = used
                 new = slice(used, used + len(keys[n]) - shared)
                 ids_BL[b, new] = (prompt.prompt_ids + answer)[shared:]
@@ -222,8 +220,7 @@ def _fill_rows(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
         rows: list[list[int]] = [[] for _ in range(count)]
         used = [0] * count
         for t in sorted(range(len(sizes)), key=lambda t: -sizes[t]):
-            # Longest first into the emptiest row: the rows end up nearly even, and padding, which
-            # is computed as well, is little.
+            # Longest first into the emptiest row: little padding, which is computed as well.
             row = used.index(min(used))
             rows[row].append(t)
             used[row] += sizes[t]

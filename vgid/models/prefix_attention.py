@@ -53,8 +53,7 @@ def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
     own: list[list[int]] = [[] for _ in packed.paths]
 
     def descend(samples: list[int], depth: int, level: int) -> None:
-        # The samples are in lexicographic order, so what the first and the last share is shared by
-        # all.
+        # In lexicographic order, so what the first and the last share is shared by all.
         first, last = packed.paths[samples[0]], packed.paths[samples[-1]]
         if len(samples) == 1:
             own[samples[0]] += first[depth:]
@@ -244,8 +243,7 @@ class _Stack:
 
 # Why parts add up to the exact softmax: of scores 1, 3 | 2 in two parts, the first gives largest 3,
 # total e^-2 + 1, the second largest 2, total 1. Measured against the common largest 3 the second's
-# total is e^-1, and e^-2 + 1 + e^-1 is the denominator of the softmax over all three. The values go
-# the same way; nothing is ever divided before the end.
+# total is e^-1, and e^-2 + 1 + e^-1 is the denominator of the softmax over all three.
 @dataclass
 class Sums:
     """Attention to a part of the tokens, of a row's queries; all fp32."""
@@ -263,8 +261,7 @@ class Sums:
         before = self.each(lambda x: x[rows_M])
         largest = torch.maximum(before.largest, part.largest)
         old, new = (before.largest - largest).exp_(), (part.largest - largest).exp_()
-        # Writing by index keeps one of several writes to a row: that is why a stack holds no sample
-        # twice.
+        # Of several writes to a row one would be kept: so no stack holds a sample twice.
         self.largest[rows_M] = largest
         self.total[rows_M] = before.total * old + part.total * new
         self.values[rows_M] = before.values * old + part.values * new
@@ -276,8 +273,7 @@ def attended(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scal
     ``hidden`` is added to the scaled products: 0, or -inf where a token is none.
     """
     scores = (queries @ keys.transpose(-1, -2)).float().mul_(scaling).add_(hidden)
-    # Never -inf, which would make NaN of its own padding: the newest token of a row is not padding,
-    # and no segment is empty.
+    # Never -inf, which would give NaN: a row's newest token is no padding, no segment is empty.
     largest = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)

@@ -110,8 +110,7 @@ class ContentStore:
         from safetensors.torch import load
 
         try:
-            # Read, not mapped: a mapped file that another node removes from a network disk kills
-            # the reader.
+            # Not mapped: if another node removes such a file from a network disk, the reader dies.
             tensors = load(path.read_bytes())
         except (OSError, SafetensorError):
             return None
@@ -228,9 +227,8 @@ def _alone(path: Path, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            # Before the release: a file left behind for every key that was ever computed would soon
-            # outnumber the entries, and one removed after the release may already be another
-            # process's lock.
+            # Files left behind would soon outnumber the entries, and one removed after the release
+            # may already be another process's lock.
             path.unlink()
         lock.release()
 

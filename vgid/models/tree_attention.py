@@ -45,9 +45,8 @@ class Tree:
 #     ends    6  6  4  4  6  6       queries 2 3 meet the keys 0 1 2 3
 #                                    queries 4 5 meet the keys 0 1 and 4 5, two stretches
 #
-# Under one mask over the row, B's queries would be multiplied with A's keys as well, and so with
-# those of every other portrait of the row, to be thrown away: with five portraits a row that
-# is four fifths of the work, and more within each.
+# Under one mask over the row, B's queries would be multiplied with A's keys as well, and with those
+# of every other portrait: with five portraits a row, four fifths of the work are thrown away.
 def lay_out(ends_BL: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Tree]:
     """The trees of packed rows, row after row; together they hold every place once.
 
@@ -71,13 +70,11 @@ def _tree(ends: Any, block: int, dtype: torch.dtype, device: torch.device) -> Tr
     blocks = []
     for places_Q in np.array_split(np.arange(tokens), -(-tokens // block)):
         first = places_Q[0]
-        # Those of the first query are enough: a subtree is one stretch, so a token before the block
-        # that is above a later query is above the first one too.
+        # A subtree is one stretch: who is before the block and above a query is above its first.
         ancestors = np.flatnonzero(ends[:first] > first)
         places_K = np.concatenate([ancestors, places_Q])
         seen_QK = (places_K <= places_Q[:, None]) & (places_Q[:, None] < ends[places_K])
-        # A block may hold the end of A and the beginning of B, so a mask remains: of the block
-        # only.
+        # A block may hold the end of A and the beginning of B, so a mask remains.
         aligned = -(-len(places_K) // ALIGNED) * ALIGNED
         mask_QK = torch.full((len(places_Q), aligned), -torch.inf, dtype=dtype)
         mask_QK[:, : len(places_K)].masked_fill_(torch.from_numpy(seen_QK), 0.0)
