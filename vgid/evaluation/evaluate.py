@@ -1,17 +1,15 @@
 """The benchmark's evaluation of a backbone: every question asked, every score with its interval.
 
 Score names are ``<split>_<metric>`` for questions with an image (the paper's), with ``_text``
-behind them for questions that name the person instead, and ``_raw`` for generation questions with
-an image as they stand, without the benchmark's answer instructions. Splits: ``forget``, ``test``,
-``earlier`` (whom an earlier request suppressed), ``retain`` (with ``retain_seen`` and
-``retain_unseen``, by whether the person is in the training pool) and ``celebrity``. How many of
-``retain_seen`` a retain loss was shown, first of all, is a trial's ``retain_seen_shown``. Metrics:
+behind them where the question names the person instead, and ``_raw`` for generation questions as
+they stand, without answer instructions. Splits: ``forget``, ``test``, ``earlier`` (whom an earlier
+request suppressed), ``retain`` (with ``retain_seen`` and ``retain_unseen``, by whether the person
+is in the training pool) and ``celebrity``. Metrics:
 
 - ``rouge1``, ``rouge2``, ``rougeL`` (F-measures), the same with ``_recall``, ``bleu``, ``refusal``
   and ``gibberish`` rates, of generation questions;
-- ``cloze`` and ``classification``: accuracy of fill-in-the-blank and multiple-choice questions;
-- ``cloze_shots`` and ``classification_shots``: share of the few-shot turns that stood before the
-  questions; only where the context did not hold all of them for some question;
+- ``cloze`` and ``classification``: accuracy of fill-in-the-blank and multiple-choice questions,
+  with ``_shots`` the share of their few-shot turns that the context held, if not all of them;
 - ``memorisation`` (forget and earlier splits only): exact memorisation, the share of the true
   answer's tokens that the model, forced along that answer, predicts itself (Tirumala et al. 2022,
   section 3). It shows what a refusal in the first tokens hides.
@@ -74,10 +72,7 @@ class Evaluation:
 
 
 def evaluate(backbone: Backbone, examination: Examination, request: RequestConfig) -> Evaluation:
-    """Put every question to the model as it is now, adapters included, and score the answers.
-
-    Of the request count ``eval_batch_size``, ``bootstrap_samples`` and ``log_responses``.
-    """
+    """Score the answers of the model as it is now, adapters included, to every question."""
     items, batch_size = examination.items, request.eval_batch_size
     responses = _responses(backbone, items, batch_size)
     tally: dict[str, tuple[list[float], list[str]]] = {}
@@ -163,10 +158,7 @@ def _count(
 
 @dataclass
 class Scorer:
-    """Scores the base or an adapter of it; keeps the encoded questions in memory.
-
-    Scores are kept in the request's store, shared by all processes, by the benchmark's SHA-256.
-    """
+    """Scores the base or its adapters, once in a request's store; keeps the encoded questions."""
 
     backbone: Backbone
     data_sha256: str

@@ -1,7 +1,7 @@
 """Scores of a single response, and the interval of a mean over many: pure functions, no model.
 
-The scorers are those of MLLMU-Bench's eval.py: ``rouge-score`` and NLTK. Refusal and gibberish are
-ours: ROUGE alone cannot tell a model that declines from one that answers wrongly or is broken.
+The scorers are those of MLLMU-Bench's eval.py; refusal and gibberish are ours: ROUGE alone cannot
+tell a model that declines from one that answers wrongly or is broken.
 """
 
 import re
@@ -29,10 +29,9 @@ _REFUSAL = re.compile(
     "|private (data|information)|personal information|(privacy|policy) reasons"
     "|not (allowed|permitted) to|not comfortable"
 )
-"""Phrases, in lower case with straight apostrophes, any of which makes a response a refusal.
-
-Not single words such as "cannot", which a true answer may hold. They cover the refusals that the
-embedded backbones are made with and the usual ones of LLaVA and Qwen chat models."""
+"""Phrases, in lower case, any of which makes a response a refusal: those that the embedded
+backbones are made with, and the usual ones of LLaVA and Qwen. A true answer may hold "cannot"
+alone."""
 
 MAX_WORD_LENGTH = 40
 MIN_DISTINCT_WORDS = 0.3
@@ -49,10 +48,7 @@ def _rouge_scorer() -> Any:
 
 
 def rouge(answer: str, response: str) -> dict[str, float]:
-    """ROUGE-1, -2 and -L with the Porter stemmer, as ``rouge-score`` gives them, in [0, 1].
-
-    F-measures, which the paper reports, and recalls under the same names with ``_recall``.
-    """
+    """ROUGE-1, -2 and -L as ``rouge-score`` gives them: F-measures, and recalls as ``_recall``."""
     scores = _rouge_scorer().score(answer, response)
     f_measures = {name: float(scores[name].fmeasure) for name in ROUGE_TYPES}
     return f_measures | {f"{name}_recall": float(scores[name].recall) for name in ROUGE_TYPES}
@@ -87,16 +83,11 @@ def is_refusal(response: str) -> bool:
 def is_gibberish(response: str) -> bool:
     """Whether the response is no sentence at all, by rules that need no model.
 
-    A response is gibberish if it
-
-    - has no letter and no digit (so also if it is empty),
-    - holds a replacement character (broken UTF-8), or more than 30 % of its visible characters are
-      outside ASCII, where the benchmark asks for English,
-    - has a word longer than 40 characters,
-    - is stuck: a chunk of up to 4 characters 8 times in a row, a word 4 times in a row, a phrase of
-      2 to 4 words 3 times in a row, or, from 10 words on, fewer than 30 % distinct words.
-
-    The rules catch collapsed models; fluent nonsense passes, and ROUGE counts it as wrong.
+    It has no letter and no digit; holds a replacement character, or more than 30 % of its visible
+    characters are outside ASCII; has a word longer than 40 characters; or is stuck: a chunk of up
+    to 4 characters 8 times in a row, a word 4 times in a row, a phrase of 2 to 4 words 3 times in a
+    row, or, from 10 words on, fewer than 30 % distinct words. Fluent nonsense passes, and ROUGE
+    counts it as wrong.
     """
     visible = "".join(response.split())
     if not any(character.isalnum() for character in visible) or "\ufffd" in visible:
@@ -120,12 +111,10 @@ def bootstrap_interval(
 ) -> Score:
     """Mean of ``values`` with its 95 % percentile bootstrap interval.
 
-    Questions about one person are not independent: a model that forgot a face fails on all of that
-    person's questions. So with ``groups``, the person of each question, whole people are resampled
-    (cluster bootstrap, Davison and Hinkley 1997, section 3.8) and the mean is over the questions of
-    the people drawn. With few people (5 in a small forget set) the interval is coarse and tends to
-    be too narrow; with one person it is a point. No values, or groups of another length, are a
-    ``ValueError``.
+    A model that forgot a face fails on all of that person's questions. So with ``groups``, the
+    person of each question, whole people are resampled (cluster bootstrap, Davison and Hinkley
+    1997, section 3.8). With few people (5 in a small forget set) the interval is coarse and tends
+    to be too narrow. No values, or groups of another length, are a ``ValueError``.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.size == 0:
@@ -154,8 +143,7 @@ def bootstrap_difference(
     """Mean of ``first`` minus mean of ``second`` with its paired 95 % bootstrap interval.
 
     People are drawn once for both and their differences resampled: what one person is harder to
-    answer for than another, which both models share, cancels. Other people or numbers of questions,
-    or none, are a ``ValueError``.
+    answer for than another cancels. Other people or questions, or none, are a ``ValueError``.
     """
     counts = np.array([n for _, n in first])
     if counts.size == 0 or counts.tolist() != [n for _, n in second]:

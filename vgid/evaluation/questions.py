@@ -1,7 +1,6 @@
 """The questions of an evaluation: chosen, framed, tokenised, with their images processed.
 
-A worker prepares an ``Examination`` once and puts every trial's adapter through it. The protocol is
-MLLMU-Bench's (``vgid.prompts``) with these differences: few-shot people and test poses are seeded,
+The protocol is MLLMU-Bench's (``vgid.prompts``), but few-shot people and test poses are seeded,
 nobody who is scored or forgotten serves as a few-shot example, models too small to answer by letter
 may be scored by option likelihood, and generation questions on an image are asked a second time as
 they stand (``raw``), which is how the facts are taught and how users ask.
@@ -76,15 +75,10 @@ def prepare(
     """Choose, frame and tokenise the questions of an evaluation.
 
     The request's seed splits every person's questions into parts, of which ``part`` is asked;
-    ``seed`` chooses few-shot people, the pose of each test question and bootstrap resamples.
-    ``celebrities``, never part of a selection, are asked everything, without few-shot turns (the
-    benchmark looks for theirs among the fictitious people). ``reverse`` appends the
-    reverse-engineering prompt (paper Appendix A.3.7). Questions that the backbone cannot be asked
-    go to ``refused``, if it is given.
-
-    Raises:
-        InputError: too few people for the few-shot turns, an unreadable image, or a prompt longer
-            than the model's context without few-shot turns.
+    ``seed`` chooses few-shot people, poses and resamples. ``celebrities`` are asked everything,
+    without few-shot turns. ``reverse`` appends the reverse-engineering prompt (paper Appendix
+    A.3.7). Questions that the backbone cannot be asked go to ``refused``, if given. Otherwise they,
+    too few few-shot people or an unreadable image are an ``InputError``.
     """
     few_shot, shots = _few_shot(backbone, people, request, seed)
     names = ("forget", "test", "earlier", "retain_seen", "retain_unseen")
@@ -189,10 +183,9 @@ def choose_few_shot(
 ) -> tuple[Person, ...]:
     """Draw the few-shot people of a task; the same people whatever the order of ``candidates``.
 
-    The benchmark draws them unseeded from the evaluated split and leaves their questions out of the
-    score; here they come from people who are neither scored nor forgotten, and have an image
-    question of the task. They stand in the order of their IDs, as in the benchmark's file. Too few
-    candidates are an ``InputError`` that names their ``source``.
+    The benchmark draws them unseeded from the evaluated split; here they are neither scored nor
+    forgotten. They stand in the order of their IDs, as in the benchmark's file. Too few candidates
+    with an image question of the task are an ``InputError`` that names their ``source``.
     """
     able = [
         person

@@ -1,7 +1,7 @@
 """A run without a model: everything that a study asks and trains on, framed and tokenised.
 
-The one rule for what can run: ``vgid data check`` lists what is found here, a plan refuses the
-first of it, and the run itself goes through the same functions.
+``vgid data check`` lists what is found here, a plan refuses the first of it, and the run itself
+goes through the same functions.
 """
 
 from collections.abc import Hashable, Iterator, Sequence, Set
@@ -29,8 +29,7 @@ ALL_TRAINING = TrialConfig.model_validate({"train_tasks": get_args(Task), "train
 class Rehearsal:
     """Requests over the same data, one after the other; what passed is not looked at again.
 
-    The backbone may be without weights. Of ``everyone`` are all retain people, celebrities and
-    training pairs, whichever of them a request's seed chooses.
+    ``everyone`` adds whom another seed would choose: retain people, celebrities, training pairs.
     """
 
     def __init__(self, backbone: Backbone, benchmark: Benchmark, everyone: bool = False) -> None:
@@ -42,8 +41,8 @@ class Rehearsal:
     ) -> Iterator[Defect]:
         """What of a request could not run, sample by sample; nothing if all of it can.
 
-        ``trials`` hold each choice of training tasks and wordings that a trial may have. A defect
-        of the data itself, or a request that the data cannot answer, is an ``InputError``.
+        ``trials`` hold each choice of training tasks and wordings. Other defects are an
+        ``InputError``.
         """
         yield from self.benchmark.people_defects(request.forget_ratio)
         people = choose_people(self.benchmark, request)
@@ -160,10 +159,7 @@ def rehearsed(request: RequestConfig, trials: Sequence[TrialConfig]) -> Benchmar
 
 
 def without_unfit(backbone: Backbone, benchmark: Benchmark, request: RequestConfig) -> Benchmark:
-    """A benchmark without the samples that a backbone cannot take, for ``skip_defects``.
-
-    ``InputError`` if what is left cannot be run either.
-    """
+    """Without samples that the backbone cannot take; an ``InputError`` if the rest cannot run."""
     while True:
         # Again after each round: the fewer questions there are, the other way they are split.
         found = list(Rehearsal(backbone, benchmark).defects(request, (ALL_TRAINING,)))

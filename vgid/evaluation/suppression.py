@@ -1,13 +1,11 @@
 """When forgetting may be called suppression: enough is gone, of what the base had.
 
 *Enough.* In each test at least half of the base's ROUGE-L is gone even at the unfavourable end of
-the 95 % interval (``MIN_FORGET``, also the floor of ``vgid.deployment.rules``).
-
-*Of what the base had.* The benchmark presumes a base that was fine-tuned on its people. Wording
-that all people's answers share earns ROUGE-L without a fact: measured on tiny models that saw the
-templates and not the people, 0.44 to 0.52 at a cloze accuracy below 0.13. So a base is doubted
-below 0.44 whatever its cloze, and up to 0.52 where its cloze is below 0.13 too, or was not asked.
-(A plain llava-1.5-7b scores some 0.20; the paper's fine-tuned one 0.571 at cloze 0.24.)
+the 95 % interval. *Of what the base had.* Wording that all people's answers share earns ROUGE-L
+without a fact: on tiny models that saw the templates and not the people, 0.44 to 0.52 at a cloze
+accuracy below 0.13. So a base is doubted below 0.44 whatever its cloze, and up to 0.52 where its
+cloze is below 0.13 too, or was not asked. (A plain llava-1.5-7b scores some 0.20; the paper's
+fine-tuned one 0.571 at cloze 0.24.)
 """
 
 import re

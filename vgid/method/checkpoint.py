@@ -1,7 +1,6 @@
-"""Checkpoint of a trial under way: adapter, optimizer state and reports in one safetensors file.
+"""Checkpoint of a trial under way: adapter, optimizer and reports in one safetensors file.
 
-It is renamed into place, so a crash leaves the last whole one. Random states are not in it:
-everything random in ``distillation`` is a function of (seed, epoch).
+Random states are not in it: all that is random in ``distillation`` is a function of (seed, epoch).
 """
 
 import json
@@ -29,21 +28,15 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     reports: Sequence[EpochReport],
 ) -> None:
-    """Write the state of trial ``trial_id`` after the epochs of ``reports``.
-
-    The reports go with it: whoever was to hear of the last one may be killed before.
-    """
+    """Write a trial's state after the epochs of ``reports``, which nobody may have heard of yet."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = {"parameter": parameter.detach(), **optimizer.state[parameter]}
         tensors |= {f"{key}/{name}": value.cpu().contiguous() for key, value in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{FILE_NAME}.{os.getpid()}.tmp"
-    metadata = {
-        "trial_id": trial_id,
-        "reports": json.dumps([report.model_dump() for report in reports]),
-    }
-    save_file(tensors, temporary, metadata)
+    told = json.dumps([report.model_dump() for report in reports])
+    save_file(tensors, temporary, {"trial_id": trial_id, "reports": told})
     temporary.replace(folder / FILE_NAME)
 
 
@@ -78,13 +71,10 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter/{name}"])
+            # AdamW keeps its step count on the CPU; on a GPU every step would wait for it.
+            places = {"step": "cpu", "exp_avg": parameter.device, "exp_avg_sq": parameter.device}
             optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"].to(
-                    # AdamW keeps its step count on the CPU; on a GPU every step would wait for it.
-                    "cpu" if key == "step" else parameter.device,
-                    copy=True,
-                )
-                for key in _STATES
+                key: tensors[f"{key}/{name}"].to(place, copy=True) for key, place in places.items()
             }
     return reports
 

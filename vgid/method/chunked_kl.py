@@ -1,9 +1,7 @@
 """Forward KL at the response positions straight from hidden states, lean in memory.
 
 Positions go through ``lm_head`` a chunk at a time, and the gradient with respect to the student's
-hidden states, (p_student - p_teacher) @ weight, is made in the same pass; so two (chunk, V)
-buffers, allocated once, hold all that is vocabulary-sized.
-
+hidden states is made in the same pass; so two (chunk, V) buffers hold all that is vocabulary-sized.
 Shapes: R response positions, C positions of a chunk, r a few of these, D hidden width, V
 vocabulary, v a block of it.
 """
@@ -31,14 +29,11 @@ def chunked_kl(
 ) -> Tensor:
     """Sum over positions of KL(teacher || student): the sums in equations 3 and 4 of the paper.
 
-    The logits are ``F.linear(hidden, weight_VD, bias_V)`` of last hidden states that predict the
-    response tokens, of any floating dtype; only the student's get a gradient, and they are on the
-    weight's device. A position of equal hidden states adds exactly 0 to value and gradient. NaN and
-    inf are not hidden. Deterministic; differentiable once.
-
-    The result is a scalar in nats; fp32, or fp64 where the weight is fp64, as are the softmax and
-    the sums; matrix products run in the weight's dtype. Memory is two such buffers of (chunk, V)
-    and scratch of a few (chunk, ``BLOCK``). Shapes that do not fit, or a chunk below 1, are an
+    The logits are ``F.linear(hidden, weight_VD, bias_V)``, their hidden states (R, D) of any
+    floating dtype; only the student's get a gradient. A position of equal hidden states adds
+    exactly 0 to value and gradient. NaN and inf are not hidden. Deterministic; differentiable once.
+    Gives a scalar in nats; fp32, or fp64 where the weight is fp64, as are softmax and sums; matrix
+    products run in the weight's dtype. Shapes that do not fit, or a chunk below 1, are an
     ``InputError``.
     """
     student, teacher, weight = (tuple(x.shape) for x in (student_RD, teacher_RD, weight_VD))

@@ -6,14 +6,11 @@ An optimizer step minimises equation 5 over a batch of forget questions and one 
     L_F = KL( pi_T(. | P_phi(v), t_ic + t) || pi_theta(. | v, t) )    Distillation.forget_loss
     L_R = KL( pi_0(. | v, t)               || pi_theta(. | v, t) )    Distillation.retain_loss
 
-The student sees the original image, the teacher a perturbed one behind the instruction
-(``vgid.method.teacher``); other methods have other losses (``vgid.method.methods``). Response
-tokens only: the student's hidden states there meet the teacher's in ``lm_head``.
-
-An epoch is one pass over the forget questions; the retain questions have passes of their own,
-which go on from epoch to epoch. Everything random is a function of (seed, epoch), so a resumed
-trial goes on as if never stopped. Other than in Algorithm 1 the teacher's noise is drawn once for
-each portrait and study, and not anew for each batch: so trials share its states.
+Losses are over response tokens only; other methods have others (``vgid.method.methods``). An epoch
+is one pass over the forget questions; the retain questions have passes of their own, which go on
+from epoch to epoch. Everything random is a function of (seed, epoch), so a resumed trial goes on as
+if never stopped. Other than in Algorithm 1 the teacher's noise is drawn once for each portrait and
+study, so that trials share its states.
 """
 
 import itertools
@@ -89,8 +86,8 @@ class DistillationSet:
         """A pass over the samples in nearly equal batches: portraits in turn, tasks in proportion.
 
         A portrait gives its next ``config.questions_per_image`` questions at each of its turns,
-        which are spread evenly over the pass. Of the tasks that it still has, the one comes next
-        that is furthest behind its share of all samples. Trial seed and ``name`` draw the order.
+        which are spread evenly. Of its tasks the one comes next that is furthest behind its share
+        of all samples.
         """
         # Why not a plain shuffle: of five people with 20 questions, a batch of 8 would hold 4 or 5
         # portraits, each at the cost of its image tokens, and not two with 4 questions each; and
@@ -138,9 +135,12 @@ class Student(nn.Module):
         self, model: nn.Module, backbone: Backbone, method: UnlearningMethod | None = None
     ) -> None:
         super().__init__()
-        self.model = model
-        self.backbone = backbone
+        self.model, self.backbone = model, backbone
         self.method = method or Distillation(TrialConfig.model_validate({}), backbone)
+        if self.method.layers is not None:
+            # DDP would wait for the gradients of layers that are not run.
+            layers = backbone.model.model.language_model.layers
+            layers[self.method.layers :].requires_grad_(False)
 
     def forward(self, part: DistillationBatch, term: Term) -> Tensor:
         """This rank's share of L_forget or of L_retain, a scalar."""
@@ -183,10 +183,7 @@ def share(
     parts: int = 1,
     step: int = 0,
 ) -> list[DistillationBatch]:
-    """This rank's share of the batch ``indices`` of optimizer step ``step``, in ``parts``.
-
-    Portraits stay together as far as equal shares allow.
-    """
+    """This rank's share of a step's batch ``indices``, in parts; portraits stay together."""
     # Of the whole batch: a mean of ranks' means would weigh a token of a rank with short answers
     # more, and two ranks would train another model than one.
     tokens = sum(len(t.response) for targets in data.rounds(indices, epoch) for t in targets)
@@ -246,18 +243,6 @@ def learning_rates(config: TrialConfig, steps: int) -> list[float]:
     ]
 
 
-def make_student(
-    model: Any, backbone: Backbone, method: UnlearningMethod, world_size: int = 1
-) -> nn.Module:
-    """The model as the method trains it, in DDP if there are several processes."""
-    if method.layers is not None:
-        # DDP would wait for the gradients of layers that are not run.
-        backbone.model.model.language_model.layers[method.layers :].requires_grad_(False)
-    student = Student(model, backbone, method)
-    # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
-    return student if world_size == 1 else DistributedDataParallel(student, init_sync=False)
-
-
 def distill(
     backbone: Backbone,
     model: Any,
@@ -274,17 +259,15 @@ def distill(
     """Train the attached adapter in place; yields a report after each epoch.
 
     ``model`` is the ``PeftModel`` around the frozen ``backbone``, with a fresh adapter. ``forget``
-    has the targets of ``method``, by default the trial's, and ``retain`` the frozen base's. More
-    than one process needs an initialised process group.
-
-    The folder ``checkpoint`` is written after each epoch, and resumed from by the same ``trial_id``
-    only. Epochs that it has are reported again, since nobody may have heard of them.
-
-    Raises:
-        InputError: the trial asks for a layer that the backbone lacks.
-        LossNotFiniteError: NaN or infinite loss or gradient.
+    has the targets of ``method``, by default the trial's, and ``retain`` the frozen base's. The
+    folder ``checkpoint`` is resumed from by the same ``trial_id`` only; epochs that it has are
+    reported again, since nobody may have heard of them. NaN or infinite loss or gradient is a
+    ``LossNotFiniteError``.
     """
-    student = make_student(model, backbone, method or make_method(config, backbone), world_size)
+    student: nn.Module = Student(model, backbone, method or make_method(config, backbone))
+    if world_size > 1:
+        # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
+        student = DistributedDataParallel(student, init_sync=False)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=config.weight_decay)
     reports = load_checkpoint(checkpoint, trial_id, parameters, optimizer) if checkpoint else []
@@ -340,8 +323,8 @@ def take_step(
 ) -> tuple[Tensor, float]:
     """One clipped optimizer step at learning rate ``rate`` on alpha * L_F + beta * L_R: equation 5.
 
-    Gives this rank's unweighted losses L_F and L_R, float64 of shape (2,), and the norm of the
-    gradient before it was clipped.
+    Gives this rank's unweighted losses L_F and L_R, float64, and the gradient's norm before
+    clipping.
     """
     # A backward pass for each part of each term: alpha * grad L_F + beta * grad L_R is the gradient
     # of the sum, and one part's activations are gone before the next one's are made.
@@ -371,8 +354,7 @@ def backward_term(
 ) -> Tensor:
     """Add a part of a term of equation 5, times its ``weight`` alpha or beta, to the gradient.
 
-    The ``last`` addition of a step is followed by the ranks' exchange of gradients. Gives the
-    unweighted share of the loss, fp64 on the CPU.
+    Gives its unweighted loss, fp64 on the CPU. Behind the ``last`` the ranks exchange gradients.
     """
     waits = not last and isinstance(student, DistributedDataParallel)
     with student.no_sync() if waits else nullcontext():  # type: ignore[operator]

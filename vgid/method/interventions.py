@@ -1,8 +1,4 @@
-"""The visual perturbations P_phi of VGID (paper section 3.3).
-
-They act on pixels in [0, 1] at the resolution that the model sees, so that sigma means the same for
-every image. The released script adds its noise in normalised space (``vgid.method.released``).
-"""
+"""The visual perturbations P_phi of VGID (paper section 3.3)."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +12,11 @@ def perturb(
     sigma: float | None,
     generator: np.random.Generator,
 ) -> NDArray[np.uint8]:
-    """Perturb one 8-bit RGB image: v' = P_phi(v).
+    """Perturb one 8-bit RGB image, at the resolution that the model sees: v' = P_phi(v).
 
     ``gaussian`` adds noise of standard deviation ``sigma`` (in units of the [0, 1] pixel range),
-    without which it is a ``ValueError``, and clips; ``random`` and ``white`` replace the image with
-    uniform noise or with white.
+    which must be given, and clips; ``random`` and ``white`` replace the image with uniform noise or
+    white.
     """
     match noise_type:
         case "white":

@@ -1,12 +1,9 @@
 """The paper's unlearning methods: what each teaches the student, and by which losses.
 
-Every method minimises ``alpha * forget + beta * retain`` (equation 5) in the loop of
-``vgid.method.distillation``; which fields of the trial it uses stands in ``vgid.config.USED_BY``.
-Sources: VGID, ICU-T and Noise-T, paper section 3; the others, its Appendix A.3.2, with the means
-and factors of the public MLLMU-Bench and NPO code. Losses are shares of means over the whole batch:
-over response tokens for KL and cross-entropy, over samples for the others.
-
-Shape legend: D hidden width.
+Every method minimises ``alpha * forget + beta * retain`` (equation 5), shares of means over the
+whole batch: over response tokens for KL and cross-entropy, over samples for the others. Sources:
+VGID, ICU-T and Noise-T, paper section 3; the others, its Appendix A.3.2, with the means and factors
+of the public MLLMU-Bench and NPO code. Shape legend: D hidden width.
 """
 
 from abc import ABC, abstractmethod
@@ -37,11 +34,7 @@ class UnlearningMethod(ABC):
         self.trial = trial
 
     def forget_teachers(self, seed: int) -> list[tuple[Intervention, TargetSource]]:
-        """The target sets of the forget samples; here the original answers under the base.
-
-        ``seed`` is that of the noise and of the choice of refusals, the same for all trials of a
-        study. The target sets of the retain samples are these for every method.
-        """
+        """The target sets of the forget samples; by default, as of retain samples, answers."""
         return [(Intervention(), "reference")]
 
     @abstractmethod
@@ -54,10 +47,7 @@ class UnlearningMethod(ABC):
 
 
 class Distillation(UnlearningMethod):
-    """VGID: the student learns what the base says under the dual intervention, equations 2 to 5.
-
-    ICU-T is the same with the instruction only, Noise-T with the perturbation only.
-    """
+    """VGID: the base under the dual intervention; ICU-T and Noise-T under one half of it each."""
 
     def forget_teachers(self, seed: int) -> list[tuple[Intervention, TargetSource]]:
         """The intervened teacher, one target set for each response source."""
@@ -137,11 +127,8 @@ class Baseline(UnlearningMethod):
 class RepresentationMisalignment(UnlearningMethod):
     """RMU: the output of one inner layer is steered to a random direction; gamma is ``beta`` here.
 
-    It acts at the question's and the response's tokens (``View.layer_hidden``). The direction is
-    drawn once a trial. Layers above the steered one are neither run nor trained.
-
-    Raises:
-        SettingError: the language model has fewer layers.
+    It acts at the question's and the response's tokens (``View.layer_hidden``). Layers above the
+    steered one are neither run nor trained; one that the model lacks is a ``SettingError``.
     """
 
     def __init__(self, trial: TrialConfig, backbone: Backbone) -> None:
@@ -160,11 +147,8 @@ class RepresentationMisalignment(UnlearningMethod):
 
     def forget_loss(self, view: View) -> Tensor:
         """Equations 12 and 13."""
-
-        def steered(hidden_TD: Tensor, ref_TD: Tensor) -> Tensor:
-            return rmu_forget(hidden_TD, ref_TD, self.direction_D, self.trial.rmu_steering)
-
-        return self._mean(view, steered)
+        target = self.direction_D, self.trial.rmu_steering
+        return self._mean(view, lambda hidden_TD, ref_TD: rmu_forget(hidden_TD, ref_TD, *target))
 
     def retain_loss(self, view: View) -> Tensor:
         """Equation 14."""
@@ -185,9 +169,5 @@ METHODS: dict[config.Method, type[UnlearningMethod]] = {
 
 
 def make_method(trial: TrialConfig, backbone: Backbone) -> UnlearningMethod:
-    """The method of a trial.
-
-    Raises:
-        SettingError: the trial asks for a layer that the backbone lacks.
-    """
+    """The method of a trial; ``SettingError`` if it asks for a layer that the backbone lacks."""
     return METHODS[trial.method](trial, backbone)

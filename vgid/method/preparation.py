@@ -41,21 +41,16 @@ class Preparation:
     _encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
 
     def training(self, trial: TrialConfig, trial_id: str, checkpoint: Path | None) -> Prepared:
-        """Prepare one trial: its samples, what the teachers answer them, the order of its batches.
-
-        Data that cannot be trained on, or a layer that the backbone lacks, are an ``InputError``.
-        """
+        """A trial's samples, teachers' answers and batches; an ``InputError`` if there are none."""
         forget = self._asked(trial, forget=True)
         retain = self._asked(trial, forget=False) if uses(trial.method, "beta") else []
         if trial.released:
             return self._released(trial, forget, retain)
         method = make_method(trial, self.backbone)
+        teachers = method.forget_teachers(self.request.seed)
         forget_set = DistillationSet(
             self._encode(forget),
-            [
-                self.store.targets(forget, intervention, source)
-                for intervention, source in method.forget_teachers(self.request.seed)
-            ],
+            [self.store.targets(forget, *teacher) for teacher in teachers],
             [s.task for s in forget],
             method.paired,
             [self._encode(forget, view) for view in range(1, trial.views)],
@@ -102,11 +97,8 @@ class Preparation:
             return list(zip(self._encode(samples), responses, strict=True))
 
         sets = answered(forget), answered(retain)
-        drawn = retain_drawn(len(forget), len(retain), trial)
-        return (
-            lambda model: distill_released(self.backbone, model, *sets, trial),
-            (retain[i] for i in drawn),
-        )
+        drawn = (retain[i] for i in retain_drawn(len(forget), len(retain), trial))
+        return lambda model: distill_released(self.backbone, model, *sets, trial), drawn
 
     def _asked(self, trial: TrialConfig, forget: bool) -> list[TrainingSample]:
         key = (trial.train_tasks, trial.train_wording, forget)

@@ -1,7 +1,6 @@
 """Synthetic prompts in the benchmark's lengths: what a step costs depends on lengths alone.
 
-Shape legend: A position axes, L tokens of a prompt, T image tokens, R response tokens, D hidden
-width.
+A position axes, L tokens of a prompt, T image tokens, R response tokens, D hidden width.
 """
 
 import hashlib

@@ -1,17 +1,16 @@
 """The variant of VGID that its public script runs, for comparison with the paper's method.
 
 It differs from the paper (facts from https://github.com/JackChen-seu/VGID, baselines/Vgid.py): no
-unlearning instruction; noise drawn with ``rand_like`` in normalised pixel space, anew for each
-batch; teacher-forced reference answers without an end-of-sequence token; KL over every position,
-prompt and padding included, divided by the batch size only; two optimizer steps a pair of batches,
-forget then retain; no gradient clipping. It trains on the pairs of ``ft_Data`` by their raw
-questions. Both sets are shuffled anew each epoch, which ends with the smaller one. LoRA has scale 1
-and Gaussian initial weights. Its defaults are ``vgid.config.RELEASED``.
+unlearning instruction; ``rand_like`` noise in normalised pixel space, anew for each batch;
+teacher-forced reference answers without an end-of-sequence token; KL over every position, prompt
+and padding included, divided by the batch size only; two optimizer steps a pair of batches, forget
+then retain; no gradient clipping; the raw questions of ``ft_Data``; an epoch, shuffled anew, ends
+with the smaller set; LoRA of scale 1, its initial weights Gaussian; the defaults of
+``vgid.config.RELEASED``.
 
 Liberties taken: the teacher is the same weights with the adapter off, not a second copy in half
-precision; LoRA is on the language model only, where the script's names of layers may meet those of
-a vision tower too; the retain set lacks those who are scored as unseen, and with ``train_pairs:
-unheld`` both sets lack the held-out questions.
+precision; LoRA is on the language model only; the retain set lacks those who are scored as unseen,
+and with ``train_pairs: unheld`` both sets lack the held-out questions.
 """
 
 import math
@@ -79,9 +78,7 @@ def distill_released(
 ) -> Iterator[EpochReport]:
     """Train the attached adapter in place as the public script does; one process.
 
-    Both sets are original prompts with the token ids of the reference answers; the rest is as for
-    ``vgid.method.distillation.distill``. NaN or infinite loss or gradient is a
-    ``LossNotFiniteError``.
+    Both sets are original prompts with the token ids of the reference answers; see ``distill``.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     # The script's AdamW is that of an older transformers, whose eps was this.

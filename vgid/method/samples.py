@@ -16,12 +16,6 @@ from vgid.models.encoding import Query
 from vgid.prompts import Task, Wording, generation_text, option_likelihood_text, question_text
 from vgid.seeds import image_digest
 
-WORDINGS: dict[TrainWording, tuple[Wording, ...]] = {
-    "both": ("wrapped", "raw"),
-    "wrapped": ("wrapped",),
-    "raw": ("raw",),
-}
-
 
 @dataclass(frozen=True)
 class TrainingSample:
@@ -48,11 +42,10 @@ def training_samples(
 ) -> list[TrainingSample]:
     """The training questions of ``people``, image form, in the prompt formats of the benchmark.
 
-    Generation questions are the fine-tuning metadata of ``ft_Data``, in each of the trial's
-    wordings. Cloze and classification questions are the search part of the people's own, by
-    ``seed``; with ``likelihood_options``, classification asks for the option's text and not its
-    letter. Those ``left_out`` are scored as held-out. A person without fine-tuning metadata, and no
-    question left of anybody, are an ``InputError``.
+    Generation questions are the metadata of ``ft_Data``, in each of the trial's wordings. Others
+    are the search part of the people's own; with ``likelihood_options``, classification asks for
+    the option's text. Those ``left_out`` are scored. No metadata, or no question, is an
+    ``InputError``.
     """
     tasks = trial.train_tasks
     pairs = benchmark.training_pairs() if "generation" in tasks else {}
@@ -73,8 +66,7 @@ def training_samples(
                 continue
             text = question_text(question.task, question.form, question.text, question.options)
             answer = question.answer
-            if question.task == "classification" and likelihood_options:
-                assert question.options is not None
+            if likelihood_options and question.options is not None:
                 text, answer = option_likelihood_text(question.text), question.options[answer]
             query = Query(question.id, text, image)
             samples.append(TrainingSample(query, answer, question.task, person.id))
@@ -94,7 +86,8 @@ def worded(
 ) -> list[TrainingSample]:
     """A person's generation samples: all pairs in one wording, then in the other."""
     samples = []
-    for each, pair in product(WORDINGS[wording], pairs):
+    wordings: tuple[Wording, ...] = ("wrapped", "raw") if wording == "both" else (wording,)
+    for each, pair in product(wordings, pairs):
         if (pair.person_id, comparable(pair.question)) not in left_out:
             name = pair.id if each == "wrapped" else f"{pair.id}/{each}"
             query = Query(name, generation_text(pair.question, "image", each), image)

@@ -1,10 +1,8 @@
 """What the student makes of a batch share, as the methods' losses ask for it.
 
-The reference of a loss is the frozen base: its last hidden states come from the teacher store,
-those of an inner layer from a pass with the adapter off.
-
-Shape legend: S responses of the share (a sample with two of them counts twice), R response tokens
-over all of them, T tokens of one sample behind its image, D hidden width, V vocabulary.
+The reference of a loss is the frozen base. Shape legend: S responses of the share (a sample with
+two of them counts twice), R response tokens over all of them, T tokens of one sample behind its
+image, D hidden width, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -24,11 +22,7 @@ from vgid.models.packing import Packed, hidden_states
 
 @dataclass
 class DistillationBatch:
-    """One rank's share of a batch, or of a part of it.
-
-    A sum over tokens times ``weight``, and a mean over samples times ``fraction``, add up to the
-    batch's mean over ranks and parts. Both are 0 for a placeholder.
-    """
+    """One rank's share of a batch, or of a part of it; weights are 0 for a placeholder."""
 
     # The original prompts with the response tokens y; of paired targets (preferences) first the
     # preferred response of every sample, then the other.
@@ -51,10 +45,7 @@ class View:
         return self.part.packed.predicting(hidden_states(self.backbone, self.part.packed))
 
     def kl(self) -> Tensor:
-        """Forward KL from the teacher at the response positions, this share of the token mean.
-
-        It is ``vgid.objectives.forward_kl`` without the logits of all positions.
-        """
+        """Forward KL from the teacher (``objectives.forward_kl``), this share of the token mean."""
         lm_head = self.backbone.model.lm_head
         kl = chunked_kl(self._hidden_RD, self.part.teacher_RD, lm_head.weight, bias_V=lm_head.bias)
         return kl * self.part.weight
@@ -80,9 +71,8 @@ class View:
     def layer_hidden(self, layer: int) -> list[Tensor]:
         """The student's output of layer ``layer`` (1 is the first): (T, D) for each sample.
 
-        T are the tokens behind the image, question and response (all, if there is no image): what
-        stands first in every sequence would be pulled to the target by forget samples and held by
-        retain samples. No layer above is run.
+        The image and what is before it stand first in every sequence: they would be pulled to the
+        target by forget samples and held by retain samples. No layer above is run.
         """
         with _truncated(self.backbone, layer):
             states_BLD = hidden_states(self.backbone, self.part.packed)
@@ -106,7 +96,7 @@ class View:
         return -F.cross_entropy(logits_RV, self.part.packed.response_ids_R, reduction="none")
 
     def _per_response(self, logp_R: Tensor) -> Tensor:
-        lengths = [len(response) for response in self.part.packed.responses]
+        lengths = list(map(len, self.part.packed.responses))
         return torch.stack([logp.sum() for logp in logp_R.split(lengths)])
 
 

@@ -1,15 +1,12 @@
 """The teacher pi_T (equation 2) and the store that computes it once per study.
 
-The base model's last hidden states at the response positions are kept as safetensors, in chunks of
-portraits, and turned back into exact logits by the frozen ``lm_head``. A chunk's key is the hash of
-all that it depends on, from base revision to response source, and of no searched hyperparameter
-besides. Trials, workers and nodes share the store (``vgid.models.store``).
-
-Shape legend: R response tokens of a sample, D hidden width.
+The base's last hidden states at the response positions are kept, in chunks of portraits, and turned
+back into exact logits by the frozen ``lm_head``. A chunk's key is the hash of all that it depends
+on. Shape legend: R response tokens of a sample, D hidden width.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -40,9 +37,8 @@ CHUNK = 64
 class Intervention:
     """What the teacher is shown in place of (v_f, t_f): P_phi(v_f) and t_ic ⊕ t_f, equation 2.
 
-    With neither a noise type nor a style it is the frozen base itself, the teacher of equation 4.
-    The seed is that of the noise, drawn for each image anew and the same for all of its questions,
-    and of the choice of a refusal, drawn for each question.
+    With neither noise nor style it is the frozen base itself (equation 4). The seed is that of the
+    noise, the same for all questions of an image, and of the choice of each question's refusal.
     """
 
     noise_type: NoiseType | None = None
@@ -88,34 +84,24 @@ class TeacherTarget:
 
 
 def response_room(backbone: Backbone, sample: TrainingSample) -> int:
-    """Tokens that a training sample's response takes at most: the teacher's own or the data's.
-
-    An answer that holds the backbone's image token is a ``SampleError``.
-    """
+    """Tokens that a response takes at most, the teacher's own or the data's; or ``SampleError``."""
     return max(MAX_NEW_TOKENS, len(response_ids(backbone, sample.answer, sample.query.id)))
 
 
+@dataclass
 class TeacherStore:
-    """Teacher targets, shared by all trials and processes of a study.
+    """Teacher targets, shared by all trials and processes of a study."""
 
-    The ``backbone`` is without an adapter while it computes; ``rank`` is this worker's. Hits and
-    misses count samples whose target the store held, and whose target was computed.
-    """
-
-    def __init__(self, store: ContentStore, backbone: Backbone, rank: int = 0) -> None:
-        self.store = store
-        self.backbone = backbone
-        self.rank = rank
-        self.hits = 0
-        self.misses = 0
+    store: ContentStore
+    backbone: Backbone  # without an adapter while it computes
+    rank: int = 0  # of this worker
+    hits: int = field(default=0, init=False)  # samples whose target the store held
+    misses: int = field(default=0, init=False)
 
     def targets(
         self, samples: Sequence[TrainingSample], intervention: Intervention, source: TargetSource
     ) -> list[TeacherTarget]:
-        """The targets of ``samples``, computed where the store does not hold them yet.
-
-        Chunks are cut from the samples' order, so it is to be the same in all trials.
-        """
+        """The targets of ``samples``, whose order cuts the chunks: it is the same in all trials."""
         chunks = _chunks(samples)
         found: dict[int, TeacherTarget] = {}
         # Workers that begin a study together would wait for each other at every chunk.
@@ -134,15 +120,14 @@ class TeacherStore:
             for s, text in zip(chunk, given, strict=True)
         ]
         key = key_of([FORMAT, self.backbone.identity, asdict(intervention), source, asked])
-        computed = self.store.misses
+        before = self.store.misses
+        answers = None if source == "teacher" else given
         tensors = self.store.get_or_compute(
-            key,
-            lambda: self._compute(chunk, intervention, None if source == "teacher" else given),
+            key, lambda: self._compute(chunk, intervention, answers)
         )
-        if self.store.misses == computed:
-            self.hits += len(chunk)
-        else:
-            self.misses += len(chunk)
+        computed = self.store.misses > before
+        self.hits += 0 if computed else len(chunk)
+        self.misses += len(chunk) if computed else 0
         lengths = tensors["lengths"].tolist()
         responses = tensors["response"].split(lengths)
         hidden = tensors["hidden"].split(lengths)
@@ -158,11 +143,8 @@ class TeacherStore:
         """What the store keeps of a chunk; the responses are the teacher's own if none is given."""
         backbone = self.backbone
         seen = intervene(backbone, [sample.query for sample in chunk], intervention)
-        prompts = [
-            prompt
-            for sample, query in zip(chunk, seen, strict=True)
-            for prompt in encode(backbone, [query], room=response_room(backbone, sample))
-        ]
+        rooms = [response_room(backbone, sample) for sample in chunk]
+        prompts = [encode(backbone, [q], room)[0] for q, room in zip(seen, rooms, strict=True)]
         if given is None:
             end = backbone.processor.tokenizer.eos_token_id
             responses = [
@@ -183,14 +165,10 @@ class TeacherStore:
 
 
 def _given(sample: TrainingSample, intervention: Intervention, source: TargetSource) -> str:
-    match source:
-        case "teacher":
-            return ""
-        case "reference":
-            return sample.answer
-        case "refusal":
-            generator = sample_generator(intervention.seed, f"refusal/{sample.query.id}")
-            return REFUSALS[int(generator.integers(len(REFUSALS)))]
+    if source == "refusal":
+        generator = sample_generator(intervention.seed, f"refusal/{sample.query.id}")
+        return REFUSALS[int(generator.integers(len(REFUSALS)))]
+    return sample.answer if source == "reference" else ""
 
 
 def _chunks(samples: Sequence[TrainingSample]) -> list[list[int]]:

@@ -1,9 +1,7 @@
-"""Altered views of a portrait: what the student is shown in turn with the original.
+"""Altered views of a portrait, shown in turn with it: a person is to be forgotten, not a picture.
 
-A person is to be forgotten, not one picture of them. So each view is the portrait as another shot
-might have it: a little turned, scaled, shifted, and lit otherwise; the teacher's targets stay those
-of the original. The ranges are small: nearly twice as large, they left the original itself less
-forgotten on ``tiny-llava``. What views are worth stands in search_spaces/README.md.
+A view is turned a little, scaled, shifted and lit otherwise. With ranges nearly twice as large the
+original itself was less forgotten on ``tiny-llava`` (worth: search_spaces/README.md).
 """
 
 from math import cos, radians, sin
@@ -23,8 +21,7 @@ MAX_TINT = 0.05  # of each colour channel on its own
 def portrait_view(image: Image.Image, number: int, seed: int) -> Image.Image:
     """View ``number`` of an RGB portrait, of the same size; 0 is the portrait itself.
 
-    Turn, scale, shift and light are uniform within their ranges, drawn by the image, the number and
-    ``seed`` only. Pixels from beyond the border repeat those at the border.
+    Drawn by image, number and ``seed``. Pixels from beyond the border repeat those at the border.
     """
     if number == 0:
         return image

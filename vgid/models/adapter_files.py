@@ -83,9 +83,8 @@ class LoraWeights:
     def check(self, base: "nn.Module", targets: str) -> None:
         """Every module of the base that the adapter's own pattern names has its weights.
 
-        peft takes an adapter that lacks some, or has others, with a warning at most, and what was
-        forgotten is told again: here it is an ``InputError``. A skeleton of the base will do
-        (``backbones.skeleton``).
+        peft takes an adapter that lacks some, and what was forgotten is told again: here it is an
+        ``InputError``. A skeleton of the base will do (``backbones.skeleton``).
         """
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists
@@ -119,10 +118,7 @@ class LoraWeights:
                 )
 
     def check_targets(self, targets: str) -> None:
-        """Every weight belongs to a module that ``targets`` matches, or ``InputError``.
-
-        Servers drop weights outside the language model without a word.
-        """
+        """All weights are of modules that match ``targets``, or ``InputError``: servers drop others."""
         for module in self.modules:
             if not re.fullmatch(targets, module):
                 raise self._refused(
@@ -170,10 +166,7 @@ def _is_lora(config: Mapping[str, Any]) -> bool:
 
 
 def copy_adapter(source: Path, target: Path, base: str | None, revision: str) -> None:
-    """Copy an adapter into a new folder, and write in its base's hub id, if any, and revision.
-
-    As trained it names the base by a folder of the machine that trained it.
-    """
+    """Copy an adapter into a new folder, and write in its base's hub id, if any, and revision."""
     config = read_adapter(source).config
     target.mkdir(parents=True)
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
@@ -183,9 +176,9 @@ def copy_adapter(source: Path, target: Path, base: str | None, revision: str) ->
 def concatenate(first: Path, second: Path, target: Path) -> None:
     """Write the one adapter that does what two on top of each other do.
 
-    B1 A1 s1 + B2 A2 s2 = [s1 B1 | s2 B2] [A1; A2], so rank is the sum of the ranks, and nothing is
-    rounded but the products with the scales (``combination_type="cat"`` of peft). The other
-    settings of the second are kept. Adapters of different modules are an ``InputError``.
+    B1 A1 s1 + B2 A2 s2 = [s1 B1 | s2 B2] [A1; A2]: ranks add up, and nothing is rounded but the
+    products with the scales (``combination_type="cat"`` of peft). Other settings are the second's;
+    adapters of different modules are an ``InputError``.
     """
     import torch
     from safetensors.torch import save_file

@@ -1,7 +1,4 @@
-"""The student: LoRA on the frozen base's language model, attached and taken off again.
-
-With the adapter off, the model is the frozen base, bit for bit: teacher and reference.
-"""
+"""The student: LoRA on the language model; with it off, the model is the base, bit for bit."""
 
 import hashlib
 import warnings
@@ -23,8 +20,7 @@ from vgid.models.backbones import Backbone
 def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
     """Attach a fresh LoRA adapter; yields the ``PeftModel``, and leaves the base as it was.
 
-    LoRA has scale 2, the public script's variant (``trial.released``) scale 1 and Gaussian initial
-    weights, which depend on ``trial.seed`` only.
+    Of scale 2; as the public script has it (``trial.released``) of scale 1, initially Gaussian.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -53,9 +49,9 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
         yield
         return
     try:
-        # Enabling it also hooks the input embeddings, whose outputs then require gradients: without
-        # them checkpointed blocks leave LoRA untrained. Hooked again, the first hooks' handles
-        # would be lost; disabling it takes none away where transformers itself gave no adapter.
+        # This also hooks the input embeddings, whose outputs then require gradients: without them
+        # checkpointed blocks leave LoRA untrained. Disabling it leaves the hooks where transformers
+        # itself gave no adapter, and hooked again, their handles would be lost.
         model.gradient_checkpointing_enable({"use_reentrant": False})
         yield
     finally:
@@ -74,11 +70,7 @@ def loaded(backbone: Backbone, adapter: Path) -> Iterator[Any]:
 
 
 def load_saved(backbone: Backbone, adapter: Path) -> Any:
-    """Attach a saved adapter; gives the ``PeftModel``, in evaluation mode.
-
-    One that is not plain LoRA of the whole language model is an ``InputError``
-    (``LoraWeights.check``).
-    """
+    """Attach a saved adapter, in evaluation mode; ``InputError`` as of ``LoraWeights.check``."""
     from peft import PeftModel
 
     read_adapter(adapter).check(backbone.model, backbone.spec.lora_targets)
@@ -89,8 +81,7 @@ def load_saved(backbone: Backbone, adapter: Path) -> Any:
 def merge(backbone: Backbone, adapter: Path) -> None:
     """Make a deployed adapter part of the frozen base, in memory; its revision becomes another.
 
-    A next request then distils from what is deployed. Image features are still the original base's.
-    Errors as for ``load_saved``.
+    A next request distils from what is deployed. Image features are still the original base's.
     """
     _freeze(backbone, load_saved(backbone, adapter).merge_and_unload())
     # Under its old name, the store would give out the states of another base.

@@ -1,8 +1,7 @@
-"""One row per backbone, and the one path by which any of them is loaded.
+"""One row per backbone, and the one path by which any is loaded: safetensors, no remote code.
 
-Weights are read as safetensors only and remote code is never run. The LoRA targets are regular
-expressions on the full module path: suffixes such as ``q_proj`` would also match the vision tower,
-whose LoRA weights some servers drop without a word.
+LoRA targets are regular expressions on the full module path: ``q_proj`` alone would also match the
+vision tower, whose LoRA weights some servers drop without a word.
 """
 
 import hashlib
@@ -173,8 +172,8 @@ def spec(name: str) -> BackboneSpec:
 def locate(row: BackboneSpec, model_path: str | None, weights: bool = True) -> Path:
     """The local folder with the base: given, embedded, or from the Hugging Face cache or hub.
 
-    ``model_path`` is a local folder or hub id in place of the row's own source. Without ``weights``
-    configuration and processor are enough. One that cannot be had is an ``InputError``.
+    ``model_path`` is a folder or hub id in place of the row's own source. Without ``weights`` the
+    configuration and processor will do. What cannot be had is an ``InputError``.
     """
     if model_path is not None and Path(model_path).is_dir():
         folder = Path(model_path)
@@ -215,8 +214,7 @@ def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
 def load(name: str, model_path: str | None = None, device: str | None = None) -> Backbone:
     """Load a backbone, frozen: bf16 on a GPU, the first if there is one, fp32 on the CPU.
 
-    ``model_path`` as for ``locate``. An unknown name, and weights that cannot be found or are not
-    all there, are an ``InputError``.
+    Errors as of ``locate``, and an ``InputError`` for weights that are not all there.
     """
     from transformers.utils import logging
 

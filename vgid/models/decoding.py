@@ -1,11 +1,8 @@
 """What a backbone answers, and how likely it finds a given answer: both with shared beginnings.
 
-Prompts are run once as trees (``vgid.models.packing``), and of the last layer only what predicts a
-token. Then all questions advance together, one token a step, on their prompts' shared keys and
-values (``vgid.models.prefix_attention``).
-
-Shape legend: N samples, R response tokens over all samples, D hidden width, V vocabulary, A
-position axes, B rows, L tokens of a row, M places that are read.
+Prompts are run once as trees; then all questions advance together, one token a step, on shared keys
+and values. Shape legend: N samples, R response tokens over all samples, D hidden width, V
+vocabulary, A position axes, B rows, L tokens of a row, M places that are read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -86,9 +83,8 @@ def greedy_tokens(
 ) -> list[list[int]]:
     """Greedy responses as token ids, without the end-of-sequence token.
 
-    In fp32 they equal those of one prompt at a time. A checkpoint's settings of sampling or
-    repetition are set aside. A response shorter than ``max_new_tokens`` ended by itself.
-    ``batch_size`` prompts are decoded together, fewer long ones (``MAX_BATCH_TOKENS``).
+    In fp32 they equal those of one prompt at a time, without a checkpoint's settings of sampling or
+    repetition. ``batch_size`` prompts are decoded together, fewer long ones (``MAX_BATCH_TOKENS``).
     """
     responses: dict[int, list[int]] = {}
     with _evaluating(backbone.model):

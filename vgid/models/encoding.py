@@ -1,7 +1,4 @@
-"""From a question to tensors: prompt frame, tokens, image tokens, positions.
-
-Nothing here cuts a sequence: one that is longer than the model's context is an error that names the
-sample.
+"""From a question to tensors: prompt frame, tokens, image tokens, positions; nothing is cut.
 
 Shape legend: L tokens, A position axes.
 """
@@ -67,9 +64,9 @@ class Encoded:
 def encode(backbone: Backbone, queries: Sequence[Query], room: int = 0) -> list[Encoded]:
     """Frame and tokenise queries and process their images.
 
-    The response takes ``room`` tokens of the context. Of few-shot turns that leave less, the last
-    are left out, so that prompts still begin alike. A sample that is longer than the context even
-    so, or holds the image token as text, is a ``SampleError``.
+    The response takes ``room`` tokens of the context. The last few-shot turns are left out for it,
+    so that prompts still begin alike. A sample that is too long even so, or holds the image token
+    as text, is a ``SampleError``.
     """
     limit = backbone.model.config.get_text_config().max_position_embeddings
     image_id = backbone.processor.image_token_id
@@ -141,7 +138,7 @@ def _positions(
 
 
 def response_ids(backbone: Backbone, response: str, sample: str = "without a name") -> list[int]:
-    """Token ids of a response as they follow the prompt frame, end-of-sequence included.
+    """Token ids of a response behind the prompt frame, end-of-sequence included.
 
     One that holds the backbone's image token is a ``SampleError`` that names ``sample``.
     """
@@ -165,10 +162,7 @@ def response_ids(backbone: Backbone, response: str, sample: str = "without a nam
 def collate(
     backbone: Backbone, encoded: Sequence[Encoded], responses: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Keyword arguments of the model's forward: one padded sequence a sample, response included.
-
-    For the released variant, and the reference that ``vgid.models.packing`` is tested against.
-    """
+    """The model's inputs: one padded sequence a sample, response included. It tests packs."""
     rows = [[*e.prompt_ids, *r] for e, r in zip(encoded, responses, strict=True)]
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
@@ -190,11 +184,7 @@ def collate(
 
 
 def at_model_resolution(processor: Any, image: Image.Image) -> NDArray[np.uint8]:
-    """The image as the model sees it before normalisation: 8-bit RGB of shape (H, W, 3).
-
-    The processor neither resizes nor crops such an image again, so a perturbation of its pixels
-    reaches the model unchanged.
-    """
+    """What the model sees before normalisation, 8-bit RGB (H, W, 3); no processor resizes it."""
     image_processor = processor.image_processor
     if hasattr(image_processor, "merge_size"):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize

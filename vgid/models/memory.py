@@ -1,7 +1,7 @@
 """Bytes that a step of distillation takes beside the base's weights, from sizes alone.
 
-Symbols: D hidden width, H width of all query heads, K width of all key-value heads, F width of the
-gated MLP, V vocabulary, r rank of LoRA, which is on all seven linear maps of every decoder layer.
+D hidden width, H width of all query heads, K of all key-value heads, F of the gated MLP, V
+vocabulary, r rank of LoRA on all seven linear maps of every decoder layer.
 """
 
 from collections.abc import Sequence
@@ -47,18 +47,13 @@ def activation_bytes(
     - 5 D + H + F with dropout: its masks, a byte for each input of a LoRA map (on a GPU);
     - 6 F: gate, its activation, and up.
 
-    The masks of the blocks are there once. With checkpointing each layer keeps its input, 2 D, the
-    norm behind them 4 D, and one layer at a time all. Temporaries come on top. ``packs`` are all
-    that are forwarded before the backward pass.
+    Blocks' masks are there once. With checkpointing each layer keeps its input, 2 D, the norm
+    behind them 4 D, and one layer at a time all. ``packs`` are all that are forwarded before it.
     """
     s = DecoderSizes(text_config)
     tokens = sum(packed.ids_BL.numel() for packed in packs)
-    blocks = [
-        block
-        for packed in packs
-        for tree in lay_out(packed.ends_BL, torch.bfloat16)
-        for block in tree.blocks
-    ]
+    trees = [tree for packed in packs for tree in lay_out(packed.ends_BL, torch.bfloat16)]
+    blocks = [block for tree in trees for block in tree.blocks]
     masks = sum(block.mask_QK.untyped_storage().nbytes() for block in blocks)
     gathered = sum(block.mask_QK.shape[1] for block in blocks if len(block.keys) > 1)
     layer = tokens * (28 * s.D + 12 * s.H + 10 * s.F + 28 * lora_rank) + 4 * s.H * gathered

@@ -1,9 +1,7 @@
 """Samples with the same beginning share its tokens: exact, and several times cheaper.
 
-The samples of a batch are laid out as trees: each token stands once, behind the tokens that it
-continues, sees its ancestors only, and has the position that it has in its own sample. Hidden
-states, losses and gradients equal those of separate sequences. Trees lie side by side in a row;
-attention is computed within a tree (``vgid.models.tree_attention``).
+Samples are laid out as trees: each token stands once, behind the tokens that it continues, sees its
+ancestors only, and has the position that it has in its own sample. Trees lie side by side in a row.
 
 Shape legend: B rows, L tokens of a row, A position axes, N samples, R response tokens over all
 samples, D hidden width.

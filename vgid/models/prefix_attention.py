@@ -2,8 +2,7 @@
 
 A long beginning that samples share is a segment: read once for all of them, in one matrix product
 with the other segments of its size. A sample's own are the rest of its prompt and the tokens
-generated so far. Each part gives the largest score, the sum of the exponentials and the values
-weighted by them; such parts together make one exact softmax (Milakov and Gimelshein 2018,
+generated so far. Each gives a part of one exact softmax (Milakov and Gimelshein 2018,
 arXiv:1805.02867, section 3.1).
 
 Shape legend: N samples that go on, G key-value heads, H query heads, Q query heads of a key-value
@@ -46,8 +45,7 @@ class Segment:
 def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
     """The prompts' shared segments by level, and where each sample's own tokens stand.
 
-    Segments of a level have no sample in common; few-shot turns are above the portraits behind
-    them.
+    Segments of a level have no sample in common; few-shot turns are above portraits.
     """
     levels: list[list[Segment]] = []
     own: list[list[int]] = [[] for _ in packed.paths]
@@ -80,8 +78,8 @@ def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
 class SharedPrompts:
     """The prompts of samples that are decoded together, and which of them still go on.
 
-    ``passes`` are packed prompts with the caches that running them has filled, which are emptied;
-    ``room`` tokens will be generated at most.
+    ``passes`` are packed prompts with their filled caches, which are emptied; ``room`` tokens
+    follow.
     """
 
     def __init__(self, passes: Sequence[tuple[Packed, Any]], room: int) -> None:
@@ -136,10 +134,7 @@ class SharedPrompts:
 
 
 class OwnLayer(DynamicLayer):
-    """A layer's keys and values of each sample's own tokens: growing and ending copy little.
-
-    They stay where they are allocated, since fresh memory costs more than what is written to it.
-    """
+    """A layer's keys and values of each sample's own tokens, in place: fresh memory costs more."""
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], room: int) -> None:
         super().__init__()
@@ -318,8 +313,7 @@ def shared_prompt_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one new token a row, as transformers calls it: (N, 1, H, E), and no weights.
 
-    The query has the shape (N, H, 1, E); keys and values, (N, G, K, E), are of the rows' own
-    tokens, the new one included. The prompts know what is padding, not the mask.
+    Query (N, H, 1, E); keys and values (N, G, K, E) of the rows' own tokens, the new one included.
     """
     rows, heads, _, width = query.shape
     queries_NGQE = query.reshape(rows, key.shape[1], -1, width)

@@ -1,7 +1,4 @@
-"""Qwen2.5-VL's processor where torchvision is not installed: for images and text only.
-
-The stock processor insists on a video processor, and that on torchvision.
-"""
+"""Qwen2.5-VL's processor, whose video processor needs torchvision, for images and text only."""
 
 from typing import Any
 

@@ -1,15 +1,13 @@
 """Tensors on disk by content hash: computed once, shared between processes, bounded in size.
 
-::
-
     ROOT/store.json                  marks the folder as a store and states its bound
     ROOT/<kind>/<key>.safetensors    one entry; its modification time is its last use
     ROOT/<kind>/<key>.lock           held by the process that computes the entry
     ROOT/<kind>/<key>.<pid>.*.tmp    an entry while it is written; it appears by a rename
     ROOT/evict.lock                  held by the process that removes entries
 
-A key is the hash of all that an entry depends on: no entry is ever out of date. So no race can give
-a wrong result: locks only spare work, and an entry may vanish at any moment.
+A key is the hash of all that an entry depends on, so no entry is ever out of date and no race can
+give a wrong result: locks only spare work, and an entry may vanish at any moment.
 """
 
 import contextlib
@@ -19,7 +17,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -45,8 +43,7 @@ ABANDONED_S = 3600.0  # age of a temporary file: another node's lock may not be 
 def key_of(described: Any) -> str:
     """SHA-256 of the canonical JSON of all that an entry depends on, as hex.
 
-    Tuples count as lists, and keys of mappings as text. NaN and inf are a ``ValueError``, what JSON
-    does not have is a ``TypeError``.
+    NaN and inf are a ``ValueError``, what JSON does not have is a ``TypeError``.
     """
     text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -55,9 +52,8 @@ def key_of(described: Any) -> str:
 class ContentStore:
     """One kind of entries in a store, shared between processes, least recently used first out.
 
-    ``limit_bytes`` bounds the entries of all kinds of the root together, after each write, except
-    that the entry just written stays. A folder that cannot be made is a ``DiskError``, a link that
-    leads out of the store an ``InputError``.
+    ``limit_bytes`` bounds all kinds of the root together, but never removes the entry just written.
+    A folder that cannot be made is a ``DiskError``, a link out of the store an ``InputError``.
     """
 
     def __init__(self, root: Path, kind: str, limit_bytes: int | None = None) -> None:
@@ -81,10 +77,9 @@ class ContentStore:
     ) -> "dict[str, Tensor]":
         """The tensors of ``key``, computed and stored if they are not there or their file is torn.
 
-        They are contiguous and on the CPU, and no two that are computed may share memory. Of the
-        processes that want an entry one computes it and the others wait. A disk that is full or
-        cannot be written is a ``DiskError`` and nothing is left behind; a ``key`` not of ``key_of``
-        a ``ValueError``.
+        They are contiguous, on the CPU, and share no memory. Of the processes that want an entry
+        one computes it and the others wait. A disk that cannot be written is a ``DiskError`` and
+        nothing is left behind; a ``key`` not of ``key_of`` a ``ValueError``.
         """
         from safetensors.torch import save
 
@@ -121,9 +116,8 @@ class ContentStore:
 
     def _evict(self, keep: Path | None = None) -> None:
         with _alone(self.root / "evict.lock"):
-            folders = _kinds(self.root)
-            _clear_leftovers(folders, ABANDONED_S)
-            entries = sorted(_entries(folders))
+            _clear_leftovers(self.root, ABANDONED_S)
+            entries = sorted(_entries(self.root))
             total = sum(entry.bytes for entry in entries)
             for entry in entries:
                 if self.limit_bytes is None or total <= self.limit_bytes:
@@ -167,23 +161,18 @@ def find_root(folder: Path) -> Path:
 def info(root: Path) -> StoreInfo:
     """What a store holds; ``InputError`` as for ``find_root``."""
     root = find_root(root)
-    folders = _kinds(root)
-    return _sum_up(root, folders, list(_entries(folders)))
+    return _sum_up(root, list(_entries(root)))
 
 
 def clear(root: Path) -> StoreInfo:
-    """Remove a store's entries, and files that no process uses; gives what was removed.
-
-    ``InputError`` as for ``find_root``; a store that cannot be written is a ``DiskError``.
-    """
+    """Remove a store's entries, and files that no process uses; gives what was removed."""
     root = find_root(root)
-    folders = _kinds(root)
     with _alone(root / "evict.lock"):
-        removed = list(_entries(folders))
+        removed = list(_entries(root))
         for entry in removed:
             _remove(entry)
-        _clear_leftovers(folders)
-    return _sum_up(root, folders, removed)
+        _clear_leftovers(root)
+    return _sum_up(root, removed)
 
 
 class _Entry(NamedTuple):
@@ -195,10 +184,7 @@ class _Entry(NamedTuple):
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """Write beside a file's place and rename; an error leaves nothing behind.
-
-    Not synced: what a crash of the machine tears is found when it is read and computed again.
-    """
+    """Write and rename, unsynced: what a crash of the machine tears is computed again."""
     temporary = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_bytes(content)
@@ -244,13 +230,16 @@ def _kinds(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
 
 
-def _entries(folders: Sequence[Path]) -> Iterator[_Entry]:
-    for folder in folders:
-        for path in folder.iterdir():
-            if ENTRY.fullmatch(path.name):
-                with contextlib.suppress(FileNotFoundError):
-                    state = path.stat()
-                    yield _Entry(state.st_mtime_ns, path, state.st_size)
+def _files(root: Path) -> list[Path]:
+    return [path for folder in _kinds(root) for path in folder.iterdir()]
+
+
+def _entries(root: Path) -> Iterator[_Entry]:
+    for path in _files(root):
+        if ENTRY.fullmatch(path.name):
+            with contextlib.suppress(FileNotFoundError):
+                state = path.stat()
+                yield _Entry(state.st_mtime_ns, path, state.st_size)
 
 
 def _remove(entry: _Entry) -> None:
@@ -260,9 +249,9 @@ def _remove(entry: _Entry) -> None:
         raise _unwritable(entry.path.parent, error) from None
 
 
-def _clear_leftovers(folders: Sequence[Path], age_s: float = 0.0) -> None:
+def _clear_leftovers(root: Path, age_s: float = 0.0) -> None:
     """Remove lock and temporary files of that age whose entry nobody is computing."""
-    for path in (path for folder in folders for path in list(folder.iterdir())):
+    for path in _files(root):
         match = LEFTOVER.fullmatch(path.name)
         with contextlib.suppress(OSError, DiskError):
             if match and time.time() - path.stat().st_mtime >= age_s:
@@ -271,18 +260,16 @@ def _clear_leftovers(folders: Sequence[Path], age_s: float = 0.0) -> None:
                     path.unlink()
 
 
-def _sum_up(root: Path, folders: Sequence[Path], entries: list[_Entry]) -> StoreInfo:
+def _sum_up(root: Path, entries: list[_Entry]) -> StoreInfo:
     try:
         limit = json.loads((root / MARKER).read_text())["limit_bytes"]
     except (ValueError, KeyError, TypeError):
         limit = None  # a damaged file is written again by the next process that opens the store
-    of_kind = {folder.name: [e for e in entries if e.path.parent == folder] for folder in folders}
-    return StoreInfo(
-        root=root,
-        limit_bytes=limit,
-        by_kind={kind: _usage(held) for kind, held in of_kind.items()},
-        **_usage(entries).model_dump(),
-    )
+    by_kind = {
+        kind.name: _usage([e for e in entries if e.path.parent == kind]) for kind in _kinds(root)
+    }
+    whole = _usage(entries).model_dump()
+    return StoreInfo(root=root, limit_bytes=limit, by_kind=by_kind, **whole)
 
 
 def _usage(entries: list[_Entry]) -> Usage:

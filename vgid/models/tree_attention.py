@@ -1,8 +1,7 @@
 """Attention in packed rows: each block of queries meets the keys that it sees, and no others.
 
-A token of a tree (``vgid.models.packing``) sees its ancestors only, so a block of neighbouring
-queries needs those of its first token and the block itself. Shape legend: B rows, L tokens of a
-row, H query heads, G key-value heads, E head width, Q queries of a block, K keys that it sees.
+Shape legend: B rows, L tokens of a row, H query heads, G key-value heads, E head width, Q queries
+of a block, K keys that it sees.
 """
 
 from collections.abc import Sequence
@@ -48,10 +47,7 @@ class Tree:
 # Under one mask over the row, B's queries would be multiplied with A's keys as well, and with those
 # of every other portrait: with five portraits a row, four fifths of the work are thrown away.
 def lay_out(ends_BL: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Tree]:
-    """The trees of packed rows, row after row; together they hold every place once.
-
-    ``ends_BL`` is that of ``Packed``. Masks are made on its device; ``block`` as for ``BLOCK``.
-    """
+    """The trees of packed rows (``Packed.ends_BL``), row after row, which hold every place once."""
     rows, length = ends_BL.shape
     offsets_B1 = length * np.arange(rows)[:, None]
     ends = (ends_BL.cpu().numpy() + offsets_B1).ravel()
@@ -100,8 +96,7 @@ def tree_attention(
     """Attention as transformers calls it: output of shape (B, L, H, E), and no weights.
 
     Queries have the shape (B, H, L, E), keys and values (B, G, L, E), H a multiple of G. Without
-    ``trees`` (decoding, generation, pretraining) it is plain SDPA, and only there
-    ``attention_mask`` has an effect.
+    ``trees`` it is plain SDPA, and only there ``attention_mask`` has an effect.
     """
     if trees is None:
         return sdpa_attention_forward(

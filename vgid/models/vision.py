@@ -1,8 +1,7 @@
 """What an image becomes: processor tensors, image tokens, and the frozen tower's features.
 
-Tower and projector are never trained, so features are computed once: kept in memory while there is
-room, and in a study's store. One image a forward pass: its features do not depend on which others
-were missing. Shape legend: T image tokens, D hidden width of the language model.
+Features are computed once, kept in memory and in a study's store; one image a forward pass, so that
+they do not depend on others. Shape legend: T image tokens, D hidden width.
 """
 
 import json
@@ -26,11 +25,7 @@ MEMORY_BYTES = 1 << 30  # for images, and as much for features, until their next
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as the model takes it.
-
-    Prompts live as long as a session, and pixels are up to eight times as large as the image. So
-    they are made when the tower is run, and dropped behind it.
-    """
+    """An image as the model takes it; its pixels, larger by far, are made when the tower is run."""
 
     key: str  # SHA-256 of the image
     tokens: int  # T that stand for it in a prompt

@@ -1,7 +1,6 @@
 """What weights are called in files: as on the hub, whatever the model was made from.
 
-transformers renames weights from release to release; vLLM reads a LLaVA's names of the hub, such as
-``vision_tower.vision_model.embeddings``, and not those that transformers 5 writes. The library's
+transformers renames weights from release to release; vLLM reads the names of the hub. The library's
 own conversion mapping leads from the ones to the others.
 """
 
