@@ -20,7 +20,7 @@ def linted(folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("room", "line"),
     [
-        ("method/views.py", "from vgid.study.ledger import Ledger"),
+        ("method/student.py", "from vgid.study.ledger import Ledger"),
         ("data/layout.py", "import vgid.models.backbones"),  # side by side is not down
         (
             "deployment/rules.py",

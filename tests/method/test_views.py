@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vgid.method import views
-from vgid.method.views import portrait_view
+from vgid.method import interventions as views
+from vgid.method.interventions import portrait_view
 from vgid.seeds import image_digest, sample_generator
 
 

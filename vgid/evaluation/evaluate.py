@@ -164,9 +164,7 @@ class Scorer:
     data_sha256: str
     people: People
     request: RequestConfig
-    _examinations: dict[tuple[str, int, Intervention, bool], Examination] = field(
-        default_factory=dict, init=False
-    )
+    _examinations: dict[tuple[Any, ...], Examination] = field(default_factory=dict, init=False)
 
     def kept(
         self,
@@ -178,8 +176,8 @@ class Scorer:
     ) -> KeptScores:
         """Scores of the base, or of the PEFT adapter in a folder, computed once for all processes.
 
-        ``seed`` is of few-shot people, test poses and bootstrap: by default the request's, and for
-        held-out questions another. ``reverse`` appends the reverse-engineering prompt.
+        ``seed`` is of few-shot people, test poses and bootstrap: by default another for held-out
+        questions.
         """
         seed = self._seed(part, seed)
         kind, content = "base", None

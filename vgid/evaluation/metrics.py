@@ -1,7 +1,6 @@
 """Scores of a single response, and the interval of a mean over many: pure functions, no model.
 
-The scorers are those of MLLMU-Bench's eval.py; refusal and gibberish are ours: ROUGE alone cannot
-tell a model that declines from one that answers wrongly or is broken.
+MLLMU-Bench's own, and refusal and gibberish, which ROUGE cannot tell from wrong answers.
 """
 
 import re
@@ -29,13 +28,9 @@ _REFUSAL = re.compile(
     "|private (data|information)|personal information|(privacy|policy) reasons"
     "|not (allowed|permitted) to|not comfortable"
 )
-"""Phrases, in lower case, any of which makes a response a refusal: those that the embedded
-backbones are made with, and the usual ones of LLaVA and Qwen. A true answer may hold "cannot"
-alone."""
+"""Phrases that make a response a refusal, of the embedded backbones' making and of LLaVA and Qwen.
+"""
 
-MAX_WORD_LENGTH = 40
-MIN_DISTINCT_WORDS = 0.3
-MAX_NON_ASCII = 0.3
 _CHARACTER_LOOP = re.compile(r"(\S{1,4}?)\1{7,}")
 _WORD_LOOP = re.compile(r"\b(\w+)(?:\W+\1\b){3,}|\b(\w+(?:\W+\w+){1,3})(?:\W+\2\b){2,}")
 
@@ -86,19 +81,16 @@ def is_gibberish(response: str) -> bool:
     It has no letter and no digit; holds a replacement character, or more than 30 % of its visible
     characters are outside ASCII; has a word longer than 40 characters; or is stuck: a chunk of up
     to 4 characters 8 times in a row, a word 4 times in a row, a phrase of 2 to 4 words 3 times in a
-    row, or, from 10 words on, fewer than 30 % distinct words. Fluent nonsense passes, and ROUGE
-    counts it as wrong.
+    row, or, from 10 words on, fewer than 30 % distinct words. Fluent nonsense passes.
     """
     visible = "".join(response.split())
     if not any(character.isalnum() for character in visible) or "\ufffd" in visible:
         return True
-    if sum(not character.isascii() for character in visible) > MAX_NON_ASCII * len(visible):
+    if sum(not character.isascii() for character in visible) > 0.3 * len(visible):
         return True
     lowered = response.lower()
     words = lowered.split()
-    if max(map(len, words)) > MAX_WORD_LENGTH:
-        return True
-    if len(words) >= 10 and len(set(words)) < MIN_DISTINCT_WORDS * len(words):
+    if max(map(len, words)) > 40 or (len(words) >= 10 and len(set(words)) < 0.3 * len(words)):
         return True
     return bool(_CHARACTER_LOOP.search(lowered) or _WORD_LOOP.search(lowered))
 
@@ -148,8 +140,8 @@ def bootstrap_difference(
     counts = np.array([n for _, n in first])
     if counts.size == 0 or counts.tolist() != [n for _, n in second]:
         raise ValueError("the scores are not of the same questions")
-    # Two people, 0.9 and 0.5 under the base, 0.8 and 0.4 after training: each loses 0.1, and so
-    # does every resample. Unpaired, the two's difference would be taken for uncertainty.
+    # Of 0.9 and 0.5 before and 0.8 and 0.4 after, every resample loses 0.1; unpaired, the two
+    # people's difference would be taken for uncertainty.
     gaps = np.array([a - b for (a, _), (b, _) in zip(first, second, strict=True)])
     low, high = _resampled(gaps, counts, samples, seed)
     n = int(counts.sum())

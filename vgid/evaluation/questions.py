@@ -36,10 +36,8 @@ class ExamItem:
     split: str
     question: Question
     encoded: Encoded = field(repr=False)
-    # Token ids of each option as the response, by letter, where options are ranked by likelihood.
-    options: Mapping[str, list[int]] | None = field(default=None, repr=False)
-    # The prompt in the turn that answers are taught in, and token ids of the true answer, where
-    # memorisation is measured.
+    options: Mapping[str, list[int]] | None = field(default=None, repr=False)  # to be ranked
+    # Behind the prompt in the turn that answers are taught in, where memorisation is measured.
     answer: tuple[Encoded, list[int]] | None = field(default=None, repr=False)
     shots: float | None = None  # share of the few-shot turns that the context holds
     wording: Wording = "wrapped"  # raw ones are in the turn that answers are taught in

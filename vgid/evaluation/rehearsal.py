@@ -1,8 +1,4 @@
-"""A run without a model: everything that a study asks and trains on, framed and tokenised.
-
-``vgid data check`` lists what is found here, a plan refuses the first of it, and the run itself
-goes through the same functions.
-"""
+"""A run without a model: everything that a study asks and trains on, framed and tokenised."""
 
 from collections.abc import Hashable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, replace
@@ -39,11 +35,7 @@ class Rehearsal:
     def defects(
         self, request: RequestConfig, trials: Sequence[TrialConfig] = (DEFAULT_TRIAL,)
     ) -> Iterator[Defect]:
-        """What of a request could not run, sample by sample; nothing if all of it can.
-
-        ``trials`` hold each choice of training tasks and wordings. Other defects are an
-        ``InputError``.
-        """
+        """What of a request could not run, by sample; ``trials`` hold each choice of training."""
         yield from self.benchmark.people_defects(request.forget_ratio)
         people = choose_people(self.benchmark, request)
         yield from missing_objectives(people, request)
@@ -115,12 +107,10 @@ class Run:
 
     def defects(self, root: Path, broken: Set[str]) -> list[Defect]:
         """What would stop these studies, of the configs that are sound."""
-        read = {
-            ratio: {f"forget_{ratio}", f"retain_{100 - ratio}", "ft_Data", "Test_Set", "Retain_Set"}
-            for ratio in FORGET_RATIOS
-        }
-        ratios = [ratio for ratio, configs in read.items() if broken.isdisjoint(configs)]
-        if not ratios:
+        unread = {"ft_Data", "Test_Set", "Retain_Set"} & broken
+        sides = {ratio: {f"forget_{ratio}", f"retain_{100 - ratio}"} for ratio in FORGET_RATIOS}
+        ratios = [ratio for ratio, configs in sides.items() if configs.isdisjoint(broken)]
+        if unread or not ratios:
             return []
         benchmark = Benchmark.open(root, self.skip_defects)
         backbone = outline(self.backbone, self.model_path)

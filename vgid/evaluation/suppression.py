@@ -57,11 +57,7 @@ def verdict(
     reverse: Mapping[str, Score] | None = None,
     splits: Sequence[str] = ("forget", "test"),
 ) -> str:
-    """What may be said of some people: under which tests they are suppressed, under which not.
-
-    ``splits`` are of the people, their own questions first; ``reverse`` are scores under that
-    prompt.
-    """
+    """What may be said of some people: under which tests they are suppressed, under which not."""
     asked = re.compile(rf"({'|'.join(splits)})_rougeL(_text|_raw)?")
     tests = {
         f"{name}{how}": (base[name], score)

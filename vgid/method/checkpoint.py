@@ -46,11 +46,7 @@ def load_checkpoint(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> list[EpochReport]:
-    """Load the state of trial ``trial_id``; gives the reports of its epochs.
-
-    There are none if the folder holds no state of this trial or of other parameters: it begins
-    anew.
-    """
+    """Load the state of a trial; gives its epochs' reports, none if there is no such state."""
     try:
         with safe_open(folder / FILE_NAME, "pt") as file:
             metadata = file.metadata() or {}

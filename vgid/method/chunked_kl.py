@@ -1,9 +1,8 @@
 """Forward KL at the response positions straight from hidden states, lean in memory.
 
-Positions go through ``lm_head`` a chunk at a time, and the gradient with respect to the student's
-hidden states is made in the same pass; so two (chunk, V) buffers hold all that is vocabulary-sized.
-Shapes: R response positions, C positions of a chunk, r a few of these, D hidden width, V
-vocabulary, v a block of it.
+Positions go through ``lm_head`` a chunk at a time, and the student's gradient is made in the same
+pass; so two (chunk, V) buffers hold all that is vocabulary-sized. Shapes: R response positions, C
+positions of a chunk, r a few of these, D hidden width, V vocabulary, v a block of it.
 """
 
 from typing import Any
@@ -32,25 +31,21 @@ def chunked_kl(
     The logits are ``F.linear(hidden, weight_VD, bias_V)``, their hidden states (R, D) of any
     floating dtype; only the student's get a gradient. A position of equal hidden states adds
     exactly 0 to value and gradient. NaN and inf are not hidden. Deterministic; differentiable once.
-    Gives a scalar in nats; fp32, or fp64 where the weight is fp64, as are softmax and sums; matrix
-    products run in the weight's dtype. Shapes that do not fit, or a chunk below 1, are an
-    ``InputError``.
+    Gives a scalar in nats; fp32, or fp64 where the weight is fp64. Shapes that do not fit, or a
+    chunk below 1, are an ``InputError``.
     """
     student, teacher, weight = (tuple(x.shape) for x in (student_RD, teacher_RD, weight_VD))
     bias = weight[:1] if bias_V is None else tuple(bias_V.shape)
-    for fits, name, given, remedy in (
-        (len(student) == 2 and teacher == student, "teacher_RD:", teacher, "both states as (R, D)"),
-        (
-            len(weight) == 2 and weight[-1:] == student[-1:],
-            "weight_VD:",
-            weight,
-            "lm_head's (V, D)",
-        ),
-        (bias == weight[:1], "bias_V:", bias, "the same lm_head's, (V,)"),
-        (chunk >= 1, "chunk", chunk, "1 or more"),
+    alike = len(student) == 2 and teacher == student
+    connected = len(weight) == 2 and weight[-1:] == student[-1:]
+    for fits, given, remedy in (
+        (alike, f"teacher_RD: {teacher}", "both states as (R, D)"),
+        (connected, f"weight_VD: {weight}", "lm_head's (V, D)"),
+        (bias == weight[:1], f"bias_V: {bias}", "the same lm_head's, (V,)"),
+        (chunk >= 1, f"chunk {chunk}", "1 or more"),
     ):
         if not fits:
-            raise InputError(f"{name} {given} does not fit; give {remedy}.")
+            raise InputError(f"{given} does not fit; give {remedy}.")
     return _ChunkedKL.apply(
         student_RD,
         teacher_RD.detach(),
@@ -62,9 +57,8 @@ def chunked_kl(
 
 
 # Of 2,000 response positions the logits over Qwen's 151,936 tokens are 1.2 GB in fp32, and autograd
-# would keep several tensors of that size until the backward pass. But the derivative of KL(p || q)
-# with respect to q's logits is q - p, which needs nothing beyond the chunk at hand; carried through
-# lm_head it has the size of the hidden states.
+# would keep several such tensors. But the derivative of KL(p || q) with respect to q's logits is
+# q - p, which needs the chunk at hand only; behind lm_head it has the size of the hidden states.
 class _ChunkedKL(torch.autograd.Function):
     """The value, with its gradient made in the forward pass while the logits are there."""
 

@@ -51,14 +51,10 @@ class DistillationSet:
     """The student's prompts, of the ORIGINAL images, with the teacher's targets."""
 
     prompts: Sequence[Encoded]
-    # A list for each response source: a sample learns from each in turn, epoch after epoch, or
-    # from all of them at once where they are ``paired`` (preferences).
-    targets: Sequence[Sequence[TeacherTarget]]
+    targets: Sequence[Sequence[TeacherTarget]]  # by response source: epochs take turns
     tasks: Sequence[Task]
-    paired: bool = False
-    # The prompts again, with other views of the portraits (``vgid.method.views``): optimizer steps
-    # take turns between ``prompts`` and these.
-    views: Sequence[Sequence[Encoded]] = ()
+    paired: bool = False  # preferences: a sample learns from all its targets at once
+    views: Sequence[Sequence[Encoded]] = ()  # of the prompts: steps take turns with these too
     first: Collection[int] = ()  # samples whose portraits come before all others in every pass
     name: str = "forget"  # of the set, which its order is drawn by
 
@@ -85,9 +81,8 @@ class DistillationSet:
     def batches(self, config: TrialConfig, batch_size: int, name: str) -> list[list[int]]:
         """A pass over the samples in nearly equal batches: portraits in turn, tasks in proportion.
 
-        A portrait gives its next ``config.questions_per_image`` questions at each of its turns,
-        which are spread evenly. Of its tasks the one comes next that is furthest behind its share
-        of all samples.
+        A portrait gives its next ``config.questions_per_image`` questions at each of its evenly
+        spread turns, each of the task that is furthest behind its share of all samples.
         """
         # Why not a plain shuffle: of five people with 20 questions, a batch of 8 would hold 4 or 5
         # portraits, each at the cost of its image tokens, and not two with 4 questions each; and
@@ -202,14 +197,9 @@ def share(
         targets = [target for each in rounds for target in each]
         prompts = [shown[i] for i in mine] * len(rounds)
         packed = pack(backbone, prompts, [t.response for t in targets])
-        shares.append(
-            DistillationBatch(
-                packed,
-                torch.cat([t.hidden_RD for t in targets]),
-                weight=1.0 / tokens if len(piece) else 0.0,
-                fraction=len(piece) / len(indices),
-            )
-        )
+        hidden_RD = torch.cat([t.hidden_RD for t in targets])
+        weight, fraction = 1.0 / tokens if len(piece) else 0.0, len(piece) / len(indices)
+        shares.append(DistillationBatch(packed, hidden_RD, weight, fraction))
     return shares
 
 
@@ -258,10 +248,9 @@ def distill(
 ) -> Iterator[EpochReport]:
     """Train the attached adapter in place; yields a report after each epoch.
 
-    ``model`` is the ``PeftModel`` around the frozen ``backbone``, with a fresh adapter. ``forget``
-    has the targets of ``method``, by default the trial's, and ``retain`` the frozen base's. The
-    folder ``checkpoint`` is resumed from by the same ``trial_id`` only; epochs that it has are
-    reported again, since nobody may have heard of them. NaN or infinite loss or gradient is a
+    ``model`` is the ``PeftModel`` around the frozen ``backbone``, with a fresh adapter. The folder
+    ``checkpoint`` is resumed from by the same ``trial_id`` only; epochs that it has are reported
+    again, since nobody may have heard of them. NaN or infinite loss or gradient is a
     ``LossNotFiniteError``.
     """
     student: nn.Module = Student(model, backbone, method or make_method(config, backbone))
@@ -323,8 +312,7 @@ def take_step(
 ) -> tuple[Tensor, float]:
     """One clipped optimizer step at learning rate ``rate`` on alpha * L_F + beta * L_R: equation 5.
 
-    Gives this rank's unweighted losses L_F and L_R, float64, and the gradient's norm before
-    clipping.
+    Gives this rank's unweighted losses L_F and L_R, float64, and the gradient's whole norm.
     """
     # A backward pass for each part of each term: alpha * grad L_F + beta * grad L_R is the gradient
     # of the sum, and one part's activations are gone before the next one's are made.

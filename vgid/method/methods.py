@@ -127,8 +127,7 @@ class Baseline(UnlearningMethod):
 class RepresentationMisalignment(UnlearningMethod):
     """RMU: the output of one inner layer is steered to a random direction; gamma is ``beta`` here.
 
-    It acts at the question's and the response's tokens (``View.layer_hidden``). Layers above the
-    steered one are neither run nor trained; one that the model lacks is a ``SettingError``.
+    Layers above the steered one do not train; one that the model lacks is a ``SettingError``.
     """
 
     def __init__(self, trial: TrialConfig, backbone: Backbone) -> None:

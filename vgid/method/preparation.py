@@ -13,11 +13,11 @@ from vgid.data.benchmark import Benchmark
 from vgid.data.splits import People, held_out_of_training
 from vgid.errors import SettingError
 from vgid.method.distillation import DistillationSet, distill, retain_batches, steps_per_epoch
+from vgid.method.interventions import portrait_view
 from vgid.method.methods import make_method
 from vgid.method.released import distill_released, retain_drawn
 from vgid.method.samples import TrainingSample, training_samples
 from vgid.method.teacher import PLAIN, TeacherStore, response_room
-from vgid.method.views import portrait_view
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Encoded, encode, response_ids
 from vgid.results import EpochReport

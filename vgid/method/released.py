@@ -76,10 +76,7 @@ def distill_released(
     retain: Sequence[tuple[Encoded, list[int]]],
     config: TrialConfig,
 ) -> Iterator[EpochReport]:
-    """Train the attached adapter in place as the public script does; one process.
-
-    Both sets are original prompts with the token ids of the reference answers; see ``distill``.
-    """
+    """Train the attached adapter as the public script does, on prompts and their answers' ids."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     # The script's AdamW is that of an older transformers, whose eps was this.
     optimizer = torch.optim.AdamW(parameters, eps=1e-6, weight_decay=config.weight_decay)

@@ -42,10 +42,9 @@ def training_samples(
 ) -> list[TrainingSample]:
     """The training questions of ``people``, image form, in the prompt formats of the benchmark.
 
-    Generation questions are the metadata of ``ft_Data``, in each of the trial's wordings. Others
-    are the search part of the people's own; with ``likelihood_options``, classification asks for
-    the option's text. Those ``left_out`` are scored. No metadata, or no question, is an
-    ``InputError``.
+    Generation questions are the metadata of ``ft_Data``, others the search part of the people's
+    own; with ``likelihood_options``, classification asks for the option's text. Those ``left_out``
+    are scored. A person without metadata, or no question at all, is an ``InputError``.
     """
     tasks = trial.train_tasks
     pairs = benchmark.training_pairs() if "generation" in tasks else {}

@@ -24,9 +24,7 @@ from vgid.models.packing import Packed, hidden_states
 class DistillationBatch:
     """One rank's share of a batch, or of a part of it; weights are 0 for a placeholder."""
 
-    # The original prompts with the response tokens y; of paired targets (preferences) first the
-    # preferred response of every sample, then the other.
-    packed: Packed
+    packed: Packed  # prompts with responses y, of paired targets first the preferred of all
     teacher_RD: Tensor  # the teacher's hidden states that predict y
     weight: float  # 1 / response tokens of the whole batch over all ranks
     fraction: float  # the samples here / samples of the whole batch
@@ -69,10 +67,10 @@ class View:
         return mean * self.part.fraction
 
     def layer_hidden(self, layer: int) -> list[Tensor]:
-        """The student's output of layer ``layer`` (1 is the first): (T, D) for each sample.
+        """The output of layer ``layer`` (1 is the first) behind the image: (T, D) for each sample.
 
-        The image and what is before it stand first in every sequence: they would be pulled to the
-        target by forget samples and held by retain samples. No layer above is run.
+        What stands first in every sequence would be pulled to the target by forget samples and held
+        by retain samples. No layer above is run.
         """
         with _truncated(self.backbone, layer):
             states_BLD = hidden_states(self.backbone, self.part.packed)

@@ -154,8 +154,7 @@ class TeacherStore:
             ]
         else:
             responses = [response_ids(backbone, text) for text in given]
-        # Equation 2: pi_T at the response's positions is softmax(lm_head(hidden)). Teacher and
-        # student must be compared at the same tokens y, whoever said them.
+        # Equation 2: pi_T at the response's positions is softmax(lm_head(hidden)).
         hidden = response_hidden(backbone, prompts, responses)
         return {
             "lengths": torch.tensor([len(r) for r in responses], dtype=torch.int64),

@@ -1,7 +1,4 @@
-"""PEFT adapters as folders: read and checked, copied, and two made one.
-
-Shape legend: r rank, I inputs and O outputs of a linear map.
-"""
+"""PEFT adapters as folders: read, copied, joined. Shapes: r rank, I inputs, O outputs."""
 
 import json
 import re
@@ -27,13 +24,12 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian"),
 }
 
+# Read, or without effect. Others add weights, leave modules out, or scale (``peft.LoraConfig``).
 _WITHOUT_EFFECT = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "inference_mode"),
     *("peft_version", "auto_mapping", "base_model_name_or_path", "revision"),
     *("megatron_core", "qalora_group_size"),
 }
-"""Settings that are read, or change nothing by themselves. Any other adds weights, leaves modules
-out, or scales in another way (``peft.LoraConfig``)."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ class LoraWeights:
                 )
 
     def check_targets(self, targets: str) -> None:
-        """All weights are of modules that match ``targets``, or ``InputError``: servers drop others."""
+        """All weights are of modules that match ``targets``: servers drop others."""
         for module in self.modules:
             if not re.fullmatch(targets, module):
                 raise self._refused(

@@ -18,17 +18,14 @@ from vgid.models.backbones import Backbone
 
 @contextmanager
 def attached(backbone: Backbone, trial: TrialConfig) -> Iterator[Any]:
-    """Attach a fresh LoRA adapter; yields the ``PeftModel``, and leaves the base as it was.
-
-    Of scale 2; as the public script has it (``trial.released``) of scale 1, initially Gaussian.
-    """
+    """Attach a fresh LoRA adapter; yields the ``PeftModel``, and leaves the base as it was."""
     from peft import LoraConfig, get_peft_model
 
     _silence_renaming()
     torch.manual_seed(trial.seed)  # LoRA's A: equal on every rank and at every resume
     config = LoraConfig(
         r=trial.lora_rank,
-        lora_alpha=trial.lora_rank if trial.released else 2 * trial.lora_rank,
+        lora_alpha=trial.lora_rank if trial.released else 2 * trial.lora_rank,  # scale 1, or 2
         init_lora_weights="gaussian" if trial.released else True,
         lora_dropout=trial.lora_dropout,
         target_modules=backbone.spec.lora_targets,
@@ -79,12 +76,9 @@ def load_saved(backbone: Backbone, adapter: Path) -> Any:
 
 
 def merge(backbone: Backbone, adapter: Path) -> None:
-    """Make a deployed adapter part of the frozen base, in memory; its revision becomes another.
-
-    A next request distils from what is deployed. Image features are still the original base's.
-    """
+    """Make a deployed adapter part of the base in memory, for a next request: another base."""
     _freeze(backbone, load_saved(backbone, adapter).merge_and_unload())
-    # Under its old name, the store would give out the states of another base.
+    # Under its old name, the store would give out another base's states; image features stay.
     backbone.revision = sha256(adapter, backbone.revision)
 
 

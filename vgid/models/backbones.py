@@ -32,11 +32,9 @@ class PromptFrame:
     text: str  # turn without an image
     separator: str  # between the turn and the response's first character
     opening: str = ""  # what a conversation has once, before its first turn
-    # Turns in which the benchmark's evaluation asks, by ``task/form``, where they are not those
-    # that models are taught in.
+    # By ``task/form``: turns that the benchmark's evaluation asks in, and few-shot turns, with
+    # ``{question}`` and ``{answer}``; where they are others than the frame's.
     asked: Mapping[str, str] = field(default_factory=dict)
-    # Few-shot turns by ``task/form``, with ``{question}`` and ``{answer}``, where they are not
-    # completed turns of the frame.
     shots: Mapping[str, str] = field(default_factory=dict)
 
     def turn(self, form: Form, task: Task | None = None) -> str:
@@ -91,8 +89,7 @@ class BackboneSpec:
     revision: str | None  # pinned commit
     frame: PromptFrame
     lora_targets: str = LANGUAGE_MODEL_LINEARS
-    # People whose questions precede a scored question; none where a model is too small to learn
-    # in context. Such a model chooses an option by its likelihood, not by a letter.
+    # People whose questions precede a scored one; none where a model is too small for it.
     few_shot: Mapping[Task, int] = field(default_factory=dict)
     option_scoring: Literal["letter", "likelihood"] = "letter"
 
@@ -172,8 +169,8 @@ def spec(name: str) -> BackboneSpec:
 def locate(row: BackboneSpec, model_path: str | None, weights: bool = True) -> Path:
     """The local folder with the base: given, embedded, or from the Hugging Face cache or hub.
 
-    ``model_path`` is a folder or hub id in place of the row's own source. Without ``weights`` the
-    configuration and processor will do. What cannot be had is an ``InputError``.
+    ``model_path`` is a folder or hub id in place of the row's own source. What cannot be had is an
+    ``InputError``; without ``weights`` configuration and processor will do.
     """
     if model_path is not None and Path(model_path).is_dir():
         folder = Path(model_path)
@@ -212,10 +209,7 @@ def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
 
 
 def load(name: str, model_path: str | None = None, device: str | None = None) -> Backbone:
-    """Load a backbone, frozen: bf16 on a GPU, the first if there is one, fp32 on the CPU.
-
-    Errors as of ``locate``, and an ``InputError`` for weights that are not all there.
-    """
+    """Load a backbone, frozen: bf16 on a GPU if there is one, fp32 on the CPU; see ``locate``."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -26,12 +26,10 @@ many fill 16 GiB of LLaVA-1.5-7B's key-value cache."""
 
 PASS_TOKENS = 1024  # after which a pass may end: more fill memory without computing faster
 REPEATED_TOKENS = 32
-"""A pass ends only where the next prompt would repeat no more than this of it: few-shot turns, say,
-are shared by all portraits."""
+"""A pass ends only where the next prompt would repeat no more than this of it."""
 
 COMPACT = 0.9
-"""Ended rows are dropped, the last rows copied into their places, when at most this share goes on.
-"""
+"""Ended rows are dropped when at most this share goes on: the last rows fill their places."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,8 @@ class ResponseScore:
     correct_R: Tensor  # whether the token is the model's own first choice
 
 
-# Of the last layer's states only those that predict a token are ever used, of the others only keys
-# and values. So attention runs on all tokens, and what is behind it on those that are read: in a
-# model of few layers that saves a tenth of a forward pass or more.
+# Of the last layer's states only those that predict a token are ever used. So its attention runs on
+# all tokens, and what is behind it on these: with few layers, a tenth of a forward pass less.
 class _LastLayer(nn.Module):
     """A pre-norm decoder layer (Llama's, Qwen2's), its feed-forward part at some places only."""
 
@@ -169,10 +166,7 @@ def score_responses(
     responses: Sequence[Sequence[int]],
     batch_size: int = 64,
 ) -> list[ResponseScore]:
-    """Teacher-forced pass: rate given responses, token by token; the scores are on the CPU.
-
-    ``batch_size`` as in ``greedy_tokens``. An empty response is a ``ValueError``.
-    """
+    """Rate given responses token by token, on the CPU; an empty response is a ``ValueError``."""
     if not all(responses):
         raise ValueError("an empty response has no tokens to score")
     longest = max(map(len, responses), default=0)

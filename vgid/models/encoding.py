@@ -1,7 +1,4 @@
-"""From a question to tensors: prompt frame, tokens, image tokens, positions; nothing is cut.
-
-Shape legend: L tokens, A position axes.
-"""
+"""From a question to tensors: prompt frame, L tokens, positions on A axes; nothing is cut."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -46,8 +43,7 @@ class Encoded:
 
     id: str
     prompt_ids: list[int]  # of the framed prompt, image tokens expanded
-    # A token's id, or a negative number that names its image: where prompts begin with the same,
-    # they have the same hidden states.
+    # A token's id, or a negative number that names its image: so equal beginnings are the same.
     identity: list[int] = field(repr=False)
     # int64: one axis, or three where image tokens have a time, a row and a column (Qwen's M-RoPE).
     positions_AL: Tensor = field(repr=False)
@@ -64,9 +60,9 @@ class Encoded:
 def encode(backbone: Backbone, queries: Sequence[Query], room: int = 0) -> list[Encoded]:
     """Frame and tokenise queries and process their images.
 
-    The response takes ``room`` tokens of the context. The last few-shot turns are left out for it,
-    so that prompts still begin alike. A sample that is too long even so, or holds the image token
-    as text, is a ``SampleError``.
+    The response takes ``room`` tokens of the context. For it the last few-shot turns are left out,
+    so that prompts still begin alike. Too long a sample, or one with the image token as text, is a
+    ``SampleError``.
     """
     limit = backbone.model.config.get_text_config().max_position_embeddings
     image_id = backbone.processor.image_token_id
@@ -138,10 +134,7 @@ def _positions(
 
 
 def response_ids(backbone: Backbone, response: str, sample: str = "without a name") -> list[int]:
-    """Token ids of a response behind the prompt frame, end-of-sequence included.
-
-    One that holds the backbone's image token is a ``SampleError`` that names ``sample``.
-    """
+    """Token ids of a response behind the frame, its end included; ``SampleError`` if an image's."""
     frame = backbone.spec.frame
     tokenizer = backbone.processor.tokenizer
     # Tokenised behind the frame's end, since many tokenizers treat a text's first word apart.

@@ -2,7 +2,6 @@
 
 Samples are laid out as trees: each token stands once, behind the tokens that it continues, sees its
 ancestors only, and has the position that it has in its own sample. Trees lie side by side in a row.
-
 Shape legend: B rows, L tokens of a row, A position axes, N samples, R response tokens over all
 samples, D hidden width.
 """
@@ -22,8 +21,7 @@ from vgid.models.tree_attention import TREES, lay_out
 from vgid.models.vision import Picture
 
 MAX_ROW_TOKENS = 4096
-"""Token budget of a row. A larger tree is cut, its beginning repeated; a larger sample stays whole.
-"""
+"""Token budget of a row: a larger tree is cut, its beginning repeated, but no sample is."""
 
 
 # Two questions about one portrait, `i i Q a` and `i i Q b c` (i: image tokens), are one row of six:

@@ -3,11 +3,9 @@
 A long beginning that samples share is a segment: read once for all of them, in one matrix product
 with the other segments of its size. A sample's own are the rest of its prompt and the tokens
 generated so far. Each gives a part of one exact softmax (Milakov and Gimelshein 2018,
-arXiv:1805.02867, section 3.1).
-
-Shape legend: N samples that go on, G key-value heads, H query heads, Q query heads of a key-value
-head, E head width, K own tokens, C segments of a stack, S samples and T tokens of a segment at
-most, M samples of a stack.
+arXiv:1805.02867, section 3.1). Shape legend: N samples that go on, G key-value heads, H query
+heads, Q query heads of a key-value head, E head width, K own tokens, C segments of a stack, S
+samples and T tokens of a segment at most, M samples of a stack.
 """
 
 import itertools
@@ -40,13 +38,9 @@ class Segment:
 
 
 # With 7 questions of 10 tokens on a portrait of 576, every step of plain decoding reads 7 x 586
-# keys, of which 6 x 576 are copies. Here a step reads the 576 once, against the 7 queries as one
-# matrix, and then each question's own 10.
+# keys. Here it reads the 576 once, against the 7 queries as one matrix, and each one's own 10.
 def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
-    """The prompts' shared segments by level, and where each sample's own tokens stand.
-
-    Segments of a level have no sample in common; few-shot turns are above portraits.
-    """
+    """The prompts' shared segments by level, disjoint in samples, and each sample's own tokens."""
     levels: list[list[Segment]] = []
     own: list[list[int]] = [[] for _ in packed.paths]
 
@@ -78,8 +72,7 @@ def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
 class SharedPrompts:
     """The prompts of samples that are decoded together, and which of them still go on.
 
-    ``passes`` are packed prompts with their filled caches, which are emptied; ``room`` tokens
-    follow.
+    It empties the ``passes``' caches; ``room`` tokens follow.
     """
 
     def __init__(self, passes: Sequence[tuple[Packed, Any]], room: int) -> None:
@@ -224,9 +217,8 @@ class _Stack:
             .transpose(1, 2)
             .reshape(segments, heads, samples * group, width)
         )
-        found = attended(
-            queries_CGME, self._keys[layer], self._values[layer], self._hidden_C11T, scaling
-        )
+        keys_CGTE, values_CGTE = self._keys[layer], self._values[layer]
+        found = attended(queries_CGME, keys_CGTE, values_CGTE, self._hidden_C11T, scaling)
         sums.add(found.each(self._by_row), self._rows_M)
 
     def _by_row(self, x_CGMX: Tensor) -> Tensor:
@@ -263,10 +255,7 @@ class Sums:
 
 
 def attended(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Sums:
-    """Sums of attention of queries (N, G, Q, E) to keys and values (N, G, T, E).
-
-    ``hidden`` is added to the scaled products: 0, or -inf where a token is none.
-    """
+    """Sums of attention of queries (N, G, Q, E) to keys and values (N, G, T, E), if not hidden."""
     scores = (queries @ keys.transpose(-1, -2)).float().mul_(scaling).add_(hidden)
     # Never -inf, which would give NaN: a row's newest token is no padding, no segment is empty.
     largest = scores.amax(dim=-1, keepdim=True)

@@ -18,11 +18,8 @@ class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
 
 
 def processor_class(model_type: str) -> Any:
-    """The class whose ``from_pretrained`` loads the processor of a configuration's model type.
-
-    ``AutoProcessor.register`` could not do it: a folder from the hub names the stock class, and
-    that name comes before any that was registered.
-    """
+    """The class whose ``from_pretrained`` loads the processor of a configuration's model type."""
+    # Not by ``AutoProcessor.register``: the stock class, named in a hub's folder, comes first.
     if model_type == "qwen2_5_vl" and not is_torchvision_available():
         return ImageOnlyQwenProcessor
     return AutoProcessor

@@ -44,8 +44,7 @@ class Tree:
 #     ends    6  6  4  4  6  6       queries 2 3 meet the keys 0 1 2 3
 #                                    queries 4 5 meet the keys 0 1 and 4 5, two stretches
 #
-# Under one mask over the row, B's queries would be multiplied with A's keys as well, and with those
-# of every other portrait: with five portraits a row, four fifths of the work are thrown away.
+# Under one mask over the row, B's queries would be multiplied with A's keys and all other trees'.
 def lay_out(ends_BL: Tensor, dtype: torch.dtype, block: int = BLOCK) -> list[Tree]:
     """The trees of packed rows (``Packed.ends_BL``), row after row, which hold every place once."""
     rows, length = ends_BL.shape

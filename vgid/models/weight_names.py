@@ -1,7 +1,6 @@
-"""What weights are called in files: as on the hub, whatever the model was made from.
+"""What weights are called in files: as on the hub, by transformers' own conversion mapping.
 
-transformers renames weights from release to release; vLLM reads the names of the hub. The library's
-own conversion mapping leads from the ones to the others.
+transformers renames weights from release to release; vLLM reads the names of the hub.
 """
 
 from pathlib import Path
@@ -22,7 +21,9 @@ class WeightNames:
 
     def __init__(self, model: Any) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import rename_source_key
 
+        self._renamed = rename_source_key
         self._prefix = model.base_model_prefix
         self._weights = model.state_dict()
         self._reading = get_model_conversion_mapping(model)
@@ -31,15 +32,11 @@ class WeightNames:
 
     def in_model(self, name: str) -> str:
         """A weight's name in the model, by that in a file of any release of transformers."""
-        from transformers.core_model_loading import rename_source_key
-
-        return str(rename_source_key(name, self._reading, [], self._prefix, self._weights)[0])
+        return str(self._renamed(name, self._reading, [], self._prefix, self._weights)[0])
 
     def on_hub(self, name: str) -> str:
         """A weight's name in the hub's files; what is no weight of the model keeps its name."""
-        from transformers.core_model_loading import rename_source_key
-
         inner = self.in_model(name)
         if inner not in self._weights:
             return name
-        return str(rename_source_key(inner, self._writing, [], reverse=True)[0])
+        return str(self._renamed(inner, self._writing, [], reverse=True)[0])
