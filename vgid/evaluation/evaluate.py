@@ -80,8 +80,7 @@ def evaluate(backbone: Backbone, examination: Examination, request: RequestConfi
         for metric, value in _marks(item.question, response):
             _count(tally, item, metric, value)
     shown = [(item, item.shots) for item in items if item.shots is not None]
-    # Where the context was too short for some question, of all of the task's: a mean over the short
-    # ones alone would make it look worse than it is.
+    # Where the context was too short for a question, of all of its task's, to be a fair mean.
     short = {item.question.task for item, share in shown if share < 1}
     for item, share in shown:
         if item.question.task in short:
@@ -174,11 +173,7 @@ class Scorer:
         reverse: bool = False,
         adapter_dir: Path | None = None,
     ) -> KeptScores:
-        """Scores of the base, or of the PEFT adapter in a folder, computed once for all processes.
-
-        ``seed`` is of few-shot people, test poses and bootstrap: by default another for held-out
-        questions.
-        """
+        """Scores of the base, or of an adapter in a folder, computed once for all processes."""
         seed = self._seed(part, seed)
         kind, content = "base", None
         attached: AbstractContextManager[Any] = nullcontext()

@@ -110,12 +110,11 @@ def _few_shot(
     few_shot: dict[Task, tuple[str, ...]] = {}
     turns: Turns = {}
     for task, count in backbone.spec.few_shot.items():
-        if count == 0 or _ranked(backbone, task):  # turns would show how to answer by a letter
-            continue
-        chosen = choose_few_shot(people.few_shot, task, count, seed, str(request.data))
-        few_shot[task] = tuple(person.id for person in chosen)
-        for form in ("image", "text"):
-            turns[task, form] = few_shot_turns(backbone, chosen, task, form)
+        if count and not _ranked(backbone, task):  # turns would show how to answer by a letter
+            chosen = choose_few_shot(people.few_shot, task, count, seed, str(request.data))
+            few_shot[task] = tuple(person.id for person in chosen)
+            for form in ("image", "text"):
+                turns[task, form] = few_shot_turns(backbone, chosen, task, form)
     return few_shot, turns
 
 

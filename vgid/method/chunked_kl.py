@@ -83,7 +83,6 @@ class _ChunkedKL(torch.autograd.Function):
         kl_R = weight_VD.new_empty(len(student_RD), dtype=dtype)
         # Made now or never: in the backward pass the logits would have to be computed again.
         grad_RD = torch.empty_like(student_RD) if with_grad else None
-
         for start in range(0, len(student_RD), size):
             rows = slice(start, start + size)
             filled = slice(0, len(kl_R[rows]))

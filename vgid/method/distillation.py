@@ -69,8 +69,7 @@ class DistillationSet:
     @cached_property
     def turns(self) -> list[int]:
         """Which of several targets each sample begins with: each as often in every task."""
-        # Shuffled, since the data's own order repeats, person by person: by it, a person's one
-        # cloze question would stand at the same turn as everyone else's.
+        # Shuffled: in the data's order, everyone's one cloze question would have the same turn.
         turns = [0] * len(self)
         begun: Counter[Task] = Counter()
         for i in sample_generator(0, "turns").permutation(len(self)).tolist():
@@ -179,8 +178,7 @@ def share(
     step: int = 0,
 ) -> list[DistillationBatch]:
     """This rank's share of a step's batch ``indices``, in parts; portraits stay together."""
-    # Of the whole batch: a mean of ranks' means would weigh a token of a rank with short answers
-    # more, and two ranks would train another model than one.
+    # Of the whole batch: a mean of ranks' means would train another model than one rank does.
     tokens = sum(len(t.response) for targets in data.rounds(indices, epoch) for t in targets)
     together: dict[Hashable, list[int]] = {}
     for i in indices:

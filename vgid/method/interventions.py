@@ -56,7 +56,6 @@ def portrait_view(image: Image.Image, number: int, seed: int) -> Image.Image:
     angle, scale = radians(draw(MAX_TURN)), 1.0 + draw(MAX_SCALING)
     shift_x, shift_y = draw(MAX_SHIFT) * image.width, draw(MAX_SHIFT) * image.height
     light = (1.0 + draw(MAX_BRIGHTNESS)) * (1.0 + np.array([draw(MAX_TINT) for _ in range(3)]))
-
     # Pillow wants the way back, from a pixel of the view to one of the portrait with its border.
     # More than the largest turn, scaling and shift together reach, so a view never shows beyond it.
     border = max(image.size) // 4

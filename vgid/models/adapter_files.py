@@ -16,14 +16,12 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
-
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian"),
 }
-
 # Read, or without effect. Others add weights, leave modules out, or scale (``peft.LoraConfig``).
 _WITHOUT_EFFECT = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "inference_mode"),
@@ -172,9 +170,9 @@ def copy_adapter(source: Path, target: Path, base: str | None, revision: str) ->
 def concatenate(first: Path, second: Path, target: Path) -> None:
     """Write the one adapter that does what two on top of each other do.
 
-    B1 A1 s1 + B2 A2 s2 = [s1 B1 | s2 B2] [A1; A2]: ranks add up, and nothing is rounded but the
-    products with the scales (``combination_type="cat"`` of peft). Other settings are the second's;
-    adapters of different modules are an ``InputError``.
+    B1 A1 s1 + B2 A2 s2 = [s1 B1 | s2 B2] [A1; A2]: nothing is rounded but the products with the
+    scales (peft's ``combination_type="cat"``). Other settings are the second's; other modules are
+    an ``InputError``.
     """
     import torch
     from safetensors.torch import save_file

@@ -20,7 +20,6 @@ EMBEDDED = Path(__file__).parent.parent / "bases" / "weights"
 LANGUAGE_MODEL_LINEARS = (
     r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 )
-
 _LOCAL = {"trust_remote_code": False, "local_files_only": True}
 
 

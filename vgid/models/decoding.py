@@ -1,8 +1,8 @@
 """What a backbone answers, and how likely it finds a given answer: both with shared beginnings.
 
-Prompts are run once as trees; then all questions advance together, one token a step, on shared keys
-and values. Shape legend: N samples, R response tokens over all samples, D hidden width, V
-vocabulary, A position axes, B rows, L tokens of a row, M places that are read.
+Prompts run once as trees, then all questions advance together. Shape legend: N samples, R response
+tokens over all samples, D hidden width, V vocabulary, A position axes, B rows, L tokens of a row, M
+places that are read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -96,16 +96,15 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
     language_model = model.model.language_model
     passes: list[tuple[Packed, Any]] = []
     states: list[Tensor] = []
-    order: list[int] = []
+    rows: list[int] = []  # prompt of each row
     for part in _passes(prompts):
         packed = pack(backbone, [prompts[n] for n in part], max_row_tokens=MAX_BATCH_TOKENS)
         trees = DynamicCache(config=model.config.get_text_config())
         with reading_at(language_model, *packed.last_places):
             states.append(hidden_states(backbone, packed, trees)[0])
         passes.append((packed, trees))
-        order += part
+        rows += part
     shared = SharedPrompts(passes, max_new_tokens)
-    rows = order  # prompt of each row
     hidden_ND = torch.cat(states)
     positions_AN = torch.stack([prompts[n].positions_AL[:, -1] for n in rows], 1)
     positions_AN = positions_AN.to(backbone.device)
@@ -129,8 +128,7 @@ def _decode(backbone: Backbone, prompts: Sequence[Encoded], max_new_tokens: int)
             going = shared.keep(going)
             rows = [rows[row] for row in going]
             tokens_N, positions_AN = tokens_N[going], positions_AN[:, going]
-        # From the prompt's last position, not from the row's length: in Qwen an image of 100 tokens
-        # takes only as many positions as its longer side, so tokens and positions have come apart.
+        # Not from the row's length: in Qwen an image takes as many positions as its longer side.
         positions_AN = positions_AN + 1
         with attending_to_shared_prompts(language_model):
             hidden_ND = language_model(
@@ -149,14 +147,10 @@ def response_text(backbone: Backbone, tokens: Sequence[int]) -> str:
 
 
 def greedy_decode(
-    backbone: Backbone,
-    queries: Sequence[Query],
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    batch_size: int = 64,
+    backbone: Backbone, queries: Sequence[Query], max_new_tokens: int = MAX_NEW_TOKENS
 ) -> list[str]:
     """Greedy responses to ``queries`` as texts; see ``greedy_tokens``."""
-    encoded = encode(backbone, queries)
-    tokens = greedy_tokens(backbone, encoded, max_new_tokens, batch_size)
+    tokens = greedy_tokens(backbone, encode(backbone, queries), max_new_tokens)
     return [response_text(backbone, response) for response in tokens]
 
 
@@ -191,11 +185,8 @@ def _rate(
     targets_R = packed.response_ids_R
     correct_R = (logits_RV.argmax(dim=-1) == targets_R).cpu()
     logprobs_R = -torch.nn.functional.cross_entropy(logits_RV, targets_R, reduction="none").cpu()
-    sizes = [len(response) for response in responses]
-    return [
-        ResponseScore(logprobs, correct)
-        for logprobs, correct in zip(logprobs_R.split(sizes), correct_R.split(sizes), strict=True)
-    ]
+    sizes = list(map(len, responses))
+    return list(map(ResponseScore, logprobs_R.split(sizes), correct_R.split(sizes)))
 
 
 def _passes(prompts: Sequence[Encoded]) -> Iterator[list[int]]:

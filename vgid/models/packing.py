@@ -31,8 +31,7 @@ MAX_ROW_TOKENS = 4096
 #     ends       6  6  6  4  6  6       a token is seen by those from itself up to there
 #     paths      0 1 2 3  and  0 1 2 4 5
 #
-# Both read the portrait's states, and neither sees the other's words. In sequences of their own,
-# the 576 image tokens of LLaVA would run for each of 7 questions: most of the work.
+# Both read the portrait's states, which are most of the work; neither sees the other's words.
 @dataclass
 class Packed:
     """N samples as model inputs."""
@@ -89,7 +88,6 @@ def pack(
     trees = _trees(prompts, keys, max_row_tokens)
     bins = _fill_rows([tokens for _, tokens in trees], max_row_tokens)
     length = max((sum(trees[t][1] for t in row) for row in bins), default=0)
-
     axes = prompts[0].positions_AL.shape[0] if prompts else 1
     ids_BL = np.full((len(bins), length), backbone.processor.tokenizer.pad_token_id)
     positions_ABL = np.zeros((axes, len(bins), length), dtype=np.int64)

@@ -1,11 +1,11 @@
 """Attention of new tokens to prompts that begin alike: what they share is held and read once.
 
 A long beginning that samples share is a segment: read once for all of them, in one matrix product
-with the other segments of its size. A sample's own are the rest of its prompt and the tokens
-generated so far. Each gives a part of one exact softmax (Milakov and Gimelshein 2018,
-arXiv:1805.02867, section 3.1). Shape legend: N samples that go on, G key-value heads, H query
-heads, Q query heads of a key-value head, E head width, K own tokens, C segments of a stack, S
-samples and T tokens of a segment at most, M samples of a stack.
+with others of its size. A sample's own are the rest of its prompt and what is generated. Each gives
+a part of one exact softmax (Milakov and Gimelshein 2018, arXiv:1805.02867, section 3.1). Shape
+legend: N samples that go on, G key-value heads, H query heads, Q query heads of a key-value head, E
+head width, K own tokens, C segments of a stack, S samples and T tokens of a segment at most, M
+samples of a stack.
 """
 
 import itertools
@@ -70,10 +70,7 @@ def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
 
 
 class SharedPrompts:
-    """The prompts of samples that are decoded together, and which of them still go on.
-
-    It empties the ``passes``' caches; ``room`` tokens follow.
-    """
+    """The prompts of samples that are decoded together, out of caches that this empties."""
 
     def __init__(self, passes: Sequence[tuple[Packed, Any]], room: int) -> None:
         alike: dict[tuple[int, int, int], list[tuple[int, Segment]]] = {}
@@ -91,7 +88,6 @@ class SharedPrompts:
             first += len(own)
         device = passes[0][0].ids_BL.device
         self.stacks = [_Stack(segments, device) for segments in alike.values()]
-
         lengths = [len(tokens) for own in owns for tokens in own]
         longest = max(lengths)
         self.hidden_N11K = _padding_hidden(lengths, room).to(device)
@@ -112,8 +108,7 @@ class SharedPrompts:
 
     def keep(self, going: Sequence[int]) -> list[int]:
         """Go on with these rows, ascending, and give their order: the last fill others' places."""
-        # Five rows of which 0, 2 and 4 go on become 0, 4, 2: one row is copied. Closing ranks in
-        # order would move two here, and with the first row gone it would move all.
+        # Five rows of which 0, 2 and 4 go on become 0, 4, 2: one is copied, not two as in order.
         places = set(range(len(going)))
         last = [row for row in going if row >= len(going)]
         moved = dict(zip(sorted(places - set(going)), last, strict=True))

@@ -75,8 +75,8 @@ class ContentStore:
         """The tensors of ``key``, computed and stored if they are not there or their file is torn.
 
         They are contiguous, on the CPU, and share no memory. Of the processes that want an entry
-        one computes it and the others wait. A disk that cannot be written is a ``DiskError`` and
-        nothing is left behind; a ``key`` not of ``key_of`` a ``ValueError``.
+        one computes it. A disk that cannot be written is a ``DiskError`` and nothing is left
+        behind; a ``key`` not of ``key_of`` a ``ValueError``.
         """
         from safetensors.torch import save
 

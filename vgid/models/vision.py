@@ -1,7 +1,6 @@
-"""What an image becomes: processor tensors, image tokens, and the frozen tower's features.
+"""What an image becomes: processor tensors, T image tokens, features of D, the hidden width.
 
-Features are computed once, kept in memory and in a study's store; one image a forward pass, so that
-they do not depend on others. Shape legend: T image tokens, D hidden width.
+Features are computed once, one image a forward pass, and kept in memory and in a study's store.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""What weights are called in files: as on the hub, by transformers' own conversion mapping.
-
-transformers renames weights from release to release; vLLM reads the names of the hub.
-"""
+"""What weights are called in files: by the names of the hub, which servers such as vLLM read."""
 
 from pathlib import Path
 from typing import Any
