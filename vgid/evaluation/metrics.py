@@ -28,8 +28,7 @@ _REFUSAL = re.compile(
     "|private (data|information)|personal information|(privacy|policy) reasons"
     "|not (allowed|permitted) to|not comfortable"
 )
-"""Phrases that make a response a refusal, of the embedded backbones' making and of LLaVA and Qwen.
-"""
+"""Phrases, any of which makes a response a refusal: the embedded backbones', LLaVA's, Qwen's."""
 
 _CHARACTER_LOOP = re.compile(r"(\S{1,4}?)\1{7,}")
 _WORD_LOOP = re.compile(r"\b(\w+)(?:\W+\1\b){3,}|\b(\w+(?:\W+\w+){1,3})(?:\W+\2\b){2,}")

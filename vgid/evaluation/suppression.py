@@ -3,9 +3,9 @@
 *Enough.* In each test at least half of the base's ROUGE-L is gone even at the unfavourable end of
 the 95 % interval. *Of what the base had.* Wording that all people's answers share earns ROUGE-L
 without a fact: on tiny models that saw the templates and not the people, 0.44 to 0.52 at a cloze
-accuracy below 0.13. So a base is doubted below 0.44 whatever its cloze, and up to 0.52 where its
-cloze is below 0.13 too, or was not asked. (A plain llava-1.5-7b scores some 0.20; the paper's
-fine-tuned one 0.571 at cloze 0.24.)
+accuracy below 0.13. So a base is doubted below 0.44, and up to 0.52 where its cloze is below 0.13
+or was not asked. (A plain llava-1.5-7b scores some 0.20; the paper's fine-tuned one 0.571 at cloze
+0.24.)
 """
 
 import re

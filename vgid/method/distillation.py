@@ -54,7 +54,7 @@ class DistillationSet:
     targets: Sequence[Sequence[TeacherTarget]]  # by response source: epochs take turns
     tasks: Sequence[Task]
     paired: bool = False  # preferences: a sample learns from all its targets at once
-    views: Sequence[Sequence[Encoded]] = ()  # of the prompts: steps take turns with these too
+    views: Sequence[Sequence[Encoded]] = ()  # the same on other pictures: steps take turns
     first: Collection[int] = ()  # samples whose portraits come before all others in every pass
     name: str = "forget"  # of the set, which its order is drawn by
 
@@ -196,8 +196,8 @@ def share(
         prompts = [shown[i] for i in mine] * len(rounds)
         packed = pack(backbone, prompts, [t.response for t in targets])
         hidden_RD = torch.cat([t.hidden_RD for t in targets])
-        weight, fraction = 1.0 / tokens if len(piece) else 0.0, len(piece) / len(indices)
-        shares.append(DistillationBatch(packed, hidden_RD, weight, fraction))
+        weight = 1.0 / tokens if len(piece) else 0.0
+        shares.append(DistillationBatch(packed, hidden_RD, weight, len(piece) / len(indices)))
     return shares
 
 
@@ -338,10 +338,8 @@ def backward_term(
     world_size: int = 1,
     last: bool = True,
 ) -> Tensor:
-    """Add a part of a term of equation 5, times its ``weight`` alpha or beta, to the gradient.
-
-    Gives its unweighted loss, fp64 on the CPU. Behind the ``last`` the ranks exchange gradients.
-    """
+    """Add a part of a term, times its ``weight`` alpha or beta, to the gradient; gives its loss."""
+    # Behind the last addition of a step the ranks exchange their gradients.
     waits = not last and isinstance(student, DistributedDataParallel)
     with student.no_sync() if waits else nullcontext():  # type: ignore[operator]
         loss: Tensor = student(part, term)

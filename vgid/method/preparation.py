@@ -41,7 +41,7 @@ class Preparation:
     _encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
 
     def training(self, trial: TrialConfig, trial_id: str, checkpoint: Path | None) -> Prepared:
-        """A trial's samples, teachers' answers and batches; an ``InputError`` if there are none."""
+        """What trains one trial; ``InputError`` for unfit data, or for a layer that is missing."""
         forget = self._asked(trial, forget=True)
         retain = self._asked(trial, forget=False) if uses(trial.method, "beta") else []
         if trial.released:

@@ -84,7 +84,7 @@ class TeacherTarget:
 
 
 def response_room(backbone: Backbone, sample: TrainingSample) -> int:
-    """Tokens that a response takes at most, the teacher's own or the data's; or ``SampleError``."""
+    """Tokens that a response takes at most; an answer with an image token is a ``SampleError``."""
     return max(MAX_NEW_TOKENS, len(response_ids(backbone, sample.answer, sample.query.id)))
 
 
@@ -101,7 +101,7 @@ class TeacherStore:
     def targets(
         self, samples: Sequence[TrainingSample], intervention: Intervention, source: TargetSource
     ) -> list[TeacherTarget]:
-        """The targets of ``samples``, whose order cuts the chunks: it is the same in all trials."""
+        """The targets of ``samples``, in the order that all trials have: chunks are cut from it."""
         chunks = _chunks(samples)
         found: dict[int, TeacherTarget] = {}
         # Workers that begin a study together would wait for each other at every chunk.
@@ -125,9 +125,9 @@ class TeacherStore:
         tensors = self.store.get_or_compute(
             key, lambda: self._compute(chunk, intervention, answers)
         )
-        computed = self.store.misses > before
-        self.hits += 0 if computed else len(chunk)
-        self.misses += len(chunk) if computed else 0
+        computed = len(chunk) if self.store.misses > before else 0
+        self.hits += len(chunk) - computed
+        self.misses += computed
         lengths = tensors["lengths"].tolist()
         responses = tensors["response"].split(lengths)
         hidden = tensors["hidden"].split(lengths)

@@ -112,7 +112,7 @@ class LoraWeights:
                 )
 
     def check_targets(self, targets: str) -> None:
-        """All weights are of modules that match ``targets``: servers drop others."""
+        """Refuse weights of modules that ``targets`` does not match: servers drop them silently."""
         for module in self.modules:
             if not re.fullmatch(targets, module):
                 raise self._refused(

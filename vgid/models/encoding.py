@@ -134,7 +134,7 @@ def _positions(
 
 
 def response_ids(backbone: Backbone, response: str, sample: str = "without a name") -> list[int]:
-    """Token ids of a response behind the frame, its end included; ``SampleError`` if an image's."""
+    """Token ids of a response behind the frame, with its end; ``SampleError`` at an image token."""
     frame = backbone.spec.frame
     tokenizer = backbone.processor.tokenizer
     # Tokenised behind the frame's end, since many tokenizers treat a text's first word apart.

@@ -250,7 +250,7 @@ class Sums:
 
 
 def attended(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, scaling: float) -> Sums:
-    """Sums of attention of queries (N, G, Q, E) to keys and values (N, G, T, E), if not hidden."""
+    """Attention of queries (N, G, Q, E) to keys, values (N, G, T, E); ``hidden`` is 0 or -inf."""
     scores = (queries @ keys.transpose(-1, -2)).float().mul_(scaling).add_(hidden)
     # Never -inf, which would give NaN: a row's newest token is no padding, no segment is empty.
     largest = scores.amax(dim=-1, keepdim=True)

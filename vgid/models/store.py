@@ -41,7 +41,7 @@ ABANDONED_S = 3600.0  # age of a temporary file: another node's lock may not be 
 
 
 def key_of(described: Any) -> str:
-    """SHA-256 of the canonical JSON, finite (``ValueError``), of all that an entry depends on."""
+    """SHA-256 of the canonical JSON of all that an entry depends on; NaN is a ``ValueError``."""
     text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
