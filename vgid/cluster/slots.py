@@ -44,6 +44,9 @@ TRAIN_SETTINGS = {
     # How often a controller looks after its workers: what a killed worker waits at most.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Each controller would configure the logging of the process that all of them share; two at a
+    # time wait for each other's locks for ever.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
 }
 
 
@@ -222,6 +225,7 @@ def _trainer(workers: int) -> Any:
         plain = importlib.import_module(
             "ray.train.v2.api.data_parallel_trainer"
         ).DataParallelTrainer
+        _without_synchronisation()
 
     class Waiting(FixedScalingPolicy):
         # Ray's own tells an autoscaler what it needs, through a process of its own. A placement
@@ -247,6 +251,26 @@ def _trainer(workers: int) -> Any:
             return [each for each in super()._create_default_callbacks() if type(each) not in idle]
 
     return Trainer
+
+
+def _without_synchronisation() -> None:
+    """In this process Ray Train starts no actor at which the workers of a group meet.
+
+    A lone worker meets nobody, and each such actor takes 120 MB of the driver's node.
+    """
+    from ray.train.v2._internal.execution.worker_group import state, worker_group
+
+    class Nobody:
+        @classmethod
+        def options(cls, **_: Any) -> type["Nobody"]:
+            return cls
+
+        @classmethod
+        def remote(cls, **_: Any) -> "Nobody":
+            return cls()
+
+    worker_group.SynchronizationActor = Nobody
+    state._shutdown_sync_actor = lambda nobody: None
 
 
 def _tells(placed: dict[int, str], mailbox: Any, slot: int) -> Any:
