@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from vgid.pareto import GrowingFront, front_mask, hypervolume
+from vgid.pareto import front_mask, hypervolume
 
 # Few distinct values, so that ties and duplicates are common.
 GRID = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
@@ -57,27 +57,6 @@ def test_the_front_alone_holds_the_whole_volume(points):
     assert hypervolume(points[front_mask(points)], reference) == pytest.approx(
         hypervolume(points, reference), abs=1e-12
     )
-
-
-ODD = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0, np.nan, np.inf, -np.inf])
-
-
-@given(st.lists(st.tuples(ODD, ODD) | st.tuples(GRID, GRID), max_size=12))
-@settings(deadline=None)
-def test_a_growing_front_is_at_any_moment_the_front_of_what_came(points):
-    front = GrowingFront()
-    for count, point in enumerate(points, start=1):
-        before = front.names
-        changed = front.add(str(count - 1), point)
-        finite = np.array([p if np.isfinite(p).all() else (-9.0, -9.0) for p in points[:count]])
-        alone = [
-            on_front and bool(np.isfinite(points[number]).all())
-            for number, on_front in enumerate(brute_front(finite))
-        ]
-        assert [str(number) in front for number in range(count)] == alone
-        assert len(front) == sum(alone) == len(front.names)
-        assert changed == (set(front.names) != set(before))
-        assert front.hypervolume((0.2, -0.1)) == hypervolume(points[:count], (0.2, -0.1))
 
 
 def test_every_copy_of_a_front_point_is_on_the_front():

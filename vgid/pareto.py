@@ -4,8 +4,6 @@ Moocore (https://multi-objective.github.io/moocore/) minimises by default and kn
 failed trials: here a point with a NaN or an infinity is never on the front and adds no volume.
 """
 
-from math import isfinite
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -42,44 +40,6 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     import moocore
 
     return float(moocore.hypervolume(above, ref=corner, maximise=True))
-
-
-class GrowingFront:
-    """The front of two maximised objectives while points come in one by one, under their names."""
-
-    def __init__(self) -> None:
-        self._points: dict[str, tuple[float, float]] = {}
-
-    def __len__(self) -> int:
-        return len(self._points)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._points
-
-    @property
-    def names(self) -> list[str]:
-        """The points on the front, every copy."""
-        return list(self._points)
-
-    def add(self, name: str, point: tuple[float, float]) -> bool:
-        """Take in a point under a unique name; whether no point so far dominates it."""
-        if not all(map(isfinite, point)):
-            return False
-        # What dominates it or is dominated by it is on the front, which stays small: no need to
-        # look at all points.
-        if any(_dominates(other, point) for other in self._points.values()):
-            return False
-        self._points = {n: p for n, p in self._points.items() if not _dominates(point, p)}
-        self._points[name] = point
-        return True
-
-    def hypervolume(self, reference: tuple[float, float]) -> float:
-        """See ``hypervolume``."""
-        return hypervolume(list(self._points.values()), reference) if self._points else 0.0
-
-
-def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return one != other and one[0] >= other[0] and one[1] >= other[1]
 
 
 def _two_axes(points: ArrayLike) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from vgid.config import StudyConfig, TrialConfig
 from vgid.pareto import front_mask
 from vgid.report.front import Front
 from vgid.report.insights import write_figures
-from vgid.report.records import TrialRecord, write_front, write_study, write_trials
+from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Heard, Record
 from vgid.study.mlflow_client import connect
@@ -136,7 +136,7 @@ def record_study(server: str, folder: Path) -> Recorded:
         assert tracker.log_trial(as_ended(record))
     title = f"tiny-llava, {TRIALS} trials"
     front = Front(title, records, BASE, BASE, tracker.pages, tracker.server)
-    write_trials(folder / "trials.csv", records)
+    TrialsTable(folder / "trials.csv").write(records)
     write_front(folder / "front.csv", records)
     write_study(folder / "study.json", {"seed": 0})
     phases = {"start-up": 12.0, "train": 80.0, "evaluate": 40.0}

@@ -21,7 +21,7 @@ from vgid.report.front import Front
 from vgid.report.insights import FIGURES, write_figures
 from vgid.report.mlflow_links import UI
 from vgid.report.note import NOTE_PICTURE, NoteLinks, note_links, recommended, study_note
-from vgid.report.records import TrialRecord, write_front, write_study, write_trials
+from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Ledger, Record, now
 from vgid.study.mlflow_client import connect
@@ -141,7 +141,7 @@ def run_study(connection, output, study_id, records):
                 tracker.log_trial(ledger.epoch(name, report))
             assert tracker.log_trial(end(ledger, record.result))
     front = Front("tiny-llava", records, BASE, BASE, tracker.pages, tracker.server)
-    write_trials(output / "trials.csv", records)
+    TrialsTable(output / "trials.csv").write(records)
     write_front(output / "front.csv", records)
     write_study(output / "study.json", {"seed": 0})
     write_figures(output, front)

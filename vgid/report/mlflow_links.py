@@ -1,15 +1,16 @@
 """A study's view of MLflow's runs page: its trials, the columns that matter first, two charts.
 
 MLflow's own interface keeps such a view as a tag of the experiment and lists it under "Views";
-its page opens it by the tag's name. The layout of the tag's value is that of MLflow 3.17, where
-its interface writes the same when somebody saves a view by hand; ``tests/browser`` opens one.
+its page opens it by the tag's name. The layout of the tag's value, ``mlflow_view.json.jinja``, is
+that of MLflow 3.17, where its interface writes the same when somebody saves a view by hand;
+``tests/browser`` opens one.
 """
 
 import hashlib
 import json
-from typing import Any
 from urllib.parse import quote
 
+from vgid.report.page import rendered
 from vgid.report.records import HYPERPARAMETERS
 from vgid.results import OBJECTIVES
 
@@ -18,14 +19,12 @@ UI = "workflowType=machine_learning"
 
 _METRICS = (*OBJECTIVES, "forget_cloze", "test_rougeL", "forget_memorisation")
 _HELD_OUT = tuple(f"heldout_{name}" for name in OBJECTIVES)
-COLUMNS = (
+COLUMNS = [
     "tags.`vgid.on_front`",
     *(f"metrics.`{name}`" for name in (*_METRICS, *_HELD_OUT)),
     *(f"params.`{name}`" for name in HYPERPARAMETERS),
-)
+]
 """Columns of the table, first the most telling; MLflow would show none and order by alphabet."""
-
-_RUN_NAME, _CREATED = "attributes.`Run Name`", "attributes.`Created`"
 
 
 def view_tag(study_id: str, name: str, created_ms: int) -> tuple[str, str]:
@@ -33,34 +32,8 @@ def view_tag(study_id: str, name: str, created_ms: int) -> tuple[str, str]:
 
     ``name`` stands in the list of views; ``created_ms`` counts from the epoch.
     """
-    chart: dict[str, Any] = {"isGenerated": False, "deleted": False, "metricSectionId": "front"}
-    chart["runsCountToCompare"] = 100
-    x, y = ({"key": name, "type": "METRIC"} for name in OBJECTIVES)
-    parallel = {
-        "uuid": "front-parallel",
-        "type": "PARALLEL",
-        "selectedParams": ["alpha", "beta", "learning_rate"],
-        "selectedMetrics": OBJECTIVES,
-        "showAllRuns": True,
-    }
-    state: dict[str, Any] = {
-        "searchFilter": f"tags.`vgid.study_id` = '{study_id}' and tags.`vgid.kind` = 'trial'",
-        "orderByKey": f"metrics.`{OBJECTIVES[0]}`",
-        "orderByAsc": False,
-        "selectedColumns": COLUMNS,
-        "columnOrder": [_RUN_NAME, *COLUMNS, _CREATED],
-        "columnWidths": {_RUN_NAME: 440}
-        | {name: 180 if name.startswith("metrics") else 120 for name in COLUMNS},
-        "runsHiddenMode": "SHOW_ALL",
-        "compareRunCharts": [
-            {**chart, "uuid": "front-scatter", "type": "SCATTER", "xaxis": x, "yaxis": y},
-            chart | parallel,
-        ],
-        "compareRunSections": [
-            {"uuid": "front", "name": "The front", "display": True, "isReordered": True}
-        ],
-        "isAccordionReordered": True,
-    }
+    given = {"study_id": study_id, "columns": COLUMNS, "objectives": OBJECTIVES}
+    state = json.loads(rendered("vgid.report", "mlflow_view.json.jinja", **given))
     view = {
         "name": name,
         "createdAt": created_ms,

@@ -13,7 +13,7 @@ from vgid.evaluation.suppression import MIN_FORGET, share_gone, verdict
 from vgid.report.front import Front
 from vgid.report.mlflow_links import chart_page, compare_page, run_page, table_page
 from vgid.report.page import rendered
-from vgid.report.records import TrialRecord, describe, held_out_scores
+from vgid.report.records import TrialRecord, describe
 from vgid.report.tables import Grid
 from vgid.results import OBJECTIVES, LeftOut, Verbatim, describe_left_out
 
@@ -98,7 +98,7 @@ def study_note(
         base, where, scores = front.base, "on the search questions", pick.result.scores
         known: Mapping[str, float] = pick.result.metrics
         if again is not None and (pick.held_out or {}).keys() >= set(OBJECTIVES):
-            base, where, scores = again, "on held-out questions", held_out_scores(pick) or {}
+            base, where, scores = again, "on held-out questions", pick.held_out or {}
             known = {name: score.value for name, score in scores.items()}
         values = {
             "setting": describe(pick.config),

@@ -109,17 +109,6 @@ class TrialRecord:
         return metrics[OBJECTIVES[0]], metrics[OBJECTIVES[1]]
 
 
-def held_out_scores(record: TrialRecord) -> dict[str, Score] | None:
-    """A record's held-out scores, the main ones first; None if it was not scored again."""
-    scores = record.held_out
-    return None if scores is None else {name: scores[name] for name in _main_first(scores)}
-
-
-def write_trials(path: Path, records: Iterable[TrialRecord]) -> None:
-    """Write ``trials.csv``: one row a trial, ordered by its id."""
-    TrialsTable(path).write(records)
-
-
 class TrialsTable:
     """``trials.csv`` while a study runs: each trial that ends adds a row, whatever came before.
 
@@ -137,7 +126,7 @@ class TrialsTable:
         return set(_columns([record])) <= set(self._columns)
 
     def write(self, records: Iterable[TrialRecord]) -> None:
-        """Write the file whole."""
+        """Write the file whole, by trial id."""
         rows = _ordered(records)
         columns = _columns(rows)
         lines = [_cells(record, columns, self._path.parent) for record in rows]

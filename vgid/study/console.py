@@ -24,7 +24,7 @@ from rich.text import Text
 
 from vgid.command_line import duration
 from vgid.evaluation.suppression import doubt
-from vgid.report.records import TrialRecord, describe, held_out_scores
+from vgid.report.records import TrialRecord, describe
 from vgid.report.tables import Grid
 from vgid.results import OBJECTIVES, EpochReport, QuestionPart, Score, TrialResult, trial_order
 
@@ -229,7 +229,7 @@ def _front_table(
         again["celebrity_rougeL"] = "held-out celebrities"
     rows: list[list[Any]] = []
     for record in sorted(front, key=lambda record: record.point or (0.0, 0.0)):
-        metrics, held_out = record.result.metrics, held_out_scores(record) or {}
+        metrics, held_out = record.result.metrics, record.held_out or {}
         cells = [*map(metrics.get, scored), *map(held_out.get, again)]
         rows.append([record.result.trial_id, describe(record.config), *cells])
     before = [_before(search, name) for name in scored]

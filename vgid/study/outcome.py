@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vgid.models.store import info
-from vgid.pareto import GrowingFront
+from vgid.pareto import front_mask, hypervolume
 from vgid.provenance import provenance
 from vgid.report.records import TrialRecord
 from vgid.results import QuestionPart, Score, TrialResult, TrialStatus, Verbatim, trial_order
@@ -33,7 +33,7 @@ class Scoreboard:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._front = GrowingFront()
+        self._front: dict[str, tuple[float, float]] = {}
         self._counts: dict[str, int] = {"completed": 0, "pruned": 0, "failed": 0}
         self._volume: float | None = None
         self.base: dict[QuestionPart, dict[str, Score]] = {}  # as far as they are known
@@ -48,9 +48,14 @@ class Scoreboard:
     def add(self, record: Record) -> TrialRecord:
         """Take in a trial that has ended, once; returns it as it stands now."""
         trial = self._trial(record)
-        if trial.point is not None and self._front.add(record.trial_id, trial.point):
-            # Computed anew only when the front changes: most trials of a long study are not on it.
-            self._volume = None
+        if trial.point is not None:
+            # What dominates it or is dominated by it is on the front, which stays small: no need to
+            # look at all points.
+            points = {**self._front, record.trial_id: trial.point}
+            kept = zip(points.items(), front_mask(list(points.values())), strict=True)
+            self._front = {name: point for (name, point), on_front in kept if on_front}
+            if record.trial_id in self._front:
+                self._volume = None
         self._counts[trial.result.status] += 1
         return self._trial(record)
 
@@ -69,7 +74,7 @@ class Scoreboard:
 
     def front(self) -> list[TrialRecord]:
         """The trials that no other trial dominates, by id."""
-        names = sorted(self._front.names, key=trial_order)
+        names = sorted(self._front, key=trial_order)
         return [self._trial(self._ledger.records[name]) for name in names]
 
     def with_scores(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -101,7 +106,8 @@ class Scoreboard:
         """Of the front above the reference point."""
         reference = self.reference_point
         if reference is not None and self._volume is None:
-            self._volume = self._front.hypervolume(reference)
+            points = list(self._front.values())
+            self._volume = hypervolume(points, reference) if points else 0.0
         return self._volume
 
     def _trial(self, record: Record) -> TrialRecord:

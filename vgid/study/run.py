@@ -23,7 +23,7 @@ from vgid.evaluation.suppression import doubt
 from vgid.interrupts import Background, StudyInterruptedError, made
 from vgid.report.front import Front
 from vgid.report.insights import FIGURES, write_figures
-from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study, write_trials
+from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study
 from vgid.results import QuestionPart, shots_left_out
 from vgid.seeds import held_out_seed
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
@@ -325,7 +325,7 @@ class Study:
         """The tables, and ``study.json`` before anything is analysed; the trials."""
         output = self.plan.config.output
         records = self.board.trials()
-        write_trials(output / "trials.csv", records)
+        TrialsTable(output / "trials.csv").write(records)
         write_front(output / "front.csv", records)
         material = made(self._material) or Material()
         seconds = {**self._seconds, "log": self._bulletin.seconds}

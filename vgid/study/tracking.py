@@ -24,7 +24,7 @@ from vgid.errors import InputError
 from vgid.report.front import Front, write_png
 from vgid.report.mlflow_links import run_page, view_tag
 from vgid.report.note import NOTE_PICTURE, note_links, study_note
-from vgid.report.records import MAIN_METRICS, TrialRecord, held_out_scores, run_name
+from vgid.report.records import MAIN_METRICS, TrialRecord, run_name
 from vgid.report.tables import as_text
 from vgid.study.ledger import Record
 from vgid.study.mlflow_client import Connection, first_line, is_http, search_runs
@@ -135,7 +135,7 @@ class _TrialRuns:
             return
         mark = as_text(record.on_front)
         numbers: dict[str, float] = {}
-        for name, score in (held_out_scores(record) or {}).items():
+        for name, score in (record.held_out or {}).items():
             numbers[f"heldout_{name}"] = score.value
             if name in MAIN_METRICS:  # front.csv has the other intervals
                 numbers |= {f"heldout_{name}_low": score.low, f"heldout_{name}_high": score.high}
