@@ -18,7 +18,7 @@ from vgid.deployment.pick_page import (
     write_comparison,
 )
 from vgid.deployment.rules import Bounds, choose
-from vgid.deployment.scores import Candidates, Scored, attacks_of, marks_of, pooled
+from vgid.deployment.scores import Scored, attacks_of, marks_of, pooled
 from vgid.errors import InputError
 from vgid.results import Score
 from vgid.study.finished import Trial
@@ -46,13 +46,14 @@ def scored(forget, retain, reverse, cloze=None, base=(0.8, 1.0)):
 
 
 def report(backbone, base, *candidates):
-    trials = tuple(
-        Trial(f"{i:04d}", TrialConfig(beta=1.0 + i), (0.0, 0.0), Path("nowhere"))
-        for i in range(len(candidates))
-    )
-    found = Candidates((1, 2, 3), base, trials, candidates)
-    choice = choose(found.marks(), "constraint", Bounds())
-    return PickReport(backbone, f"study of {backbone}", found, choice)
+    names = [f"{i:04d}" for i in range(len(candidates))]
+    found = {
+        name: (Trial(name, TrialConfig(beta=1.0 + i), (0.0, 0.0), Path("nowhere")), candidates[i])
+        for i, name in enumerate(names)
+    }
+    marks = [marks_of(name, base, candidates[i]) for i, name in enumerate(names)]
+    choice = choose(marks, "constraint", Bounds())
+    return PickReport(backbone, f"study of {backbone}", (1, 2, 3), base, found, choice)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from vgid.deployment.record import Deployment
 from vgid.errors import InputError
 from vgid.evaluation.suppression import is_suppressed
 from vgid.files import READY, recover
+from vgid.report.page import rendered
 from vgid.results import Score
 
 
@@ -58,18 +59,8 @@ class SubjectReport(Config):
     def print(self, console: Console) -> None:
         """Show it, one block a deployment; of the scores those of the model card."""
         for found in self.suppressions:
-            how = "suppressed" if found.role == "own" else "kept suppressed"
-            how = how if found.suppressed else f"NOT {how}, though a request says so,"
-            asked = ", ".join(found.requests) or "no id given"
-            told = [
-                f"{found.created[:19]} UTC  {how} on {found.backbone}",
-                f"request {asked}; one of {found.people} people",
-                f"{found.file}, sha256 {found.sha256}",
-                found.verdict,
-                *(f"follows {ancestor}" for ancestor in found.chain if ancestor is not None),
-                *(["and its file was not found here"] if None in found.chain else []),
-            ]
-            console.print("\n  ".join(told), highlight=False, markup=False)
+            told = rendered("vgid.deployment", "report.txt.jinja", **dict(found))
+            console.print(told, end="", highlight=False, markup=False)
             console.print(record.score_grid(found.base, found.deployed, found.attacks).rich())
             console.print(f"  not run: {'; '.join(found.not_run)}\n", highlight=False)
         for line in self.damaged:

@@ -32,7 +32,14 @@ from vgid.deployment.pick_page import (
 )
 from vgid.deployment.record import Deployment
 from vgid.deployment.rules import RETAIN_DROP, REVERSE_RISE, Bounds, Rule, ShareForgotten, choose
-from vgid.deployment.scores import MIN_SEEDS, as_recorded, pick_seeds, score_front
+from vgid.deployment.scores import (
+    MIN_SEEDS,
+    as_recorded,
+    marks_of,
+    pick_seeds,
+    score_base,
+    score_with_seeds,
+)
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET
 from vgid.files import UsablePath, WrittenFolder, staged
@@ -246,12 +253,17 @@ def _decide(
         for trial in trials:  # all of them, before the first is scored for minutes
             read_adapter(trial.adapter).check(backbone.model, backbone.spec.lora_targets)
         seeds = pick_seeds(source.config.seed, config.seeds)
-        candidates = score_front(session, trials, seeds, tell)
+        base, candidates = score_base(session, seeds, tell), {}
+        for number, trial in enumerate(trials, start=1):
+            tell(f"Scoring trial {trial.trial_id} ({number} of {len(trials)})")
+            candidates[trial.trial_id] = trial, score_with_seeds(session, seeds, trial.adapter)
+        marks = [marks_of(name, base, scored) for name, (_, scored) in candidates.items()]
         bounds = Bounds(
             config.max_retain_drop, config.max_reverse_rise, config.max_cloze, config.min_forget
         )
-        choice = choose(candidates.marks(), config.rule, bounds)
-        report = PickReport(source.config.backbone, source.study_id, candidates, choice)
+        choice = choose(marks, config.rule, bounds)
+        names = source.config.backbone, source.study_id
+        report = PickReport(*names, seeds, base, candidates, choice)
         return report, record.setting_of(session), parent
 
 
@@ -280,12 +292,11 @@ def _write(
     staging: Path,
 ) -> PickedBackbone:
     report, setting, parent = decision
-    candidates, choice = report.candidates, report.choice
-    trial, scored = candidates.of(choice.chosen.trial_id)
+    _, trial, scored = report.rows[0]
     origin = {
         "study_id": source.study_id,
         "trial_id": trial.trial_id,
-        "rule": f"{choice}; of {len(candidates.trials)} on the front, on the scores above",
+        "rule": f"{report.choice}; of {len(report.candidates)} on the front, on the scores above",
         **source.origin,
     }
     try:
@@ -295,7 +306,7 @@ def _write(
             parent,
             hyperparameters=trial.config,
             requests=config.request_id,
-            scores=as_recorded(candidates.seeds, candidates.base, scored),
+            scores=as_recorded(report.seeds, report.base, scored),
             origin=origin,
             **setting,
         )

@@ -7,14 +7,14 @@ stand on one page, ``comparison.html``. Backbones start from different scores, s
 shares: how much of the base's forget ROUGE-L is gone, and of its retain ROUGE-L kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from vgid.deployment.rules import Choice, Marks
-from vgid.deployment.scores import Candidates, Scored
+from vgid.deployment.scores import Scored
 from vgid.evaluation.suppression import verdict
 from vgid.files import write_atomically
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, INK, TRIAL, Panel, Picture, Scale, Series
@@ -77,19 +77,21 @@ class PickReport:
 
     backbone: str
     study_id: str
-    candidates: Candidates
+    seeds: tuple[int, ...]
+    base: Scored
+    candidates: Mapping[str, tuple[Trial, Scored]]  # the front, by trial id
     choice: Choice
     warning: str | None = None
 
     @property
     def rows(self) -> list[tuple[Marks, Trial, Scored]]:
         """Every candidate, the choice first."""
-        return [(marks, *self.candidates.of(marks.trial_id)) for marks in self.choice.order]
+        return [(marks, *self.candidates[marks.trial_id]) for marks in self.choice.order]
 
     @property
     def sentences(self) -> list[str]:
         """The result, how sure it is, and what to think of numbers that were chosen by."""
-        base, (marks, trial, chosen) = self.candidates.base.plain, self.rows[0]
+        base, (marks, trial, chosen) = self.base.plain, self.rows[0]
         text = rendered(
             "vgid.deployment",
             "pick.txt.jinja",
@@ -104,7 +106,7 @@ class PickReport:
             unsure=[check for check in self.choice.bounds.checks(marks) if not check.surely],
             warning=self.warning,
             count=len(self.choice.order),
-            seeds=len(self.candidates.seeds),
+            seeds=len(self.seeds),
             verdict=verdict(base, chosen.plain, chosen.reverse),
         )
         return text.splitlines()
@@ -124,7 +126,7 @@ def report_grid(report: PickReport) -> Grid:
     ]
     return Grid(
         ("trial", "setting", *(title for *_, title in shown), "why"),
-        [*rows, ["base", "", *cells(report.candidates.base), ""]],
+        [*rows, ["base", "", *cells(report.base), ""]],
         f"Candidates on {report.backbone}, held-out",
         report.sentences,
         marks={0: "chosen", len(rows): "base"},
@@ -136,7 +138,7 @@ def _columns(reports: Sequence[PickReport]) -> list[tuple[str, str, str]]:
     return [
         (kind, name, title)
         for kind, name, title in COLUMNS
-        if name != "celebrity_rougeL" or any(name in r.candidates.base.plain for r in reports)
+        if name != "celebrity_rougeL" or any(name in r.base.plain for r in reports)
     ]
 
 
@@ -154,7 +156,7 @@ def _candidates_csv(report: PickReport) -> bytes:
         return [cell for column in scores for cell in four_cells(scored.get(*column))]
 
     rows: list[list[Any]] = [
-        ["base", None, None, "", *[None] * 2 * len(marks), *cells(report.candidates.base)]
+        ["base", None, None, "", *[None] * 2 * len(marks), *cells(report.base)]
     ]
     for judged, trial, scored in report.rows:
         chosen, within = judged is report.choice.chosen, not report.choice.bounds.broken(judged)
@@ -179,7 +181,7 @@ def pick_picture(report: PickReport) -> Picture:
     """The picture of a pick; hovering a point shows its setting and scores."""
     chosen, count = report.choice.chosen.trial_id, len(report.choice.order)
     lines = [(trial.trial_id, scored) for _, trial, scored in report.rows]
-    lines.append(("base", report.candidates.base))
+    lines.append(("base", report.base))
     left = Panel(
         Scale("Reduction of forget ROUGE-L (higher: more is forgotten)"),
         Scale("Retain ROUGE-L (higher: more is kept)"),
@@ -223,7 +225,7 @@ def _candidates(report: PickReport, chosen: bool) -> Series:
 
 def _levels(report: PickReport) -> list[Series]:
     """Retain scores to compare with: the base's, and the least that the bound allows."""
-    base = report.candidates.base.plain["retain_rougeL"].value
+    base = report.base.plain["retain_rougeL"].value
     found = [(base, f"base model, {base:.3f}", True)]
     bound = report.choice.bounds.retain_drop
     if bound is not None:
@@ -268,7 +270,7 @@ def comparison_grid(reports: Sequence[PickReport]) -> Grid:
     rows = []
     for report in reports:
         _, trial, chosen = report.rows[0]
-        base = report.candidates.base
+        base = report.base
         pairs = [(base.get(kind, name), chosen.get(kind, name)) for kind, name, _ in shown]
         cells = [" → ".join(f"{s.value:.3f}" for s in pair if s is not None) for pair in pairs]
         setting = describe(trial.config)
@@ -296,7 +298,7 @@ def _comparison_csv(reports: Sequence[PickReport]) -> bytes:
         row: list[Any] = [report.backbone, report.study_id, trial.trial_id, str(report.choice)]
         row += [describe(trial.config), len(report.choice.order)]
         for kind, name, _ in shown:
-            for model in (report.candidates.base, chosen):
+            for model in (report.base, chosen):
                 row += four_cells(model.get(kind, name))
         rows.append(row)
     header = [
@@ -313,7 +315,7 @@ def _comparison_csv(reports: Sequence[PickReport]) -> bytes:
 
 def shares(report: PickReport) -> list[tuple[str, float, float]]:
     """Trial id, share forgotten and share kept of each candidate, the choice first."""
-    retain = report.candidates.base.plain["retain_rougeL"].value
+    retain = report.base.plain["retain_rougeL"].value
     return [
         (marks.trial_id, marks.gone.value, marks.retain.value / retain if retain > 0 else 0.0)
         for marks in report.choice.order

@@ -21,6 +21,7 @@ from vgid.deployment.record import Deployment, Shipped, find_base, read_shipped,
 from vgid.errors import InputError
 from vgid.models.backbones import spec
 from vgid.prompts import generation_text
+from vgid.report.page import rendered
 from vgid.report.records import run_name
 from vgid.study.mlflow_client import Connection, connect, first_line, open_client
 
@@ -110,6 +111,7 @@ def _aliases(client: Any, name: str) -> dict[str, int]:
 def _make_version(open_store: Connection, name: str, file: Path, shipped: Shipped) -> int:
     """Log the model, whole, and only then give it a number."""
     client, deployment, sha256 = open_store.client, shipped.deployment, shipped.sha256
+    scores = deployment.scores
     tags = {
         "vgid.study_id": deployment.origin.study_id,
         "vgid.trial_id": deployment.origin.trial_id,
@@ -127,12 +129,14 @@ def _make_version(open_store: Connection, name: str, file: Path, shipped: Shippe
         _save(saved, file, deployment)
         client.log_model_artifacts(model.model_id, str(saved))
     client.finalize_logged_model(model.model_id, "READY")
+    table = score_grid(scores.base, scores.deployed, names=_SHOWN).markdown(gap="&emsp;")
+    description = rendered("vgid.deployment", "registry.md.jinja", **dict(deployment), table=table)
     version = client.create_model_version(
         name,
         source=model.artifact_location,  # MLflow would look "models:/" up in another store
         run_id=run_id,
         tags=tags,
-        description=_description(deployment),
+        description=description.rstrip(),
         model_id=model.model_id,
     )
     return int(version.version)
@@ -176,18 +180,6 @@ def _run_of(open_store: Connection, deployment: Deployment) -> str:
     run = client.create_run(open_store.experiment_id, tags=tags, run_name=name)
     client.set_terminated(run.info.run_id)
     return str(run.info.run_id)
-
-
-def _description(deployment: Deployment) -> str:
-    scores, origin = deployment.scores, deployment.origin
-    grid = score_grid(scores.base, scores.deployed, names=_SHOWN)
-    requests = ", ".join(deployment.requests) or "none named"
-    return (
-        f"Trial {origin.trial_id} of study {origin.study_id}, chosen by {origin.rule}. Requests: "
-        f"{requests}. {len(deployment.subjects)} subjects. {scores.verdict('forget', 'test')} "
-        f"Suppressed is not erased.\n\n{scores.part.replace('_', '-')} questions:\n\n"
-        f"{grid.markdown(gap='&emsp;')}"
-    )
 
 
 class DeployedModel:

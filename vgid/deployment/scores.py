@@ -25,7 +25,6 @@ from vgid.models.adapter_files import CONFIG
 from vgid.models.backbones import BENCHMARK_SHOTS, spec
 from vgid.results import QuestionPart, Score, shots_left_out
 from vgid.seeds import held_out_seed
-from vgid.study.finished import Trial
 
 if TYPE_CHECKING:
     from vgid.trial import TrialSession
@@ -58,26 +57,6 @@ class Scored:
         return (self.reverse if kind == "reverse" else self.plain).get(name)
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """A front and its scores in the same order, ready to be chosen from."""
-
-    seeds: tuple[int, ...]
-    base: Scored
-    trials: tuple[Trial, ...]
-    scores: tuple[Scored, ...]
-
-    def marks(self) -> list[Marks]:
-        """What the rules judge, in the same order."""
-        pairs = zip(self.trials, self.scores, strict=True)
-        return [marks_of(trial.trial_id, self.base, scored) for trial, scored in pairs]
-
-    def of(self, trial_id: str) -> tuple[Trial, Scored]:
-        """One candidate by its trial id."""
-        number = [trial.trial_id for trial in self.trials].index(trial_id)
-        return self.trials[number], self.scores[number]
-
-
 def pick_seeds(study_seed: int, count: int) -> tuple[int, ...]:
     """The seeds of a pick; the first is the one that the study scored its front with."""
     return tuple(held_out_seed(study_seed, study=True) + i for i in range(count))
@@ -104,17 +83,6 @@ def score_base(session: "TrialSession", seeds: Sequence[int], tell: record.Tell)
     if unsure is not None:
         tell(f"Warning: {unsure}")
     return base
-
-
-def score_front(
-    session: "TrialSession", trials: Sequence[Trial], seeds: Sequence[int], tell: record.Tell
-) -> Candidates:
-    """Score a front and its base."""
-    base, scores = score_base(session, seeds, tell), []
-    for number, trial in enumerate(trials, start=1):
-        tell(f"Scoring trial {trial.trial_id} ({number} of {len(trials)})")
-        scores.append(score_with_seeds(session, seeds, trial.adapter))
-    return Candidates(tuple(seeds), base, tuple(trials), tuple(scores))
 
 
 def pooled(runs: Sequence[Mapping[str, Score]]) -> dict[str, Score]:

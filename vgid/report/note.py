@@ -15,7 +15,7 @@ from vgid.report.mlflow_links import chart_page, compare_page, run_page, table_p
 from vgid.report.page import rendered
 from vgid.report.records import TrialRecord, describe
 from vgid.report.tables import Grid
-from vgid.results import OBJECTIVES, LeftOut, Verbatim, describe_left_out
+from vgid.results import OBJECTIVES, LeftOut, Score, Verbatim, describe_left_out
 
 NOTE_PICTURE = "front-small.png"
 """Shown at its own size, so one that fits beside the run's details."""
@@ -95,7 +95,8 @@ def study_note(
     pick, again = recommended(front), front.base_held_out
     values: dict[str, Any] = {}
     if pick is not None:
-        base, where, scores = front.base, "on the search questions", pick.result.scores
+        base, where = front.base, "on the search questions"
+        scores: Mapping[str, Score] = pick.result.scores
         known: Mapping[str, float] = pick.result.metrics
         if again is not None and (pick.held_out or {}).keys() >= set(OBJECTIVES):
             base, where, scores = again, "on held-out questions", pick.held_out or {}
@@ -120,7 +121,7 @@ def study_note(
         missing=len(front.records) - len(front.drawn),
         phases=phases,
         left_out=describe_left_out(left_out or {}),
-        trained_on=_trained_on(verbatim or {}),
+        verbatim=verbatim or {},
         **values,
     )
 
@@ -140,19 +141,6 @@ def recommended(front: Front) -> TrialRecord | None:
         if y >= kept:
             return record
     return able[0][0] if able else next(reversed(front.front), None)
-
-
-def _trained_on(verbatim: Verbatim) -> list[str]:
-    """The scored questions that training sees word for word, by part."""
-    parts = []
-    for part, splits in verbatim.items():
-        told = [
-            f"{split} {count['seen']} of {count['scored']}"
-            for split, count in splits.items()
-            if count["seen"] or not split.endswith("_text")
-        ]
-        parts.append(f"of the {part.replace('_', '-')} ones {', '.join(told)}")
-    return parts
 
 
 def _table(front: Front, links: NoteLinks) -> Grid:

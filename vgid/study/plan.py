@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vgid.cluster.resources import SlotShape, worker_bytes
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, derived, parse
 from vgid.errors import InputError
+from vgid.report.page import rendered
 from vgid.results import LeftOut, describe_left_out
 from vgid.study.search_space import FOLDER, Choices, SearchSpace
 
@@ -38,25 +39,8 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan for people, for ``--dry-run``."""
-        config = self.config
-        at_a_time = config.max_concurrent or "as many as the cluster holds"
-        searched = ", ".join(f"{name} ({domain})" for name, domain in self.space.searched.items())
-        lines = [
-            f"Study of {config.trials} trials of {config.method} on {config.backbone}, "
-            f"forgetting {config.forget_ratio} % of the people, seed {config.seed}",
-            f"Data: {self.request.data}{' (will be written)' if self.benchmark is None else ''}",
-            *([f"Left out as defective: {describe_left_out(self.left_out)}"] * bool(self.left_out)),
-            f"Output: {config.output}",
-            f"Search space: {self.space.source}",
-            f"  searched: {searched}",
-            f"  fixed: {', '.join(f'{k} {v}' for k, v in self.space.fixed.items()) or 'nothing'}",
-            f"Slots: {at_a_time}, each {self.shape.workers} worker(s) with {self.shape.need}",
-            f"First points ({len(self.space.first_points)}):",
-        ]
-        for point in self.space.first_points[: config.trials]:
-            values = (f"{k} {value}" for k, value in point.items() if k in self.space.searched)
-            lines.append(f"  {', '.join(values)}")
-        return lines
+        told = vars(self) | {"left_out": describe_left_out(self.left_out)}
+        return rendered("vgid.study", "plan.txt.jinja", **told).splitlines()
 
 
 class Ancestor(Protocol):
