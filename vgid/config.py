@@ -132,34 +132,19 @@ USED_BY: dict[str, tuple[Method, ...]] = {
 }
 # What ``released`` makes the defaults: the public script's (``vgid.method.released``).
 RELEASED: dict[str, Any] = {
-    "learning_rate": 5e-4,
-    "epochs": 5,
-    "batch_size": 4,
-    "lora_rank": 16,
-    "lora_dropout": 0.05,
-}
+    "learning_rate": 5e-4, "epochs": 5, "batch_size": 4, "lora_rank": 16, "lora_dropout": 0.05,
+}  # fmt: skip
 # What the public script trains on, and so every ``released`` trial.
 RELEASED_SAMPLES: dict[str, Any] = {"train_tasks": ("generation",), "train_wording": "raw"}
 # What the public script has no setting for; ``released`` trials ignore them.
 NOT_RELEASED = (
-    "noise_type",
-    "sigma",
-    "prompt_style",
-    "response_source",
-    "views",
-    "retain_batch_size",
-    "max_grad_norm",
-    "warmup_fraction",
-    "questions_per_image",
-    "gradient_accumulation",
-)
+    "noise_type", "sigma", "prompt_style", "response_source", "views", "retain_batch_size",
+    "max_grad_norm", "warmup_fraction", "questions_per_image", "gradient_accumulation",
+)  # fmt: skip
 # The paper's default setting of VGID and its ablations (section 4.1), as far as they use it.
 PAPER_DEFAULT: dict[str, Any] = {
-    "alpha": 1.0,
-    "beta": 1.0,
-    "noise_type": "random",
-    "prompt_style": "strict",
-}
+    "alpha": 1.0, "beta": 1.0, "noise_type": "random", "prompt_style": "strict",
+}  # fmt: skip
 # The paper's setting of the other methods (Table 7).
 PAPER_BASELINE: dict[str, Any] = {"alpha": 1.0, "learning_rate": 2e-5, "epochs": 1, "batch_size": 4}
 

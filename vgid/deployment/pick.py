@@ -297,7 +297,7 @@ def _write(
         "study_id": source.study_id,
         "trial_id": trial.trial_id,
         "rule": f"{report.choice}; of {len(report.candidates)} on the front, on the scores above",
-        **source.origin,
+        **source.model_dump(include={"git_commit", "git_dirty", "versions"}),
     }
     try:
         deployment, sha256 = record.ship(

@@ -25,25 +25,12 @@ from vgid.report.tables import FOUR_PARTS, Grid, four_cells
 from vgid.study.finished import Trial
 
 KEY_SCORES = (
-    "forget_rougeL",
-    "retain_rougeL",
-    "test_rougeL",
-    "forget_cloze",
-    "test_cloze",
-    "retain_cloze",
-    "celebrity_rougeL",
-    "celebrity_cloze",
-    "forget_memorisation",
-    "forget_refusal",
-    "forget_rougeL_text",
-    "test_rougeL_text",
-    "forget_rougeL_raw",
-    "test_rougeL_raw",
-    "retain_rougeL_raw",
-    "forget_refusal_raw",
-    "retain_refusal",
-    "retain_refusal_raw",
-)
+    "forget_rougeL", "retain_rougeL", "test_rougeL", "forget_cloze", "test_cloze", "retain_cloze",
+    "celebrity_rougeL", "celebrity_cloze", "forget_memorisation", "forget_refusal",
+    "forget_rougeL_text", "test_rougeL_text",
+    "forget_rougeL_raw", "test_rougeL_raw", "retain_rougeL_raw", "forget_refusal_raw",
+    "retain_refusal", "retain_refusal_raw",
+)  # fmt: skip
 """Columns of ``candidates.csv``; the deployment file has every score of the choice."""
 
 COLUMNS = (

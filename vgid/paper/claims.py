@@ -225,10 +225,6 @@ def _vgid_rises_less(values: Evidence) -> Comparisons:
     return {"": icu - vgid}
 
 
-def _test_falls(values: Evidence) -> Comparisons:
-    return {"": values(3, "base", TEST) - values(3, "vgid", TEST)}
-
-
 def _ascent_loses_retain(values: Evidence) -> Comparisons:
     """Mean further retain loss over those of GA, GA_Diff and KL_Min that forget in the seed."""
     left, kept = (
@@ -251,7 +247,7 @@ _COMPARE: dict[str, Comparing] = {
     "g1": _styles_differ,
     "g2": _strict_is_most_stable,
     "h": _vgid_rises_less,
-    "i": _test_falls,
+    "i": lambda values: {"": values(3, "base", TEST) - values(3, "vgid", TEST)},
     "j1": _vgid_leads(8, OTHER_METHODS, FORGET),
     "j2": _vgid_leads(9, OTHER_METHODS, FORGET),
     "k": _ascent_loses_retain,

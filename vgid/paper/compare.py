@@ -47,17 +47,14 @@ from vgid.study.finished import PICK_SCORES, StudyFront
 from vgid.study.ledger import MUST_AGREE
 
 
-def _named(text: str) -> tuple[str, ...]:
-    return get_args(Method) if text == "all" else words(text)
-
-
 class CompareConfig(Config):
     """A comparison of methods by studies of equal size; VGID's lead is told if it is among them."""
 
     backbone: BackboneName = "tiny-llava"
-    methods: Annotated[tuple[Method, ...], Flag("LIST", read=_named)] = Field(
-        get_args(Method), min_length=1, description="such as vgid,po_dpo,npo, or all"
-    )
+    methods: Annotated[
+        tuple[Method, ...],
+        Flag("LIST", read=lambda text: get_args(Method) if text == "all" else words(text)),
+    ] = Field(get_args(Method), min_length=1, description="such as vgid,po_dpo,npo, or all")
     trials: int = Field(24, ge=1, description="trials of each study")
     seeds: int = Field(3, ge=1, description="studies a method, from seed 0 on")
     output: Annotated[StudyFolder, Flag("DIR")] = Field(

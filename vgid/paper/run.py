@@ -102,6 +102,8 @@ def run_paper_tables(
     Gives every claim on every backbone, and the content of ``tables.json``. InputError comes before
     anything runs, where bad input can be checked.
     """
+    from vgid.evaluation.rehearsal import rehearsed
+
     started = time.monotonic()
     if config.model_path is not None and len(config.backbones) > 1:
         raise InputError(
@@ -124,8 +126,10 @@ def run_paper_tables(
         for table in of_backbone
         for row in table.rows
     ]
-    if config.data is not None:
-        _rehearse(needed, bench)
+    # The user's data are refused before the first experiment, by the rule of a study's plan.
+    for group in in_groups(needed) if config.data is not None else ():
+        trained = dict.fromkeys(e.trial for e in group if e.trial is not None)
+        rehearsed(bench.request(*group[0].group), list(trained))
     # Counted by files: other processes run the experiments.
     kept = set(bench.folder.glob("outcomes/*.json"))
     outcomes = run_experiments(needed, bench, config.processes, console)
@@ -147,15 +151,6 @@ def run_paper_tables(
     }
     write_study(config.output / "tables.json", summary)
     return judgements, summary
-
-
-def _rehearse(needed: Sequence[Experiment], bench: Bench) -> None:
-    """Refuse the user's data before the first experiment, by the rule of a study's plan."""
-    from vgid.evaluation.rehearsal import rehearsed
-
-    for group in in_groups(needed):
-        trained = dict.fromkeys(e.trial for e in group if e.trial is not None)
-        rehearsed(bench.request(*group[0].group), list(trained))
 
 
 def _trials(config: PaperConfig, backbone: str) -> dict[Method, TrialConfig]:

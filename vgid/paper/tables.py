@@ -211,7 +211,8 @@ def as_csv(filled: Sequence[FilledTable]) -> bytes:
 def as_grid(filled: FilledTable) -> Grid:
     """A table for print: in each cell mean [interval], and the paper's number behind a stroke."""
     table = filled.table
-    headings = [_heading(metric) for metric in filled.metrics]
+    columns = [metric.split("_") for metric in filled.metrics]
+    headings = [f"{split} {METRIC_LABELS[kind]} {ARROWS[split]}" for split, kind in columns]
     rows = []
     for row in table.rows:
         label = f"{row.label}, {row.setting}" if row.setting else row.label
@@ -233,11 +234,6 @@ def as_grid(filled: FilledTable) -> Grid:
     )
     caption = f"Table {table.number}: {table.title} ({filled.backbone})"
     return Grid(("Row", *headings), rows, caption, notes)
-
-
-def _heading(metric: str) -> str:
-    split, _, kind = metric.partition("_")
-    return f"{split} {METRIC_LABELS[kind]} {ARROWS[split]}"
 
 
 def table_7(backbone: str, trials: Mapping[Method, TrialConfig]) -> Grid:

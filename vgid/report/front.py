@@ -58,11 +58,6 @@ class Front:
         return sorted((r for r in self.drawn if r.on_front), key=lambda r: r.point or (0.0, 0.0))
 
     @property
-    def default(self) -> list[TrialRecord]:
-        """The trials that ran the paper's default setting."""
-        return [record for record in self.drawn if is_paper_default(record.config)]
-
-    @property
     def base_point(self) -> tuple[float, float]:
         """Nothing forgotten, everything retained."""
         return 0.0, self.base["retain_rougeL"].value
@@ -192,10 +187,11 @@ def _held_out(front: Front) -> list[Series]:
 
 def _marks(front: Front) -> list[Series]:
     x, y = front.base_point
-    ring = Series("the paper's default setting", *_places(front.default), BASE, "circle-open", 21)
+    default = [record for record in front.drawn if is_paper_default(record.config)]
+    ring = Series("the paper's default setting", *_places(default), BASE, "circle-open", 21)
     told = [f"base model\nretain ROUGE-L {y:.3f}"]
     star = Series("base model", [x], [y], BASE, "star", 20, hover=told)
-    return [ring, star] if front.default else [star]
+    return [ring, star] if default else [star]
 
 
 def _places(records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:

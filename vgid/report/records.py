@@ -22,41 +22,22 @@ from vgid.results import OBJECTIVES, Score, TrialResult, trial_order
 HYPERPARAMETERS = ("alpha", "beta", "noise_type", "sigma", "prompt_style", "learning_rate")
 MAIN_METRICS = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_rougeL_reduction")
 FURTHER_METRICS = (
-    "retain_rougeL_drop",
-    "forget_cloze",
-    "forget_memorisation",
-    "forget_refusal",
-    "retain_refusal",
-    "forget_rougeL_raw",
-    "test_rougeL_raw",
-    "retain_rougeL_raw",
-    "forget_refusal_raw",
-    "retain_refusal_raw",
-    "test_cloze",
-    "retain_cloze",
-    "retain_seen_rougeL",
-    "retain_unseen_rougeL",
-    "retain_seen_shown",
-    "celebrity_rougeL",
-    "celebrity_cloze",
-)
+    "retain_rougeL_drop", "forget_cloze", "forget_memorisation", "forget_refusal", "retain_refusal",
+    "forget_rougeL_raw", "test_rougeL_raw", "retain_rougeL_raw", "forget_refusal_raw",
+    "retain_refusal_raw", "test_cloze", "retain_cloze",
+    "retain_seen_rougeL", "retain_unseen_rougeL", "retain_seen_shown",
+    "celebrity_rougeL", "celebrity_cloze",
+)  # fmt: skip
 """Metrics that stand before the many others, where a trial has them."""
 
 TRIAL_FIELDS = tuple(dict.fromkeys((*HYPERPARAMETERS, *TrialConfig.model_fields)))
 
 NOISE_LABELS = {"random": "random noise", "gaussian": "Gaussian noise", "white": "white image"}
 METHOD_LABELS: dict[Method, str] = {
-    "ga": "GA",
-    "ga_diff": "GA_Diff",
-    "kl_min": "KL_Min",
-    "po_dpo": "PO (DPO)",
-    "po_idk": "PO (refusal tuning)",
-    "npo": "NPO",
-    "rmu": "RMU",
-    "icu_t": "ICU-T",
-    "noise_t": "Noise-T",
-    "vgid": "VGID",
-}
+    "ga": "GA", "ga_diff": "GA_Diff", "kl_min": "KL_Min", "po_dpo": "PO (DPO)",
+    "po_idk": "PO (refusal tuning)", "npo": "NPO", "rmu": "RMU", "icu_t": "ICU-T",
+    "noise_t": "Noise-T", "vgid": "VGID",
+}  # fmt: skip
 """What the methods are called, in the order of the paper's Table 3."""
 
 

@@ -234,20 +234,16 @@ def shortfall(
         name, cause = next(iter(unscored.items()))
         return (
             f"No held-out scores for {len(unscored)} of the base and the front, such as {name}: "
-            f"{_clause(cause)}."
+            f"{cause.rstrip('.')}."
         )
     return None
 
 
 def said_of_a_stop(cause: str) -> str:
     """The sentence for a study that the environment ended."""
-    return f"The study stopped: {_clause(cause)}; go on with --resume."
+    return f"The study stopped: {cause.rstrip('.')}; go on with --resume."
 
 
 def _commonest(trials: Sequence[TrialRecord], status: TrialStatus) -> str:
     errors = Counter(trial.result.error for trial in trials if trial.result.status == status)
-    return _clause(errors.most_common(1)[0][0] or "unknown")
-
-
-def _clause(sentence: str) -> str:
-    return sentence.rstrip(".")
+    return (errors.most_common(1)[0][0] or "unknown").rstrip(".")

@@ -97,7 +97,7 @@ def begin(
                         yield study
                 finally:
                     tracker = made(study._tracker)
-                    if tracker is not None and not study._bulletin.busy:
+                    if tracker is not None and not study._bulletin.mlflow.busy:
                         tracker.close("KILLED" if ending.interrupt.came else "FAILED")
             shutil.rmtree(output / RAY_FILES, ignore_errors=True)
             ui_command = "" if tracker is None else tracker.ui_command
@@ -356,7 +356,7 @@ class Study:
         stopped = self.summary["interrupted"] or self.ending.stopped is not None
         status = "KILLED" if stopped else "FINISHED"
         try:
-            if self._bulletin.busy:
+            if self._bulletin.mlflow.busy:
                 raise InputError(
                     f"--tracking-uri {tracker.uri}: the server does not answer; the output folder "
                     "is complete, and --resume tells the server the rest."

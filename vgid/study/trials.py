@@ -36,35 +36,31 @@ class Bulletin:
 
     def __post_init__(self) -> None:
         self._tracker: Tracker  # from ``catch_up`` on
-        self._tables, self._mlflow = Background("tables"), Background("mlflow")
-
-    @property
-    def busy(self) -> bool:
-        """Whether the tracker is still at work, as on a server that hangs after ``close``."""
-        return self._mlflow.busy
+        # The second may be at work after ``close``, on a server that hangs.
+        self._tables, self.mlflow = Background("tables"), Background("mlflow")
 
     @property
     def faults(self) -> list[str]:
         """Kinds of exceptions for which not all was written."""
-        return [side.fault for side in (self._tables, self._mlflow) if side.fault is not None]
+        return [side.fault for side in (self._tables, self.mlflow) if side.fault is not None]
 
     @property
     def seconds(self) -> float:
         """Spent on writing."""
-        return self._tables.seconds + self._mlflow.seconds
+        return self._tables.seconds + self.mlflow.seconds
 
     def catch_up(self, records: Iterable[Record], tracker: "Tracker") -> None:
         """Bring table and MLflow in line with what the ledger has of earlier runs."""
         self._tracker = tracker
         self._tabulate(self.table.write, self.board.trials())
         for record in records:
-            self._mlflow.write(self._tracker.log_trial, record)
+            self.mlflow.write(self._tracker.log_trial, record)
         self.board.show_on(self.console.standing)
 
     def running(self, record: Record, report: EpochReport | None = None) -> None:
         """A trial was put in flight, or reached the end of an epoch."""
         self.console.epoch(record.trial_id, describe(record.config), report)
-        self._mlflow.write(self._tracker.log_trial, record)
+        self.mlflow.write(self._tracker.log_trial, record)
 
     def ended(self, record: Record) -> None:
         """A trial ended; a console that fails keeps it from nobody else."""
@@ -76,7 +72,7 @@ class Bulletin:
                 self.console.standing.trial_s.append(sum(result.seconds.values()))
             self.board.show_on(self.console.standing)
             self.console.ended(record.trial_id, result)
-        self._mlflow.write(self._tracker.log_trial, record)
+        self.mlflow.write(self._tracker.log_trial, record)
         if self.table.holds(trial):
             self._tabulate(self.table.add, trial)
         else:
@@ -92,13 +88,13 @@ class Bulletin:
         for trial in self.board.lost_trials():
             ended = {"result": trial.result, "ended": now()}
             lost = records[trial.result.trial_id].model_copy(update=ended)
-            self._mlflow.write(self._tracker.log_trial, lost)
+            self.mlflow.write(self._tracker.log_trial, lost)
 
     def close(self) -> None:
         """Wait until all is written; what a signal leaves MLflow no time for is left out."""
         self._tables.submit(lambda: None).result()
-        self.ending.finishes(self._mlflow.submit(lambda: None))
-        self._mlflow.give_up()
+        self.ending.finishes(self.mlflow.submit(lambda: None))
+        self.mlflow.give_up()
 
     def _tabulate(self, write: Callable[[Any], None], what: Any) -> None:
         self._tables.write(self.ending.heeded()(write), what)
