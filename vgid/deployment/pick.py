@@ -21,15 +21,7 @@ from vgid.cluster.resources import worker_threads
 from vgid.command_line import Parser, Printed, exit_code
 from vgid.config import Config, Flag
 from vgid.data.benchmark import Benchmark
-from vgid.deployment import record
-from vgid.deployment.pick_page import (
-    COMPARISON,
-    PickReport,
-    comparison_grid,
-    report_grid,
-    write_comparison,
-    write_report,
-)
+from vgid.deployment import pick_page, record
 from vgid.deployment.record import Deployment
 from vgid.deployment.rules import RETAIN_DROP, REVERSE_RISE, Bounds, Rule, ShareForgotten, choose
 from vgid.deployment.scores import (
@@ -108,7 +100,7 @@ class PickedBackbone:
     file: Path
     sha256: str
     deployment: Deployment
-    report: PickReport
+    report: pick_page.PickReport
     version: int | None = None
 
 
@@ -141,7 +133,7 @@ class Picked:
     def print(self, console: Console) -> None:
         """Show tables, sentences and files."""
         for backbone in self.backbones:
-            console.print(report_grid(backbone.report).rich())
+            console.print(pick_page.report_grid(backbone.report).rich())
             page = backbone.file.with_suffix("") / "pick.html"
             lines = [f"Wrote {backbone.file}", f"  {page} shows the choice"]
             if backbone.version is not None:
@@ -149,7 +141,7 @@ class Picked:
             told = "\n".join([*backbone.report.sentences, *lines])
             console.print(told, markup=False, soft_wrap=True)
         if self.comparison is not None:
-            grid = comparison_grid([backbone.report for backbone in self.backbones])
+            grid = pick_page.comparison_grid([backbone.report for backbone in self.backbones])
             console.print(grid.rich())
             console.print(f"Wrote {self.comparison}", markup=False, soft_wrap=True)
 
@@ -175,15 +167,15 @@ def pick_deployment(config: PickConfig, tell: record.Tell = lambda line: None) -
         ]
         deployments, several = output / record.FOLDER, len(names) > 1
         parts = [part for name in names for part in (name, f"{name}.yaml")]
-        with staged(deployments, [*parts, *(COMPARISON if several else ())]) as staging:
+        with staged(deployments, [*parts, *(pick_page.COMPARISON if several else ())]) as staging:
             pairs = zip(sources, decisions, strict=True)
             picked = [_write(config, *pair, deployments, staging) for pair in pairs]
             if several:
-                write_comparison(staging, [one.report for one in picked])
+                pick_page.write_comparison(staging, [one.report for one in picked])
     if config.champion:
         both = zip(picked, sources, strict=True)
         picked = [_registered(one, source, tell) for one, source in both]
-    return Picked(tuple(picked), deployments / COMPARISON[0] if several else None)
+    return Picked(tuple(picked), deployments / pick_page.COMPARISON[0] if several else None)
 
 
 def _output(config: PickConfig, sources: list[Source]) -> Path:
@@ -211,7 +203,7 @@ def _output(config: PickConfig, sources: list[Source]) -> Path:
 
 def _decide(
     config: PickConfig, source: Source, output: Path, scratch: Path, tell: record.Tell
-) -> tuple[PickReport, dict[str, Any], record.Shipped | None]:
+) -> tuple[pick_page.PickReport, dict[str, Any], record.Shipped | None]:
     """Score and choose; the choice, its ``setting_of``, and the deployment that the study follows.
 
     ``scratch`` gets the adapters that would be shipped.
@@ -263,7 +255,7 @@ def _decide(
         )
         choice = choose(marks, config.rule, bounds)
         names = source.config.backbone, source.study_id
-        report = PickReport(*names, seeds, base, candidates, choice)
+        report = pick_page.PickReport(*names, seeds, base, candidates, choice)
         return report, record.setting_of(session), parent
 
 
@@ -287,7 +279,7 @@ def _check_trials(source: Source) -> None:
 def _write(
     config: PickConfig,
     source: Source,
-    decision: tuple[PickReport, dict[str, Any], record.Shipped | None],
+    decision: tuple[pick_page.PickReport, dict[str, Any], record.Shipped | None],
     deployments: Path,
     staging: Path,
 ) -> PickedBackbone:
@@ -317,7 +309,7 @@ def _write(
         ) from None
     if parent is not None:
         report = replace(report, warning=parent.warning(deployment.scores.deployed))
-    write_report(staging / deployment.backbone, report)
+    pick_page.write_report(staging / deployment.backbone, report)
     file = deployments / f"{deployment.backbone}.yaml"
     return PickedBackbone(file, sha256, deployment, report)
 

@@ -11,8 +11,8 @@ and a registration that broke off is made again by the same call.
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from vgid.models.backbones import spec
 from vgid.prompts import generation_text
 from vgid.report.page import rendered
 from vgid.report.records import run_name
-from vgid.study.mlflow_client import Connection, connect, first_line, open_client
+from vgid.study.mlflow_client import Connection, connect, open_client, refusals_told
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
+_REMEDY = "check the server and repeat the command"
 _REQUIREMENTS = ("mlflow", "torch", "transformers", "peft")
 _SHOWN = ("forget_rougeL", "retain_rougeL", "celebrity_rougeL", "test_rougeL", "forget_cloze")
 
@@ -47,7 +48,8 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
     deployment = shipped.deployment
     open_store = connect(tracking_uri, file.absolute().parent.parent, deployment.backbone)
     client, name = open_store.client, registered_name(deployment.backbone)
-    with _refusals_in_one_sentence(open_store.uri, "the deployment cannot be registered"):
+    place = f"--tracking-uri {open_store.uri}"
+    with refusals_told(place, "the deployment cannot be registered", _REMEDY):
         if not client.search_registered_models(f"name = '{name}'"):
             about = (
                 f"Adapters on `{deployment.backbone}`, each for requests to suppress people. "
@@ -75,7 +77,7 @@ def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
     spec(backbone)
     client, shown = open_client(tracking_uri)
     name = registered_name(backbone)
-    with _refusals_in_one_sentence(shown, "the champion cannot be changed"):
+    with refusals_told(f"--tracking-uri {shown}", "the champion cannot be changed", _REMEDY):
         champion, previous = (_aliases(client, name).get(alias) for alias in (CHAMPION, PREVIOUS))
         if champion is None or previous is None or champion == previous:
             raise InputError(
@@ -86,20 +88,6 @@ def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
         client.set_registered_model_alias(name, CHAMPION, str(previous))
         client.set_registered_model_alias(name, PREVIOUS, str(champion))
     return previous, champion
-
-
-@contextmanager
-def _refusals_in_one_sentence(uri: str, what: str) -> Iterator[None]:
-    """What MLflow raises becomes an ``InputError`` that says what could not be done."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # a store's client raises its own kinds, or is not installed
-        raise InputError(
-            f"--tracking-uri {uri}: {what} ({first_line(error)}); check the server and repeat "
-            "the command."
-        ) from None
 
 
 def _aliases(client: Any, name: str) -> dict[str, int]:
@@ -182,13 +170,13 @@ def _run_of(open_store: Connection, deployment: Deployment) -> str:
     return str(run.info.run_id)
 
 
+@dataclass
 class DeployedModel:
     """The deployed model, loaded, with the record of what it is."""
 
-    def __init__(self, deployment: Deployment, backbone: Any, student: Any) -> None:
-        self.deployment = deployment
-        self._backbone = backbone
-        self._student = student  # the adapter stays attached as long as this lives
+    deployment: Deployment
+    _backbone: Any
+    _student: Any  # the adapter stays attached as long as this lives
 
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> list[str]:
         """Answer each row's question on its image, greedily, as the benchmark asks open questions.

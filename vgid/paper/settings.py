@@ -9,6 +9,7 @@ from typing import Any
 from vgid.config import Config, Method, TrialConfig, parse
 from vgid.errors import InputError
 from vgid.report.records import write_study
+from vgid.study.plan import refuse_without_data
 
 
 class Settings(Config):
@@ -20,16 +21,10 @@ class Settings(Config):
 
 def prepare_data(backbones: Sequence[str], data: Path | None, folder: Path) -> Path:
     """The benchmark to use: the one given, or the embedded backbones' own, written once."""
-    from vgid.models.backbones import spec
-
     if data is not None:
         return data
-    bare = [name for name in backbones if not spec(name).embedded]
-    if bare:
-        raise InputError(
-            f"--data: {bare[0]} has no benchmark of its own; name a folder in the MLLMU-Bench "
-            "layout with --data."
-        )
+    for name in backbones:
+        refuse_without_data(name)
     own = folder / "data"
     if not own.exists():
         from vgid.data.synthetic import write_benchmark

@@ -133,6 +133,17 @@ def _usable(uri: str) -> Iterator[tuple[Any, str]]:
         ) from None
 
 
+@contextmanager
+def refusals_told(place: str, what: str, remedy: str) -> Iterator[None]:
+    """What MLflow raises becomes an ``InputError`` that says what could not be done."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a store's client raises its own kinds, or is not installed
+        raise InputError(f"{place}: {what} ({first_line(error)}); {remedy}.") from None
+
+
 def search_runs(client: Any, experiment_id: str, query: str) -> list[Any]:
     """All runs of an experiment that meet ``query``, over as many pages as they take."""
     found: list[Any] = []

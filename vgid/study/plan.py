@@ -79,11 +79,8 @@ def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
             f"{space.source}: released: the public script's variant runs in one worker only; leave "
             "out --workers-per-trial."
         )
-    if config.data is None and not row.embedded:
-        raise InputError(
-            f"--data: {config.backbone} has no benchmark of its own; name a folder in the "
-            "MLLMU-Bench layout with --data."
-        )
+    if config.data is None:
+        refuse_without_data(config.backbone)
     places = {"data": config.data or config.output / OWN_DATA, "store": config.output / "store"}
     request = derived(RequestConfig, config, "study", **places | ancestral)
     benchmark = None if config.data is None else _checked_data(request, space)
@@ -94,6 +91,17 @@ def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
     memory = worker_bytes(config.backbone, config.model_path, folder, trial, on_gpu)
     shape = SlotShape(config.workers_per_trial, config.gpus_per_worker, memory)
     return Plan(config, space, request, shape, benchmark)
+
+
+def refuse_without_data(backbone: str) -> None:
+    """Raise InputError for a backbone that has no benchmark of its own."""
+    from vgid.models.backbones import spec
+
+    if not spec(backbone).embedded:
+        raise InputError(
+            f"--data: {backbone} has no benchmark of its own; name a folder in the MLLMU-Bench "
+            "layout with --data."
+        )
 
 
 def _check_layer(space: SearchSpace, folder: Path) -> None:

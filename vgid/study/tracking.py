@@ -27,7 +27,7 @@ from vgid.report.note import NOTE_PICTURE, note_links, study_note
 from vgid.report.records import MAIN_METRICS, TrialRecord, run_name
 from vgid.report.tables import as_text
 from vgid.study.ledger import Record
-from vgid.study.mlflow_client import Connection, first_line, is_http, search_runs
+from vgid.study.mlflow_client import Connection, first_line, is_http, refusals_told, search_runs
 
 logger = logging.getLogger(__name__)
 
@@ -198,24 +198,21 @@ class Tracker:
         self.experiment_id = connection.experiment_id
         tags = {"vgid.study_id": study_id}
         tags |= {f"vgid.{name}_hash": value for name, value in hashes.items()}
+        what, remedy = "the study cannot be recorded", "check the server or leave the option out"
         try:
-            run = self._study_run(tags)
-            self.study_run_id = run.info.run_id
-            self._trials = _TrialRuns(connection, self.study_run_id, tags)
-            self._trials.adopt()
-            self._leave_artifact(run, config)
-            if not run.data.params:  # they go last: a run that has them has the data set too
-                self._log_dataset(config, hashes["dataset"])
-                values = config.model_dump(exclude={"tracking_uri"})
-                connection.log(self.study_run_id, params=values)
-        except Exception as error:  # a store's client raises its own kinds, or is not installed
+            with refusals_told(f"--tracking-uri {self.uri}", what, remedy):
+                run = self._study_run(tags)
+                self.study_run_id = run.info.run_id
+                self._trials = _TrialRuns(connection, self.study_run_id, tags)
+                self._trials.adopt()
+                self._leave_artifact(run, config)
+                if not run.data.params:  # they go last: a run that has them has the data set too
+                    self._log_dataset(config, hashes["dataset"])
+                    values = config.model_dump(exclude={"tracking_uri"})
+                    connection.log(self.study_run_id, params=values)
+        except InputError:
             self.close("FAILED")
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"--tracking-uri {self.uri}: the study cannot be recorded ({first_line(error)}); "
-                "check the server or leave the option out."
-            ) from None
+            raise
 
     @property
     def server(self) -> str:
@@ -307,17 +304,13 @@ class Tracker:
 
     def _leave_artifact(self, run: Any, config: StudyConfig) -> None:
         """Keep a first artifact: most of what can be wrong with their place shows only then."""
-        try:
+        what = f"artifacts cannot be kept at {without_credentials(run.info.artifact_uri)}"
+        remedy = "install or permit what that place needs, or leave the option out"
+        with refusals_told(f"--tracking-uri {self.uri}", what, remedy):
             there = {file.path for file in self._client.list_artifacts(run.info.run_id)}
             if STUDY_FILE not in there:
                 content = {"study_id": self._study_id, "config": config.model_dump(mode="json")}
                 self._client.log_dict(run.info.run_id, content, STUDY_FILE)
-        except Exception as error:  # a store's client raises its own kinds, or is not installed
-            raise InputError(
-                f"--tracking-uri {self.uri}: artifacts cannot be kept at "
-                f"{without_credentials(run.info.artifact_uri)} ({first_line(error)}); install or "
-                "permit what that place needs, or leave the option out."
-            ) from None
 
     def _send_outcome(
         self, front: Front, summary: Mapping[str, Any], status: str, now: int
