@@ -22,18 +22,12 @@ from vgid.prompts import Form, PromptStyle
 from vgid.seeds import sample_generator
 
 BOUNDS: dict[str, tuple[float, float]] = {
-    "forget_base": (0.90, 1.0),
-    "forget_raw_base": (0.90, 1.0),
-    "forget_cloze": (0.80, 1.0),
-    "forget_choice": (0.80, 1.0),
-    "forget_strict": (0.30, 0.75),
-    "forget_random+strict": (0.0, 0.05),
-    "retain_base": (0.90, 1.0),
-    "retain_raw_base": (0.90, 1.0),
-    "test_base": (0.75, 1.0),
-    "random_below_strict": (0.01, 1.0),
+    "forget_base": (0.90, 1.0), "forget_raw_base": (0.90, 1.0), "forget_cloze": (0.80, 1.0),
+    "forget_choice": (0.80, 1.0), "forget_strict": (0.30, 0.75),
+    "forget_random+strict": (0.0, 0.05), "retain_base": (0.90, 1.0),
+    "retain_raw_base": (0.90, 1.0), "test_base": (0.75, 1.0), "random_below_strict": (0.01, 1.0),
     "reverse_gain": (0.10, 1.0),
-}
+}  # fmt: skip
 """Lowest and highest value of each entry of ``measure`` that makes the backbone fit for use.
 
 ``_raw``: generation questions as they stand, without the evaluation's wrapper;

@@ -109,23 +109,20 @@ def marks_of(trial_id: str, base: Scored, scored: Scored) -> Marks:
 
     InputError where the data has no held-out generation questions.
     """
-
-    def score(scores: Mapping[str, Score], name: str) -> Score:
-        if name not in scores:
-            raise InputError(
-                f"{name}: the data has no held-out questions for this score; add generation "
-                "questions."
-            )
-        return scores[name]
-
-    reduction = score(scored.plain, "forget_rougeL_reduction")
-    retain = score(scored.plain, "retain_rougeL")
-    drop = score(scored.plain, "retain_rougeL_drop")
-    rise = score(scored.reverse, "forget_rougeL_rise")
-    cloze = scored.plain.get("forget_cloze")
+    plain = scored.plain
+    try:
+        before = base.plain["forget_rougeL"]
+        reduction, drop = plain["forget_rougeL_reduction"], plain["retain_rougeL_drop"]
+        retain, rise = plain["retain_rougeL"], scored.reverse["forget_rougeL_rise"]
+    except KeyError as error:
+        raise InputError(
+            f"{error.args[0]}: the data has no held-out questions for this score; add generation "
+            "questions."
+        ) from None
+    cloze = plain.get("forget_cloze")
     return Marks(
         trial_id=trial_id,
-        before=score(base.plain, "forget_rougeL").value,
+        before=before.value,
         reduction=Measure(reduction.value, reduction.low),
         retain=Measure(retain.value, retain.low),
         retain_drop=Measure(drop.value, drop.high),
