@@ -3,7 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from importlib.resources import files
+from typing import Any, NamedTuple, get_args
+
+import yaml
 
 from vgid.config import ForgetRatio, Method, TrialConfig, parse
 from vgid.paper.experiments import Arm, Experiment, Outcome
@@ -30,15 +33,17 @@ CELEBRITIES = _three("celebrity")
 """General utility, beside the retain people where the data has celebrities; the paper has none."""
 EXTRA = ("retain_bleu", "forget_memorisation")  # in the CSV only, for figure 5 and for suspicion
 
-STYLES: dict[PromptStyle, str] = {
-    "declarative": "Declarative", "polite": "Polite", "strict": "Strict Enforcement",
-}  # fmt: skip
 PRINTED: dict[Method, str] = {"po_dpo": "PO", "po_idk": "PO", "vgid": "Vgid"}
 """The paper's names of rows that it does not call by our label."""
 
+STYLES: tuple[PromptStyle, ...] = get_args(PromptStyle)
 SIGMAS = (0.2, 0.4, 0.6, 0.8)
-REVERSED = "w/ Reverse Attack"
 COMPARISONS: dict[ForgetRatio, int] = {5: 3, 10: 8, 15: 9}  # all methods, by forget ratio
+
+_SCORES = {"text": TEXT_SCORES, "forget and test": FORGET_AND_TEST, "all nine": ALL_NINE}
+_TABLES: dict[int, dict[str, Any]] = yaml.safe_load(
+    files("vgid.paper").joinpath("tables.yaml").read_text(encoding="utf-8")
+)
 
 
 class Row(NamedTuple):
@@ -74,65 +79,31 @@ class Table:
         return Experiment(backbone=backbone, forget_ratio=self.forget_ratio, seed=seed, arm=row.arm)
 
 
-BASE = Row("base", "Base", "Base", Arm())
-
-
 def tables(trials: Mapping[Method, TrialConfig]) -> dict[int, Table]:
     """Tables 1 to 6, 8 and 9 with each method's setting; methods without one have no row.
 
-    Table 7 has no runs (``table_7``).
+    They are told in ``tables.yaml``; Table 7 has no runs (``table_7``).
     """
-    strict = Row("icu_strict", "Textual (ICU, strict)", "Textual", Arm(style="strict"))
-    visual = Row("visual", "Visual (random noise)", "Visual", Arm(noise_type="random"))
-    dual = Row("dual", "Dual-modal", "Dual-modal", Arm(style="strict", noise_type="random"))
-    instructed = [Row(f"icu_{s}", label, label, Arm(style=s)) for s, label in STYLES.items()]
     methods = [
         Row(method, label, PRINTED.get(method, label), Arm(trial=trials[method]))
         for method, label in METHOD_LABELS.items()
         if method in trials
     ]
-    # Tables 4 and 5 vary VGID's own setting; without one they have the base alone.
-    noises, styles = _ablations(trials["vgid"]) if "vgid" in trials else ([], [])
-    found = [
-        Table(1, "In-context unlearning by prompt style", 5, TEXT_SCORES, (BASE, *instructed)),
-        Table(2, "Textual, visual and dual-modal intervention", 5, FORGET_AND_TEST,
-            (BASE, strict, visual, dual)),
-        *(Table(number, f"All methods at {ratio} % forgotten", ratio, ALL_NINE, (BASE, *methods))
-            for ratio, number in COMPARISONS.items()),
-        Table(4, "Visual perturbations of VGID's teacher", 5, ALL_NINE, (BASE, *noises)),
-        Table(5, "Prompt styles of VGID's teacher", 5, ALL_NINE, (BASE, *styles)),
-        Table(6, "The reverse-engineering prompt", 5, FORGET_AND_TEST, _reversals(trials)),
-    ]  # fmt: skip
-    return {table.number: table for table in sorted(found, key=lambda table: table.number)}
-
-
-def _ablations(vgid: TrialConfig) -> tuple[list[Row], list[Row]]:
-    def row(key: str, label: str, paper: str, **update: object) -> Row:
-        changed = parse(TrialConfig, {**vgid.model_dump(), **update}, "table")
-        return Row(key, label, paper, Arm(trial=changed))
-
-    noises = [
-        *(row(f"gaussian_{sigma}", f"Gaussian σ = {sigma}", f"gaussian sigma={sigma}",
-              noise_type="gaussian", sigma=sigma) for sigma in SIGMAS),
-        row("random", "Random noise", "Random Noise", noise_type="random", sigma=None),
-        row("white", "White", "White", noise_type="white", sigma=None),
-    ]  # fmt: skip
-    labels = {**STYLES, "polite": "Polite Request"}
-    return noises, [
-        row(style, labels[style], labels[style], prompt_style=style) for style in STYLES
-    ]
-
-
-def _reversals(trials: Mapping[Method, TrialConfig]) -> tuple[Row, ...]:
-    rows = [BASE, Row("icu", "ICU (strict)", "ICU", Arm(style="strict"))]
-    if "vgid" in trials:
-        rows.append(Row("vgid", "VGID", "Vgid", Arm(trial=trials["vgid"])))
-    plain = [row._replace(setting="w/o Reverse Attack") for row in rows]
-    attacked = [
-        Row(f"{key}_reverse", label, paper, arm.model_copy(update={"reverse": True}), REVERSED)
-        for key, label, paper, arm, _ in rows
-    ]
-    return (*plain, *attacked)
+    found = {}
+    for number, told in _TABLES.items():
+        rows = []
+        for key, label, paper, run, *block in told["rows"]:
+            if "vgid" not in run:
+                rows.append(Row(key, label, paper, Arm(**run), *block))
+            elif "vgid" in trials:
+                values = trials["vgid"].model_dump() | run["vgid"]
+                trial = parse(TrialConfig, values, "table")
+                arm = Arm(trial=trial, reverse=run.get("reverse", False))
+                rows.append(Row(key, label, paper, arm, *block))
+        rows += methods if told.get("methods") else []
+        scores = _SCORES[told["scores"]]
+        found[number] = Table(number, told["title"], told["forget_ratio"], scores, tuple(rows))
+    return found
 
 
 @dataclass(frozen=True)
