@@ -207,18 +207,13 @@ def max_lora_rank(rank: int) -> int | None:
 
 def serve_merged(deployment: Deployment) -> str:
     """The command to deploy with: serves the merged weights, from the export's folder."""
-    return _command("./merged", deployment, f"--served-model-name {served_name(deployment)}")
+    return _command(deployment)
 
 
 def serve_adapter(deployment: Deployment) -> str | None:
     """The command that serves the base with the adapter; None where vLLM takes none of its rank."""
-    limit, base = max_lora_rank(deployment.adapter.rank), deployment.base
-    if limit is None:
-        return None
-    flags = [f"--revision {base.revision}"] if base.hub_id else []
-    flags += ["--enable-lora", f"--lora-modules {served_name(deployment)}=./adapter"]
-    flags.append(f"--max-lora-rank {limit}")
-    return _command(base.hub_id or "BASE", deployment, *flags)
+    limit = max_lora_rank(deployment.adapter.rank)
+    return None if limit is None else _command(deployment, limit)
 
 
 def served_name(deployment: Deployment) -> str:
@@ -272,9 +267,9 @@ def chat_template_of(frame: record.Frame, base: Path) -> str:
     return chat_template(frame, first, tokenizer.convert_ids_to_tokens(ids))
 
 
-def _command(model: str, deployment: Deployment, *flags: str) -> str:
+def _command(deployment: Deployment, limit: int | None = None) -> str:
+    """Serves the adapter if ``limit``, a ``--max-lora-rank``, is given."""
     from vgid.models.decoding import MAX_NEW_TOKENS
 
-    given = {"model": model, "precision": deployment.base.precision, "flags": flags}
-    command = rendered("vgid.deployment", "serve.sh.jinja", max_new_tokens=MAX_NEW_TOKENS, **given)
-    return command.rstrip()
+    told = {"name": served_name(deployment), "limit": limit, "max_new_tokens": MAX_NEW_TOKENS}
+    return rendered("vgid.deployment", "serve.sh.jinja", **dict(deployment) | told).rstrip()

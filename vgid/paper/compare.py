@@ -227,21 +227,8 @@ def verdict(listed: Sequence[Standing]) -> str:
     To lead every other method is an intersection-union test, as in ``vgid.paper.claims``, so each
     interval stands for itself.
     """
-    if len(listed) < 2:
-        return "One method only: there is nothing to compare it with."
-    first, second, *_ = listed
-    leads = {other.name: paired_interval(first.held_out, other.held_out) for other in listed[1:]}
-    opening = (
-        f"{first.name} has the largest mean held-out hypervolume, {first.volume.mean:.4f}, "
-        f"before {second.name} with {second.volume.mean:.4f}; paired difference "
-        f"{leads[second.name]}."
-    )
-    if len(first.held_out) < 2:
-        return f"{opening} One seed cannot tell whether that is chance."
-    close = [name for name, lead in leads.items() if not lead.low > 0]
-    if not close:
-        return f"{opening} The interval of its lead over each other method lies above zero."
-    return f"{opening} The seeds do not tell it from {', '.join(close)}: the interval holds zero."
+    leads = {one.name: paired_interval(listed[0].held_out, one.held_out) for one in listed[1:]}
+    return rendered("vgid.paper", "verdict.txt.jinja", listed=listed, leads=leads).strip()
 
 
 def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict[str, Any]:
