@@ -82,19 +82,19 @@ def search(arguments: Sequence[str] | None) -> Mapping[str, Any]:
         InputError: bad input, before anything was started or written.
     """
     config, mode = read_flags(arguments)
-    ancestor = None
+    ancestral = None
     if config.from_deployment is not None:
         from vgid.deployment.record import read_shipped
 
-        ancestor = read_shipped(config.from_deployment)
+        config, ancestral = read_shipped(config.from_deployment).followed_by(config)
     if mode.dry_run:
         from vgid.study.plan import make_plan
 
-        print("\n".join(make_plan(config, ancestor).lines()))
+        print("\n".join(make_plan(config, ancestral).lines()))
         return {}
     from vgid.study.run import run_study
 
-    return run_study(config, mode.resume, retry_failed=mode.retry_failed, ancestor=ancestor)
+    return run_study(config, mode.resume, retry_failed=mode.retry_failed, ancestral=ancestral)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -88,7 +88,7 @@ def data_check(
     from vgid.evaluation.rehearsal import Run
 
     run = Run(backbone, model_path, retain_people, seed, skip_defects)
-    report = check_benchmark(folder, progress=not as_json, run=run)
+    report = check_benchmark(folder, not as_json, run.defects, skip_defects)
     _show(report, as_json)
     raise typer.Exit(2 if report.defects else 0)
 

@@ -23,7 +23,7 @@ from vgid.study.plan import Plan, make_plan
 
 def planned(config: StudyConfig) -> Plan:
     assert config.from_deployment is not None
-    return make_plan(config, read_shipped(config.from_deployment))
+    return make_plan(*read_shipped(config.from_deployment).followed_by(config))
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def edited(whole: Path, root: Path, config: str, edit: Edit | None, free: bool =
 
 
 def checked(root: Path) -> Report:
-    return check_benchmark(root, run=Run("tiny-llava", retain_people=RETAIN_PEOPLE))
+    return check_benchmark(root, stops=Run("tiny-llava", retain_people=RETAIN_PEOPLE).defects)
 
 
 def planned(root: Path, **others: object) -> str | None:
@@ -248,9 +248,8 @@ def test_defective_questions_are_left_out_and_counted(whole: Path, tmp_path: Pat
     before = {q.id for p in Benchmark.open(whole).forget(5) for q in p.questions}
     assert len(before - asked) == 2 and asked < before
 
-    report = check_benchmark(
-        root, run=Run("tiny-llava", retain_people=RETAIN_PEOPLE, skip_defects=True)
-    )
+    run = Run("tiny-llava", retain_people=RETAIN_PEOPLE, skip_defects=True)
+    report = check_benchmark(root, stops=run.defects, skipping=True)
     counts = {
         name: {"questions": count.questions_left_out, "people": count.people_left_out}
         for name, count in report.configs.items()

@@ -7,7 +7,7 @@ a value of the data but person IDs.
 import hashlib
 from collections.abc import Callable, Iterable, Set
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import get_args
 
 from pydantic import BaseModel, Field
 from rich.box import SIMPLE
@@ -87,26 +87,20 @@ class Report(Config):
             console.print(f"Left out as defective: {describe_left_out(left_out)}.")
 
 
-class Rehearsed(Protocol):
-    """What a benchmark is to be good for besides being read (``vgid.evaluation.rehearsal.Run``).
+def check_benchmark(
+    root: Path,
+    progress: bool = False,
+    stops: Callable[[Path, Set[str]], list[Defect]] | None = None,
+    skipping: bool = False,
+) -> Report:
+    """Read a benchmark whole and report what it holds and every defect.
 
-    Its ``defects`` are what would stop it, looking at no config that is broken.
-    """
-
-    @property
-    def skip_defects(self) -> bool: ...  # noqa: D102
-
-    def defects(self, root: Path, broken: Set[str]) -> list[Defect]: ...  # noqa: D102
-
-
-def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = None) -> Report:
-    """Read a benchmark whole and report what it holds, every defect, and what would stop ``run``.
-
+    ``stops`` tells what would stop a run, looking at no config that is broken
+    (``vgid.evaluation.rehearsal.Run.defects``); the run is ``skipping`` what is defective.
     InputError where there is no such folder, or the run's backbone cannot be found.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; name the benchmark folder to check.")
-    skipping = run is not None and run.skip_defects
     counts: dict[str, ConfigCount] = {}
     defects: list[Defect] = []
     left_out: list[Defect] = []
@@ -142,9 +136,9 @@ def check_benchmark(root: Path, progress: bool = False, run: Rehearsed | None = 
     defects += [
         defect for ratio in layout.FORGET_RATIOS for defect in people_defects(places, ratio)
     ]
-    if run is not None:
+    if stops is not None:
         # After the data's own defects: what is broken cannot be asked, and is known already.
-        judge(run.defects(root, {defect.config for defect in defects}))
+        judge(stops(root, {defect.config for defect in defects}))
     for config, count in counts.items():
         mine = [defect for defect in left_out if defect.config == config]
         whole_rows = {defect.row for defect in mine if defect.question is None}

@@ -30,6 +30,7 @@ from vgid.config import (
     Flag,
     ForgetRatio,
     RequestConfig,
+    StudyConfig,
     TrainPairs,
     TrialConfig,
     derived,
@@ -385,6 +386,15 @@ class Shipped:
             "earlier_ids": self.as_parent.subjects,
             "deployed_adapter": self.adapter,
         }
+
+    def followed_by(self, config: StudyConfig) -> tuple[StudyConfig, dict[str, Any]]:
+        """A study that starts from it, pinned to this file and base; what it sets of its request.
+
+        InputError as ``request_fields``.
+        """
+        fields = self.request_fields(config.backbone, config.model_path)
+        pinned = {"from_deployment_sha256": self.sha256, "model_path": fields["model_path"]}
+        return config.model_copy(update=pinned), fields
 
     def warning(self, deployed: Mapping[str, Score]) -> str | None:
         """A sentence where earlier people's suppression came back with the next request.

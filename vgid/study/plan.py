@@ -1,10 +1,11 @@
 """What a study is going to do, checked in full before anything is started or written."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from vgid.cluster.resources import SlotShape, worker_bytes
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, derived, parse
@@ -43,30 +44,14 @@ class Plan:
         return rendered("vgid.study", "plan.txt.jinja", **told).splitlines()
 
 
-class Ancestor(Protocol):
-    """The deployment that a study starts from (``vgid.deployment.record``)."""
-
-    @property
-    def sha256(self) -> str:
-        """Of its file."""
-
-    def request_fields(self, backbone: str | None, model_path: str | None) -> dict[str, Any]:
-        """What it sets of every request that follows it."""
-
-
-def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
+def make_plan(config: StudyConfig, ancestral: Mapping[str, Any] | None = None) -> Plan:
     """Check all of a study before anything starts; ``InputError`` for what is wrong.
 
-    ``ancestor`` is what ``config.from_deployment`` holds, where it names a file.
+    ``ancestral`` is what the deployment that it starts from sets of every request
+    (``vgid.deployment.record.Shipped.followed_by``).
     """
     from vgid.models import backbones
 
-    ancestral: dict[str, Any] = {}
-    if ancestor is not None:
-        ancestral = ancestor.request_fields(config.backbone, config.model_path)
-        model_path = ancestral["model_path"]
-        pinned = {"from_deployment_sha256": ancestor.sha256, "model_path": model_path}
-        config = config.model_copy(update=pinned)
     row = backbones.spec(config.backbone)
     folder = backbones.locate(row, config.model_path)
     path = config.search_space or FOLDER / f"{config.backbone}.yaml"
@@ -82,7 +67,7 @@ def make_plan(config: StudyConfig, ancestor: Ancestor | None = None) -> Plan:
     if config.data is None:
         refuse_without_data(config.backbone)
     places = {"data": config.data or config.output / OWN_DATA, "store": config.output / "store"}
-    request = derived(RequestConfig, config, "study", **places | ancestral)
+    request = derived(RequestConfig, config, "study", **places | dict(ancestral or {}))
     benchmark = None if config.data is None else _checked_data(request, space)
     _check_output(config.output)
     # By the first of the trials.

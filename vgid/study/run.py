@@ -6,7 +6,7 @@ tells of them (``trials``), what the results amount to (``outcome``).
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ from vgid.study.console import Standing, StudyConsole, last_words, libraries_sil
 from vgid.study.ending import Ending
 from vgid.study.ledger import Ledger, changes, now
 from vgid.study.outcome import Material, Scoreboard, said_of_a_stop, study_summary
-from vgid.study.plan import Ancestor, Plan, make_plan
+from vgid.study.plan import Plan, make_plan
 from vgid.study.trials import Bulletin, Listener
 
 if TYPE_CHECKING:
@@ -46,14 +46,14 @@ def run_study(
     resume: bool = False,
     session: "SessionFactory | None" = None,
     retry_failed: bool = False,
-    ancestor: Ancestor | None = None,
+    ancestral: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Run a study, or ``resume`` the one that the output folder holds; its ``study.json``.
 
     There ``interrupted`` tells whether a signal ended it, ``error`` why it has not all that it
     should have. The failed trials of a resumed study may be run again, under their ids. ``session``
-    makes the workers' sessions, by default ``vgid.cluster.slots.trial_session``; ``ancestor`` is
-    what ``config.from_deployment`` names.
+    makes the workers' sessions, by default ``vgid.cluster.slots.trial_session``; ``ancestral`` is
+    ``make_plan``'s.
 
     Raises:
         InputError: bad input; nothing was started if it is in what can be checked before.
@@ -61,7 +61,7 @@ def run_study(
     from vgid.cluster.connection import connected
 
     ending = Ending(config.time_budget_s)
-    plan = make_plan(config, ancestor)
+    plan = make_plan(config, ancestral)
     with begin(plan, ending, resume, retry_failed) as study, connected() as joined:
         with study.slots(joined, session) as slots:
             base = study.score_base(slots)
