@@ -49,11 +49,6 @@ class Score(Config):
     def __str__(self) -> str:
         return with_interval(self.value, self.low, self.high)
 
-    @property
-    def cells(self) -> list[float | None]:
-        """Value, low, high and n, as CSV files have them."""
-        return [self.value, self.low, self.high, self.n]
-
 
 def shots_left_out(scores: Mapping[str, Score]) -> str | None:
     """A sentence where the context did not hold all few-shot turns; None where it did."""

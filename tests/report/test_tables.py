@@ -75,7 +75,9 @@ def test_a_page_gets_the_same_cells_with_marks_as_classes():
 
 
 def test_csv_keeps_every_bit():
-    grid = Grid(("name", "low", *(f"s{p}" for p in "vlhn")), [("a,b", 0.1 + 0.2, *SCORE.cells)])
+    grid = Grid(
+        ("name", "low", *(f"s{p}" for p in "vlhn")), [("a,b", 0.1 + 0.2, *four_cells(SCORE))]
+    )
     (row,) = csv.DictReader(io.StringIO(grid.csv().decode()))
     assert row["name"] == "a,b" and float(row["low"]) == 0.1 + 0.2
     assert (float(row["sh"]), row["sn"]) == (1 / 3, "7")

@@ -57,11 +57,6 @@ class Front:
         """The front, from least to most forgotten."""
         return sorted((r for r in self.drawn if r.on_front), key=lambda r: r.point or (0.0, 0.0))
 
-    @property
-    def base_point(self) -> tuple[float, float]:
-        """Nothing forgotten, everything retained."""
-        return 0.0, self.base["retain_rougeL"].value
-
     def held_out(self) -> list[tuple[TrialRecord, Score, Score]]:
         """Front trials with their two objectives on the held-out questions."""
         first, second = OBJECTIVES
@@ -186,11 +181,11 @@ def _held_out(front: Front) -> list[Series]:
 
 
 def _marks(front: Front) -> list[Series]:
-    x, y = front.base_point
+    y = front.base["retain_rougeL"].value
     default = [record for record in front.drawn if is_paper_default(record.config)]
     ring = Series("the paper's default setting", *_places(default), BASE, "circle-open", 21)
     told = [f"base model\nretain ROUGE-L {y:.3f}"]
-    star = Series("base model", [x], [y], BASE, "star", 20, hover=told)
+    star = Series("base model", [0.0], [y], BASE, "star", 20, hover=told)
     return [ring, star] if default else [star]
 
 

@@ -133,12 +133,12 @@ def recommended(front: Front) -> TrialRecord | None:
     called so (``MIN_FORGET``); where none does, the one that forgets most. Chosen by search scores,
     so that its held-out scores are not the best of many.
     """
-    known, kept = front.base["forget_rougeL"].value, front.base_point[1] - PAPER_RETAIN_DROP
+    known, kept = (front.base[f"{split}_rougeL"].value for split in ("forget", "retain"))
     points = [(record, *record.point) for record in front.front if record.point is not None]
     able = [(r, y) for r, x, y in points if share_gone(known, known - x) >= MIN_FORGET]
     # The front is in order of what is forgotten, so of those that are gentle the last forgets most.
     for record, y in reversed(able):
-        if y >= kept:
+        if y >= kept - PAPER_RETAIN_DROP:
             return record
     return able[0][0] if able else next(reversed(front.front), None)
 

@@ -40,7 +40,7 @@ def as_text(value: Any) -> str:
 
 def four_cells(score: Score | None) -> list[float | None]:
     """Value, low, high and n for a CSV file, empty where there is no score."""
-    return [None] * 4 if score is None else score.cells
+    return [None] * 4 if score is None else [score.value, score.low, score.high, score.n]
 
 
 @dataclass(frozen=True)
