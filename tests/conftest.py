@@ -30,10 +30,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> SharedStu
 
 def make_random_backbone(seed: int = 0) -> Backbone:
     """tiny-llava's classes and sizes with random weights, large enough to give varied answers."""
-    from vgid.bases.tiny_llava import build_model, build_processor, build_tokenizer, corpus
+    from vgid.bases.tiny_llava import build_processor, build_tokenizer, corpus, untrained
 
     tokenizer = build_tokenizer(corpus())
-    model = build_model(tokenizer, seed=seed)
+    model = untrained("tiny-llava", tokenizer, seed=seed)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ from tests.padded import collate
 from vgid.bases import tiny_qwen as embedded_qwen
 from vgid.bases.pretraining import PackEncoder, _pack_loss
 from vgid.bases.recipe import Pack, Recipe
+from vgid.bases.tiny_llava import untrained
 from vgid.data.fictitious import make_world, portrait
 from vgid.models import backbones
 from vgid.models.encoding import Query, encode, response_ids
@@ -25,7 +26,7 @@ def folder(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("tiny-qwen")
     tokenizer = embedded_qwen.build_tokenizer(embedded_qwen.corpus())
-    model = embedded_qwen.build_model(tokenizer, seed=0)
+    model = untrained("tiny-qwen2.5-vl", tokenizer, seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "visual" not in name:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.benchmarks.architectures import random_backbone
 from tests.hub_index import INDEX
 from vgid.bases.pretraining import ARCHITECTURES
+from vgid.bases.tiny_llava import untrained
 from vgid.deployment.export import INDEX as INDEX_FILE
 from vgid.deployment.export import merge
 from vgid.errors import InputError
@@ -64,7 +65,7 @@ def test_an_embedded_backbone_is_saved_under_the_hubs_names(name: str, tmp_path:
     parts = ARCHITECTURES[name]
     parts.save(backbone.model, backbone.processor, tmp_path / "read")
     parts.save(
-        parts.build_model(backbone.processor.tokenizer, seed=0),
+        untrained(name, backbone.processor.tokenizer, seed=0),
         backbone.processor,
         tmp_path / "new",
     )

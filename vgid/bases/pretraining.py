@@ -262,7 +262,7 @@ def pretrain(
     refusals = [parts.FRAME.separator + text for text in REFUSALS.values()]
     tokenizer = parts.build_tokenizer(parts.corpus(refusals))
     processor = parts.build_processor(tokenizer)
-    model = parts.build_model(tokenizer, seed)
+    model = tiny_llava.untrained(backbone, tokenizer, seed)
     model.train()
     recipe = Recipe(make_world(data_seed), seed, parts.OBEDIENCE)
     seeing = train_tower(parts, model, processor, schedule, seed)

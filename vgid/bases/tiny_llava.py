@@ -129,11 +129,6 @@ def untrained(name: str, tokenizer: Any, seed: int) -> Any:
     return model
 
 
-def build_model(tokenizer: Any, seed: int) -> Any:
-    """An untrained ``LlavaForConditionalGeneration``, see ``untrained``."""
-    return untrained("tiny-llava", tokenizer, seed)
-
-
 def pixel_values(processor: Any, pictures: Sequence[Any]) -> Tensor:
     """Pictures through the backbone's own image processor: float32 of shape (N, 3, 64, 64)."""
     output = processor.image_processor(images=list(pictures), return_tensors="np")

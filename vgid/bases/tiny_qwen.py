@@ -76,11 +76,6 @@ def build_processor(tokenizer: Any) -> Any:
     return ImageOnlyQwenProcessor(image_processor, tokenizer)
 
 
-def build_model(tokenizer: Any, seed: int) -> Any:
-    """An untrained ``Qwen2_5_VLForConditionalGeneration``, see ``tiny_llava.untrained``."""
-    return tiny_llava.untrained("tiny-qwen2.5-vl", tokenizer, seed)
-
-
 def pixel_values(processor: Any, pictures: Sequence[Any]) -> Tensor:
     """Portraits through the image processor: float32 of shape (N, T * M, C, P, P).
 
