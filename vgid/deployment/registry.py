@@ -23,7 +23,7 @@ from vgid.models.backbones import spec
 from vgid.prompts import generation_text
 from vgid.report.page import rendered
 from vgid.report.records import run_name
-from vgid.study.mlflow_client import Connection, connect, open_client, refusals_told
+from vgid.study.mlflow_client import Connection, connect, one_sentence, open_client
 
 CHAMPION, PREVIOUS = "champion", "previous"
 
@@ -49,7 +49,7 @@ def register(file: Path, tracking_uri: str | None = None) -> int:
     open_store = connect(tracking_uri, file.absolute().parent.parent, deployment.backbone)
     client, name = open_store.client, registered_name(deployment.backbone)
     place = f"--tracking-uri {open_store.uri}"
-    with refusals_told(place, "the deployment cannot be registered", _REMEDY):
+    with one_sentence(place, "the deployment cannot be registered", _REMEDY):
         if not client.search_registered_models(f"name = '{name}'"):
             about = (
                 f"Adapters on `{deployment.backbone}`, each for requests to suppress people. "
@@ -77,7 +77,7 @@ def rollback(backbone: str, tracking_uri: str) -> tuple[int, int]:
     spec(backbone)
     client, shown = open_client(tracking_uri)
     name = registered_name(backbone)
-    with refusals_told(f"--tracking-uri {shown}", "the champion cannot be changed", _REMEDY):
+    with one_sentence(f"--tracking-uri {shown}", "the champion cannot be changed", _REMEDY):
         champion, previous = (_aliases(client, name).get(alias) for alias in (CHAMPION, PREVIOUS))
         if champion is None or previous is None or champion == previous:
             raise InputError(

@@ -24,7 +24,7 @@ from vgid.models.adapter_files import FILES
 from vgid.pareto import hypervolume
 from vgid.report.records import TRIAL_FIELDS
 from vgid.results import OBJECTIVES, QuestionPart, Score, trial_order
-from vgid.study.mlflow_client import open_client, refusals_told, search_runs
+from vgid.study.mlflow_client import one_sentence, open_client, search_runs
 from vgid.study.plan import OWN_DATA
 
 MLFLOW = "mlflow:"
@@ -220,7 +220,7 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
 
 def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str) -> None:
     what = f"artifact {artifact} of run {run_id} cannot be fetched"
-    with refusals_told(where, what, "restore it, or name the study's folder"):
+    with one_sentence(where, what, "restore it, or name the study's folder"):
         local = Path(client.download_artifacts(run_id, artifact, str(folder)))
         local.rename(folder / local.name)
 

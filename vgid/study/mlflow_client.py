@@ -134,7 +134,7 @@ def _usable(uri: str) -> Iterator[tuple[Any, str]]:
 
 
 @contextmanager
-def refusals_told(place: str, what: str, remedy: str) -> Iterator[None]:
+def one_sentence(place: str, what: str, remedy: str) -> Iterator[None]:
     """What MLflow raises becomes an ``InputError`` that says what could not be done."""
     try:
         yield

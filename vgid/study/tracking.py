@@ -27,7 +27,7 @@ from vgid.report.note import NOTE_PICTURE, note_links, study_note
 from vgid.report.records import MAIN_METRICS, TrialRecord, run_name
 from vgid.report.tables import as_text
 from vgid.study.ledger import Record
-from vgid.study.mlflow_client import Connection, first_line, is_http, refusals_told, search_runs
+from vgid.study.mlflow_client import Connection, first_line, is_http, one_sentence, search_runs
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class Tracker:
         tags |= {f"vgid.{name}_hash": value for name, value in hashes.items()}
         what, remedy = "the study cannot be recorded", "check the server or leave the option out"
         try:
-            with refusals_told(f"--tracking-uri {self.uri}", what, remedy):
+            with one_sentence(f"--tracking-uri {self.uri}", what, remedy):
                 run = self._study_run(tags)
                 self.study_run_id = run.info.run_id
                 self._trials = _TrialRuns(connection, self.study_run_id, tags)
@@ -306,7 +306,7 @@ class Tracker:
         """Keep a first artifact: most of what can be wrong with their place shows only then."""
         what = f"artifacts cannot be kept at {without_credentials(run.info.artifact_uri)}"
         remedy = "install or permit what that place needs, or leave the option out"
-        with refusals_told(f"--tracking-uri {self.uri}", what, remedy):
+        with one_sentence(f"--tracking-uri {self.uri}", what, remedy):
             there = {file.path for file in self._client.list_artifacts(run.info.run_id)}
             if STUDY_FILE not in there:
                 content = {"study_id": self._study_id, "config": config.model_dump(mode="json")}
