@@ -177,7 +177,10 @@ def teach(
     checkpoint: Path,
     progress: bool = False,
 ) -> list[EpochReport]:
-    """Train what requires gradients, from the checkpoint of run ``key`` if there is one."""
+    """Train what requires gradients, from the checkpoint of run ``key`` if there is one.
+
+    InputError for another run's checkpoint, or a loss or weight that is not finite.
+    """
     if checkpointed_trial(checkpoint) not in (None, key):
         raise InputError(
             f"{checkpoint}: the checkpoint was made with other settings, data or base; "

@@ -256,6 +256,7 @@ def pretrain(
     """Run both stages; gives the model in evaluation mode and its processor.
 
     ``seed`` is of every draw but those of the people to know, which are of ``data_seed``.
+    ArithmeticError where a loss is not finite.
     """
     progress = progress or Progress(disable=True)
     parts = ARCHITECTURES[backbone]
