@@ -170,7 +170,7 @@ def _run_of(open_store: Connection, deployment: Deployment) -> str:
     return str(run.info.run_id)
 
 
-@dataclass
+@dataclass(eq=False)
 class DeployedModel:
     """The deployed model, loaded, with the record of what it is."""
 
