@@ -83,6 +83,11 @@ class ScoreCheck(Config):
         slack = 1 / stated.n if self.merged else 0.0
         return stated.low - slack <= found.value <= stated.high + slack
 
+    @property
+    def equal(self) -> bool:
+        """Whether value and interval are the same bits."""
+        return self.found == self.stated
+
 
 class Verification(Config):
     """What was found; no ``scores`` if a check failed before or only hashes were wanted."""
@@ -105,7 +110,7 @@ class Verification(Config):
     @property
     def bit_equal(self) -> bool | None:
         """Whether every score is the same to the last bit; None if none was measured."""
-        return all(score.found == score.stated for score in self.scores) if self.scores else None
+        return all(score.equal for score in self.scores) if self.scores else None
 
     @property
     def conclusion(self) -> str:
@@ -125,9 +130,8 @@ class Verification(Config):
         scores = []
         for score in shown:
             again = "none" if score.found is None else score.found.value
+            fits = ("bit-equal" if score.equal else "within") if score.within else words[False]
             stated = score.stated
-            fits = "bit-equal" if score.found == stated else "within"
-            fits = fits if score.within else words[False]
             scores.append((score.of, score.name, stated.n, stated, again, fits))
         header = ("of", "score", "n", "recorded [95 % interval]", "again", "")
         for titles, rows in ((("check", "", "found"), checks), (header, scores)):
