@@ -289,7 +289,7 @@ def _write(
         "study_id": source.study_id,
         "trial_id": trial.trial_id,
         "rule": f"{report.choice}; of {len(report.candidates)} on the front, on the scores above",
-        **source.model_dump(include={"git_commit", "git_dirty", "versions"}),
+        **source.origin,
     }
     try:
         deployment, sha256 = record.ship(

@@ -57,6 +57,11 @@ class Front:
         """The front, from least to most forgotten."""
         return sorted((r for r in self.drawn if r.on_front), key=lambda r: r.point or (0.0, 0.0))
 
+    @property
+    def default(self) -> list[TrialRecord]:
+        """The trials that ran the paper's default setting."""
+        return [record for record in self.drawn if is_paper_default(record.config)]
+
     def held_out(self) -> list[tuple[TrialRecord, Score, Score]]:
         """Front trials with their two objectives on the held-out questions."""
         first, second = OBJECTIVES
@@ -182,11 +187,10 @@ def _held_out(front: Front) -> list[Series]:
 
 def _marks(front: Front) -> list[Series]:
     y = front.base["retain_rougeL"].value
-    default = [record for record in front.drawn if is_paper_default(record.config)]
-    ring = Series("the paper's default setting", *_places(default), BASE, "circle-open", 21)
+    ring = Series("the paper's default setting", *_places(front.default), BASE, "circle-open", 21)
     told = [f"base model\nretain ROUGE-L {y:.3f}"]
     star = Series("base model", [0.0], [y], BASE, "star", 20, hover=told)
-    return [ring, star] if default else [star]
+    return [ring, star] if front.default else [star]
 
 
 def _places(records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:

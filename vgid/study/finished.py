@@ -107,6 +107,11 @@ class Source(Config):
     uri: str | None  # where it is recorded, if not where its config says
 
     @property
+    def origin(self) -> dict[str, Any]:
+        """Versions and commit that the study was made with."""
+        return self.model_dump(include={"git_commit", "git_dirty", "versions"})
+
+    @property
     def tracking_uri(self) -> str:
         """Where the study is recorded."""
         own = f"sqlite:///{(self.folder or self.config.output) / 'mlflow.db'}"
