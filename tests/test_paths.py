@@ -44,6 +44,18 @@ def test_no_command_writes_where_no_folder_can_be(tmp_path, monkeypatch, capsys,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_nothing_is_written_into_the_package_of_a_ray_job(tmp_path, monkeypatch, capsys, command):
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1a2b"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    assert COMMANDS[command]("runs/first") == 2
+    said = capsys.readouterr().err
+    assert "runs/first lies in this Ray job's temporary package folder; give an abs" in said
+    assert said.count("\n") == 1
+    assert not list(package.iterdir())
+
+
 @pytest.mark.parametrize("command", ["study", "comparison"])
 @pytest.mark.parametrize("character", ["?", "#", "%"])
 def test_a_study_lies_where_ray_and_mlflow_find_it(tmp_path, capsys, command, character):

@@ -68,15 +68,27 @@ def _named_plainly(path: Path) -> Path:
     return path
 
 
+def _that_stays(path: Path) -> Path:
+    """Not in the copy of ``--working-dir`` in which Ray starts a job, and which it deletes."""
+    if "working_dir_files" in path.parts:
+        raise ValueError(
+            f"{path} lies in this Ray job's temporary package folder; give an absolute path, on "
+            "storage that all nodes share"
+        )
+    return path
+
+
 UsablePath = Annotated[Path, AfterValidator(_usable)]
-WrittenFolder = Annotated[Path, AfterValidator(_on_a_disk), AfterValidator(_usable)]
+WrittenFolder = Annotated[
+    Path, AfterValidator(_on_a_disk), AfterValidator(_usable), AfterValidator(_that_stays)
+]
 StudyFolder = Annotated[WrittenFolder, AfterValidator(_named_plainly)]
 
 
 def new_folder(path: Path) -> Path:
     """``WrittenFolder`` for an argument of a command; ``InputError`` if it is none."""
     try:
-        return _usable(_on_a_disk(path))
+        return _that_stays(_usable(_on_a_disk(path)))
     except ValueError as error:
         raise InputError(f"command line: {error}.") from None
 

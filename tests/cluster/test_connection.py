@@ -117,7 +117,7 @@ def test_what_is_copied_exists_and_is_what_an_installation_needs(cluster):
     assert any("--editable ~/project" in line for line in cluster["setup_commands"])
 
 
-@pytest.mark.parametrize(("before", "joins"), [(None, False), ("", False), ("10.0.0.1:6379", True)])
+@pytest.mark.parametrize(("before", "joins"), [(None, False), ("", False), ("127.0.0.1:1", True)])
 def test_a_cluster_is_joined_where_an_address_names_one(monkeypatch, before, joins):
     asked = []
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -348,13 +349,25 @@ def assert_asks_for_its_token(dashboard):
     assert statuses(dashboard, Authorization=f"Bearer {secrets.token_urlsafe(32)}") == {403}
 
 
-def submit(dashboard, secured, flags):
+def assert_says_that_a_token_is_wanted(port, data, space, output):
+    """A driver that shows the cluster none, whether it means to or not, or another one."""
+    address = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    other = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
+    for shown in ({}, other):
+        refused = main_job(*arguments(data, space, output, 2), **address, **shown)
+        assert refused.returncode == 2
+        assert "wants a token that this process does not show; set RAY_AUTH_MODE" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+        shutil.rmtree(output)
+
+
+def submit(dashboard, secured, flags, *options):
     """Submit the main job; the cluster refuses with other reasons until it is fully up."""
-    command = ["ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}", "--"]
+    command = ["ray", "job", "submit", f"--address=http://127.0.0.1:{dashboard}", *options, "--"]
     deadline = time.monotonic() + TIMEOUT_S
     while True:
         done = subprocess.run(
-            [*command, "python", SCRIPT, *flags],
+            [*command, "python", str(ROOT / SCRIPT), *flags],
             cwd=ROOT,
             env=secured,
             capture_output=True,
@@ -369,14 +382,15 @@ def submit(dashboard, secured, flags):
 
 
 def test_the_study_runs_as_a_ray_job_on_a_cluster_that_is_there(study, data, space, tmp_path):
-    dashboard = free_port()
+    dashboard, port = free_port(), free_port()
+    (tmp_path / "package").mkdir()
     with tempfile.TemporaryDirectory(prefix="vgid", dir="/tmp") as short:
         secured = environment(
             RAY_TMPDIR=short, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_urlsafe(32)
         )
         head = subprocess.Popen(
             [
-                *("ray", "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"),
+                *("ray", "start", "--head", "--block", "--num-cpus=2", f"--port={port}"),
                 *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
                 *(f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={short}"),
             ],
@@ -396,6 +410,12 @@ def test_the_study_runs_as_a_ray_job_on_a_cluster_that_is_there(study, data, spa
             without = submit(dashboard, lacking | {"HOME": short}, flags)
             assert without.returncode != 0
             assert "no authentication token was found" in without.stdout + without.stderr
+            assert_says_that_a_token_is_wanted(port, data, space, tmp_path / "stranger")
+            package = f"--working-dir={tmp_path / 'package'}"
+            relative = submit(dashboard, secured, arguments(data, space, "runs/job", 2), package)
+            assert relative.returncode != 0
+            assert "runs/job lies in this Ray job's temporary package" in relative.stdout
+            assert "Traceback" not in relative.stdout
         finally:
             cluster = psutil.Process(head.pid).children(recursive=True)
             for process in [head, *cluster]:

@@ -68,6 +68,8 @@ def connected() -> Iterator[bool]:
     if ray.is_initialized():
         yield True
         return
+    if before:
+        _check_token(before)
     try:
         with sigterm_kept():  # Ray takes it for itself when it starts
             local = {} if before else LOCAL
@@ -93,6 +95,38 @@ def connected() -> Iterator[bool]:
         ray.shutdown()
         if before is None:
             os.environ.pop("RAY_ADDRESS", None)
+
+
+def _check_token(address: str) -> None:
+    """Ask a cluster whether it takes this process's token: Ray says in 20 s that it cannot connect.
+
+    Any other reason why nobody answers is left to Ray.
+    """
+    import grpc
+    from ray._private.authentication import authentication_token_setup
+    from ray._private.gcs_utils import create_gcs_channel
+    from ray._private.services import canonicalize_bootstrap_address
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from ray.exceptions import AuthenticationError
+
+    if address == "auto":  # as Ray does, for this address alone
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(False)
+    refused = False
+    try:
+        with create_gcs_channel(canonicalize_bootstrap_address(address)) as channel:
+            node = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            node.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=5)
+    except AuthenticationError:  # there is none to show
+        refused = True
+    except Exception as error:
+        status = error.code() if isinstance(error, grpc.RpcError) else None
+        refused = status is grpc.StatusCode.UNAUTHENTICATED
+    if refused:
+        raise InputError(
+            f"ray: the cluster at RAY_ADDRESS {address} wants a token that this process does not "
+            "show; set RAY_AUTH_MODE=token, and have the cluster's token in RAY_AUTH_TOKEN or "
+            "~/.ray/auth_token."
+        )
 
 
 def capacity(shape: SlotShape, names: Iterable[str] | None = None) -> int:
