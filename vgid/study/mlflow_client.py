@@ -117,20 +117,14 @@ def _usable(uri: str) -> Iterator[tuple[Any, str]]:
             f"--tracking-uri {shown}: no MLflow server answers ({reason}); start it or leave the "
             "option out to record into the output folder."
         )
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
-    from sqlalchemy.exc import SQLAlchemyError
 
     # After the import, which sets its own levels: no word about every table that is made.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    try:
+    remedy = "give an MLflow URI such as sqlite:////folder/mlflow.db or http://host:5000"
+    with one_sentence(f"--tracking-uri {shown}", "cannot be used", remedy):
         yield MlflowClient(tracking_uri=uri, registry_uri=uri), shown
-    except (MlflowException, SQLAlchemyError, OSError, ImportError) as error:
-        raise InputError(
-            f"--tracking-uri {shown}: cannot be used ({first_line(error)}); give an MLflow "
-            "URI such as sqlite:////folder/mlflow.db or http://host:5000."
-        ) from None
 
 
 @contextmanager
