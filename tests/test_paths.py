@@ -39,7 +39,7 @@ def test_no_command_writes_where_no_folder_can_be(tmp_path, monkeypatch, capsys,
     assert COMMANDS[command](path) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert ("is an address; mount it" in said) == (path in ADDRESSES)
+    assert ("is an address; name a folder on a disk or on NFS" in said) == (path in ADDRESSES)
     assert ("cannot be used" in said) == (path not in ADDRESSES)
     assert not list(tmp_path.iterdir())
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationEr
 
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
-from vgid.files import StudyFolder, UsablePath, WrittenFolder
+from vgid.files import ReadFolder, StudyFolder, UsablePath, WrittenFolder
 from vgid.prompts import PromptStyle, Task
 
 NoiseType = Literal["random", "gaussian", "white"]
@@ -300,9 +300,10 @@ class StudyConfig(Config):
 
     backbone: BackboneName = "tiny-llava"
     model_path: ModelPath = None
-    data: Annotated[UsablePath | None, Flag("DIR")] = Field(
+    data: Annotated[ReadFolder | None, Flag("DIR")] = Field(
         None,
-        description="benchmark in the MLLMU-Bench layout; without it, synthetic in OUTPUT/data",
+        description="benchmark in the MLLMU-Bench layout, or an address such as s3://bucket/folder; "
+        "without it, synthetic in OUTPUT/data",
     )
     output: Annotated[StudyFolder, Flag("DIR", required=False)] = Field(
         description="folder of the study, new or to be resumed; without it, runs/NAME-1 and so on"
@@ -351,7 +352,7 @@ class FinetuneConfig(Config):
 
     backbone: BackboneName
     model_path: ModelPath = None
-    data: Annotated[UsablePath, Flag("DIR")] = Field(
+    data: Annotated[ReadFolder, Flag("DIR")] = Field(
         description="benchmark folder in the MLLMU-Bench layout; its ft_Data is learnt"
     )
     output: Annotated[WrittenFolder, Flag("DIR")] = Field(description="new folder for the model")

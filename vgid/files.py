@@ -27,14 +27,15 @@ from pathlib import Path
 from typing import Annotated
 
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator
+from pydantic import AfterValidator, PlainSerializer
 
+from vgid.credentials import without_credentials
 from vgid.errors import DiskError, InputError
 
 READY, OLD = ".ready", ".old"
 WAIT_S = 10.0  # for another process that is moving files, which takes a moment
 
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 _REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EROFS)
 
 
@@ -49,11 +50,39 @@ def _usable(path: Path) -> Path:
     return path
 
 
+def address(path: Path) -> str | None:
+    """The address that was given as a path, which makes its slashes one; None if it is none."""
+    match = _ADDRESS.match(str(path))
+    if match is None:
+        return None
+    slashes = "///" if match[1].lower() == "file" else "//"
+    return f"{match[1]}:{slashes}{str(path)[match.end() :]}"
+
+
+def as_given(path: Path) -> str:
+    """A path or an address as it was given."""
+    return address(path) or str(path)
+
+
 def _on_a_disk(path: Path) -> Path:
-    """No address: ``s3://bucket/folder`` would become a folder ``s3:`` in the working folder."""
-    if _ADDRESS.match(str(path)):
+    """No address: what is written is locked and renamed, which a bucket, even mounted, is not."""
+    if told := address(path):
         raise ValueError(
-            f"{path} is an address; mount it and name its folder, or name one on a disk"
+            f"{without_credentials(told)} is an address; name a folder on a disk or on NFS, and "
+            "have results in a bucket by --tracking-uri, an MLflow server that keeps artifacts "
+            "there"
+        )
+    return path
+
+
+def _readable(path: Path) -> Path:
+    told = address(path)
+    if told is None:
+        return _usable(path)
+    if told != without_credentials(told):
+        raise ValueError(
+            f"{without_credentials(told)} was given with credentials, which would be recorded; "
+            "leave them to the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
     return path
 
@@ -79,6 +108,12 @@ def _that_stays(path: Path) -> Path:
 
 
 UsablePath = Annotated[Path, AfterValidator(_usable)]
+# A folder, or an address that ``vgid.data.address`` copies.
+ReadFolder = Annotated[
+    Path,
+    AfterValidator(_readable),
+    PlainSerializer(as_given, when_used="json"),
+]
 WrittenFolder = Annotated[
     Path, AfterValidator(_on_a_disk), AfterValidator(_usable), AfterValidator(_that_stays)
 ]

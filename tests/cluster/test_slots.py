@@ -259,6 +259,28 @@ def test_what_a_slot_held_goes_to_another_when_its_workers_are_gone():
     run(scenario)
 
 
+def test_a_slot_that_cannot_serve_takes_no_job_and_without_any_other_ends_the_study():
+    async def scenario(mailbox):
+        for slot in (0, 1):
+            await mailbox.free(slot)
+        await mailbox.submit(job("0000"))
+        await mailbox.submit(job("0001"))
+        await mailbox.give_up(0, "node 2 does not see it")
+        assert await mailbox.take(0, "w0") is None
+        assert not await mailbox.wants(0)
+        await mailbox.free(0)  # its workers went home
+        traffic = await mailbox.traffic()
+        assert (traffic.given_up, traffic.faults) == ((0,), ("node 2 does not see it",))
+        assert traffic.waiting == ("0000", "0001")
+        assert (await mailbox.take(1, "w1")).id == "0000"
+        await mailbox.finish(1, done("0000"))
+        await mailbox.give_up(1, "node 3 does not see it")
+        outcome = await mailbox.next_message("0001")
+        assert (outcome.error, outcome.fatal, outcome.lost) == ("node 3 does not see it", True, True)
+
+    run(scenario)
+
+
 def test_a_slot_that_restarts_too_often_is_given_up_and_without_any_the_study_ends(monkeypatch):
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(mailbox_module, "time", SimpleNamespace(monotonic=lambda: clock.now))

@@ -73,6 +73,7 @@ class Traffic(Config):
     idle: tuple[int, ...] = ()
     down: tuple[int, ...] = ()  # slots that are starting, or starting again
     given_up: tuple[int, ...] = ()
+    faults: tuple[str, ...] = ()  # why slots cannot serve, a sentence each
 
 
 @dataclass(eq=False)
@@ -140,6 +141,7 @@ class Mailbox:
         self._stopped = False
         self._last_word: Outcome | None = None  # once nothing can run any more
         self._moves = 0
+        self._faults: list[str] = []
 
     # The side of the driver and of Tune's trials
 
@@ -236,6 +238,7 @@ class Mailbox:
             idle=tuple(n for n, slot in free if slot.worker),
             down=tuple(n for n, slot in free if not slot.worker),
             given_up=tuple(n for n, slot in slots if slot.given_up),
+            faults=tuple(self._faults),
         )
 
     async def fail(self, error: str, lost: bool = False) -> None:
@@ -285,6 +288,8 @@ class Mailbox:
             self._slots[slot] = _Slot()
             return
         state = self._slots[slot]
+        if state.given_up:
+            return
         ticket, state.holds = state.holds, None
         # Not counted is a restart after a job that has ended: its failure may have asked for it.
         if ticket is not None or not state.useful:
@@ -307,6 +312,13 @@ class Mailbox:
                 lost=True,
             )
         await self._wake()
+
+    async def give_up(self, slot: int, fault: str) -> None:
+        """A slot that has taken no job cannot serve, and without any the study ends by ``fault``."""
+        self._slots[slot].given_up = True
+        self._faults.append(fault)
+        if all(each.given_up for each in self._slots.values()):
+            await self.fail(fault, lost=True)
 
     async def wants(self, slot: int) -> bool:
         """Whether a slot is to serve jobs, now or later."""

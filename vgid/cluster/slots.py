@@ -26,6 +26,7 @@ import ray
 from vgid.cluster.losses import BROKEN_ACCELERATOR, blame, is_a, where
 from vgid.cluster.mailbox import Job, Mailbox, Outcome
 from vgid.cluster.resources import CPUS_PER_WORKER, SlotShape
+from vgid.cluster.shared import Shared
 from vgid.config import RequestConfig
 from vgid.errors import InputError
 from vgid.results import EpochReport
@@ -93,6 +94,9 @@ class Slots:
         storage: folder for Ray Train's own files, shared by all nodes.
         fresh: start a new Train run after every trial instead of keeping one.
         session: makes the workers' sessions; without it, ``trial_session`` does.
+
+    Raises:
+        InputError: a node does not see what it must (``vgid.cluster.shared``); nothing was started.
     """
 
     def __init__(
@@ -108,7 +112,9 @@ class Slots:
         self.mailbox = mailbox
         self._shape = shape
         self.count = count
-        loop = {"mailbox": mailbox, "request": request, "fresh": fresh}
+        shared = Shared.by(storage, request)
+        shared.check(shape)
+        loop = {"mailbox": mailbox, "request": request, "fresh": fresh, "shared": shared}
         loop["session"] = session or trial_session
         # A thread for each slot, which holds it for the whole study.
         self._host = ray.remote(max_concurrency=count, **_immortal())(_SlotHost).remote(shape)
@@ -307,6 +313,7 @@ def serve(config: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     line = _Line(config["mailbox"], config["slot"], rank, alone=world_size == 1)
     session: TrialSession | None = None
+    line.check(config["shared"])
     while (job := line.take()) is not None:
         started = time.monotonic()
         load_s = 0.0
@@ -345,6 +352,16 @@ class _Line:
     rank: int
     alone: bool
     worker: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    def check(self, shared: Shared) -> None:
+        """Give the slot up for a node that does not see what it must, before it takes a job."""
+        fault = shared.fault()
+        if fault is not None:
+            ray.get(self.mailbox.give_up.remote(self.slot, fault))
+        if not self.alone:  # nobody takes a job until all have looked
+            from ray.train.collective import barrier
+
+            barrier()
 
     def take(self) -> Job | None:
         job: Job | None = None

@@ -54,10 +54,14 @@ class Watchdog:
     def _watch(self) -> None:
         import ray
 
+        told = 0
         while not self._over.wait(LOOK_S):
             traffic: Traffic | None = None
             with suppress(ray.exceptions.RayError):
                 traffic = ray.get(self.mailbox.traffic.remote(), timeout=LOOK_S)
+                for fault in traffic.faults[told:]:
+                    self.say(f"A slot is not used: {fault}")
+                told = len(traffic.faults)
             still = self.look(traffic, time.monotonic())
             with suppress(ray.exceptions.RayError):
                 if still is not None:
@@ -88,7 +92,7 @@ def sentence(traffic: Traffic | None, still_s: float, room: int) -> str:
                 f"{min(room, slots)} of {slots}"
             )
         if traffic.given_up:
-            parts.append(f"{_slots(traffic.given_up)} given up after too many restarts")
+            parts.append(f"{_slots(traffic.given_up)} given up")
     return f"Nothing has moved for {duration(still_s)}: {'; '.join(parts)}."
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from vgid.data import layout
+from vgid.data.address import local
 from vgid.data.layout import Defect
 from vgid.data.people import Parsed, Person, Question, TrainingPair, parsed_rows
 from vgid.errors import InputError
@@ -48,7 +49,11 @@ class Benchmark:
 
     @classmethod
     def open(cls, root: Path, skip_defects: bool = False) -> Self:
-        """Open a folder without reading any row; InputError if it has no config of the layout."""
+        """Open a folder, or the copy of what an address names, without reading any row.
+
+        InputError if it has no config of the layout.
+        """
+        root = local(root)
         if not root.is_dir():
             raise InputError(
                 f"{root}: no such benchmark folder; make one with `vgid data make {root}`."

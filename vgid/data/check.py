@@ -18,6 +18,7 @@ from rich.table import Table
 
 from vgid.config import Config
 from vgid.data import layout
+from vgid.data.address import local
 from vgid.data.benchmark import image_problem, people_defects
 from vgid.data.layout import Defect
 from vgid.data.people import comparable, parsed_rows
@@ -97,8 +98,9 @@ def check_benchmark(
 
     ``stops`` tells what would stop a run, looking at no config that is broken
     (``vgid.evaluation.rehearsal.Run.defects``); the run is ``skipping`` what is defective.
-    InputError where there is no such folder, or the run's backbone cannot be found.
+    ``root`` may be an address. InputError where there is no such folder, or the run's backbone cannot be found.
     """
+    root = local(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; name the benchmark folder to check.")
     counts: dict[str, ConfigCount] = {}

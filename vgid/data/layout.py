@@ -74,7 +74,7 @@ _OPTIONAL_FIELDS = ("path",)  # ft_Data lacks it, and nothing here reads it
 _LIKE = {pa.string(): ("string", "int"), pa.binary(): ("binary",), IMAGE: ("binary",)}
 
 _PAIRS = pa.list_(pa.struct(_texts("Question", "Answer")))
-_SHARD_NAME = re.compile(r"train-(\d+)-of-(\d+)\.parquet")
+SHARD_NAME = re.compile(r"train-(\d+)-of-(\d+)\.parquet")
 _ROWS_A_BATCH = 16  # rows carry megabytes of image each, so read few at a time
 
 
@@ -109,7 +109,7 @@ def shard_paths(root: Path, config: str) -> list[Path]:
     folder = root / config
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _SHARD_NAME.fullmatch(path.name))
+    return sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
 
 
 def holds_people(root: Path, config: str) -> bool:

@@ -34,7 +34,7 @@ from vgid.deployment.scores import (
 )
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET
-from vgid.files import UsablePath, WrittenFolder, staged
+from vgid.files import ReadFolder, WrittenFolder, staged
 from vgid.models.adapter_files import concatenate, read_adapter
 from vgid.models.backbones import spec
 from vgid.study.finished import Source, open_source
@@ -80,7 +80,7 @@ class PickConfig(Config):
     output: Annotated[WrittenFolder | None, Flag("DIR")] = Field(
         None, description="folder that gets deployments/; without it, the study's own"
     )
-    data: Annotated[UsablePath | None, Flag("DIR")] = Field(
+    data: Annotated[ReadFolder | None, Flag("DIR")] = Field(
         None, description="the study's benchmark, if it was moved"
     )
     model_path: Annotated[str | None, Flag("DIR")] = Field(

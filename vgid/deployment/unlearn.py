@@ -37,7 +37,7 @@ from vgid.deployment.scores import as_recorded, marks_of, pick_seeds, score_base
 from vgid.errors import InputError
 from vgid.evaluation.rehearsal import rehearsed
 from vgid.evaluation.suppression import MIN_FORGET
-from vgid.files import UsablePath, WrittenFolder, staged
+from vgid.files import ReadFolder, UsablePath, WrittenFolder, staged
 from vgid.models.adapter_files import concatenate
 from vgid.provenance import provenance
 from vgid.results import describe_left_out
@@ -51,7 +51,7 @@ class UnlearnConfig(Config):
 
     backbone: record.BackboneToScore = None
     model_path: ModelPath = None
-    data: Annotated[UsablePath, Flag("DIR")] = Field(
+    data: Annotated[ReadFolder, Flag("DIR")] = Field(
         description="benchmark folder in the MLLMU-Bench layout"
     )
     output: Annotated[WrittenFolder, Flag("DIR")] = Field(

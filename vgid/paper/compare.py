@@ -35,7 +35,7 @@ from vgid.config import (
 )
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
-from vgid.files import StudyFolder, UsablePath, write_atomically
+from vgid.files import ReadFolder, StudyFolder, write_atomically
 from vgid.paper.attainment import Points, attainment_picture
 from vgid.paper.settings import write_settings
 from vgid.provenance import provenance
@@ -64,7 +64,7 @@ class CompareConfig(Config):
         0.02, ge=0, description="largest loss of retain ROUGE-L that a method's best point may have"
     )
     sampler: SamplerName = "auto"
-    data: Annotated[UsablePath | None, Flag("DIR")] = Field(
+    data: Annotated[ReadFolder | None, Flag("DIR")] = Field(
         None,
         description="benchmark in the MLLMU-Bench layout; without it, the embedded backbone's own",
     )

@@ -12,7 +12,7 @@ from rich.console import Console
 from vgid.config import Config, Flag, Method, ModelPath, RetainPeople, TrialConfig, derived, words
 from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
-from vgid.files import UsablePath, WrittenFolder, write_atomically
+from vgid.files import ReadFolder, UsablePath, WrittenFolder, write_atomically
 from vgid.models import backbones
 from vgid.paper.claims import Judgement, claims_markdown, judge_all, verdicts
 from vgid.paper.experiments import Bench, Experiment, Outcome, in_groups, run_experiments
@@ -69,7 +69,7 @@ class PaperConfig(Config):
         description="tuned settings, as compare_methods.py writes them, one file a backbone; "
         "without it, the first point of each section in search_spaces",
     )
-    data: Annotated[UsablePath | None, Flag("DIR")] = Field(
+    data: Annotated[ReadFolder | None, Flag("DIR")] = Field(
         None,
         description="benchmark in the MLLMU-Bench layout; without it, the embedded backbones' own",
     )

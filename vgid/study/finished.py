@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from vgid.config import Config, Method, RequestConfig, StudyConfig, TrialConfig, derived, parse
+from vgid.data.address import local
 from vgid.errors import InputError
 from vgid.files import refuse_links
 from vgid.models.adapter_files import FILES
@@ -119,7 +120,8 @@ class Source(Config):
 
     def request(self, store: Path, data: Path | None, model_path: str | None) -> RequestConfig:
         """The study's forget request, with these for its own; ``InputError`` without its data."""
-        place = data or self.config.data or (self.folder or self.config.output) / OWN_DATA
+        own = (self.folder or self.config.output) / OWN_DATA
+        place = local(data or (own if own.is_dir() else self.config.data or own))
         if not place.is_dir():
             raise InputError(
                 f"{self.name}: its benchmark {place} is not there; name it with --data."

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from vgid.cluster.resources import SlotShape, worker_bytes
 from vgid.config import RequestConfig, StudyConfig, TrialConfig, derived, parse
+from vgid.data.address import local
 from vgid.errors import InputError
+from vgid.files import address, as_given
 from vgid.report.page import rendered
 from vgid.results import LeftOut, describe_left_out
 from vgid.study.search_space import FOLDER, Choices, SearchSpace
@@ -17,7 +19,8 @@ from vgid.study.search_space import FOLDER, Choices, SearchSpace
 if TYPE_CHECKING:
     from vgid.data.benchmark import Benchmark
 
-OWN_DATA = "data"  # where the embedded backbone's benchmark is written in the output folder
+# In the output folder: the embedded backbone's benchmark, or a copy of what an address names.
+OWN_DATA = "data"
 # A study of the embedded backbone writes some 100 MB; with nearly no space left it cannot end.
 MIN_FREE_BYTES = 500 * 2**20
 
@@ -41,6 +44,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan for people, for ``--dry-run``."""
         told = vars(self) | {"left_out": describe_left_out(self.left_out)}
+        told["data"] = as_given(self.config.data or self.request.data)
         return rendered("vgid.study", "plan.txt.jinja", **told).splitlines()
 
 
@@ -66,9 +70,15 @@ def make_plan(config: StudyConfig, ancestral: Mapping[str, Any] | None = None) -
         )
     if config.data is None:
         refuse_without_data(config.backbone)
-    places = {"data": config.data or config.output / OWN_DATA, "store": config.output / "store"}
+    data = own = config.output / OWN_DATA
+    copied = config.data is not None and address(config.data) is not None
+    if config.data is not None and not (copied and own.is_dir()):  # by the run that is resumed
+        data = local(config.data)
+    places = {"data": data, "store": config.output / "store"}
     request = derived(RequestConfig, config, "study", **places | dict(ancestral or {}))
     benchmark = None if config.data is None else _checked_data(request, space)
+    if copied:
+        request = request.model_copy(update={"data": own})
     _check_output(config.output)
     # By the first of the trials.
     trial = space.trial_config(next(iter(space.first_points), {}), config.seed)

@@ -262,6 +262,7 @@ class Study:
 
     def _prepare(self) -> Material:
         """Write data that are the study's own; hold what it is made of against what it was."""
+        from vgid.data.address import keep
         from vgid.data.benchmark import Benchmark
         from vgid.data.splits import choose_people, count_verbatim
         from vgid.models import backbones
@@ -271,6 +272,8 @@ class Study:
             from vgid.data.synthetic import write_benchmark
 
             write_benchmark(request.data)
+        elif self.plan.benchmark is not None and not request.data.exists():
+            keep(self.plan.benchmark.root, request.data)
         base = backbones.locate(backbones.spec(config.backbone), config.model_path)
         benchmark = self.plan.benchmark or Benchmark.open(request.data)
         hashes = {"dataset": benchmark.sha256, "base": backbones.revision_of(base)}

@@ -21,6 +21,7 @@ from typing import Any
 from vgid.config import StudyConfig
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
+from vgid.files import address, as_given
 from vgid.report.front import Front, write_png
 from vgid.report.mlflow_links import run_page, view_tag
 from vgid.report.note import NOTE_PICTURE, note_links, study_note
@@ -208,7 +209,7 @@ class Tracker:
                 self._leave_artifact(run, config)
                 if not run.data.params:  # they go last: a run that has them has the data set too
                     self._log_dataset(config, hashes["dataset"])
-                    values = config.model_dump(exclude={"tracking_uri"})
+                    values = config.model_dump(mode="json", exclude={"tracking_uri"})
                     connection.log(self.study_run_id, params=values)
         except InputError:
             self.close("FAILED")
@@ -371,11 +372,12 @@ class Tracker:
     def _log_dataset(self, config: StudyConfig, sha256: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
+        given = config.data or config.output / "data"
         dataset = Dataset(
             name=f"MLLMU-Bench layout, forget {config.forget_ratio} %",
             digest=sha256[:12],  # for display; the tag has all of it
-            source_type="local",
-            source=json.dumps({"uri": str(config.data or config.output / "data")}),
+            source_type=(address(given) or "local").partition(":")[0],
+            source=json.dumps({"uri": as_given(given)}),
         )
         tags = [InputTag("mlflow.data.context", "unlearning")]
         self._client.log_inputs(self.study_run_id, [DatasetInput(dataset, tags)])
