@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 VLLM   := .venv-serving
 
-.PHONY: study test test-kill test-serving lint browser clean
+.PHONY: study test test-kill test-storage test-serving lint browser clean
 
 # torch comes first and pinned, so that pip takes the CPU build where one is offered.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,6 +38,10 @@ test: lint browser
 # Not part of `make test`: twenty kills of one study take minutes.
 test-kill: $(VENV)/.installed
 	$(BIN)/python -m pytest -rP tests/end_to_end/twenty_kills.py
+
+# Not part of `make test`: studies from bucket to bucket, and with a node that joins late.
+test-storage: $(VENV)/.installed
+	$(BIN)/python -m pytest -rP tests/end_to_end/bucket_to_bucket.py tests/cluster/late_node.py
 
 # A vLLM for the CPU wants other versions than the project, so it has an environment of its own.
 $(VLLM)/.installed:

@@ -39,22 +39,25 @@ def running(command: list[str], log: Path, **options: Any) -> Iterator[subproces
 
 
 @contextmanager
-def mlflow_server(store: str, folder: Path) -> Iterator[str]:
+def mlflow_server(store: str, folder: Path, *artifacts: str) -> Iterator[str]:
     """An MLflow server over ``store``; yields its address once it answers."""
     port = free_port()
-    with mlflow_process(store, folder, port):
+    with mlflow_process(store, folder, port, *artifacts):
         yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager
-def mlflow_process(store: str, folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+def mlflow_process(
+    store: str, folder: Path, port: int, *artifacts: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """An MLflow server in a process group, once it answers.
 
+    It keeps ``artifacts`` as these flags say, or in the folder.
     Where it listens and whom it answers is left to MLflow, as by the command that a study prints.
     """
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
-    command += ["--artifacts-destination", str(folder / "artifacts"), "--workers", "1"]
-    command += ["--port", str(port)]
+    command += artifacts or ["--artifacts-destination", str(folder / "artifacts")]
+    command += ["--workers", "1", "--port", str(port)]
     environment = {
         **os.environ,
         "MLFLOW_DISABLE_TELEMETRY": "true",
