@@ -302,8 +302,8 @@ class StudyConfig(Config):
     model_path: ModelPath = None
     data: Annotated[ReadFolder | None, Flag("DIR")] = Field(
         None,
-        description="benchmark in the MLLMU-Bench layout, or an address such as s3://bucket/folder; "
-        "without it, synthetic in OUTPUT/data",
+        description="benchmark in the MLLMU-Bench layout, or an address such as s3://bucket/folder;"
+        " without it, synthetic in OUTPUT/data",
     )
     output: Annotated[StudyFolder, Flag("DIR", required=False)] = Field(
         description="folder of the study, new or to be resumed; without it, runs/NAME-1 and so on"

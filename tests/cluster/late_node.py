@@ -1,4 +1,4 @@
-"""``make test-storage`` runs it: a node that joins late and does not see the folder takes no job."""
+"""A node that joins late and does not see the folder takes no job; `make test-storage` runs it."""
 
 import json
 import re

@@ -60,7 +60,8 @@ class Nodes:
 
     def __enter__(self) -> "Nodes":
         host, port = self.address.split(":")
-        self._start(f"--head --port={port} --include-dashboard=false --node-ip-address={host} --num-gpus=0")
+        head = f"--head --port={port} --node-ip-address={host} --num-gpus=0"
+        self._start(f"{head} --include-dashboard=false")
         wait_for(lambda: _answers(host, int(port)), "the head does not start")
         return self
 

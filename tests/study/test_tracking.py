@@ -383,10 +383,12 @@ def test_a_study_that_ends_early_leaves_nothing_running_and_goes_on(store, outpu
 
 
 def test_artifacts_that_cannot_be_kept_are_told_before_the_first_trial(store, output):
-    """Where they go to S3, the client's own library is missing."""
-    client(store).create_experiment("bucket", "s3://nobody:secret@bucket/artifacts")
+    """Where they go to Google's storage, the client's own library is missing."""
+    client(store).create_experiment("bucket", "gs://nobody:secret@bucket/artifacts")
     connection = opened(store, "bucket")
-    with pytest.raises(InputError, match=r"artifacts cannot be kept at s3://bucket/.*boto") as told:
+    with pytest.raises(
+        InputError, match=r"artifacts cannot be kept at gs://bucket/.*google"
+    ) as told:
         Tracker(connection, "bucket", StudyConfig(output=output), HASHES)
     assert "secret" not in str(told.value)
     (run,) = client(store).search_runs([connection.experiment_id])

@@ -314,7 +314,7 @@ class Mailbox:
         await self._wake()
 
     async def give_up(self, slot: int, fault: str) -> None:
-        """A slot that has taken no job cannot serve, and without any the study ends by ``fault``."""
+        """A slot that has taken no job cannot serve; the study ends if it is the last one."""
         self._slots[slot].given_up = True
         self._faults.append(fault)
         if all(each.given_up for each in self._slots.values()):

@@ -1,4 +1,4 @@
-"""A benchmark behind an address, such as ``s3://bucket/folder``: copied once, then read as a folder.
+"""A benchmark behind an address, such as ``s3://bucket/folder``: copied once, then a folder.
 
 pyarrow's file systems know s3, gs, abfss, hdfs and hf, and with ``fsspec+`` before it whatever
 fsspec knows. They find credentials where the store's own tools do: the environment, its files, or
@@ -69,7 +69,7 @@ def local(place: Path) -> Path:
 
 
 def keep(folder: Path, at: Path) -> None:
-    """Have a benchmark's folder at another place too, where all nodes see it; links where it can."""
+    """Have a benchmark at another place too, where all nodes see it; by links where that goes."""
     with appearing(at) as new:
         shutil.copytree(folder, new, copy_function=_link, dirs_exist_ok=True)
 

@@ -98,7 +98,8 @@ def check_benchmark(
 
     ``stops`` tells what would stop a run, looking at no config that is broken
     (``vgid.evaluation.rehearsal.Run.defects``); the run is ``skipping`` what is defective.
-    ``root`` may be an address. InputError where there is no such folder, or the run's backbone cannot be found.
+    ``root`` may be an address. InputError where there is no such folder, or the run's backbone
+    cannot be found.
     """
     root = local(root)
     if not root.is_dir():
