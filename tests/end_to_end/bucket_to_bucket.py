@@ -11,6 +11,7 @@ from tests.data.buckets import s3_server, upload
 from tests.end_to_end.light import SESSION, LightSession, LightStudy
 from vgid.data.benchmark import Benchmark
 from vgid.report.insights import FIGURES
+from vgid.study.finished import open_source
 
 TRIALS = 3
 
@@ -21,6 +22,7 @@ class Unlogged(LightSession):
     def epoch(self, trial_id, number):
         if "mlflow" in sys.modules:
             raise AssertionError("only the driver writes to MLflow")
+        (self.request.store.parent / "asked").touch()
         super().epoch(trial_id, number)
 
 
@@ -59,6 +61,9 @@ def test_a_study_from_bucket_to_bucket(data, tmp_path, artifacts):
             assert header["config"]["data"] == "s3://people/v1"
             assert Benchmark.open(output / "data").sha256 == summary["data_sha256"]
             assert not (output / "mlflow.db").exists()
+            assert (output / "asked").exists()  # of each worker, whether it knows MLflow
+            source = open_source(str(output), None, tmp_path)
+            assert source.request(tmp_path / "store", None, None).data == output / "data"
 
             # All of it is in the bucket, byte for byte.
             kept = list(contents(client, "results").values())

@@ -14,6 +14,7 @@ import ray
 from vgid.cluster.resources import SlotShape
 from vgid.config import RequestConfig
 from vgid.errors import InputError
+from vgid.files import write_atomically
 
 DRIVER = "driver"  # the file with the token; beside it each node leaves one under its id
 ANSWER_S = 60.0  # for a node to start a process and look
@@ -29,16 +30,13 @@ class Shared:
 
     @classmethod
     def by(cls, place: Path, request: RequestConfig) -> Self:
-        """Leave the token in ``place``; ``OSError`` if that cannot be written."""
-        folders = request.data, Path(request.model_path or "."), request.deployed_adapter
-        outside = [
-            folder
-            for folder in folders
-            if folder and folder.is_dir() and not folder.is_relative_to(place.parent)
-        ]
-        place.mkdir(parents=True, exist_ok=True)
-        shared = cls(place, secrets.token_hex(16), tuple(outside))
-        (place / DRIVER).write_text(shared.token)
+        """Leave the token in ``place``; ``DiskError`` if that cannot be written."""
+        base = request.model_path and Path(request.model_path)  # or an id on the hub
+        folders = [each for each in (request.data, base, request.deployed_adapter) if each]
+        outside = [each for each in folders if not each.is_relative_to(place.parent)]
+        reads = tuple(each for each in outside if each.is_dir())
+        shared = cls(place, secrets.token_hex(16), reads)
+        write_atomically(place / DRIVER, shared.token.encode())
         return shared
 
     def fault(self) -> str | None:
