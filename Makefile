@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 VLLM   := .venv-serving
 
-.PHONY: study test test-kill test-storage test-serving lint browser clean
+.PHONY: study test test-kill test-nodes test-storage test-serving lint browser clean
 
 # torch comes first and pinned, so that pip takes the CPU build where one is offered.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -42,6 +42,10 @@ test-kill: $(VENV)/.installed
 # Not part of `make test`: studies from bucket to bucket, and with a node that joins late.
 test-storage: $(VENV)/.installed
 	$(BIN)/python -m pytest -rP tests/end_to_end/bucket_to_bucket.py tests/cluster/late_node.py
+
+# Not part of `make test`: nodes of clusters start and end, which takes two minutes.
+test-nodes: $(VENV)/.installed
+	$(BIN)/python -m pytest -rP tests/end_to_end/nodes_come_and_go.py
 
 # A vLLM for the CPU wants other versions than the project, so it has an environment of its own.
 $(VLLM)/.installed:

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
@@ -68,6 +76,22 @@ def seconds(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+def count_or_auto(text: str) -> int | None:
+    """Parse a count, or ``auto``, which leaves it open; ``ArgumentTypeError`` for all else."""
+    if text.strip() == "auto":
+        return None
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no count, write a number or auto")
+    return int(text)
+
+
+def whole_above_one(gpus: float) -> float:
+    """GPUs of a worker, of which Ray shares a single one only; ``ValueError`` for 1.5 and such."""
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"{gpus:g} is no share of one GPU and no whole number; write 0.5 or 2")
+    return gpus
+
+
 # Fields that several configs have, and so flags that several commands have.
 BackboneName = Annotated[
     str, Flag("NAME"), Field(description="base model, a row of vgid/models/backbones.py")
@@ -104,13 +128,22 @@ SamplerName = Annotated[
     Sampler, Field(description="gp: Gaussian process, TPE for sigma; auto: gp up to 100 trials")
 ]
 MaxConcurrent = Annotated[
-    int | None, Flag("K"), Field(ge=1, description="trials at a time, if not all that fit")
+    int | None,
+    Flag("K", read=count_or_auto),
+    Field(
+        ge=1,
+        description="trials at a time, which an autoscaler is asked for, or auto: what cores, GPUs "
+        "and memory of the cluster's nodes hold, while they come and go (default: auto)",
+    ),
 ]
 WorkersPerTrial = Annotated[
     int, Flag("W"), Field(ge=1, description="data-parallel workers of a trial")
 ]
 GpusPerWorker = Annotated[
-    float, Flag("G"), Field(ge=0, description="GPUs of each worker, may be a fraction")
+    float,
+    Flag("G"),
+    Field(ge=0, description="GPUs of each worker, or a share of one, such as 0.25"),
+    AfterValidator(whole_above_one),
 ]
 C = TypeVar("C", bound="Config")
 

@@ -356,6 +356,53 @@ def test_what_waits_without_a_slot_can_be_sent_back():
     run(scenario)
 
 
+def test_slots_without_anything_to_do_are_let_go_of_but_for_one(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(mailbox_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    async def scenario(mailbox):
+        for slot in range(5):
+            await mailbox.free(slot)
+        await mailbox.submit(job("0000"))
+        assert (await mailbox.take(0, "w0")).id == "0000"
+        polls = [(await waits(mailbox.take(slot, f"w{slot}")))[0] for slot in (1, 2)]
+        clock.now = 59.0
+        await mailbox.release(60.0)
+        assert (await mailbox.traffic()).down == (3, 4)
+        await mailbox.submit(job("0001"))
+        assert (await polls[0]).id == "0001"
+        await mailbox.submit(job("0002"))
+        assert (await polls[1]).id == "0002"
+        await mailbox.submit(job("0003"))
+        clock.now = 60.0
+        await mailbox.release(60.0)  # one is to come up for the job that waits
+        traffic = await mailbox.traffic()
+        assert (len(traffic.held), len(traffic.down)) == (3, 1)
+        (left,) = traffic.down
+        (gone,) = {3, 4} - {left}
+        assert await mailbox.take(gone, "late") is None
+        assert not await mailbox.wants(gone)
+        await mailbox.free(gone)  # its workers have gone home
+        assert (await mailbox.traffic()).down == (left,)
+        for slot, name in enumerate(("0000", "0001", "0002")):
+            await mailbox.finish(slot, done(name))
+        assert (await mailbox.take(1, "w1")).id == "0003"
+        polls = [(await waits(mailbox.take(slot, f"w{slot}")))[0] for slot in (0, 2)]
+        clock.now = 119.0
+        await mailbox.release(60.0)  # 0 and 2 were busy 59 s ago; what never came up goes
+        traffic = await mailbox.traffic()
+        assert (traffic.held, traffic.idle, traffic.down) == ({1: "0003"}, (0, 2), ())
+        clock.now = 120.0
+        await mailbox.release(60.0)
+        assert [await poll for poll in polls] == [None, None]
+        await mailbox.finish(1, done("0003"))
+        clock.now = 1000.0
+        await mailbox.release(60.0)  # the last one stays, whatever comes
+        assert await mailbox.wants(1)
+
+    run(scenario)
+
+
 def test_a_fatal_error_ends_all_jobs_and_those_to_come():
     async def scenario(mailbox):
         await mailbox.submit(job("0000"))

@@ -10,7 +10,7 @@ from vgid.cluster.watchdog import PATIENCE_S, Watchdog, sentence
 @pytest.fixture
 def dog(monkeypatch):
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: 0.0)
-    made = Watchdog(None, print, lambda: 1, lambda: False)
+    made = Watchdog(None, print, lambda: 1, lambda: False, lambda traffic: None)
     yield made
     made.close()
 

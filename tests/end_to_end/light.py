@@ -359,10 +359,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ray import cloudpickle
 
     from studies.pareto_search import read_flags
+    from vgid.cluster import slots
     from vgid.command_line import exit_code
     from vgid.study.run import run_study
 
     config, mode = read_flags(arguments)
+    slots.IDLE_S = float(os.environ.get("LIGHT_IDLE_S", slots.IDLE_S))
     module, name = os.environ.get(SESSION, f"{__name__}:LightSession").split(":")
     loaded = sys.modules[module] if module == __name__ else importlib.import_module(module)
     if module != __name__:

@@ -246,6 +246,8 @@ def test_flags_become_a_study_config(tmp_path):
         ["--trials", "3", "--time-budget", "10m", "--output", str(tmp_path), "--max-concurrent=1"]
     )
     assert (config.trials, config.time_budget_s, config.max_concurrent) == (3, 600.0, 1)
+    config, _ = read_flags(["--output", str(tmp_path), "--max-concurrent", "auto"])
+    assert config.max_concurrent is None
     assert config.output == tmp_path
     assert mode == Mode()
 

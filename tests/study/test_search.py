@@ -51,7 +51,7 @@ def ledger(tmp_path):
 
 def search(ledger, space, trials=6, sampler="random", seed=0, concurrent=1, **options):
     config = StudyConfig(output=ledger.output, trials=trials, sampler=sampler, seed=seed)
-    return ParetoSearch(ledger, space, config, concurrent, Losses(), **options)
+    return ParetoSearch(ledger, space, config, lambda: concurrent, Losses(), **options)
 
 
 def end(ledger, searcher, tune_id, name, status="completed", **metrics):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vgid.cluster.resources import SlotShape
+from vgid.cluster.resources import SlotShape, told
 from vgid.errors import InputError
 from vgid.interrupts import sigterm_kept
 
@@ -23,12 +23,13 @@ QUIET = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # the study has its own
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",  # what a trial that hears nothing any more may cost
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # the ledger is the record, not Tune's snapshots
+    # With a searcher of one's own, Tune lets one trial at a time wait for its process, and slots
+    # would come to work one after the other. The search itself knows how many there are.
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",
     "TUNE_WARN_THRESHOLD_S": "10",
     "OMP_WAIT_POLICY": "passive",
 }
 ALONE = {
-    # Nobody takes this node away and leaves the others.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Every process listens on loopback only. What Ray does by itself on Windows and macOS, where it
     # makes no clusters; elsewhere it would be on all interfaces, if only for those with the token.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -37,6 +38,9 @@ ALONE = {
 
 TOKEN = Path("~/.ray/auth_token")
 """The token that Ray makes where there is none, and writes for everyone on the machine to read."""
+
+WORDS = {"CPU": "cores", "GPU": "GPUs", "memory": "memory"}
+STATUS_S = 5.0  # how long the cluster may take to say what its autoscaler cannot serve
 
 LOCAL: dict[str, Any] = {
     "address": "local",
@@ -135,42 +139,66 @@ def capacity(shape: SlotShape, names: Iterable[str] | None = None) -> int:
     A slot may span nodes. Memory is what was free on a node when Ray started there, by the limit of
     its container if it has one.
     """
-    import ray
-
-    need = {name: shape.per_worker[name] for name in names or shape.per_worker}
-    workers = 0
-    for node in ray.nodes():
-        if node["Alive"]:
-            have = node["Resources"]
-            workers += int(min(have.get(name, 0) / each for name, each in need.items()))
-    return workers // shape.workers
+    return sum(shape.fits(node, names) for node in _nodes()) // shape.workers
 
 
 def slot_count(shape: SlotShape, wanted: int | None, trials: int, joined: bool) -> tuple[int, str]:
-    """How many slots a study gets, and what decided it, in words.
+    """How many slots a study may have now, and what decides it, in words.
 
-    It gets what is ``wanted`` (``--max-concurrent``) and the cluster holds, one a trial that is
-    still to run at most. On a cluster that was ``joined``, today's capacity does not limit what is
-    wanted: nodes may come up on demand, and until then trials wait for the slots that there are.
-
-    Raises:
-        InputError: not a single slot fits.
+    It gets as many as the cluster's nodes hold, of those that are ``wanted`` (``--max-concurrent``,
+    or None for ``auto``), and one a trial at most. On a cluster that was ``joined``, what is wanted
+    is asked for whatever the nodes hold: an autoscaler brings others, or they join by themselves.
     """
-    held = capacity(shape)
-    words = {"CPU": "cores", "GPU": "GPUs", "memory": "memory"}
-    short = words[min(shape.per_worker, key=lambda name: capacity(shape, [name]))]
-    if held == 0 and not (joined and wanted):
-        remedy = "free some memory, or " if short == "memory" else ""
-        raise InputError(
-            f"ray: the cluster has too little {short} for a trial of {shape.workers} worker(s) "
-            f"with {shape.need} each; {remedy}lower --workers-per-trial or --gpus-per-worker, or "
-            "where nodes join on demand say how many trials are to run at a time with "
-            "--max-concurrent."
-        )
     limits = {"the number of trials": max(1, trials)}
     if wanted is not None:
         limits["--max-concurrent"] = wanted
     if wanted is None or not joined:
-        limits[short] = held
+        limits[WORDS[_short(shape)]] = capacity(shape)
     decider = min(limits, key=lambda name: limits[name])
     return limits[decider], decider
+
+
+def lacking(shape: SlotShape, wanted: int | None) -> str:
+    """What the cluster lacks for a single slot, in one sentence that says what it has."""
+    short, nodes = _short(shape), _nodes()
+    largest = max(nodes, key=lambda node: (shape.fits(node), node.get(short, 0)))
+    has = told({name: largest.get(name, 0) for name in shape.per_worker})
+    few, free = ("little", "free some memory, or ") if short == "memory" else ("few", "")
+    others = ", or where an autoscaler brings other nodes say how many trials are to run at a time "
+    return (
+        f"ray: the cluster has too {few} {WORDS[short]} for a trial of {shape.workers} worker(s) "
+        f"with {shape.need} each: the largest of its {len(nodes)} node(s) has {has}"
+        f"{', and no other is to come' if wanted else ''}; {free}lower --workers-per-trial or "
+        f"--gpus-per-worker{'' if wanted else others + 'with --max-concurrent'}."
+    )
+
+
+def never_placed(shape: SlotShape, slots: int) -> bool:
+    """Whether no node holds a slot and the autoscaler knows of none that could.
+
+    It tells of what it cannot serve, also where it can add no nodes at all; Ray's first autoscaler
+    does not, and then it is not known. ``slots`` is how many are waiting for their place.
+    """
+    import ray
+    from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+
+    if capacity(shape):
+        return False
+    client = ray._private.worker.global_worker.gcs_client
+    reply = GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=STATUS_S))
+    groups = reply.autoscaling_state.infeasible_gang_resource_requests
+    asked = [shape.per_worker] * shape.workers
+    refused = [[dict(each.resources_bundle) for each in group.requests] for group in groups]
+    return refused.count(asked) >= slots
+
+
+def _nodes() -> list[dict[str, float]]:
+    """The resources of each node that is there."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _short(shape: SlotShape) -> str:
+    """Of which of its resources the cluster holds the fewest slots."""
+    return min(shape.per_worker, key=lambda name: (capacity(shape, [name]), name != "GPU"))

@@ -112,6 +112,8 @@ class _Slot:
     # When it was restarted, by the job that was lost: one that kills every worker is not its fault.
     restarts: dict[str, float] = field(default_factory=dict)
     given_up: bool = False
+    released: bool = False
+    free_since: float = 0.0
 
 
 # One trial, whose worker dies in its second epoch. Left Tune's process, right the slot's:
@@ -229,7 +231,7 @@ class Mailbox:
 
     async def traffic(self) -> Traffic:
         """Where the jobs are."""
-        slots = self._slots.items()
+        slots = [(n, slot) for n, slot in self._slots.items() if not slot.released]
         free = [(n, slot) for n, slot in slots if slot.holds is None and not slot.given_up]
         return Traffic(
             moves=self._moves,
@@ -240,6 +242,20 @@ class Mailbox:
             given_up=tuple(n for n, slot in slots if slot.given_up),
             faults=tuple(self._faults),
         )
+
+    async def release(self, idle_s: float) -> None:
+        """Let go of slots that had nothing to do for so long; one stays, and one a waiting job.
+
+        Those without a worker go first: what they wait for may be a node that is to come for them.
+        """
+        there = [slot for slot in self._slots.values() if not (slot.given_up or slot.released)]
+        free = [slot for slot in there if slot.holds is None]
+        spare = min(len(free) - len(self._waiting), len(there) - 1)
+        for slot in sorted(free, key=lambda slot: (bool(slot.worker), slot.free_since)):
+            if spare > 0 and time.monotonic() - slot.free_since >= idle_s:
+                slot.released = True
+                spare -= 1
+        await self._wake()
 
     async def fail(self, error: str, lost: bool = False) -> None:
         """End every job with ``error``, and those still to come: nothing can run any more."""
@@ -264,7 +280,7 @@ class Mailbox:
         state = self._slots[slot]
         if state.holds is not None or state.worker not in ("", worker):
             await self.free(slot)
-        state.worker = worker
+        state.worker, state.free_since = worker, time.monotonic()
         async with self._changed:
             await self._changed.wait_for(
                 lambda: bool(self._waiting) or not self._wants(state) or state.worker != worker
@@ -285,7 +301,7 @@ class Mailbox:
         ``cause`` tells nothing private.
         """
         if slot not in self._slots:
-            self._slots[slot] = _Slot()
+            self._slots[slot] = _Slot(free_since=time.monotonic())
             return
         state = self._slots[slot]
         if state.given_up:
@@ -294,7 +310,7 @@ class Mailbox:
         # Not counted is a restart after a job that has ended: its failure may have asked for it.
         if ticket is not None or not state.useful:
             _count_restart(state, None if ticket is None else ticket.job.id)
-        state.worker, state.useful = "", False
+        state.worker, state.useful, state.free_since = "", False, time.monotonic()
         if ticket is not None and not ticket.ended:
             ticket.decide(True)
             if ticket.cancelled:
@@ -305,7 +321,7 @@ class Mailbox:
             else:
                 error = f"lost its worker {MAX_ATTEMPTS} times"
                 self._end(ticket, failure(ticket.job, error, lost=True), slot)
-        if all(each.given_up for each in self._slots.values()):
+        if all(each.given_up for each in self._slots.values() if not each.released):
             await self.fail(
                 f"ray: every slot lost its workers more than {MAX_RESTARTS} times within "
                 f"{RESTART_WINDOW_S / 60:g} minutes (the last: {cause}); see study.log.",
@@ -355,7 +371,8 @@ class Mailbox:
             self._end(ticket, outcome, slot)
 
     def _wants(self, state: _Slot) -> bool:
-        return not (self._closed or state.given_up or self._last_word is not None)
+        over = self._closed or self._last_word is not None
+        return not (over or state.given_up or state.released)
 
     async def _wake(self) -> None:
         async with self._changed:

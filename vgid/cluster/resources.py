@@ -5,7 +5,7 @@ time, and at worst refuses what would have run.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,9 @@ from vgid.errors import InputError
 # One thread a worker everywhere: the same numbers on every machine, and faster than two threads
 # where trials share the cores.
 CPUS_PER_WORKER = 1
-# Ray's processes beside the workers of one slot: Train's synchronisation actor and Tune's
-# trainable, 252 MB in the sum of their proportional set sizes
+# Ray's process beside the workers of one slot, Tune's trainable: 129 MB of proportional set size
 # (``python -m tests.benchmarks.slot_memory``), and some to spare.
-RAY_BYTES = 280 * 10**6
+RAY_BYTES = 150 * 10**6
 # A worker of an embedded backbone: Python, torch, encoded data, a trial. 747 by the same measure
 # between trials, up to 907 resident in the midst of one.
 WORKER_BYTES = 900 * 10**6
@@ -50,10 +49,27 @@ class SlotShape:
     @property
     def need(self) -> str:
         """What a worker needs, for people."""
-        return " and ".join(
-            f"{decimal(int(value))} memory" if name == "memory" else f"{value:g} {name}"
-            for name, value in self.per_worker.items()
-        )
+        return told(self.per_worker)
+
+    def fits(self, node: Mapping[str, float], names: Iterable[str] | None = None) -> int:
+        """How many of its workers a node of these resources holds, by some of them or by all."""
+        need = {name: self.per_worker[name] for name in names or self.per_worker}
+        return min(_times(name, node.get(name, 0), each) for name, each in need.items())
+
+
+def told(resources: Mapping[str, float]) -> str:
+    """Ray resources for people."""
+    return " and ".join(
+        f"{decimal(int(value))} memory" if name == "memory" else f"{value:g} {name}"
+        for name, value in resources.items()
+    )
+
+
+def _times(name: str, there: float, each: float) -> int:
+    # A fraction of a GPU is one of a single GPU: two have no room for three times 0.6.
+    if name == "GPU" and each < 1:
+        return int(there) * int(1 / each)
+    return int(there / each)
 
 
 @contextmanager

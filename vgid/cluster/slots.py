@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from vgid.cluster.losses import BROKEN_ACCELERATOR, blame, is_a, where
-from vgid.cluster.mailbox import Job, Mailbox, Outcome
+from vgid.cluster.mailbox import Job, Mailbox, Outcome, Traffic
 from vgid.cluster.resources import CPUS_PER_WORKER, SlotShape
 from vgid.cluster.shared import Shared
 from vgid.config import RequestConfig
@@ -38,6 +38,12 @@ CALLS = 100_000
 """How many calls the mailbox serves at a time. Each slot and each trial in flight polls with one,
 and when all were taken, nothing else got in, not even an interruption."""
 
+MOST = 256
+"""How many slots a study may grow to, if it does not start with more: a thread each."""
+
+IDLE_S = 60.0
+"""How long a slot has nothing to do until it is given back, and its node may be taken away."""
+
 ORPHANS_S = 2.0
 """How long workers may outlive the controller that started them, until Ray has ended them."""
 
@@ -45,6 +51,9 @@ TRAIN_SETTINGS = {
     # How often a controller looks after its workers: what a killed worker waits at most.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # It looks out for nodes that are about to go, from a process a slot that stands on any node, and
+    # one with such a guest never goes. Workers whose node is gone restart on another without it.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Each controller would configure the logging of the process that all of them share; two at a
     # time wait for each other's locks for ever.
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
@@ -86,7 +95,8 @@ class Slots:
     """The slots of a study; their Ray Train runs are held by one actor outside the driver.
 
     So the driver imports no torch for them, and can end or be interrupted at any moment: what
-    Ray Train has started dies with the actor. They start at once, and serve jobs as they come up.
+    Ray Train has started dies with the actor. They start at once, and serve jobs as they come up;
+    ``count``, how many jobs are to run at a time, then follows the cluster.
 
     Args:
         mailbox: handle of the mailbox actor.
@@ -112,13 +122,32 @@ class Slots:
         self.mailbox = mailbox
         self._shape = shape
         self.count = count
+        self._storage = storage
         shared = Shared.by(storage, request)
         shared.check(shape)
-        loop = {"mailbox": mailbox, "request": request, "fresh": fresh, "shared": shared}
-        loop["session"] = session or trial_session
-        # A thread for each slot, which holds it for the whole study.
-        self._host = ray.remote(max_concurrency=count, **_immortal())(_SlotHost).remote(shape)
-        self._held = [self._host.hold.remote(slot, storage, loop) for slot in range(count)]
+        self._loop = {"mailbox": mailbox, "request": request, "fresh": fresh, "shared": shared}
+        self._loop["session"] = session or trial_session
+        # A thread for each slot, which holds it for as long as it has something to do.
+        threads = max(count, MOST)
+        self._host = ray.remote(max_concurrency=threads, **_immortal())(_SlotHost).remote(shape)
+        self._held: list[Any] = []
+        self._open(count)
+
+    def follow(self, traffic: Traffic, count: int) -> None:
+        """From now on run ``count`` jobs at a time: with more slots if jobs wait for one.
+
+        Slots that have nothing to do are given back, and with them their place in the cluster.
+        """
+        self.count = count
+        ended, _ = ray.wait(self._held, num_returns=len(self._held), timeout=0)
+        there = len(self._held) - len(ended) + len(traffic.given_up)
+        self._open(min(count, len(traffic.held) + len(traffic.waiting)) - there)
+        ray.get(self.mailbox.release.remote(IDLE_S))
+
+    def _open(self, more: int) -> None:
+        # Under numbers of their own: of a slot that was given back the mailbox wants no more.
+        for slot in range(len(self._held), len(self._held) + more):
+            self._held.append(self._host.hold.remote(slot, self._storage, self._loop))
 
     def close(self, timeout_s: float = 10.0) -> None:
         """Send the workers home, wait for their Train runs to end, and end those that do not.
@@ -282,11 +311,17 @@ def _without_synchronisation() -> None:
 def _tells(placed: dict[int, str], mailbox: Any, slot: int) -> Any:
     """A callback of a Train run: notes where a group of workers is placed, tells when it goes.
 
-    So a slot whose node does not come back keeps no job from the others while it waits for one.
+    So a slot whose node does not come back keeps no job from the others while it waits for one; nor
+    does it wait when it is not wanted any more.
     """
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
     class Tells(WorkerGroupCallback):
+        def before_worker_group_start(self, worker_group_context: Any) -> None:
+            # Called each minute while it waits for its place: Train gives up and asks again.
+            if not ray.get(mailbox.wants.remote(slot)):
+                raise RuntimeError(f"slot {slot} is not wanted any more")
+
         def after_worker_group_start(self, worker_group: Any) -> None:
             group = worker_group.get_worker_group_state().placement_group_handle.placement_group
             placed[slot] = group.id.hex()

@@ -133,17 +133,9 @@ class _StopWhenOver(Live, tune.Stopper):
 
 
 def run_trials(
-    search: Any,
-    mailbox: Any,
-    recorder: Recorder,
-    is_over: Callable[[], bool],
-    storage: Path,
-    at_a_time: int,
+    search: Any, mailbox: Any, recorder: Recorder, is_over: Callable[[], bool], storage: Path
 ) -> None:
     """Have Ray Tune run what the search proposes; ``OSError`` if it cannot write its own files."""
-    # With a searcher of one's own Tune lets one trial at a time wait for its process, and
-    # slots would come to work one after the other.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_a_time)
     # No CPU: the slots need them all. On the head, where the driver and mailbox are.
     # The smallest share there is: 10,000 trials may be in flight.
     resources = tune.PlacementGroupFactory([{"CPU": 0, "node:__internal_head__": 0.0001}])

@@ -1,4 +1,8 @@
-"""Says what a study waits for when nothing has moved for a while, and ends waits past its time."""
+"""Looks after the slots of a study while it runs.
+
+It has them follow jobs and cluster, says what the study waits for when nothing has moved for a
+while, and ends waits past its time.
+"""
 
 import threading
 import time
@@ -24,6 +28,7 @@ class Watchdog:
     room: Callable[[], int]  # how many of the study's slots the cluster's nodes hold now
     # What then waits for a minute with no slot that could take it is given up.
     out_of_time: Callable[[], bool]
+    follow: Callable[[Traffic], None]  # told at each look where the jobs are
 
     def __post_init__(self) -> None:
         self._moves = -1
@@ -64,6 +69,8 @@ class Watchdog:
                 told = len(traffic.faults)
             still = self.look(traffic, time.monotonic())
             with suppress(ray.exceptions.RayError):
+                if traffic is not None:
+                    self.follow(traffic)
                 if still is not None:
                     self.say(sentence(traffic, still, 0 if traffic is None else self.room()))
                 stuck = time.monotonic() - self._since >= PATIENCE_S

@@ -68,6 +68,11 @@ def make_plan(config: StudyConfig, ancestral: Mapping[str, Any] | None = None) -
             f"{space.source}: released: the public script's variant runs in one worker only; leave "
             "out --workers-per-trial."
         )
+    if config.workers_per_trial > 1 and 0 < config.gpus_per_worker < 1:
+        raise InputError(
+            "--gpus-per-worker: the workers of one trial cannot share a GPU, which NCCL refuses; "
+            "leave out --workers-per-trial, or give each a whole GPU."
+        )
     if config.data is None:
         refuse_without_data(config.backbone)
     data = own = config.output / OWN_DATA

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgid.cluster.losses import Losses, disk_sentence, outcome_of
-from vgid.cluster.mailbox import Job
+from vgid.cluster.mailbox import Job, Traffic
 from vgid.cluster.watchdog import Watchdog
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import DiskError, InputError
@@ -125,18 +125,29 @@ class Study:
     @contextmanager
     def slots(self, joined: bool, session: "SessionFactory | None" = None) -> Iterator["Slots"]:
         """Start the slots, in which the base model is loaded; a signal ends the block in order."""
-        from vgid.cluster.connection import capacity, slot_count
+        from vgid.cluster.connection import capacity, lacking, never_placed, slot_count
         from vgid.cluster.slots import Slots, start_mailbox
 
         config, shape, ending = self.plan.config, self.plan.shape, self.ending
-        to_run = max(1, config.trials - len(self.ledger.ended))
-        count, decider = slot_count(shape, config.max_concurrent, to_run, joined)
+        to_run = config.trials - len(self.ledger.ended)
+        decided = partial(slot_count, shape, config.max_concurrent, to_run, joined)
+        count, decider = decided()
+        if not count:
+            raise InputError(lacking(shape, config.max_concurrent))
         self.console.standing.slots = count
         mailbox = start_mailbox()
         self.console.stage(f"Starting {count} slot(s), by {decider}, and loading the base model")
         request, storage, fresh = self.plan.request, config.output / RAY_FILES, config.fresh_workers
         slots = Slots(mailbox, request, shape, count, storage, fresh, session)
-        watchdog = Watchdog(mailbox, self.console.say, lambda: capacity(shape), ending.out_of_time)
+
+        def follow(traffic: Traffic) -> None:
+            if not (traffic.moves or traffic.idle) and never_placed(shape, count):
+                ending.fail(lacking(shape, config.max_concurrent))
+            slots.follow(traffic, max(1, decided()[0]))
+            self.console.standing.slots = slots.count
+
+        said, room = self.console.say, partial(capacity, shape)
+        watchdog = Watchdog(mailbox, said, room, ending.out_of_time, follow)
         try:
             yield slots
         except StudyInterruptedError:
@@ -176,7 +187,8 @@ class Study:
         bulletin = self._bulletin
         bulletin.catch_up(self.ledger.records.values(), tracker)
         losses, side, mailbox = Losses(), Background("search"), slots.mailbox
-        make = partial(ParetoSearch, self.ledger, self.plan.space, config, slots.count, losses)
+        at_a_time = partial(getattr, slots, "count")
+        make = partial(ParetoSearch, self.ledger, self.plan.space, config, at_a_time, losses)
         search = ending.interrupt.result(side.submit(make, ending.out_of_time, bulletin.running))
         listener = Listener(self.ledger, search, losses, bulletin, ending, mailbox, self._seconds)
         if len(self.ledger.ended) < config.trials:
@@ -184,7 +196,7 @@ class Study:
             storage = config.output / RAY_FILES
             try:
                 with ending.heeded():
-                    run_trials(search, mailbox, recorder, ending.is_over, storage, slots.count)
+                    run_trials(search, mailbox, recorder, ending.is_over, storage)
             except OSError as error:
                 ending.stop(disk_sentence(error, [config.output]))
         ending.finishes(side.submit(search.close))

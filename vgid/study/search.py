@@ -132,7 +132,7 @@ class ParetoSearch(Live, Searcher):
     ledger: Ledger  # open; a trial is recorded before it is handed out
     space: SearchSpace
     config: StudyConfig  # its seed is every trial's too: they are compared on the same draws
-    concurrent: int  # how many trials may run at a time
+    concurrent: Callable[[], int]  # how many trials may run at a time, now
     losses: Losses  # counts the attempts of each trial
     out_of_time: Callable[[], bool] = lambda: False  # no new trial once this is true
     on_start: Callable[[Record], None] = lambda record: None  # told of each that is handed out
@@ -156,7 +156,7 @@ class ParetoSearch(Live, Searcher):
         It is a Tune config: what is searched, for Tune's own tables, and the job. None while enough
         trials run, or those that do may yet be lost and come back; else ``Searcher.FINISHED``.
         """
-        if len(self._running) >= self.concurrent:
+        if len(self._running) >= self.concurrent():
             return None
         if self.out_of_time():
             return Searcher.FINISHED
