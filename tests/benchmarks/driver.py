@@ -1,11 +1,12 @@
 """What a trial costs the driver: ``nice python -m tests.benchmarks.driver [--trials 10000]``.
 
-No trial runs and no cluster is there: made-up results with as many scores as a real one has are fed
-to the driver's own parts (proposals of the random sampler, ledger, front, Optuna's journal,
-console, ``trials.csv``), as Ray Tune's callbacks would. ``--mlflow N`` records the first N of
-them in MLflow's SQLite file too. Reported are CPU seconds of a trial without its proposal, over the
-trials up to each mark, and the peak memory; then CPU seconds of what is done once: tables, figures
-and ``study.json`` at the end, and reading everything again for a resume.
+With ``--slots 200 --trials 2000``, what it costs beside so many slots: ``tests.benchmarks.slots``.
+Without, no trial runs and no cluster is there: made-up results with as many scores as a real one
+has are fed to the driver's own parts (proposals of the random sampler, ledger, front, Optuna's
+journal, console, ``trials.csv``), as Ray Tune's callbacks would. ``--mlflow N`` records the first N
+of them in MLflow's SQLite file too. Reported are CPU seconds of a trial without its proposal, over
+the trials up to each mark, and the peak memory; then CPU seconds of what is done once: tables,
+figures and ``study.json`` at the end, and reading everything again for a resume.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 from tests.benchmarks.machine import emit, machine, machine_line
 from vgid.cluster.losses import Losses
 from vgid.cluster.mailbox import Job, Outcome
-from vgid.cluster.tune import JOB
+from vgid.cluster.tune import JOB, Recorder
 from vgid.config import StudyConfig, TrialConfig
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
@@ -81,9 +82,12 @@ class Driver:
         config: the study.
         mlflow: how many trials are recorded in MLflow.
         resume: go on with the study that is there.
+        slots: how many trials may run at a time.
     """
 
-    def __init__(self, config: StudyConfig, mlflow: int, resume: bool = False) -> None:
+    def __init__(
+        self, config: StudyConfig, mlflow: int, resume: bool = False, slots: int = 1
+    ) -> None:
         plan = make_plan(config)
         self.ledger = Ledger(config.output)
         self.ledger.open(plan.config, plan.space.sha256, resume)
@@ -105,13 +109,14 @@ class Driver:
             self.ledger,
             plan.space,
             config,
-            1,
+            lambda: slots,
             losses,
             on_start=self.bulletin.running,
         )
         self.listener = Listener(
             self.ledger, self.search, losses, self.bulletin, ending, None, study._seconds
         )
+        self.recorder = Recorder(self.listener.on_epoch, self.listener.on_end)
         self.bulletin.catch_up(self.ledger.records.values(), study._tracker.result())
         self.proposal_s = 0.0
         propose = self.search._propose
@@ -201,10 +206,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=MARKS[-1])
     parser.add_argument("--mlflow", type=int, default=0, metavar="N")
+    parser.add_argument("--slots", type=int, default=0)
+    parser.add_argument("--tune", action="store_true", help="with --slots: Tune, a process each")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(options.trials, options.mlflow, Path(folder))
+        if options.slots:
+            from tests.benchmarks.slots import measure_slots
+
+            found = measure_slots(options.trials, options.slots, options.tune, Path(folder))
+        else:
+            found = measure(options.trials, options.mlflow, Path(folder))
     described = machine()  # last, for it brings torch along, which a driver has not
     print(machine_line(described), flush=True)
     emit({**found, "machine": described}, options.json)

@@ -51,7 +51,7 @@ TRAIN_SETTINGS = {
     # How often a controller looks after its workers: what a killed worker waits at most.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    # It looks out for nodes that are about to go, from a process a slot that stands on any node, and
+    # It looks out for nodes that are about to go, from a process a slot that stands on any of them:
     # one with such a guest never goes. Workers whose node is gone restart on another without it.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Each controller would configure the logging of the process that all of them share; two at a
