@@ -142,7 +142,7 @@ class Slots:
         ended, _ = ray.wait(self._held, num_returns=len(self._held), timeout=0)
         there = len(self._held) - len(ended) + len(traffic.given_up)
         self._open(min(count, len(traffic.held) + len(traffic.waiting)) - there)
-        ray.get(self.mailbox.release.remote(IDLE_S))
+        self.mailbox.release.remote(IDLE_S)
 
     def _open(self, more: int) -> None:
         # Under numbers of their own: of a slot that was given back the mailbox wants no more.

@@ -141,7 +141,8 @@ class Study:
         slots = Slots(mailbox, request, shape, count, storage, fresh, session)
 
         def follow(traffic: Traffic) -> None:
-            if not (traffic.moves or traffic.idle) and never_placed(shape, count):
+            nowhere = traffic.down and not (traffic.moves or traffic.idle)
+            if nowhere and never_placed(shape, len(traffic.down)):
                 ending.fail(lacking(shape, config.max_concurrent))
             slots.follow(traffic, max(1, decided()[0]))
             self.console.standing.slots = slots.count
