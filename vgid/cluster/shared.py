@@ -61,8 +61,7 @@ class Shared:
         own = ray.get_runtime_context().get_node_id()
         asked: dict[Any, dict[str, Any]] = {}
         for node in ray.nodes():
-            holds = all(node["Resources"].get(k, 0) >= need for k, need in shape.per_worker.items())
-            if node["Alive"] and holds and node["NodeID"] != own:
+            if node["Alive"] and shape.fits(node["Resources"]) and node["NodeID"] != own:
                 there = {"ray.io/node-id": node["NodeID"]}
                 look = ray.remote(num_cpus=0, max_retries=0, label_selector=there)(Shared.fault)
                 asked[look.remote(self)] = node
