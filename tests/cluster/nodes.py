@@ -18,7 +18,12 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parents[2]
-ALONE = ("unshare", "--net", "--mount", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+# Nothing outlives whoever started it: without its first process a PID namespace is gone.
+ENDS = ("setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--fork", "--kill-child")
+ALONE = (
+    *(*ENDS, "--net", "--mount", "--mount-proc"),
+    *("sh", "-c", 'ip link set lo up && exec "$@"', "sh"),
+)
 STORE_BYTES = 100 * 2**20
 JOIN_S = 120.0
 

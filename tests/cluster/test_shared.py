@@ -32,9 +32,9 @@ def test_a_node_says_what_it_does_not_see(views):
         "node does (No such file or directory); mount the same storage on all nodes, or name a "
         "folder on it with --output."
     )
-    assert said["127.0.0.3"] is None  # it reads all, and cannot know where its files go
-    assert said["127.0.0.4"] == (
-        f"ray: node 127.0.0.4 ({ids['127.0.0.4'][:8]}) does not see {folder}/data/benchmark; put "
+    # It reads the output folder, and cannot know where its files go.
+    assert said["127.0.0.3"] == (
+        f"ray: node 127.0.0.3 ({ids['127.0.0.3'][:8]}) does not see {folder}/data/benchmark; put "
         "it where all nodes do."
     )
 
@@ -42,8 +42,10 @@ def test_a_node_says_what_it_does_not_see(views):
 def test_a_check_asks_the_nodes_that_hold_a_worker_both_ways(views):
     found, _ = views
     assert "node 127.0.0.3 " in found["copy"] and "does not arrive" in found["copy"]
-    assert found["data"] == found["said"]["127.0.0.4"]
+    assert found["data"] == found["said"]["127.0.0.3"]
     assert found["all"] is None
+    others = [found["ids"][address] for address in ("127.0.0.2", "127.0.0.3")]
+    assert found["answered"] == sorted(["driver", *others])
 
 
 def test_a_study_is_refused_before_its_first_trial(views):

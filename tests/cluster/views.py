@@ -22,10 +22,10 @@ from vgid.errors import InputError
 MOUNTS = {
     2: "mount -t tmpfs none {0}",
     3: "mount -t tmpfs none {1} && mkdir {1}/up {1}/work && "
-    "mount -t overlay -o lowerdir={0},upperdir={1}/up,workdir={1}/work none {0}",
-    4: "mount -t tmpfs none {0}/data",
+    "mount -t overlay -o lowerdir={0},upperdir={1}/up,workdir={1}/work none {0} && "
+    "mount -t tmpfs none {0}/data",
 }
-"""Nodes that see nothing, a copy of their own, all but the data; each has GPUs, one more each."""
+"""A node that sees nothing, with one GPU; and one with a copy of its own, no data and two GPUs."""
 
 
 def main(folder: Path) -> None:
@@ -60,13 +60,15 @@ def look(output: Path, data: Path) -> dict[str, object]:
         there = {"ray.io/node-id": node}
         asked = ray.remote(num_cpus=0, label_selector=there)(Shared.fault).remote(shared)
         said[address] = ray.get(asked, timeout=120)
-    without = dataclasses.replace(shared, reads=())
+    everywhere = output.parent.with_name("everywhere")
+    seen = Shared.by(everywhere / ".ray", request.model_copy(update={"data": everywhere}))
     return {
         "ids": ids,
         "said": said,
-        "copy": checked(without, 2),
-        "data": checked(shared, 3),
-        "all": checked(without, 3),
+        "copy": checked(dataclasses.replace(shared, reads=()), 2),
+        "data": checked(shared, 2),
+        "all": checked(seen, 0),
+        "answered": sorted(path.name for path in seen.place.iterdir()),
     }
 
 
