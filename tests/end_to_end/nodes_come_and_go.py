@@ -19,12 +19,13 @@ ROOM = {"CPU": 1, "memory": 2 * GB, "object_store_memory": 100 * 2**20}
 TIMEOUT_S = 120
 
 
-class LastIsLong(light.LightSession):
-    """Its trial 0002 goes on until somebody lets it end."""
+class SomeAreLong(light.LightSession):
+    """Its trials 0002 and 0005 go on until somebody lets them end."""
 
     def epoch(self, trial_id, number):
         super().epoch(trial_id, number)
-        while trial_id == "0002" and not (Path(self.request.store).parent / "end").exists():
+        end = Path(self.request.store).parent / "end"
+        while trial_id in ("0002", "0005") and not end.exists():
             time.sleep(0.1)
 
 
@@ -37,7 +38,7 @@ def wait_for(condition):
 
 def study(folder, cluster, trials, *flags, **environment):
     environment |= {"RAY_ADDRESS": cluster.address, "LIGHT_IDLE_S": "5"}
-    environment[light.SESSION] = f"{__name__}:{LastIsLong.__name__}"
+    environment[light.SESSION] = f"{__name__}:{SomeAreLong.__name__}"
     return LightStudy(folder, trials, *flags, **environment)
 
 
@@ -82,11 +83,11 @@ def test_auto_follows_nodes_that_join_and_go(tmp_path):
     node = {"num_cpus": 1, "memory": 2 * GB}
     cluster = Cluster(initialize_head=True, head_node_args=node)
     try:
-        with study(tmp_path, cluster, 12, LIGHT_EPOCH_S="1") as running:
-            running.wait_for(lambda: len(running.ended()) == 1)
-            assert len(running.in_flight()) <= 1
+        with study(tmp_path, cluster, 8) as running:
+            running.wait_for(lambda: running.in_flight() == ["0002"])
             joined = cluster.add_node(**node)
-            running.wait_for(lambda: len(running.in_flight()) == 2 and len(running.ended()) > 3)
+            # The new slot goes on with the trials after it, up to the next that is long.
+            running.wait_for(lambda: running.in_flight() == ["0002", "0005"])
             cluster.remove_node(joined, allow_graceful=False)
             (running.output / "end").touch()
             assert running.finish() == 0
