@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Nodes:
         root = psutil.Process(process.pid)
         family = [*root.children(recursive=True), root]
         for each in family:
-            if each.is_running():
+            with suppress(psutil.NoSuchProcess):
                 each.kill()
         psutil.wait_procs(family, timeout=10)
         process.wait()
