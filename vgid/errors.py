@@ -25,6 +25,10 @@ class SampleError(InputError):
         self.problem = problem
 
 
+class LossNotFiniteError(Exception):
+    """The loss or its gradient became NaN or infinite; the trial has failed."""
+
+
 def log_place(said: str, error: Exception) -> None:
     """Log on stderr what came of an exception, its kind and place; its message may be private."""
     print(f"{said}: {type(error).__name__}", file=sys.stderr)

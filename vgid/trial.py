@@ -16,12 +16,14 @@ from pathlib import Path
 from vgid.config import RequestConfig, TrialConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people
+from vgid.errors import LossNotFiniteError
 from vgid.evaluation.evaluate import Evaluation, Scorer
 from vgid.evaluation.rehearsal import missing_objectives, without_unfit
 from vgid.files import write_atomically
-from vgid.method.distillation import LossNotFiniteError
 from vgid.method.preparation import Preparation
+from vgid.method.sharding import parted
 from vgid.method.teacher import PLAIN, Intervention, TeacherStore
+from vgid.method.workers import Workers
 from vgid.models import adapters as adapter
 from vgid.models.backbones import load
 from vgid.models.store import ContentStore
@@ -47,8 +49,7 @@ class TrialSession:
     def __init__(self, request: RequestConfig, rank: int = 0, world_size: int = 1) -> None:
         started = time.perf_counter()
         self.request = request
-        self.rank = rank
-        self.world_size = world_size
+        self.workers = workers = Workers(rank, world_size)
         self.benchmark = Benchmark.open(request.data, request.skip_defects)
         self.people = choose_people(self.benchmark, request)
         self.backbone = load(request.backbone, request.model_path)
@@ -59,13 +60,11 @@ class TrialSession:
             adapter.merge(self.backbone, request.deployed_adapter)
         limit = int(request.store_limit_gb * 1e9)
         self.backbone.vision.store = ContentStore(request.store, "vision", limit)
-        self.store = TeacherStore(
-            ContentStore(request.store, "teachers", limit), self.backbone, rank
-        )
+        self.store = TeacherStore(ContentStore(request.store, "teachers", limit), self.backbone)
         self.preparation = Preparation(
-            self.backbone, self.benchmark, self.people, request, self.store, rank, world_size
+            self.backbone, self.benchmark, self.people, request, self.store, workers
         )
-        self.scorer = Scorer(self.backbone, self.benchmark.sha256, self.people, request)
+        self.scorer = Scorer(self.backbone, self.benchmark.sha256, self.people, request, workers)
         self._unreported_load = time.perf_counter() - started
 
     @property
@@ -110,7 +109,7 @@ class TrialSession:
         metrics: dict[str, float] = {}
         with adapter.attached(self.backbone, trial) as model:
             try:
-                with _timed(seconds, "train"):
+                with _timed(seconds, "train"), parted(self.backbone, trial, self.workers):
                     for report in epochs(model):
                         metrics = report.metrics
                         if not self._goes_on(on_epoch, report):
@@ -118,10 +117,10 @@ class TrialSession:
                             return ended(status="pruned", metrics=metrics, store=use)
             except LossNotFiniteError as error:
                 return ended(status="failed", error=str(error))
-            if self.rank != 0:
-                return ended(status="completed")
             with _timed(seconds, "evaluate"):
                 scored = self.scorer.evaluate("search", self.request.seed) if evaluate else None
+            if self.workers.rank != 0:
+                return ended(status="completed")
             with _timed(seconds, "save"):
                 adapter.save(model, adapter_dir)
                 _save_responses(scored, adapter_dir)
@@ -198,14 +197,7 @@ class TrialSession:
         """Rank 0's answer of ``on_epoch``, known to all ranks so that they stop together."""
         # Only rank 0 asks, since a scheduler decides once; the others wait for its word, for a rank
         # that trained on alone would hang in the next exchange of gradients.
-        goes_on = on_epoch is None or self.rank != 0 or on_epoch(report)
-        if self.world_size > 1:
-            import torch.distributed as dist
-
-            answer = [goes_on]
-            dist.broadcast_object_list(answer, src=0)
-            goes_on = answer[0]
-        return goes_on
+        return self.workers.first(on_epoch is None or self.workers.rank != 0 or on_epoch(report))
 
 
 def run_trial(

@@ -4,9 +4,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from tests.conftest import make_random_backbone
@@ -38,8 +40,8 @@ def files(root: Path) -> list[Path]:
     return sorted(root.glob("teachers/*.safetensors"))
 
 
-def teachers(root: Path, backbone: Backbone, rank: int = 0) -> TeacherStore:
-    return TeacherStore(ContentStore(root, "teachers"), backbone, rank)
+def teachers(root: Path, backbone: Backbone) -> TeacherStore:
+    return TeacherStore(ContentStore(root, "teachers"), backbone)
 
 
 def test_intervention_perturbs_the_image_and_prepends_the_instruction(random_backbone):
@@ -165,10 +167,44 @@ def test_two_processes_compute_a_chunk_once_and_agree(random_backbone, tmp_path)
     assert files(shared)[0].read_bytes() == files(alone)[0].read_bytes()
 
 
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_ranks_return_the_same_targets_in_the_same_order(random_backbone, tmp_path, rank):
-    many = samples(70)
+SMALL = 4  # samples of a chunk
+
+
+def _hold(lock: Path, seconds: float, held: Any) -> None:
+    with FileLock(lock):
+        held.set()
+        time.sleep(seconds)
+
+
+def test_a_chunk_that_another_process_computes_is_asked_for_last(
+    random_backbone, tmp_path, monkeypatch
+):
+    """So that processes which begin together share the chunks out; the order stays."""
+    monkeypatch.setattr("vgid.method.teacher.CHUNK", SMALL)
+    many = samples(3 * SMALL)  # three chunks
     expected = teachers(tmp_path / "0", random_backbone).targets(many, Intervention(), "reference")
-    got = teachers(tmp_path / "r", random_backbone, rank).targets(many, Intervention(), "reference")
+    order = []
+    store = teachers(tmp_path / "1", random_backbone)
+    compute = store._compute
+    monkeypatch.setattr(
+        store,
+        "_compute",
+        lambda chunk, *how: order.append(chunk[0].query.id) or compute(chunk, *how),
+    )
+    # The store's name of the first chunk, under which the other process holds it.
+    probe = teachers(tmp_path / "probe", random_backbone)
+    monkeypatch.setattr(probe.store, "get_or_compute", lambda key, *_: names.append(key) or 1 / 0)
+    names: list[str] = []
+    with pytest.raises(ZeroDivisionError):
+        probe.targets(many, Intervention(), "reference")
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    lock = tmp_path / "1" / "teachers" / f"{names[0]}.lock"
+    other = context.Process(target=_hold, args=(lock, 3.0, held))
+    other.start()
+    assert held.wait(60)
+    got = store.targets(many, Intervention(), "reference")
+    other.join(60)
+    assert order == [many[n].query.id for n in (SMALL, 2 * SMALL, 0)]
     assert [t.response for t in got] == [t.response for t in expected]
     assert all(torch.equal(a.hidden_RD, b.hidden_RD) for a, b in zip(got, expected, strict=True))

@@ -30,10 +30,10 @@ from torch import Tensor
 from vgid.config import Config, FinetuneConfig, TrialConfig
 from vgid.data.benchmark import Benchmark, decode_image
 from vgid.data.layout import TRAINING_COLUMNS
-from vgid.errors import InputError
+from vgid.errors import InputError, LossNotFiniteError
 from vgid.files import appearing
 from vgid.method.checkpoint import checkpointed_trial
-from vgid.method.distillation import DistillationSet, LossNotFiniteError, distill, steps_per_epoch
+from vgid.method.distillation import DistillationSet, distill, steps_per_epoch
 from vgid.method.methods import UnlearningMethod
 from vgid.method.samples import TrainingSample, worded
 from vgid.method.student import View

@@ -9,8 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from rich.filesize import decimal
 
@@ -93,12 +91,13 @@ def worker_bytes(
     Weights pass through the node's memory on their way to a GPU. Without one they stay there, in
     fp32, and so does what a step of distillation keeps (``vgid.models.memory``).
     """
-    from vgid.models.backbones import spec
+    from vgid.method.profile_prompts import step_bytes
+    from vgid.models.backbones import outline, spec
 
     weights = sum(map(_elements, folder.glob("*.safetensors")))
     if on_gpu:
         return WORKER_BYTES + 2 * weights
-    step = 0 if spec(backbone).embedded else _step_bytes(backbone, model_path, trial)
+    step = 0 if spec(backbone).embedded else step_bytes(outline(backbone, model_path), trial)
     return WORKER_BYTES + 4 * weights + step
 
 
@@ -114,28 +113,3 @@ def _elements(path: Path) -> int:
             f"{path}: is no safetensors file, or is damaged; restore it or name another folder "
             "with --model-path."
         ) from None
-
-
-def _step_bytes(backbone: str, model_path: str | None, trial: TrialConfig) -> int:
-    """LoRA in training, the loss's buffers, and the larger of the two terms' kept activations."""
-    import torch
-
-    from vgid.method.distillation import share
-    from vgid.method.profile_prompts import synthetic_set
-    from vgid.models.backbones import outline
-    from vgid.models.memory import activation_bytes, adapter_bytes, vocabulary_bytes
-
-    shape = outline(backbone, model_path)
-    config = shape.model.config
-    shape.model = SimpleNamespace(config=config, dtype=torch.float32, device=torch.device("cpu"))
-    text: Any = config.get_text_config()
-    rank, together = trial.lora_rank, trial.questions_per_image
-    kept = []
-    for batch in (trial.batch_size, trial.retain_batch_size):
-        part = math.ceil(batch / trial.gradient_accumulation)
-        portraits = math.ceil(part / together)
-        data = synthetic_set(shape, portraits, min(part, together), 0)
-        pack = share(shape, data, range(len(data.prompts)), 0)[0].packed
-        checkpointed, dropout = trial.gradient_checkpointing, trial.lora_dropout > 0
-        kept.append(activation_bytes(text, [pack], rank, checkpointed, dropout))
-    return adapter_bytes(text, rank) + vocabulary_bytes(text) + max(kept)

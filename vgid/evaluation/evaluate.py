@@ -29,7 +29,9 @@ from vgid.data.splits import People
 from vgid.evaluation import metrics
 from vgid.evaluation.questions import Examination, ExamItem, prepare
 from vgid.files import write_atomically
+from vgid.method.sharding import make_whole
 from vgid.method.teacher import PLAIN, Intervention
+from vgid.method.workers import ALONE, Workers
 from vgid.models import adapters as adapter
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import ResponseScore, greedy_tokens, response_text, score_responses
@@ -71,36 +73,75 @@ class Evaluation:
         return self.kept.scores
 
 
-def evaluate(backbone: Backbone, examination: Examination, request: RequestConfig) -> Evaluation:
-    """Score the answers of the model as it is now, adapters included, to every question."""
-    items, batch_size = examination.items, request.eval_batch_size
-    responses = _responses(backbone, items, batch_size)
+class _Answered(NamedTuple):
+    """What a worker tells the others of a question: what its scores need, and no more."""
+
+    place: int
+    split: str
+    suffix: str
+    task: Task
+    person_id: str
+    marks: dict[str, float]  # of the response
+    shots: float | None
+    memorisation: float | None
+    response: Response | None  # if asked for
+
+
+def evaluate(
+    backbone: Backbone,
+    examination: Examination,
+    request: RequestConfig,
+    workers: Workers = ALONE,
+) -> Evaluation:
+    """Score the answers of the model as it is now, adapters included, to every question.
+
+    Of several ``workers`` each has an examination of its share, and all get the whole's scores.
+    """
+    # As one worker has them: a sum of floats depends on their order.
+    answered = sorted(
+        workers.together(_answered(backbone, examination.items, request)), key=lambda a: a.place
+    )
     tally: dict[str, tuple[list[float], list[str]]] = {}
-    for item, response in zip(items, responses, strict=True):
-        for metric, value in _marks(item.question, response):
-            _count(tally, item, metric, value)
-    shown = [(item, item.shots) for item in items if item.shots is not None]
+    for each in answered:
+        for metric, value in each.marks.items():
+            _count(tally, each, metric, value)
     # Where the context was too short for a question, of all of its task's, to be a fair mean.
-    short = {item.question.task for item, share in shown if share < 1}
-    for item, share in shown:
-        if item.question.task in short:
-            _count(tally, item, f"{item.question.task}_shots", share)
-    known = [(item, *item.answer) for item in items if item.answer is not None]
-    for item, score in _forced(backbone, known, batch_size):
-        _count(tally, item, "memorisation", float(score.correct_R.double().mean()))
+    short = {each.task for each in answered if each.shots is not None and each.shots < 1}
+    for each in answered:
+        if each.shots is not None and each.task in short:
+            _count(tally, each, f"{each.task}_shots", each.shots)
+    for each in answered:
+        if each.memorisation is not None:
+            _count(tally, each, "memorisation", each.memorisation)
     how = request.bootstrap_samples, examination.seed
     scores = {name: metrics.bootstrap_interval(*kept, *how) for name, kept in tally.items()}
     people = {name: metrics.person_sums(*kept) for name, kept in tally.items()}
-    said = tuple(
-        Response(i.question.id, i.split, i.wording, i.question.text, i.question.answer, response)
-        for i, response in zip(items, responses, strict=True)
-    )
+    said = tuple(each.response for each in answered if each.response is not None)
     return Evaluation(
         KeptScores(scores=scores, people=people),
         backbone.spec.option_scoring,
         examination.few_shot,
         said if request.log_responses else None,
     )
+
+
+def _answered(
+    backbone: Backbone, items: Sequence[ExamItem], request: RequestConfig
+) -> list[_Answered]:
+    responses = _responses(backbone, items, request.eval_batch_size)
+    known = [(i, *item.answer) for i, item in enumerate(items) if item.answer is not None]
+    memorised = {
+        i: float(score.correct_R.double().mean())
+        for i, score in _forced(backbone, known, request.eval_batch_size)
+    }
+    answered = []
+    for i, (item, text) in enumerate(zip(items, responses, strict=True)):
+        q = item.question
+        said = Response(q.id, item.split, item.wording, q.text, q.answer, text)
+        where = item.place, item.split, item.suffix, q.task, q.person_id
+        marks = dict(_marks(q, text)), item.shots, memorised.get(i)
+        answered.append(_Answered(*where, *marks, said if request.log_responses else None))
+    return answered
 
 
 def _forced(
@@ -146,13 +187,13 @@ def _marks(question: Question, response: str) -> Iterator[tuple[str, float]]:
 
 
 def _count(
-    tally: dict[str, tuple[list[float], list[str]]], item: ExamItem, metric: str, value: float
+    tally: dict[str, tuple[list[float], list[str]]], of: _Answered, metric: str, value: float
 ) -> None:
-    splits = [item.split] + (["retain"] if item.split.startswith("retain_") else [])
+    splits = [of.split] + (["retain"] if of.split.startswith("retain_") else [])
     for split in splits:
-        values, groups = tally.setdefault(f"{split}_{metric}{item.suffix}", ([], []))
+        values, groups = tally.setdefault(f"{split}_{metric}{of.suffix}", ([], []))
         values.append(value)
-        groups.append(item.question.person_id)
+        groups.append(of.person_id)
 
 
 @dataclass
@@ -163,6 +204,7 @@ class Scorer:
     data_sha256: str
     people: People
     request: RequestConfig
+    workers: Workers = ALONE  # which share the questions out
     _examinations: dict[tuple[Any, ...], Examination] = field(default_factory=dict, init=False)
 
     def kept(
@@ -185,13 +227,20 @@ class Scorer:
         setting = [self.data_sha256, self.backbone.identity, self.request.identity]
         key = key_of([SCORES_FORMAT, kind, *asked, *setting])
         path = self.request.store / f"{kind}-{key}.json"
-        with FileLock(path.with_suffix(".lock")):
+        # The first worker looks and writes for all: one that found what another did not would
+        # leave it alone with the questions.
+        first = self.workers.rank == 0
+        with FileLock(path.with_suffix(".lock")) if first else nullcontext():
+            kept = None
             # None yet, or torn by a crash of the machine: made again.
             with suppress(OSError, ValueError):
-                return KeptScores.model_validate_json(path.read_bytes())
-            with attached:
-                kept = self.evaluate(part, seed, intervention, reverse).kept
-            write_atomically(path, kept.model_dump_json().encode())
+                if first:
+                    kept = KeptScores.model_validate_json(path.read_bytes())
+            if (kept := self.workers.first(kept)) is None:
+                with attached:
+                    kept = self.evaluate(part, seed, intervention, reverse).kept
+                if first:
+                    write_atomically(path, kept.model_dump_json().encode())
             return kept
 
     def difference(
@@ -211,14 +260,15 @@ class Scorer:
         self, part: QuestionPart, seed: int, how: Intervention = PLAIN, reverse: bool = False
     ) -> Evaluation:
         """Put the questions to the backbone as it stands, with the adapter that is attached."""
+        make_whole(self.backbone)  # loading an adapter deals out again what can be
         key = (part, seed, how, reverse)
         examination = self._examinations.get(key)
         if examination is None:
             # General utility: nothing is chosen by it, and no attack is on it.
             celebrities = () if part == "search" or reverse else self.people.celebrities
             whom = (self.backbone, self.people, self.request, part, seed, celebrities)
-            examination = prepare(*whom, how, reverse)
+            examination = prepare(*whom, how, reverse, workers=self.workers)
         # Perturbed images are as large as all others together, and seldom wanted twice.
         if how.noise_type is None:
             self._examinations[key] = examination
-        return evaluate(self.backbone, examination, self.request)
+        return evaluate(self.backbone, examination, self.request, self.workers)

@@ -18,6 +18,7 @@ from vgid.data.benchmark import Person, Question, decode_image, split_questions
 from vgid.data.splits import People
 from vgid.errors import InputError, SampleError
 from vgid.method.teacher import PLAIN, Intervention, intervene
+from vgid.method.workers import ALONE, Workers
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import MAX_NEW_TOKENS
 from vgid.models.encoding import Encoded, Query, Shot, encode, response_ids
@@ -41,6 +42,7 @@ class ExamItem:
     answer: tuple[Encoded, list[int]] | None = field(default=None, repr=False)
     shots: float | None = None  # share of the few-shot turns that the context holds
     wording: Wording = "wrapped"  # raw ones are in the turn that answers are taught in
+    place: int = 0  # of the person among all who are asked, by any worker
 
     @property
     def suffix(self) -> str:
@@ -69,32 +71,36 @@ def prepare(
     intervention: Intervention = PLAIN,
     reverse: bool = False,
     refused: list[SampleError] | None = None,
+    workers: Workers = ALONE,
 ) -> Examination:
     """Choose, frame and tokenise the questions of an evaluation.
 
     The request's seed splits every person's questions into parts, of which ``part`` is asked;
     ``seed`` chooses few-shot people, poses and resamples. ``celebrities`` are asked everything,
     without few-shot turns. ``reverse`` appends the reverse-engineering prompt (paper Appendix
-    A.3.7). Questions that the backbone cannot be asked go to ``refused``, if given. Otherwise they,
-    too few few-shot people or an unreadable image are an ``InputError``.
+    A.3.7). Of several ``workers`` each prepares its share of the people. Questions that the
+    backbone cannot be asked go to ``refused``, if given. Otherwise they, too few few-shot people or
+    an unreadable image are an ``InputError``.
     """
     few_shot, shots = _few_shot(backbone, people, request, seed)
     names = ("forget", "test", "earlier", "retain_seen", "retain_unseen")
     splits = {name: getattr(people, name) for name in names} | {"celebrity": celebrities}
     items = []
-    for split, members in splits.items():
+    asked = [(split, person) for split, members in splits.items() for person in members]
+    # By whole people, whose questions share their portraits.
+    for place, (split, person) in workers.mine(list(enumerate(asked))):
         turns = {} if split == "celebrity" else shots
-        for person in members:
-            worded = _worded(person, split, part, request.seed)
-            queries = _queries(backbone, person, worded, turns, seed, reverse)
-            seen = intervene(backbone, queries, intervention)
-            for (question, wording), query in zip(worded, seen, strict=True):
-                try:
-                    items.append(_item(backbone, split, question, wording, query))
-                except SampleError as error:
-                    if refused is None:
-                        raise
-                    refused.append(error)
+        worded = _worded(person, split, part, request.seed)
+        queries = _queries(backbone, person, worded, turns, seed, reverse)
+        seen = intervene(backbone, queries, intervention)
+        for (question, wording), query in zip(worded, seen, strict=True):
+            try:
+                item = _item(backbone, split, question, wording, query)
+                items.append(replace(item, place=place))
+            except SampleError as error:
+                if refused is None:
+                    raise
+                refused.append(error)
     return Examination(tuple(items), few_shot, seed)
 
 

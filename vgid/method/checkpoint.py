@@ -13,7 +13,9 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vgid.method.workers import ALONE, Workers, whole
 from vgid.results import EpochReport
 
 FILE_NAME = "state.safetensors"
@@ -27,12 +29,21 @@ def save_checkpoint(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     reports: Sequence[EpochReport],
+    workers: Workers = ALONE,
 ) -> None:
-    """Write a trial's state after the epochs of ``reports``, which nobody may have heard of yet."""
+    """Write a trial's state after the epochs of ``reports``, which nobody may have heard of yet.
+
+    The first of its workers writes, and all must call: states may be dealt out over them.
+    """
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         state = {"parameter": parameter.detach(), **optimizer.state[parameter]}
-        tensors |= {f"{key}/{name}": value.cpu().contiguous() for key, value in state.items()}
+        for key, value in state.items():
+            put_together = whole(value)
+            if workers.rank == 0:
+                tensors[f"{key}/{name}"] = put_together.cpu().contiguous()
+    if workers.rank != 0:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{FILE_NAME}.{os.getpid()}.tmp"
     told = json.dumps([report.model_dump() for report in reports])
@@ -66,13 +77,25 @@ def load_checkpoint(
         return []
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"parameter/{name}"])
+            parameter.copy_(_like(parameter, tensors[f"parameter/{name}"]))
             # AdamW keeps its step count on the CPU; on a GPU every step would wait for it.
-            places = {"step": "cpu", "exp_avg": parameter.device, "exp_avg_sq": parameter.device}
             optimizer.state[parameter] = {
-                key: tensors[f"{key}/{name}"].to(place, copy=True) for key, place in places.items()
+                key: tensors[f"{key}/{name}"].clone()
+                if key == "step"
+                else _like(parameter, tensors[f"{key}/{name}"])
+                for key in _STATES
             }
     return reports
+
+
+def _like(parameter: nn.Parameter, tensor: Tensor) -> Tensor:
+    """A copy of a whole tensor on the parameter's device, dealt out if the parameter is."""
+    copy = tensor.to(parameter.device, copy=True)
+    if not isinstance(parameter, DTensor):
+        return copy
+    # Every worker has read the file: there is nothing to send.
+    where = parameter.device_mesh, parameter.placements
+    return distribute_tensor(copy, *where, src_data_rank=None)
 
 
 def checkpointed_trial(folder: Path) -> str | None:

@@ -29,10 +29,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vgid.config import TrialConfig, uses
+from vgid.errors import LossNotFiniteError
 from vgid.method.checkpoint import load_checkpoint, save_checkpoint
 from vgid.method.methods import Distillation, UnlearningMethod, make_method
+from vgid.method.sharding import spread
 from vgid.method.student import DistillationBatch, View
 from vgid.method.teacher import TeacherTarget
+from vgid.method.workers import ALONE, Workers, whole
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Encoded
 from vgid.models.packing import pack
@@ -40,10 +43,6 @@ from vgid.objectives import vgid_loss
 from vgid.prompts import Task
 from vgid.results import EpochReport
 from vgid.seeds import sample_generator
-
-
-class LossNotFiniteError(Exception):
-    """The loss became NaN or infinite; the trial has failed."""
 
 
 @dataclass(frozen=True)
@@ -240,8 +239,7 @@ def distill(
     *,
     method: UnlearningMethod | None = None,
     trial_id: str = "",
-    rank: int = 0,
-    world_size: int = 1,
+    workers: Workers = ALONE,
     checkpoint: Path | None = None,
 ) -> Iterator[EpochReport]:
     """Train the attached adapter in place; yields a report after each epoch.
@@ -251,10 +249,8 @@ def distill(
     again, since nobody may have heard of them. NaN or infinite loss or gradient is a
     ``LossNotFiniteError``.
     """
-    student: nn.Module = Student(model, backbone, method or make_method(config, backbone))
-    if world_size > 1:
-        # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
-        student = DistributedDataParallel(student, init_sync=False)
+    student = Student(model, backbone, method or make_method(config, backbone))
+    spread_out, where = spread(student, backbone, workers), (workers.rank, workers.count)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=config.weight_decay)
     reports = load_checkpoint(checkpoint, trial_id, parameters, optimizer) if checkpoint else []
@@ -268,19 +264,23 @@ def distill(
         torch.manual_seed(config.seed * 100_003 + epoch)  # LoRA dropout
         sums_2, norm, step = torch.zeros(2, dtype=torch.float64), 0.0, epoch * per_epoch
         # Algorithm 1, lines 3 to 19; the teachers of lines 6 to 9 come from the store.
-        for shares in epoch_shares(backbone, forget, kept, config, epoch, rank, world_size):
-            losses_2, norm = take_step(student, shares, optimizer, rates[step], config, world_size)
+        for shares in epoch_shares(backbone, forget, kept, config, epoch, *where):
+            losses_2, norm = take_step(spread_out, shares, optimizer, rates[step], config, where[1])
             step += 1
-            if not (math.isfinite(norm) and bool(losses_2.isfinite().all())):
-                raise LossNotFiniteError(
-                    f"loss or gradient is not finite at step {step} (epoch {epoch + 1})"
-                )
             sums_2 += losses_2
+            # Each worker knows the norm, and its own loss only: one that stopped by that would
+            # leave the others waiting for it.
+            if not math.isfinite(norm):
+                break
         model.eval()
-        means_2 = _sum_over_ranks(sums_2, world_size) / per_epoch
+        means_2 = workers.sum(sums_2) / per_epoch
+        if not (math.isfinite(norm) and bool(means_2.isfinite().all())):
+            raise LossNotFiniteError(
+                f"loss or gradient is not finite at step {step} (epoch {epoch + 1})"
+            )
         reports.append(epoch_report(config, epoch, per_epoch, means_2, rates[step], norm))
-        if checkpoint is not None and rank == 0:
-            save_checkpoint(checkpoint, trial_id, parameters, optimizer, reports)
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, trial_id, parameters, optimizer, reports, workers)
         yield reports[-1]
 
 
@@ -324,7 +324,7 @@ def take_step(
         last = number == len(parts)
         losses[term] += backward_term(student, part, term, weights[term], world_size, last)
     (group,) = optimizer.param_groups
-    norm = float(nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm))
+    norm = float(whole(nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm)))
     group["lr"] = rate
     optimizer.step()
     return torch.stack(list(losses.values())), norm
@@ -346,11 +346,3 @@ def backward_term(
         # DDP averages over the ranks, whose shares are meant to be summed.
         (weight * loss * world_size).backward()
     return loss.detach().double().cpu()
-
-
-def _sum_over_ranks(values: Tensor, world_size: int) -> Tensor:
-    if world_size > 1:
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        values = values.to(device)
-        torch.distributed.all_reduce(values)
-    return values.cpu()

@@ -18,6 +18,7 @@ from vgid.method.methods import make_method
 from vgid.method.released import distill_released, retain_drawn
 from vgid.method.samples import TrainingSample, training_samples
 from vgid.method.teacher import PLAIN, TeacherStore, response_room
+from vgid.method.workers import ALONE, Workers
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Encoded, encode, response_ids
 from vgid.results import EpochReport
@@ -35,8 +36,7 @@ class Preparation:
     people: People
     request: RequestConfig
     store: TeacherStore
-    rank: int = 0
-    world_size: int = 1
+    workers: Workers = ALONE
     _samples: dict[tuple[Any, ...], list[TrainingSample]] = field(default_factory=dict)
     _encoded: dict[tuple[str, int], Encoded] = field(default_factory=dict)
 
@@ -78,8 +78,7 @@ class Preparation:
                 trial,
                 method=method,
                 trial_id=trial_id,
-                rank=self.rank,
-                world_size=self.world_size,
+                workers=self.workers,
                 checkpoint=checkpoint,
             )
 
@@ -88,7 +87,7 @@ class Preparation:
     def _released(
         self, trial: TrialConfig, forget: list[TrainingSample], retain: list[TrainingSample]
     ) -> Prepared:
-        if self.world_size > 1:
+        if self.workers.count > 1:
             raise SettingError("released: the public script's variant runs in one worker only.")
 
         def answered(samples: list[TrainingSample]) -> list[tuple[Encoded, list[int]]]:

@@ -4,16 +4,22 @@ A position axes, L tokens of a prompt, T image tokens, R response tokens, D hidd
 """
 
 import hashlib
+import math
+from copy import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vgid.config import TrialConfig
 from vgid.method.distillation import DistillationSet
 from vgid.method.teacher import TeacherTarget
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Encoded
+from vgid.models.memory import activation_bytes, adapter_bytes, vocabulary_bytes
+from vgid.models.packing import pack
 from vgid.models.vision import Picture
 
 PORTRAIT_PIXELS = 336
@@ -52,6 +58,27 @@ def synthetic_set(backbone: Backbone, portraits: int, questions: int, seed: int)
             hidden_RD = torch.from_numpy(generator.standard_normal(size, dtype=np.float32))
             targets.append(TeacherTarget(response, hidden_RD.to(backbone.model.dtype)))
     return DistillationSet(prompts, [targets], ["generation"] * len(prompts))
+
+
+def step_bytes(backbone: Backbone, trial: TrialConfig, workers: int = 1) -> int:
+    """Bytes that a worker's step takes beside the base's weights, which ``backbone`` can lack.
+
+    LoRA in training, the loss's buffers, and the larger of the two terms' kept activations.
+    """
+    shape = copy(backbone)
+    config = backbone.model.config
+    shape.model = SimpleNamespace(config=config, dtype=torch.float32, device=torch.device("cpu"))
+    text: Any = config.get_text_config()
+    rank, together = trial.lora_rank, trial.questions_per_image
+    kept = []
+    for batch in (trial.batch_size, trial.retain_batch_size):
+        part = math.ceil(batch / (trial.gradient_accumulation * workers))
+        data = synthetic_set(shape, math.ceil(part / together), min(part, together), 0)
+        targets = data.targets[0]
+        packed = pack(shape, data.prompts, [target.response for target in targets])
+        how = trial.gradient_checkpointing, trial.lora_dropout > 0
+        kept.append(activation_bytes(text, [packed], rank, *how))
+    return adapter_bytes(text, rank) + vocabulary_bytes(text) + max(kept)
 
 
 def _picture(config: Any, name: str, generator: np.random.Generator) -> Picture:

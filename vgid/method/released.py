@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgid.config import TrialConfig
-from vgid.method.distillation import LossNotFiniteError, epoch_report
+from vgid.errors import LossNotFiniteError
+from vgid.method.distillation import epoch_report
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Encoded, collate
 from vgid.results import EpochReport

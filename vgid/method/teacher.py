@@ -6,10 +6,12 @@ on. Shape legend: R response tokens of a sample, D hidden width.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 import torch
+from filelock import Timeout
 from PIL import Image
 from torch import Tensor
 
@@ -94,7 +96,6 @@ class TeacherStore:
 
     store: ContentStore
     backbone: Backbone  # without an adapter while it computes
-    rank: int = 0  # of this worker
     hits: int = field(default=0, init=False)  # samples whose target the store held
     misses: int = field(default=0, init=False)
 
@@ -104,15 +105,23 @@ class TeacherStore:
         """The targets of ``samples``, in the order that all trials have: chunks are cut from it."""
         chunks = _chunks(samples)
         found: dict[int, TeacherTarget] = {}
-        # Workers that begin a study together would wait for each other at every chunk.
-        start = self.rank % max(1, len(chunks))
-        for chunk in chunks[start:] + chunks[:start]:
-            targets = self._chunk([samples[n] for n in chunk], intervention, source)
-            found.update(zip(chunk, targets, strict=True))
+        # A chunk that another process computes comes last: so workers and trials that begin
+        # together share the chunks out, and do not wait for each other at every one.
+        for wait in (False, True):
+            for chunk in chunks:
+                if chunk[0] not in found:
+                    with suppress(Timeout):
+                        asked = [samples[n] for n in chunk]
+                        targets = self._chunk(asked, intervention, source, wait)
+                        found.update(zip(chunk, targets, strict=True))
         return [found[n] for n in range(len(samples))]
 
     def _chunk(
-        self, chunk: Sequence[TrainingSample], intervention: Intervention, source: TargetSource
+        self,
+        chunk: Sequence[TrainingSample],
+        intervention: Intervention,
+        source: TargetSource,
+        wait: bool,
     ) -> list[TeacherTarget]:
         given = [_given(sample, intervention, source) for sample in chunk]
         asked = [
@@ -123,7 +132,7 @@ class TeacherStore:
         before = self.store.misses
         answers = None if source == "teacher" else given
         tensors = self.store.get_or_compute(
-            key, lambda: self._compute(chunk, intervention, answers)
+            key, lambda: self._compute(chunk, intervention, answers), wait
         )
         computed = len(chunk) if self.store.misses > before else 0
         self.hits += len(chunk) - computed

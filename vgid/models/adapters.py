@@ -85,7 +85,9 @@ def merge(backbone: Backbone, adapter: Path) -> None:
 def save(student: Any, folder: Path) -> None:
     """Write the adapter of a ``PeftModel``; the folder appears whole or not at all."""
     with appearing(folder, replace=True) as temporary:
-        student.save_pretrained(temporary)
+        # By these: all of the state would put a base together that is dealt out over workers.
+        learnt = {n: p.detach() for n, p in student.named_parameters() if "lora_" in n}
+        student.save_pretrained(temporary, state_dict=learnt)
         (temporary / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 

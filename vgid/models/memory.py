@@ -69,6 +69,11 @@ def adapter_bytes(text_config: Any, lora_rank: int) -> int:
     return 16 * lora_rank * s.layers * sum(i + o for i, o in s.maps)
 
 
+def device_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU; None of a CPU, on which a slot is given what it needs."""
+    return None if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
+
+
 def vocabulary_bytes(text_config: Any, chunk: int = 256) -> int:
     """Bytes of the loss's two fp32 buffers of (chunk, V), see ``vgid.method.chunked_kl``."""
     return 2 * 4 * chunk * int(text_config.vocab_size)

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.filesize import decimal
 from safetensors import SafetensorError
 
@@ -70,13 +70,14 @@ class ContentStore:
                 _replace(marker, stated)
 
     def get_or_compute(
-        self, key: str, compute: "Callable[[], dict[str, Tensor]]"
+        self, key: str, compute: "Callable[[], dict[str, Tensor]]", wait: bool = True
     ) -> "dict[str, Tensor]":
         """The tensors of ``key``, computed and stored if they are not there or their file is torn.
 
         They are contiguous, on the CPU, and share no memory. Of the processes that want an entry
-        one computes it. A disk that cannot be written is a ``DiskError`` and nothing is left
-        behind; a ``key`` not of ``key_of`` a ``ValueError``.
+        one computes it; who does not ``wait`` for that has a ``filelock.Timeout``. A disk that
+        cannot be written is a ``DiskError`` and nothing is left behind; a ``key`` not of
+        ``key_of`` a ``ValueError``.
         """
         from safetensors.torch import save
 
@@ -87,7 +88,7 @@ class ContentStore:
             return found
         # Looked for again inside: whoever held the lock may have computed just this. Without the
         # lock ten workers that begin a study would run the same teacher ten times.
-        with _alone(path.with_suffix(".lock")):
+        with _alone(path.with_suffix(".lock"), wait):
             if (found := self._find(path)) is not None:
                 return found
             tensors = {name: x.detach().cpu().contiguous() for name, x in compute().items()}
@@ -204,6 +205,8 @@ def _alone(path: Path, wait: bool = True) -> Iterator[None]:
     lock = FileLock(path, poll_interval=0.01, blocking=wait)
     try:
         lock.acquire()
+    except Timeout:
+        raise
     except OSError as error:
         raise _unwritable(path.parent, error) from None
     try:
