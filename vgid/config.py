@@ -404,6 +404,9 @@ class FinetuneConfig(Config):
     gradient_checkpointing: bool = Field(
         False, description="compute activations twice: less memory"
     )
+    workers: Annotated[int, Flag("W")] = Field(
+        1, ge=1, description="GPUs of this machine that share it; with --full, its weights too"
+    )
     seed: Annotated[int, Flag("S")] = Field(
         0, ge=0, description="adapter initialisation, order of the questions"
     )

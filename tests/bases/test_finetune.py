@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from tests.conftest import make_random_backbone
 from tests.padded import collate
 from tests.random_qwen import make_random_qwen
 from tests.tiny_benchmark import encoded, write_tiny
+from tests.workers import run_workers
 from vgid.bases.finetune import (
     FinetuneConfig,
+    FinetuneResult,
     Teaching,
+    _finetune,
     answered,
     finetune,
     read_samples,
@@ -31,6 +35,7 @@ from vgid.errors import InputError
 from vgid.method.checkpoint import FILE_NAME
 from vgid.method.distillation import share
 from vgid.method.student import View
+from vgid.method.workers import ALONE, Workers
 from vgid.models import adapters as adapter
 from vgid.models.backbones import Backbone, load
 from vgid.models.decoding import greedy_decode
@@ -198,6 +203,66 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(base, data, tmp_path, 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parts", "whole"]
 
 
+FULL: dict[str, Any] = {"full": True, "lora_rank": None}
+
+
+def _run(
+    config: FinetuneConfig, workers: Workers = ALONE, interrupted: bool = False
+) -> FinetuneResult | None:
+    """A run as ``finetune`` makes it; an interrupted one ends in its third epoch of two steps."""
+    checkpoint = config.output.with_name(f".{config.output.name}.checkpoint")
+    loss, steps = Teaching.forget_loss, iter(range(1, 99))
+
+    def stopping(self: Teaching, view: View) -> torch.Tensor:
+        if interrupted and next(steps) == 2 * 2 + 1:
+            raise KeyboardInterrupt
+        return loss(self, view)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Teaching, "forget_loss", stopping)
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            return _finetune(config, checkpoint, False, workers)
+    assert (checkpoint / FILE_NAME).exists()
+    return None
+
+
+def _two(workers: Workers, base: Any, data: Path, root: Path) -> dict[str, Any]:
+    def config(name: str, **values: Any) -> FinetuneConfig:
+        return config_of(base, data, root / name, **values)
+
+    found = {
+        "full": _run(config("full", **FULL), workers),
+        "lora": _run(config("lora", gradient_checkpointing=True), workers),
+        "one then two": _run(config("one then two", **FULL), workers),
+    }
+    _run(config("two then one", **FULL), workers, interrupted=True)
+    return found
+
+
+@pytest.mark.parametrize("base", ["qwen"], indirect=True)  # whose embeddings are tied
+def test_two_workers_learn_as_one_does_and_go_on_from_each_others_checkpoints(base, data, tmp_path):
+    """With ``full`` each holds half of what learns; the hub's folder is the same."""
+    one = {
+        "full": finetune(config_of(base, data, tmp_path / "1 full", **FULL)),
+        "lora": finetune(config_of(base, data, tmp_path / "1 lora")),
+    }
+    _run(config_of(base, data, tmp_path / "one then two", **FULL), interrupted=True)
+    two, other = run_workers(_two, 2, tmp_path / "workers", base, data, tmp_path)
+    two["two then one"] = _run(config_of(base, data, tmp_path / "two then one", **FULL))
+    for name, result in two.items():
+        kind = name if name in one else "full"
+        assert result.losses == pytest.approx(one[kind].losses, rel=1e-5), name
+        assert result.steps == one[kind].steps
+        expected, got = tensors(tmp_path / f"1 {kind}"), tensors(tmp_path / name)
+        assert expected.keys() == got.keys()
+        for weight, value in expected.items():
+            assert got[weight].dtype == value.dtype
+            # AdamW makes steps of rounding errors where a gradient vanishes.
+            assert (got[weight] - value).abs().mean() < 1e-5, (name, weight)
+    assert all(other[name].losses == two[name].losses for name in other)
+    assert sorted(p.name for p in tmp_path.glob(".*")) == []  # no checkpoint is left
+
+
 def test_gradient_checkpointing_and_packing_leave_the_result(base, data, tmp_path):
     plain = finetune(config_of(base, data, tmp_path / "a", batch_size=6))
     packed = finetune(config_of(base, data, tmp_path / "b", batch_size=6, questions_per_image=2))
@@ -235,7 +300,8 @@ def test_the_command(data, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     out = tmp_path / "out"
-    made_it = run("--output", out, "--epochs", 2, "--learning-rate", 1e-3, "--json")
+    quick = ("--epochs", 2, "--learning-rate", 1e-3, "--full", "--workers", 2)
+    made_it = run("--output", out, *quick, "--json")
     assert (made_it.returncode, made_it.stderr) == (0, "")
     result = json.loads(made_it.stdout)
     assert result["output"] == str(out) and result["losses"][1] < result["losses"][0]
@@ -243,6 +309,8 @@ def test_the_command(data, tmp_path):
         (("--output", out), "is there already"),
         (("--output", tmp_path / "b", "--full", "--lora-rank", 4), "no adapter"),
         (("--output", tmp_path / "b", "--epochs", 0), "epochs"),
+        # Refused by processes of their own, and said by this one.
+        (("--output", tmp_path / "b", "--workers", 2, "--data", tmp_path), "MLLMU"),
     ):
         refused = run(*args, "--json")
         assert refused.returncode == 2, part

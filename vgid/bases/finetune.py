@@ -17,6 +17,7 @@ the same weights bit for bit.
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import Progress
 from torch import Tensor
 
@@ -35,12 +37,16 @@ from vgid.files import appearing
 from vgid.method.checkpoint import checkpointed_trial
 from vgid.method.distillation import DistillationSet, distill, steps_per_epoch
 from vgid.method.methods import UnlearningMethod
+from vgid.method.profile_prompts import step_bytes
 from vgid.method.samples import TrainingSample, worded
+from vgid.method.sharding import deal_out, gathered
 from vgid.method.student import View
 from vgid.method.teacher import TeacherTarget
+from vgid.method.workers import ALONE, Workers, in_processes, whole
 from vgid.models import adapters as adapter
-from vgid.models.backbones import Backbone, load, locate, spec
+from vgid.models.backbones import Backbone, load, locate, outline, spec
 from vgid.models.encoding import encode, response_ids
+from vgid.models.memory import adapter_bytes, device_bytes
 from vgid.models.weight_names import save_weights
 from vgid.provenance import provenance
 from vgid.results import EpochReport
@@ -80,16 +86,66 @@ def finetune(
         raise InputError(
             f"{checkpoint}: an earlier run left its checkpoint; go on with --resume, or remove it."
         )
+    _tell_memory(config, progress)
+    if config.workers == 1:
+        return _finetune(config, checkpoint, progress)
+    return in_processes(_finetune, config.workers, FinetuneResult, config, checkpoint, progress)
+
+
+def _tell_memory(config: FinetuneConfig, progress: bool) -> None:
+    """Say what memory a worker needs; ``InputError`` where its GPU has less, or there is none."""
+    learning, step = memory_needed(config)
+    told = (
+        f"each of {config.workers} workers needs about {decimal(learning + step)} of memory, "
+        f"{decimal(step)} of it for a step"
+    )
+    if torch.cuda.is_available():
+        if config.workers > torch.cuda.device_count():
+            raise InputError(f"finetune: there are {torch.cuda.device_count()} GPUs for --workers.")
+        there = device_bytes(torch.device("cuda")) or 0
+        if learning + step > there:
+            raise InputError(
+                f"finetune: {told}, and a GPU has {decimal(there)}; give more --workers"
+                f"{' to --full' if config.full else ''}, or --gradient-checkpointing."
+            )
+    if progress:
+        print(f"{told[0].upper()}{told[1:]}.", file=sys.stderr)
+
+
+def memory_needed(config: FinetuneConfig) -> tuple[int, int]:
+    """Bytes that each worker needs for weights and what they learn by, and for a step."""
+    shape = outline(config.backbone, config.model_path)
+    model, trial = shape.model, _trial(config)
+    text = model.config.get_text_config()
+    itemsize = torch.bfloat16.itemsize if torch.cuda.is_available() else torch.float32.itemsize
+    count = sum(p.numel() for p in model.parameters())
+    adapter = adapter_bytes(text, config.rank)
+    step = step_bytes(shape, trial, config.workers) - adapter
+    if not config.full:
+        return itemsize * count + adapter, step
+    # In fp32: weights, gradients, and AdamW's two moments, dealt out over the workers.
+    learning = {p for part in _learning(model) for p in part.parameters()}
+    learnt = sum(p.numel() for p in learning)
+    return itemsize * (count - learnt) + 16 * learnt // config.workers, step
+
+
+def _finetune(
+    config: FinetuneConfig, checkpoint: Path, progress: bool, workers: Workers = ALONE
+) -> FinetuneResult:
     benchmark = Benchmark.open(config.data)
     samples = read_samples(benchmark)
     backbone = load(config.backbone, config.model_path)
-    settings = config.model_dump(exclude={"backbone", "model_path", "data", "output"})
+    # Neither where it is read and written nor how many share it changes what is learnt.
+    settings = config.model_dump(exclude={"backbone", "model_path", "data", "output", "workers"})
     described = json.dumps([settings, backbone.revision, benchmark.sha256], sort_keys=True)
     key = hashlib.sha256(described.encode()).hexdigest()
-    with trainable(backbone, config) as model:
-        reports = teach(backbone, model, samples, config, key, checkpoint, progress)
+    dtype, weights = backbone.model.dtype, None
+    with trainable(backbone, config, workers) as model:
+        reports = teach(backbone, model, samples, config, key, checkpoint, progress, workers)
         if not config.full:
             model.merge_and_unload()
+        elif workers.count > 1:
+            weights = gathered(backbone.model, dtype, workers)
     result = FinetuneResult(
         output=config.output,
         losses=tuple(report.metrics["forget_loss"] for report in reports),
@@ -99,9 +155,10 @@ def finetune(
         data_sha256=benchmark.sha256,
     )
     record = {"backbone": config.backbone, **settings, **result.model_dump(exclude={"output"})}
-    base = locate(spec(config.backbone), config.model_path)
-    _write(backbone, base, {**record, **provenance()}, config.output)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+    if workers.rank == 0:
+        base = locate(spec(config.backbone), config.model_path)
+        _write(backbone, base, {**record, **provenance()}, config.output, weights)
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return result
 
 
@@ -119,8 +176,15 @@ def _trial(config: FinetuneConfig) -> TrialConfig:
     return TrialConfig.model_validate({**shared, "lora_rank": config.rank})
 
 
+def _learning(model: Any) -> tuple[Any, ...]:
+    """The modules that learn with ``full``."""
+    return model.model.language_model, model.lm_head
+
+
 @contextmanager
-def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
+def trainable(
+    backbone: Backbone, config: FinetuneConfig, workers: Workers = ALONE
+) -> Iterator[Any]:
     """Make what is to learn require gradients; yields the ``PeftModel``, the model without one."""
     model = backbone.model
     if not config.full:  # the adapter is that of a trial
@@ -128,7 +192,9 @@ def trainable(backbone: Backbone, config: FinetuneConfig) -> Iterator[Any]:
             yield student
         return
     dtype = model.dtype
-    learning = (model.model.language_model, model.lm_head)
+    learning = _learning(model)
+    if workers.count > 1:
+        deal_out(backbone, workers)  # first: in fp32 a worker could not hold all of it
     for module in learning:
         module.float().requires_grad_(True)  # updates of 2e-5 would be lost in bf16 weights
     try:
@@ -176,6 +242,7 @@ def teach(
     key: str,
     checkpoint: Path,
     progress: bool = False,
+    workers: Workers = ALONE,
 ) -> list[EpochReport]:
     """Train what requires gradients, from the checkpoint of run ``key`` if there is one.
 
@@ -195,19 +262,18 @@ def teach(
 
         def on_step(loss: Tensor) -> None:
             epoch = int(bar.tasks[task].completed) // per_epoch + 1
-            told = f"Epoch {epoch} of {trial.epochs}, loss {loss:.3f}"
+            told = f"Epoch {epoch} of {trial.epochs}, loss {workers.count * loss:.3f}"
             bar.update(task, advance=1, description=told)
 
         reports = []
         method = Teaching(trial, backbone, config.full, on_step)
-        run = distill(
-            backbone, model, data, None, trial, method=method, trial_id=key, checkpoint=checkpoint
-        )
+        how: dict[str, Any] = {"method": method, "trial_id": key, "checkpoint": checkpoint}
+        run = distill(backbone, model, data, None, trial, workers=workers, **how)
         try:
             for report in run:
                 reports.append(report)
                 bar.update(task, completed=report.step)  # of the epochs that the checkpoint has
-            if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+            if not all(whole(p).isfinite().all() for p in model.parameters() if p.requires_grad):
                 raise LossNotFiniteError("a weight is not finite in the end")
         except LossNotFiniteError as error:
             # Going on from the checkpoint would end the same way.
@@ -230,10 +296,16 @@ def answered(backbone: Backbone, samples: Iterable[TrainingSample]) -> Distillat
     return DistillationSet(prompts, [targets], tasks, name="finetune")
 
 
-def _write(backbone: Backbone, base: Path, record: dict[str, Any], output: Path) -> None:
+def _write(
+    backbone: Backbone,
+    base: Path,
+    record: dict[str, Any],
+    output: Path,
+    weights: dict[str, Tensor] | None,
+) -> None:
     """Write the hub's layout: weights and config anew, all other files as the base has them."""
     with appearing(output) as temporary:
-        save_weights(backbone.model, temporary)
+        save_weights(backbone.model, temporary, weights)
         for path in sorted(base.iterdir()):
             index = path.name.endswith(".index.json")
             if path.suffix in _COPIED and path.name not in _NOT_COPIED and not index:

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vgid.config import TrialConfig
 from vgid.errors import LossNotFiniteError
-from vgid.method.workers import Workers
+from vgid.method.workers import Workers, whole
 from vgid.models.backbones import Backbone
 from vgid.models.memory import device_bytes
 
@@ -71,6 +71,16 @@ def spread(student: nn.Module, backbone: Backbone, workers: Workers) -> nn.Modul
         return student
     # Same seed, same adapter on every rank: nothing to broadcast, least of all the base.
     return DistributedDataParallel(student, init_sync=False)
+
+
+def gathered(model: nn.Module, dtype: torch.dtype, workers: Workers) -> dict[str, Tensor]:
+    """A model's weights in ``dtype`` in the memory of the first worker, which has them alone."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        tensor = whole(parameter.detach())  # one after the other: a GPU never has all of them
+        if workers.rank == 0:
+            weights[name] = tensor.to("cpu", dtype)
+    return weights
 
 
 def _too_large(backbone: Backbone, trial: TrialConfig, workers: Workers) -> bool:

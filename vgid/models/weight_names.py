@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 
-def save_weights(model: Any, folder: Path) -> None:
-    """``save_pretrained`` with the names of the hub's files."""
+def save_weights(model: Any, folder: Path, weights: dict[str, Any] | None = None) -> None:
+    """``save_pretrained`` with the names of the hub's files; ``weights`` stand for the model's."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     # Left alone it is what the model's own file needed: nothing, for a new model.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
 
 
 class WeightNames:
