@@ -88,17 +88,18 @@ def worker_bytes(
 ) -> int:
     """Memory of its node that a worker takes; ``InputError`` if weights in ``folder`` are damaged.
 
-    Weights pass through the node's memory on their way to a GPU. Without one they stay there, in
-    fp32, and so does what a step of distillation keeps (``vgid.models.memory``).
+    On their way to a GPU, weights pass through the node's memory one after the other, and a file's
+    at most are there. Without a GPU they stay, in fp32, and so does what a step of distillation
+    keeps (``vgid.models.memory``).
     """
     from vgid.method.profile_prompts import step_bytes
     from vgid.models.backbones import outline, spec
 
-    weights = sum(map(_elements, folder.glob("*.safetensors")))
+    weights = [_elements(path) for path in folder.glob("*.safetensors")]
     if on_gpu:
-        return WORKER_BYTES + 2 * weights
+        return WORKER_BYTES + 2 * max(weights)
     step = 0 if spec(backbone).embedded else step_bytes(outline(backbone, model_path), trial)
-    return WORKER_BYTES + 4 * weights + step
+    return WORKER_BYTES + 4 * sum(weights) + step
 
 
 def _elements(path: Path) -> int:

@@ -215,7 +215,7 @@ def load(name: str, model_path: str | None = None, device: str | None = None) ->
     row = spec(name)
     folder = locate(row, model_path)
     device, dtype = _device_and_dtype(device)
-    model = _whole_model(folder, dtype).requires_grad_(False).eval().to(device)
+    model = _whole_model(folder, dtype, device).requires_grad_(False).eval().to(device)
     return Backbone(row, model, _processor(folder), revision_of(folder))
 
 
@@ -236,7 +236,10 @@ def _identity(row: BackboneSpec, revision: str, dtype: Any, processor: Any) -> l
 def _device_and_dtype(device: str | None = None) -> tuple[str, Any]:
     import torch
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # With its number: transformers loads in threads, whose own current GPU is the first.
+    if device is None:
+        gpus = torch.cuda.is_available()
+        device = f"cuda:{torch.cuda.current_device()}" if gpus else "cpu"
     return device, torch.float32 if device == "cpu" else torch.bfloat16
 
 
@@ -252,7 +255,7 @@ def _processor(folder: Path) -> Any:
     return processor_class(_config(folder).model_type).from_pretrained(folder, **_LOCAL)
 
 
-def _whole_model(folder: Path, dtype: Any) -> Any:
+def _whole_model(folder: Path, dtype: Any, device: str) -> Any:
     """The model of a folder; transformers makes up what its files lack, with a report at most."""
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
@@ -268,6 +271,8 @@ def _whole_model(folder: Path, dtype: Any) -> Any:
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told here as well
+            # Built there, tensor by tensor out of mapped files: never whole in the node's memory.
+            device_map=None if device == "cpu" else {"": device},
             **_LOCAL,
         )
     except SafetensorError:
