@@ -149,7 +149,7 @@ class Driver:
 
     def end(self) -> None:
         """Wait until what waits to be written is written."""
-        for side in (self.bulletin._tables, self.bulletin._mlflow):
+        for side in (self.bulletin._tables, self.bulletin.mlflow):
             side.submit(int).result()
 
     def close(self) -> None:

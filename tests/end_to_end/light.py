@@ -219,6 +219,12 @@ class LightStudy:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the study hangs:\n{self.shown()}\n{self.log()}") from None
 
+    @property
+    def pid(self) -> int:
+        """Of the driver."""
+        assert self._driver is not None
+        return self._driver.pid
+
     def over(self) -> bool:
         """Whether the driver has ended."""
         return self._driver is None or self._driver.poll() is not None
