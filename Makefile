@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 VLLM   := .venv-serving
 
-.PHONY: study test test-kill test-nodes test-storage test-serving lint browser clean
+.PHONY: study test test-kill test-cluster test-nodes test-storage test-serving lint browser clean
 
 # torch comes first and pinned, so that pip takes the CPU build where one is offered.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -46,6 +46,11 @@ test-storage: $(VENV)/.installed
 # Not part of `make test`: nodes of clusters start and end, which takes two minutes.
 test-nodes: $(VENV)/.installed
 	$(BIN)/python -m pytest -rP tests/end_to_end/nodes_come_and_go.py
+
+# Not part of `make test`: Ray takes its time to believe that a node is gone. Without root, what needs
+# nodes with addresses of their own is left out.
+test-cluster: $(VENV)/.installed
+	$(BIN)/python -m pytest -rPs tests/end_to_end/several_nodes.py
 
 # A vLLM for the CPU wants other versions than the project, so it has an environment of its own.
 $(VLLM)/.installed:

@@ -72,6 +72,8 @@ class Shared:
             try:
                 fault = ray.get(answer, timeout=0)
             except ray.exceptions.RayError as error:
+                if node["NodeID"] not in {each["NodeID"] for each in ray.nodes() if each["Alive"]}:
+                    continue  # it died, and Ray has only now noticed
                 what = f"cannot look ({type(error).__name__})"
                 fault = f"{_named(*named)} {what}; mend it, or take it out of the cluster."
             if fault is None and not (self.place / node["NodeID"]).exists():

@@ -155,9 +155,12 @@ class Slots:
         The mailbox ends too, which would live as long as the Ray job; that may run many studies.
         """
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(self.mailbox.close.remote(), timeout=timeout_s)
-            if timeout_s > 0:
-                ray.wait(self._held, num_returns=len(self._held), timeout=timeout_s)
+            asked = [self.mailbox.traffic.remote(), self.mailbox.close.remote()]
+            traffic, _ = ray.get(asked, timeout=timeout_s)
+            # Not for one without workers: its node may be gone.
+            held = [end for slot, end in enumerate(self._held) if slot not in traffic.down]
+            if held and timeout_s > 0:
+                ray.wait(held, num_returns=len(held), timeout=timeout_s)
         ray.kill(self._host)
         with contextlib.suppress(ray.exceptions.RayError):
             _give_back(self._shape)
@@ -312,7 +315,8 @@ def _tells(placed: dict[int, str], mailbox: Any, slot: int) -> Any:
     """A callback of a Train run: notes where a group of workers is placed, tells when it goes.
 
     So a slot whose node does not come back keeps no job from the others while it waits for one; nor
-    does it wait when it is not wanted any more.
+    does it wait when it is not wanted any more. Before its workers meet, it tells them by which
+    network.
     """
     from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
@@ -322,6 +326,11 @@ def _tells(placed: dict[int, str], mailbox: Any, slot: int) -> Any:
             if not ray.get(mailbox.wants.remote(slot)):
                 raise RuntimeError(f"slot {slot} is not wanted any more")
 
+        def before_init_train_context(self, workers: list[Any]) -> dict[str, Any]:
+            if len(workers) > 1:
+                ray.get([worker.execute_async(_meet_by_rays_network) for worker in workers])
+            return {}
+
         def after_worker_group_start(self, worker_group: Any) -> None:
             group = worker_group.get_worker_group_state().placement_group_handle.placement_group
             placed[slot] = group.id.hex()
@@ -330,6 +339,16 @@ def _tells(placed: dict[int, str], mailbox: Any, slot: int) -> Any:
             ray.get(mailbox.free.remote(slot))
 
     return Tells()
+
+
+def _meet_by_rays_network() -> None:
+    # By itself gloo takes the network of the machine's own name. Many machines give that name to
+    # loopback, where the workers of other nodes cannot be met.
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if ray.util.get_node_ip_address() in (each.address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def serve(config: dict[str, Any]) -> None:
@@ -357,7 +376,9 @@ def serve(config: dict[str, Any]) -> None:
                 session = config["session"](config["request"], rank, world_size)
                 load_s = time.monotonic() - started
             outcome = _do(job, session, line)
-        except Exception as error:
+        except Exception as raised:
+            error = ConnectionError() if world_size > 1 and _group_is_gone() else raised
+            error = error.with_traceback(raised.__traceback__)
             folders = [config["request"].store]
             if job.adapter is not None:
                 folders.append(job.adapter.parent.parent)
@@ -374,6 +395,14 @@ def serve(config: dict[str, Any]) -> None:
         line.finish(outcome.model_copy(update={"load_s": load_s}))
         if config["fresh"] and job.kind == "trial":
             return
+
+
+def _group_is_gone() -> bool:
+    # When a node dies Ray Train takes the group apart under the workers that are left. What they
+    # raise then, of whatever kind, is not the trial's.
+    from torch.distributed import is_initialized
+
+    return not is_initialized()
 
 
 # The token tells the mailbox a new process of a slot from the one before, whose last poll may still

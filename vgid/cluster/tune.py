@@ -4,7 +4,6 @@ It holds no resources and no model, and Tune reuses its process for the next tri
 """
 
 import contextlib
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -149,7 +148,7 @@ def run_trials(
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name=f"tune-{os.getpid()}",
+            name=f"tune-{secrets.token_hex(4)}",
             storage_path=str(storage),
             verbose=0,
             callbacks=[recorder],

@@ -4,7 +4,7 @@ Random states are not in it: all that is random in ``distillation`` is a functio
 """
 
 import json
-import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def save_checkpoint(
     if workers.rank != 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{FILE_NAME}.{os.getpid()}.tmp"
+    # By no process id: a worker on another node, which the study has lost, may still be writing.
+    temporary = folder / f"{FILE_NAME}.{secrets.token_hex(4)}.tmp"
     told = json.dumps([report.model_dump() for report in reports])
     save_file(tensors, temporary, {"trial_id": trial_id, "reports": told})
     temporary.replace(folder / FILE_NAME)
