@@ -293,13 +293,13 @@ def test_an_interrupted_study_ends_in_order(data, space, tmp_path):
         "127.0.0.1"
     }
     lines = [" ".join(process.cmdline()) for process in family]
-    for idle in ("DatasetManager", "PlacementGroupCleaner"):
-        assert not [line for line in lines if idle in line]
+    idle = ("DatasetManager", "PlacementGroupCleaner", "SynchronizationActor", "TrainController")
+    assert not [line for line in lines if any(name in line for name in idle)]
     (dashboard,) = [p for p in family if "dashboard/dashboard.py" in " ".join(p.cmdline())]
     # No page and no API: nobody is shown its address. Ray's own gauges have the port to themselves
     # unless another cluster of this machine took it first.
     assert {port for _, port in open_to[dashboard]} <= {DASHBOARD_METRIC_PORT}
-    assert [line for line in lines if "SynchronizationActor" in line]  # so they would be seen
+    assert [line for line in lines if "RayTrainWorker" in line]  # so they would be seen
     token = Path("~/.ray/auth_token").expanduser()
     assert token.stat().st_mode & 0o077 == 0
     driver.send_signal(signal.SIGTERM)

@@ -209,21 +209,35 @@ def _from_hub(hub_id: str, revision: str | None, weights: bool) -> Path:
 
 def load(name: str, model_path: str | None = None, device: str | None = None) -> Backbone:
     """Load a backbone, frozen: bf16 on a GPU if there is one, fp32 on the CPU; see ``locate``."""
+    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     row = spec(name)
     folder = locate(row, model_path)
-    device, dtype = _device_and_dtype(device)
+    if device is None:
+        # With its number: transformers loads in threads, whose own current GPU is the first.
+        gpus = torch.cuda.is_available()
+        device = f"cuda:{torch.cuda.current_device()}" if gpus else "cpu"
+    dtype = _dtype(device != "cpu")
     model = _whole_model(folder, dtype, device).requires_grad_(False).eval().to(device)
     return Backbone(row, model, _processor(folder), revision_of(folder))
 
 
 def identity(name: str, model_path: str | None = None) -> list[Any]:
     """What ``load`` would give as ``Backbone.identity``, and its errors, without the weights."""
+    import torch
+
     row = spec(name)
     folder = locate(row, model_path)
-    return _identity(row, revision_of(folder), _device_and_dtype()[1], _processor(folder))
+    dtype = _dtype(torch.cuda.is_available())
+    return _identity(row, revision_of(folder), dtype, _processor(folder))
+
+
+def _dtype(on_gpu: bool) -> Any:
+    import torch
+
+    return torch.bfloat16 if on_gpu else torch.float32
 
 
 def _identity(row: BackboneSpec, revision: str, dtype: Any, processor: Any) -> list[Any]:
@@ -231,16 +245,6 @@ def _identity(row: BackboneSpec, revision: str, dtype: Any, processor: Any) -> l
 
     asked = [asdict(row.frame), dict(row.few_shot), row.option_scoring]
     return [revision, str(dtype), image_processing(processor), asked]
-
-
-def _device_and_dtype(device: str | None = None) -> tuple[str, Any]:
-    import torch
-
-    # With its number: transformers loads in threads, whose own current GPU is the first.
-    if device is None:
-        gpus = torch.cuda.is_available()
-        device = f"cuda:{torch.cuda.current_device()}" if gpus else "cpu"
-    return device, torch.float32 if device == "cpu" else torch.bfloat16
 
 
 def _config(folder: Path) -> Any:
