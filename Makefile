@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 VLLM   := .venv-serving
 
-.PHONY: study test test-kill test-cluster test-nodes test-storage test-serving lint browser clean
+.PHONY: study test test-kill test-cluster test-nodes test-storage test-serving soak lint browser clean
 
 # torch comes first and pinned, so that pip takes the CPU build where one is offered.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -51,6 +51,10 @@ test-nodes: $(VENV)/.installed
 # nodes with addresses of their own is left out.
 test-cluster: $(VENV)/.installed
 	$(BIN)/python -m pytest -rPs tests/end_to_end/several_nodes.py
+
+# Not part of `make test`: an hour of one study, with a kill every three minutes.
+soak: $(VENV)/.installed
+	$(BIN)/python -m tests.end_to_end.soak $(ARGS)
 
 # A vLLM for the CPU wants other versions than the project, so it has an environment of its own.
 $(VLLM)/.installed:
