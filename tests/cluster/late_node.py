@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from tests.cluster.nodes import can_be_alone, run_alone
+from tests.cluster.nodes import WITHOUT_ROOT, can_be_alone, run_alone
 
 
-@pytest.mark.skipif(not can_be_alone(), reason="a node with a view of its own needs root")
+@pytest.mark.skipif(not can_be_alone(), reason=WITHOUT_ROOT)
 def test_a_late_node_without_the_folder_costs_a_study_nothing(tmp_path):
     done = run_alone("tests.cluster.late", str(tmp_path / "shared"))
     assert done.returncode == 0, done.stderr

@@ -25,6 +25,7 @@ ALONE = (
     *(*ENDS, "--net", "--mount", "--mount-proc"),
     *("sh", "-c", 'ip link set lo up && exec "$@"', "sh"),
 )
+WITHOUT_ROOT = "only root may give nodes views of their own; `unshare -r pytest FILE` runs it so"
 STORE_BYTES = 100 * 2**20
 JOIN_S = 120.0
 

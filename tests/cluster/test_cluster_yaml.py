@@ -484,7 +484,10 @@ class Head:
             time.sleep(0.2)
 
 
-@pytest.mark.skipif(postgres_folder() is None, reason="no PostgreSQL here")
+@pytest.mark.skipif(
+    postgres_folder() is None,
+    reason="needs PostgreSQL, which `make browser` installs for root on Debian",
+)
 @pytest.mark.timeout(900)
 def test_mlflow_outlives_the_head(cluster):
     with tempfile.TemporaryDirectory(prefix="vgid", dir="/tmp") as short:

@@ -5,13 +5,11 @@ import re
 
 import pytest
 
-from tests.cluster.nodes import can_be_alone, run_alone
+from tests.cluster.nodes import WITHOUT_ROOT, can_be_alone, run_alone
 from vgid.config import StudyConfig
 from vgid.study.ledger import Ledger
 
-pytestmark = pytest.mark.skipif(
-    not can_be_alone(), reason="nodes with views of their own need root and `unshare`"
-)
+pytestmark = pytest.mark.skipif(not can_be_alone(), reason=WITHOUT_ROOT)
 
 
 @pytest.fixture(scope="module")

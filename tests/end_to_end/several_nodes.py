@@ -154,7 +154,7 @@ def test_a_node_that_was_taken_for_dead_comes_back(tmp_path, monkeypatch, isolat
         monkeypatch.setattr("studies.local_cluster.can_isolate", lambda: False)
     with LocalCluster(TWO, **IMPATIENT) as cluster:
         if cluster.isolated is not isolated:
-            pytest.skip("needs root, for network namespaces")
+            pytest.skip("only root may give nodes a network each; `sudo make test-cluster` does it")
         with ClusterStudy(cluster, tmp_path, trials, "--max-concurrent", "3", epoch_s=2.0) as study:
             told, node = Told(study), cluster.nodes[1]
             wait_for_epoch(study, node)
@@ -172,7 +172,9 @@ def test_a_node_that_was_taken_for_dead_comes_back(tmp_path, monkeypatch, isolat
 @pytest.mark.parametrize("how", ["stop", "SIGTERM", "SIGKILL"])
 def test_the_script_takes_jobs_and_leaves_nothing(how):
     if how == "SIGKILL" and not can_isolate():
-        pytest.skip("needs root: without namespaces nothing ends the nodes then")
+        pytest.skip(
+            "only a namespace ends its nodes with a killed script; `sudo make test-cluster`"
+        )
     script = subprocess.Popen(
         [sys.executable, "studies/local_cluster.py", "--workers", "1", "--memory-gb", "2"],
         cwd=ROOT,

@@ -11,12 +11,9 @@ import os
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
 from filelock import FileLock
-from pyarrow import fs
 
 from vgid.credentials import without_credentials
-from vgid.data.layout import CONFIGS, SHARD_NAME
 from vgid.errors import InputError
 from vgid.files import address, appearing
 
@@ -32,6 +29,12 @@ def local(place: Path) -> Path:
     named = address(place)
     if named is None:
         return place
+    # Here, since every plan of a study asks whether its data is a folder.
+    import pyarrow as pa
+    from pyarrow import fs
+
+    from vgid.data.layout import CONFIGS, SHARD_NAME
+
     shown = without_credentials(named)
     root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / CACHE
     try:
