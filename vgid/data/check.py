@@ -57,7 +57,8 @@ class Report(Config):
 
     def print(self, console: Console) -> None:
         """Print a table of the counts, then one of the defects or a line that there are none."""
-        counts = Table("config", title="Benchmark", box=SIMPLE)
+        # Narrow enough for 80 columns, where a table that is wider would cut the configs' names.
+        counts = Table("config", title="Benchmark", box=SIMPLE, padding=0)
         for heading in ("people", "images", *get_args(Task), "trained on", "pairs"):
             counts.add_column(heading, justify="right")
         for name, count in self.configs.items():
