@@ -1,5 +1,7 @@
 """What is refused before anything is started or written."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,17 @@ def test_a_space_with_some_valid_trials_is_taken(tmp_path):
     path.write_text(yaml.safe_dump({"backbone": "tiny-llava", "methods": {"vgid": section}}))
     config = StudyConfig(search_space=path, output=tmp_path / "out", workers_per_trial=2)
     assert make_plan(config).space.searched
+
+
+def test_a_plan_on_an_embedded_backbone_loads_nothing_heavy(tmp_path):
+    # Torch alone keeps a study from starting for two seconds.
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from vgid.config import StudyConfig\n"
+        "from vgid.study.plan import make_plan\n"
+        f"make_plan(StudyConfig(output=Path({str(tmp_path)!r}) / 'study'))\n"
+        "print(sorted({'torch', 'transformers', 'ray', 'mlflow', 'pyarrow'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

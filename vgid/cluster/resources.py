@@ -39,8 +39,8 @@ class SlotShape:
         """Ray resources of one worker, with its share of the memory that Ray takes for the slot."""
         gpus = {"GPU": self.gpus_per_worker} if self.gpus_per_worker else {}
         # Ray's own processes take no resource of their own, so the workers ask for them: else a
-        # node fills with slots by what their workers need, and the kernel ends one when the
-        # they come up.
+        # node fills with slots by what their workers need, and the kernel ends one when they
+        # come up.
         memory = self.worker_bytes + RAY_BYTES // self.workers
         return {"CPU": float(CPUS_PER_WORKER), **gpus, "memory": float(memory)}
 
@@ -92,13 +92,17 @@ def worker_bytes(
     at most are there. Without a GPU they stay, in fp32, and so does what a step of distillation
     keeps (``vgid.models.memory``).
     """
-    from vgid.method.profile_prompts import step_bytes
     from vgid.models.backbones import outline, spec
 
     weights = [_elements(path) for path in folder.glob("*.safetensors")]
     if on_gpu:
         return WORKER_BYTES + 2 * max(weights)
-    step = 0 if spec(backbone).embedded else step_bytes(outline(backbone, model_path), trial)
+    step = 0
+    if not spec(backbone).embedded:
+        # Here, for it loads torch, which keeps a driver from starting for two seconds.
+        from vgid.method.profile_prompts import step_bytes
+
+        step = step_bytes(outline(backbone, model_path), trial)
     return WORKER_BYTES + 4 * sum(weights) + step
 
 
