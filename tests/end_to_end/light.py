@@ -321,6 +321,7 @@ def assert_consistent(output: Path, trials: int, store: str | None = None) -> No
     import pandas as pd
     from mlflow import MlflowClient
 
+    from vgid.study.mlflow_client import search_runs
     from vgid.study.search import open_journal
 
     names = [f"{number:04d}" for number in range(trials)]
@@ -339,7 +340,7 @@ def assert_consistent(output: Path, trials: int, store: str | None = None) -> No
     ]
     client = MlflowClient(store or f"sqlite:///{output / 'mlflow.db'}")
     (experiment,) = [e for e in client.search_experiments() if e.name == "tiny-llava"]
-    runs = client.search_runs([experiment.experiment_id])
+    runs = search_runs(client, experiment.experiment_id, "")
     assert not [run.info.run_id for run in runs if run.info.status == "RUNNING"]
     for run in runs:
         if run.data.tags.get("vgid.status") == "completed":
