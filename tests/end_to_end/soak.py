@@ -43,6 +43,7 @@ WARM_UP = 0.2  # share of the looks that the slope leaves out
 BLOCK_S = 120.0  # of the bootstrap, at most a tenth of the series
 RESAMPLES = 2000
 SETTLES_S = 120.0  # what Ray may take to end what is idle
+LAST_KILL_S = 120.0  # before the time is up: a trial that is lost later is not tried again
 AWAY_S = 5.0  # how long a killed MLflow server stays away
 EPOCH_S = "1.5"
 CLOSED = "closed socket"
@@ -276,7 +277,7 @@ def kill_in_turn(
     """Kill a process each few minutes until the study is over; what was seen, what was killed."""
     series, killed = Series(), []
     (driver,) = study.wait_for(lambda: study.ended() and study.processes("driver"))
-    next_kill, last_kill = 60 * every_min, 60 * minutes - 60
+    next_kill, last_kill = 60 * every_min, 60 * minutes - LAST_KILL_S
     kinds: list[str] = []
     while not study.over():
         series.look(driver)
