@@ -125,7 +125,8 @@ SearchSpaceFile = Annotated[
     UsablePath | None, Flag("FILE"), Field(description="searched, if not search_spaces/NAME.yaml")
 ]
 SamplerName = Annotated[
-    Sampler, Field(description="gp: Gaussian process, TPE for sigma; auto: gp up to 100 trials")
+    Sampler,
+    Field(description="gp: Gaussian process, TPE for sigma; auto: gp for the first 100 trials"),
 ]
 MaxConcurrent = Annotated[
     int | None,

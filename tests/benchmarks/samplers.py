@@ -102,7 +102,7 @@ def study(space: SearchSpace, sampler: Sampler, seed: int, after: Sequence[int] 
         search.enqueue_trial({k: value for k, value in point.items() if k in space.searched})
     trials, seconds = [], []
     for number in range(max(after)):
-        search.sampler = make_sampler(sampler, max(after), seed, number)
+        search.sampler = make_sampler(sampler, seed, number)
         started = time.process_time()
         asked = search.ask()
         trials.append(space.trial_config(space.suggest(asked), seed))

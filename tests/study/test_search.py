@@ -366,9 +366,7 @@ def test_every_trial_has_the_studys_seed(ledger, space):
 def test_sigma_is_searched_and_not_drawn_at_random(space, sampler):
     # Of 30 random trials those are best that have Gaussian noise with a sigma near 0.9.
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    random = optuna.create_study(
-        directions=["maximize"] * 2, sampler=make_sampler("random", 0, 1, 0)
-    )
+    random = optuna.create_study(directions=["maximize"] * 2, sampler=make_sampler("random", 1, 0))
     for _ in range(30):
         trial = random.ask()
         point = space.suggest(trial)
@@ -377,7 +375,7 @@ def test_sigma_is_searched_and_not_drawn_at_random(space, sampler):
     # Neither sampler draws sigma with the others once a trial lacks it: this is what they call.
     asked, sigma = random.ask(), space.distributions({"noise_type": "gaussian"})["sigma"]
     proposed = [
-        make_sampler(sampler, 99, 0, number).sample_independent(
+        make_sampler(sampler, 0, number).sample_independent(
             random, random.trials[asked.number], "sigma", sigma
         )
         for number in range(16)
@@ -385,9 +383,18 @@ def test_sigma_is_searched_and_not_drawn_at_random(space, sampler):
     assert sum(abs(value - 0.9) for value in proposed) / 16 < 0.15  # by chance 0.31
 
 
-def test_the_automatic_sampler_is_a_gaussian_process_for_small_studies_only():
-    assert type(make_sampler("auto", 24, 0, 0)).__name__ == "GPSampler"
-    assert type(make_sampler("auto", 101, 0, 0)).__name__ == "TPESampler"
+def test_a_longer_study_begins_as_a_shorter_one(tmp_path, space):
+    begun = []
+    for trials in (12, 240):
+        with Ledger(tmp_path / str(trials)) as ledger:
+            ledger.open(StudyConfig(output=ledger.output), space.sha256, resume=False)
+            begun.append(run(ledger, search(ledger, space, trials, "auto"), trials=12))
+    assert begun[0] == begun[1]
+
+
+def test_the_automatic_sampler_is_a_gaussian_process_for_the_first_hundred_trials():
+    assert type(make_sampler("auto", 0, 99)).__name__ == "GPSampler"
+    assert type(make_sampler("auto", 0, 100)).__name__ == "TPESampler"
 
 
 def test_a_config_travels_through_tune_bit_for_bit(ledger, space):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Optuna's journal in the output folder: ``JournalStorage(JournalFileBackend(path))``.
 JOURNAL = "optuna.log"
-# Up to so many trials the Gaussian process proposes; beyond, TPE, whose proposals cost nothing.
+# The first so many trials the Gaussian process proposes; beyond, TPE, whose proposals cost nothing.
 # On formulas shaped like tiny-llava's trials (``python -m tests.benchmarks.samplers``, 20 seeds of
 # 32 trials) the hypervolume missing to the best front is 2.31e-3 [2.15, 2.47] with the first and
 # 2.46e-3 [2.23, 2.70] with the second, at 0.19 and 0.003 CPU s a proposal: not told apart.
@@ -39,13 +39,11 @@ GP_UP_TO = 100
 MAX_REFUSED = 200  # proposals in a row that are no valid trials end the study
 
 
-def make_sampler(
-    kind: Sampler, trials: int, seed: int, number: int
-) -> "optuna.samplers.BaseSampler":
-    """The sampler that proposes trial ``number`` of a study of so many ``trials``.
+def make_sampler(kind: Sampler, seed: int, number: int) -> "optuna.samplers.BaseSampler":
+    """The sampler that proposes trial ``number`` of a study.
 
-    Its random state depends on the study's seed and the trial's number only, so a resumed study
-    proposes what an uninterrupted one would have, given the same results.
+    It depends on the study's seed and the trial's number only, so a resumed study proposes what an
+    uninterrupted one would have, given the same results, and so does one that is to be longer.
 
     Optuna's Gaussian process knows only the parameters that all trials share. Sigma, which a trial
     has under Gaussian noise only, it leaves to another sampler, by default a random one; here that
@@ -56,7 +54,7 @@ def make_sampler(
     from optuna.exceptions import ExperimentalWarning
 
     if kind == "auto":
-        kind = "gp" if trials <= GP_UP_TO else "tpe"
+        kind = "gp" if number < GP_UP_TO else "tpe"
     # A sampler a trial, seeded by both: one sampler's state would depend on how many proposals it
     # made before, which a resumed study does not know. The factor keeps (0, 1) and (1, 0) apart.
     mixed = (seed * 1_000_003 + number) % 2**32
@@ -244,7 +242,7 @@ class ParetoSearch(Live, Searcher):
             # A sampler does not learn from failures and might insist.
             kind: Sampler = "random" if attempt else config.sampler
             seed = config.seed + attempt
-            self._study.sampler = make_sampler(kind, config.trials, seed, number)
+            self._study.sampler = make_sampler(kind, seed, number)
             trial = self._study.ask()
             try:
                 proposed = self.space.trial_config(self.space.suggest(trial), config.seed)
