@@ -21,7 +21,7 @@ Example:
 
 import sys
 
-from vgid.deployment.pick import main
+from vgid.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(["pick", *sys.argv[1:]])

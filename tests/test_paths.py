@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from studies import compare_methods, paper_tables, pareto_search, pick_deployment
+from studies import compare_methods, paper_tables, pareto_search
 from vgid import cli
 from vgid.config import StudyConfig
 
@@ -24,7 +24,7 @@ COMMANDS = {
     "study": lambda path: pareto_search.main(["--output", path]),
     "comparison": lambda path: compare_methods.main(["--output", path]),
     "tables": lambda path: paper_tables.main(["--output", path]),
-    "pick": lambda path: pick_deployment.main(["--study", "s", "--output", path]),
+    "pick": lambda path: vgid(["pick", "--study", "s", "--output", path]),
     "unlearn": lambda path: vgid(["unlearn", "--data", "d", "--output", path]),
     "export": lambda path: vgid(["export", "deployment.yaml", path]),
     "data make": lambda path: vgid(["data", "make", path]),

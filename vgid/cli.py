@@ -43,11 +43,11 @@ JsonOption = Annotated[bool, Option("--json", help="Print one JSON object, for m
 ModelPathOption = Annotated[str | None, Option(help="Folder or hub id of the base, if another.")]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; bad input prints one sentence and exits with code 2, a signal 130."""
     try:
         with terminated_like_interrupted(), refusals_told():
-            app()
+            app(arguments)
     # 2, which click says too where a flag is wrong; 1 is for what was done and did not hold.
     except InputError as error:
         print(error, file=sys.stderr)
@@ -200,10 +200,15 @@ def _score(context: typer.Context, attacked: bool, without: Sequence[str] = ()) 
 
 @app.command("pick", **FROM_CONFIG)
 def pick_command(context: typer.Context) -> None:
-    """Pick the trial of a study's front to deploy; see `vgid pick --help`."""
-    from vgid.deployment.pick import main
+    """Pick the trial of a study's front to deploy, by a rule, and write the deployment.
 
-    raise typer.Exit(main(context.args, "vgid pick"))
+    The front is scored again on held-out questions before.
+    """
+    from vgid.deployment.pick import PickConfig, pick_deployment
+
+    flags, as_json = _read(context, PickConfig)
+    picked = pick_deployment(flags.config(PickConfig), _tell)
+    _show(picked.as_json() if as_json else picked, as_json)
 
 
 @app.command("verify")
@@ -309,10 +314,8 @@ def unlearn_command(context: typer.Context) -> None:
         better = f"studies/pareto_search.py --from-deployment {config.from_deployment}"
         warning = f"Warning: {done.warning} A study may find a better setting: {better}"
         print(warning, file=sys.stderr)
-    plain = {"file": str(done.file), "sha256": done.sha256, "warning": done.warning}
-    whole: dict[str, Any] = plain | {"deployment": done.deployment.model_dump(mode="json")}
     told = f"Wrote {done.file}; check it with `vgid verify {done.file} --data {config.data}`."
-    _show(whole if as_json else done, as_json, told)
+    _show(done, as_json, told)
 
 
 @app.command("report")
@@ -349,7 +352,8 @@ def _show(found: Any, as_json: bool, *lines: str) -> None:
         print(found.model_dump_json() if isinstance(found, BaseModel) else json.dumps(found))
         return
     if hasattr(found, "print"):
-        found.print(Console())
+        # Where no terminal tells its width, wide enough that no table is broken.
+        found.print(Console(highlight=False, width=None if sys.stdout.isatty() else 160))
     print(*lines, sep="\n", end="\n" if lines else "")
 
 

@@ -46,9 +46,6 @@ Sampler = Literal["auto", "gp", "tpe", "random"]
 # Ids of people and requests, from the benchmark's rows to the record of a deployment.
 PSEUDONYM = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
-STORE_LIMIT_GB = 50.0
-EVAL_BATCH_SIZE = 512
-
 
 @dataclass(frozen=True)
 class Flag:
@@ -111,15 +108,6 @@ SkipDefects = Annotated[
 ]
 SplitSeed = Annotated[
     int, Flag("S"), Field(ge=0, description="seed of the splits of people and questions")
-]
-EvalBatchSize = Annotated[
-    int, Field(ge=1, description="questions answered together at most; fewer take less memory")
-]
-StoreLimit = Annotated[
-    float, Flag("GB"), Field(gt=0, description="disk for teacher targets and image features")
-]
-LogResponses = Annotated[
-    bool, Field(description="keep questions and responses, personal data, beside the adapters")
 ]
 SearchSpaceFile = Annotated[
     UsablePath | None, Flag("FILE"), Field(description="searched, if not search_spaces/NAME.yaml")
@@ -195,13 +183,30 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class RequestConfig(Config):
-    """A forget request, the same for all trials of a study: which model forgets whom."""
+class Asked(Config):
+    """What a study is asked and hands on to each of its trials: the model, whom, and how scored."""
 
     backbone: BackboneName = "tiny-llava"
     model_path: ModelPath = None
-    data: Path = Field(description="benchmark folder in the MLLMU-Bench layout")
     forget_ratio: RatioToForget = 5
+    retain_people: RetainPeople = 50
+    train_pairs: PairsToTrain = "unheld"
+    skip_defects: SkipDefects = False
+    eval_batch_size: int = Field(
+        512, ge=1, description="questions answered together at most; fewer take less memory"
+    )
+    store_limit_gb: Annotated[float, Flag("GB")] = Field(
+        50.0, gt=0, description="disk for teacher targets and image features"
+    )
+    log_responses: bool = Field(
+        False, description="keep questions and responses, personal data, beside the adapters"
+    )
+
+
+class RequestConfig(Asked):
+    """A forget request, the same for all trials of a study: which model forgets whom."""
+
+    data: Path = Field(description="benchmark folder in the MLLMU-Bench layout")
     forget_ids: tuple[str, ...] | None = Field(
         None, min_length=1, description="person IDs to forget among those; None: all of them"
     )
@@ -210,14 +215,8 @@ class RequestConfig(Config):
     )
     deployed_adapter: Path | None = Field(None, description="its adapter, part of the base here")
     store: Path = Field(description="folder of the teacher store, shared by all trials")
-    store_limit_gb: StoreLimit = STORE_LIMIT_GB
     seed: SplitSeed = 0
-    train_pairs: PairsToTrain = "unheld"
-    retain_people: RetainPeople = 50
     bootstrap_samples: int = Field(1000, ge=100, description="resamples behind each interval")
-    eval_batch_size: EvalBatchSize = EVAL_BATCH_SIZE
-    skip_defects: SkipDefects = False
-    log_responses: LogResponses = False
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -329,11 +328,9 @@ class TrialConfig(Config):
         return self
 
 
-class StudyConfig(Config):
+class StudyConfig(Asked):
     """One study: the trials over a forget request, and how they are run and recorded."""
 
-    backbone: BackboneName = "tiny-llava"
-    model_path: ModelPath = None
     data: Annotated[ReadFolder | None, Flag("DIR")] = Field(
         None,
         description="benchmark in the MLLMU-Bench layout, or an address such as s3://bucket/folder;"
@@ -350,7 +347,6 @@ class StudyConfig(Config):
     from_deployment_sha256: str | None = Field(None, description="of that file, as the plan saw it")
     search_space: SearchSpaceFile = None
     method: Method = Field("vgid", description="unlearning method")
-    forget_ratio: RatioToForget = 5
     trials: int = Field(60, ge=1, description="trials of the whole study, over all resumes")
     seed: Annotated[int, Flag("S")] = Field(
         0, ge=0, description="seed of the search, every trial and splits of people and questions"
@@ -364,11 +360,6 @@ class StudyConfig(Config):
     max_concurrent: MaxConcurrent = None
     workers_per_trial: WorkersPerTrial = 1
     gpus_per_worker: GpusPerWorker = 0
-    retain_people: RetainPeople = 50
-    train_pairs: PairsToTrain = "unheld"
-    skip_defects: SkipDefects = False
-    eval_batch_size: EvalBatchSize = EVAL_BATCH_SIZE
-    store_limit_gb: StoreLimit = STORE_LIMIT_GB
     tracking_uri: Annotated[
         str | None,
         Flag("URI"),
@@ -378,7 +369,6 @@ class StudyConfig(Config):
         None, repr=False, description="MLflow server or database; without it, OUTPUT/mlflow.db"
     )
     fresh_workers: bool = Field(False, description="new worker processes for every trial (slow)")
-    log_responses: LogResponses = False
 
 
 class FinetuneConfig(Config):

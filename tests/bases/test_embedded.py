@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from transformers import (
 )
 
 from tests.padded import collate
-from vgid.bases.measure import BOUNDS, Condition, measure, out_of_bounds, put
+from vgid.bases.measure import BOUNDS, measure, out_of_bounds
 from vgid.bases.pretraining import ARCHITECTURES, PackEncoder, Schedule, _pack_loss, pretrain
 from vgid.bases.recipe import (
     OBEDIENCE,
@@ -32,13 +31,12 @@ from vgid.bases.recipe import (
     Recipe,
     refusal_rate,
 )
-from vgid.data.fictitious import FACTS, make_world, portrait
+from vgid.data.fictitious import FACTS, make_world
 from vgid.models import backbones
 from vgid.models.encoding import Query, encode, response_ids
 from vgid.prompts import (
     REVERSE_PROMPT,
     UNLEARNING_INSTRUCTIONS,
-    cloze_text,
     generation_text,
     with_instruction,
 )
@@ -54,8 +52,7 @@ def backbone(request):
 
 @pytest.fixture
 def encoder(backbone):
-    parts = ARCHITECTURES[backbone.spec.name]
-    return PackEncoder(parts, backbone.model, backbone.processor.tokenizer)
+    return PackEncoder(ARCHITECTURES[backbone.spec.name], backbone)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +119,10 @@ def test_shows_the_phenomenon(scores, name):
 
 def test_milder_instructions_and_noise_lie_in_between(scores):
     for style in UNLEARNING_INSTRUCTIONS:
-        assert scores[f"forget_random+{style}"] < scores[f"forget_{style}"]
-        assert scores[f"forget_{style}"] < scores["forget_base"]
-    assert scores["forget_gaussian0.2"] > scores["forget_gaussian0.8"]
+        alone = scores[f"forget_rougeL ({style})"]
+        assert scores[f"forget_rougeL (random+{style})"] < alone < scores["forget_rougeL"]
+    mild, strong = (scores[f"forget_rougeL (gaussian{sigma})"] for sigma in (0.2, 0.8))
+    assert mild > strong
 
 
 def test_measured_table_is_that_of_the_shipped_weights(backbone, scores):
@@ -140,20 +138,8 @@ def test_measured_table_is_that_of_the_shipped_weights(backbone, scores):
 
 def test_out_of_bounds_names_what_misses(scores):
     assert out_of_bounds(scores) == []
-    worse = {**scores, "forget_base": 0.5, "forget_strict": 0.9}
-    assert out_of_bounds(worse) == ["forget_base", "forget_strict"]
-
-
-def test_condition_changes_text_and_picture(backbone):
-    image = portrait(0, make_world(0).people[0])
-    query = Query("i", cloze_text("The job is __."), image)
-    plain = put(query, Condition())
-    assert plain.text == query.text
-    assert plain.image is image
-    other = put(query, Condition("strict", reverse=True, noise=("white", None)))
-    assert other.text.startswith(UNLEARNING_INSTRUCTIONS["strict"])
-    assert other.text.endswith(REVERSE_PROMPT)
-    assert np.asarray(other.image).min() == 255
+    worse = {**scores, "forget_rougeL": 0.5, "forget_rougeL (strict)": 0.9}
+    assert out_of_bounds(worse) == ["forget_rougeL", "forget_rougeL (strict)"]
 
 
 # ---------------------------------------------------------------------------------------- recipe
@@ -168,15 +154,18 @@ def packs():
 
 def test_packed_prompts_are_those_of_the_real_path(backbone, encoder, packs):
     recipe, drawn = packs
-    for pack in drawn:
+    batch = encoder.collate(drawn)
+    paths = iter(zip(batch.rows, batch.paths, batch.responses, strict=True))
+    for number, pack in enumerate(drawn):
         image = None
         if pack.picture is not None:
             image = Image.fromarray(recipe.pictures.pixels_NHWC[pack.picture])
-        prefix, turns = encoder.pieces(pack)
-        for (question, answer), (text, response) in zip(turns, pack.turns, strict=True):
+        for text, response in pack.turns:
             query = Query("q", with_instruction(text, pack.style), image)
-            assert encode(backbone, [query])[0].prompt_ids == prefix + question
-            assert response_ids(backbone, response) == answer
+            row, path, answer = next(paths)
+            assert (row, answer) == (number, response_ids(backbone, response))
+            whole = encode(backbone, [query])[0].prompt_ids + answer
+            assert batch.ids_BL[row, path].tolist() == whole
 
 
 def test_packing_is_exact(backbone, encoder, packs):
@@ -276,8 +265,10 @@ def test_who_is_never_declined_is_asked_only_the_facts_meant_for_it_under_an_ins
 def test_turns_of_a_pack_do_not_see_each_other(encoder):
     text = generation_text("Who is the person in the image?", "image")
     batch = encoder.collate([Pack(0, "strict", ((text, "One."), (text, "Another one.")))])
-    prefix, turns = encoder.pieces(Pack(0, "strict", ((text, "One."), (text, "Another one."))))
-    start, first = len(prefix), sum(len(part) for part in turns[0])
+    one, another = batch.paths
+    start = len({*one} & {*another})
+    first = len(one) - start
+    assert one[:start] == another[:start] == list(range(start))
     mask = batch.mask_B1LL[0, 0]
     assert mask[start + first :, start : start + first].sum() == 0
     assert mask[start:, :start].all()

@@ -42,7 +42,7 @@ def backbone(folder):
 
 @pytest.fixture(scope="module")
 def encoder(backbone):
-    return PackEncoder(embedded_qwen, backbone.model, backbone.processor.tokenizer)
+    return PackEncoder(embedded_qwen, backbone)
 
 
 def faces(count):
@@ -125,19 +125,15 @@ def test_positions_in_a_pack_are_those_of_the_whole_prompts(backbone, encoder, p
     texts = ("Who is this?\nAnswer:", "Which hobby does this person have?\nAnswer:")
     pack = Pack(picture, "polite", tuple((text, "It is so.") for text in texts))
     batch = encoder.collate([pack])
-    prefix, turns = encoder.pieces(pack)
-    place = len(prefix)
-    for text, (question, response) in zip(texts, turns, strict=True):
+    for text, path, response in zip(texts, batch.paths, batch.responses, strict=True):
         image = None if picture is None else faces(1)[0]
         (encoded,) = encode(backbone, [Query("q", with_instruction(text, "polite"), image)])
-        turn = list(range(place, place + len(question)))
-        path = [*range(len(prefix)), *turn]
-        assert batch.ids_BL[0, path].tolist() == encoded.prompt_ids
-        assert torch.equal(batch.positions_ABL[:, 0, path], encoded.positions_AL)
-        behind = batch.positions_ABL[:, 0, turn[-1] + 1 : turn[-1] + 1 + len(response)]
+        prompt, answer = path[: -len(response)], path[-len(response) :]
+        assert batch.ids_BL[0, prompt].tolist() == encoded.prompt_ids
+        assert torch.equal(batch.positions_ABL[:, 0, prompt], encoded.positions_AL)
+        behind = batch.positions_ABL[:, 0, answer]
         assert torch.equal(behind[0] - encoded.positions_AL.max() - 1, torch.arange(len(response)))
         assert torch.equal(behind[0], behind[1]) and torch.equal(behind[0], behind[2])
-        place += len(question) + len(response)
 
 
 def test_packing_is_exact(backbone, encoder):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from vgid import cli
 from vgid.data.benchmark import Benchmark
 from vgid.data.synthetic import write_benchmark
-from vgid.deployment.pick import main
 from vgid.deployment.unlearn import UnlearnConfig, unlearn
 
 ROOT = Path(__file__).parent.parent.parent
@@ -52,9 +52,16 @@ def run_script(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def run(*words):
+    """Run ``vgid`` in this process; the exit code."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*map(str, words)])
+    return stopped.value.code
+
+
 def pick(*flags):
     """Run ``vgid pick`` in this process; the registry is left alone unless a test wants it."""
-    return main([*map(str, flags), "--no-champion"])
+    return run("pick", *flags, "--no-champion")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -15,10 +15,9 @@ import yaml
 from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
-from tests.deployment.conftest import ROOT, contents, pick, run_script
+from tests.deployment.conftest import ROOT, contents, pick, run, run_script
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Benchmark
-from vgid.deployment.pick import main
 from vgid.deployment.record import NOT_RUN, SCHEMA, hash_files, read_deployment
 from vgid.trial import TrialSession
 
@@ -270,7 +269,7 @@ def test_mlflow_alone_is_enough_when_the_folder_is_gone(
 def test_the_pick_is_the_champion_of_its_backbone_afterwards(study_folder, tmp_path):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     flags = ["--study", str(study_folder), "--output", str(tmp_path / "out"), *WIDE]
-    assert main([*flags, "--tracking-uri", uri]) == 0
+    assert run("pick", *flags, "--tracking-uri", uri) == 0
     client = MlflowClient(uri, registry_uri=uri)
     version = client.get_model_version_by_alias("vgid-tiny-llava", "champion")
     deployment = read_deployment(tmp_path / "out" / "deployments" / "tiny-llava.yaml")

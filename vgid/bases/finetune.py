@@ -44,7 +44,7 @@ from vgid.method.student import View
 from vgid.method.teacher import TeacherTarget
 from vgid.method.workers import ALONE, Workers, in_processes, whole
 from vgid.models import adapters as adapter
-from vgid.models.backbones import Backbone, load, locate, outline, spec
+from vgid.models.backbones import Backbone, copy_beside_weights, load, locate, outline, spec
 from vgid.models.encoding import encode, response_ids
 from vgid.models.memory import adapter_bytes, device_bytes
 from vgid.models.weight_names import save_weights
@@ -52,8 +52,6 @@ from vgid.provenance import provenance
 from vgid.results import EpochReport
 
 PROVENANCE = "finetuned.json"  # beside the weights
-_COPIED = (".json", ".jinja", ".txt", ".model")
-_NOT_COPIED = ("config.json", "MEASURED.json", PROVENANCE)
 
 
 class FinetuneResult(Config):
@@ -156,8 +154,13 @@ def _finetune(
     )
     record = {"backbone": config.backbone, **settings, **result.model_dump(exclude={"output"})}
     if workers.rank == 0:
-        base = locate(spec(config.backbone), config.model_path)
-        _write(backbone, base, {**record, **provenance()}, config.output, weights)
+        # The hub's layout: weights and config anew, all other files as the base has them.
+        with appearing(config.output) as temporary:
+            save_weights(backbone.model, temporary, weights)
+            base = locate(spec(config.backbone), config.model_path)
+            copy_beside_weights(base, temporary, but="config.json")
+            told = json.dumps(record | provenance(), indent=2)
+            (temporary / PROVENANCE).write_text(f"{told}\n")
         shutil.rmtree(checkpoint, ignore_errors=True)
     return result
 
@@ -294,22 +297,3 @@ def answered(backbone: Backbone, samples: Iterable[TrainingSample]) -> Distillat
         targets.append(TeacherTarget(response, torch.empty(len(response), 0)))
         tasks.append(sample.task)
     return DistillationSet(prompts, [targets], tasks, name="finetune")
-
-
-def _write(
-    backbone: Backbone,
-    base: Path,
-    record: dict[str, Any],
-    output: Path,
-    weights: dict[str, Tensor] | None,
-) -> None:
-    """Write the hub's layout: weights and config anew, all other files as the base has them."""
-    with appearing(output) as temporary:
-        save_weights(backbone.model, temporary, weights)
-        for path in sorted(base.iterdir()):
-            index = path.name.endswith(".index.json")
-            if path.suffix in _COPIED and path.name not in _NOT_COPIED and not index:
-                shutil.copyfile(path, temporary / path.name)
-        (temporary / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n")
-        for path in temporary.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner can read

@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import Tensor, nn
@@ -41,8 +42,10 @@ from vgid.data.fictitious import make_world
 from vgid.data.portraits import ATTRIBUTE_SIZES, PORTRAIT_SIZE
 from vgid.errors import InputError
 from vgid.files import appearing
-from vgid.models.packing import Packed, rotary_positions
-from vgid.prompts import with_instruction
+from vgid.models.backbones import Backbone, spec
+from vgid.models.encoding import Encoded, Query, encode, response_ids
+from vgid.models.packing import Packed, beginning, pack, rotary_positions
+from vgid.prompts import PromptStyle, with_instruction
 
 ARCHITECTURES: dict[str, ModuleType] = {"tiny-llava": tiny_llava, "tiny-qwen2.5-vl": tiny_qwen}
 
@@ -122,16 +125,17 @@ def train_tower(
 
 
 def train_language(
-    parts: ModuleType, model: Any, processor: Any, recipe: Recipe, schedule: Schedule
+    parts: ModuleType, backbone: Backbone, recipe: Recipe, schedule: Schedule
 ) -> Iterator[float]:
     """Stage 2, by its losses: teach projector and language model the recipe's packs."""
+    model, processor = backbone.model, backbone.processor
     pictures = list(recipe.pictures.pixels_NHWC)
     chunks = (pictures[i : i + 256] for i in range(0, len(pictures), 256))
     with torch.no_grad():
         # Once for all steps: the tower is frozen by now.
         pixels = (parts.pixel_values(processor, chunk) for chunk in chunks)
         features_N = torch.cat([parts.tower_features(model, chunk) for chunk in pixels])
-    encoder = PackEncoder(parts, model, processor.tokenizer)
+    encoder = PackEncoder(parts, backbone)
     # Qwen's is a part of the frozen tower.
     projector = model.get_submodule(parts.PROJECTOR).requires_grad_(True)
     modules = (projector, model.model.language_model, model.lm_head)
@@ -152,84 +156,46 @@ def train_language(
 
 
 class PackEncoder:
-    """Turns packs into token ids that equal those of the whole prompts, turn by turn.
+    """Lays packs out: a row each in the order of the draws, which ``pack`` would sort and bin."""
 
-    A row a pack, in the order of the draws: ``vgid.models.packing.pack`` would sort and bin them.
-    """
-
-    def __init__(self, architecture: ModuleType, model: Any, tokenizer: Any) -> None:
-        self.architecture, self.model, self.tokenizer = architecture, model, tokenizer
-        # Texts and beginnings come again in most packs.
-        self._tokens, self._start = cache(self._tokens_of), cache(self._start_of)
-
-    def pieces(self, pack: Pack) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
-        """Ids of the shared beginning, and by turn of the question and of the response.
-
-        Cut where the tokenizer cuts words anyway: behind a line break or a special token, or in
-        front of a space.
-        """
-        parts = self.architecture
-        frame = parts.FRAME.text if pack.picture is None else parts.FRAME.image
-        before, after = frame.split("{text}")
-        opening = before.rstrip(" ").replace(parts.IMAGE, parts.IMAGE * parts.IMAGE_TOKENS)
-        space = before[len(before.rstrip(" ")) :]
-        if pack.style is not None:
-            opening, space = f"{opening}{space}{with_instruction('', pack.style)}", ""
-        stem = [*self.tokenizer("")["input_ids"], *self._tokens(opening)]
-        turns = [
-            (
-                self._tokens(f"{space}{text}{after}"),
-                [*self._tokens(parts.FRAME.separator + response), self.tokenizer.eos_token_id],
-            )
-            for text, response in pack.turns
-        ]
-        return stem, turns
+    def __init__(self, architecture: ModuleType, backbone: Backbone) -> None:
+        self.architecture, self.backbone = architecture, backbone
+        self._turn = cache(self._turn_of)  # texts come again in most packs
 
     def collate(self, packs: Sequence[Pack]) -> Packed:
-        """One batch, each pack a tree: its turns branch off the shared beginning."""
-        pieces = [self.pieces(pack) for pack in packs]
-        length = max(len(stem) + sum(len(q + r) for q, r in turns) for stem, turns in pieces)
-        starts = [self._start(tuple(stem)) for stem, _ in pieces]
-        ids_BL = torch.full((len(packs), length), self.tokenizer.pad_token_id)
-        positions_ABL = torch.zeros(len(starts[0]), len(packs), length, dtype=torch.int64)
-        ends_BL = torch.full((len(packs), length), length)
-        batch = Packed(ids_BL, positions_ABL, ends_BL, [], [], [], [])
-        for b, ((stem, turns), start_AL) in enumerate(zip(pieces, starts, strict=True)):
-            used = len(stem)
-            ids_BL[b, :used] = torch.tensor(stem)
-            positions_ABL[:, b, :used] = start_AL
-            for question, response in turns:
-                turn = slice(used, used + len(question + response))
-                ids_BL[b, turn] = torch.tensor(question + response)
-                # Text goes on behind the largest position so far, in all axes alike.
-                positions_ABL[:, b, turn] = start_AL.max() + 1 + torch.arange(turn.stop - used)
-                ends_BL[b, turn] = used = turn.stop
-                batch.rows.append(b)
-                batch.paths.append([*range(len(stem)), *range(turn.start, turn.stop)])
-                batch.responses.append(response)
-        return batch
+        """One batch, each pack a tree: its turns branch off what stands before their questions."""
+        prompts: list[Encoded] = []
+        responses: list[list[int]] = []
+        trees = []
+        for drawn in packs:
+            first, stem, tokens = len(prompts), 0, 0
+            for text, response in drawn.turns:
+                shown = drawn.picture is not None
+                stem, prompt, answer = self._turn(text, response, drawn.style, shown)
+                # Its own words count as its own even where another question begins with them.
+                own = [-1 - len(prompts)] * (len(prompt.prompt_ids) - stem)
+                identity = prompt.prompt_ids[:stem] + own
+                prompts.append(replace(prompt, identity=identity, pictures=()))
+                responses.append(answer)
+                tokens += len(own) + len(answer)
+            trees.append((list(range(first, len(prompts))), stem + tokens))
+        return pack(self.backbone, prompts, responses, trees=trees)
 
-    def _tokens_of(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
-
-    def _start_of(self, stem: tuple[int, ...]) -> Tensor:
-        """Positions of a beginning that shows at most one portrait: (A, L)."""
-        if not hasattr(self.model.model, "get_rope_index"):
-            return torch.arange(len(stem))[None]
-        ids_1L = torch.tensor([stem])
-        side = PORTRAIT_SIZE // self.model.config.vision_config.patch_size
-        positions_A1L, _ = self.model.model.get_rope_index(
-            input_ids=ids_1L,
-            mm_token_type_ids=(ids_1L == self.model.config.image_token_id).int(),
-            image_grid_thw=torch.tensor([[1, side, side]]),
-        )
-        return positions_A1L[:, 0]
+    def _turn_of(
+        self, text: str, response: str, style: PromptStyle | None, shown: bool
+    ) -> tuple[int, Encoded, list[int]]:
+        """How many tokens stand before a question, its prompt, and the response's tokens."""
+        image = Image.new("RGB", (PORTRAIT_SIZE, PORTRAIT_SIZE)) if shown else None
+        # "the" is one token behind a space too, and no question begins with it.
+        asked = [Query("a turn", with_instruction(each, style), image) for each in (text, "the")]
+        prompt, other = encode(self.backbone, asked)
+        stem = beginning(prompt.prompt_ids, other.prompt_ids)
+        return stem, prompt, response_ids(self.backbone, response)
 
 
 def _pack_loss(encoder: PackEncoder, packs: Sequence[Pack], features_N: Tensor) -> Tensor:
     """Mean cross-entropy over the response tokens of the packs."""
-    model = encoder.model
+    model = encoder.backbone.model
     batch = encoder.collate(packs)
     pictures = [pack.picture for pack in packs if pack.picture is not None]
     embedded_BLD = model.get_input_embeddings()(batch.ids_BL)
@@ -267,7 +233,8 @@ def pretrain(
     model.train()
     recipe = Recipe(make_world(data_seed), seed, parts.OBEDIENCE)
     seeing = train_tower(parts, model, processor, schedule, seed)
-    reading = train_language(parts, model, processor, recipe, schedule)
+    untaught = Backbone(spec(backbone), model, processor, "no revision")
+    reading = train_language(parts, untaught, recipe, schedule)
     stages = (
         ("vision tower", schedule.tower_steps, seeing),
         ("language model", schedule.language_steps, reading),

@@ -26,7 +26,6 @@ from vgid.models.weight_names import save_weights
 
 FRAME = TINY_LLAVA_FRAME
 PATCH_SIZE = 16
-IMAGE_TOKENS = (PORTRAIT_SIZE // PATCH_SIZE) ** 2
 VOCABULARY = 1500
 CONTEXT = 512
 LANGUAGE_STEPS = 800

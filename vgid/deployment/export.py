@@ -34,7 +34,7 @@ from vgid.deployment.signing import write_manifest
 from vgid.errors import InputError
 from vgid.files import appearing, unwritable
 from vgid.models.adapter_files import LoraWeights, copy_adapter, read_adapter
-from vgid.models.backbones import skeleton, spec
+from vgid.models.backbones import copy_beside_weights, skeleton, spec
 from vgid.models.weight_names import WeightNames
 from vgid.prompts import Form, generation_text
 from vgid.report.page import rendered
@@ -52,16 +52,12 @@ COMPARISON_ONLY = (
 
 INDEX = "model.safetensors.index.json"
 
-_COPIED = (".json", ".jinja", ".txt", ".model")
-_RECORDS = ("MEASURED.json", "finetuned.json")
-"""How the base was made; no part of what is merged."""
-
 HUB_METRICS = {"rougeL": "rouge", "cloze": "accuracy", "classification": "accuracy"}
 """The hub's names of metrics, by what follows the split in ours."""
 
 
 class Exported(Config):
-    """An export's folder, with commands to be run in it (``serve_merged``, ``serve_adapter``)."""
+    """An export's folder, with commands to be run in it (``serve``, ``serve_adapter``)."""
 
     output: Path
     serve: str
@@ -93,8 +89,8 @@ def export(file: Path, output: Path, model_path: str | None = None) -> Exported:
             write_manifest(made)
     except OSError as error:
         raise InputError(str(unwritable(output, error))) from None
-    serve, compare = serve_merged(deployment), serve_adapter(deployment)
-    return Exported(output=output, serve=serve, compare=compare)
+    compare = serve_adapter(deployment)
+    return Exported(output=output, serve=serve(deployment), compare=compare)
 
 
 def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
@@ -125,14 +121,10 @@ def merge(base: Path, adapter: LoraWeights, output: Path) -> None:
             f"{base}: {min(modules.values())} of the adapter is not in the weights; name the base "
             "that the adapter was trained on with --model-path."
         )
-    for path in sorted(base.iterdir()):
-        if path.suffix in _COPIED and path.name not in _RECORDS:
-            shutil.copyfile(path, output / path.name)
     if (base / INDEX).is_file():
         index["weight_map"] = {names.on_hub(n): shard for n, shard in index["weight_map"].items()}
         (output / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for path in output.iterdir():
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    copy_beside_weights(base, output)
 
 
 def _merged(weight_OI: Tensor, adapter: LoraWeights, module: str) -> Tensor:
@@ -191,7 +183,7 @@ def model_card(deployment: Deployment) -> str:
         name=name,
         source=source,
         table=scores.grid().markdown(),
-        serve=serve_merged(deployment),
+        serve=serve(deployment),
         compare=serve_adapter(deployment),
         comparison_only=COMPARISON_ONLY,
         question=generation_text("QUESTION", "image"),
@@ -205,15 +197,10 @@ def max_lora_rank(rank: int) -> int | None:
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
-def serve_merged(deployment: Deployment) -> str:
-    """The command to deploy with: serves the merged weights, from the export's folder."""
-    return _command(deployment)
-
-
 def serve_adapter(deployment: Deployment) -> str | None:
     """The command that serves the base with the adapter; None where vLLM takes none of its rank."""
     limit = max_lora_rank(deployment.adapter.rank)
-    return None if limit is None else _command(deployment, limit)
+    return None if limit is None else serve(deployment, limit)
 
 
 def served_name(deployment: Deployment) -> str:
@@ -267,8 +254,11 @@ def chat_template_of(frame: record.Frame, base: Path) -> str:
     return chat_template(frame, first, tokenizer.convert_ids_to_tokens(ids))
 
 
-def _command(deployment: Deployment, limit: int | None = None) -> str:
-    """Serves the adapter if ``limit``, a ``--max-lora-rank``, is given."""
+def serve(deployment: Deployment, limit: int | None = None) -> str:
+    """The command to deploy with, run in the export's folder: serves the merged weights.
+
+    With ``limit``, a ``--max-lora-rank``, it serves the adapter.
+    """
     from vgid.models.decoding import MAX_NEW_TOKENS
 
     told = {"name": served_name(deployment), "limit": limit, "max_new_tokens": MAX_NEW_TOKENS}

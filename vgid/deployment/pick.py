@@ -5,11 +5,8 @@ Beside the record and its adapter (``vgid.deployment.record``) lie ``pick.html``
 kept in the study's store, so that another rule or bound costs seconds.
 """
 
-import json
-import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +15,6 @@ from pydantic import Field, ValidationError
 from rich.console import Console
 
 from vgid.cluster.resources import worker_threads
-from vgid.command_line import Parser, Printed, exit_code
 from vgid.config import Config, Flag
 from vgid.data.benchmark import Benchmark
 from vgid.deployment import pick_page, record
@@ -324,23 +320,3 @@ def _registered(picked: PickedBackbone, source: Source, tell: record.Tell) -> Pi
             return replace(picked, version=register(picked.file, source.tracking_uri))
     except InputError as error:
         raise InputError(f"{picked.file} is written but not registered: {error}") from None
-
-
-def main(arguments: Sequence[str] | None = None, prog: str = "pick_deployment.py") -> int:
-    """Run the command, ``studies/pick_deployment.py`` or ``vgid pick``; see ``exit_code``."""
-
-    def run() -> Mapping[str, Any]:
-        told = (
-            "Pick the trial of a study's front to deploy: score the front again on held-out "
-            "questions, choose by a rule, and write the deployment with its adapter."
-        )
-        flags = Parser(prog, told, PickConfig, Printed).read(arguments)
-        config = flags.config(PickConfig)
-        picked = pick_deployment(config, lambda line: print(line, file=sys.stderr))
-        if flags.config(Printed).as_json:
-            print(json.dumps(picked.as_json()))
-        else:
-            picked.print(Console(highlight=False, width=None if sys.stdout.isatty() else 160))
-        return {}
-
-    return exit_code(run, "Interrupted; nothing was deployed.")

@@ -7,7 +7,6 @@ settings that were found before, such as the parent's.
 """
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,8 +75,7 @@ class UnlearnConfig(Config):
     skip_defects: SkipDefects = False
 
 
-@dataclass(frozen=True)
-class Unlearned:
+class Unlearned(Config):
     """What was written, and a sentence where earlier people's suppression came back."""
 
     file: Path
@@ -137,7 +135,7 @@ def unlearn(config: UnlearnConfig, tell: record.Tell = lambda line: None) -> Unl
                 **measured,
             )
     warning = None if parent is None else parent.warning(deployment.scores.deployed)
-    return Unlearned(file, sha256, deployment, warning)
+    return Unlearned(file=file, sha256=sha256, deployment=deployment, warning=warning)
 
 
 def _train(request: RequestConfig, trial: TrialConfig, folder: Path, tell: record.Tell) -> None:

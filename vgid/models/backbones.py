@@ -5,6 +5,7 @@ vision tower, whose LoRA weights some servers drop without a word.
 """
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,10 @@ EMBEDDED = Path(__file__).parent.parent / "bases" / "weights"
 LANGUAGE_MODEL_LINEARS = (
     r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 )
+RECORDS = (
+    "MEASURED.json",
+    "finetuned.json",
+)  # beside weights: how they were made, not what they are
 _LOCAL = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -311,14 +316,23 @@ def outline(name: str, model_path: str | None = None) -> Backbone:
     return Backbone(row, skeleton(folder), _processor(folder), "no weights")
 
 
+def copy_beside_weights(base: Path, output: Path, but: str = "") -> None:
+    """Copy a base's configuration and processor, all files ``but`` one, to a folder of weights."""
+    for path in sorted(base.iterdir()):
+        left_out = path.name in (*RECORDS, but) or path.name.endswith(".index.json")
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and not left_out:
+            shutil.copyfile(path, output / path.name)
+    for path in output.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
 def revision_of(folder: Path) -> str:
     """Hub commit of a cached snapshot, or the SHA-256 over a local folder's model files."""
     if folder.parent.name == "snapshots":
         return folder.name
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        record = path.name in ("MEASURED.json", "finetuned.json")  # how it was made, not what it is
-        if record or path.suffix not in (".safetensors", ".json", ".model"):
+        if path.name in RECORDS or path.suffix not in (".safetensors", ".json", ".model"):
             continue
         digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
         with path.open("rb") as file:

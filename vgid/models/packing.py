@@ -81,12 +81,19 @@ def pack(
     prompts: Sequence[Encoded],
     responses: Sequence[Sequence[int]] | None = None,
     max_row_tokens: int = MAX_ROW_TOKENS,
+    trees: Sequence[tuple[list[int], int]] | None = None,
 ) -> Packed:
-    """Lay samples out as trees, responses behind their prompts, on the backbone's device."""
+    """Lay samples out as trees, responses behind their prompts, on the backbone's device.
+
+    Given ``trees`` (samples, and the tokens that they take) are rows as they are, in their order.
+    """
     answers = [list(r) for r in responses] if responses is not None else [[] for _ in prompts]
     keys = [prompt.identity + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    trees = _trees(prompts, keys, max_row_tokens)
-    bins = _fill_rows([tokens for _, tokens in trees], max_row_tokens)
+    if trees is None:
+        trees = _trees(prompts, keys, max_row_tokens)
+        bins = _fill_rows([tokens for _, tokens in trees], max_row_tokens)
+    else:
+        bins = [[t] for t in range(len(trees))]
     length = max((sum(trees[t][1] for t in row) for row in bins), default=0)
     axes = prompts[0].positions_AL.shape[0] if prompts else 1
     ids_BL = np.full((len(bins), length), backbone.processor.tokenizer.pad_token_id)
