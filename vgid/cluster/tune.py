@@ -66,13 +66,6 @@ class SlotTrial(tune.Trainable):
             ray.get(self._mailbox.cancel.remote(self._job.id, self._caller))
             self._open = False
 
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Nothing of Tune's to save: the slot's worker keeps the trial's state itself."""
-        return {}
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing of Tune's to load, see ``save_checkpoint``."""
-
 
 class Live:
     """A part of Tune that belongs to the running study: Tune pickles it at the start, empty."""
@@ -106,6 +99,8 @@ class Recorder(Live, tune.Callback):
         text = last.pop(OUTCOME, None)
         outcome = None if text is None else Outcome.model_validate_json(text)
         report = EpochReport.model_validate_json(last[REPORT]) if REPORT in last else None
+        trial.metric_analysis.clear()
+        trial.metric_n_steps.clear()
         self.on_end(_job(trial).id, outcome, report)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -151,6 +146,9 @@ def run_trials(
             name=f"tune-{secrets.token_hex(4)}",
             storage_path=str(storage),
             verbose=0,
+            # The slot's worker keeps the trial's state itself. By itself Tune has each trial saved
+            # at its end, and keeps its outcome with the place.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[recorder],
             stop=_StopWhenOver(is_over, mailbox),
         ),
