@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from vgid.pareto import front_mask, hypervolume
+from vgid.pareto import flat_since, front_mask, hypervolume
 
 # Few distinct values, so that ties and duplicates are common.
 GRID = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])
@@ -89,3 +89,13 @@ def test_wrong_shapes_are_refused(points):
 def test_wrong_reference_is_refused(reference):
     with pytest.raises(ValueError, match="reference point"):
         hypervolume([[1.0, 1.0]], reference)
+
+
+@given(st.lists(st.integers(0, 20), max_size=12))
+def test_a_front_is_flat_since_the_first_trial_that_leaves_a_two_hundredth_to_gain(gains):
+    volumes = np.cumsum(gains).astype(float).tolist()
+    since = flat_since(volumes)
+    left = [volumes[-1] - volume for volume in [0.0, *volumes]] if volumes else [0.0]
+    bar = 0.005 * (volumes[-1] if volumes else 0.0)
+    assert left[since] <= bar
+    assert since <= 1 or left[since - 1] > bar

@@ -357,6 +357,12 @@ class StudyConfig(Asked):
         gt=0,
         description="start no trial after this long, such as 90s, 10m or 2h; without it, no limit",
     )
+    stop_when_flat: Annotated[int | None, Flag("K")] = Field(
+        None,
+        ge=1,
+        description="start no trial once K in a row have added less than 0.005 of the hypervolume; "
+        "without it, all run",
+    )
     max_concurrent: MaxConcurrent = None
     workers_per_trial: WorkersPerTrial = 1
     gpus_per_worker: GpusPerWorker = 0

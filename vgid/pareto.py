@@ -4,8 +4,13 @@ Moocore (https://multi-objective.github.io/moocore/) minimises by default and kn
 failed trials: here a point with a NaN or an infinity is never on the front and adds no volume.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+FLAT = 0.005
+"""A front whose hypervolume grows by less than this share is flat."""
 
 
 def front_mask(points: ArrayLike) -> NDArray[np.bool_]:
@@ -40,6 +45,15 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     import moocore
 
     return float(moocore.hypervolume(above, ref=corner, maximise=True))
+
+
+def flat_since(volumes: Sequence[float]) -> int:
+    """After how many trials the hypervolume had all but ``FLAT`` of what it has at last.
+
+    ``volumes`` are the hypervolumes after each trial, which never fall.
+    """
+    last = volumes[-1] if volumes else 0.0
+    return next((i for i, each in enumerate(volumes, 1) if each >= (1 - FLAT) * last), 0)
 
 
 def _two_axes(points: ArrayLike) -> NDArray[np.float64]:

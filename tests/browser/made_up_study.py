@@ -150,6 +150,7 @@ def record_study(server: str, folder: Path) -> Recorded:
         "counts": {},
         "store": {},
         "trained_verbatim": {},
+        "outlook": None,
         "left_out": {},
     }
     tracker.finish_study(front, summary)

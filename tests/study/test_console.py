@@ -145,6 +145,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
         "base": base,
         "counts": {"completed": 3, "pruned": 0, "failed": 1},
         "hypervolume": 0.5,
+        "outlook": "The front still grew at trial 4 of 4.",
         "phases": {
             "start-up": {"total_s": 20.0},
             "overhead": {"total_s": 1.0, "median_s": 0.25},
@@ -165,6 +166,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
     assert re.search(r"base\W+of 0\.200\W+of 1\.000\W+0\.984", text)
     assert "Warning: The base may never have known the forget people" in text
     assert re.search(r"overhead\W+1\.000\W+0\.250", text)
+    assert "still grew at trial 4 of 4" in text
     assert "96.2% of 1,600 targets" in text
     assert "12.3 MB" in text
     assert "runs/x" in text

@@ -232,6 +232,7 @@ def test_every_argument_is_refused_or_taken_by_name(tmp_path):
         "time_budget_s": 60.0,
         "max_concurrent": 1,
         "gpus_per_worker": 0.5,
+        "stop_when_flat": 5,
         "eval_batch_size": 16,
         "store_limit_gb": 1.0,
         "fresh_workers": True,

@@ -9,7 +9,7 @@ from vgid.pareto import front_mask, hypervolume
 from vgid.results import OBJECTIVES, Score, TrialResult
 from vgid.study.console import Standing
 from vgid.study.ledger import Header, Ledger, trial_id
-from vgid.study.outcome import Scoreboard
+from vgid.study.outcome import Scoreboard, said_of_growth
 
 STATUSES = ("completed", "pruned", "failed", "lost")
 NOWHERE = (float("nan"), float("nan"))
@@ -43,6 +43,7 @@ def test_board_agrees_at_any_moment_with_what_all_trials_say_and_with_a_resumed_
     rng = random.Random(0)
     board = Scoreboard(ledger)
     assert (board.trials(), board.front(), board.hypervolume) == ([], [], None)
+    volumes = []
     board.base["search"] = {"retain_rougeL": Score(value=0.9, n=1, low=0.9, high=0.9)}
     order = rng.sample(range(9_990, 10_020), 30)  # trials end in any order
     for number in order:
@@ -60,10 +61,13 @@ def test_board_agrees_at_any_moment_with_what_all_trials_say_and_with_a_resumed_
         statuses = [trial.result.status for trial in trials]
         assert board.counts() == {s: statuses.count(s) for s in STATUSES}
         assert board.hypervolume == hypervolume(points, (0.0, 0.45))
+        volumes.append(board.hypervolume)
+    assert board.growth == volumes
     resumed = Scoreboard(ledger)
     resumed.base = board.base
     assert resumed.trials() == board.trials()
     assert resumed.hypervolume == board.hypervolume
+    assert sorted(resumed.growth) == resumed.growth  # the clock does not part all trials' ends
 
 
 def test_held_out_scores_stand_with_their_trial(ledger):
@@ -107,3 +111,34 @@ def test_scores_with_their_intervals_stay_on_disk_but_for_the_front(ledger, tmp_
                 assert {n: s.value for n, s in scores.items()} == (
                     trial.result.metrics if trial.on_front else {}
                 )
+
+
+def scored(ledger, board, name, reduction, retain=0.9):
+    """End a trial with these two scores."""
+    ledger.start(name, TrialConfig())
+    metrics = dict(zip(OBJECTIVES, (reduction, retain), strict=True))
+    board.add(ledger.end(name, TrialResult(trial_id=name, status="completed", metrics=metrics)))
+
+
+def test_a_front_is_flat_once_so_many_trials_have_added_next_to_nothing(ledger):
+    board = Scoreboard(ledger)
+    scored(ledger, board, "0000", 0.5)
+    assert not board.is_flat(1)  # nobody knows yet what the volume is counted from
+    board.base["search"] = {"retain_rougeL": Score(value=1.0, n=1, low=1.0, high=1.0)}
+    scored(ledger, board, "0001", 0.8)
+    assert not board.is_flat(1)
+    for name, reduction in (("0002", 0.7), ("0003", 0.802), ("0004", 0.1)):
+        scored(ledger, board, name, reduction)
+    assert board.is_flat(3)
+    assert not board.is_flat(4)
+    assert not board.is_flat(None)
+    scored(ledger, board, "0005", 0.9)
+    assert not board.is_flat(1)
+
+
+def test_a_sentence_says_whether_more_trials_are_worth_it():
+    assert said_of_growth([]) is None
+    assert said_of_growth([0.0, 0.0]) is None
+    flat = said_of_growth([0.1, 0.4, 0.4, 0.401, 0.401, 0.401])
+    assert flat.startswith("The front is flat: the last 4 of 6 trials added")
+    assert "still grew at trial 2 of 5" in said_of_growth([0.1, 0.4, 0.4, 0.4, 0.4])

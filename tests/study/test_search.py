@@ -348,7 +348,7 @@ def test_the_journal_is_rebuilt_when_it_is_lost_or_behind(ledger, space):
 
 def test_out_of_time_asks_for_nothing_new_and_leaves_no_running_trial(ledger, space):
     over = []
-    searcher = search(ledger, space, out_of_time=lambda: bool(over))
+    searcher = search(ledger, space, enough=lambda: bool(over))
     run(ledger, searcher, trials=2)
     over.append(True)
     assert searcher.suggest("late") == Searcher.FINISHED

@@ -42,6 +42,7 @@ SUMMARY = {  # of study.json, what MLflow is told
     "output": Path(),
     "files": (),
     "trained_verbatim": {},
+    "outlook": None,
     "left_out": {},
 }
 HELD_OUT = {

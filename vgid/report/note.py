@@ -86,11 +86,13 @@ def study_note(
     links: NoteLinks,
     verbatim: Verbatim | None = None,
     left_out: LeftOut | None = None,
+    outlook: str | None = None,
 ) -> str:
     """The note in Markdown: the result in three sentences, the picture, the front as a table.
 
     ``phases`` are seconds by phase in the order to show them, ``verbatim`` says which scored
-    questions training sees, ``left_out`` what of the data was left out as defective.
+    questions training sees, ``left_out`` what of the data was left out as defective, ``outlook``
+    whether more trials are worth it.
     """
     pick, again = recommended(front), front.base_held_out
     values: dict[str, Any] = {}
@@ -122,6 +124,7 @@ def study_note(
         phases=phases,
         left_out=describe_left_out(left_out or {}),
         verbatim=verbatim or {},
+        outlook=outlook,
         **values,
     )
 

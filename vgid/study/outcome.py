@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vgid.models.store import info
-from vgid.pareto import front_mask, hypervolume
+from vgid.pareto import FLAT, flat_since, front_mask, hypervolume
 from vgid.provenance import provenance
 from vgid.report.records import TrialRecord
 from vgid.results import QuestionPart, Score, TrialResult, TrialStatus, Verbatim, trial_order
@@ -35,14 +37,17 @@ class Scoreboard:
         self._ledger = ledger
         self._front: dict[str, tuple[float, float]] = {}
         self._counts: dict[str, int] = {"completed": 0, "pruned": 0, "failed": 0}
-        self._volume: float | None = None
+        # Of the ended trials in the order of their ends; None of one that adds nothing.
+        self._points: list[tuple[float, float] | None] = []
+        self._growth: list[float] = []  # as far as it was asked for, with the front that it is of
+        self._grown: list[tuple[float, float]] = []
         self.base: dict[QuestionPart, dict[str, Score]] = {}  # as far as they are known
         self.held_out: dict[str, dict[str, Score]] = {}  # of trials on the front
         # Why trials are lost that have not ended, known when the study stops; and why the base or
         # trials of the front have no held-out scores.
         self.lost: dict[str, str] = {}
         self.unscored: dict[str, str] = {}
-        for record in ledger.ended:
+        for record in sorted(ledger.ended, key=lambda record: record.ended or ""):
             self.add(record)
 
     def add(self, record: Record) -> TrialRecord:
@@ -54,8 +59,7 @@ class Scoreboard:
             points = {**self._front, record.trial_id: trial.point}
             kept = zip(points.items(), front_mask(list(points.values())), strict=True)
             self._front = {name: point for (name, point), on_front in kept if on_front}
-            if record.trial_id in self._front:
-                self._volume = None
+        self._points.append(self._front.get(record.trial_id))
         self._counts[trial.result.status] += 1
         return self._trial(record)
 
@@ -102,13 +106,31 @@ class Scoreboard:
         return None if base is None else (0.0, 0.5 * base["retain_rougeL"].value)
 
     @property
-    def hypervolume(self) -> float | None:
-        """Of the front above the reference point."""
+    def growth(self) -> Sequence[float]:
+        """Hypervolume above the reference point after each ended trial; empty without the base."""
         reference = self.reference_point
-        if reference is not None and self._volume is None:
-            points = list(self._front.values())
-            self._volume = hypervolume(points, reference) if points else 0.0
-        return self._volume
+        if reference is None:
+            return ()
+        for point in self._points[len(self._growth) :]:
+            volume = self._growth[-1] if self._growth else 0.0
+            if point is not None:
+                points = [*self._grown, point]
+                self._grown = [points[i] for i in np.flatnonzero(front_mask(points))]
+                volume = hypervolume(self._grown, reference)
+            self._growth.append(volume)
+        return self._growth
+
+    @property
+    def hypervolume(self) -> float | None:
+        """Of the front above the reference point; None until the base is scored."""
+        if self.reference_point is None:
+            return None
+        return self.growth[-1] if self.growth else 0.0
+
+    def is_flat(self, trials: int | None) -> bool:
+        """Whether the last so many ended trials have added next to nothing; never for None."""
+        growth = self.growth
+        return trials is not None and len(growth) - flat_since(growth) >= trials > 0
 
     def _trial(self, record: Record) -> TrialRecord:
         name, result = record.trial_id, record.result
@@ -200,6 +222,8 @@ def study_summary(
         "base": dict(board.base),
         "reference_point": board.reference_point,
         "hypervolume": board.hypervolume,
+        "flat_since": flat_since(board.growth),
+        "outlook": said_of_growth(board.growth),
         "front": [trial.result.trial_id for trial in board.front()],
         "counts": board.counts(),
         "started": header.started,
@@ -237,6 +261,24 @@ def shortfall(
             f"{cause.rstrip('.')}."
         )
     return None
+
+
+def said_of_growth(volumes: Sequence[float]) -> str | None:
+    """Whether more trials are worth it, in a sentence; None while none is on the front.
+
+    ``volumes`` are the hypervolumes after each trial. A quarter of the trials, and four, are what a
+    front must have been flat for to be called so.
+    """
+    ended, since = len(volumes), flat_since(volumes)
+    if not since or not volumes[-1]:
+        return None
+    idle = ended - since
+    if idle >= max(4, ended / 4):
+        return (
+            f"The front is flat: the last {idle} of {ended} trials added less than {FLAT:.1%} of "
+            "the hypervolume."
+        )
+    return f"The front still grew at trial {since} of {ended}; more trials may be worth it."
 
 
 def said_of_a_stop(cause: str) -> str:

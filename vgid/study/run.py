@@ -190,7 +190,7 @@ class Study:
         losses, side, mailbox = Losses(), Background("search"), slots.mailbox
         at_a_time = partial(getattr, slots, "count")
         make = partial(ParetoSearch, self.ledger, self.plan.space, config, at_a_time, losses)
-        search = ending.interrupt.result(side.submit(make, ending.out_of_time, bulletin.running))
+        search = ending.interrupt.result(side.submit(make, self._enough, bulletin.running))
         listener = Listener(self.ledger, search, losses, bulletin, ending, mailbox, self._seconds)
         if len(self.ledger.ended) < config.trials:
             recorder = Recorder(listener.on_epoch, listener.on_end)
@@ -311,6 +311,10 @@ class Study:
         config, hashes = self.plan.config, self._material.result().hashes
         connection = connect(config.tracking_uri, config.output, config.backbone)
         return Tracker(connection, self.ledger.header.study_id, config, hashes)
+
+    def _enough(self) -> bool:
+        """Whether no new trial is to start: time is over, or the front grows no more."""
+        return self.ending.out_of_time() or self.board.is_flat(self.plan.config.stop_when_flat)
 
     def _take_base(self, mailbox: Any, job: Job) -> None:
         ending, config = self.ending, self.plan.config

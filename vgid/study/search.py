@@ -132,7 +132,7 @@ class ParetoSearch(Live, Searcher):
     config: StudyConfig  # its seed is every trial's too: they are compared on the same draws
     concurrent: Callable[[], int]  # how many trials may run at a time, now
     losses: Losses  # counts the attempts of each trial
-    out_of_time: Callable[[], bool] = lambda: False  # no new trial once this is true
+    enough: Callable[[], bool] = lambda: False  # no new trial once this is true
     on_start: Callable[[Record], None] = lambda record: None  # told of each that is handed out
 
     def __post_init__(self) -> None:
@@ -156,7 +156,7 @@ class ParetoSearch(Live, Searcher):
         """
         if len(self._running) >= self.concurrent():
             return None
-        if self.out_of_time():
+        if self.enough():
             return Searcher.FINISHED
         # What is known goes first, but for a lost trial that a new one is to go before.
         known = self._again

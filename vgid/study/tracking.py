@@ -328,7 +328,8 @@ class Tracker:
         numbers |= {f"base_{name}": score.value for name, score in front.base.items()}
         place = (self.experiment_id, self.study_run_id, self._study_id, self._trials.ids)
         links = note_links(front, *place, files)
-        note = study_note(front, phases, links, summary["trained_verbatim"], summary["left_out"])
+        told = (summary[name] for name in ("trained_verbatim", "left_out", "outlook"))
+        note = study_note(front, phases, links, *told)
         for record in front.records:
             self._trials.mark(record, now)
         for file in files:
