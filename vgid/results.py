@@ -33,11 +33,6 @@ def trial_order(trial_id: str) -> tuple[int, str]:
     return len(trial_id), trial_id
 
 
-def with_interval(value: float, low: float, high: float) -> str:
-    """A value and its interval, as all that people read writes them."""
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
 class Score(Config):
     """A mean over ``n`` questions with its bootstrap 95 % interval ``[low, high]``."""
 
@@ -47,7 +42,7 @@ class Score(Config):
     high: float
 
     def __str__(self) -> str:
-        return with_interval(self.value, self.low, self.high)
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def shots_left_out(scores: Mapping[str, Score]) -> str | None:

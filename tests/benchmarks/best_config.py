@@ -142,10 +142,10 @@ def summary(found: Sequence[Best]) -> dict[str, dict[str, Any]]:
     for name, (sense, bound) in TARGETS.items():
         numbers = [best.held_out[name] for best in found]
         interval = t_interval(numbers)
-        met = interval.mean >= bound if sense == ">=" else interval.mean <= bound
+        met = interval.value >= bound if sense == ">=" else interval.value <= bound
         seeds = sum(v >= bound if sense == ">=" else v <= bound for v in numbers)
         rows[name] = {
-            "mean": interval.mean,
+            "mean": interval.value,
             "interval": [interval.low, interval.high] if interval.n > 1 else None,
             "n": interval.n,
             "target": f"{sense} {bound:g}",

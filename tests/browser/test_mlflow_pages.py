@@ -9,7 +9,7 @@ import pytest
 
 from tests.deployment.made_up_deployment import deploy
 from vgid.deployment.registry import register, rollback
-from vgid.report.mlflow_links import COLUMNS, chart_page, run_page, table_page
+from vgid.report.note import COLUMNS, Place, run_page
 from vgid.report.records import run_name
 from vgid.results import OBJECTIVES
 
@@ -29,6 +29,10 @@ def names_of(site):
         record.result.trial_id: run_name(record.config, record.result.trial_id)
         for record in site.recorded.front.records
     }
+
+
+def place_of(recorded):
+    return Place(recorded.experiment, recorded.study_id, recorded.study)
 
 
 def heading(page, name):
@@ -88,7 +92,7 @@ def test_the_front_can_be_hovered_and_followed(site, picture):
 
 def test_trials_are_listed_by_what_matters_and_compared(site, picture):
     recorded = site.recorded
-    page = site.open(table_page(recorded.experiment, recorded.study_id))
+    page = site.open(place_of(recorded).table)
     front = [record.result.trial_id for record in recorded.front.front]
     names = names_of(site)
     page.get_by_role("link", name=names[front[-1]]).wait_for()
@@ -114,7 +118,7 @@ def test_trials_are_listed_by_what_matters_and_compared(site, picture):
 def test_other_pictures_are_drawn(site, picture, name):
     recorded = site.recorded
     if name == "chart":
-        page = site.open(chart_page(recorded.experiment, recorded.study_id))
+        page = site.open(place_of(recorded).charts)
         points = page.locator(".js-plotly-plot .scatterlayer .point")
         least = len(recorded.front.drawn)
     else:

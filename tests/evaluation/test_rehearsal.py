@@ -25,7 +25,7 @@ from vgid.models import backbones
 from vgid.paper.first_tokens import first_token_scores
 from vgid.paper.run import PaperConfig, run_paper_tables
 from vgid.report.front import Front
-from vgid.report.note import NoteLinks, study_note
+from vgid.report.note import Place, study_note
 from vgid.results import Score, TrialResult
 from vgid.study.plan import make_plan
 from vgid.trial import TrialSession
@@ -240,7 +240,7 @@ def test_defective_questions_are_left_out_and_counted(whole: Path, tmp_path: Pat
     assert "Left out as defective: 2 questions and 0 people of forget_5" in plan.lines()
     known = Score(value=0.9, n=1, low=0.9, high=0.9)
     base = {"forget_rougeL": known, "retain_rougeL": known}
-    note = study_note(Front("t", [], base), {}, NoteLinks("p"), {}, plan.left_out)
+    note = study_note(Front("t", [], base), {}, Place("1", "s", "r"), {}, plan.left_out)
     assert "**Left out as defective.** 2 questions and 0 people of forget_5." in note
 
     session = TrialSession(plan.request)

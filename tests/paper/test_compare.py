@@ -109,9 +109,9 @@ def test_hypervolumes_and_the_paired_lead():
     own = [0.7 * 0.4 + 0.4 * 0.05, 0.9 * 0.45]
     others = [0.5 * 0.1, 0.5 * 0.2]
     assert first.held_out == pytest.approx(own) and second.held_out == pytest.approx(others)
-    assert first.search.mean == pytest.approx((0.8 * 0.4 + 0.4 * 0.05 + own[1]) / 2)
+    assert first.search.value == pytest.approx((0.8 * 0.4 + 0.4 * 0.05 + own[1]) / 2)
     assert second.lead is not None and first.lead is None
-    assert second.lead.mean == pytest.approx(np.mean(np.subtract(own, others)))
+    assert second.lead.value == pytest.approx(np.mean(np.subtract(own, others)))
 
 
 def test_the_pick_is_chosen_on_search_questions_and_told_on_held_out_ones():

@@ -54,7 +54,7 @@ def filled(number=3, seeds=(0, 1, 2), trials=TRIALS, value=lambda row, seed: 0.5
 def test_the_interval_is_student_s(values):
     found = t_interval(values)
     assert found.n == len(values)
-    assert found.mean == pytest.approx(np.mean(values), abs=1e-12)
+    assert found.value == pytest.approx(np.mean(values), abs=1e-12)
     if np.std(values) < 1e-9:
         assert found.low == pytest.approx(found.high, abs=1e-6)
         return
@@ -65,8 +65,8 @@ def test_the_interval_is_student_s(values):
 def test_the_interval_leaves_out_what_is_missing_and_needs_two_seeds():
     assert t_interval([1.0, None, 3.0, math.nan]) == t_interval([1.0, 3.0])
     one, none = t_interval([0.25, None]), t_interval([None])
-    assert (one.mean, one.n) == (0.25, 1) and math.isnan(one.low) and math.isnan(one.high)
-    assert none.n == 0 and math.isnan(none.mean)
+    assert (one.value, one.n) == (0.25, 1) and math.isnan(one.low) and math.isnan(one.high)
+    assert none.n == 0 and math.isnan(none.value)
     assert (str(one), str(none)) == ("0.250", "none")
 
 
@@ -189,7 +189,7 @@ def test_the_trade_off_is_paired_within_seeds():
 def test_only_what_was_run_fills_a_table():
     table = tables({"ga": TRIALS["ga"]})[3]
     outcomes = {table.experiment(row, "tiny-llava", 0): full(0.5) for row in table.rows}
-    assert fill(table, "tiny-llava", [0], outcomes).interval("ga", "test_cloze").mean == 0.5
+    assert fill(table, "tiny-llava", [0], outcomes).interval("ga", "test_cloze").value == 0.5
     with pytest.raises(KeyError):
         fill(table, "tiny-llava", [0, 1], outcomes)
 

@@ -19,8 +19,7 @@ from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.report.front import Front
 from vgid.report.insights import FIGURES, write_figures
-from vgid.report.mlflow_links import UI
-from vgid.report.note import NOTE_PICTURE, NoteLinks, note_links, recommended, study_note
+from vgid.report.note import NOTE_PICTURE, UI, Place, recommended, study_note
 from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Ledger, Record, now
@@ -45,6 +44,7 @@ SUMMARY = {  # of study.json, what MLflow is told
     "outlook": None,
     "left_out": {},
 }
+PLACE = Place("1", "s", "r")
 HELD_OUT = {
     "forget_rougeL": Score(value=0.05, n=50, low=0.02, high=0.08),
     "forget_rougeL_reduction": Score(value=0.9, n=50, low=0.84, high=0.94),
@@ -600,9 +600,12 @@ def test_the_note_quotes_held_out_scores_of_the_gentlest_good_trial(tmp_path):
     front = Front("tiny-llava", records, BASE, BASE)
     # 0000 forgets more and keeps 0.93 of 0.97, less than the paper's drop of 0.055.
     assert recommended(front).result.trial_id == "0000"
-    note = study_note(front, {"train": 8.04}, NoteLinks("picture.png"))
+    note = study_note(front, {"train": 8.04}, PLACE)
     assert "removes 95% of the forget people's ROUGE-L (0.950 to 0.050) on held-out" in note
-    assert "![All trials, the front, the base model](picture.png)" in note
+    assert (
+        "![All trials, the front, the base model](get-artifact?path=front-small.png&run_uuid=r)"
+        in note
+    )
     assert "train 8.0 s" in note
     raw = {"forget_rougeL_raw": 0.2, "retain_refusal": 0.01, "retain_refusal_raw": 0.21}
     scored = [
@@ -611,17 +614,15 @@ def test_the_note_quotes_held_out_scores_of_the_gentlest_good_trial(tmp_path):
     ]
     counts = {"scored": 30, "seen": 7}
     verbatim = {"search": {"forget": counts}, "held_out": {"forget": counts, "retain_text": counts}}
-    note = study_note(Front("t", scored, BASE, BASE), {}, NoteLinks("p"), verbatim)
+    note = study_note(Front("t", scored, BASE, BASE), {}, PLACE, verbatim)
     assert "ROUGE-L without answer instructions is 0.200" in note
     assert "(1.0% of their questions refused, 21.0% without answer instructions)" in note
     assert (
         "trained on word for word: of the search ones forget 7 of 30; "
         "of the held-out ones forget 7 of 30, retain_text 7 of 30." in note
     )
-    assert "on the search questions" in study_note(Front("t", records, BASE), {}, NoteLinks("p"))
-    assert "2 trials, and no front yet" in study_note(
-        Front("t", records[2:], BASE), {}, NoteLinks("p")
-    )
+    assert "on the search questions" in study_note(Front("t", records, BASE), {}, PLACE)
+    assert "2 trials, and no front yet" in study_note(Front("t", records[2:], BASE), {}, PLACE)
 
 
 def trial_at(trial_id, reduction, retain, left):
@@ -645,7 +646,7 @@ def test_the_note_recommends_no_trial_that_forgets_nothing_before_one_that_does(
 
 def test_the_note_says_suppressed_only_of_what_is():
     def note(record, base=BASE):
-        return study_note(Front("t", [record], base, base), {}, NoteLinks("p"))
+        return study_note(Front("t", [record], base, base), {}, PLACE)
 
     held, broken = note(trial_at("0001", 0.9, 0.96, 0.05)), note(trial_at("0001", 0.0, 0.97, 0.95))
     assert "Suppressed under these tests" in held and "Warning" not in held
@@ -670,7 +671,6 @@ def test_a_note_stays_within_mlflows_limit(tmp_path):
     ]
     front = Front("tiny-llava", crowd, BASE, BASE)
     runs = {record.result.trial_id: "r" * 32 for record in crowd}
-    links = note_links(front, "1" * 18, "s" * 32, "study", runs, [Path("insights.png")])
-    note = study_note(front, {"train": 8.0}, links)
+    note = study_note(front, {"train": 8.0}, Place("1" * 18, "study", "s" * 32, runs))
     assert len(note) < 8000
     assert "184 more in `front.csv`" in note

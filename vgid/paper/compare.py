@@ -42,7 +42,7 @@ from vgid.provenance import provenance
 from vgid.report.intervals import Interval, count_seeds, paired_interval, t_interval
 from vgid.report.page import rendered, write_picture
 from vgid.report.records import METHOD_LABELS, write_study
-from vgid.report.tables import Grid
+from vgid.report.tables import Grid, four_cells
 from vgid.study.finished import PICK_SCORES, StudyFront
 from vgid.study.ledger import MUST_AGREE
 
@@ -181,7 +181,7 @@ def standings(found: Sequence[StudyFront], retain_drop: float) -> list[Standing]
         lead = paired_interval(ours, held_out) if ours and method != "vgid" else None
         picks = tuple(_pick_scores(study, retain_drop) for study in studies)
         listed.append(Standing(method, search, held_out, lead, picks))
-    return sorted(listed, key=lambda standing: -standing.volume.mean)
+    return sorted(listed, key=lambda standing: -standing.volume.value)
 
 
 def _by_method(found: Sequence[StudyFront]) -> dict[Method, list[StudyFront]]:
@@ -269,7 +269,7 @@ def _csv(listed: Sequence[Standing]) -> bytes:
             measures["vgid_lead_held_out"] = standing.lead
         for score in (*PICK_SCORES, "forget_reduction_share", "retain_drop"):
             measures[f"pick_{score}"] = standing.pick(score)
-        rows += [[standing.method, name, *value.cells] for name, value in measures.items()]
+        rows += [[standing.method, name, *four_cells(value)] for name, value in measures.items()]
     return Grid(["method", "measure", "mean", "low", "high", "seeds"], rows).csv()
 
 

@@ -40,7 +40,7 @@ def trade_off(number: int, filled: Sequence[FilledTable]) -> Picture:
             kept = table.interval(row.key, retain)
             if gone.n and kept.n:
                 mark, size = MARKS.get(row.key, "circle"), 16 if row.key == "base" else 11
-                point = Series(row.label, [gone.mean], [kept.mean], COLOURS[row.key], mark, size)
+                point = Series(row.label, [gone.value], [kept.value], COLOURS[row.key], mark, size)
                 x_ends, y_ends = [_bounds(gone)], [_bounds(kept)]
                 hover = [f"{row.label}\n{x.label} {gone}\n{y.label} {kept}"]
                 drawn.append(replace(point, x_bounds=x_ends, y_bounds=y_ends, hover=hover))
@@ -60,7 +60,7 @@ def first_tokens(filled: FilledTable) -> Picture | None:
             found = [filled.interval(key, f"{kind}_{measure}") for key in keys]
             known += sum(interval.n for interval in found)
             name = f"{kind} tokens"
-            heights = [interval.mean if interval.n else 0.0 for interval in found]
+            heights = [interval.value if interval.n else 0.0 for interval in found]
             bounds = [_bounds(interval) for interval in found]
             hover = [f"{name}\n{label} {interval}" for interval in found]
             bars = Series(
@@ -77,7 +77,7 @@ def _bounds(interval: Interval) -> tuple[float, float]:
     """Both ends of an interval, which one seed does not have."""
     if interval.n > 1:
         return interval.low, interval.high
-    return (interval.mean, interval.mean) if interval.n else (0.0, 0.0)
+    return (interval.value, interval.value) if interval.n else (0.0, 0.0)
 
 
 def pictures(filled: Sequence[FilledTable]) -> dict[int, Picture]:

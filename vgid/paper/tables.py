@@ -14,7 +14,7 @@ from vgid.paper.printed import TABLE_7, closest_backbone, paper_row
 from vgid.prompts import PromptStyle
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.records import METHOD_LABELS
-from vgid.report.tables import Grid, as_text
+from vgid.report.tables import Grid, as_text, four_cells
 
 METRIC_LABELS = {"cloze": "cloze", "classification": "class", "rougeL": "ROUGE-L", "bleu": "BLEU"}
 ARROWS = {"forget": "↓", "test": "↓", "retain": "↑", "celebrity": "↑"}
@@ -173,7 +173,7 @@ def as_csv(filled: Sequence[FilledTable]) -> bytes:
             by_seed = dict(zip(one.seeds, one.values(row.key, metric), strict=True))
             lines.append(
                 [table.number, one.backbone, table.forget_ratio, row.setting, row.key, row.label,
-                 metric, *one.interval(row.key, metric).cells, one.questions(metric),
+                 metric, *four_cells(one.interval(row.key, metric)), one.questions(metric),
                  one.paper(row, metric), one.paper_backbone, *map(by_seed.get, seeds)]
             )  # fmt: skip
     return Grid(header, lines).csv()

@@ -1,34 +1,23 @@
 """Means over seeds with their intervals, as the tables, the claims and the comparison use them."""
 
 import math
+import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache
 
-from vgid.results import with_interval
+from pydantic import ConfigDict
+
+from vgid.results import Score
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(Score):
     """A mean over ``n`` seeds with its 95 % interval; NaN bounds where ``n`` is below 2."""
 
-    mean: float
-    low: float
-    high: float
-    n: int
+    model_config = ConfigDict(allow_inf_nan=True)
 
     def __str__(self) -> str:
-        if self.n == 0:
-            return "none"
-        if self.n == 1:
-            return f"{self.mean:.3f}"
-        return with_interval(self.mean, self.low, self.high)
-
-    @property
-    def cells(self) -> list[float | None]:
-        """Mean, low, high and n for a CSV file, empty where there is none."""
-        bounds = [self.low, self.high] if self.n > 1 else [None, None]
-        return [self.mean if self.n else None, *bounds, self.n]
+        if self.n > 1:
+            return super().__str__()
+        return f"{self.value:.3f}" if self.n else "none"
 
 
 def t_interval(values: Iterable[float | None], comparisons: int = 1) -> Interval:
@@ -39,27 +28,20 @@ def t_interval(values: Iterable[float | None], comparisons: int = 1) -> Interval
     """
     found = [value for value in values if value is not None and math.isfinite(value)]
     n = len(found)
-    if n == 0:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    mean = math.fsum(found) / n
-    if n == 1:
-        return Interval(mean, math.nan, math.nan, 1)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in found) / (n - 1))
-    reach = _quantile(1 - 0.025 / comparisons, n - 1) * deviation / math.sqrt(n)
-    return Interval(mean, mean - reach, mean + reach, n)
+    mean = statistics.fmean(found) if n else math.nan
+    reach = math.nan
+    if n > 1:
+        from scipy.special import stdtrit
+
+        quantile = float(stdtrit(n - 1, 1 - 0.025 / comparisons))
+        reach = quantile * statistics.stdev(found, mean) / math.sqrt(n)
+    return Interval(value=mean, n=n, low=mean - reach, high=mean + reach)
 
 
 def paired_interval(one: Sequence[float | None], other: Sequence[float | None]) -> Interval:
     """The t interval of the differences within each seed that has both."""
     pairs = zip(one, other, strict=True)
     return t_interval(None if a is None or b is None else a - b for a, b in pairs)
-
-
-@cache
-def _quantile(probability: float, freedom: int) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf(probability, freedom))
 
 
 def count_seeds(seeds: int) -> str:

@@ -1,26 +1,41 @@
-"""The result of a study in words: a Markdown note for the tracking server.
+"""A study on MLflow's own pages: its result as a Markdown note, and a view of its trials.
 
 MLflow keeps a note in 8,000 characters and shows Markdown with tables and images, of which only
-those under a relative or an ``http`` address (its sanitiser drops ``data:`` images).
+those under a relative or an ``http`` address (its sanitiser drops ``data:`` images). A view of the
+runs page is a tag of the experiment, listed under "Views" and opened by the tag's name: the
+trials, the columns that matter first, two charts. The layout of the tag's value,
+``mlflow_view.json.jinja``, is that of MLflow 3.17, where its interface writes the same when
+somebody saves a view by hand; ``tests/browser`` opens one.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from vgid.evaluation.suppression import MIN_FORGET, share_gone, verdict
 from vgid.report.front import Front
-from vgid.report.mlflow_links import chart_page, compare_page, run_page, table_page
 from vgid.report.page import rendered
-from vgid.report.records import TrialRecord, describe
+from vgid.report.records import HYPERPARAMETERS, TrialRecord, describe
 from vgid.report.tables import Grid
 from vgid.results import OBJECTIVES, LeftOut, Score, Verbatim, describe_left_out
 
+UI = "workflowType=machine_learning"
+"""Opens the UI on its pages for training runs; it would start in those for chat applications."""
+
+_METRICS = (*OBJECTIVES, "forget_cloze", "test_rougeL", "forget_memorisation")
+_HELD_OUT = tuple(f"heldout_{name}" for name in OBJECTIVES)
+COLUMNS = [
+    "tags.`vgid.on_front`",
+    *(f"metrics.`{name}`" for name in (*_METRICS, *_HELD_OUT)),
+    *(f"params.`{name}`" for name in HYPERPARAMETERS),
+]
+"""Columns of the view, first the most telling; MLflow would show none and order by alphabet."""
+
 NOTE_PICTURE = "front-small.png"
 """Shown at its own size, so one that fits beside the run's details."""
-
-INSIGHTS = "insights.png"
 
 MAX_COMPARED = 8
 """Runs side by side on one page, those of the front that forget most."""
@@ -33,57 +48,69 @@ PAPER_RETAIN_DROP = 0.055
 
 
 @dataclass(frozen=True)
-class NoteLinks:
-    """Where the note's links lead, each relative to the address of the tracking server.
+class Place:
+    """Where a study is on a tracking server; its links are relative to the server's address."""
 
-    ``runs`` are the pages of the trials' runs by trial id, ``pages`` further ones of MLflow by what
-    they show; ``insights`` is the picture of what made the difference, if there is one.
-    """
+    experiment_id: str
+    study_id: str
+    run_id: str  # of the study's own run
+    runs: Mapping[str, str] = field(default_factory=dict)  # ids of the trials' runs by trial id
 
-    picture: str
-    insights: str | None = None
-    runs: Mapping[str, str] = field(default_factory=dict)
-    pages: Mapping[str, str] = field(default_factory=dict)
+    @property
+    def table(self) -> str:
+        """Page of the trials as a table: the study's view."""
+        key = f"viewStateShareKey={self._view}"
+        return f"#/experiments/{self.experiment_id}/runs?{UI}&{key}"
+
+    @property
+    def charts(self) -> str:
+        """Page of the same trials as charts: the front, and parallel coordinates."""
+        return f"{self.table}&compareRunsMode=CHART"
+
+    def side_by_side(self, front: Front) -> str | None:
+        """Page that sets the front's runs side by side, if there are any."""
+        found = [
+            self.runs[r.result.trial_id] for r in front.front if r.result.trial_id in self.runs
+        ]
+        ids = found[-MAX_COMPARED:], [self.experiment_id]
+        runs, experiments = (quote(json.dumps(each)) for each in ids)
+        return f"#/compare-runs?runs={runs}&experiments={experiments}&{UI}" if found else None
 
     def trial(self, trial_id: str) -> str:
-        """The trial's id, linked to its run where that is known."""
-        page = self.runs.get(trial_id)
-        return trial_id if page is None else f"[{trial_id}]({page})"
+        """A trial's id, linked to its run where that is known."""
+        run = self.runs.get(trial_id)
+        return trial_id if run is None else f"[{trial_id}]({run_page(self.experiment_id, run)})"
+
+    def artifact(self, name: str) -> str:
+        """An artifact of the study's own run."""
+        return f"get-artifact?path={name}&run_uuid={self.run_id}"
+
+    def view_tag(self, created_ms: int) -> tuple[str, str]:
+        """Key and value of the experiment's tag that is the study's view, made at that time."""
+        given = {"study_id": self.study_id, "columns": COLUMNS, "objectives": OBJECTIVES}
+        state = json.loads(rendered("vgid.report", "mlflow_view.json.jinja", **given))
+        view = {
+            "name": f"Study {self.study_id}",
+            "createdAt": created_ms,
+            "updatedAt": created_ms,
+            "state": json.dumps(state, ensure_ascii=False),
+        }
+        return f"mlflow.sharedViewState.{self._view}", json.dumps(view, ensure_ascii=False)
+
+    @property
+    def _view(self) -> str:
+        return hashlib.sha256(self.study_id.encode()).hexdigest()[:32]
 
 
-def note_links(
-    front: Front,
-    experiment_id: str,
-    study_run_id: str,
-    study_id: str,
-    runs: Mapping[str, str],
-    files: Sequence[Path],
-) -> NoteLinks:
-    """The links of the note that MLflow's run ``study_run_id`` shows of a study.
-
-    ``runs`` are the run ids by trial id, ``files`` that run's artifacts.
-    """
-    artifact = f"get-artifact?path={{}}&run_uuid={study_run_id}"
-    pages = {
-        "all trials as a table": table_page(experiment_id, study_id),
-        "as charts": chart_page(experiment_id, study_id),
-    }
-    compared = [runs[r.result.trial_id] for r in front.front if r.result.trial_id in runs]
-    if compared:
-        page = compare_page(experiment_id, compared[-MAX_COMPARED:])
-        pages["the front's runs side by side"] = page
-    return NoteLinks(
-        artifact.format(NOTE_PICTURE),
-        artifact.format(INSIGHTS) if any(file.name == INSIGHTS for file in files) else None,
-        {trial_id: run_page(experiment_id, run_id) for trial_id, run_id in runs.items()},
-        pages,
-    )
+def run_page(experiment_id: str, run_id: str) -> str:
+    """Page of one run, relative to the server's address."""
+    return f"#/experiments/{experiment_id}/runs/{run_id}?{UI}"
 
 
 def study_note(
     front: Front,
     phases: Mapping[str, float],
-    links: NoteLinks,
+    place: Place,
     verbatim: Verbatim | None = None,
     left_out: LeftOut | None = None,
     outlook: str | None = None,
@@ -111,14 +138,16 @@ def study_note(
             "verdict": verdict(base, scores),
             "questions": "held-out questions" if front.held_out() else "the search questions",
             # MLflow's tables have no space between columns.
-            "table": _table(front, links).markdown(gap="&emsp;"),
+            "table": _table(front, place).markdown(gap="&emsp;"),
             "more": len(front.front) - MAX_ROWS,
         }
     return rendered(
         "vgid.report",
         "note.md.jinja",
         front=front,
-        links=links,
+        place=place,
+        compared=place.side_by_side(front),
+        picture=NOTE_PICTURE,
         pick=pick,
         missing=len(front.records) - len(front.drawn),
         phases=phases,
@@ -146,7 +175,7 @@ def recommended(front: Front) -> TrialRecord | None:
     return able[0][0] if able else next(reversed(front.front), None)
 
 
-def _table(front: Front, links: NoteLinks) -> Grid:
+def _table(front: Front, place: Place) -> Grid:
     titles = dict(zip(OBJECTIVES, ("reduction", "retain"), strict=True))
     rows: list[Mapping[str, Any]] = [record.result.metrics for record in front.front]
     if front.held_out():
@@ -155,7 +184,7 @@ def _table(front: Front, links: NoteLinks) -> Grid:
         rows = [record.held_out or {} for record in front.front]
     shown = [name for name in titles if any(name in row for row in rows)]
     lines = [
-        [links.trial(record.result.trial_id), describe(record.config), *map(row.get, shown)]
+        [place.trial(record.result.trial_id), describe(record.config), *map(row.get, shown)]
         for record, row in zip(front.front[-MAX_ROWS:], rows[-MAX_ROWS:], strict=True)
     ]
     return Grid(("trial", "setting", *(titles[name] for name in shown)), lines)

@@ -5,6 +5,7 @@ rich is imported when a table is made for a terminal.
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -39,8 +40,9 @@ def as_text(value: Any) -> str:
 
 
 def four_cells(score: Score | None) -> list[float | None]:
-    """Value, low, high and n for a CSV file, empty where there is no score."""
-    return [None] * 4 if score is None else [score.value, score.low, score.high, score.n]
+    """Value, low, high and n for a CSV file, empty where there is none."""
+    parts = [None] * 4 if score is None else [score.value, score.low, score.high, score.n]
+    return [None if part is None or math.isnan(part) else part for part in parts]
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from vgid.credentials import without_credentials
 from vgid.errors import InputError
 from vgid.files import address, as_given
 from vgid.report.front import Front, write_png
-from vgid.report.mlflow_links import run_page, view_tag
-from vgid.report.note import NOTE_PICTURE, note_links, study_note
+from vgid.report.note import NOTE_PICTURE, Place, run_page, study_note
 from vgid.report.records import MAIN_METRICS, TrialRecord, run_name
 from vgid.report.tables import as_text
 from vgid.study.ledger import Record
@@ -326,10 +325,9 @@ class Tracker:
         numbers |= {f"trials_{status}": count for status, count in summary["counts"].items()}
         numbers |= {f"seconds/{phase}": seconds for phase, seconds in phases.items()}
         numbers |= {f"base_{name}": score.value for name, score in front.base.items()}
-        place = (self.experiment_id, self.study_run_id, self._study_id, self._trials.ids)
-        links = note_links(front, *place, files)
+        place = Place(self.experiment_id, self._study_id, self.study_run_id, self._trials.ids)
         told = (summary[name] for name in ("trained_verbatim", "left_out", "outlook"))
-        note = study_note(front, phases, links, *told)
+        note = study_note(front, phases, place, *told)
         for record in front.records:
             self._trials.mark(record, now)
         for file in files:
@@ -338,8 +336,7 @@ class Tracker:
             path = Path(folder) / NOTE_PICTURE
             write_png(path, front, whole_only=True)
             self._client.log_artifact(self.study_run_id, str(path))
-        view = view_tag(self._study_id, f"Study {self._study_id}", now)
-        self._client.set_experiment_tag(self.experiment_id, *view)
+        self._client.set_experiment_tag(self.experiment_id, *place.view_tag(now))
         self._connection.log(
             self.study_run_id,
             [(name, value, now, 0) for name, value in numbers.items()],
