@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vgid.command_line import Parser, exit_code
-from vgid.paper.compare import CompareConfig, run_missing, study_of, write_comparison
+from vgid.paper.compare import NOT_ASKED, CompareConfig, run_missing, study_of, write_comparison
 from vgid.paper.settings import prepare_data
 from vgid.study.finished import read_study
 
@@ -31,6 +31,7 @@ def compare(arguments: Sequence[str] | None) -> Mapping[str, Any]:
             "compare_methods.py",
             "Give each method its own study of the same size, and compare the fronts.",
             CompareConfig,
+            without=NOT_ASKED,
         )
         .read(arguments)
         .config(CompareConfig)

@@ -15,7 +15,6 @@ from PIL import Image
 
 from studies.compare_methods import main
 from vgid.config import StudyConfig, TrialConfig
-from vgid.paper.attainment import attainment_picture, attainment_surface
 from vgid.paper.compare import (
     CompareConfig,
     _done,
@@ -24,6 +23,7 @@ from vgid.paper.compare import (
     verdict,
     write_comparison,
 )
+from vgid.paper.figures import attainment_picture, attainment_surface
 from vgid.paper.settings import read_settings
 from vgid.results import Score
 from vgid.study.finished import BaseScores, StudyFront, Trial
@@ -162,7 +162,7 @@ def test_the_chosen_setting_is_the_median_pick_or_the_closest_one():
         study("ga", 1, [(0.9, 0.4), (0.8, 0.6)]),
         study("npo", 0, []),
     ]
-    chosen = chosen_settings(found, 0.02)
+    chosen = chosen_settings(standings(found, 0.02), 0.02)
     assert chosen["vgid"] == found[1].trials[0].config
     assert chosen["ga"] == found[4].trials[1].config
     assert "npo" not in chosen

@@ -14,29 +14,11 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from vgid.config import (
-    BackboneName,
-    Config,
-    Flag,
-    GpusPerWorker,
-    MaxConcurrent,
-    Method,
-    ModelPath,
-    RatioToForget,
-    RetainPeople,
-    SamplerName,
-    SearchSpaceFile,
-    StudyConfig,
-    TrialConfig,
-    WorkersPerTrial,
-    derived,
-    parse,
-    words,
-)
+from vgid.config import Flag, Method, StudyConfig, TrialConfig, derived, parse, words
 from vgid.errors import InputError
 from vgid.evaluation.suppression import MIN_FORGET, doubt
-from vgid.files import ReadFolder, StudyFolder, write_atomically
-from vgid.paper.attainment import Points, attainment_picture
+from vgid.files import StudyFolder, write_atomically
+from vgid.paper.figures import Points, attainment_picture
 from vgid.paper.settings import write_settings
 from vgid.provenance import provenance
 from vgid.report.intervals import Interval, count_seeds, paired_interval, t_interval
@@ -47,10 +29,12 @@ from vgid.study.finished import PICK_SCORES, StudyFront
 from vgid.study.ledger import MUST_AGREE
 
 
-class CompareConfig(Config):
-    """A comparison of methods by studies of equal size; VGID's lead is told if it is among them."""
+class CompareConfig(StudyConfig):
+    """A comparison of methods by studies of equal size; VGID's lead is told if it is among them.
 
-    backbone: BackboneName = "tiny-llava"
+    What it says as a study goes for each of them, but for ``NOT_ASKED``.
+    """
+
     methods: Annotated[
         tuple[Method, ...],
         Flag("LIST", read=lambda text: get_args(Method) if text == "all" else words(text)),
@@ -63,18 +47,13 @@ class CompareConfig(Config):
     retain_drop: Annotated[float, Flag("D")] = Field(
         0.02, ge=0, description="largest loss of retain ROUGE-L that a method's best point may have"
     )
-    sampler: SamplerName = "auto"
-    data: Annotated[ReadFolder | None, Flag("DIR")] = Field(
-        None,
-        description="benchmark in the MLLMU-Bench layout; without it, the embedded backbone's own",
-    )
-    model_path: ModelPath = None
-    search_space: SearchSpaceFile = None
-    forget_ratio: RatioToForget = 5
-    retain_people: RetainPeople = 50
-    max_concurrent: MaxConcurrent = None
-    workers_per_trial: WorkersPerTrial = 1
-    gpus_per_worker: GpusPerWorker = 0
+
+
+NOT_ASKED = (
+    "method", "seed", "from_deployment", "from_deployment_sha256", "time_budget_s", "tracking_uri",
+    "fresh_workers", "log_responses",
+)  # fmt: skip
+"""Fields of a study that a comparison sets itself, or leaves as they are."""
 
 
 def study_of(config: CompareConfig, method: Method, seed: int, data: Path) -> StudyConfig:
@@ -140,17 +119,16 @@ def _check_same_questions(found: Sequence[StudyFront]) -> None:
 
 @dataclass(frozen=True)
 class Standing:
-    """How one method stands, over the seeds.
+    """How one method stands, over the ``studies`` of its seeds.
 
     Attributes:
-        search: hypervolume on the search questions.
-        held_out: hypervolume of the front on the held-out questions, by seed.
+        held_out: hypervolume of each study's front on the held-out questions.
         lead: VGID's held-out hypervolume minus this method's, paired; None for VGID itself.
         picks: held-out scores of each seed's pick, None where no trial kept the constraint.
     """
 
     method: Method
-    search: Interval
+    studies: Sequence[StudyFront]
     held_out: tuple[float, ...]
     lead: Interval | None
     picks: tuple[dict[str, float] | None, ...]
@@ -161,34 +139,33 @@ class Standing:
         return METHOD_LABELS[self.method]
 
     @property
+    def search(self) -> Interval:
+        """Hypervolume on the search questions over the seeds."""
+        return t_interval(study.hypervolume("search") for study in self.studies)
+
+    @property
     def volume(self) -> Interval:
         """Held-out hypervolume over the seeds."""
         return t_interval(self.held_out)
 
     def pick(self, score: str) -> Interval:
         """A held-out score of the picks, over the seeds that have one."""
-        return t_interval([None if pick is None else pick.get(score) for pick in self.picks])
+        return t_interval(None if pick is None else pick.get(score) for pick in self.picks)
 
 
 def standings(found: Sequence[StudyFront], retain_drop: float) -> list[Standing]:
     """Every method's standing, by mean held-out hypervolume, the largest first."""
-    by_method = _by_method(found)
-    ours = [study.hypervolume("held_out") for study in by_method.get("vgid", ())]
-    listed = []
-    for method, studies in by_method.items():
-        search = t_interval(study.hypervolume("search") for study in studies)
-        held_out = tuple(study.hypervolume("held_out") for study in studies)
-        lead = paired_interval(ours, held_out) if ours and method != "vgid" else None
-        picks = tuple(_pick_scores(study, retain_drop) for study in studies)
-        listed.append(Standing(method, search, held_out, lead, picks))
-    return sorted(listed, key=lambda standing: -standing.volume.value)
-
-
-def _by_method(found: Sequence[StudyFront]) -> dict[Method, list[StudyFront]]:
     by_method: dict[Method, list[StudyFront]] = {}
     for study in sorted(found, key=lambda study: study.seed):
         by_method.setdefault(study.method, []).append(study)
-    return by_method
+    volumes = {m: tuple(s.hypervolume("held_out") for s in of) for m, of in by_method.items()}
+    listed = []
+    for method, held_out in volumes.items():
+        ours = volumes.get("vgid") if method != "vgid" else None
+        lead = paired_interval(ours, held_out) if ours is not None else None
+        picks = tuple(_pick_scores(study, retain_drop) for study in by_method[method])
+        listed.append(Standing(method, by_method[method], held_out, lead, picks))
+    return sorted(listed, key=lambda standing: -standing.volume.value)
 
 
 def _pick_scores(study: StudyFront, retain_drop: float) -> dict[str, float] | None:
@@ -203,21 +180,21 @@ def _pick_scores(study: StudyFront, retain_drop: float) -> dict[str, float] | No
     }
 
 
-def chosen_settings(found: Sequence[StudyFront], retain_drop: float) -> dict[Method, TrialConfig]:
+def chosen_settings(listed: Sequence[Standing], retain_drop: float) -> dict[Method, TrialConfig]:
     """One setting a method, for the tables: of the seeds' picks the one with the median reduction.
 
     Where no trial of any seed keeps the constraint, the one that breaks it least.
     """
     chosen: dict[Method, TrialConfig] = {}
-    for method, studies in _by_method(found).items():
-        picks = [pick for study in studies if (pick := study.pick(retain_drop)) is not None]
-        every = [(study, trial) for study in studies for trial in study.front]
+    for one in listed:
+        picks = [pick for study in one.studies if (pick := study.pick(retain_drop)) is not None]
+        every = [(study, trial) for study in one.studies for trial in study.front]
         if picks:
             middle = statistics.median_high(pick.point[0] for pick in picks)
-            chosen[method] = next(p.config for p in picks if p.point[0] == middle)
+            chosen[one.method] = next(p.config for p in picks if p.point[0] == middle)
         elif every:
             drops = [s.base.search["retain_rougeL"].value - trial.point[1] for s, trial in every]
-            chosen[method] = every[drops.index(min(drops))][1].config
+            chosen[one.method] = every[drops.index(min(drops))][1].config
     return chosen
 
 
@@ -235,16 +212,16 @@ def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict
     """Write report, numbers, picture and settings; returns the content of ``comparison.json``."""
     _check_same_questions(found)
     output = config.output
-    listed, by_method = standings(found, config.retain_drop), _by_method(found)
+    listed = standings(found, config.retain_drop)
     fronts: dict[Method, list[Points]] = {
-        s.method: [study.held_out_points for study in by_method[s.method]] for s in listed
+        s.method: [study.held_out_points for study in s.studies] for s in listed
     }
     seeds = {study.seed: study for study in found}.values()
     base = statistics.fmean(study.base.held_out["retain_rougeL"].value for study in seeds)
     title = f"Attainment on {config.backbone}, {config.trials} trials, {count_seeds(config.seeds)}"
     picture = attainment_picture(title, fronts, (0.0, base))
     files = write_picture(output, "attainment", picture, beside=True)
-    settings = chosen_settings(found, config.retain_drop)
+    settings = chosen_settings(listed, config.retain_drop)
     write_settings(output / "settings.json", config.backbone, settings)
     write_atomically(output / "comparison.csv", _csv(listed))
     write_atomically(output / "comparison.md", _report(config, found, listed).encode())

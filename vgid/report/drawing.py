@@ -173,7 +173,9 @@ class Picture:
 
         rows, columns = self._shape
         gaps = {"horizontal_spacing": 0.14 / columns, "vertical_spacing": 0.28 / rows}
-        figure = make_subplots(rows, columns, **gaps)
+        titles = [_markup(panel.title) for panel in self.panels]
+        figure = make_subplots(rows, columns, subplot_titles=titles, **gaps)
+        figure.update_annotations(font={"size": 14})
         title = {"text": _markup(self.title), "subtitle": {"text": _markup(self.subtitle)}}
         figure.update_layout(
             template="none",
@@ -194,7 +196,7 @@ class Picture:
                 listed = item.listed and item.name not in names
                 names |= {item.name} if listed else set()
                 figure.add_trace(_plotly_trace(item) | {"showlegend": listed}, **place)
-            for text in _plotly_texts(panel, np.array((1150 / columns, 500 / rows))):
+            for text in _plotly_labels(panel, np.array((1150 / columns, 500 / rows))):
                 figure.add_annotation(text, **place)
         return dict(figure.to_dict())
 
@@ -401,15 +403,8 @@ def _plotly_scale(scale: Scale) -> dict[str, Any]:
     }
 
 
-def _plotly_texts(panel: Panel, frame: Floats) -> Iterator[dict[str, Any]]:
-    """Title and labels; the labels keep their distance on a panel of the usual size."""
-    yield {
-        "text": _markup(panel.title),
-        **{"x": 0, "xref": "x domain", "xanchor": "left"},
-        **{"y": 1, "yref": "y domain", "yanchor": "bottom", "yshift": 4},
-        "showarrow": False,
-        "font": {"size": 14},
-    }
+def _plotly_labels(panel: Panel, frame: Floats) -> Iterator[dict[str, Any]]:
+    """The labels, which keep their distance on a panel of the usual size."""
     for label in _labels(panel, np.array((panel.ends("x"), panel.ends("y"))), frame, 11):
         yield {
             "text": _markup(label.text),

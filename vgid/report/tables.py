@@ -8,7 +8,6 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from vgid.results import Score
@@ -91,19 +90,11 @@ class Grid:
 
     def html(self) -> str:
         """As an HTML table, with a caption as a section; rows have their marks as classes."""
+        from vgid.report.page import rendered
+
         kinds = [' class="number"' if side == "right" else "" for side in self._justify]
-
-        def line(row: Sequence[str], tag: str = "td", mark: str | None = None) -> str:
-            cells = zip(row, kinds, strict=True)
-            inner = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for cell, kind in cells)
-            return f"<tr>{inner}</tr>" if mark is None else f'<tr class="{mark}">{inner}</tr>'
-
-        rows = [line(row, mark=self.marks.get(n)) for n, row in enumerate(self._texts)]
-        body = "\n".join(rows)
-        caption = f"<h3>{escape(self.caption)}</h3>\n" if self.caption else ""
-        notes = "".join(f"\n<p>{escape(note)}</p>" for note in self.notes)
-        head = f"<thead>{line(self.header, 'th')}</thead>"
-        return f"{caption}<table>{head}<tbody>\n{body}\n</tbody></table>{notes}"
+        given = {"grid": self, "kinds": kinds, "texts": self._texts}
+        return rendered("vgid.report", "table.html.jinja", **given)
 
     def csv(self) -> bytes:
         """For machines: numbers exactly, without caption and notes."""
