@@ -64,13 +64,21 @@ def as_given(path: Path) -> str:
     return address(path) or str(path)
 
 
-def _on_a_disk(path: Path) -> Path:
-    """No address: what is written is locked and renamed, which a bucket, even mounted, is not."""
+def _written(path: Path) -> Path:
+    """The absolute path of a folder on a disk that stays."""
+    # What is written is locked and renamed, which a bucket, even mounted, is not.
     if told := address(path):
         raise ValueError(
             f"{without_credentials(told)} is an address; name a folder on a disk or on NFS, and "
             "have results in a bucket by --tracking-uri, an MLflow server that keeps artifacts "
             "there"
+        )
+    path = _usable(path)
+    # The copy of ``--working-dir`` in which Ray starts a job, and which it deletes.
+    if "working_dir_files" in path.parts:
+        raise ValueError(
+            f"{path} lies in this Ray job's temporary package folder; give an absolute path, on "
+            "storage that all nodes share"
         )
     return path
 
@@ -97,16 +105,6 @@ def _named_plainly(path: Path) -> Path:
     return path
 
 
-def _that_stays(path: Path) -> Path:
-    """Not in the copy of ``--working-dir`` in which Ray starts a job, and which it deletes."""
-    if "working_dir_files" in path.parts:
-        raise ValueError(
-            f"{path} lies in this Ray job's temporary package folder; give an absolute path, on "
-            "storage that all nodes share"
-        )
-    return path
-
-
 UsablePath = Annotated[Path, AfterValidator(_usable)]
 # A folder, or an address that ``vgid.data.address`` copies.
 ReadFolder = Annotated[
@@ -114,16 +112,14 @@ ReadFolder = Annotated[
     AfterValidator(_readable),
     PlainSerializer(as_given, when_used="json"),
 ]
-WrittenFolder = Annotated[
-    Path, AfterValidator(_on_a_disk), AfterValidator(_usable), AfterValidator(_that_stays)
-]
+WrittenFolder = Annotated[Path, AfterValidator(_written)]
 StudyFolder = Annotated[WrittenFolder, AfterValidator(_named_plainly)]
 
 
 def new_folder(path: Path) -> Path:
     """``WrittenFolder`` for an argument of a command; ``InputError`` if it is none."""
     try:
-        return _that_stays(_usable(_on_a_disk(path)))
+        return _written(path)
     except ValueError as error:
         raise InputError(f"command line: {error}.") from None
 

@@ -322,7 +322,7 @@ def test_a_trial_fits_the_instances_that_are_named(cluster, gpu_comment, name):
     chosen, cheaper = gpu_type["node_config"]["InstanceType"], "g5.2xlarge"
     assert f"One {INSTANCES[chosen]['GPU']} with 48 GB, enough for every backbone" in gpu_comment
     assert "g5.2xlarge, one A10G with 24 GB, is enough for the others" in gpu_comment
-    fixed = SearchSpace.load(FOLDER / f"{name}.yaml").fixed
+    fixed = SearchSpace.load(FOLDER / f"{name}.yaml", name).fixed
     together = fixed["questions_per_image"]
     rows = estimate(name, fixed["batch_size"] // together, together)
     taken = rows[fixed["gradient_checkpointing"]].peak_bytes

@@ -45,12 +45,12 @@ def test_a_stored_study_is_read_to_pick_from_and_to_compare(tmp_path):
         seed=1,
     )
     found = read_study(STORED / "study")
-    assert (found.method, found.seed) == ("vgid", 1)
+    assert (found.config.method, found.config.seed) == ("vgid", 1)
     assert [trial.trial_id for trial in found.trials] == ["0000", "0001", "0002"]
     assert found.front == list(source.trials) == list(found.trials[1:])
     assert found.front[0].point == (0.9191907874260815, 0.9454960194604157)
     assert found.front[0].held_out == HELD_OUT
-    gone = found.base.held_out["forget_rougeL"].value - HELD_OUT["forget_rougeL"]
+    gone = found.base["held_out"]["forget_rougeL"].value - HELD_OUT["forget_rougeL"]
     assert found.held_out_points[0] == (gone, HELD_OUT["retain_rougeL"])
 
 

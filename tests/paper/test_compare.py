@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from vgid.paper.compare import (
 from vgid.paper.figures import attainment_picture, attainment_surface
 from vgid.paper.settings import read_settings
 from vgid.results import Score
-from vgid.study.finished import BaseScores, StudyFront, Trial
+from vgid.study.finished import Source, Trial
 
 GRID = 6
 FRONTS = st.lists(
@@ -93,7 +92,10 @@ def study(method, seed, points, held_out=None):
         config = TrialConfig(method=method, epochs=number + 1)
         trial_id = f"{number:04d}"
         trials.append(Trial(trial_id, config, (reduction, retain), Path("none"), scores))
-    return StudyFront(method, seed, BaseScores(search=BASE, held_out=BASE), tuple(trials))
+    config = StudyConfig(method=method, seed=seed, output="none")
+    base = {"search": BASE, "held_out": BASE}
+    name = f"{method}-{seed}"
+    return Source.model_construct(config=config, base=base, name=name, trials=tuple(trials))
 
 
 def test_hypervolumes_and_the_paired_lead():
@@ -160,7 +162,8 @@ def test_the_chosen_setting_is_the_median_pick_or_the_closest_one():
         study("vgid", 2, [(0.6, 0.5), (0.9, 0.5), (0.8, 0.9)]),
         study("ga", 0, [(0.9, 0.5)]),
         study("ga", 1, [(0.9, 0.4), (0.8, 0.6)]),
-        study("npo", 0, []),
+        study("ga", 2, [(0.9, 0.3)]),
+        *(study("npo", seed, []) for seed in range(3)),
     ]
     chosen = chosen_settings(standings(found, 0.02), 0.02)
     assert chosen["vgid"] == found[1].trials[0].config
@@ -197,8 +200,9 @@ def test_the_report_tells_of_what_forgets_little_of_celebrities_and_of_an_ignora
 
     for trial in (trial for one in found for trial in one.trials):
         trial.held_out["celebrity_rougeL"] = 0.75
-    little = BaseScores(search=BASE | {"forget_rougeL": score(0.2)}, held_out=BASE)
-    found = [replace(one, base=little) if one.seed == 1 else one for one in found]
+    base = {"search": BASE | {"forget_rougeL": score(0.2)}, "held_out": BASE}
+    little = {"update": {"base": base}}
+    found = [one.model_copy(**little) if one.config.seed == 1 else one for one in found]
     write_comparison(config, found)
     text = (tmp_path / "comparison.md").read_text()
     assert "| celebrity ROUGE-L |" in text and "0.750" in text

@@ -134,7 +134,7 @@ def test_distributions_are_those_that_optuna_recorded(tmp_path):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_first_points_are_proposed_unchanged_when_enqueued(path):
-    space = SearchSpace.load(path)
+    space = SearchSpace.load(path, path.stem)
     study = optuna.create_study(directions=["maximize", "maximize"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -360,10 +360,10 @@ def test_a_file_that_extends_another_replaces_what_it_says_by_key_and_inherits_t
 
 
 def test_a_section_that_is_recorded_is_a_file_of_its_own(tmp_path):
-    space = SearchSpace.load(FOLDER / "tiny-qwen2.5-vl.yaml")
+    space = SearchSpace.load(FOLDER / "tiny-qwen2.5-vl.yaml", "tiny-qwen2.5-vl")
     section = json.loads(json.dumps(space.section))
     again = SearchSpace.load(
-        extending(tmp_path, backbone=space.backbone, methods={"vgid": section})
+        extending(tmp_path, backbone=space.backbone, methods={"vgid": section}), space.backbone
     )
     assert (again.searched, again.fixed) == (space.searched, space.fixed)
     assert again.first_points == space.first_points

@@ -25,7 +25,7 @@ from vgid.report.intervals import Interval, count_seeds, paired_interval, t_inte
 from vgid.report.page import rendered, write_picture
 from vgid.report.records import METHOD_LABELS, write_study
 from vgid.report.tables import Grid, four_cells
-from vgid.study.finished import PICK_SCORES, StudyFront
+from vgid.study.finished import PICK_SCORES, Source
 from vgid.study.ledger import MUST_AGREE
 
 
@@ -105,15 +105,15 @@ def _done(study: StudyConfig) -> bool:
     return same and not summary["interrupted"] and summary.get("error") is None
 
 
-def _check_same_questions(found: Sequence[StudyFront]) -> None:
-    first: dict[int, StudyFront] = {}
+def _check_same_questions(found: Sequence[Source]) -> None:
+    first: dict[int, Source] = {}
     for study in found:
-        other = first.setdefault(study.seed, study)
+        other = first.setdefault(study.config.seed, study)
         if study.base != other.base:
             raise InputError(
-                f"studies {other.method}-{other.seed} and {study.method}-{study.seed}: the base "
-                "model scores differently in both, so data, weights or settings changed in "
-                "between; delete the folders of both and run them again."
+                f"studies {other.name} and {study.name}: the base model scores differently in "
+                "both, so data, weights or settings changed in between; delete the folders of "
+                "both and run them again."
             )
 
 
@@ -128,7 +128,7 @@ class Standing:
     """
 
     method: Method
-    studies: Sequence[StudyFront]
+    studies: Sequence[Source]
     held_out: tuple[float, ...]
     lead: Interval | None
     picks: tuple[dict[str, float] | None, ...]
@@ -153,11 +153,11 @@ class Standing:
         return t_interval(None if pick is None else pick.get(score) for pick in self.picks)
 
 
-def standings(found: Sequence[StudyFront], retain_drop: float) -> list[Standing]:
+def standings(found: Sequence[Source], retain_drop: float) -> list[Standing]:
     """Every method's standing, by mean held-out hypervolume, the largest first."""
-    by_method: dict[Method, list[StudyFront]] = {}
-    for study in sorted(found, key=lambda study: study.seed):
-        by_method.setdefault(study.method, []).append(study)
+    by_method: dict[Method, list[Source]] = {}
+    for study in sorted(found, key=lambda study: study.config.seed):
+        by_method.setdefault(study.config.method, []).append(study)
     volumes = {m: tuple(s.hypervolume("held_out") for s in of) for m, of in by_method.items()}
     listed = []
     for method, held_out in volumes.items():
@@ -168,11 +168,11 @@ def standings(found: Sequence[StudyFront], retain_drop: float) -> list[Standing]
     return sorted(listed, key=lambda standing: -standing.volume.value)
 
 
-def _pick_scores(study: StudyFront, retain_drop: float) -> dict[str, float] | None:
+def _pick_scores(study: Source, retain_drop: float) -> dict[str, float] | None:
     trial = study.pick(retain_drop)
     if trial is None or trial.held_out is None:
         return None
-    scores, base = trial.held_out, study.base.held_out
+    scores, base = trial.held_out, study.base["held_out"]
     return {
         **scores,
         "forget_reduction_share": 1 - scores["forget_rougeL"] / base["forget_rougeL"].value,
@@ -193,7 +193,7 @@ def chosen_settings(listed: Sequence[Standing], retain_drop: float) -> dict[Meth
             middle = statistics.median_high(pick.point[0] for pick in picks)
             chosen[one.method] = next(p.config for p in picks if p.point[0] == middle)
         elif every:
-            drops = [s.base.search["retain_rougeL"].value - trial.point[1] for s, trial in every]
+            drops = [s.base["search"]["retain_rougeL"].value - trial.point[1] for s, trial in every]
             chosen[one.method] = every[drops.index(min(drops))][1].config
     return chosen
 
@@ -208,7 +208,7 @@ def verdict(listed: Sequence[Standing]) -> str:
     return rendered("vgid.paper", "verdict.txt.jinja", listed=listed, leads=leads).strip()
 
 
-def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict[str, Any]:
+def write_comparison(config: CompareConfig, found: Sequence[Source]) -> dict[str, Any]:
     """Write report, numbers, picture and settings; returns the content of ``comparison.json``."""
     _check_same_questions(found)
     output = config.output
@@ -216,8 +216,8 @@ def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict
     fronts: dict[Method, list[Points]] = {
         s.method: [study.held_out_points for study in s.studies] for s in listed
     }
-    seeds = {study.seed: study for study in found}.values()
-    base = statistics.fmean(study.base.held_out["retain_rougeL"].value for study in seeds)
+    seeds = {study.config.seed: study for study in found}.values()
+    base = statistics.fmean(study.base["held_out"]["retain_rougeL"].value for study in seeds)
     title = f"Attainment on {config.backbone}, {config.trials} trials, {count_seeds(config.seeds)}"
     picture = attainment_picture(title, fronts, (0.0, base))
     files = write_picture(output, "attainment", picture, beside=True)
@@ -231,7 +231,7 @@ def write_comparison(config: CompareConfig, found: Sequence[StudyFront]) -> dict
         "interrupted": False,
         "verdict": verdict(listed),
         "held_out_hypervolume": {s.method: list(s.held_out) for s in listed},
-        "reference_point": {s.seed: list(s.reference("held_out")) for s in seeds},
+        "reference_point": {s.config.seed: list(s.reference("held_out")) for s in seeds},
         "files": [*files, "settings.json", "comparison.csv", "comparison.md", "comparison.json"],
     }
     write_study(output / "comparison.json", summary)
@@ -276,14 +276,14 @@ def _picks(config: CompareConfig, listed: Sequence[Standing]) -> Grid:
     return Grid(header, rows, caption, (note,))
 
 
-def _report(config: CompareConfig, found: Sequence[StudyFront], listed: Sequence[Standing]) -> str:
+def _report(config: CompareConfig, found: Sequence[Source], listed: Sequence[Standing]) -> str:
     volumes = Grid(
         ("method", "held-out questions", "search questions", "VGID's lead, held-out"),
         [(s.name, s.volume, s.search, s.lead or "–") for s in listed],
         "Hypervolume",
         ("Mean over the seeds with its 95 % t interval; the lead is paired within seeds.",),
     )
-    doubts = {study.seed: doubt(study.base.search) for study in found}
+    doubts = {study.config.seed: doubt(study.base["search"]) for study in found}
     return rendered(
         "vgid.paper",
         "comparison.md.jinja",

@@ -11,13 +11,12 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from vgid.config import Config, Method, RequestConfig, StudyConfig, TrialConfig, derived, parse
+from vgid.config import Config, RequestConfig, StudyConfig, TrialConfig, derived, parse
 from vgid.data.address import local
 from vgid.errors import InputError
 from vgid.files import refuse_links
@@ -33,13 +32,6 @@ MLFLOW = "mlflow:"
 PICK_SCORES = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_cloze", "celebrity_rougeL")
 
 
-class BaseScores(Config):
-    """The base model's scores by part, as ``study.json`` holds them."""
-
-    search: dict[str, Score]
-    held_out: dict[str, Score]
-
-
 @dataclass(frozen=True)
 class Trial:
     """A trial that completed."""
@@ -51,46 +43,8 @@ class Trial:
     held_out: Mapping[str, float] | None = None  # ``PICK_SCORES``, if it was scored again
 
 
-@dataclass(frozen=True)
-class StudyFront:
-    """What one study found, as far as a comparison of methods needs it; ``trials`` completed."""
-
-    method: Method
-    seed: int
-    base: BaseScores
-    trials: tuple[Trial, ...]
-
-    def reference(self, part: QuestionPart) -> tuple[float, float]:
-        """Nothing forgotten, half the base's retain score; the same for all methods of a seed."""
-        return 0.0, 0.5 * getattr(self.base, part)["retain_rougeL"].value
-
-    @cached_property
-    def front(self) -> list[Trial]:
-        """The trials that were scored again: the front on the search questions."""
-        return [trial for trial in self.trials if trial.held_out is not None]
-
-    @cached_property
-    def held_out_points(self) -> list[tuple[float, float]]:
-        """The two objectives of the front's trials on the held-out questions."""
-        start = self.base.held_out["forget_rougeL"].value
-        scores = [trial.held_out for trial in self.front if trial.held_out is not None]
-        return [(start - found["forget_rougeL"], found["retain_rougeL"]) for found in scores]
-
-    def hypervolume(self, part: QuestionPart) -> float:
-        """Of all trials on the search questions, or of the front's held-out points."""
-        search = part == "search"
-        points = [trial.point for trial in self.trials] if search else self.held_out_points
-        return hypervolume(points, self.reference(part)) if points else 0.0
-
-    def pick(self, retain_drop: float) -> Trial | None:
-        """The trial that forgets most at a bounded retain drop, both on the search questions."""
-        least = self.base.search["retain_rougeL"].value - retain_drop
-        allowed = [trial for trial in self.front if trial.point[1] >= least]
-        return max(allowed, key=lambda trial: trial.point) if allowed else None
-
-
 class Source(Config):
-    """A study and its front: what is read of ``study.json``, which has more, and where it is."""
+    """A finished study: what is read of ``study.json``, which has more, its trials, its place."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -101,9 +55,9 @@ class Source(Config):
     versions: dict[str, str]
     data_sha256: str
     base_revision: str = Field(alias="base_sha256")
-    base: dict[str, Any] = Field(default_factory=dict)  # the base model's scores by part
+    base: dict[QuestionPart, dict[str, Score]] = Field(default_factory=dict)  # as far as scored
     name: str  # as the user wrote it, for messages
-    trials: tuple[Trial, ...]  # the front, by trial id
+    trials: tuple[Trial, ...]  # the front, or all that completed; by trial id
     folder: Path | None  # None if it is gone
     uri: str | None  # where it is recorded, if not where its config says
 
@@ -136,6 +90,34 @@ class Source(Config):
             log_responses=False,
         )
 
+    def reference(self, part: QuestionPart) -> tuple[float, float]:
+        """Nothing forgotten, half the base's retain score; the same for all methods of a seed."""
+        return 0.0, 0.5 * self.base[part]["retain_rougeL"].value
+
+    @property
+    def front(self) -> list[Trial]:
+        """The trials that were scored again: the front on the search questions."""
+        return [trial for trial in self.trials if trial.held_out is not None]
+
+    @property
+    def held_out_points(self) -> list[tuple[float, float]]:
+        """The two objectives of the front's trials on the held-out questions."""
+        start = self.base["held_out"]["forget_rougeL"].value
+        scores = [trial.held_out for trial in self.front if trial.held_out is not None]
+        return [(start - found["forget_rougeL"], found["retain_rougeL"]) for found in scores]
+
+    def hypervolume(self, part: QuestionPart) -> float:
+        """Of all trials on the search questions, or of the front's held-out points."""
+        search = part == "search"
+        points = [trial.point for trial in self.trials] if search else self.held_out_points
+        return hypervolume(points, self.reference(part)) if points else 0.0
+
+    def pick(self, retain_drop: float) -> Trial | None:
+        """The trial that forgets most at a bounded retain drop, both on the search questions."""
+        least = self.base["search"]["retain_rougeL"].value - retain_drop
+        allowed = [trial for trial in self.front if trial.point[1] >= least]
+        return max(allowed, key=lambda trial: trial.point) if allowed else None
+
 
 def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     """Open a study by its folder, or by ``mlflow:`` and the id of its parent run.
@@ -157,17 +139,18 @@ def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     return source
 
 
-def read_study(folder: Path) -> StudyFront:
-    """All completed trials and the front's held-out scores; ``InputError`` for a damaged file."""
+def read_study(folder: Path) -> Source:
+    """A study with all its completed trials, to be compared; ``InputError`` for a damaged file."""
     try:
         source = _from_folder(str(folder), None)
-        base = parse(BaseScores, source.base, f"{folder / 'study.json'}: base")
+        if len(source.base) < 2:
+            raise InputError(f"{folder / 'study.json'}: base: was not scored on both parts.")
         completed = _trials(folder / "trials.csv", str(folder), folder / "adapters")
     except InputError as error:
         told = str(error).removesuffix(".")
         raise InputError(f"{told}, or delete {folder} to run it again.") from None
     trials = {trial.trial_id: trial for trial in (*completed, *source.trials)}
-    return StudyFront(source.config.method, source.config.seed, base, tuple(trials.values()))
+    return source.model_copy(update={"trials": tuple(trials.values())})
 
 
 def _from_folder(name: str, tracking_uri: str | None) -> Source:

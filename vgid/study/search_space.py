@@ -119,17 +119,10 @@ class SearchSpace:
     first_points: tuple[dict[str, Any], ...] = ()  # complete: searched and fixed fields
 
     @classmethod
-    def load(cls, path: Path, backbone: str | None = None, method: Method = "vgid") -> Self:
+    def load(cls, path: Path, backbone: str = "tiny-llava", method: Method = "vgid") -> Self:
         """Read a file, meant for ``backbone``, with a method's section; ``InputError`` if wrong."""
-        from vgid.models import backbones
-
         chain = _chain(path)
-        own = chain[0][1].backbone
-        try:
-            backbones.spec(own)
-        except InputError as error:
-            raise InputError(f"{path}: backbone: {error}") from None
-        if backbone not in (None, own):
+        if (own := chain[0][1].backbone) != backbone:
             raise InputError(
                 f"{path}: backbone: the file is meant for '{own}' and the study runs '{backbone}'; "
                 "name the backbone's own file with --search-space."
@@ -147,7 +140,7 @@ class SearchSpace:
             elif value is not None:
                 fixed[name] = _valid(name, value, place)
         read = hashlib.sha256(b"".join(file.read_bytes() for file, _ in chain)).hexdigest()
-        space = cls(f"{path}: methods.{method}", read, own, method, searched, fixed)
+        space = cls(f"{path}: methods.{method}", read, backbone, method, searched, fixed)
         needs_sigma = "gaussian" in space.domain("noise_type")
         if needs_sigma and "sigma" not in searched and "sigma" not in fixed:
             raise InputError(

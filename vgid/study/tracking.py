@@ -48,7 +48,6 @@ class _Run:
     tags: dict[str, str]
     metrics: dict[str, float] = field(default_factory=dict)
     last_step: int = -1  # of this process's epochs; those of a run taken over go again
-    named: bool = False  # whether its parameters are there; a run taken over may lack them
     running: bool = True  # to MLflow
     outcome: str | None = None  # status of a trial that is recorded whole
     sent: float = 0.0  # when it was last written to
@@ -118,10 +117,11 @@ class _TrialRuns:
             tags["vgid.status"] = result.status
             if result.error is not None:
                 tags["vgid.error"] = result.error
-        params = {} if run.named else record.config.used
+        # Again for a run that was taken over, which may lack them.
+        params = {} if run.sent else record.config.used
         self.connection.log(run.run_id, metrics, params, tags)
         run.tags |= tags
-        run.named, run.metrics, run.last_step, run.sent = True, known, last_step, time.time()
+        run.metrics, run.last_step, run.sent = known, last_step, time.time()
         if result is not None:
             if result.adapter is not None and result.adapter.is_dir():
                 self._client.log_artifacts(run.run_id, str(result.adapter), "adapter")
