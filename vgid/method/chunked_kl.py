@@ -28,11 +28,19 @@ def chunked_kl(
 ) -> Tensor:
     """Sum over positions of KL(teacher || student): the sums in equations 3 and 4 of the paper.
 
-    The logits are ``F.linear(hidden, weight_VD, bias_V)``, their hidden states (R, D) of any
-    floating dtype; only the student's get a gradient. A position of equal hidden states adds
-    exactly 0 to value and gradient. NaN and inf are not hidden. Deterministic; differentiable once.
-    Gives a scalar in nats; fp32, or fp64 where the weight is fp64. Shapes that do not fit, or a
-    chunk below 1, are an ``InputError``.
+    ``student_RD`` and ``teacher_RD`` are the last hidden states that predict the response tokens,
+    of any floating dtype. The frozen ``lm_head``, ``weight_VD`` and ``bias_V``, makes logits of
+    them: ``F.linear(hidden, weight_VD, bias_V)``. Only the student's states get a gradient, and it
+    can be taken once. ``chunk`` positions go through ``lm_head`` at a time.
+
+    A position with equal states adds exactly 0 to the value and to the gradient. One with NaN or
+    inf makes the value NaN or inf. The same input gives the same bits.
+
+    Returns:
+        A scalar in nats: fp32, or fp64 where the weight is fp64.
+
+    Raises:
+        InputError: shapes that do not fit together, or a chunk below 1.
     """
     student, teacher, weight = (tuple(x.shape) for x in (student_RD, teacher_RD, weight_VD))
     bias = weight[:1] if bias_V is None else tuple(bias_V.shape)
