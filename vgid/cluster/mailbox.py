@@ -140,7 +140,6 @@ class Mailbox:
         self._slots: defaultdict[int, _Slot] = defaultdict(_Slot)
         self._changed = asyncio.Condition()
         self._closed = False
-        self._stopped = False
         self._last_word: Outcome | None = None  # once nothing can run any more
         self._moves = 0
         self._faults: list[str] = []
@@ -165,8 +164,6 @@ class Mailbox:
         ticket = self._tickets[job.id] = _Ticket(job, caller)
         if self._last_word is not None:
             self._end(ticket, self._last_word)
-        elif self._stopped:
-            self._end(ticket, Outcome(job_id=job.id, error="interrupted"))
         else:
             self._waiting.append(ticket)
             await self._wake()
@@ -177,9 +174,9 @@ class Mailbox:
         Asking for the next report is the decision to go on after the one before. Of several
         questions for one job the newest gets the answer.
         """
-        if self._stopped:
-            return Outcome(job_id=job_id, error="interrupted")
         forgotten = Outcome(job_id=job_id, error="the study's mailbox lost it", lost=True)
+        if self._last_word is not None:
+            forgotten = self._last_word.model_copy(update={"job_id": job_id})
         ticket = self._tickets.get(job_id)
         if ticket is None or ticket.caller != caller:
             return forgotten
@@ -215,12 +212,7 @@ class Mailbox:
 
     async def cancel_all(self) -> None:
         """Stop every job and wake everyone who waits for one: the study is interrupted."""
-        self._stopped = True
-        for job_id, ticket in list(self._tickets.items()):
-            if not ticket.ended:
-                await self.cancel(job_id)
-            if not ticket.ended:
-                ticket.tell(Outcome(job_id=job_id, error="interrupted"))
+        self._end_all(Outcome(job_id="", error="interrupted"))
 
     async def drop_waiting(self, error: str) -> None:
         """Lose what no slot has taken: trials, and where no slot holds anything all jobs."""
@@ -259,11 +251,7 @@ class Mailbox:
 
     async def fail(self, error: str, lost: bool = False) -> None:
         """End every job with ``error``, and those still to come: nothing can run any more."""
-        self._last_word = Outcome(job_id="", error=error, fatal=True, lost=lost)
-        self._waiting.clear()
-        for ticket in list(self._tickets.values()):
-            if not ticket.ended:
-                self._end(ticket, self._last_word)
+        self._end_all(Outcome(job_id="", error=error, fatal=True, lost=lost))
 
     async def close(self) -> None:
         """Send the workers home."""
@@ -373,6 +361,13 @@ class Mailbox:
     def _wants(self, state: _Slot) -> bool:
         over = self._closed or self._last_word is not None
         return not (over or state.given_up or state.released)
+
+    def _end_all(self, last_word: Outcome) -> None:
+        self._last_word = last_word
+        self._waiting.clear()
+        for ticket in list(self._tickets.values()):
+            if not ticket.ended:
+                self._end(ticket, last_word)
 
     async def _wake(self) -> None:
         async with self._changed:
