@@ -207,7 +207,7 @@ def in_groups(experiments: Sequence[Experiment]) -> list[list[Experiment]]:
 
 
 def _run_group(
-    cache: Cache, group: Sequence[Experiment], update: Callable[[], None] | None = None
+    cache: Cache, group: Sequence[Experiment], update: Callable[[], object] = lambda: None
 ) -> None:
     from vgid.trial import TrialSession
 
@@ -220,8 +220,7 @@ def _run_group(
         outcome = measure(session, experiment, cache.adapter(experiment))
         content = outcome.model_dump_json(indent=1).encode()
         write_atomically(cache.path(experiment), content)
-        if update is not None:
-            update()
+        update()
     del session
     gc.collect()  # the model before the next group's is loaded
 

@@ -79,24 +79,19 @@ def importances(records: Sequence[TrialRecord]) -> Shares:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions = {name: _distribution(name, [u[name] for u in used]) for name in names}
-    study = optuna.create_study(directions=["maximize"] * len(OBJECTIVES))
-    points = [list(record.point or ()) for record in records]
-    for settings, values in zip(used, points, strict=True):
-        given = {"params": {name: settings[name] for name in names}, "values": values}
-        study.add_trial(optuna.trial.create_trial(distributions=distributions, **given))
     found = {}
-    # One by one: fANOVA explains the variance of a single number.
-    for index, objective in enumerate(OBJECTIVES):
-        reached = [values[index] for values in points]
+    # A study an objective: fANOVA explains the variance of a single number.
+    for objective in OBJECTIVES:
+        reached = [record.result.metrics[objective] for record in records]
         if max(reached) - min(reached) < 1e-12:  # nothing to explain
             found[objective] = dict.fromkeys(names, 0.0)
             continue
-        shares = optuna.importance.get_param_importances(
-            study,
-            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=0),
-            params=names,
-            target=lambda trial, index=index: trial.values[index],
-        )
+        study = optuna.create_study()
+        for setting, value in zip(used, reached, strict=True):
+            given = {"params": {name: setting[name] for name in names}, "value": value}
+            study.add_trial(optuna.trial.create_trial(distributions=distributions, **given))
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        shares = optuna.importance.get_param_importances(study, evaluator=evaluator, params=names)
         found[objective] = {name: float(shares[name]) for name in names}
     return found
 

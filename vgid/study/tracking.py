@@ -268,10 +268,9 @@ class Tracker:
         waited = False
         while True:
             there = self._connection.answers()
-            if there:
-                whole = self._catch_up()  # if not, the study's own outcome goes all the same
-                if self._try(send) and whole:
-                    return
+            # Both: the study's own outcome goes even if a trial's does not.
+            if there and all([self._catch_up(), self._try(send)]):
+                return
             if (there and self._connection.answers()) or time.monotonic() > deadline:
                 break
             if not waited:
