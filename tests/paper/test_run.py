@@ -132,7 +132,7 @@ def test_a_second_run_computes_nothing_and_writes_the_same(output, capsys):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--tables", "10"], "Table 10"),
+        (["--tables", "10"], "tables.0: input should be less than or equal to 9, got 10"),
         (["--tables", "3-1"], "no list of tables"),
         (["--methods", "duet"], "methods"),
         (["--seeds", "0"], "seeds"),

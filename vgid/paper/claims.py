@@ -286,15 +286,6 @@ def judge_all(filled: Sequence[FilledTable]) -> list[Judgement]:
 def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) -> str:
     """The content of ``claims.md``; ``embedded`` are those of the backbones that ship with us."""
     seeds = max((len(column) for j in judgements for column in j.by_seed.values()), default=0)
-    comparisons = Grid(
-        ("claim", "backbone", "compared", "seeds", "95 % interval", "corrected for their number"),
-        [
-            (j.claim.id, j.backbone, _label(name), interval.n, interval, j.corrected[name])
-            for j in judgements
-            if len(j.by_seed) > 1
-            for name, interval in j.intervals.items()
-        ],
-    )
     return rendered(
         "vgid.paper",
         "claims.md.jinja",
@@ -302,7 +293,8 @@ def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) ->
         verdicts=verdicts(judgements).markdown(),
         alone=len({judgement.backbone for judgement in judgements}) == 1,
         claims=CLAIMS,
-        comparisons=comparisons.markdown(),
+        judgements=judgements,
+        label=_label,
         embedded=embedded,
     )
 

@@ -250,39 +250,7 @@ def _csv(listed: Sequence[Standing]) -> bytes:
     return Grid(["method", "measure", "mean", "low", "high", "seeds"], rows).csv()
 
 
-def _picks(config: CompareConfig, listed: Sequence[Standing]) -> Grid:
-    """The methods' best points, of those too that forget nothing."""
-    titles = {
-        "forget_reduction_share": "forget ROUGE-L gone, share",
-        "retain_drop": "retain drop",
-        "celebrity_rougeL": "celebrity ROUGE-L",
-        "forget_rougeL": "forget ROUGE-L",
-        "test_rougeL": "test ROUGE-L",
-        "forget_cloze": "forget cloze",
-    }
-    if not any(s.pick("celebrity_rougeL").n for s in listed):
-        del titles["celebrity_rougeL"]
-    rows = []
-    for s in listed:
-        shares = [pick["forget_reduction_share"] for pick in s.picks if pick is not None]
-        counts = f"{len(shares)} of {len(s.picks)}", sum(share >= MIN_FORGET for share in shares)
-        rows.append((s.name, *counts, *(s.pick(name) for name in titles)))
-    header = ("method", "seeds with one", f"forgetting {MIN_FORGET:.0%}", *titles.values())
-    caption = f"Each method's best point at a retain drop of at most {config.retain_drop:g}"
-    note = (
-        "Chosen on the search questions, scored on the held-out ones, where the drop may be "
-        f"larger. A pick to deploy is refused where less than {MIN_FORGET:.0%} is gone."
-    )
-    return Grid(header, rows, caption, (note,))
-
-
 def _report(config: CompareConfig, found: Sequence[Source], listed: Sequence[Standing]) -> str:
-    volumes = Grid(
-        ("method", "held-out questions", "search questions", "VGID's lead, held-out"),
-        [(s.name, s.volume, s.search, s.lead or "–") for s in listed],
-        "Hypervolume",
-        ("Mean over the seeds with its 95 % t interval; the lead is paired within seeds.",),
-    )
     doubts = {study.config.seed: doubt(study.base["search"]) for study in found}
     return rendered(
         "vgid.paper",
@@ -291,6 +259,7 @@ def _report(config: CompareConfig, found: Sequence[Source], listed: Sequence[Sta
         verdict=verdict(listed),
         doubts=[(seed, told) for seed, told in sorted(doubts.items()) if told is not None],
         seeds=count_seeds(config.seeds),
-        volumes=volumes.markdown(),
-        picks=_picks(config, listed).markdown(),
+        listed=listed,
+        celebrities=any(one.pick("celebrity_rougeL").n for one in listed),
+        least=MIN_FORGET,
     )

@@ -137,13 +137,9 @@ class FilledTable:
         (first, *_) = self.outcomes[self.table.rows[0].key]
         return first.scores[metric].n if metric in first.scores else 0
 
-    def paper(self, row: Row, metric: str) -> float | None:
-        """The paper's number in this cell, of its closest backbone."""
-        return row.printed(self.table.number, self.paper_backbone, metric)
-
     @cached_property
     def paper_backbone(self) -> str:
-        """The paper's backbone that stands beside."""
+        """The paper's backbone whose numbers stand beside."""
         return closest_backbone(self.backbone, self.table.number)
 
 
@@ -174,7 +170,8 @@ def as_csv(filled: Sequence[FilledTable]) -> bytes:
             lines.append(
                 [table.number, one.backbone, table.forget_ratio, row.setting, row.key, row.label,
                  metric, *four_cells(one.interval(row.key, metric)), one.questions(metric),
-                 one.paper(row, metric), one.paper_backbone, *map(by_seed.get, seeds)]
+                 row.printed(table.number, one.paper_backbone, metric), one.paper_backbone,
+                 *map(by_seed.get, seeds)]
             )  # fmt: skip
     return Grid(header, lines).csv()
 
@@ -191,7 +188,8 @@ def as_grid(filled: FilledTable) -> Grid:
         some = f" ({failed} failed)" if failed else ""
         cells = []
         for metric in filled.metrics:
-            printed, mean = filled.paper(row, metric), filled.interval(row.key, metric)
+            printed = row.printed(table.number, filled.paper_backbone, metric)
+            mean = filled.interval(row.key, metric)
             ours = f"{mean}{some}" if mean.n else "failed"
             cells.append(f"{ours} / –" if printed is None else f"{ours} / {printed:.3f}")
         rows.append((label, *cells))

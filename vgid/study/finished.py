@@ -161,9 +161,7 @@ def _from_folder(name: str, tracking_uri: str | None) -> Source:
             "mlflow:RUN."
         )
     refuse_links(folder)
-    trials = _trials(folder / "front.csv", name, folder / "adapters")
-    summary = _read(folder / "study.json", name)
-    return _source(summary, name, trials=trials, folder=folder, uri=tracking_uri)
+    return _read_folder(folder, name, name, tracking_uri)
 
 
 def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
@@ -192,20 +190,18 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
         raise InputError(f"{where}: the run is no study; {hint}.")
     for artifact in ("study.json", "front.csv"):
         _download(client, run_id, artifact, scratch, where)
-    summary = _read(scratch / "study.json", where)
-    trials = _trials(scratch / "front.csv", where, scratch)
+    source = _read_folder(scratch, name, where, uri)
     query = f"tags.`mlflow.parentRunId` = '{run_id}'"
     children = search_runs(client, run.info.experiment_id, query)
     runs = {child.data.tags.get("vgid.trial_id", ""): child.info.run_id for child in children}
-    for trial in trials:
-        trial.adapter.mkdir()
+    for trial in source.trials:
+        trial.adapter.mkdir(parents=True)
         of_trial = runs.get(trial.trial_id, f"of trial {trial.trial_id}, which is gone,")
         for file in FILES:
             _download(client, of_trial, f"adapter/{file}", trial.adapter, where)
-    output = Path(str(summary.get("output", "")))
-    there = (output / "study.json").is_file()
-    same = there and _read(output / "study.json", where).get("study_id") == summary.get("study_id")
-    return _source(summary, name, trials=trials, folder=output if same else None, uri=uri)
+    own = source.config.output / "study.json"
+    same = own.is_file() and _read(own, where).get("study_id") == source.study_id
+    return source.model_copy(update={"folder": own.parent if same else None})
 
 
 def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str) -> None:
@@ -215,9 +211,12 @@ def _download(client: Any, run_id: str, artifact: str, folder: Path, where: str)
         local.rename(folder / local.name)
 
 
-def _source(summary: dict[str, Any], name: str, **own: Any) -> Source:
+def _read_folder(folder: Path, name: str, where: str, uri: str | None) -> Source:
+    """The study whose files lie in a folder; a message about one says ``where`` it comes from."""
+    trials = _trials(folder / "front.csv", where, folder / "adapters")
+    own = {"name": name, "trials": trials, "folder": folder, "uri": uri}
     try:
-        return parse(Source, {**summary, "name": name, **own}, f"{name}: study.json")
+        return parse(Source, _read(folder / "study.json", where) | own, f"{name}: study.json")
     except InputError as error:
         told = str(error).removesuffix(".")
         raise InputError(f"{told}; restore it, or finish it with --resume.") from None
