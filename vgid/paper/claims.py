@@ -37,7 +37,6 @@ from vgid.paper.tables import ALL_NINE, SIGMAS, STYLES, FilledTable, tables
 from vgid.report.intervals import Interval, count_seeds, t_interval
 from vgid.report.page import rendered
 from vgid.report.records import METHOD_LABELS
-from vgid.report.tables import Grid
 
 Verdict = Literal["held", "not held", "undecided"]
 Statistic = NDArray[np.float64]
@@ -290,24 +289,9 @@ def claims_markdown(judgements: Sequence[Judgement], embedded: Sequence[str]) ->
         "vgid.paper",
         "claims.md.jinja",
         seeds=count_seeds(seeds),
-        verdicts=verdicts(judgements).markdown(),
-        alone=len({judgement.backbone for judgement in judgements}) == 1,
         claims=CLAIMS,
         judgements=judgements,
+        on_all=on_all,
         label=_label,
         embedded=embedded,
     )
-
-
-def verdicts(judgements: Sequence[Judgement]) -> Grid:
-    """Every claim on every backbone, and claim (l) where there are several."""
-    rows = [
-        (f"({j.claim.id}) {j.claim.text}", j.backbone, j.verdict, j.measured,
-         "–" if j.paper is None else f"{j.paper:+.3f}")
-        for j in judgements
-    ]  # fmt: skip
-    backbones = dict.fromkeys(judgement.backbone for judgement in judgements)
-    if len(backbones) > 1:
-        names = ", ".join(backbones)
-        rows.append(("(l) All of it on both architectures.", names, on_all(judgements), "–", "–"))
-    return Grid(("claim", "backbone", "verdict", "statistic", "the paper's numbers"), rows)

@@ -14,7 +14,7 @@ from vgid.errors import InputError
 from vgid.evaluation.suppression import doubt
 from vgid.files import ReadFolder, UsablePath, WrittenFolder, write_atomically
 from vgid.models import backbones
-from vgid.paper.claims import Judgement, claims_markdown, judge_all, verdicts
+from vgid.paper.claims import Judgement, claims_markdown, judge_all, on_all
 from vgid.paper.experiments import Bench, Experiment, Outcome, in_groups, run_experiments
 from vgid.paper.figures import FIRST_TOKENS, pictures
 from vgid.paper.printed import repeated_rows
@@ -178,11 +178,11 @@ def _write(
     for number in config.tables:
         mine = [table for table in filled if table.table.number == number]
         if number == 7:
-            grids = [table_7(name, trials[name]) for name in config.backbones]
+            shown = [table_7(name, trials[name]) for name in config.backbones]
         else:
-            grids = [as_grid(table) for table in mine]
+            shown = [as_grid(table).markdown() for table in mine]
             write(f"table_{number}.csv", as_csv(mine))
-        index.append("\n".join(grid.markdown() for grid in grids))
+        index.append("\n".join(shown))
         write(f"table_{number}.md", index[-1].encode())
     figures = []
     for name in config.backbones:
@@ -202,7 +202,8 @@ def _write(
         embedded=embedded,
         single=sorted({t.table.number for t in filled} - set(COMPARISONS.values())),
         outcomes=outcomes.items(),
-        verdicts=verdicts(judgements).markdown(),
+        judgements=judgements,
+        on_all=on_all,
         tables=index,
         figures=figures,
     )

@@ -13,6 +13,7 @@ from vgid.paper.experiments import Arm, Experiment, Outcome
 from vgid.paper.printed import TABLE_7, closest_backbone, paper_row
 from vgid.prompts import PromptStyle
 from vgid.report.intervals import Interval, count_seeds, t_interval
+from vgid.report.page import rendered
 from vgid.report.records import METHOD_LABELS
 from vgid.report.tables import Grid, as_text, four_cells
 
@@ -205,26 +206,16 @@ def as_grid(filled: FilledTable) -> Grid:
     return Grid(("Row", *headings), rows, caption, notes)
 
 
-def table_7(backbone: str, trials: Mapping[Method, TrialConfig]) -> Grid:
-    """The settings that we run beside the paper's for its baselines."""
-    names = ("optimizer", "learning_rate", "batch_size", "epochs", "max_sequence_length")
-    rows = [("the paper, every baseline", *(f"{TABLE_7[name]}" for name in names), "not given")]
+def table_7(backbone: str, trials: Mapping[Method, TrialConfig]) -> str:
+    """In Markdown, the settings that we run beside the paper's for its baselines."""
     told = {"method", "learning_rate", "batch_size", "epochs", "seed"}
-    always = {"lora_rank", "alpha"}
+    rows = []
     for method, label in METHOD_LABELS.items():
-        if method not in trials:
-            continue
-        trial = trials[method]
-        changed = trial.model_dump(exclude_defaults=True) | trial.model_dump(include=always)
-        other = ", ".join(
-            f"{name} {as_text(changed[name])}"
-            for name in TrialConfig.model_fields
-            if name in changed and name not in told
-        )
-        rows.append(
-            (label, "AdamW", f"{trial.learning_rate:g}", str(trial.batch_size), str(trial.epochs),
-             "the model's context, never cut", other)
-        )  # fmt: skip
-    header = ("Method", "optimizer", "learning rate", "batch size", "epochs", "max length", "other")
-    notes = ("The paper gives settings for its baselines only, the same on all three backbones.",)
-    return Grid(header, rows, f"Table 7: training settings ({backbone})", notes)
+        if method in trials:
+            trial = trials[method]
+            always = trial.model_dump(include={"lora_rank", "alpha"})
+            changed = trial.model_dump(exclude_defaults=True, exclude=told) | always
+            named = [name for name in TrialConfig.model_fields if name in changed]
+            rows.append((label, trial, [f"{name} {as_text(changed[name])}" for name in named]))
+    given = {"backbone": backbone, "paper": TABLE_7, "rows": rows}
+    return rendered("vgid.paper", "table_7.md.jinja", **given)
