@@ -51,6 +51,8 @@ MACHINE = (*NAMESPACES, "--mount-proc")
 PLUGGED = "until ip -o link show dev eth0 up 2>&1 | grep -q LOWER_UP; do sleep 0.05; done; "
 # As a machine's service manager does: a node whose Ray gave up joins again.
 FOREVER = "while :; do {}; sleep 1; done"
+# A job's workers have its files, which those that Ray starts before it is asked have not.
+ON_DEMAND = {"RAY_prestart_worker_first_driver": "0"}
 COMMANDS = "add, kill N, start N, cut N SECONDS, stop"
 
 
@@ -173,7 +175,7 @@ class LocalCluster:
         self._switch: subprocess.Popen[bytes] | None = None
         here = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         programs = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        self.environment = here | programs | {"RAY_AUTH_MODE": "token"} | environment
+        self.environment = here | programs | ON_DEMAND | {"RAY_AUTH_MODE": "token"} | environment
         self._ports = {"port": 6379, "dashboard-port": 8265}
         if not self.isolated:
             self._ports = {name: _free_port() for name in self._ports}

@@ -2,8 +2,9 @@
 
 With ``--slots 200 --trials 2000``, what it costs beside so many slots: ``tests.benchmarks.slots``.
 Without, no trial runs and no cluster is there: made-up results with as many scores as a real one
-has are fed to the driver's own parts (proposals of the random sampler, ledger, front, Optuna's
-journal, console, ``trials.csv``), as Ray Tune's callbacks would. ``--mlflow N`` records the first N
+has, or ``--scores N``, are fed to the driver's own parts (proposals of the random sampler, ledger,
+front, Optuna's journal, console, ``trials.csv``), as Ray Tune's callbacks would, and Tune's own
+trials are held as it holds them. ``--mlflow N`` records the first N
 of them in MLflow's SQLite file too. Reported are CPU seconds of a trial without its proposal, over
 the trials up to each mark, and the peak memory; then CPU seconds of what is done once: tables,
 figures and ``study.json`` at the end, and reading everything again for a resume.
@@ -18,10 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ray.tune.experiment import Trial
+
 from tests.benchmarks.machine import emit, machine, machine_line
 from vgid.cluster.losses import Losses
 from vgid.cluster.mailbox import Job, Outcome
-from vgid.cluster.tune import JOB, Recorder
+from vgid.cluster.tune import JOB, Recorder, told
 from vgid.config import StudyConfig, TrialConfig
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
@@ -54,20 +57,20 @@ class NoTracker:
         """Nothing."""
 
 
-def made_up(job: Job, rng: random.Random) -> Outcome:
-    """What a slot would report of a trial; some fail."""
+def made_up(job: Job, rng: random.Random, scores: int = SCORES) -> Outcome:
+    """What a slot would report of a trial, with so many scores or more; some fail."""
     if rng.random() < 0.02:
         result = TrialResult(trial_id=job.id, status="failed", error="the loss is not finite")
         return Outcome(job_id=job.id, result=result)
     x = rng.random()
     values = {name: rng.random() for name in NAMES}
     values |= {"forget_rougeL_reduction": 0.95 * x, "retain_rougeL": 0.97 - 0.3 * x * rng.random()}
-    values |= {f"split_{number}_metric": rng.random() for number in range(SCORES - len(values))}
-    scores = {name: Score(value=v, n=60, low=v - 0.1, high=v + 0.1) for name, v in values.items()}
+    values |= {f"split_{number}_metric": rng.random() for number in range(scores - len(values))}
+    found = {name: Score(value=v, n=60, low=v - 0.1, high=v + 0.1) for name, v in values.items()}
     result = TrialResult(
         trial_id=job.id,
         status="completed",
-        scores=scores,
+        scores=found,
         metrics=values,
         seconds={"teacher": 0.1, "train": 4.0, "evaluate": 2.0, "save": 0.1},
         adapter=job.adapter,
@@ -83,10 +86,16 @@ class Driver:
         mlflow: how many trials are recorded in MLflow.
         resume: go on with the study that is there.
         slots: how many trials may run at a time.
+        scores: that a trial has.
     """
 
     def __init__(
-        self, config: StudyConfig, mlflow: int, resume: bool = False, slots: int = 1
+        self,
+        config: StudyConfig,
+        mlflow: int,
+        resume: bool = False,
+        slots: int = 1,
+        scores: int = SCORES,
     ) -> None:
         plan = make_plan(config)
         self.ledger = Ledger(config.output)
@@ -101,7 +110,8 @@ class Driver:
         }
         study._material.set_result(Material({"dataset": "d" * 64, "base": "b" * 64}))
         self._none: Any = NoTracker()
-        self._mlflow = mlflow
+        self._mlflow, self._scores = mlflow, scores
+        self._kept: list[Trial] = []
         study._tracker.set_result(study._open_tracker() if mlflow and not resume else self._none)
         self.bulletin = study._bulletin
         losses = Losses()
@@ -141,9 +151,13 @@ class Driver:
             job = Job.model_validate_json(proposal[JOB])
             assert isinstance(job.trial, TrialConfig)
             report = EpochReport(epoch=1, epochs=1, step=9, metrics={"loss": rng.random()})
-            self.listener.on_epoch(job.id, report)
-            self.listener.on_end(job.id, made_up(job, rng), report)
+            trial = Trial("made up", config=proposal, stub=True)
+            self._kept.append(trial)
+            for step, message in enumerate((report, made_up(job, rng, self._scores)), start=1):
+                self.recorder.on_trial_result(step, self._kept, trial, told(message))
+                trial.update_last_result({**told(message), "training_iteration": step})
             self.search.on_trial_complete("tune")
+            self.recorder.on_trial_complete(step, self._kept, trial)
         self.end()
         return time.process_time() - began - (self.proposal_s - proposed)
 
@@ -173,10 +187,10 @@ def peak_mib() -> float:
     return float(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def measure(trials: int, mlflow: int, folder: Path) -> dict[str, Any]:
+def measure(trials: int, mlflow: int, scores: int, folder: Path) -> dict[str, Any]:
     """Feed so many trials; seconds and MiB by mark, then what is done once."""
     config = StudyConfig(output=folder / "study", trials=trials, sampler="random")
-    driver = Driver(config, mlflow)
+    driver = Driver(config, mlflow, scores=scores)
     found: dict[str, Any] = {"peak MiB before the first trial": round(peak_mib())}
     before = 0
     for mark in sorted({mark for mark in (*MARKS, mlflow, trials) if 0 < mark <= trials}):
@@ -206,6 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=MARKS[-1])
     parser.add_argument("--mlflow", type=int, default=0, metavar="N")
+    parser.add_argument("--scores", type=int, default=SCORES, metavar="N")
     parser.add_argument("--slots", type=int, default=0)
     parser.add_argument("--tune", action="store_true", help="with --slots: Tune, a process each")
     parser.add_argument("--json", action="store_true")
@@ -216,7 +231,7 @@ def main() -> None:
 
             found = measure_slots(options.trials, options.slots, options.tune, Path(folder))
         else:
-            found = measure(options.trials, options.mlflow, Path(folder))
+            found = measure(options.trials, options.mlflow, options.scores, Path(folder))
     described = machine()  # last, for it brings torch along, which a driver has not
     print(machine_line(described), flush=True)
     emit({**found, "machine": described}, options.json)

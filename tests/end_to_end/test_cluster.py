@@ -8,7 +8,7 @@ from studies.local_cluster import LocalCluster, LocalConfig, Node, main, obey
 from tests.end_to_end.cluster_study import IMPATIENT, ClusterStudy
 from vgid.errors import InputError
 
-TRIALS = 6
+TRIALS = 4
 
 
 def test_a_study_on_two_nodes_goes_on_when_one_dies(tmp_path):
