@@ -204,6 +204,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(base, data, tmp_path, 
 
 
 FULL: dict[str, Any] = {"full": True, "lora_rank": None}
+TWICE = {"gradient_checkpointing": True}
 
 
 def _run(
@@ -226,30 +227,38 @@ def _run(
     return None
 
 
-def _two(workers: Workers, base: Any, data: Path, root: Path) -> dict[str, Any]:
+def _several(workers: Workers, base: Any, data: Path, root: Path) -> dict[str, Any]:
     def config(name: str, **values: Any) -> FinetuneConfig:
         return config_of(base, data, root / name, **values)
 
     found = {
         "full": _run(config("full", **FULL), workers),
         "lora": _run(config("lora", gradient_checkpointing=True), workers),
-        "one then two": _run(config("one then two", **FULL), workers),
+        "one, then several": _run(config("one, then several", **FULL, **TWICE), workers),
     }
-    _run(config("two then one", **FULL), workers, interrupted=True)
+    _run(config("several, then one", **FULL, **TWICE), workers, interrupted=True)
     return found
 
 
 @pytest.mark.parametrize("base", ["qwen"], indirect=True)  # whose embeddings are tied
-def test_two_workers_learn_as_one_does_and_go_on_from_each_others_checkpoints(base, data, tmp_path):
-    """With ``full`` each holds half of what learns; the hub's folder is the same."""
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_learn_as_one_does_and_go_on_from_each_others_checkpoints(
+    base, data, tmp_path, count
+):
+    """With ``full`` each holds its part of what learns; the hub's folder is the same.
+
+    A step has 3 questions, so that of four workers one has none.
+    """
     one = {
         "full": finetune(config_of(base, data, tmp_path / "1 full", **FULL)),
         "lora": finetune(config_of(base, data, tmp_path / "1 lora")),
     }
-    _run(config_of(base, data, tmp_path / "one then two", **FULL), interrupted=True)
-    two, other = run_workers(_two, 2, tmp_path / "workers", base, data, tmp_path)
-    two["two then one"] = _run(config_of(base, data, tmp_path / "two then one", **FULL))
-    for name, result in two.items():
+    lean = FULL | TWICE
+    _run(config_of(base, data, tmp_path / "one, then several", **lean), interrupted=True)
+    first, *others = run_workers(_several, count, tmp_path / "workers", base, data, tmp_path)
+    assert all(other[name].losses == first[name].losses for other in others for name in first)
+    first["several, then one"] = _run(config_of(base, data, tmp_path / "several, then one", **lean))
+    for name, result in first.items():
         kind = name if name in one else "full"
         assert result.losses == pytest.approx(one[kind].losses, rel=1e-5), name
         assert result.steps == one[kind].steps
@@ -259,7 +268,6 @@ def test_two_workers_learn_as_one_does_and_go_on_from_each_others_checkpoints(ba
             assert got[weight].dtype == value.dtype
             # AdamW makes steps of rounding errors where a gradient vanishes.
             assert (got[weight] - value).abs().mean() < 1e-5, (name, weight)
-    assert all(other[name].losses == two[name].losses for name in other)
     assert sorted(p.name for p in tmp_path.glob(".*")) == []  # no checkpoint is left
 
 

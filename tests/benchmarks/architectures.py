@@ -38,13 +38,14 @@ SHRUNK_TEXT_SIZES = {
 """A 32nd of the width (Qwen: a 16th, for its 16 heads) and an eighth of the layers or so."""
 
 
-def config_of(name: str, shrink: bool = False) -> Any:
+def config_of(name: str, shrink: bool = False, layers: int | None = None) -> Any:
     """The Hugging Face configuration of a real backbone.
 
     Args:
         name: a backbone's name.
         shrink: narrower and with fewer layers; vocabulary, image tokens, special tokens, tied or
             untied embeddings and the ratio of query to key-value heads stay.
+        layers: of the decoder, in place of as many as these sizes have.
 
     Raises:
         InputError: a name whose sizes are not written out here.
@@ -57,7 +58,7 @@ def config_of(name: str, shrink: bool = False) -> Any:
     text = {
         "hidden_size": size.hidden,
         "intermediate_size": size.feed_forward,
-        "num_hidden_layers": size.layers,
+        "num_hidden_layers": layers or size.layers,
         "num_attention_heads": size.heads,
         "num_key_value_heads": size.kv_heads,
     }

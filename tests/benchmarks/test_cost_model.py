@@ -7,6 +7,7 @@ gives all but attention, and ``eager`` adds attention over all pairs of a row, s
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.cache_utils import DynamicCache
 
 from tests.benchmarks.architectures import config_of, random_backbone
 from tests.benchmarks.cost_model import (
@@ -26,7 +27,7 @@ from vgid.method.distillation import DistillationBatch, Student
 from vgid.method.profile_prompts import synthetic_set
 from vgid.method.released import full_position_kl
 from vgid.models.adapters import attached
-from vgid.models.memory import activation_bytes, adapter_bytes, vocabulary_bytes
+from vgid.models.memory import activation_bytes, adapter_bytes, cache_bytes, vocabulary_bytes
 from vgid.models.packing import hidden_states, pack
 from vgid.models.tree_attention import attend_by_trees, lay_out
 
@@ -255,3 +256,15 @@ def test_adapter_and_vocabulary_bytes():
     assert with_masks - plain == sum(dropped) * packed.ids_BL.numel()
     assert adapter_bytes(text_config, 4) == 16 * trained
     assert vocabulary_bytes(text_config, chunk=256) == 2 * 256 * 151936 * 4
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2.5-vl-3b"])
+def test_cache_bytes_are_those_of_the_cache(name):
+    backbone = random_backbone(name, dtype=torch.bfloat16, shrink=True)
+    packed, _ = packs_of(backbone)
+    text_config = backbone.model.config.get_text_config()
+    cache = DynamicCache(config=text_config)
+    with torch.no_grad():
+        hidden_states(backbone, packed, cache)
+    measured = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert measured == cache_bytes(text_config, packed.ids_BL.numel())

@@ -1,5 +1,7 @@
 import math
 from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.method.test_teacher import samples, teachers
 from tests.padded import collate
 from tests.workers import run_workers
 from vgid.config import TrialConfig, uses
+from vgid.method import sharding
 from vgid.method.checkpoint import FILE_NAME
 from vgid.method.distillation import (
     DistillationSet,
@@ -22,8 +25,9 @@ from vgid.method.distillation import (
     share,
 )
 from vgid.method.methods import make_method
+from vgid.method.sharding import parted
 from vgid.method.teacher import Intervention
-from vgid.method.workers import Workers
+from vgid.method.workers import ALONE, Workers
 from vgid.models.adapters import attached, loaded, save
 from vgid.models.encoding import encode
 
@@ -51,9 +55,13 @@ def adapter_state(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-def train(backbone, forget, retain, config=CONFIG, **options) -> tuple[dict, list]:
-    with attached(backbone, config) as model:
-        reports = list(distill(backbone, model, forget, retain, config, **options))
+def train(
+    backbone, forget, retain, config=CONFIG, epochs=None, workers=ALONE, **options
+) -> tuple[dict, list]:
+    """Adapter and reports, after the first of the ``epochs`` only if a number is given."""
+    with attached(backbone, config) as model, parted(backbone, config, workers):
+        run = distill(backbone, model, forget, retain, config, workers=workers, **options)
+        reports = list(islice(run, epochs))
         return adapter_state(model), reports
 
 
@@ -321,20 +329,46 @@ def _config(method: str, **settings: Any) -> TrialConfig:
     return TrialConfig(method=method, epochs=2, batch_size=3, lora_rank=4, **own, **settings)
 
 
-PARTED = {"gradient_accumulation": 2, "gradient_checkpointing": True}
+ACCUMULATED, TWICE = {"gradient_accumulation": 2}, {"gradient_checkpointing": True}
+LEAN: dict[str, dict[str, Any]] = {
+    "both": ACCUMULATED | TWICE,
+    "in parts": ACCUMULATED,
+    "activations twice": TWICE,
+}
+
+
+DEALT = [*(f"dealt, {lean}" for lean in LEAN), "DDP, then dealt", "dealt, then DDP"]
+
+
+def _run(
+    workers: Workers, root: Path, method: str, backbone: Any, lean: str = "both", **options: Any
+) -> tuple[dict, list]:
+    sets, config = _sets(method, backbone, root), _config(method, **LEAN[lean])
+    return train(backbone, *sets, config, workers=workers, **options)
 
 
 def _trained(workers: Workers, root: Path, methods: list[str]) -> dict[str, Any]:
+    """What each method comes to with a whole base on each worker (DDP)."""
     backbone = make_random_backbone()
-    return {
-        method: train(
-            backbone,
-            *_sets(method, backbone, root),
-            _config(method, **PARTED),
-            workers=workers,
-        )
-        for method in methods
-    }
+    return {method: _run(workers, root, method, backbone) for method in methods}
+
+
+def _dealt(workers: Workers, root: Path) -> dict[str, Any]:
+    """VGID with a whole base, with one dealt out (FSDP2), and each from the other's checkpoint."""
+    whole, dealt = make_random_backbone(), make_random_backbone()
+    run = partial(_run, workers, root, "vgid")
+    of_ddp, of_fsdp = ({"trial_id": "0000", "checkpoint": root / way} for way in ("ddp", "fsdp"))
+    found = {"vgid": run(whole)}
+    run(whole, epochs=1, **of_ddp)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "device_bytes", lambda device: 1)  # too small for a whole base
+        found |= {f"dealt, {lean}": run(dealt, lean) for lean in LEAN}
+        found["DDP, then dealt"] = run(dealt, **of_ddp)
+        run(dealt, epochs=1, **of_fsdp)
+    layers = [backbone.model.model.language_model.layers for backbone in (whole, dealt)]
+    assert [all(hasattr(layer, "unshard") for layer in each) for each in layers] == [False, True]
+    found["dealt, then DDP"] = run(whole, **of_fsdp)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -343,20 +377,30 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def several(root) -> dict[int, list[dict[str, Any]]]:
-    """What two and four workers have in the end, for each method."""
-    methods = {2: list(WHOLE), 4: ["vgid"]}
-    return {n: run_workers(_trained, n, root / f"{n}", root, of) for n, of in methods.items()}
+def two(root) -> list[dict[str, Any]]:
+    """What two workers have in the end, for each method."""
+    return run_workers(_trained, 2, root / "2", root, list(WHOLE))
 
 
-@pytest.mark.parametrize("count, method", [*((2, method) for method in WHOLE), (4, "vgid")])
-def test_several_workers_have_the_loss_curve_of_one(random_backbone, root, several, count, method):
+@pytest.fixture(scope="module")
+def four(root) -> list[dict[str, Any]]:
+    """What four have, for each way to hold a base."""
+    return run_workers(_dealt, 4, root / "4", root)
+
+
+@pytest.mark.parametrize(
+    "several, way",
+    [*(("two", method) for method in WHOLE), *(("four", way) for way in ("vgid", *DEALT))],
+)
+def test_several_workers_have_the_loss_curve_of_one(random_backbone, root, several, way, request):
     """Batches of 3 and 2 forget questions and a single retain question: some ranks hold none.
 
-    The one computes each batch at once, the others theirs in two parts, activations twice.
+    The one computes each batch at once, the others theirs in two parts, activations twice, or both.
     """
-    (first, reports), *others = (worker[method] for worker in several[count])
+    workers = request.getfixturevalue(several)
+    (first, reports), *others = (worker[way] for worker in workers)
     assert all(torch.equal(first[n], state[n]) for state, _ in others for n in first)
+    method = way if way in WHOLE else "vgid"
     config = _config(method)
     alone, expected = train(random_backbone, *_sets(method, random_backbone, root), config)
     for got, want in zip(reports, expected, strict=True):
@@ -366,6 +410,14 @@ def test_several_workers_have_the_loss_curve_of_one(random_backbone, root, sever
     differences = torch.cat([(first[n] - alone[n]).abs().flatten() for n in alone])
     assert differences.mean() < 1e-6
     assert differences.max() < config.learning_rate
+
+
+@pytest.mark.parametrize("way", ["dealt, both", "DDP, then dealt", "dealt, then DDP"])
+def test_a_base_dealt_out_gives_the_adapter_of_a_whole_one_to_the_bit(four, way):
+    """Of DDP and FSDP2 each goes on from the other's checkpoint."""
+    (whole, expected), (dealt, reports) = four[0]["vgid"], four[0][way]
+    assert all(torch.equal(whole[n], dealt[n]) for n in whole)
+    assert reports == expected
 
 
 def test_optimizer_steps_take_turns_between_the_views(random_backbone, forget, retain, tmp_path):

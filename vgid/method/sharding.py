@@ -37,8 +37,10 @@ def parted(backbone: Backbone, trial: TrialConfig, workers: Workers) -> Iterator
         yield
         return
     if not _dealt(core):
-        # Not of embeddings, which are looked up outside the language model's forward pass.
-        _deal(core, backbone, workers, ignored=set(core.embed_tokens.parameters()))
+        # Not of embeddings, which are looked up outside the language model's forward pass, nor of
+        # an adapter, which is whole on each worker and gone after its trial.
+        adapter = {p for p in core.parameters() if p.requires_grad}
+        _deal(core, backbone, workers, ignored={*core.embed_tokens.parameters(), *adapter})
     for module in _dealt(core):
         module.set_reshard_after_forward(True, recurse=False)
         module.reshard()
@@ -100,7 +102,10 @@ def _dealt(core: Any) -> list[Any]:
 def _deal(
     root: Any, backbone: Backbone, workers: Workers, ignored: set[nn.Parameter] | None = None
 ) -> None:
-    """Deal out the decoder layers, if they are not yet, and behind them what else ``root`` has."""
+    """Deal out the decoder layers, if they are not yet, and behind them what else ``root`` has.
+
+    What is ``ignored`` of either stays whole.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -108,10 +113,11 @@ def _deal(
     core = backbone.model.model.language_model
     # What learns is in fp32 and computes in the precision of what is frozen.
     frozen = next(p.dtype for p in backbone.model.parameters() if not p.requires_grad)
-    how: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(frozen, torch.float32)}
+    precision = MixedPrecisionPolicy(frozen, torch.float32)
+    how: dict[str, Any] = {"mesh": mesh, "mp_policy": precision, "ignored_params": ignored}
     if not any(hasattr(layer, "unshard") for layer in core.layers):
         for layer in core.layers:
             fully_shard(layer, **how)
     if root is not None:
         # A root, so that one layer is fetched while the one before is run.
-        fully_shard(root, **how, ignored_params=ignored)
+        fully_shard(root, **how)

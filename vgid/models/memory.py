@@ -22,7 +22,7 @@ class DecoderSizes:
         width = getattr(text_config, "head_dim", None) or D // heads
         H, K = heads * width, text_config.num_key_value_heads * width
         F = text_config.intermediate_size
-        self.D, self.H, self.F = D, H, F
+        self.D, self.H, self.K, self.F = D, H, K, F
         self.layers: int = text_config.num_hidden_layers
         # Input and output width of a layer's linear maps: q, k, v, o, gate, up, down.
         self.maps = [(D, H), (D, K), (D, K), (H, D), (D, F), (D, F), (F, D)]
@@ -67,6 +67,12 @@ def adapter_bytes(text_config: Any, lora_rank: int) -> int:
     """Bytes of LoRA in training: weights, gradients and AdamW's two moments, all fp32."""
     s = DecoderSizes(text_config)
     return 16 * lora_rank * s.layers * sum(i + o for i, o in s.maps)
+
+
+def cache_bytes(text_config: Any, tokens: int) -> int:
+    """Bytes of the key-value cache of so many tokens, bf16."""
+    s = DecoderSizes(text_config)
+    return 2 * 2 * s.layers * s.K * tokens
 
 
 def device_bytes(device: torch.device) -> int | None:
