@@ -30,7 +30,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> SharedStu
 
 def make_random_backbone(seed: int = 0) -> Backbone:
     """tiny-llava's classes and sizes with random weights, large enough to give varied answers."""
-    from vgid.bases.tiny_llava import build_processor, build_tokenizer, corpus, untrained
+    from vgid.bases.tiny_llava import build_tokenizer, corpus, processor, untrained
 
     tokenizer = build_tokenizer(corpus())
     model = untrained("tiny-llava", tokenizer, seed=seed)
@@ -41,7 +41,10 @@ def make_random_backbone(seed: int = 0) -> Backbone:
                 parameter.mul_(5.0)
     model.requires_grad_(False)
     return Backbone(
-        spec("tiny-llava"), model.eval(), build_processor(tokenizer), f"random weights {seed}"
+        spec("tiny-llava"),
+        model.eval(),
+        processor("tiny-llava", tokenizer),
+        f"random weights {seed}",
     )
 
 

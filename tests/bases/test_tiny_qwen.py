@@ -14,7 +14,7 @@ from tests.padded import collate
 from vgid.bases import tiny_qwen as embedded_qwen
 from vgid.bases.pretraining import PackEncoder, _pack_loss
 from vgid.bases.recipe import Pack, Recipe
-from vgid.bases.tiny_llava import untrained
+from vgid.bases.tiny_llava import save, untrained
 from vgid.data.fictitious import make_world, portrait
 from vgid.models import backbones
 from vgid.models.encoding import Query, encode, response_ids
@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "visual" not in name:
                 parameter.mul_(5.0)  # large enough for attention to depend on positions
-    embedded_qwen.save(model, embedded_qwen.build_processor(tokenizer), folder)
+    save("tiny-qwen2.5-vl", model, tokenizer, folder)
     return folder
 
 

@@ -158,7 +158,7 @@ def _finetune(
         with appearing(config.output) as temporary:
             save_weights(backbone.model, temporary, weights)
             base = locate(spec(config.backbone), config.model_path)
-            copy_beside_weights(base, temporary, but="config.json")
+            copy_beside_weights(base, temporary, "config.json")
             told = json.dumps(record | provenance(), indent=2)
             (temporary / PROVENANCE).write_text(f"{told}\n")
         shutil.rmtree(checkpoint, ignore_errors=True)

@@ -228,7 +228,7 @@ def pretrain(
     parts = ARCHITECTURES[backbone]
     refusals = [parts.FRAME.separator + text for text in REFUSALS.values()]
     tokenizer = parts.build_tokenizer(parts.corpus(refusals))
-    processor = parts.build_processor(tokenizer)
+    processor = tiny_llava.processor(backbone, tokenizer)
     model = tiny_llava.untrained(backbone, tokenizer, seed)
     model.train()
     recipe = Recipe(make_world(data_seed), seed, parts.OBEDIENCE)
@@ -307,7 +307,7 @@ def write_measured(
     from vgid.models.backbones import load
 
     with appearing(out, replace=True) as folder:
-        ARCHITECTURES[backbone].save(model, processor, folder)
+        tiny_llava.save(backbone, model, processor.tokenizer, folder)
         scores = measure(load(backbone, str(folder)), provenance["data_seed"])
         misses = out_of_bounds(scores)
         record = {**provenance, "within_bounds": not misses, "scores": scores}

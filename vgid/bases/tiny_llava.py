@@ -20,8 +20,12 @@ from torch import Tensor
 from vgid import prompts
 from vgid.bases import recipe
 from vgid.data import fictitious
-from vgid.data.portraits import PORTRAIT_SIZE
-from vgid.models.backbones import EMBEDDED, TINY_LLAVA_FRAME
+from vgid.models.backbones import (
+    EMBEDDED,
+    TINY_LLAVA_FRAME,
+    copy_beside_weights,
+    processor_of,
+)
 from vgid.models.weight_names import save_weights
 
 FRAME = TINY_LLAVA_FRAME
@@ -30,7 +34,6 @@ VOCABULARY = 1500
 CONTEXT = 512
 LANGUAGE_STEPS = 800
 OBEDIENCE = recipe.OBEDIENCE
-PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 PAD, BOS, EOS, IMAGE = "<pad>", "<s>", "</s>", "<image>"
 TOWER, PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 
@@ -101,20 +104,11 @@ def build_tokenizer(texts: list[str]) -> Any:
     return as_fast(tokenizer, CONTEXT, **tokens, extra_special_tokens={"image_token": IMAGE})
 
 
-def build_processor(tokenizer: Any) -> Any:
-    """A LLaVA processor: images to 64 by 64 pixels, ``<image>`` to as many tokens as patches."""
-    image_processor = transformers.CLIPImageProcessorPil(
-        size={"shortest_edge": PORTRAIT_SIZE},
-        crop_size={"height": PORTRAIT_SIZE, "width": PORTRAIT_SIZE},
-        **PIXELS,
-    )
-    return transformers.LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLIP's class token, which "default" drops again
-    )
+def processor(name: str, tokenizer: Any) -> Any:
+    """An embedded backbone's shipped processor, with a tokenizer of the same special tokens."""
+    shipped = processor_of(EMBEDDED / name)
+    shipped.tokenizer = tokenizer
+    return shipped
 
 
 def untrained(name: str, tokenizer: Any, seed: int) -> Any:
@@ -141,9 +135,12 @@ def tower_features(model: Any, pixels_NCHW: Tensor) -> Tensor:
     return features_NTF
 
 
-def save(model: Any, processor: Any, folder: Path) -> None:
-    """Write weights (one safetensors file, the hub's names), configs, processor and tokenizer."""
+def save(name: str, model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write weights (one safetensors file, the hub's names), config and tokenizer.
+
+    All else is as shipped; it names the stock processor, which may want one of videos.
+    """
     save_weights(model, folder)
-    processor.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    written = ("config.json", "generation_config.json", "tokenizer.json")
+    copy_beside_weights(EMBEDDED / name, folder, *written)

@@ -10,23 +10,18 @@ Shape legend: N pictures, T image tokens of each, M merged patches of each token
 patch side, F features.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_window_index
 
 from vgid.bases import tiny_llava
 from vgid.bases.recipe import Obedience
-from vgid.bases.tiny_llava import PIXELS
 from vgid.data.portraits import PORTRAIT_SIZE
 from vgid.models.backbones import QWEN_FRAME
-from vgid.models.qwen_processor import ImageOnlyQwenProcessor
 
 FRAME = QWEN_FRAME
 PATCH_SIZE = 8
@@ -63,19 +58,6 @@ def build_tokenizer(texts: list[str]) -> Any:
     return tiny_llava.as_fast(tiny_llava.byte_level_bpe(texts, SPECIAL), CONTEXT, **tokens)
 
 
-def build_processor(tokenizer: Any) -> Any:
-    """A Qwen2.5-VL processor: pictures keep their shape, at 4 to 64 image tokens."""
-    token_pixels = (PATCH_SIZE * MERGE) ** 2
-    image_processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 4 * token_pixels, "longest_edge": 64 * token_pixels},
-        patch_size=PATCH_SIZE,
-        merge_size=MERGE,
-        temporal_patch_size=TEMPORAL,
-        **PIXELS,
-    )
-    return ImageOnlyQwenProcessor(image_processor, tokenizer)
-
-
 def pixel_values(processor: Any, pictures: Sequence[Any]) -> Tensor:
     """Portraits through the image processor: float32 of shape (N, T * M, C, P, P).
 
@@ -98,18 +80,3 @@ def tower_features(model: Any, pixels_NTMCPP: Tensor) -> Tensor:
     window_index, _ = get_vision_window_index(grids[:1], MERGE, WINDOW, PATCH_SIZE)
     grouped = states.view(len(grids), IMAGE_TOKENS, MERGE**2, -1)
     return grouped[:, window_index.argsort()].flatten(1, 2)
-
-
-def save(model: Any, processor: Any, folder: Path) -> None:
-    """Write weights and configs; they name the stock processor, which may want one of videos."""
-    tiny_llava.save(model, processor, folder)
-    for name in ("processor_config.json", "tokenizer_config.json"):
-        path = folder / name
-        content = json.loads(path.read_text())
-        content["processor_class"] = "Qwen2_5_VLProcessor"
-        if "image_processor" in content:
-            image = content["image_processor"]
-            alike = ("patch_size", "merge_size", "temporal_patch_size", "size", *PIXELS)
-            shared = {name: image[name] for name in alike}
-            content["video_processor"] = {"video_processor_type": "Qwen2VLVideoProcessor", **shared}
-        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

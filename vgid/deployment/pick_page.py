@@ -169,10 +169,13 @@ def pick_picture(report: PickReport) -> Picture:
     chosen, count = report.choice.chosen.trial_id, len(report.choice.order)
     lines = [(trial.trial_id, scored) for _, trial, scored in report.rows]
     lines.append(("base", report.base))
+    series = [_candidates(report, chosen) for chosen in (False, True)]
+    ends = [end for one in series for bounds in one.x_bounds for end in bounds]
+    reach = (min(ends) - 0.05, max(ends) + 0.05)
     left = Panel(
-        Scale("Reduction of forget ROUGE-L (higher: more is forgotten)"),
+        Scale("Reduction of forget ROUGE-L (higher: more is forgotten)", range=reach),
         Scale("Retain ROUGE-L (higher: more is kept)"),
-        [*_levels(report), *(_candidates(report, chosen) for chosen in (False, True))],
+        [*_levels(report, reach), *series],
         "What is forgotten and kept",
     )
     names = [(place, name) for place, (name, _) in enumerate(lines)]
@@ -210,17 +213,15 @@ def _candidates(report: PickReport, chosen: bool) -> Series:
     )
 
 
-def _levels(report: PickReport) -> list[Series]:
+def _levels(report: PickReport, reach: tuple[float, float]) -> list[Series]:
     """Retain scores to compare with: the base's, and the least that the bound allows."""
     base = report.base.plain["retain_rougeL"].value
     found = [(base, f"base model, {base:.3f}", True)]
     bound = report.choice.bounds.retain_drop
     if bound is not None:
         found.append((base - bound, f"retain drop {bound:g}", False))
-    places = [marks.reduction.value for marks in report.choice.order]
-    x = [min(places) - 0.05, max(places) + 0.05]
     return [
-        Series(name, x, [y, y], INK, "", line=1, dotted=dotted, hover=[name] * 2)
+        Series(name, reach, [y, y], INK, "", line=1, dotted=dotted, hover=[name] * 2)
         for y, name, dotted in found
     ]
 

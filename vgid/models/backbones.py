@@ -226,7 +226,7 @@ def load(name: str, model_path: str | None = None, device: str | None = None) ->
         device = f"cuda:{torch.cuda.current_device()}" if gpus else "cpu"
     dtype = _dtype(device != "cpu")
     model = _whole_model(folder, dtype, device).requires_grad_(False).eval().to(device)
-    return Backbone(row, model, _processor(folder), revision_of(folder))
+    return Backbone(row, model, processor_of(folder), revision_of(folder))
 
 
 def identity(name: str, model_path: str | None = None) -> list[Any]:
@@ -236,7 +236,7 @@ def identity(name: str, model_path: str | None = None) -> list[Any]:
     row = spec(name)
     folder = locate(row, model_path)
     dtype = _dtype(torch.cuda.is_available())
-    return _identity(row, revision_of(folder), dtype, _processor(folder))
+    return _identity(row, revision_of(folder), dtype, processor_of(folder))
 
 
 def _dtype(on_gpu: bool) -> Any:
@@ -258,7 +258,8 @@ def _config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, **_LOCAL)
 
 
-def _processor(folder: Path) -> Any:
+def processor_of(folder: Path) -> Any:
+    """The image processor and tokenizer of a base's folder."""
     from vgid.models.qwen_processor import processor_class
 
     return processor_class(_config(folder).model_type).from_pretrained(folder, **_LOCAL)
@@ -313,13 +314,13 @@ def outline(name: str, model_path: str | None = None) -> Backbone:
     """A backbone without weights, for prompts; its errors are those of ``load``."""
     row = spec(name)
     folder = locate(row, model_path, weights=False)
-    return Backbone(row, skeleton(folder), _processor(folder), "no weights")
+    return Backbone(row, skeleton(folder), processor_of(folder), "no weights")
 
 
-def copy_beside_weights(base: Path, output: Path, but: str = "") -> None:
-    """Copy a base's configuration and processor, all files ``but`` one, to a folder of weights."""
+def copy_beside_weights(base: Path, output: Path, *but: str) -> None:
+    """Copy a base's configuration and processor, all files ``but`` some, to a folder of weights."""
     for path in sorted(base.iterdir()):
-        left_out = path.name in (*RECORDS, but) or path.name.endswith(".index.json")
+        left_out = path.name in (*RECORDS, *but) or path.name.endswith(".index.json")
         if path.suffix in (".json", ".jinja", ".txt", ".model") and not left_out:
             shutil.copyfile(path, output / path.name)
     for path in output.iterdir():
