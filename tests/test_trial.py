@@ -239,9 +239,9 @@ def test_scores_under_an_intervention_and_the_reverse_prompt(
     session, request_config, result, adapters
 ):
     def plainly(**how):
-        exam = prepare(
-            session.backbone, session.people, request_config, "search", request_config.seed, **how
-        )
+        people = replace(session.people, celebrities=())
+        whom = (session.backbone, people, request_config, "search", request_config.seed)
+        exam = prepare(*whom, **how)
         return evaluate(session.backbone, exam, request_config).scores
 
     base = session.base_scores("search")

@@ -341,7 +341,9 @@ def test_celebrities_are_asked_everything_without_few_shot_turns(random_backbone
     celebrity = make_person(110, "Retain_Set")
     backbone = benchmark_backbone(random_backbone, LLAVA_FRAME)
     few = replace(people, forget=people.forget[:1], test=(), retain_seen=(), retain_unseen=())
-    examination = prepare(backbone, few, REQUEST, "search", seed=0, celebrities=(celebrity,))
+    examination = prepare(
+        backbone, replace(few, celebrities=(celebrity,)), REQUEST, "search", seed=0
+    )
     asked = [i for i in examination.items if i.split == "celebrity"]
     assert tuple(item.question for item in asked) == celebrity.questions
     assert all(item.encoded.shots == 0 and item.shots is None for item in asked)

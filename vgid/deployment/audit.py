@@ -3,14 +3,14 @@
 Read are ``deployments/*.yaml`` of studies and ``deployment.yaml`` of exports below some folders.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from vgid.config import Config
+from vgid.config import PSEUDONYM, Config
 from vgid.deployment import record
 from vgid.deployment.record import Deployment
 from vgid.errors import InputError
@@ -72,13 +72,11 @@ def report(subject: str, folders: Iterable[Path]) -> SubjectReport:
 
     InputError where it is no pseudonym, a folder is not there, or none holds a deployment.
     """
-    try:
-        TypeAdapter(record.Pseudonym).validate_python(subject)
-    except ValidationError:
+    if not re.fullmatch(PSEUDONYM, subject):
         raise InputError(
             "--subject: is no pseudonym (letters, digits, '.', '_' and '-'); give the ID that the "
             "benchmark has, never a name."
-        ) from None
+        )
     found: dict[str, tuple[Path, Deployment]] = {}
     damaged = []
     for file in _files(folders):

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from vgid.config import Config
-from vgid.data.benchmark import Benchmark, Person, Question, decode_image, split_questions
+from vgid.data.benchmark import Benchmark, Person, Question, decode_image
 from vgid.data.splits import choose_people
 from vgid.deployment import record
 from vgid.deployment.record import Deployment
@@ -37,9 +37,10 @@ from vgid.deployment.scores import as_recorded, score_with_seeds
 from vgid.deployment.signing import differences, manifest_fault, signature_fault
 from vgid.errors import InputError
 from vgid.evaluation.metrics import bootstrap_interval, rouge
+from vgid.evaluation.questions import suffix, worded
 from vgid.models.adapter_files import read_adapter
 from vgid.models.backbones import locate, revision_of, skeleton, spec
-from vgid.prompts import Wording, generation_text
+from vgid.prompts import generation_text
 from vgid.report.tables import Grid
 from vgid.results import Score
 from vgid.study.mlflow_client import first_line
@@ -378,18 +379,12 @@ def open_questions(deployment: Deployment, benchmark: Benchmark) -> list[Asked]:
     splits = {"forget": people.forget, "earlier": people.earlier, "retain": people.retain}
     asked = []
     for split, person in ((name, person) for name in splits for person in splits[name]):
-        for question in split_questions(person, deployment.scores.part, request.seed):
-            if question.task != "generation":
-                continue
-            image = question.form == "image"
-            score = f"{split}_rougeL{'' if image else '_text'}"
-            wordings: dict[str, Wording] = {score: "wrapped"}
-            if image and f"{score}_raw" in deployment.scores.deployed:
-                wordings[f"{score}_raw"] = "raw"
-            for name, wording in wordings.items():
+        for question, wording in worded(person, split, deployment.scores.part, request.seed):
+            score = f"{split}_rougeL{suffix(question, wording)}"
+            if question.task == "generation" and score in deployment.scores.deployed:
                 text = generation_text(question.text, question.form, wording)
-                parts = [_portrait(person)] if image else []
-                asked.append(Asked(name, question, [*parts, {"type": "text", "text": text}]))
+                parts = [_portrait(person)] if question.form == "image" else []
+                asked.append(Asked(score, question, [*parts, {"type": "text", "text": text}]))
     return asked
 
 

@@ -17,7 +17,7 @@ is in the training pool) and ``celebrity``. Metrics:
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -27,7 +27,7 @@ from vgid.config import RequestConfig
 from vgid.data.benchmark import Question
 from vgid.data.splits import People
 from vgid.evaluation import metrics
-from vgid.evaluation.questions import Examination, ExamItem, prepare
+from vgid.evaluation.questions import Examination, ExamItem, prepare, suffix
 from vgid.files import write_atomically
 from vgid.method.sharding import make_whole
 from vgid.method.teacher import PLAIN, Intervention
@@ -138,7 +138,7 @@ def _answered(
     for i, (item, text) in enumerate(zip(items, responses, strict=True)):
         q = item.question
         said = Response(q.id, item.split, item.wording, q.text, q.answer, text)
-        where = item.place, item.split, item.suffix, q.task, q.person_id
+        where = item.place, item.split, suffix(q, item.wording), q.task, q.person_id
         marks = dict(_marks(q, text)), item.shots, memorised.get(i)
         answered.append(_Answered(*where, *marks, said if request.log_responses else None))
     return answered
@@ -264,9 +264,11 @@ class Scorer:
         key = (part, seed, how, reverse)
         examination = self._examinations.get(key)
         if examination is None:
-            # General utility: nothing is chosen by it, and no attack is on it.
-            celebrities = () if part == "search" or reverse else self.people.celebrities
-            whom = (self.backbone, self.people, self.request, part, seed, celebrities)
+            people = self.people
+            if part == "search" or reverse:
+                # General utility: nothing is chosen by it, and no attack is on it.
+                people = replace(people, celebrities=())
+            whom = (self.backbone, people, self.request, part, seed)
             examination = prepare(*whom, how, reverse, workers=self.workers)
         # Perturbed images are as large as all others together, and seldom wanted twice.
         if how.noise_type is None:

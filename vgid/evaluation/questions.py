@@ -44,13 +44,6 @@ class ExamItem:
     wording: Wording = "wrapped"  # raw ones are in the turn that answers are taught in
     place: int = 0  # of the person among all who are asked, by any worker
 
-    @property
-    def suffix(self) -> str:
-        """What stands behind the names of its scores: ``_text``, ``_raw`` or nothing."""
-        if self.question.form == "text":
-            return "_text"
-        return "_raw" if self.wording == "raw" else ""
-
 
 @dataclass(frozen=True)
 class Examination:
@@ -67,7 +60,6 @@ def prepare(
     request: RequestConfig,
     part: QuestionPart,
     seed: int,
-    celebrities: Sequence[Person] = (),
     intervention: Intervention = PLAIN,
     reverse: bool = False,
     refused: list[SampleError] | None = None,
@@ -76,7 +68,7 @@ def prepare(
     """Choose, frame and tokenise the questions of an evaluation.
 
     The request's seed splits every person's questions into parts, of which ``part`` is asked;
-    ``seed`` chooses few-shot people, poses and resamples. ``celebrities`` are asked everything,
+    ``seed`` chooses few-shot people, poses and resamples. Celebrities are asked everything,
     without few-shot turns. ``reverse`` appends the reverse-engineering prompt (paper Appendix
     A.3.7). Of several ``workers`` each prepares its share of the people. Questions that the
     backbone cannot be asked go to ``refused``, if given. Otherwise they, too few few-shot people or
@@ -84,16 +76,16 @@ def prepare(
     """
     few_shot, shots = _few_shot(backbone, people, request, seed)
     names = ("forget", "test", "earlier", "retain_seen", "retain_unseen")
-    splits = {name: getattr(people, name) for name in names} | {"celebrity": celebrities}
+    splits = {name: getattr(people, name) for name in names} | {"celebrity": people.celebrities}
     items = []
     asked = [(split, person) for split, members in splits.items() for person in members]
     # By whole people, whose questions share their portraits.
     for place, (split, person) in workers.mine(list(enumerate(asked))):
         turns = {} if split == "celebrity" else shots
-        worded = _worded(person, split, part, request.seed)
-        queries = _queries(backbone, person, worded, turns, seed, reverse)
+        asked_of = worded(person, split, part, request.seed)
+        queries = _queries(backbone, person, asked_of, turns, seed, reverse)
         seen = intervene(backbone, queries, intervention)
-        for (question, wording), query in zip(worded, seen, strict=True):
+        for (question, wording), query in zip(asked_of, seen, strict=True):
             try:
                 item = _item(backbone, split, question, wording, query)
                 items.append(replace(item, place=place))
@@ -102,6 +94,13 @@ def prepare(
                     raise
                 refused.append(error)
     return Examination(tuple(items), few_shot, seed)
+
+
+def suffix(question: Question, wording: Wording) -> str:
+    """What stands behind the names of a question's scores: ``_text``, ``_raw`` or nothing."""
+    if question.form == "text":
+        return "_text"
+    return "_raw" if wording == "raw" else ""
 
 
 def _ranked(backbone: Backbone, task: Task) -> bool:
@@ -149,7 +148,7 @@ def _queries(
     return queries
 
 
-def _worded(person: Person, split: str, part: QuestionPart, seed: int) -> Worded:
+def worded(person: Person, split: str, part: QuestionPart, seed: int) -> Worded:
     """What a person is asked and how: open questions on an image as they stand too."""
     if split == "celebrity":
         return [(question, "wrapped") for question in person.questions]

@@ -66,11 +66,10 @@ class Rehearsal:
             split: tuple(p for p in members if _said(p, split) not in self._passed)
             for split, members in splits.items()
         }
-        asked = People(new["forget"], new["test"], (), new["retain_unseen"], (), people.few_shot)
+        groups = (new["forget"], new["test"], (), new["retain_unseen"], (), people.few_shot)
+        asked = People(*groups, celebrities=new["celebrity"])
         refused: list[SampleError] = []
-        everything: QuestionPart = "all"
-        whom = (self.backbone, asked, request, everything, request.seed, new["celebrity"])
-        prepare(*whom, reverse=True, refused=refused)
+        prepare(self.backbone, asked, request, "all", request.seed, reverse=True, refused=refused)
         failed = {error.sample for error in refused}
         for split, members in new.items():
             for person in members:

@@ -86,7 +86,7 @@ QWEN_FRAME = PromptFrame(
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """One backbone."""
+    """A row of ``BACKBONES``: where a base comes from, and how it is asked, adapted and scored."""
 
     name: str
     hub_id: str | None  # None for an embedded backbone
@@ -266,7 +266,10 @@ def processor_of(folder: Path) -> Any:
 
 
 def _whole_model(folder: Path, dtype: Any, device: str) -> Any:
-    """The model of a folder; transformers makes up what its files lack, with a report at most."""
+    """The model of a folder; ``InputError`` unless its files hold every weight, in its shape.
+
+    transformers itself fills in what is missing with random numbers, and at most logs that it did.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
@@ -311,7 +314,10 @@ def skeleton(folder: Path) -> Any:
 
 
 def outline(name: str, model_path: str | None = None) -> Backbone:
-    """A backbone without weights, for prompts; its errors are those of ``load``."""
+    """A backbone without weights, which frames and tokenises prompts but answers none.
+
+    Its errors are those of ``load``.
+    """
     row = spec(name)
     folder = locate(row, model_path, weights=False)
     return Backbone(row, skeleton(folder), processor_of(folder), "no weights")

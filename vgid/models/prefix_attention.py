@@ -40,7 +40,10 @@ class Segment:
 # With 7 questions of 10 tokens on a portrait of 576, every step of plain decoding reads 7 x 586
 # keys. Here it reads the 576 once, against the 7 queries as one matrix, and each one's own 10.
 def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
-    """The prompts' shared segments by level, disjoint in samples, and each sample's own tokens."""
+    """What prompts share, and each sample's own tokens, both as places in the packed row.
+
+    Segments come by level: no sample is in two of a level, and those of the next continue them.
+    """
     levels: list[list[Segment]] = []
     own: list[list[int]] = [[] for _ in packed.paths]
 
@@ -70,7 +73,11 @@ def part_paths(packed: Packed) -> tuple[list[list[Segment]], list[list[int]]]:
 
 
 class SharedPrompts:
-    """The prompts of samples that are decoded together, out of caches that this empties."""
+    """Keys and values of the prompts of samples that are decoded together, what is shared once.
+
+    They are taken out of the caches that running the packed prompts filled (``passes``), which are
+    empty then. ``room`` is the number of tokens that each sample may generate.
+    """
 
     def __init__(self, passes: Sequence[tuple[Packed, Any]], room: int) -> None:
         alike: dict[tuple[int, int, int], list[tuple[int, Segment]]] = {}
@@ -107,7 +114,10 @@ class SharedPrompts:
         self.cache = Cache(layers=own_layers)  # in the order of the passes' samples
 
     def keep(self, going: Sequence[int]) -> list[int]:
-        """Go on with these rows, ascending, and give their order: the last fill others' places."""
+        """Go on with these rows, which ascend; returned is the order in which they stand now.
+
+        The last ones fill the places of those that ended, so that few are copied.
+        """
         # Five rows of which 0, 2 and 4 go on become 0, 4, 2: one is copied, not two as in order.
         places = set(range(len(going)))
         last = [row for row in going if row >= len(going)]

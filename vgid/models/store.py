@@ -75,9 +75,9 @@ class ContentStore:
         """The tensors of ``key``, computed and stored if they are not there or their file is torn.
 
         They are contiguous, on the CPU, and share no memory. Of the processes that want an entry
-        one computes it; who does not ``wait`` for that has a ``filelock.Timeout``. A disk that
-        cannot be written is a ``DiskError`` and nothing is left behind; a ``key`` not of
-        ``key_of`` a ``ValueError``.
+        one computes it and the others wait; without ``wait`` they get a ``filelock.Timeout``, and
+        can do something else meanwhile. A disk that cannot be written is a ``DiskError``, and
+        nothing is left behind. A ``key`` that is not of ``key_of`` is a ``ValueError``.
         """
         from safetensors.torch import save
 
@@ -250,7 +250,7 @@ def _remove(entry: _Entry) -> None:
 
 
 def _clear_leftovers(root: Path, age_s: float = 0.0) -> None:
-    """Remove lock and temporary files of that age whose entry nobody is computing."""
+    """Remove lock and temporary files, at least ``age_s`` old, whose entry nobody is computing."""
     for path in _files(root):
         match = LEFTOVER.fullmatch(path.name)
         with contextlib.suppress(OSError, DiskError):
