@@ -38,7 +38,7 @@ def request_config(tmp_path_factory) -> RequestConfig:
     root = tmp_path_factory.mktemp("trial")
     write_benchmark(root / "data")
     backbone = make_random_backbone()
-    save(backbone.model, backbone.processor, root / "model")
+    save(backbone.spec.name, backbone.model, backbone.processor.tokenizer, root / "model")
     return RequestConfig(
         data=root / "data",
         store=root / "store",

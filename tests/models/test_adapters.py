@@ -130,7 +130,7 @@ def test_what_is_whole_is_taken_and_its_own_pattern_is_what_counts(
 def test_a_base_whose_weights_are_not_all_there_is_refused(tmp_path):
     backbone = make_random_backbone()
     folder = tmp_path / "base"
-    save(backbone.model, backbone.processor, folder)
+    save(backbone.spec.name, backbone.model, backbone.processor.tokenizer, folder)
     shapes = {n: m.weight.shape for n, m in backbone.model.named_modules() if n.endswith("_proj")}
     model = skeleton(folder)
     assert {n: m.weight.shape for n, m in model.named_modules() if n.endswith("_proj")} == shapes

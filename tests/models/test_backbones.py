@@ -13,7 +13,7 @@ from vgid.models.backbones import BACKBONES, load, locate, revision_of, spec
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     backbone = make_random_backbone()
-    save(backbone.model, backbone.processor, folder)
+    save(backbone.spec.name, backbone.model, backbone.processor.tokenizer, folder)
     return folder
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.benchmarks.architectures import random_backbone
 from tests.hub_index import INDEX
 from vgid.bases.pretraining import ARCHITECTURES
-from vgid.bases.tiny_llava import untrained
+from vgid.bases.tiny_llava import save, untrained
 from vgid.deployment.export import INDEX as INDEX_FILE
 from vgid.deployment.export import merge
 from vgid.errors import InputError
@@ -63,7 +63,7 @@ def test_an_embedded_backbone_is_saved_under_the_hubs_names(name: str, tmp_path:
     backbone = load(name, device="cpu")
     before = {key: weight.clone() for key, weight in backbone.model.state_dict().items()}
     parts = ARCHITECTURES[name]
-    parts.save(backbone.model, backbone.processor, tmp_path / "read")
+    save(name, backbone.model, backbone.processor.tokenizer, tmp_path / "read")
     parts.save(
         untrained(name, backbone.processor.tokenizer, seed=0),
         backbone.processor,
@@ -104,7 +104,7 @@ def shard(folder: Path, names: dict[str, str]) -> None:
 def test_merged_weights_have_the_hubs_names_whichever_the_base_has(name, tmp_path: Path) -> None:
     backbone = load(name, device="cpu")
     saved = tmp_path / "saved"
-    ARCHITECTURES[name].save(backbone.model, backbone.processor, saved)
+    save(name, backbone.model, backbone.processor.tokenizer, saved)
     changed = "model.language_model.layers.1.mlp.down_proj"
     adapter = an_adapter(tmp_path, backbone.model, changed)
     merged = []
