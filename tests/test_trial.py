@@ -63,6 +63,10 @@ def result(session, adapters) -> TrialResult:
     return session.run(TRIAL, "0000", adapters / "0000")
 
 
+def replaced(request: RequestConfig, **fields: object) -> RequestConfig:
+    return request.model_copy(update=fields)
+
+
 def same_adapter(a: Path, b: Path) -> bool:
     left, right = (load_file(p / "adapter_model.safetensors") for p in (a, b))
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
@@ -82,6 +86,30 @@ def test_a_completed_trial_has_scores_times_and_a_peft_adapter(session, result, 
     names = load_file(adapters / "0000" / "adapter_model.safetensors").keys()
     assert names and all("language_model" in name for name in names)
     assert sorted(p.name for p in adapters.iterdir()) == ["0000"]
+
+
+def test_a_trial_tells_by_how_much_it_misses_what_is_required(session, result, tmp_path):
+    bounds = ("retain_rougeL>=2*base", "forget_rougeL<=1", "forget_rougeL_reduction>=0.9")
+    request, session.request = session.request, replaced(session.request, require=bounds)
+    try:
+        asked = session.run(TRIAL, "0000", tmp_path / "0000")
+        session.request = replaced(request, require=("forget_rouge<=1",))
+        with pytest.raises(
+            InputError, match=r"--require: .* no score is called forget_rouge; there"
+        ):
+            session.run(TRIAL, "0001", tmp_path / "0001")
+    finally:
+        session.request = request
+    assert not (tmp_path / "0001").exists()
+    base = session.base_scores("search")["retain_rougeL"].value
+    own = asked.metrics
+    assert asked.missed == {
+        "retain_rougeL>=2*base": 2 * base - own["retain_rougeL"],
+        "forget_rougeL<=1": own["forget_rougeL"] - 1,
+        "forget_rougeL_reduction>=0.9": 0.9 - own["forget_rougeL_reduction"],
+    }
+    assert asked.scores == result.scores
+    assert result.missed == {}
 
 
 def test_a_trial_in_a_used_session_equals_one_in_a_fresh_session(

@@ -25,6 +25,7 @@ from vgid.credentials import without_credentials
 from vgid.errors import InputError
 from vgid.files import ReadFolder, StudyFolder, UsablePath, WrittenFolder
 from vgid.prompts import PromptStyle, Task
+from vgid.requirement import Requirement
 
 NoiseType = Literal["random", "gaussian", "white"]
 # Beyond two pixel ranges, clipped Gaussian noise is black-and-white noise and changes no more.
@@ -134,6 +135,7 @@ GpusPerWorker = Annotated[
     Field(ge=0, description="GPUs of each worker, or a share of one, such as 0.25"),
     AfterValidator(whole_above_one),
 ]
+Required = Annotated[str, AfterValidator(lambda text: str(Requirement.read(text)))]
 C = TypeVar("C", bound="Config")
 
 _DISTILLING: tuple[Method, ...] = ("vgid", "icu_t", "noise_t")
@@ -201,6 +203,11 @@ class Asked(Config):
     log_responses: bool = Field(
         False, description="keep questions and responses, personal data, beside the adapters"
     )
+    require: Annotated[tuple[Required, ...], Flag("BOUND")] = Field(
+        (),
+        description="bounds that trials on the front keep, on the search questions, such as "
+        "'retain_rougeL>=0.97*base' and 'forget_cloze<=0.3'",
+    )
 
 
 class RequestConfig(Asked):
@@ -223,7 +230,7 @@ class RequestConfig(Asked):
         """The fields that results depend on: part of the name of kept scores."""
         # Not where data and weights lie: what they hold is named by hashes.
         places = {"data", "store", "store_limit_gb", "model_path", "deployed_adapter"}
-        return self.model_dump(mode="json", exclude=places | {"log_responses"})
+        return self.model_dump(mode="json", exclude=places | {"log_responses", "require"})
 
 
 class TrialConfig(Config):

@@ -90,6 +90,8 @@ class TrialResult(Config):
     scores: dict[str, Score] = Field(default_factory=dict)  # all, if completed and evaluated
     # The same as plain numbers, with ``forget_rougeL_reduction`` and training losses.
     metrics: dict[str, float] = Field(default_factory=dict)
+    # By how much each bound of ``--require`` is missed; 0 or less where it is kept.
+    missed: dict[str, float] = Field(default_factory=dict)
     # Wall time by phase: load, teacher, train, evaluate, save.
     seconds: dict[str, float] = Field(default_factory=dict)
     # What was spared and what was computed: ``teacher_hits`` and ``teacher_misses`` by training

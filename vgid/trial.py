@@ -8,7 +8,7 @@ teacher store, the examination.
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from vgid.config import RequestConfig, TrialConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people
-from vgid.errors import LossNotFiniteError
+from vgid.errors import InputError, LossNotFiniteError
 from vgid.evaluation.evaluate import Evaluation, Scorer
 from vgid.evaluation.rehearsal import missing_objectives, without_unfit
 from vgid.files import write_atomically
@@ -27,10 +27,12 @@ from vgid.method.workers import Workers
 from vgid.models import adapters as adapter
 from vgid.models.backbones import load
 from vgid.models.store import ContentStore
+from vgid.requirement import Requirement, unknown
 from vgid.results import EpochReport, QuestionPart, Score, TrialResult
 
 # By how much an adapter is below the base, and in which score.
-DIFFERENCES = {"forget_rougeL_reduction": "forget_rougeL", "retain_rougeL_drop": "retain_rougeL"}
+GONE = "forget_rougeL_reduction"
+DIFFERENCES = {GONE: "forget_rougeL", "retain_rougeL_drop": "retain_rougeL"}
 RISE = "forget_rougeL_rise"  # by how much the reverse prompt raises forget ROUGE-L
 OnEpoch = Callable[[EpochReport], bool]  # called after each epoch; False stops the trial early
 
@@ -104,6 +106,9 @@ class TrialSession:
         # First: who cannot score the base, for want of memory, is to hear it before the training.
         with _timed(seconds, "load"):
             base = self.base_scores("search") if evaluate else {}
+        required = [Requirement.read(text) for text in self.request.require]
+        if evaluate and (problem := unknown(required, {*base, GONE}, base)) is not None:
+            raise InputError(f"--require: {problem}")
         with _timed(seconds, "teacher"):
             epochs, retained = self.preparation.training(trial, trial_id, checkpoint_dir)
         metrics: dict[str, float] = {}
@@ -131,7 +136,9 @@ class TrialSession:
             store=self._store_use(before),
             adapter=adapter_dir,
         )
-        return trained if scored is None else _with_scores(trained, base, scored)
+        if scored is None:
+            return trained
+        return _with_scores(trained, base, scored, required)
 
     def base_scores(self, part: QuestionPart, seed: int | None = None) -> dict[str, Score]:
         """Scores of the base itself, see ``scores_under``."""
@@ -208,17 +215,22 @@ def run_trial(
 
 
 def _with_scores(
-    trained: TrialResult, base: Mapping[str, Score], evaluation: Evaluation
+    trained: TrialResult,
+    base: Mapping[str, Score],
+    evaluation: Evaluation,
+    required: Iterable[Requirement],
 ) -> TrialResult:
-    """A trained trial's result with its scores, and what the base had more of forget ROUGE-L."""
+    """A trained trial's result with its scores, what the base had more, and what it misses."""
     metrics = {name: score.value for name, score in evaluation.scores.items()}
     # Section 4.3: the x axis of Figure 4, whose y axis is retain ROUGE-L. A study searches this
     # plane.
-    gone = base["forget_rougeL"].value - metrics["forget_rougeL"]
+    before = {name: score.value for name, score in base.items()}
+    metrics[GONE] = before["forget_rougeL"] - metrics["forget_rougeL"]
     return trained.model_copy(
         update={
             "scores": evaluation.scores,
-            "metrics": {**metrics, "forget_rougeL_reduction": gone, **trained.metrics},
+            "metrics": {**metrics, **trained.metrics},
+            "missed": {str(each): each.missed_by(metrics, before) for each in required},
             "few_shot": {str(task): ids for task, ids in evaluation.few_shot.items()},
             "option_scoring": evaluation.option_scoring,
         }

@@ -89,6 +89,18 @@ def test_a_base_that_may_never_have_known_is_said_in_every_picture(front):
     )
 
 
+def test_trials_out_of_bounds_are_told_apart_and_say_what_they_miss(front, tmp_path):
+    outside = front.records[1]
+    outside.result.missed.update({"forget_cloze<=0.2": 0.05, "retain_rougeL>=0.7": -0.1})
+    drawn = traces(front)
+    assert "trial, white image" not in drawn
+    assert drawn["trial out of bounds"]["x"] == [0.5]
+    assert "misses forget_cloze<=0.2 by 0.050" in str(drawn["trial out of bounds"]["hovertext"])
+    assert "retain_rougeL>=0.7" not in str(drawn)
+    assert "1 out of bounds" in front.caption
+    write_png(tmp_path / "front.png", front)
+
+
 def test_hovering_shows_the_configuration(front):
     (text,) = traces(front)["trial, Gaussian noise"]["hovertext"]
     for part in ("trial 0004", "σ0.5", "polite", "lr 1e-3", "rank 8", "0.400", "0.850"):

@@ -166,6 +166,19 @@ def test_a_trial_that_ends_adds_its_row_and_the_last_write_orders_them(tmp_path,
     assert path.read_bytes() == (tmp_path / "at_once.csv").read_bytes()
 
 
+def test_bounds_that_a_trial_misses_have_a_column_where_there_are_any(tmp_path):
+    asked = [record(f"{number:04d}", tmp_path) for number in range(2)]
+    for one, by in zip(asked, (-0.1, 0.25), strict=True):
+        one.result.missed["forget_cloze<=0.3"] = by
+    table = TrialsTable(tmp_path / "trials.csv")
+    table.write([record("0002", tmp_path)])
+    assert "misses" not in read(tmp_path / "trials.csv")[0]
+    assert not table.holds(asked[0])
+    table.write(asked)
+    rows = read(tmp_path / "trials.csv")
+    assert [row["misses"] for row in rows] == ["", "forget_cloze<=0.3 by 0.250"]
+
+
 def test_a_row_that_does_not_fit_on_the_disk_is_one_sentence_and_no_half_line(tmp_path):
     path = tmp_path / "trials.csv"
     table = TrialsTable(path)

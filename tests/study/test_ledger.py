@@ -215,6 +215,7 @@ def test_an_unwritable_output_is_one_sentence(tmp_path):
         ({"forget_ratio": 10}, "forget-ratio 5"),
         ({"retain_people": 4}, "retain-people"),
         ({"train_pairs": "all"}, "train-pairs unheld"),
+        ({"require": ("forget_cloze<=0.3",)}, "require"),
     ],
 )
 def test_resume_refuses_another_study(tmp_path, change, word):

@@ -9,7 +9,7 @@ from vgid.pareto import front_mask, hypervolume
 from vgid.results import OBJECTIVES, Score, TrialResult
 from vgid.study.console import Standing
 from vgid.study.ledger import Header, Ledger, trial_id
-from vgid.study.outcome import Scoreboard, said_of_growth
+from vgid.study.outcome import Scoreboard, said_of_growth, shortfall
 
 STATUSES = ("completed", "pruned", "failed", "lost")
 NOWHERE = (float("nan"), float("nan"))
@@ -134,6 +134,26 @@ def test_a_front_is_flat_once_so_many_trials_have_added_next_to_nothing(ledger):
     assert not board.is_flat(None)
     scored(ledger, board, "0005", 0.9)
     assert not board.is_flat(1)
+
+
+def test_a_trial_out_of_bounds_is_not_on_the_front(ledger):
+    board = Scoreboard(ledger)
+    board.base["search"] = {"retain_rougeL": Score(value=1.0, n=1, low=1.0, high=1.0)}
+    for name, reduction, missed in (("0000", 0.9, 0.1), ("0001", 0.5, 0.0), ("0002", 0.4, -0.2)):
+        ledger.start(name, TrialConfig())
+        metrics = dict.fromkeys(OBJECTIVES, 0.9) | {OBJECTIVES[0]: reduction}
+        bound = {"forget_cloze<=0.3": missed}
+        board.add(
+            ledger.end(
+                name, TrialResult(trial_id=name, status="completed", metrics=metrics, missed=bound)
+            )
+        )
+    for shown in (board, Scoreboard(ledger)):
+        assert [trial.result.trial_id for trial in shown.front()] == ["0001"]
+    assert board.hypervolume == hypervolume([(0.5, 0.9)], (0.0, 0.5))
+    assert shortfall(board.trials(), None, {}) is None
+    nearest = shortfall(board.trials()[:1], None, {})
+    assert "the nearest, 0000, misses forget_cloze<=0.3 by 0.100" in nearest
 
 
 def test_a_sentence_says_whether_more_trials_are_worth_it():

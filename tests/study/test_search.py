@@ -14,7 +14,7 @@ from vgid.cluster.mailbox import Job
 from vgid.cluster.tune import JOB, SlotTrial
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.results import TrialResult
+from vgid.results import OBJECTIVES, TrialResult
 from vgid.study.ledger import Header, Ledger, now
 from vgid.study.search import ParetoSearch, make_sampler, open_journal
 from vgid.study.search_space import SearchSpace
@@ -354,6 +354,20 @@ def test_out_of_time_asks_for_nothing_new_and_leaves_no_running_trial(ledger, sp
     assert searcher.suggest("late") == Searcher.FINISHED
     searcher.close()
     assert [t.state for t in stored(ledger)] == [TrialState.COMPLETE] * 2
+
+
+def test_optuna_knows_by_how_much_a_trial_misses_a_bound_and_a_resumed_one_too(ledger, space):
+    searcher = search(ledger, space, trials=2)
+    missed = {"forget_cloze<=0.3": 0.25}
+    job = Job.model_validate_json(searcher.suggest("t0")[JOB])
+    metrics = dict.fromkeys(OBJECTIVES, 0.5)
+    result = TrialResult(trial_id=job.id, status="completed", metrics=metrics, missed=missed)
+    searcher.on_trial_complete("t0")
+    searcher.tell(ledger.end(job.id, result))
+    searcher.close()
+    assert stored(ledger)[0].constraints == missed
+    search(ledger, space, trials=2).close()
+    assert stored(ledger)[0].constraints == missed
 
 
 def test_every_trial_has_the_studys_seed(ledger, space):

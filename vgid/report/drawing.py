@@ -27,6 +27,7 @@ MARKERS = {
     "triangle-right": ">",
     "diamond": "D",
     "star": "*",
+    "cross": "X",
 }
 """The kinds of marks, as plotly and as matplotlib call them; an open one is a ring."""
 

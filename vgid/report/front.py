@@ -18,7 +18,7 @@ from vgid.evaluation.suppression import doubt
 from vgid.files import write_atomically
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
 from vgid.report.page import rendered, write_page
-from vgid.report.records import NOISE_LABELS, TrialRecord, describe, run_name
+from vgid.report.records import NOISE_LABELS, TrialRecord, describe, misses_of, run_name
 from vgid.results import OBJECTIVES, Score
 
 X_LABEL = "Reduction of forget-set ROUGE-L  (higher: more is forgotten)"
@@ -73,6 +73,8 @@ class Front:
         """How many trials are on the front, and how many have no place in the picture."""
         missing = len(self.records) - len(self.drawn)
         rest = f", {missing} not completed" if missing else ""
+        infeasible = sum(not record.feasible for record in self.drawn)
+        rest += f", {infeasible} out of bounds" if infeasible else ""
         unsure = "" if self.doubt is None else "; the base may never have known these people"
         return f"{len(self.front)} on the front{rest}{unsure}"
 
@@ -125,8 +127,10 @@ def page_picture(front: Front) -> Picture:
 
 
 def _trials(front: Front) -> list[Series]:
-    others = [record for record in front.drawn if not record.on_front]
+    others = [record for record in front.drawn if not record.on_front and record.feasible]
     found = []
+    if outside := [record for record in front.drawn if not record.feasible]:
+        found.append(_of("trial out of bounds", outside, TRIAL, mark="cross", opacity=0.85))
     for noise, mark in MARKS.items():
         if shown := [record for record in others if _noise(record) == noise]:
             label = "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"
@@ -217,4 +221,6 @@ def _score_lines(record: TrialRecord) -> list[str]:
         "test_rougeL": "test ROUGE-L",
         "forget_cloze": "forget cloze",
     }
-    return [f"{label} {metrics[key]:.3f}" for key, label in labels.items() if key in metrics]
+    lines = [f"{label} {metrics[key]:.3f}" for key, label in labels.items() if key in metrics]
+    misses = misses_of(record.result)
+    return [*lines, f"misses {misses}"] if misses else lines

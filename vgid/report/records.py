@@ -9,7 +9,7 @@ back. Nothing here is a name, a question or an answer.
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,11 @@ def describe(config: TrialConfig) -> str:
     return " · ".join([*parts, f"lr {mantissa.removesuffix('.0')}e{int(exponent)}"])
 
 
+def misses_of(result: TrialResult) -> str:
+    """The study's bounds that a trial misses, in words; empty if none."""
+    return ", ".join(f"{bound} by {by:.3f}" for bound, by in result.missed.items() if by > 0)
+
+
 def run_name(config: TrialConfig, trial_id: str) -> str:
     """What the tracking server calls a trial's run: which trial, and what it is."""
     return f"{trial_id} · {describe(config)}"
@@ -80,6 +85,11 @@ class TrialRecord:
     result: TrialResult
     on_front: bool = False
     held_out: Mapping[str, Score] | None = None
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it keeps the study's bounds, without which it has no place on the front."""
+        return all(by <= 0 for by in self.result.missed.values())
 
     @property
     def point(self) -> tuple[float, float] | None:
@@ -169,11 +179,21 @@ def _main_first(names: Iterable[str]) -> list[str]:
     return leading + sorted(found - set(leading))
 
 
-def _columns(records: Iterable[TrialRecord]) -> list[str]:
+def _columns(records: Collection[TrialRecord]) -> list[str]:
     found = {name for record in records for name in record.result.metrics}
     # The last epoch's learning rate is a metric too; its column is the configured one's.
     metrics = _main_first(found.union(MAIN_METRICS).difference(TRIAL_FIELDS))
-    return ["trial_id", "status", *TRIAL_FIELDS, *metrics, "on_front", "seconds", "adapter"]
+    misses = ["misses"] if any(record.result.missed for record in records) else []
+    return [
+        "trial_id",
+        "status",
+        *TRIAL_FIELDS,
+        *metrics,
+        *misses,
+        "on_front",
+        "seconds",
+        "adapter",
+    ]
 
 
 def _cells(record: TrialRecord, columns: Sequence[str], folder: Path) -> list[Any]:
@@ -188,6 +208,7 @@ def _cells(record: TrialRecord, columns: Sequence[str], folder: Path) -> list[An
         **config.used,
         "trial_id": result.trial_id,
         "status": result.status,
+        "misses": misses_of(result),
         "on_front": record.on_front,
         "seconds": sum(result.seconds.values()),
         "adapter": adapter,

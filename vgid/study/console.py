@@ -24,7 +24,7 @@ from rich.text import Text
 
 from vgid.command_line import duration
 from vgid.evaluation.suppression import doubt
-from vgid.report.records import TrialRecord, describe
+from vgid.report.records import TrialRecord, describe, misses_of
 from vgid.report.tables import Grid
 from vgid.results import OBJECTIVES, EpochReport, QuestionPart, Score, TrialResult, trial_order
 
@@ -142,6 +142,8 @@ class StudyConsole:
         if result.status == "completed":
             reduction, retain = (result.metrics.get(name, float("nan")) for name in OBJECTIVES)
             line += f": forget reduction {reduction:.3f}, retain {retain:.3f}"
+            if misses := misses_of(result):
+                line += f", misses {misses}"
         elif result.error is not None:
             line += f": {result.error}"
         self.say(line if self._live else f"{line} | {self._summary()}")

@@ -37,6 +37,7 @@ MUST_AGREE = (
     "retain_people",
     "train_pairs",
     "skip_defects",
+    "require",
     "workers_per_trial",
     "tracking_uri",
 )

@@ -12,7 +12,7 @@ import numpy as np
 from vgid.models.store import info
 from vgid.pareto import FLAT, flat_since, front_mask, hypervolume
 from vgid.provenance import provenance
-from vgid.report.records import TrialRecord
+from vgid.report.records import TrialRecord, misses_of
 from vgid.results import QuestionPart, Score, TrialResult, TrialStatus, Verbatim, trial_order
 from vgid.study.console import Standing
 from vgid.study.ending import Ending
@@ -53,7 +53,7 @@ class Scoreboard:
     def add(self, record: Record) -> TrialRecord:
         """Take in a trial that has ended, once; returns it as it stands now."""
         trial = self._trial(record)
-        if trial.point is not None:
+        if trial.point is not None and trial.feasible:
             # What dominates it or is dominated by it is on the front, which stays small: no need to
             # look at all points.
             points = {**self._front, record.trial_id: trial.point}
@@ -253,6 +253,14 @@ def shortfall(
         return (
             f"No trial completed, {status['failed']} of {len(trials)} failed: {cause}; run them "
             "again with --resume --retry-failed once it is mended."
+        )
+    infeasible = [trial for trial in trials if not trial.feasible]
+    if infeasible and len(infeasible) == status["completed"]:
+        nearest = min(infeasible, key=lambda trial: max(trial.result.missed.values()))
+        return (
+            f"No trial keeps what --require asks; the nearest, {nearest.result.trial_id}, misses "
+            f"{misses_of(nearest.result)}. Ask for less in a new study, or go on with --resume and "
+            "more --trials."
         )
     if unscored:
         name, cause = next(iter(unscored.items()))

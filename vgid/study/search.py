@@ -107,6 +107,7 @@ def reconcile(
             params={name: getattr(record.config, name) for name in distributions},
             distributions=distributions,
             user_attrs=attributes,
+            constraints=missed_by(record),
         )
         trial.datetime_start = _local(record.started)
         trial.datetime_complete = None if record.ended is None else _local(record.ended)
@@ -204,6 +205,8 @@ class ParetoSearch(Live, Searcher):
 
     def tell(self, record: Record) -> None:
         """Tell Optuna how a trial ended, from its record in the ledger."""
+        from optuna.trial import Trial
+
         if self._next is not None:
             self._next.exception()  # waits: the proposal in the making must not see this result
         # A proposal that was refused has a number in Optuna and no trial here, so the two counts
@@ -215,6 +218,8 @@ class ParetoSearch(Live, Searcher):
         state, values, attributes = _standing(record)
         for name, value in attributes.items():
             storage.set_trial_user_attr(trial, name, value)
+        for bound, by in missed_by(record).items():
+            Trial(self._study, trial).set_constraint(bound, by)
         self._study.tell(number, values, state)
 
     def close(self) -> None:
@@ -271,6 +276,11 @@ def _standing(
     if result.error is not None:
         attributes["error"] = result.error
     return state if values is None else TrialState.COMPLETE, values, attributes
+
+
+def missed_by(record: Record) -> dict[str, float]:
+    """By how much an ended trial misses each of the study's bounds, which Optuna learns from."""
+    return {} if record.result is None else record.result.missed
 
 
 def _local(iso: str) -> datetime:
