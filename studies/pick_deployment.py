@@ -20,8 +20,15 @@ Example:
 """
 
 import sys
+from collections.abc import Sequence
 
-from vgid.cli import main
+from vgid import cli
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run ``vgid pick``."""
+    cli.main(["pick", *(sys.argv[1:] if arguments is None else arguments)])
+
 
 if __name__ == "__main__":
-    main(["pick", *sys.argv[1:]])
+    main()

@@ -58,8 +58,12 @@ def test_missing_folder_is_one_sentence(tmp_path: Path):
 
 
 def test_usage_errors_and_help():
-    assert vgid("data", "make", "x", "--seed", -1).returncode == 2
-    assert vgid("data", "weigh").returncode == 2
+    for wrong in (("make", "x", "--seed", -1), ("weigh",), ("check",), ("check", "x", "--sed", 1)):
+        done = vgid("data", *wrong)
+        assert done.returncode == 2
+        assert done.stderr.startswith("command line: ")
+        assert done.stderr.endswith("; see --help.\n") and done.stderr.count("\n") == 1
+    assert "check" in vgid("data").stderr  # without a command, the help
     listed = vgid("data", "--help")
     assert listed.returncode == 0
     assert "make" in listed.stdout and "check" in listed.stdout

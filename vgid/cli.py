@@ -47,11 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; bad input prints one sentence and exits with code 2, a signal 130."""
     try:
         with terminated_like_interrupted(), refusals_told():
-            app(arguments)
-    # 2, which click says too where a flag is wrong; 1 is for what was done and did not hold.
+            # By itself typer would answer a wrong flag with a box of four lines.
+            sys.exit(app(arguments, standalone_mode=False))
+    # 2 for bad input; 1 is for what was done and did not hold.
     except InputError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+    except typer.TyperException as error:
+        said = error.format_message().rstrip(".")
+        if said:
+            print(f"command line: {said}; see --help.", file=sys.stderr)
+        else:
+            error.show()  # of a group without a command: its help
+    sys.exit(2)
 
 
 @data_app.command("make")

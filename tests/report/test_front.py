@@ -95,7 +95,7 @@ def test_trials_out_of_bounds_are_told_apart_and_say_what_they_miss(front, tmp_p
     drawn = traces(front)
     assert "trial, white image" not in drawn
     assert drawn["trial out of bounds"]["x"] == [0.5]
-    assert "misses forget_cloze<=0.2 by 0.050" in str(drawn["trial out of bounds"]["hovertext"])
+    assert "misses forget_cloze&lt;=0.2 by 0.050" in str(drawn["trial out of bounds"]["hovertext"])
     assert "retain_rougeL>=0.7" not in str(drawn)
     assert "1 out of bounds" in front.caption
     write_png(tmp_path / "front.png", front)
