@@ -63,7 +63,7 @@ def test_usage_errors_and_help():
         assert done.returncode == 2
         assert done.stderr.startswith("command line: ")
         assert done.stderr.endswith("; see --help.\n") and done.stderr.count("\n") == 1
-    assert "check" in vgid("data").stderr  # without a command, the help
+    assert "check" in vgid("data").stdout  # without a command, the help
     listed = vgid("data", "--help")
     assert listed.returncode == 0
     assert "make" in listed.stdout and "check" in listed.stdout

@@ -53,11 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except InputError as error:
         print(error, file=sys.stderr)
     except typer.TyperException as error:
-        said = error.format_message().rstrip(".")
-        if said:
+        if said := error.format_message().rstrip("."):  # without a command, help was printed
             print(f"command line: {said}; see --help.", file=sys.stderr)
-        else:
-            error.show()  # of a group without a command: its help
     sys.exit(2)
 
 
