@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from vgid.command_line import Parser, Printed
 from vgid.config import Config, FinetuneConfig
-from vgid.errors import InputError
+from vgid.errors import DiskError, InputError
 from vgid.files import new_folder, refusals_told
 from vgid.interrupts import terminated_like_interrupted
 
@@ -44,14 +44,17 @@ ModelPathOption = Annotated[str | None, Option(help="Folder or hub id of the bas
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; bad input prints one sentence and exits with code 2, a signal 130."""
+    """Run the command line and exit: with 2 after bad input, 130 after a signal.
+
+    Exit code 1 is for what could not be done, or was done and did not hold; each is one sentence.
+    """
     try:
         with terminated_like_interrupted(), refusals_told():
             # By itself typer would answer a wrong flag with a box of four lines.
             sys.exit(app(arguments, standalone_mode=False))
-    # 2 for bad input; 1 is for what was done and did not hold.
     except InputError as error:
         print(error, file=sys.stderr)
+        sys.exit(1 if isinstance(error, DiskError) else 2)
     except typer.TyperException as error:
         if said := error.format_message().rstrip("."):  # without a command, help was printed
             print(f"command line: {said}; see --help.", file=sys.stderr)
