@@ -333,7 +333,7 @@ def estimate(
     resident = (
         2 * backbone.model.parameters
         + adapter_bytes(text_config, LORA_RANK)
-        + vocabulary_bytes(text_config)
+        + vocabulary_bytes(text_config, max(len(batch.teacher_RD) for batch in batches))
     )
     figures = []
     for checkpointing in (False, True):

@@ -255,7 +255,8 @@ def test_adapter_and_vocabulary_bytes():
     )
     assert with_masks - plain == sum(dropped) * packed.ids_BL.numel()
     assert adapter_bytes(text_config, 4) == 16 * trained
-    assert vocabulary_bytes(text_config, chunk=256) == 2 * 256 * 151936 * 4
+    assert vocabulary_bytes(text_config, 1000, chunk=256) == 2 * 256 * 151936 * 4
+    assert vocabulary_bytes(text_config, 100) == 2 * 100 * 151936 * 4
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2.5-vl-3b"])

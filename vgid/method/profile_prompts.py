@@ -63,7 +63,7 @@ def synthetic_set(backbone: Backbone, portraits: int, questions: int, seed: int)
 def step_bytes(backbone: Backbone, trial: TrialConfig, workers: int = 1) -> int:
     """Bytes that a worker's step takes beside the base's weights, which ``backbone`` can lack.
 
-    LoRA in training, the loss's buffers, and the larger of the two terms' kept activations.
+    LoRA in training, and of the two terms the larger: the loss's buffers and kept activations.
     """
     shape = copy(backbone)
     config = backbone.model.config
@@ -74,11 +74,12 @@ def step_bytes(backbone: Backbone, trial: TrialConfig, workers: int = 1) -> int:
     for batch in (trial.batch_size, trial.retain_batch_size):
         part = math.ceil(batch / (trial.gradient_accumulation * workers))
         data = synthetic_set(shape, math.ceil(part / together), min(part, together), 0)
-        targets = data.targets[0]
-        packed = pack(shape, data.prompts, [target.response for target in targets])
+        responses = [target.response for target in data.targets[0]]
+        packed = pack(shape, data.prompts, responses)
         how = trial.gradient_checkpointing, trial.lora_dropout > 0
-        kept.append(activation_bytes(text, [packed], rank, *how))
-    return adapter_bytes(text, rank) + vocabulary_bytes(text) + max(kept)
+        loss = vocabulary_bytes(text, sum(map(len, responses)))
+        kept.append(loss + activation_bytes(text, [packed], rank, *how))
+    return adapter_bytes(text, rank) + max(kept)
 
 
 def _picture(config: Any, name: str, generator: np.random.Generator) -> Picture:

@@ -80,6 +80,9 @@ def device_bytes(device: torch.device) -> int | None:
     return None if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory
 
 
-def vocabulary_bytes(text_config: Any, chunk: int = 256) -> int:
-    """Bytes of the loss's two fp32 buffers of (chunk, V), see ``vgid.method.chunked_kl``."""
-    return 2 * 4 * chunk * int(text_config.vocab_size)
+def vocabulary_bytes(text_config: Any, positions: int, chunk: int = 256) -> int:
+    """Bytes of the loss's two fp32 buffers of (C, V), see ``vgid.method.chunked_kl``.
+
+    A chunk has fewer positions where there are fewer response ``positions`` in all.
+    """
+    return 2 * 4 * min(chunk, positions) * int(text_config.vocab_size)
