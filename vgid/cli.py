@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with terminated_like_interrupted(), refusals_told():
             # By itself typer would answer a wrong flag with a box of four lines.
-            sys.exit(app(arguments, standalone_mode=False))
+            sys.exit(app(arguments, standalone_mode=False) or 0)
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(1 if isinstance(error, DiskError) else 2)
