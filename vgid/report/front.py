@@ -87,12 +87,12 @@ class Front:
 def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
     """Draw ``front.png``: the whole study on the left, its front from close by on the right.
 
-    With ``whole_only`` a small picture of the left half alone.
+    With ``whole_only``, and while there is no front, a small picture of the left half alone.
     """
     trials, marks = _trials(front), _marks(front)
     whole = Panel(Scale(X_LABEL), Scale(Y_LABEL), [*trials, *_front(front), *marks])
     picture = Picture(front.title, [whole], front.caption, (7.2, 5.4), dpi=100)
-    if not whole_only:
+    if front.front and not whole_only:
         shown = [*_held_out(front), *_front(front, ids=True)]
         near = Panel(Scale(X_LABEL), Scale(), shown, "The front, from close by")
         # Its ends are those of the front; trials that lie beyond are cut off.
