@@ -13,6 +13,7 @@ Studies are kept in ``--output``; the same command goes on from there.
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from tests.benchmarks.machine import machine, machine_line, one_thread
 from vgid.config import StudyConfig, parse
 from vgid.data.synthetic import write_benchmark
 from vgid.deployment.scores import MIN_SEEDS, PART, pick_seeds, pooled
+from vgid.paper.compare import run_missing
 from vgid.report.intervals import t_interval
 from vgid.results import Score
 from vgid.study.finished import open_source
@@ -102,12 +104,12 @@ def choose(records: Sequence[Record], base: Mapping[str, float], retain_drop: fl
 
 
 def run(config: StudyConfig, retain_drop: float) -> Best:
-    """Run the study, or take it from its folder, and score the chosen trial."""
-    from vgid.study.run import run_study
+    """Run the study, go on with it, or take it from its folder, and score the chosen trial."""
     from vgid.trial import TrialSession
 
-    if not (config.output / "study.json").exists():
-        run_study(config, resume=(config.output / "trials" / "study.json").exists())
+    stopped = run_missing([config])
+    if stopped is not None:
+        sys.exit(stopped["error"] or "Interrupted; the same command goes on from there.")
     source = open_source(str(config.output), None, config.output)
     request = source.request(config.output / "store", config.data, None)
     session = TrialSession(request)
