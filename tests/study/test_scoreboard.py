@@ -156,6 +156,14 @@ def test_a_trial_out_of_bounds_is_not_on_the_front(ledger):
     assert "the nearest, 0000, misses forget_cloze<=0.3 by 0.100" in nearest
 
 
+def test_a_study_is_not_flat_while_it_has_found_nothing(ledger):
+    board = Scoreboard(ledger)
+    board.base["search"] = {"retain_rougeL": Score(value=1.0, n=1, low=1.0, high=1.0)}
+    for name in ("0000", "0001", "0002"):
+        scored(ledger, board, name, -0.1)
+    assert not board.is_flat(1)
+
+
 def test_a_sentence_says_whether_more_trials_are_worth_it():
     assert said_of_growth([]) is None
     assert said_of_growth([0.0, 0.0]) is None

@@ -27,7 +27,7 @@ MARKERS = {
     "triangle-right": ">",
     "diamond": "D",
     "star": "*",
-    "cross": "X",
+    "x": "X",
 }
 """The kinds of marks, as plotly and as matplotlib call them; an open one is a ring."""
 

@@ -130,7 +130,7 @@ def _trials(front: Front) -> list[Series]:
     others = [record for record in front.drawn if not record.on_front and record.feasible]
     found = []
     if outside := [record for record in front.drawn if not record.feasible]:
-        found.append(_of("trial out of bounds", outside, TRIAL, mark="cross", opacity=0.85))
+        found.append(_of("trial out of bounds", outside, TRIAL, mark="x", opacity=0.85))
     for noise, mark in MARKS.items():
         if shown := [record for record in others if _noise(record) == noise]:
             label = "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"

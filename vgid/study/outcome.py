@@ -128,9 +128,13 @@ class Scoreboard:
         return self.growth[-1] if self.growth else 0.0
 
     def is_flat(self, trials: int | None) -> bool:
-        """Whether the last so many ended trials have added next to nothing; never for None."""
-        growth = self.growth
-        return trials is not None and len(growth) - flat_since(growth) >= trials > 0
+        """Whether the last so many ended trials have added next to nothing; never for None.
+
+        Nor while no trial is on the front: what there is to find has not been found then.
+        """
+        if trials is None or not self.hypervolume:
+            return False
+        return len(self.growth) - flat_since(self.growth) >= trials
 
     def _trial(self, record: Record) -> TrialRecord:
         name, result = record.trial_id, record.result
