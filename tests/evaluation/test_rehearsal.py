@@ -10,9 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from tests.data.test_check import huge_png
-from tests.tiny_benchmark import SHARD
+from tests.tiny_benchmark import SHARD, encoded
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.check import Report, check_benchmark
@@ -257,6 +258,20 @@ def test_defective_questions_are_left_out_and_counted(whole: Path, tmp_path: Pat
     }
     assert counts == expected | {"forget_5": {"questions": 1, "people": 0}}
     assert all("lower retain_people" in defect.problem for defect in report.defects)
+
+
+def test_an_image_that_only_the_processor_refuses_is_a_defect_for_both(whole: Path, tmp_path: Path):
+    """A sound image, but no processor of Qwen takes one side 200 times the other."""
+    thin = encoded(Image.new("RGB", (1, 500)))
+    root = edited(
+        whole, tmp_path / "data", "forget_5", lambda rows: rows[0]["image"].update(bytes=thin)
+    )
+    run = Run("tiny-qwen2.5-vl", retain_people=RETAIN_PEOPLE)
+    problems = {defect.problem for defect in check_benchmark(root, stops=run.defects).defects}
+    told = "the image processor of tiny-qwen2.5-vl takes no such image"
+    assert len(problems) == 1 and told in problems.pop()
+    assert told in str(planned(root, backbone="tiny-qwen2.5-vl"))
+    assert (checked(root).defects, planned(root)) == ([], None)
 
 
 def test_a_doubled_column_is_refused_by_both(whole: Path, tmp_path: Path):

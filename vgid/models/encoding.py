@@ -61,8 +61,8 @@ def encode(backbone: Backbone, queries: Sequence[Query], room: int = 0) -> list[
     """Frame and tokenise queries and process their images.
 
     The response takes ``room`` tokens of the context. For it the last few-shot turns are left out,
-    so that prompts still begin alike. Too long a sample, or one with the image token as text, is a
-    ``SampleError``.
+    so that prompts still begin alike. Too long a sample, the image token as text, or an image that
+    the processor refuses is a ``SampleError``.
     """
     limit = backbone.model.config.get_text_config().max_position_embeddings
     image_id = backbone.processor.image_token_id
@@ -96,7 +96,14 @@ def _tokens(backbone: Backbone, query: Query) -> tuple[list[int], tuple[Picture,
     turn = turn.removeprefix(frame.opening).format(text=query.text)
     images = [shot.image for shot in query.shots if shot.image is not None]
     images += [] if query.image is None else [query.image]
-    pictures = tuple(backbone.vision.picture(image) for image in images)
+    try:
+        pictures = tuple(backbone.vision.picture(image) for image in images)
+    except ValueError as error:  # Qwen's, of a side 200 times the other
+        raise SampleError(
+            query.id,
+            f"the image processor of {backbone.spec.name} takes no such image ({error}); store "
+            "another image.",
+        ) from None
     # As the processors themselves do it, but with each image processed once for all its questions.
     # As one text: tokenised in pieces, a word at a seam would have other tokens than in training.
     whole = frame.opening + "".join(shot.text for shot in query.shots) + turn
