@@ -49,8 +49,8 @@ def deploy(folder: Path, adapter: Path, trial_id: str = "0003", revision: str = 
         scores=Scores(
             part="held_out",
             seeds=(1, 2, 3),
-            base={"forget_rougeL": known},
-            deployed={"forget_rougeL": left},
+            base={"forget_rougeL": known, "celebrity_rougeL": known},
+            deployed={"forget_rougeL": left, "celebrity_rougeL": known},
             attacks=(),
         ),
         data=Data(sha256="d" * 64, forget_ratio=5, retain_people=50, split_seed=0),

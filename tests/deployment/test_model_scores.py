@@ -16,7 +16,7 @@ from vgid import cli
 from vgid.config import parse
 from vgid.data.layout import CONFIGS, shard_paths
 from vgid.deployment.record import read_deployment
-from vgid.deployment.scores import ScoringConfig, score_model
+from vgid.deployment.scores import ModelScores, ScoringConfig, score_model
 from vgid.errors import InputError
 from vgid.results import Score, shots_left_out
 
@@ -43,6 +43,12 @@ def small(benchmark_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr("sys.argv", ["vgid", *map(str, arguments)])
     cli.main()
+
+
+def printed(found: dict[str, Any]) -> str:
+    text = io.StringIO()
+    ModelScores.model_validate(found).print(Console(file=text, width=160))
+    return text.getvalue()
 
 
 def test_a_deployments_own_numbers_come_out_again(deployment_file, benchmark_folder, tmp_path):
@@ -85,6 +91,10 @@ def test_the_benchmarks_protocol_asks_everything_by_letter(
     assert 0 < scores["forget_cloze_shots"].value < 1
     sentence = shots_left_out(scores)
     assert sentence is not None and "cloze_shots 0." in sentence
+    assert sentence in printed(found)
+    ignorant = {"scores": {"forget_rougeL": Score(value=0.2, n=9, low=0.1, high=0.3)}}
+    assert "may never have known" in printed(found | ignorant)
+    assert "may never have known" not in printed(found | ignorant | {"model": "adapter"})
 
 
 def test_an_adapter_is_scored_on_its_base(small, deployment_file, monkeypatch, capsys):

@@ -132,6 +132,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
         held_out={
             "forget_rougeL_reduction": Score(value=0.875, n=10, low=0.75, high=1.0),
             "retain_rougeL": Score(value=0.5, n=10, low=0.25, high=0.75),
+            "celebrity_rougeL": Score(value=0.625, n=10, low=0.5, high=0.75),
         },
     )
     base = {
@@ -139,6 +140,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
         "held_out": {
             "forget_rougeL": Score(value=1.0, n=10, low=1.0, high=1.0),
             "retain_rougeL": Score(value=0.984, n=10, low=1.0, high=1.0),
+            "celebrity_rougeL": Score(value=0.891, n=10, low=1.0, high=1.0),
         },
     }
     summary = {
@@ -163,7 +165,8 @@ def test_the_summary_ends_with_how_to_open_the_ui():
     text = stream.getvalue()
     assert "3 completed, 1 failed, hypervolume 0.5000" in text
     assert "0.875 [0.750, 1.000]" in text  # held-out reduction
-    assert re.search(r"base\W+of 0\.200\W+of 1\.000\W+0\.984", text)
+    assert "0.625 [0.500, 0.750]" in text  # celebrities, beside the retain people
+    assert re.search(r"base\W+of 0\.200\W+of 1\.000\W+0\.984\W+0\.891", text)
     assert "Warning: The base may never have known the forget people" in text
     assert re.search(r"overhead\W+1\.000\W+0\.250", text)
     assert "still grew at trial 4 of 4" in text

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -17,6 +18,7 @@ from vgid.cluster.losses import IN_A_ROW, RETRIES, Losses
 from vgid.cluster.mailbox import Outcome
 from vgid.command_line import exit_code
 from vgid.config import StudyConfig, TrialConfig
+from vgid.data.benchmark import Benchmark
 from vgid.errors import InputError
 from vgid.interrupts import StudyInterruptedError
 from vgid.report.insights import FIGURES
@@ -286,6 +288,23 @@ def test_a_base_that_a_study_cannot_go_on_from_ends_it(study, monkeypatch, capsy
     assert ("the way there" in capsys.readouterr().err) == ("trace" in outcome)
 
 
+def test_what_the_base_s_scores_lack_is_said_before_the_first_trial(study, monkeypatch):
+    known, half = (Score(value=v, n=9, low=v, high=v) for v in (0.2, 0.5))
+    scores = {"forget_rougeL": known, "retain_rougeL": known, "retain_cloze_shots": half}
+    content = {"precision": "float32"}
+    monkeypatch.setattr("ray.get", lambda asked: None)
+    monkeypatch.setattr(
+        "vgid.study.run.outcome_of",
+        lambda _, job, *over: Outcome(job_id=job.id, scores=scores, content=content),
+    )
+    study._material.set_result(None)
+    study.score_base(Mock()).result()
+    study.console._console.file.flush()
+    text = (study.plan.config.output.parent / "console").read_text()
+    assert "Warning: The base may never have known the forget people" in text
+    assert "Warning: The context does not hold all few-shot turns; shown was at least" in text
+
+
 def test_ray_that_does_not_start_is_one_sentence_each_time(tmp_path, monkeypatch, capsys):
     def late(**settings):
         raise Exception("The current node timed out during startup. This could happen because")
@@ -348,6 +367,13 @@ def test_a_signal_while_the_outcome_is_written_does_not_make_a_whole_study_inter
     assert scored.tracker.finished == [("FINISHED", [*TABLES, *FIGURES])]
     assert on_disk(scored)["interrupted"] is False
     assert exit_code(lambda: summary, "") == 0
+
+
+def test_what_was_left_out_of_the_data_is_counted_in_study_json(scored):
+    benchmark = Benchmark(Path(), dropped={"forget_5": {"one", "another", 3}})
+    scored.study.plan = replace(scored.study.plan, benchmark=benchmark)
+    scored.study.write()
+    assert on_disk(scored)["left_out"] == {"forget_5": {"questions": 2, "people": 1}}
 
 
 @pytest.mark.parametrize("hanging", ["figures", "mlflow"])

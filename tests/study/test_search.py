@@ -397,6 +397,30 @@ def test_sigma_is_searched_and_not_drawn_at_random(space, sampler):
     assert sum(abs(value - 0.9) for value in proposed) / 16 < 0.15  # by chance 0.31
 
 
+def test_different_values_at_points_that_look_equal_to_the_gaussian_process_are_noise(space):
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    seen = optuna.create_study(directions=["maximize"] * 2, sampler=make_sampler("random", 1, 0))
+    for number in range(12):
+        seen.enqueue_trial({"alpha": 0.5 * (1 + number // 2), "noise_type": "gaussian"})
+        trial = seen.ask()
+        sigma = space.suggest(trial)["sigma"]
+        # Best in the middle of alpha, or every proposal would be the same end of it.
+        peak = 1 - (trial.params["alpha"] - 1.5) ** 2
+        seen.tell(trial, [peak + sigma, peak - sigma])
+    settings = {"seed": 7, "warn_independent_sampling": False}
+    noisy, exact = (
+        optuna.samplers.GPSampler(deterministic_objective=known, **settings)
+        for known in (False, True)
+    )
+    proposed = []
+    for sampler in (make_sampler("gp", 0, 7), noisy, exact):
+        study = optuna.create_study(directions=["maximize"] * 2, sampler=sampler)
+        study.add_trials(seen.trials)
+        point = space.suggest(study.ask())
+        proposed.append((point["alpha"], point["noise_type"]))
+    assert proposed[0] == proposed[1] != proposed[2]
+
+
 def test_a_longer_study_begins_as_a_shorter_one(tmp_path, space):
     begun = []
     for trials in (12, 240):

@@ -148,7 +148,9 @@ def run_study(connection, output, study_id, records):
     write_figures(output, front)
     names = (*FIGURES, "front.csv", "trials.csv", "study.json")
     phases = {"train": {"total_s": 8.0}}
-    tracker.finish_study(front, SUMMARY | {"output": output, "files": names, "phases": phases})
+    told = {"left_out": {"forget_5": {"questions": 2, "people": 0}}}
+    told |= {"output": output, "files": names, "phases": phases}
+    tracker.finish_study(front, SUMMARY | told)
     return tracker
 
 
@@ -242,6 +244,7 @@ def test_a_study_reads_back_whole(store, output, monkeypatch):
 
     note = parent.data.tags["mlflow.note.content"]
     assert f"get-artifact?path={NOTE_PICTURE}&run_uuid={tracker.study_run_id}" in note
+    assert "2 questions and 0 people of forget_5" in note
     pages = tracker.pages
     assert (
         pages["0001"] == f"#/experiments/{tracker.experiment_id}/runs/{gaussian.info.run_id}?{UI}"
@@ -607,7 +610,9 @@ def test_the_note_quotes_held_out_scores_of_the_gentlest_good_trial(tmp_path):
         in note
     )
     assert "train 8.0 s" in note
+    assert "celebrities" not in note  # the data has none
     raw = {"forget_rougeL_raw": 0.2, "retain_refusal": 0.01, "retain_refusal_raw": 0.21}
+    raw["celebrity_rougeL"] = 0.875
     scored = [
         replace(r, held_out=r.held_out and r.held_out | {k: flat(v) for k, v in raw.items()})
         for r in records
@@ -616,6 +621,7 @@ def test_the_note_quotes_held_out_scores_of_the_gentlest_good_trial(tmp_path):
     verbatim = {"search": {"forget": counts}, "held_out": {"forget": counts, "retain_text": counts}}
     note = study_note(Front("t", scored, BASE, BASE), {}, PLACE, verbatim)
     assert "ROUGE-L without answer instructions is 0.200" in note
+    assert "celebrities" in note and "0.875 [0.875, 0.875]" in note
     assert "(1.0% of their questions refused, 21.0% without answer instructions)" in note
     assert (
         "trained on word for word: of the search ones forget 7 of 30; "
