@@ -268,6 +268,8 @@ def test_merged_weights_that_were_tampered_with_are_not_verified(copy, benchmark
     found = verify(copy, benchmark_folder)
     assert found.conclusion.endswith("NOT verified; it differs in exported files.")
     assert found.scores == (), "nothing of it is loaded"
+    by_its_file = verify(copy / "deployment.yaml", benchmark_folder, hashes_only=True)
+    assert by_its_file.conclusion.endswith("NOT verified; it differs in exported files.")
     (copy / "merged" / "modeling_x.py").unlink()
     shutil.copy(BASE / "model.safetensors", weights)
     (copy / MANIFEST).unlink()

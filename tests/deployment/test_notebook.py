@@ -1,5 +1,6 @@
 """The notebook, from top to bottom on a real study, as a reader would run it."""
 
+import csv
 from pathlib import Path
 
 import nbformat
@@ -48,7 +49,12 @@ def test_it_runs_from_the_study_to_the_deployment(
     file = tmp_path / "out" / "deployments" / "tiny-llava.yaml"
     deployment, _ = read_deployment(file)
     assert deployment.requests == ("R-17", "R-18")
-    assert deployment.origin.rule.startswith("max-forget, share forgotten ≥ 0.5, retain drop")
+    # Accepted is what the paired drop may be, not how far the score's own end is from the base.
+    with (study_folder / "front.csv").open(newline="") as table:
+        front = sorted(csv.DictReader(table), key=lambda row: float(row["forget_rougeL_reduction"]))
+    worst = float(front[-1]["heldout_retain_rougeL_drop_high"])
+    bounds = f"share forgotten ≥ 0.5, retain drop ≤ {worst:g}"
+    assert deployment.origin.rule.startswith(f"max-forget, {bounds};")
     (shown,) = outputs_of(cells[-1], "text/plain")
     assert yaml.safe_load(shown)["backbone"] == "tiny-llava"
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]

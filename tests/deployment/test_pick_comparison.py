@@ -13,12 +13,13 @@ from vgid.deployment.pick_page import (
     COMPARISON,
     PickReport,
     comparison_grid,
+    pick_picture,
     report_grid,
     shares,
     write_comparison,
 )
 from vgid.deployment.rules import Bounds, choose
-from vgid.deployment.scores import Scored, attacks_of, marks_of, pooled
+from vgid.deployment.scores import Scored, attacks_of, marks_of, pooled, score_base
 from vgid.errors import InputError
 from vgid.results import Score
 from vgid.study.finished import Trial
@@ -117,6 +118,35 @@ def test_celebrities_have_their_column_where_a_base_was_asked_of_them(reports):
     both = comparison_grid([mine, reports[1]])
     column = both.header.index("celebrities")
     assert [row[column] for row in both.rows] == ["0.900 → 0.880", ""]
+
+
+def test_the_pictures_intervals_of_what_is_forgotten_pair_the_people(reports):
+    """Of the candidate alone, as if the base were known, they would reach 0.05 either way."""
+    left, _ = pick_picture(reports[0]).panels
+    drawn = {label: one for one in left.drawn for label in one.labels}
+    for name, gone in (("0000", 0.6), ("0001", 0.7)):
+        assert drawn[name].x == pytest.approx([gone])
+        assert drawn[name].x_bounds == [pytest.approx((gone - 0.04, gone + 0.04))]
+
+
+def test_a_base_that_may_never_have_known_is_told_of_as_soon_as_it_is_scored():
+    class Session:
+        """Scores by hand; a real session would need a base that saw nobody."""
+
+        def __init__(self, known):
+            self.known = {"forget_rougeL": score(known)}
+
+        def base_scores(self, part, seed):
+            return self.known
+
+        def rescore_attacked(self, adapter, part, seed):
+            return self.known
+
+    said = []
+    for known in (0.9, 0.2):
+        score_base(Session(known), (1, 2), said.append)
+    assert [line.startswith("Scoring the base") for line in said] == [True, True, False]
+    assert said[2].startswith("Warning: The base may never have known the forget people: its")
 
 
 def test_what_is_sure_and_what_is_not_is_said(reports):

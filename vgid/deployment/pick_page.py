@@ -196,16 +196,15 @@ def pick_picture(report: PickReport) -> Picture:
 def _candidates(report: PickReport, chosen: bool) -> Series:
     """The choice, or the others of the front, with intervals and ids."""
     rows = [row for row in report.rows if (row[0] is report.choice.chosen) == chosen]
-    forget = [scored.plain["forget_rougeL"] for _, _, scored in rows]
+    gone = [scored.plain["forget_rougeL_reduction"] for _, _, scored in rows]
     retain = [scored.plain["retain_rougeL"] for _, _, scored in rows]
-    starts = [m.reduction.value + s.value for (m, _, _), s in zip(rows, forget, strict=True)]
     return Series(
         "chosen" if chosen else "on the front",
-        [marks.reduction.value for marks, _, _ in rows],
-        [marks.retain.value for marks, _, _ in rows],
+        [score.value for score in gone],
+        [score.value for score in retain],
         FRONT if chosen else TRIAL,
         size=13 if chosen else 9,
-        x_bounds=[(x - s.high, x - s.low) for x, s in zip(starts, forget, strict=True)],
+        x_bounds=[(score.low, score.high) for score in gone],
         y_bounds=[(score.low, score.high) for score in retain],
         hover=[_hover(report, trial, scored) for _, trial, scored in rows],
         labels=[marks.trial_id for marks, _, _ in rows],

@@ -151,13 +151,15 @@ def verify(
     hashes_only: bool = False,
     tell: record.Tell = lambda line: None,
 ) -> Verification:
-    """Verify a deployment file, or an export's folder with all its files.
+    """Verify a deployment file, or an export, by its folder or its file, with all that is in it.
 
     Without ``data`` the benchmark is the study's own, or the embedded backbone's, made anew.
     ``model_path`` is where the base is if not where the file says. The signature beside the target
     must be of the PEM's ``public_key``; ``hashes_only`` leaves out what needs the model. InputError
     where something that is needed is not there, or the file is not the one that was sealed.
     """
+    if target.name == record.DEPLOYMENT and target.is_file():
+        target = target.parent  # the merged weights beside it are what is served
     file, checks = record.deployment_file(target), _signed(target, public_key)
     exported = target.is_dir()
     if exported:
