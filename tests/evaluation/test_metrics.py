@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -287,3 +289,15 @@ def test_person_sums_are_by_position_and_pair_only_with_the_same_questions():
             bootstrap_difference(sums, other)
     with pytest.raises(ValueError, match="same questions"):
         bootstrap_difference((), ())
+
+
+def test_scoring_loads_none_of_what_nltk_has_for_other_purposes_and_leaves_it_to_others():
+    code = (
+        "import sys\n"
+        "from vgid.evaluation.metrics import bleu, rouge\n"
+        "rouge('a b', 'a b'), bleu('a b', 'a b')\n"
+        "print(sorted({'sklearn', 'scipy.stats'} & sys.modules.keys()))\n"
+        "import sklearn, scipy.stats\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -75,7 +75,8 @@ def connected() -> Iterator[bool]:
     if before:
         _check_token(before)
     try:
-        with sigterm_kept():  # Ray takes it for itself when it starts
+        # Ray takes SIGTERM for itself when it starts.
+        with sigterm_kept(), contextlib.nullcontext() if before else _no_idle_processes():
             local = {} if before else LOCAL
             context = ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
     except Exception as error:  # a bare one where Ray's own patience is over
@@ -99,6 +100,31 @@ def connected() -> Iterator[bool]:
         ray.shutdown()
         if before is None:
             os.environ.pop("RAY_ADDRESS", None)
+
+
+# Ray's own options start them all. The log monitor hands on what workers print, which is not asked
+# for here; the monitor finds nodes, which a cluster on loopback cannot have; and the dashboard
+# without its pages reports usage, which is off. To see that the dashboard could start, the driver
+# imports its libraries.
+@contextmanager
+def _no_idle_processes() -> Iterator[None]:
+    """In the block Ray starts no process that does nothing for one driver on one machine."""
+    from ray._private import node, utils
+
+    left_out = [
+        (node.Node, "start_log_monitor"),
+        (node.Node, "start_monitor"),
+        (node.Node, "start_api_server"),
+        (utils, "get_dashboard_dependency_error"),
+    ]
+    own = [getattr(owner, name) for owner, name in left_out]
+    for owner, name in left_out:
+        setattr(owner, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for (owner, name), function in zip(left_out, own, strict=True):
+            setattr(owner, name, function)
 
 
 def _check_token(address: str) -> None:

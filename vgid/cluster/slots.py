@@ -360,10 +360,11 @@ def serve(config: dict[str, Any]) -> None:
     that has it ends the job and then itself, and the whole group restarts. Whose fault an
     exception is says ``vgid.cluster.losses``.
     """
-    from ray.train import get_context
+    # Ray's public one imports all of its Tune, to tell whether it was called in there.
+    from ray.train.v2._internal.execution.context import get_train_context
 
     os.environ["OMP_WAIT_POLICY"] = "passive"  # torch, which reads it, comes with the session
-    context = get_context()
+    context = get_train_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     line = _Line(config["mailbox"], config["slot"], rank, alone=world_size == 1)
     session: TrialSession | None = None

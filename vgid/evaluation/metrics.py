@@ -4,7 +4,9 @@ MLLMU-Bench's own, and refusal and gibberish, which ROUGE cannot tell from wrong
 """
 
 import re
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -36,9 +38,24 @@ _WORD_LOOP = re.compile(r"\b(\w+)(?:\W+\1\b){3,}|\b(\w+(?:\W+\w+){1,3})(?:\W+\2\
 
 @cache
 def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
+    with _lean_nltk():
+        from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(list(ROUGE_TYPES), use_stemmer=True)
+
+
+@contextmanager
+def _lean_nltk() -> Iterator[None]:
+    """NLTK goes without what it has for other purposes, and would load with its stemmer."""
+    # A second of a core in each worker, before the base's scores, for which all trials wait.
+    extras = {"sklearn", "scipy.stats"} - sys.modules.keys()
+    for name in extras:
+        sys.modules[name] = None  # type: ignore[assignment]  # not there, to an import
+    try:
+        yield
+    finally:
+        for name in extras:
+            del sys.modules[name]
 
 
 def rouge(answer: str, response: str) -> dict[str, float]:
@@ -50,7 +67,8 @@ def rouge(answer: str, response: str) -> dict[str, float]:
 
 def bleu(answer: str, response: str) -> float:
     """BLEU-4 of one sentence in [0, 1]: NLTK, whitespace tokens, smoothing method 1."""
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    with _lean_nltk():
+        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     smoothed = SmoothingFunction().method1
     return float(sentence_bleu([answer.split()], response.split(), smoothing_function=smoothed))
