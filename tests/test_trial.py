@@ -26,6 +26,7 @@ from vgid.method import distillation
 from vgid.method.released import distill_released
 from vgid.method.samples import training_samples
 from vgid.method.teacher import Intervention
+from vgid.models.adapter_files import rescaled
 from vgid.models.adapters import loaded
 from vgid.results import EpochReport, KeptScores, Score, TrialResult, Verbatim
 from vgid.trial import TrialSession, run_trial
@@ -110,6 +111,40 @@ def test_a_trial_tells_by_how_much_it_misses_what_is_required(session, result, t
     }
     assert asked.scores == result.scores
     assert result.missed == {}
+
+
+def test_what_is_harvested_of_a_trial_is_what_that_scale_gives_alone(
+    session, result, adapters, request_config, tmp_path
+):
+    bounds = ("forget_cloze<=1",)
+    request, session.request = (
+        session.request,
+        replaced(session.request, harvest=(0.5, 1.5), require=bounds),
+    )
+    try:
+        harvested = session.run(TRIAL, "0000", tmp_path / "0000")
+    finally:
+        session.request = request
+    # The trial itself is what it is without a harvest, its adapter too.
+    assert harvested.scores == result.scores
+    assert same_adapter(tmp_path / "0000", adapters / "0000")
+    assert [each.scale for each in harvested.harvest] == [0.5, 1.5]
+    for each in harvested.harvest:
+        alone = TRIAL.model_copy(update={"adapter_scale": each.scale})
+        fresh = run_trial(alone, request_config, tmp_path / "alone", "0000")
+        for name in ("forget_rougeL", "retain_rougeL", "forget_cloze"):
+            assert each.scores[name] == fresh.scores[name]
+        gone = each.metrics["forget_rougeL_reduction"]
+        assert gone == fresh.metrics["forget_rougeL_reduction"]
+        assert each.missed == {"forget_cloze<=1": each.metrics["forget_cloze"] - 1}
+        assert len(each.scores) < len(fresh.scores) / 4
+        rescaled(adapters / "0000", tmp_path / "made", each.scale)
+        assert same_adapter(tmp_path / "made", tmp_path / "alone")
+        saved = [(tmp_path / n / "adapter_config.json").read_text() for n in ("made", "alone")]
+        assert json.loads(saved[0]) == json.loads(saved[1])
+        kept = session.scorer.kept("search", 0, adapter_dir=tmp_path / "made").scores
+        assert kept["retain_rougeL"] == each.scores["retain_rougeL"]
+    assert result.harvest == ()
 
 
 def test_a_trial_in_a_used_session_equals_one_in_a_fresh_session(

@@ -83,6 +83,17 @@ def count_or_auto(text: str) -> int | None:
     return int(text)
 
 
+def scales(text: str) -> tuple[float, ...]:
+    """Parse a list of adapter scales, ``0.7,0.85``, or ``off``, which is none.
+
+    ``ArgumentTypeError`` for all else.
+    """
+    try:
+        return () if text.strip() == "off" else tuple(map(float, words(text)))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 0.7,0.85, nor off") from None
+
+
 def whole_above_one(gpus: float) -> float:
     """GPUs of a worker, of which Ray shares a single one only; ``ValueError`` for 1.5 and such."""
     if gpus > 1 and gpus != int(gpus):
@@ -136,6 +147,8 @@ GpusPerWorker = Annotated[
     AfterValidator(whole_above_one),
 ]
 Required = Annotated[str, AfterValidator(lambda text: str(Requirement.read(text)))]
+# Of an adapter: a trained W + BA becomes W + scale * BA.
+Scale = Annotated[float, Field(gt=0, le=2)]
 C = TypeVar("C", bound="Config")
 
 _DISTILLING: tuple[Method, ...] = ("vgid", "icu_t", "noise_t")
@@ -208,6 +221,11 @@ class Asked(Config):
         description="bounds that trials on the front keep, on the search questions, such as "
         "'retain_rougeL>=0.97*base' and 'forget_cloze<=0.3'",
     )
+    harvest: Annotated[tuple[Scale, ...], Flag("SCALES", read=scales)] = Field(
+        (),
+        description="scales of a trained adapter that are candidates for the front beside the "
+        "trial itself, such as 0.7,0.85 (milder) or 1.2 (stronger); off: none",
+    )
 
 
 class RequestConfig(Asked):
@@ -230,7 +248,9 @@ class RequestConfig(Asked):
         """The fields that results depend on: part of the name of kept scores."""
         # Not where data and weights lie: what they hold is named by hashes.
         places = {"data", "store", "store_limit_gb", "model_path", "deployed_adapter"}
-        return self.model_dump(mode="json", exclude=places | {"log_responses", "require"})
+        return self.model_dump(
+            mode="json", exclude=places | {"log_responses", "require", "harvest"}
+        )
 
 
 class TrialConfig(Config):
@@ -290,6 +310,9 @@ class TrialConfig(Config):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_fraction: float = Field(0.1, ge=0, le=1, description="of all steps")
+    adapter_scale: Scale = Field(
+        1.0, description="of the trained adapter: below 1 it forgets less and keeps more"
+    )
     questions_per_image: int = Field(
         1,
         ge=1,

@@ -27,10 +27,20 @@ Verbatim = dict[QuestionPart, dict[str, dict[str, int]]]
 are ``scored``, and how many of these training has ``seen`` word for word."""
 
 
-def trial_order(trial_id: str) -> tuple[int, str]:
-    """A key that sorts trial ids as the numbers they are: ``10000`` comes after ``9999``."""
+CANDIDATE = r"\d{4,10}(x\d+(\.\d+)?)?"
+"""A trial's id, or that of a harvested candidate: ``0007x0.85`` is trial 0007 at scale 0.85."""
+
+
+def candidate_id(trial_id: str, scale: float) -> str:
+    """The id of a trial at another scale of its adapter, see ``CANDIDATE``."""
+    return f"{trial_id}x{scale:g}"
+
+
+def trial_order(trial_id: str) -> tuple[int, str, str]:
+    """A key that sorts ids as the numbers they are: ``10000`` comes after ``9999``."""
     # By length first: ids are padded to four digits, which 10,000 trials outgrow.
-    return len(trial_id), trial_id
+    number, _, scale = trial_id.partition("x")
+    return len(number), number, scale
 
 
 class Score(Config):
@@ -82,6 +92,18 @@ class EpochReport(Config):
     metrics: dict[str, float]
 
 
+class Harvested(Config):
+    """A candidate of a trial beside itself: its adapter at another scale, unrounded and untrained.
+
+    Scored on the search questions that the objectives and the study's bounds ask for.
+    """
+
+    scale: float
+    scores: dict[str, Score] = Field(default_factory=dict)
+    metrics: dict[str, float] = Field(default_factory=dict)
+    missed: dict[str, float] = Field(default_factory=dict)
+
+
 class TrialResult(Config):
     """The outcome of one trial."""
 
@@ -92,6 +114,7 @@ class TrialResult(Config):
     metrics: dict[str, float] = Field(default_factory=dict)
     # By how much each bound of ``--require`` is missed; 0 or less where it is kept.
     missed: dict[str, float] = Field(default_factory=dict)
+    harvest: tuple[Harvested, ...] = ()
     # Wall time by phase: load, teacher, train, evaluate, save.
     seconds: dict[str, float] = Field(default_factory=dict)
     # What was spared and what was computed: ``teacher_hits`` and ``teacher_misses`` by training

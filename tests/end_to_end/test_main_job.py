@@ -74,10 +74,8 @@ def ended(output):
     return list(results(output))
 
 
-def read_trials(output):
-    table = pd.read_csv(
-        output / "trials.csv", dtype={"trial_id": str}, float_precision="round_trip"
-    )
+def read_trials(output, name="trials.csv"):
+    table = pd.read_csv(output / name, dtype={"trial_id": str}, float_precision="round_trip")
     return table.set_index("trial_id")
 
 
@@ -94,7 +92,7 @@ def ray_files():
 def study(data, space, ray_files, tmp_path_factory):
     """A study whose driver was killed after two trials, and that was then resumed."""
     output = tmp_path_factory.mktemp("main") / "study"
-    flags = arguments(data, space, output)
+    flags = arguments(data, space, output, TRIALS, "--harvest", "0.8,1.2")
     driver = subprocess.Popen(
         [sys.executable, SCRIPT, *flags],
         cwd=ROOT,
@@ -137,7 +135,8 @@ def test_the_output_folder_holds_what_the_contract_names(study):
     assert summary["reference_point"] == [0.0, 0.5 * base["retain_rougeL"]["value"]]
     reduction = base["forget_rougeL"]["value"] - table.forget_rougeL
     assert list(table.forget_rougeL_reduction) == list(reduction)
-    assert list(table[table.on_front].index) == summary["front"]
+    candidates = read_trials(output, "candidates.csv")
+    assert list(candidates[candidates.on_front].index) == summary["front"]
     assert summary["hypervolume"] > 0
     assert set(table.retain_seen_shown) == {2}
     assert summary["retain_seen"] == {"people": 2, "shown_least": 2, "shown_most": 2}
@@ -158,6 +157,31 @@ def test_the_output_folder_holds_what_the_contract_names(study):
     assert header["precision"] == "float32"
     assert header["vgid_version"] == summary["versions"]["vgid"]
     assert not list((output / "checkpoints").iterdir())
+
+
+def test_each_trial_is_harvested_and_what_of_it_is_on_the_front_has_an_adapter(study):
+    output, _, _ = study
+    trials, candidates = read_trials(output), read_trials(output, "candidates.csv")
+    assert list(candidates.index) == [
+        name for trial in trials.index for name in (trial, f"{trial}x0.8", f"{trial}x1.2")
+    ]
+    of_trials = candidates.loc[trials.index, trials.columns]
+    pd.testing.assert_frame_equal(of_trials.drop(columns="seconds"), trials.drop(columns="seconds"))
+    front = read_trials(output, "front.csv")
+    harvested = front[front.adapter_scale != 1]
+    assert len(harvested) > 0
+    for name, row in harvested.iterrows():
+        trial, _, scale = name.partition("x")
+        assert row.adapter_scale == float(scale)
+        own = trials.loc[trial]
+        assert (row.alpha, row.learning_rate) == (own.alpha, own.learning_rate)
+        weights = "adapter_model.safetensors"
+        assert (output / row.adapter / weights).samefile(output / own.adapter / weights)
+        configs = [
+            json.loads((output / each / "adapter_config.json").read_text())
+            for each in (own.adapter, row.adapter)
+        ]
+        assert configs[1]["lora_alpha"] == configs[0]["lora_alpha"] * float(scale)
 
 
 def test_the_front_is_scored_again_on_held_out_questions(study):
@@ -202,10 +226,20 @@ def test_mlflow_holds_the_same_study(study):
         for run in runs
         if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
     }
-    table = read_trials(output)
-    assert len(runs) == 1 + TRIALS
-    assert sorted(children) == list(table.index)
-    summary = json.loads((output / "study.json").read_text())
+    table, summary = read_trials(output), json.loads((output / "study.json").read_text())
+    # A run for each trial, and for what was harvested as far as it is on the front.
+    harvested = [name for name in summary["front"] if "x" in name]
+    assert len(runs) == 1 + TRIALS + len(harvested)
+    assert sorted(children) == sorted([*table.index, *harvested])
+    front = read_trials(output, "front.csv")
+    for run in (children.pop(name) for name in harvested):
+        name = run.data.tags["vgid.trial_id"]
+        assert run.data.tags["vgid.kind"] == "candidate"
+        assert run.data.tags["vgid.on_front"] == "true"
+        assert float(run.data.params["adapter_scale"]) == front.adapter_scale[name]
+        assert run.data.metrics["heldout_retain_rougeL"] == front.heldout_retain_rougeL[name]
+        adapters = {file.path for file in client.list_artifacts(run.info.run_id, "adapter")}
+        assert "adapter/adapter_config.json" in adapters
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["hypervolume"] == summary["hypervolume"]
     assert parent.data.tags["vgid.dataset_hash"] == summary["data_sha256"]

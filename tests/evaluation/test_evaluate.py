@@ -16,7 +16,7 @@ from vgid.data.fictitious import (
     make_world,
 )
 from vgid.data.splits import People
-from vgid.evaluation.evaluate import Evaluation, evaluate
+from vgid.evaluation.evaluate import Evaluation, Scorer, evaluate
 from vgid.evaluation.questions import Examination, prepare
 from vgid.models.backbones import Backbone
 from vgid.models.decoding import greedy_tokens
@@ -211,3 +211,25 @@ def test_scores_hold_no_text(random_backbone, people, examination, evaluation):
         source = next(p for p in make_world(0).people if p.id == person.id)
         for value in source.facts.values():
             assert value not in shown
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"forget_rougeL", "retain_rougeL"},
+        {"retain_unseen_cloze_text", "test_refusal_raw"},
+        {"forget_memorisation"},
+        {"forget_memorisation_text", "forget_bleu"},
+    ],
+)
+def test_a_few_scores_alone_are_those_of_the_whole_evaluation(
+    random_backbone, people, examination, evaluation, asked
+):
+    scorer = Scorer(random_backbone, "", people, REQUEST)
+    few = scorer.evaluate("search", 0, only=frozenset(asked))
+    assert asked <= few.scores.keys()
+    assert {name: evaluation.scores[name] for name in few.scores} == few.scores
+    # No question is asked that none of them is made of.
+    questions = {(r.split, r.question_id, r.wording) for r in few.responses}
+    assert len(questions) == len(few.responses) <= sum(few.scores[name].n for name in asked) + 2
+    assert 0 < len(few.responses) < len(examination.items)

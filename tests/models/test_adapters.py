@@ -4,9 +4,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_random_backbone
@@ -15,8 +17,10 @@ from vgid.bases.tiny_llava import save
 from vgid.config import TrialConfig
 from vgid.errors import InputError
 from vgid.models import adapters as adapter
-from vgid.models.adapter_files import CONFIG, WEIGHTS, read_adapter
+from vgid.models.adapter_files import CONFIG, WEIGHTS, read_adapter, rescaled
 from vgid.models.backbones import Backbone, load, skeleton
+from vgid.models.decoding import score_responses
+from vgid.models.encoding import Query, encode
 
 LAYER = "base_model.model.model.language_model.layers."
 Tensors = dict[str, torch.Tensor]
@@ -180,3 +184,52 @@ def test_gradient_checkpointing_leaves_no_hook_on_the_base():
             assert embeddings(torch.tensor([[1]])).requires_grad, "LoRA would not be trained"
         assert hooks(backbone) == before
         assert not backbone.model.is_gradient_checkpointing
+
+
+@pytest.fixture
+def prompts(random_backbone) -> list[Any]:
+    return encode(random_backbone, [Query(str(n), f"Where does {n} live?", None) for n in range(3)])
+
+
+def rated(backbone: Backbone, prompts: list[Any]) -> torch.Tensor:
+    scores = score_responses(backbone, prompts, [[5, 6, 7]] * len(prompts))
+    return torch.stack([score.logprobs_R for score in scores])
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.3])
+def test_a_scaled_adapter_is_the_base_plus_so_much_of_its_product_however_it_is_made(
+    random_backbone, whole, prompts, tmp_path, scale
+):
+    weights = read_adapter(whole)
+    base = {n: p.detach().clone() for n, p in random_backbone.model.named_parameters()}
+    # By hand: W + scale * s * B A, in place of what peft does.
+    with torch.no_grad():
+        for module, (a_rI, b_Or) in weights.modules.items():
+            own = random_backbone.model.get_submodule(module).weight
+            own += (scale * weights.scale * b_Or @ a_rI).to(own.dtype)
+        by_hand = rated(random_backbone, prompts)
+        for name, parameter in random_backbone.model.named_parameters():
+            parameter.copy_(base[name])
+    with adapter.loaded(random_backbone, whole) as student:
+        as_trained = rated(random_backbone, prompts)
+        with adapter.scaled(student, scale):
+            inside = rated(random_backbone, prompts)
+            adapter.save(student, tmp_path / "saved")
+        assert torch.equal(rated(random_backbone, prompts), as_trained)
+    rescaled(whole, tmp_path / "rescaled", scale)
+    torch.testing.assert_close(inside, by_hand, atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(as_trained, by_hand, atol=1e-3)
+    for made in ("saved", "rescaled"):
+        # Plain peft, which knows nothing of scales, gives the same bits.
+        student = PeftModel.from_pretrained(random_backbone.model, tmp_path / made).eval()
+        assert torch.equal(rated(random_backbone, prompts), inside)
+        student.unload()
+        vars(random_backbone.model).pop("peft_config", None)
+    assert (tmp_path / "rescaled" / WEIGHTS).samefile(whole / WEIGHTS)  # takes no room
+
+
+def test_at_its_own_scale_an_adapter_is_saved_as_ever(random_backbone, whole, tmp_path):
+    with adapter.loaded(random_backbone, whole) as student, adapter.scaled(student, 1.0):
+        adapter.save(student, tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / CONFIG).read_text())
+    assert settings["lora_alpha"] == 4 and isinstance(settings["lora_alpha"], int)

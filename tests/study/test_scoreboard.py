@@ -1,12 +1,13 @@
 """What a study amounts to while its trials end one by one, against all of them at once."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.pareto import front_mask, hypervolume
-from vgid.results import OBJECTIVES, Score, TrialResult
+from vgid.results import OBJECTIVES, Harvested, Score, TrialResult
 from vgid.study.console import Standing
 from vgid.study.ledger import Header, Ledger, trial_id
 from vgid.study.outcome import Scoreboard, said_of_growth, shortfall
@@ -23,7 +24,7 @@ def ledger(tmp_path):
         yield made
 
 
-def end(ledger, number, rng):
+def end(ledger, number, rng, scales=()):
     """End a trial with coarse scores, so that ties are common; some fail."""
     name = trial_id(number)
     ledger.start(name, TrialConfig())
@@ -31,11 +32,21 @@ def end(ledger, number, rng):
     scores = {objective: rng.randint(0, 9) / 10 for objective in OBJECTIVES}
     scores_of = {n: Score(value=v, n=9, low=v, high=v) for n, v in scores.items()}
     status = rng.choice(("failed", "pruned")) if failed else "completed"
+    harvest = [
+        Harvested(
+            scale=scale,
+            metrics={name: rng.randint(0, 9) / 10 for name in OBJECTIVES},
+            scores=scores_of,
+        )
+        for scale in scales
+    ]
     return ledger.end(
         name,
         TrialResult(trial_id=name, status=status)
         if failed
-        else TrialResult(trial_id=name, status=status, metrics=scores, scores=scores_of),
+        else TrialResult(
+            trial_id=name, status=status, metrics=scores, scores=scores_of, harvest=harvest
+        ),
     )
 
 
@@ -170,3 +181,34 @@ def test_a_sentence_says_whether_more_trials_are_worth_it():
     flat = said_of_growth([0.1, 0.4, 0.4, 0.401, 0.401, 0.401])
     assert flat.startswith("The front is flat: the last 4 of 6 trials added")
     assert "still grew at trial 2 of 5" in said_of_growth([0.1, 0.4, 0.4, 0.4, 0.4])
+
+
+def test_the_front_is_that_of_all_candidates_and_each_is_a_trial_of_its_own_scale(ledger, tmp_path):
+    rng = random.Random(5)
+    board = Scoreboard(ledger)
+    board.base["search"] = {"retain_rougeL": Score(value=0.9, n=1, low=0.9, high=0.9)}
+    for number in range(12):
+        board.add(end(ledger, number, rng, scales=(0.5, 1.25)))
+        trials = board.trials()
+        candidates = board.candidates(trials)
+        completed = [trial for trial in trials if trial.result.status == "completed"]
+        assert len(candidates) == len(trials) + 2 * len(completed)
+        points = [candidate.point or NOWHERE for candidate in candidates]
+        marks = front_mask(points).tolist()
+        assert [candidate.on_front for candidate in candidates] == marks
+        assert board.hypervolume == hypervolume(points, (0.0, 0.45))
+        front = [c for c, on_front in zip(candidates, marks, strict=True) if on_front]
+        assert board.front() == front
+    harvested = [candidate for candidate in front if candidate.is_harvested]
+    assert {c.config.adapter_scale for c in candidates if c.is_harvested} == {0.5, 1.25}
+    assert harvested and all(c.result.trial_id.endswith(("x0.5", "x1.25")) for c in harvested)
+    name = harvested[0].result.trial_id
+    board.held_out[name] = {"retain_rougeL": Score(value=0.8, n=1, low=0.8, high=0.8)}
+    assert [c.result.trial_id for c in board.candidates(board.trials()) if c.held_out] == [name]
+    # In memory without their intervals, which the front's get back from the disk.
+    assert not any(each.scores for r in ledger.ended for each in r.result.harvest)
+    assert all(c.result.scores for c in board.with_scores(board.front()))
+    ledger.close()
+    with Ledger(tmp_path / "s") as again:
+        again.resume(StudyConfig(output=tmp_path / "s"), "")
+        assert Scoreboard(again).front() == [replace(c, held_out=None) for c in board.front()]

@@ -204,7 +204,7 @@ def choose(candidates: Sequence[Marks], rule: Rule, bounds: Bounds) -> Choice:
     }
 
     # Who keeps every bound has no excess; of the others the nearest comes first.
-    def rank(marks: Marks) -> tuple[float, float, float, float, tuple[int, str]]:
+    def rank(marks: Marks) -> tuple[float, float, float, float, tuple[int, str, str]]:
         name = marks.trial_id
         values = (-heights[name], -marks.reduction.value, -marks.retain.value)
         return max(0.0, excess[name]), *values, trial_order(name)

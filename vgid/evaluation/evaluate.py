@@ -15,7 +15,8 @@ is in the training pool) and ``celebrity``. Metrics:
   section 3). It shows what a refusal in the first tokens hides.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -189,11 +190,33 @@ def _marks(question: Question, response: str) -> Iterator[tuple[str, float]]:
 def _count(
     tally: dict[str, tuple[list[float], list[str]]], of: _Answered, metric: str, value: float
 ) -> None:
-    splits = [of.split] + (["retain"] if of.split.startswith("retain_") else [])
-    for split in splits:
-        values, groups = tally.setdefault(f"{split}_{metric}{of.suffix}", ([], []))
+    for name in _names(of.split, metric, of.suffix):
+        values, groups = tally.setdefault(name, ([], []))
         values.append(value)
         groups.append(of.person_id)
+
+
+def _names(split: str, metric: str, suffix: str) -> list[str]:
+    """The scores that a mark counts in."""
+    splits = [split] + (["retain"] if split.startswith("retain_") else [])
+    return [f"{each}_{metric}{suffix}" for each in splits]
+
+
+def _asked_for(scores: Collection[str], items: Sequence[ExamItem]) -> tuple[ExamItem, ...]:
+    """The questions that some scores are made of."""
+    # With one half of the retain set the other is asked, whose score would else be of half of it.
+    scores = {*scores, *(re.sub("^retain_(un)?seen_", "retain_", name) for name in scores)}
+    found = []
+    for item in items:
+        where = suffix(item.question, item.wording)
+        marks = [mark for mark, _ in _marks(item.question, "")] + [f"{item.question.task}_shots"]
+        asked, forced = (
+            any(name in scores for mark in some for name in _names(item.split, mark, where))
+            for some in (marks, ["memorisation"] if item.answer is not None else [])
+        )
+        if asked or forced:
+            found.append(item if forced else replace(item, answer=None))
+    return tuple(found)
 
 
 @dataclass
@@ -257,13 +280,36 @@ class Scorer:
         return held_out_seed(self.request.seed) if part == "held_out" else self.request.seed
 
     def evaluate(
-        self, part: QuestionPart, seed: int, how: Intervention = PLAIN, reverse: bool = False
+        self,
+        part: QuestionPart,
+        seed: int,
+        how: Intervention = PLAIN,
+        reverse: bool = False,
+        only: frozenset[str] | None = None,
     ) -> Evaluation:
-        """Put the questions to the backbone as it stands, with the adapter that is attached."""
+        """Put the questions to the backbone as it stands, with the adapter that is attached.
+
+        With ``only``, those that these scores are made of.
+        """
         make_whole(self.backbone)  # loading an adapter deals out again what can be
-        key = (part, seed, how, reverse)
-        examination = self._examinations.get(key)
-        if examination is None:
+        examination = self._examination(part, seed, how, reverse, only)
+        return evaluate(self.backbone, examination, self.request, self.workers)
+
+    def _examination(
+        self,
+        part: QuestionPart,
+        seed: int,
+        how: Intervention,
+        reverse: bool,
+        only: frozenset[str] | None,
+    ) -> Examination:
+        key = (part, seed, how, reverse, only)
+        if (examination := self._examinations.get(key)) is not None:
+            return examination
+        if only is not None:
+            whole = self._examination(part, seed, how, reverse, None)
+            examination = replace(whole, items=_asked_for(only, whole.items))
+        else:
             people = self.people
             if part == "search" or reverse:
                 # General utility: nothing is chosen by it, and no attack is on it.
@@ -273,4 +319,4 @@ class Scorer:
         # Perturbed images are as large as all others together, and seldom wanted twice.
         if how.noise_type is None:
             self._examinations[key] = examination
-        return evaluate(self.backbone, examination, self.request, self.workers)
+        return examination

@@ -1,6 +1,7 @@
 """PEFT adapters as folders: read, copied, joined. Shapes: r rank, I inputs, O outputs."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgid.errors import InputError
+from vgid.files import appearing
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -165,6 +167,20 @@ def copy_adapter(source: Path, target: Path, base: str | None, revision: str) ->
     target.mkdir(parents=True)
     shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
     _write_config(target, {**config, "base_model_name_or_path": base, "revision": revision})
+
+
+def rescaled(source: Path, target: Path, scale: float) -> None:
+    """Write into a new folder an adapter that counts ``scale`` times as much, of the same weights.
+
+    The folder appears whole or not at all. The weights are linked where the disk allows it.
+    """
+    config = read_adapter(source).config
+    with appearing(target, replace=True) as temporary:
+        try:
+            os.link(source / WEIGHTS, temporary / WEIGHTS)
+        except OSError:
+            shutil.copyfile(source / WEIGHTS, temporary / WEIGHTS)
+        _write_config(temporary, {**config, "lora_alpha": config["lora_alpha"] * scale})
 
 
 def concatenate(first: Path, second: Path, target: Path) -> None:

@@ -82,6 +82,31 @@ def merge(backbone: Backbone, adapter: Path) -> None:
     backbone.revision = sha256(adapter, backbone.revision)
 
 
+@contextmanager
+def scaled(student: Any, scale: float) -> Iterator[None]:
+    """Inside, the adapter counts ``scale`` times as much: W + scale * BA, and so it is saved.
+
+    Nothing is rounded: peft multiplies with ``lora_alpha / r``, of which this is the numerator.
+    """
+    if scale == 1:
+        yield
+        return
+    config = student.peft_config["default"]
+    trained = config.lora_alpha
+
+    def put(alpha: float) -> None:
+        config.lora_alpha = alpha
+        for module in student.modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling["default"] = alpha / config.r
+
+    try:
+        put(trained * scale)
+        yield
+    finally:
+        put(trained)
+
+
 def save(student: Any, folder: Path) -> None:
     """Write the adapter of a ``PeftModel``; the folder appears whole or not at all."""
     with appearing(folder, replace=True) as temporary:

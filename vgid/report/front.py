@@ -60,7 +60,7 @@ class Front:
     @property
     def default(self) -> list[TrialRecord]:
         """The trials that ran the paper's default setting."""
-        return [record for record in self.drawn if is_paper_default(record.config)]
+        return [r for r in self.drawn if is_paper_default(r.config) and not r.is_harvested]
 
     def held_out(self) -> list[tuple[TrialRecord, Score, Score]]:
         """Front trials with their two objectives on the held-out questions."""
@@ -73,7 +73,7 @@ class Front:
         """How many trials are on the front, and how many have no place in the picture."""
         missing = len(self.records) - len(self.drawn)
         rest = f", {missing} not completed" if missing else ""
-        infeasible = sum(not record.feasible for record in self.drawn)
+        infeasible = sum(not r.feasible for r in self.drawn if not r.is_harvested)
         rest += f", {infeasible} out of bounds" if infeasible else ""
         unsure = "" if self.doubt is None else "; the base may never have known these people"
         return f"{len(self.front)} on the front{rest}{unsure}"
@@ -128,14 +128,37 @@ def page_picture(front: Front) -> Picture:
 
 def _trials(front: Front) -> list[Series]:
     others = [record for record in front.drawn if not record.on_front and record.feasible]
-    found = []
+    found = _curves(front)
     if outside := [record for record in front.drawn if not record.feasible]:
         found.append(_of("trial out of bounds", outside, TRIAL, mark="x", opacity=0.85))
     for noise, mark in MARKS.items():
-        if shown := [record for record in others if _noise(record) == noise]:
+        if shown := [r for r in others if _noise(r) == noise and not r.is_harvested]:
             label = "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"
             found.append(_of(label, shown, TRIAL, mark=mark, opacity=0.85))
     return found
+
+
+def _curves(front: Front) -> list[Series]:
+    """What was harvested of each trial: its adapter's scales as a path."""
+    paths: dict[str, list[TrialRecord]] = {}
+    for record in front.drawn:
+        paths.setdefault(record.result.trial_id.partition("x")[0], []).append(record)
+    curves = [
+        sorted(path, key=lambda record: record.config.adapter_scale)
+        for path in paths.values()
+        if len(path) > 1
+    ]
+    if not curves:
+        return []
+    name = "the trial's adapter at other scales"
+    ends: list[tuple[float | None, float | None]] = []
+    for curve in curves:
+        ends += [*zip(*_places(curve), strict=True), (None, None)]
+    x, y = zip(*ends, strict=True)
+    line = Series(name, x, y, TRIAL, "", line=0.7, opacity=0.5, listed=False)
+    drawn = [record for curve in curves for record in curve if record.is_harvested]
+    rest = [record for record in drawn if record.feasible and not record.on_front]
+    return [line, _of(name, rest, TRIAL, size=4, opacity=0.6)]
 
 
 def _front(front: Front, ids: bool = False) -> list[Series]:

@@ -106,7 +106,7 @@ def axes(records: Sequence[TrialRecord]) -> list[Axis]:
 
 def insights(front: Front, shares: Shares) -> Picture:
     """The picture of what made the difference; ``shares`` are the trials' ``importances``."""
-    records = front.drawn
+    records = [record for record in front.drawn if not record.is_harvested]
     columns = axes(records) if records else []
     others = sum(not record.on_front for record in records)
     who = "Every trial" if others <= MAX_TRIALS else f"The front and {MAX_TRIALS} of the trials"

@@ -17,7 +17,7 @@ from typing import Any
 from vgid.config import Method, TrialConfig
 from vgid.files import unwritable, write_atomically
 from vgid.report.tables import FOUR_PARTS, Grid, four_cells
-from vgid.results import OBJECTIVES, Score, TrialResult, trial_order
+from vgid.results import OBJECTIVES, Score, TrialResult, candidate_id, trial_order
 
 HYPERPARAMETERS = ("alpha", "beta", "noise_type", "sigma", "prompt_style", "learning_rate")
 MAIN_METRICS = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_rougeL_reduction")
@@ -60,7 +60,10 @@ def describe(config: TrialConfig) -> str:
     if "beta" in used:
         parts.append(f"α{config.alpha:.2g} β{config.beta:.2g}")
     mantissa, exponent = f"{config.learning_rate:.1e}".split("e")
-    return " · ".join([*parts, f"lr {mantissa.removesuffix('.0')}e{int(exponent)}"])
+    parts.append(f"lr {mantissa.removesuffix('.0')}e{int(exponent)}")
+    if config.adapter_scale != 1:
+        parts.append(f"scale {config.adapter_scale:g}")
+    return " · ".join(parts)
 
 
 def misses_of(result: TrialResult) -> str:
@@ -98,6 +101,30 @@ class TrialRecord:
         if self.result.status != "completed" or not all(name in metrics for name in OBJECTIVES):
             return None
         return metrics[OBJECTIVES[0]], metrics[OBJECTIVES[1]]
+
+    @property
+    def harvested(self) -> list["TrialRecord"]:
+        """Its candidates for the front beside itself, as the trials that they would be."""
+        found = []
+        for each in self.result.harvest:
+            name = candidate_id(self.result.trial_id, each.scale)
+            own = {"adapter_scale": self.config.adapter_scale * each.scale}
+            result = TrialResult(
+                trial_id=name,
+                status=self.result.status,
+                scores=each.scores,
+                metrics=each.metrics,
+                missed=each.missed,
+                # Made for those on the front, when they are scored again.
+                adapter=self.result.adapter and self.result.adapter.with_name(name),
+            )
+            found.append(TrialRecord(self.config.model_copy(update=own), result))
+        return found
+
+    @property
+    def is_harvested(self) -> bool:
+        """Whether it is a trial at another scale than its own."""
+        return "x" in self.result.trial_id
 
 
 class TrialsTable:

@@ -23,7 +23,7 @@ from vgid.files import refuse_links
 from vgid.models.adapter_files import FILES
 from vgid.pareto import hypervolume
 from vgid.report.records import TRIAL_FIELDS
-from vgid.results import OBJECTIVES, QuestionPart, Score, trial_order
+from vgid.results import CANDIDATE, OBJECTIVES, QuestionPart, Score, trial_order
 from vgid.study.mlflow_client import one_sentence, open_client, search_runs
 from vgid.study.plan import OWN_DATA
 
@@ -229,7 +229,7 @@ def _trials(table: Path, where: str, adapters: Path) -> list[Trial]:
     where = f"{where}: {table.name}"
     for row in rows:
         trial_id = row.get("trial_id") or ""
-        if re.fullmatch(r"\d{4,10}", trial_id) is None:
+        if re.fullmatch(CANDIDATE, trial_id) is None:
             raise InputError(f"{where}: a trial_id is no number; restore the file.")
         if row.get("status") != "completed":
             continue

@@ -23,7 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from vgid.config import Config, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.files import lock, refuse_links, write_atomically
-from vgid.results import EpochReport, TrialResult, trial_order
+from vgid.results import CANDIDATE, EpochReport, TrialResult, trial_order
 
 # Fields of a study that a resume must repeat: otherwise its trials were made in two ways.
 MUST_AGREE = (
@@ -38,6 +38,7 @@ MUST_AGREE = (
     "train_pairs",
     "skip_defects",
     "require",
+    "harvest",
     "workers_per_trial",
     "tracking_uri",
 )
@@ -81,7 +82,7 @@ class Heard(Config):
 class Record(Config):
     """One trial; ``ended`` and ``result`` are None while it is in flight."""
 
-    trial_id: str = Field(pattern=r"^\d{4,}$")  # the trial's number in Optuna
+    trial_id: str = Field(pattern=f"^{CANDIDATE}$")  # the trial's number in Optuna
     config: TrialConfig
     started: str
     epochs: tuple[Heard, ...] = ()  # reported so far, by optimizer step
@@ -363,6 +364,8 @@ def _other(output: Path, what: str, before: Any, asked: Any, remedy: str) -> Inp
 
 def _without_scores(record: Record) -> Record:
     """What is kept in memory: the intervals of 10,000 trials' scores would take a gigabyte."""
-    if record.result is None or not record.result.scores:
+    if (result := record.result) is None or not (result.scores or result.harvest):
         return record
-    return record.model_copy(update={"result": record.result.model_copy(update={"scores": {}})})
+    harvest = tuple(each.model_copy(update={"scores": {}}) for each in result.harvest)
+    bare = result.model_copy(update={"scores": {}, "harvest": harvest})
+    return record.model_copy(update={"result": bare})

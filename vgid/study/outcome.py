@@ -20,6 +20,7 @@ from vgid.study.ledger import Ledger, Record, now
 from vgid.study.plan import Plan
 
 TABLES = ("study.json", "trials.csv", "front.csv")
+CANDIDATES = "candidates.csv"  # of a study that harvests
 TRIAL_PHASES = ("teacher", "train", "evaluate", "save")
 
 # Seconds by phase: ``total_s`` over the study, ``median_s`` of a trial.
@@ -37,8 +38,8 @@ class Scoreboard:
         self._ledger = ledger
         self._front: dict[str, tuple[float, float]] = {}
         self._counts: dict[str, int] = {"completed": 0, "pruned": 0, "failed": 0}
-        # Of the ended trials in the order of their ends; None of one that adds nothing.
-        self._points: list[tuple[float, float] | None] = []
+        # What each ended trial put on the front, in the order of their ends.
+        self._points: list[list[tuple[float, float]]] = []
         self._growth: list[float] = []  # as far as it was asked for, with the front that it is of
         self._grown: list[tuple[float, float]] = []
         self.base: dict[QuestionPart, dict[str, Score]] = {}  # as far as they are known
@@ -53,13 +54,18 @@ class Scoreboard:
     def add(self, record: Record) -> TrialRecord:
         """Take in a trial that has ended, once; returns it as it stands now."""
         trial = self._trial(record)
-        if trial.point is not None and trial.feasible:
+        own = {
+            each.result.trial_id: each.point
+            for each in (trial, *trial.harvested)
+            if each.point is not None and each.feasible
+        }
+        if own:
             # What dominates it or is dominated by it is on the front, which stays small: no need to
             # look at all points.
-            points = {**self._front, record.trial_id: trial.point}
+            points = {**self._front, **own}
             kept = zip(points.items(), front_mask(list(points.values())), strict=True)
             self._front = {name: point for (name, point), on_front in kept if on_front}
-        self._points.append(self._front.get(record.trial_id))
+        self._points.append([point for name, point in own.items() if name in self._front])
         self._counts[trial.result.status] += 1
         return self._trial(record)
 
@@ -76,18 +82,28 @@ class Scoreboard:
             if (record := self._ledger.records[name]).result is None
         ]
 
+    def candidates(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """The same trials, and what was harvested of each behind it."""
+        return [
+            candidate
+            for trial in trials
+            for candidate in (trial, *map(self._placed, trial.harvested))
+        ]
+
     def front(self) -> list[TrialRecord]:
-        """The trials that no other trial dominates, by id."""
-        names = sorted(self._front, key=trial_order)
-        return [self._trial(self._ledger.records[name]) for name in names]
+        """The candidates that no other dominates, by id."""
+        trials = {name.partition("x")[0]: None for name in sorted(self._front, key=trial_order)}
+        found = self.candidates([self._trial(self._ledger.records[name]) for name in trials])
+        return [candidate for candidate in found if candidate.on_front]
 
     def with_scores(self, trials: Sequence[TrialRecord]) -> list[TrialRecord]:
         """The same trials, those on the front with their scores, which the ledger has on disk."""
-        found = []
-        for trial in trials:
-            whole = self._ledger.whole(trial.result.trial_id).result if trial.on_front else None
-            found.append(trial if whole is None else replace(trial, result=whole))
-        return found
+        return [self._whole(trial) if trial.on_front else trial for trial in trials]
+
+    def _whole(self, candidate: TrialRecord) -> TrialRecord:
+        name = candidate.result.trial_id
+        trial = self._trial(self._ledger.whole(name.partition("x")[0]))
+        return next(each for each in self.candidates([trial]) if each.result.trial_id == name)
 
     def counts(self) -> dict[str, int]:
         """Ended and lost trials by status."""
@@ -111,10 +127,10 @@ class Scoreboard:
         reference = self.reference_point
         if reference is None:
             return ()
-        for point in self._points[len(self._growth) :]:
+        for added in self._points[len(self._growth) :]:
             volume = self._growth[-1] if self._growth else 0.0
-            if point is not None:
-                points = [*self._grown, point]
+            if added:
+                points = [*self._grown, *added]
                 self._grown = [points[i] for i in np.flatnonzero(front_mask(points))]
                 volume = hypervolume(self._grown, reference)
             self._growth.append(volume)
@@ -137,9 +153,12 @@ class Scoreboard:
         return len(self.growth) - flat_since(self.growth) >= trials
 
     def _trial(self, record: Record) -> TrialRecord:
-        name, result = record.trial_id, record.result
-        assert result is not None
-        return TrialRecord(record.config, result, name in self._front, self.held_out.get(name))
+        assert record.result is not None
+        return self._placed(TrialRecord(record.config, record.result))
+
+    def _placed(self, candidate: TrialRecord) -> TrialRecord:
+        name = candidate.result.trial_id
+        return replace(candidate, on_front=name in self._front, held_out=self.held_out.get(name))
 
 
 def phases(ended: Sequence[Record], study_s: Mapping[str, float]) -> Phases:
@@ -235,7 +254,7 @@ def study_summary(
         "wall_s": ending.elapsed_s,
         "phases": phases(ledger.ended, study_s),
         "store": store_use(ledger.ended, plan.config.output / "store"),
-        "files": TABLES,
+        "files": (*TABLES, *([CANDIDATES] if plan.config.harvest else [])),
     }
 
 
@@ -258,8 +277,9 @@ def shortfall(
             f"No trial completed, {status['failed']} of {len(trials)} failed: {cause}; run them "
             "again with --resume --retry-failed once it is mended."
         )
-    infeasible = [trial for trial in trials if not trial.feasible]
-    if infeasible and len(infeasible) == status["completed"]:
+    candidates = [each for t in trials for each in (t, *t.harvested) if each.point is not None]
+    infeasible = [candidate for candidate in candidates if not candidate.feasible]
+    if infeasible and len(infeasible) == len(candidates):
         nearest = min(infeasible, key=lambda trial: max(trial.result.missed.values()))
         return (
             f"No trial keeps what --require asks; the nearest, {nearest.result.trial_id}, misses "

@@ -29,7 +29,7 @@ from vgid.seeds import held_out_seed
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.study.ending import Ending
 from vgid.study.ledger import Ledger, changes, now
-from vgid.study.outcome import Material, Scoreboard, said_of_a_stop, study_summary
+from vgid.study.outcome import CANDIDATES, Material, Scoreboard, said_of_a_stop, study_summary
 from vgid.study.plan import Plan, make_plan
 from vgid.study.trials import Bulletin, Listener
 
@@ -225,7 +225,7 @@ class Study:
         job_of = partial(Job, part=part, seed=seed)
         jobs = {BASE: job_of(id=f"base-{part}", kind="base")}
         for name in front:
-            adapter = self.ledger.adapter(name)
+            adapter = self._adapter(name)
             jobs[name] = job_of(id=f"rescore-{name}", kind="rescore", adapter=adapter)
         ray.get([slots.mailbox.submit.remote(job) for job in jobs.values()])
         for name, job in jobs.items():
@@ -260,6 +260,15 @@ class Study:
         return self.summary
 
     # What the steps are made of
+
+    def _adapter(self, name: str) -> Path:
+        """A candidate's adapter; that of a harvested one is made of its trial's."""
+        from vgid.models.adapter_files import rescaled
+
+        adapter, (trial, _, scale) = self.ledger.adapter(name), name.partition("x")
+        if scale:
+            rescaled(self.ledger.adapter(trial), adapter, float(scale))
+        return adapter
 
     @contextmanager
     def _prepared_aside(self) -> Iterator[None]:
@@ -342,10 +351,13 @@ class Study:
         self.board.show_on(self.console.standing)
 
     def _write_tables(self) -> list[TrialRecord]:
-        """The tables, and ``study.json`` before anything is analysed; the trials."""
+        """The tables, and ``study.json`` before anything is analysed; the candidates."""
         output = self.plan.config.output
-        records = self.board.trials()
-        TrialsTable(output / "trials.csv").write(records)
+        trials = self.board.trials()
+        records = self.board.candidates(trials)
+        TrialsTable(output / "trials.csv").write(trials)
+        if self.plan.config.harvest:
+            TrialsTable(output / CANDIDATES).write(records)
         write_front(output / "front.csv", records)
         material = made(self._material) or Material()
         seconds = {**self._seconds, "log": self._bulletin.seconds}
@@ -359,7 +371,7 @@ class Study:
         tracker, side, output = made(self._tracker), Background("outcome"), self.plan.config.output
         pages, server = ({}, "") if tracker is None else (tracker.pages, tracker.server)
         front = Front(
-            f"{self.plan.config.backbone}, {len(records)} trials",
+            f"{self.plan.config.backbone}, {sum(self.board.counts().values())} trials",
             self.board.with_scores(records),
             self.board.base["search"],
             self.board.base.get("held_out"),

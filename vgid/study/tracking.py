@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,16 @@ class _TrialRuns:
             run.running, run.outcome = False, result.status
 
     def mark(self, record: TrialRecord, now: int) -> None:
-        """Say whether a trial is on the front, and its held-out scores if it is."""
-        run = self._runs.get(record.result.trial_id)
+        """Say whether a candidate is on the front, and its held-out scores if it is."""
+        name = record.result.trial_id
+        if record.on_front and record.is_harvested:
+            # Of these only the front has runs of its own, from which a pick can be made.
+            at = datetime.fromtimestamp(now / 1000, UTC).isoformat()
+            run_of_its_own = Record(
+                trial_id=name, config=record.config, started=at, ended=at, result=record.result
+            )
+            self.send(run_of_its_own)
+        run = self._runs.get(name)
         if run is None:
             return
         mark = as_text(record.on_front)
@@ -163,7 +171,8 @@ class _TrialRuns:
         run.running, run.outcome = True, None
 
     def _create(self, record: Record) -> _Run:
-        own = {"vgid.kind": "trial", "vgid.trial_id": record.trial_id}
+        kind = "candidate" if "x" in record.trial_id else "trial"
+        own = {"vgid.kind": kind, "vgid.trial_id": record.trial_id}
         tags = {"mlflow.parentRunId": self.parent, **own, **self.tags}
         name = run_name(record.config, record.trial_id)
         started = _milliseconds(record.started)
