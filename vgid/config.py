@@ -149,6 +149,17 @@ GpusPerWorker = Annotated[
 Required = Annotated[str, AfterValidator(lambda text: str(Requirement.read(text)))]
 # Of an adapter: a trained W + BA becomes W + scale * BA.
 Scale = Annotated[float, Field(gt=0, le=2)]
+Harvest = Annotated[
+    tuple[Scale, ...],
+    Flag("SCALES", read=scales),
+    Field(
+        description="scales of a trained adapter that are candidates for the front beside the "
+        "trial itself, such as 0.7,0.85 (milder) or 1.2 (stronger); off: none"
+    ),
+]
+# Reach from the mild end of a trial's curve to the strong one; finer ones add next to nothing, and
+# neither do its epochs (tests/benchmarks/README.md).
+LADDER = (0.6, 0.7, 0.8, 0.9, 1.2)
 C = TypeVar("C", bound="Config")
 
 _DISTILLING: tuple[Method, ...] = ("vgid", "icu_t", "noise_t")
@@ -221,11 +232,7 @@ class Asked(Config):
         description="bounds that trials on the front keep, on the search questions, such as "
         "'retain_rougeL>=0.97*base' and 'forget_cloze<=0.3'",
     )
-    harvest: Annotated[tuple[Scale, ...], Flag("SCALES", read=scales)] = Field(
-        (),
-        description="scales of a trained adapter that are candidates for the front beside the "
-        "trial itself, such as 0.7,0.85 (milder) or 1.2 (stronger); off: none",
-    )
+    harvest: Harvest = ()
 
 
 class RequestConfig(Asked):
@@ -382,6 +389,7 @@ class StudyConfig(Asked):
         0, ge=0, description="seed of the search, every trial and splits of people and questions"
     )
     sampler: SamplerName = "auto"
+    harvest: Harvest = LADDER
     time_budget_s: Annotated[float | None, Flag("TIME", "--time-budget", seconds)] = Field(
         None,
         gt=0,

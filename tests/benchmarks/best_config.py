@@ -184,6 +184,7 @@ def main() -> None:
                         "output": root / "studies" / f"{options.backbone}-{seed}",
                         "trials": options.trials,
                         "seed": seed,
+                        "harvest": (),
                     },
                     "command line",
                 ),

@@ -150,7 +150,7 @@ def _curves(front: Front) -> list[Series]:
     ]
     if not curves:
         return []
-    name = "the trial's adapter at other scales"
+    name = "trial, other scales"
     ends: list[tuple[float | None, float | None]] = []
     for curve in curves:
         ends += [*zip(*_places(curve), strict=True), (None, None)]
