@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # 10 % of the people: with 5 % this backbone forgets everything and keeps everything at once, which
 # leaves a front of two or three trials.
 study: $(VENV)/.installed
-	$(BIN)/python studies/pareto_search.py --backbone tiny-llava --forget-ratio 10 --trials 32 $(ARGS)
+	$(BIN)/python studies/pareto_search.py --backbone tiny-llava --forget-ratio 10 --trials 12 $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -163,8 +163,8 @@ class TrialSession:
         required: Sequence[Requirement],
     ) -> tuple[Harvested, ...]:
         """The trained adapter at the request's scales, scored by what decides over a front."""
-        # An adapter is a point, its scales are a curve, and one of its points costs a twentieth of
-        # a trial: two trials' curves reach as far as ten trials (tests/benchmarks/README.md).
+        # An adapter is a point, its scales are a curve, and one of its points costs a fifteenth of
+        # a trial: two trials' curves reach as far as eight trials (tests/benchmarks/README.md).
         bounds = (each.metric for each in required)
         only = frozenset(["forget_rougeL", "retain_rougeL", "test_rougeL", *bounds])
         found = []

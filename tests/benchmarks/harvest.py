@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = pd.read_csv(asked.data)
     rows = replay(table, asked.orders)
     count = table[table.trial != BASE].trial.nunique()
-    titles = ["candidates", "s a trial", *(f"{n} trials" for n in AFTER if n <= count)]
+    titles = ["candidates", "s a trial", *(f"after {n}" for n in AFTER if n <= count)]
     if asked.json:
         print(json.dumps([dict(zip(titles, row, strict=True)) for row in rows]))
         return

@@ -171,8 +171,7 @@ class _TrialRuns:
         run.running, run.outcome = True, None
 
     def _create(self, record: Record) -> _Run:
-        kind = "candidate" if "x" in record.trial_id else "trial"
-        own = {"vgid.kind": kind, "vgid.trial_id": record.trial_id}
+        own = {"vgid.kind": "trial", "vgid.trial_id": record.trial_id}
         tags = {"mlflow.parentRunId": self.parent, **own, **self.tags}
         name = run_name(record.config, record.trial_id)
         started = _milliseconds(record.started)
