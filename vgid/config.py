@@ -94,6 +94,14 @@ def scales(text: str) -> tuple[float, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is no list such as 0.7,0.85, nor off") from None
 
 
+def told_apart(scales: tuple[float, ...]) -> tuple[float, ...]:
+    """Scales as candidates' ids have them; ``ValueError`` if two are one, or the trial itself."""
+    written = [f"{scale:g}" for scale in scales]
+    if len({*written, "1"}) <= len(scales):
+        raise ValueError("name each scale once, and not 1, which is the trial itself")
+    return tuple(map(float, written))
+
+
 def whole_above_one(gpus: float) -> float:
     """GPUs of a worker, of which Ray shares a single one only; ``ValueError`` for 1.5 and such."""
     if gpus > 1 and gpus != int(gpus):
@@ -156,6 +164,7 @@ Harvest = Annotated[
         description="scales of a trained adapter that are candidates for the front beside the "
         "trial itself, such as 0.7,0.85 (milder) or 1.2 (stronger); off: none"
     ),
+    AfterValidator(told_apart),
 ]
 # Reach from the mild end of a trial's curve to the strong one; finer ones add next to nothing, and
 # neither do its epochs (tests/benchmarks/README.md).

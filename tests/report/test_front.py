@@ -16,8 +16,8 @@ from PIL import Image
 
 from vgid.config import TrialConfig
 from vgid.report.front import Front, page_picture, write_html, write_png
-from vgid.report.records import TrialRecord
-from vgid.results import Score, TrialResult
+from vgid.report.records import TrialRecord, describe
+from vgid.results import Harvested, Score, TrialResult
 
 BASE = {"forget_rougeL": Score(value=0.95, n=60, low=0.9, high=1.0)}
 BASE["retain_rougeL"] = Score(value=0.97, n=300, low=0.95, high=0.98)
@@ -54,6 +54,36 @@ def traces(front):
     figure = page_picture(front).plotly()
     go.Figure(figure)  # plotly's own validation of every attribute
     return {trace["name"]: trace for trace in figure["data"]}
+
+
+def test_a_trials_scales_are_a_path_and_only_the_trial_is_a_trial(front):
+    """Of 0000, which runs the paper's default, a milder scale is on the front as well."""
+    scales = {0.5: (0.3, 0.965), 0.8: (0.85, 0.95), 1.2: (0.92, 0.70)}
+    harvest = [
+        Harvested(
+            scale=scale,
+            metrics={"forget_rougeL_reduction": x, "retain_rougeL": y},
+            missed={"retain_rougeL>=0.8": 0.8 - y},
+        )
+        for scale, (x, y) in scales.items()
+    ]
+    trial = front.records[0]
+    trial = replace(trial, result=trial.result.model_copy(update={"harvest": harvest}))
+    mild, good, strong = trial.harvested
+    good = replace(good, on_front=True)
+    harvested = replace(front, records=[trial, mild, good, strong, *front.records[1:]])
+    drawn = page_picture(harvested)
+    path, rest = (s for s in drawn.panels[0].drawn if s.name == "trial, other scales")
+    # From the mildest to the strongest, with the trial itself where its scale is.
+    assert list(path.x) == [0.3, 0.85, 0.9, 0.92, None]
+    assert list(path.y) == [0.965, 0.95, 0.90, 0.70, None]
+    assert (rest.x, rest.keys) == ([0.3], ["0000x0.5"])  # neither on the front nor out of bounds
+    by_name = traces(harvested)
+    assert by_name["front"]["x"] == [0.8, 0.85, 0.9]
+    assert by_name["trial out of bounds"]["x"] == [0.92]
+    assert by_name["the paper's default setting"]["x"] == [0.9]
+    assert harvested.caption == "3 on the front, 1 not completed"
+    assert describe(good.config) == f"{describe(trial.config)} · scale 0.8"
 
 
 def test_everything_is_in_its_place(front):

@@ -11,7 +11,7 @@ import pytest
 
 from studies.pareto_search import Mode, main, read_flags
 from vgid.command_line import duration
-from vgid.config import StudyConfig, TrialConfig, seconds
+from vgid.config import LADDER, StudyConfig, TrialConfig, seconds
 from vgid.errors import InputError
 from vgid.report.records import TrialRecord
 from vgid.results import EpochReport, Score, TrialResult
@@ -254,7 +254,11 @@ def test_flags_become_a_study_config(tmp_path):
     config, _ = read_flags(["--output", str(tmp_path), "--max-concurrent", "auto"])
     assert config.max_concurrent is None
     assert config.output == tmp_path
+    assert config.harvest == LADDER
     assert mode == Mode()
+    for text, scales in (("0.7, 1.25", (0.7, 1.25)), ("off", ())):
+        config, _ = read_flags(["--output", str(tmp_path), "--harvest", text])
+        assert config.harvest == scales
 
 
 def test_without_an_output_folder_the_next_free_number_is_taken(tmp_path, monkeypatch):
@@ -279,6 +283,10 @@ GAUSSIAN = "parameters: {noise_type: gaussian, sigma: 9.0}"
         (["--time-budget", "soon"], None, "10m"),
         (["--time-budget", "0"], None, "10m"),
         (["--forget-ratio", "7"], None, "--forget-ratio"),
+        (["--harvest", "mild"], None, "0.7,0.85"),
+        (["--harvest", "0.7,3"], None, "harvest.1"),
+        (["--harvest", "0.7,0.8,0.70"], None, "each scale once"),
+        (["--harvest", "0.7,1.0"], None, "the trial itself"),
         (["--data", "nowhere"], None, "nowhere"),
         (["--search-space", "nowhere.yaml"], None, "nowhere.yaml"),
         (["--resume"], None, "no study to resume"),
