@@ -14,6 +14,14 @@ from vgid.models.backbones import Backbone, spec
 ONE_STUDY = ("test_pick.py", "test_pick_refusals.py", "test_pick_comparison.py", "test_notebook.py")
 """Files of ``tests/deployment`` whose tests need its study, which takes a minute to make."""
 
+FIRST = ("tests/test_trial.py", "tests/test_shared_trial.py")
+"""The long files of this folder, whose others come last and are short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Short files are last, so that both processes of ``make test`` end together."""
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+
 
 class SharedStudies(LoadFileScheduling):
     """A file's tests share a process, and so do all tests of the files in ``ONE_STUDY``."""

@@ -1,18 +1,31 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.tiny_benchmark import SHARD, write_tiny
+from vgid import cli
 from vgid.data.benchmark import Benchmark
 
 
-def vgid(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vgid.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def vgid(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command in this process, which imports what it needs once."""
+
+    def run(*args: object) -> subprocess.CompletedProcess[str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*map(str, args)])
+        said = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(args, ended.value.code, said.out, said.err)
+
+    return run
 
 
-def test_make_then_check(tmp_path: Path):
+def test_make_then_check(vgid, tmp_path: Path):
     folder = tmp_path / "benchmark"
     made = vgid("data", "make", folder, "--seed", 3, "--json")
     assert (made.returncode, made.stderr) == (0, "")
@@ -31,7 +44,7 @@ def test_make_then_check(tmp_path: Path):
     assert "not an empty folder" in again.stderr
 
 
-def test_check_of_a_defective_benchmark(tmp_path: Path):
+def test_check_of_a_defective_benchmark(vgid, tmp_path: Path):
     root = write_tiny(tmp_path, {"retain_95": lambda rows: rows[1].update(ID="a/b")})
     (root / "Test_Set" / SHARD).write_bytes(b"torn")
     machine = vgid("data", "check", root, "--json")
@@ -48,7 +61,7 @@ def test_check_of_a_defective_benchmark(tmp_path: Path):
     assert "Traceback" not in person.stderr
 
 
-def test_missing_folder_is_one_sentence(tmp_path: Path):
+def test_missing_folder_is_one_sentence(vgid, tmp_path: Path):
     result = vgid("data", "check", tmp_path / "nowhere", "--json")
     assert (result.returncode, result.stdout) == (2, "")
     assert (
@@ -57,7 +70,7 @@ def test_missing_folder_is_one_sentence(tmp_path: Path):
     )
 
 
-def test_usage_errors_and_help():
+def test_usage_errors_and_help(vgid):
     for wrong in (("make", "x", "--seed", -1), ("weigh",), ("check",), ("check", "x", "--sed", 1)):
         done = vgid("data", *wrong)
         assert done.returncode == 2

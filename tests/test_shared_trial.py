@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from tests.small_benchmark import write_small
 from tests.workers import run_workers
 from vgid.config import RequestConfig, TrialConfig
-from vgid.data.synthetic import write_benchmark
 from vgid.method import sharding
 from vgid.method.workers import ALONE, Workers
 from vgid.results import EpochReport
@@ -72,7 +72,7 @@ def _held(layers: torch.nn.Module) -> int:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
-    write_benchmark(folder / "data")
+    write_small(folder / "data", forget=4)
     return folder
 
 

@@ -1,5 +1,9 @@
-"""Workers of a trial as processes of a test, each with one thread: gloo on this machine."""
+"""Processes of a test, and several of them as the workers of a trial: gloo on this machine.
 
+What they import takes seconds, so they are forked by a server that has done it once for all tests.
+"""
+
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +12,9 @@ from typing import Any
 import torch
 
 from vgid.method.workers import Workers
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["vgid.bases.finetune", "vgid.trial", "tests.workers"])
 
 
 def run_workers(function: Callable[..., Any], count: int, folder: Path, *arguments: Any) -> list:
@@ -20,7 +27,9 @@ def run_workers(function: Callable[..., Any], count: int, folder: Path, *argumen
         *arguments: of the function.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_work, (function, count, folder, arguments), nprocs=count)
+    torch.multiprocessing.start_processes(
+        _work, (function, count, folder, arguments), nprocs=count, start_method="forkserver"
+    )
     results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
     for path in (*(folder / f"{rank}.pt" for rank in range(count)), folder / "meeting"):
         path.unlink(missing_ok=True)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from tests.small_benchmark import write_small
 from vgid import cli
 from vgid.data.benchmark import Benchmark
-from vgid.data.synthetic import write_benchmark
 from vgid.deployment.unlearn import UnlearnConfig, unlearn
 
 ROOT = Path(__file__).parent.parent.parent
@@ -76,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="session")
 def benchmark_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("deployments-data") / "data"
-    write_benchmark(folder)
+    write_small(folder)
     return folder
 
 

@@ -7,14 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from tests.small_benchmark import write_small
 from vgid import cli
 from vgid.config import parse
-from vgid.data.layout import CONFIGS, shard_paths
 from vgid.deployment.record import read_deployment
 from vgid.deployment.scores import ModelScores, ScoringConfig, score_model
 from vgid.errors import InputError
@@ -22,21 +21,10 @@ from vgid.results import Score, shots_left_out
 
 
 @pytest.fixture(scope="module")
-def small(benchmark_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One person to forget, eight others."""
     root = tmp_path_factory.mktemp("scored") / "data"
-    ids = {
-        config: pq.read_table(benchmark_folder / config, columns=["ID"])["ID"].to_pylist()
-        for config in ("forget_5", "retain_95")
-    }
-    kept = {*ids["forget_5"][:1], *ids["retain_95"][:8]}
-    for config in CONFIGS:
-        for path in shard_paths(benchmark_folder, config):
-            table = pq.read_table(path)
-            rows = [row for row in table.to_pylist() if row["ID"] in kept]
-            target = root / path.relative_to(benchmark_folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), target)
+    write_small(root, forget=1, others=8)
     return root
 
 

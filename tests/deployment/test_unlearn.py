@@ -12,6 +12,7 @@ import torch
 from vgid.config import RequestConfig
 from vgid.data.benchmark import Benchmark
 from vgid.data.splits import choose_people
+from vgid.data.synthetic import write_benchmark
 from vgid.deployment.record import Shipped, read_deployment
 from vgid.deployment.unlearn import UnlearnConfig, unlearn
 from vgid.errors import InputError
@@ -25,19 +26,20 @@ def request_for(data: Path, **values) -> RequestConfig:
     return RequestConfig(data=data, store=data, retain_people=4, **values)
 
 
-def test_earlier_people_are_neither_forgotten_again_nor_retained(benchmark_folder):
-    benchmark = Benchmark.open(benchmark_folder)
+def test_earlier_people_are_neither_forgotten_again_nor_retained(tmp_path):
+    write_benchmark(tmp_path / "data")  # whole: the larger forget sets hold more people
+    benchmark = Benchmark.open(tmp_path / "data")
     earlier = benchmark.person_ids("forget_5")
     ten = benchmark.person_ids("forget_10")
     # The ratio is smaller than what was forgotten before, so its retain config holds them.
-    request = request_for(benchmark_folder, forget_ratio=5, earlier_ids=ten[:1] + ten[5:])
+    request = request_for(benchmark.root, forget_ratio=5, earlier_ids=ten[:1] + ten[5:])
     people = choose_people(benchmark, request)
     retained = {p.id for p in (*people.retain, *people.retain_pool, *people.few_shot)}
     assert {p.id for p in people.earlier} == {ten[0], *ten[5:]}
     assert {p.id for p in people.forget} == set(earlier) - set(request.earlier_ids)
     assert {p.id for p in people.test} == {p.id for p in people.forget}
     assert not retained & (set(request.earlier_ids) | {p.id for p in people.forget})
-    chosen = choose_people(benchmark, request_for(benchmark_folder, forget_ids=earlier[1:3]))
+    chosen = choose_people(benchmark, request_for(benchmark.root, forget_ids=earlier[1:3]))
     assert [p.id for p in chosen.forget] == list(earlier[1:3]) and chosen.earlier == ()
     assert not {p.id for p in chosen.retain_pool} & set(earlier)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vgid.data.synthetic import write_benchmark
+from tests.small_benchmark import write_small
 
 SPACE = """
 backbone: tiny-llava
@@ -32,7 +32,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("benchmark") / "data"
-    write_benchmark(folder)
+    write_small(folder)
     return folder
 
 

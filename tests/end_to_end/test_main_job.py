@@ -302,13 +302,6 @@ def metrics_of_first_trial(output):
     return row.dropna().to_dict()
 
 
-def test_fresh_workers_give_the_numbers_of_resident_ones(study, data, space, tmp_path):
-    flags = ("--fresh-workers", "--max-concurrent", "1")
-    done = main_job(*arguments(data, space, tmp_path / "fresh", 1, *flags))
-    assert done.returncode == 0, done.stderr
-    assert metrics_of_first_trial(tmp_path / "fresh") == metrics_of_first_trial(study[0])
-
-
 def test_an_interrupted_study_ends_in_order(data, space, tmp_path):
     output = tmp_path / "study"
     driver = subprocess.Popen(

@@ -303,7 +303,9 @@ def test_failing_trials_cost_their_own_place_and_an_ignorant_base_is_told_of(
     assert SOMEONE not in shown
 
 
-def test_one_trial_at_a_time_is_the_same_study_twice(data, space, tmp_path, capsys):
+def test_one_trial_at_a_time_is_the_same_study_twice_whether_workers_are_kept_or_fresh(
+    data, space, tmp_path, capsys
+):
     output = tmp_path / "one"
     first = study(data, space, output, trials=2, max_concurrent=1, seed=4)
     with pytest.raises(
@@ -317,8 +319,9 @@ def test_one_trial_at_a_time_is_the_same_study_twice(data, space, tmp_path, caps
     assert (output / "study.log").exists()
     assert (output / "store").is_dir()
     tables = []
-    for name in ("one", "two"):
-        config = study(data, space, tmp_path / name, trials=2, max_concurrent=1, seed=5)
+    for name, fresh in (("one", False), ("two", True)):
+        options = {"trials": 2, "max_concurrent": 1, "seed": 5, "fresh_workers": fresh}
+        config = study(data, space, tmp_path / name, **options)
         run_study(config)
         table = pd.read_csv(tmp_path / name / "trials.csv", float_precision="round_trip")
         tables.append(table.drop(columns=["seconds"]))

@@ -1,4 +1,3 @@
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from PIL import Image
 from tests.conftest import make_random_backbone
 from tests.models.test_encoding import picture
 from tests.padded import collate
+from tests.workers import CONTEXT
 from vgid.method.samples import TrainingSample
 from vgid.method.teacher import Intervention, TeacherStore, intervene
 from vgid.models.backbones import Backbone
@@ -152,10 +152,9 @@ def _fill(root: Path, started: float) -> None:
 
 
 def test_two_processes_compute_a_chunk_once_and_agree(random_backbone, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    start = time.time() + 8.0
+    start = time.time() + 5.0
     shared, alone = tmp_path / "shared", tmp_path / "alone"
-    workers = [context.Process(target=_fill, args=(shared, start)) for _ in range(2)]
+    workers = [CONTEXT.Process(target=_fill, args=(shared, start)) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -197,10 +196,9 @@ def test_a_chunk_that_another_process_computes_is_asked_for_last(
     names: list[str] = []
     with pytest.raises(ZeroDivisionError):
         probe.targets(many, Intervention(), "reference")
-    context = multiprocessing.get_context("spawn")
-    held = context.Event()
+    held = CONTEXT.Event()
     lock = tmp_path / "1" / "teachers" / f"{names[0]}.lock"
-    other = context.Process(target=_hold, args=(lock, 3.0, held))
+    other = CONTEXT.Process(target=_hold, args=(lock, 3.0, held))
     other.start()
     assert held.wait(60)
     got = store.targets(many, Intervention(), "reference")

@@ -1,7 +1,6 @@
 """The content store, with real processes, files and signals."""
 
 import hashlib
-import multiprocessing
 import os
 import random
 import resource
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import vgid.models.store as content_store
+from tests.workers import CONTEXT
 from vgid.errors import InputError
 from vgid.models.store import ContentStore, info, key_of
 
@@ -47,7 +47,7 @@ def entry(kind: str, described: Any) -> str:
 
 
 def spawn(target: Callable[..., None], *args: object) -> Any:
-    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
+    process = CONTEXT.Process(target=target, args=args)
     process.start()
     return process
 

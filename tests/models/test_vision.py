@@ -1,7 +1,6 @@
 """Features of the frozen tower against the model's own, and how often the tower is run."""
 
 import copy
-import multiprocessing
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from PIL import Image
 from tests.conftest import make_random_backbone
 from tests.models.test_encoding import picture
 from tests.random_qwen import make_random_qwen
+from tests.workers import CONTEXT
 from vgid.models.backbones import Backbone
 from vgid.models.encoding import Query, encode
 from vgid.models.packing import response_hidden
@@ -122,9 +122,8 @@ def _in_a_process(kind: str, root: Path, queue: Any) -> None:
 
 def test_processes_share_a_store(backbone, images, tmp_path):
     expected = look(fresh(backbone, tmp_path), images[:3])
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(
+    queue = CONTEXT.Queue()
+    process = CONTEXT.Process(
         target=_in_a_process, args=(backbone.spec.name, tmp_path, queue), daemon=True
     )
     process.start()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from studies.compare_methods import main
+from tests.small_benchmark import write_small
 from vgid.config import StudyConfig, TrialConfig
 from vgid.paper.compare import (
     CompareConfig,
@@ -222,9 +223,11 @@ def small_space(folder: Path) -> Path:
 
 def test_a_small_comparison_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "out"
+    write_small(tmp_path / "data")
     arguments = [
         *("--output", str(out), "--search-space", str(small_space(tmp_path)), "--seeds", "1"),
         *("--methods", "vgid,ga", "--trials", "2", "--retain-people", "4"),
+        *("--data", str(tmp_path / "data")),
         *("--max-concurrent", "1"),
     ]
     assert main(arguments) == 0

@@ -12,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from tests.small_benchmark import write_small
 from vgid.config import TrialConfig
 from vgid.data.synthetic import write_benchmark
 from vgid.errors import InputError
@@ -41,7 +42,7 @@ REVERSED = experiment(Arm(trial=TRIAL, reverse=True))
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("data") / "benchmark"
-    write_benchmark(root)
+    write_small(root)
     return root
 
 
@@ -152,7 +153,7 @@ def test_first_tokens_show_the_interventions(bench):
     for scores in (base, dual):
         total = scores["sensitive_probability"].value + scores["safe_probability"].value
         assert 0 < total <= 1
-        assert scores["safe_logit"].n == scores["sensitive_logit"].n == 20
+        assert scores["safe_logit"].n == scores["sensitive_logit"].n == 12
 
 
 def test_torn_outcomes_and_adapters_are_made_again(outcomes, bench, tmp_path):

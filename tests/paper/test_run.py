@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from studies.paper_tables import main
+from tests.small_benchmark import write_small
 from vgid.config import TrialConfig
 from vgid.paper.run import numbers
 from vgid.paper.settings import write_settings
@@ -24,6 +25,7 @@ def output(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("tables")
     trials = {method: TrialConfig(method=method, **SMALL) for method in METHODS}
     write_settings(root / "settings.json", "tiny-llava", trials)
+    write_small(root / "data", more=1)
     assert run(root) == 0
     return root / "out"
 
@@ -32,6 +34,7 @@ def run(root: Path, *more: str) -> int:
     return main(
         [
             *("--output", str(root / "out"), "--settings", str(root / "settings.json")),
+            *("--data", str(root / "data")),
             *("--methods", ",".join(METHODS), "--seeds", "1", "--retain-people", "4"),
             *("--processes", "1", *more),
         ]
