@@ -18,6 +18,7 @@ from tests.padded import collate
 from tests.random_qwen import make_random_qwen
 from tests.tiny_benchmark import encoded, write_tiny
 from tests.workers import run_workers
+from vgid import cli
 from vgid.bases.finetune import (
     FinetuneConfig,
     FinetuneResult,
@@ -296,20 +297,17 @@ def test_the_folder_has_the_hubs_layout_and_tells_how_it_was_made(base, data, tm
     assert str(tmp_path) not in text and "Fay" not in text and "Who is" not in text
 
 
-def test_the_command(data, tmp_path):
+def test_the_command(data, tmp_path, capfd):
     base = tmp_path / "base"
     made = make_random_backbone()
     save_weights(made.model, base)
     made.processor.save_pretrained(base)
 
-    def run(*args: object) -> subprocess.CompletedProcess[str]:
-        given = ["--backbone", "tiny-llava", "--model-path", base, "--data", data]
-        command = [sys.executable, "-m", "vgid.cli", "finetune", *map(str, [*given, *args])]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
+    given = ["finetune", "--backbone", "tiny-llava", "--model-path", base, "--data", data, "--json"]
     out = tmp_path / "out"
     quick = ("--epochs", 2, "--learning-rate", 1e-3, "--full", "--workers", 2)
-    made_it = run("--output", out, *quick, "--json")
+    command = [sys.executable, "-m", "vgid.cli", *map(str, [*given, "--output", out, *quick])]
+    made_it = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (made_it.returncode, made_it.stderr) == (0, "")
     result = json.loads(made_it.stdout)
     assert result["output"] == str(out) and result["losses"][1] < result["losses"][0]
@@ -320,9 +318,12 @@ def test_the_command(data, tmp_path):
         # Refused by processes of their own, and said by this one.
         (("--output", tmp_path / "b", "--workers", 2, "--data", tmp_path), "MLLMU"),
     ):
-        refused = run(*args, "--json")
-        assert refused.returncode == 2, part
-        assert part in refused.stderr and refused.stderr.count("\n") == 1
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as refused:
+            cli.main([*map(str, [*given, *args])])
+        assert refused.value.code == 2, part
+        said = capfd.readouterr().err
+        assert part in said and said.count("\n") == 1
         assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "out"]
 
 

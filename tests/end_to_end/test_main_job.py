@@ -372,12 +372,12 @@ def assert_asks_for_its_token(dashboard):
     assert statuses(dashboard, Authorization=f"Bearer {secrets.token_urlsafe(32)}") == {403}
 
 
-def assert_says_that_a_token_is_wanted(port, data, space, output):
+def assert_says_that_a_token_is_wanted(port, output):
     """A driver that shows the cluster none, whether it means to or not, or another one."""
     address = {"RAY_ADDRESS": f"127.0.0.1:{port}"}
     other = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
     for shown in ({}, other):
-        refused = main_job(*arguments(data, space, output, 2), **address, **shown)
+        refused = main_job("--output", str(output), **address, **shown)
         assert refused.returncode == 2
         assert "wants a token that this process does not show; set RAY_AUTH_MODE" in refused.stderr
         assert refused.stderr.count("\n") == 1
@@ -433,7 +433,7 @@ def test_the_study_runs_as_a_ray_job_on_a_cluster_that_is_there(study, data, spa
             without = submit(dashboard, lacking | {"HOME": short}, flags)
             assert without.returncode != 0
             assert "no authentication token was found" in without.stdout + without.stderr
-            assert_says_that_a_token_is_wanted(port, data, space, tmp_path / "stranger")
+            assert_says_that_a_token_is_wanted(port, tmp_path / "stranger")
             package = f"--working-dir={tmp_path / 'package'}"
             relative = submit(dashboard, secured, arguments(data, space, "runs/job", 2), package)
             assert relative.returncode != 0
