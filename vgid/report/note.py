@@ -26,7 +26,7 @@ UI = "workflowType=machine_learning"
 """Opens the UI on its pages for training runs; it would start in those for chat applications."""
 
 _METRICS = (*OBJECTIVES, "forget_cloze", "test_rougeL", "forget_memorisation")
-_HELD_OUT = tuple(f"heldout_{name}" for name in OBJECTIVES)
+_HELD_OUT = tuple(f"heldout_{name}" for name in (*OBJECTIVES, "celebrity_rougeL"))
 COLUMNS = [
     "tags.`vgid.on_front`",
     *(f"metrics.`{name}`" for name in (*_METRICS, *_HELD_OUT)),
