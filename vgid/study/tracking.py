@@ -131,8 +131,9 @@ class _TrialRuns:
     def mark(self, record: TrialRecord, now: int) -> None:
         """Say whether a candidate is on the front, and its held-out scores if it is."""
         name = record.result.trial_id
-        if record.on_front and record.is_harvested:
-            # Of these only the front has runs of its own, from which a pick can be made.
+        if record.is_harvested and record.held_out is not None:
+            # Of these only the front has runs of its own, from which a pick can be made. Not before
+            # it is scored again, since then its adapters are made.
             at = datetime.fromtimestamp(now / 1000, UTC).isoformat()
             run_of_its_own = Record(
                 trial_id=name, config=record.config, started=at, ended=at, result=record.result
