@@ -85,7 +85,7 @@ class Running:
 @pytest.fixture
 def study(tmp_path):
     """A study before its first step, with one trial in flight."""
-    plan = make_plan(StudyConfig(output=tmp_path / "study"))
+    plan = make_plan(StudyConfig(output=tmp_path / "study", harvest=()))
     with Ledger(plan.config.output) as ledger:
         ledger.open(plan.config, plan.space.sha256, resume=False)
         with (tmp_path / "console").open("w") as stream:
