@@ -36,6 +36,12 @@ def candidate_id(trial_id: str, scale: float) -> str:
     return f"{trial_id}x{scale:g}"
 
 
+def origin(candidate: str) -> tuple[str, float]:
+    """The trial that a candidate's id names, and the scale: 1 for the trial itself."""
+    trial_id, _, scale = candidate.partition("x")
+    return trial_id, float(scale or 1)
+
+
 def trial_order(trial_id: str) -> tuple[int, str, str]:
     """A key that sorts ids as the numbers they are: ``10000`` comes after ``9999``."""
     # By length first: ids are padded to four digits, which 10,000 trials outgrow.

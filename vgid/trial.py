@@ -107,22 +107,17 @@ class TrialSession:
         # First: who cannot score the base, for want of memory, is to hear it before the training.
         with _timed(seconds, "load"):
             base = self.base_scores("search") if evaluate else {}
-        required = [Requirement.read(text) for text in self.request.require]
-        if evaluate and (problem := unknown(required, {*base, GONE}, base)) is not None:
-            raise InputError(f"--require: {problem}")
+        required = self._required(base) if evaluate else []
         with _timed(seconds, "teacher"):
             epochs, retained = self.preparation.training(trial, trial_id, checkpoint_dir)
-        metrics: dict[str, float] = {}
         with adapter.attached(self.backbone, trial) as model:
             try:
                 with _timed(seconds, "train"), parted(self.backbone, trial, self.workers):
-                    for report in epochs(model):
-                        metrics = report.metrics
-                        if not self._goes_on(on_epoch, report):
-                            use = self._store_use(before)
-                            return ended(status="pruned", metrics=metrics, store=use)
+                    metrics, whole = self._trained(epochs(model), on_epoch)
             except LossNotFiniteError as error:
                 return ended(status="failed", error=str(error))
+            if not whole:
+                return ended(status="pruned", metrics=metrics, store=self._store_use(before))
             with adapter.scaled(model, trial.adapter_scale):
                 with _timed(seconds, "evaluate"):
                     scored = self.scorer.evaluate("search", self.request.seed) if evaluate else None
@@ -141,19 +136,25 @@ class TrialSession:
             store=self._store_use(before),
             adapter=adapter_dir,
         )
-        if scored is None:
-            return trained
-        metrics, missed = _measured(base, scored, required)
-        return trained.model_copy(
-            update={
-                "scores": scored.scores,
-                "metrics": {**metrics, **trained.metrics},
-                "missed": missed,
-                "harvest": harvest,
-                "few_shot": {str(task): ids for task, ids in scored.few_shot.items()},
-                "option_scoring": scored.option_scoring,
-            }
-        )
+        return trained if scored is None else _with_scores(trained, base, scored, required, harvest)
+
+    def _required(self, base: Mapping[str, Score]) -> list[Requirement]:
+        """The request's bounds; ``InputError`` for one on what is never scored."""
+        required = [Requirement.read(text) for text in self.request.require]
+        if (problem := unknown(required, {*base, GONE}, base)) is not None:
+            raise InputError(f"--require: {problem}")
+        return required
+
+    def _trained(
+        self, reports: Iterable[EpochReport], on_epoch: OnEpoch | None
+    ) -> tuple[dict[str, float], bool]:
+        """Train, epoch by epoch: the last one's metrics, and whether there was no stop before."""
+        metrics: dict[str, float] = {}
+        for report in reports:
+            metrics = report.metrics
+            if not self._goes_on(on_epoch, report):
+                return metrics, False
+        return metrics, True
 
     def _harvest(
         self,
@@ -261,6 +262,27 @@ def _measured(
     before = {name: score.value for name, score in base.items()}
     metrics[GONE] = before["forget_rougeL"] - metrics["forget_rougeL"]
     return metrics, {str(each): each.missed_by(metrics, before) for each in required}
+
+
+def _with_scores(
+    trained: TrialResult,
+    base: Mapping[str, Score],
+    evaluation: Evaluation,
+    required: Iterable[Requirement],
+    harvest: tuple[Harvested, ...],
+) -> TrialResult:
+    """A trained trial's result with its scores, and what was harvested of it."""
+    metrics, missed = _measured(base, evaluation, required)
+    return trained.model_copy(
+        update={
+            "scores": evaluation.scores,
+            "metrics": {**metrics, **trained.metrics},
+            "missed": missed,
+            "harvest": harvest,
+            "few_shot": {str(task): ids for task, ids in evaluation.few_shot.items()},
+            "option_scoring": evaluation.option_scoring,
+        }
+    )
 
 
 @contextmanager

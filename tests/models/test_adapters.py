@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,3 +235,17 @@ def test_at_its_own_scale_an_adapter_is_saved_as_ever(random_backbone, whole, tm
         adapter.save(student, tmp_path / "saved")
     settings = json.loads((tmp_path / "saved" / CONFIG).read_text())
     assert settings["lora_alpha"] == 4 and isinstance(settings["lora_alpha"], int)
+
+
+def test_an_adapter_is_rescaled_without_torch(whole, tmp_path):
+    """A study's driver does it, which torch would keep from starting for two seconds."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from vgid.models.adapter_files import rescaled\n"
+        f"rescaled(Path({str(whole)!r}), Path({str(tmp_path / 'scaled')!r}), 0.5)\n"
+        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+    assert read_adapter(tmp_path / "scaled").scale == read_adapter(whole).scale / 2

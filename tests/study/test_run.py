@@ -23,7 +23,7 @@ from vgid.errors import InputError
 from vgid.interrupts import StudyInterruptedError
 from vgid.report.insights import FIGURES
 from vgid.report.records import TrialRecord
-from vgid.results import Score, TrialResult
+from vgid.results import Harvested, Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
 from vgid.study.ending import Ending
 from vgid.study.ledger import Ledger
@@ -100,9 +100,9 @@ def run(study):
     return Running(study)
 
 
-def completed(name="0000"):
+def completed(name="0000", harvest=()):
     metrics = {"forget_rougeL_reduction": 0.9, "retain_rougeL": 0.8}
-    result = TrialResult(trial_id=name, status="completed", metrics=metrics)
+    result = TrialResult(trial_id=name, status="completed", metrics=metrics, harvest=harvest)
     return Outcome(job_id=name, result=result, slot=0)
 
 
@@ -412,6 +412,33 @@ def test_study_json_and_tables_are_there_before_anything_is_analysed(scored, mon
     with pytest.raises(InputError):
         scored.study.write()
     assert set(TABLES) <= set(seen)
+
+
+MILD = Harvested(scale=0.9, metrics={"forget_rougeL_reduction": 0.8, "retain_rougeL": 0.9})
+
+
+def test_what_was_harvested_of_an_adapter_that_is_lost_is_missing_as_well(study):
+    trial, mild = study.ledger.adapter("0000"), study.ledger.adapter("0000x0.9")
+    assert study._adapter("0000x0.9") == mild and not mild.exists()
+    trial.mkdir(parents=True)
+    (trial / "adapter_model.safetensors").write_bytes(b"weights")
+    for damaged in ("", "{}"):
+        (trial / "adapter_config.json").write_text(damaged)
+        assert study._adapter("0000x0.9") == mild and not mild.exists()
+    (trial / "adapter_config.json").write_text('{"lora_alpha": 32, "r": 16}')
+    study._adapter("0000x0.9")
+    assert json.loads((mild / "adapter_config.json").read_text()) == {"lora_alpha": 28.8, "r": 16}
+    assert (mild / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert {path.name for path in trial.parent.iterdir()} == {"0000", "0000x0.9"}
+
+
+def test_a_candidate_that_cannot_be_written_stops_the_study(run):
+    run.ends("0000", completed(harvest=(MILD,)), None)
+    run.bulletin.close()
+    assert [c.result.trial_id for c in run.study.board.front()] == ["0000", "0000x0.9"]
+    (run.output / "adapters").write_text("in the way")
+    run.study.score_front(SimpleNamespace(mailbox=None))  # asks no slot
+    assert "adapters" in run.ending.stopped
 
 
 def test_the_front_is_not_scored_on_after_a_signal(scored, monkeypatch):

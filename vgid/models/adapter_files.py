@@ -172,9 +172,10 @@ def copy_adapter(source: Path, target: Path, base: str | None, revision: str) ->
 def rescaled(source: Path, target: Path, scale: float) -> None:
     """Write into a new folder an adapter that counts ``scale`` times as much, of the same weights.
 
-    The folder appears whole or not at all. The weights are linked where the disk allows it.
+    The folder appears whole or not at all. The weights are linked where the disk allows it, and
+    not read: a study's driver, which does this, has no torch. ``OSError`` where there are none.
     """
-    config = read_adapter(source).config
+    config = json.loads((source / CONFIG).read_text())
     with appearing(target, replace=True) as temporary:
         try:
             os.link(source / WEIGHTS, temporary / WEIGHTS)

@@ -19,7 +19,7 @@ from vgid.files import write_atomically
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
 from vgid.report.page import rendered, write_page
 from vgid.report.records import NOISE_LABELS, TrialRecord, describe, misses_of, run_name
-from vgid.results import OBJECTIVES, Score
+from vgid.results import OBJECTIVES, Score, origin
 
 X_LABEL = "Reduction of forget-set ROUGE-L  (higher: more is forgotten)"
 Y_LABEL = "Retain-set ROUGE-L  (higher: more is kept)"
@@ -142,7 +142,7 @@ def _curves(front: Front) -> list[Series]:
     """What was harvested of each trial: its adapter's scales as a path."""
     paths: dict[str, list[TrialRecord]] = {}
     for record in front.drawn:
-        paths.setdefault(record.result.trial_id.partition("x")[0], []).append(record)
+        paths.setdefault(origin(record.result.trial_id)[0], []).append(record)
     curves = [
         sorted(path, key=lambda record: record.config.adapter_scale)
         for path in paths.values()

@@ -13,7 +13,15 @@ from vgid.models.store import info
 from vgid.pareto import FLAT, flat_since, front_mask, hypervolume
 from vgid.provenance import provenance
 from vgid.report.records import TrialRecord, misses_of
-from vgid.results import QuestionPart, Score, TrialResult, TrialStatus, Verbatim, trial_order
+from vgid.results import (
+    QuestionPart,
+    Score,
+    TrialResult,
+    TrialStatus,
+    Verbatim,
+    origin,
+    trial_order,
+)
 from vgid.study.console import Standing
 from vgid.study.ending import Ending
 from vgid.study.ledger import Ledger, Record, now
@@ -92,7 +100,7 @@ class Scoreboard:
 
     def front(self) -> list[TrialRecord]:
         """The candidates that no other dominates, by id."""
-        trials = {name.partition("x")[0]: None for name in sorted(self._front, key=trial_order)}
+        trials = {origin(name)[0]: None for name in sorted(self._front, key=trial_order)}
         found = self.candidates([self._trial(self._ledger.records[name]) for name in trials])
         return [candidate for candidate in found if candidate.on_front]
 
@@ -102,7 +110,7 @@ class Scoreboard:
 
     def _whole(self, candidate: TrialRecord) -> TrialRecord:
         name = candidate.result.trial_id
-        trial = self._trial(self._ledger.whole(name.partition("x")[0]))
+        trial = self._trial(self._ledger.whole(origin(name)[0]))
         return next(each for each in self.candidates([trial]) if each.result.trial_id == name)
 
     def counts(self) -> dict[str, int]:

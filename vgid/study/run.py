@@ -8,7 +8,7 @@ tells of them (``trials``), what the results amount to (``outcome``).
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,11 +20,12 @@ from vgid.cluster.watchdog import Watchdog
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import DiskError, InputError
 from vgid.evaluation.suppression import doubt
+from vgid.files import unwritable
 from vgid.interrupts import Background, StudyInterruptedError, made
 from vgid.report.front import Front
 from vgid.report.insights import FIGURES, write_figures
 from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study
-from vgid.results import QuestionPart, shots_left_out
+from vgid.results import QuestionPart, origin, shots_left_out
 from vgid.seeds import held_out_seed
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
 from vgid.study.ending import Ending
@@ -225,7 +226,11 @@ class Study:
         job_of = partial(Job, part=part, seed=seed)
         jobs = {BASE: job_of(id=f"base-{part}", kind="base")}
         for name in front:
-            adapter = self._adapter(name)
+            try:
+                adapter = self._adapter(name)
+            except OSError as error:
+                self.ending.stop(str(unwritable(self.ledger.adapter(name), error)))
+                return
             jobs[name] = job_of(id=f"rescore-{name}", kind="rescore", adapter=adapter)
         ray.get([slots.mailbox.submit.remote(job) for job in jobs.values()])
         for name, job in jobs.items():
@@ -265,9 +270,11 @@ class Study:
         """A candidate's adapter; that of a harvested one is made of its trial's."""
         from vgid.models.adapter_files import rescaled
 
-        adapter, (trial, _, scale) = self.ledger.adapter(name), name.partition("x")
-        if scale:
-            rescaled(self.ledger.adapter(trial), adapter, float(scale))
+        adapter, (trial, scale) = self.ledger.adapter(name), origin(name)
+        if trial != name:
+            # One whose trial lost its files is missing too, which the worker tells of it alone.
+            with suppress(FileNotFoundError, ValueError, KeyError):
+                rescaled(self.ledger.adapter(trial), adapter, scale)
         return adapter
 
     @contextmanager
