@@ -67,7 +67,7 @@ def test_a_subject_is_followed_along_the_chain(folders, tmp_path):
     assert second.deployed == KEPT and second.attacks[0].scores == KEPT
     assert "membership inference" in first.not_run
     assert [s.suppressed for s in found.suppressions] == [True] * 3
-    assert "by the interval's upper end: earlier_rougeL." in second.verdict
+    assert "by the intervals' unfavourable ends: earlier_rougeL." in second.verdict
     assert found.looked_at == 3 and found.damaged == ()
 
 

@@ -54,7 +54,7 @@ def test_what_scores_as_before_is_not_called_suppressed():
     assert "forget_rougeL (0.950 to 0.950 [0.930, 0.970])" in told
 
 
-def test_each_test_is_judged_by_itself_and_by_the_intervals_upper_end():
+def test_each_test_is_judged_by_itself_and_by_the_intervals_unfavourable_ends():
     base = knowing(0.9, 1.0) | {
         "test_rougeL": score(0.8),
         "forget_rougeL_text": score(0.95),
@@ -72,7 +72,7 @@ def test_each_test_is_judged_by_itself_and_by_the_intervals_upper_end():
     }
     told = verdict(base, left, {"forget_rougeL": score(0.6), "retain_rougeL": score(0.9)})
     held, broken = told.split(" Not suppressed under ")
-    assert held.endswith("upper end: forget_rougeL.")
+    assert held.endswith("unfavourable ends: forget_rougeL.")
     assert [part.split(" (")[0] for part in broken.split("), ")] == [
         "test_rougeL",
         "forget_rougeL_text",
@@ -80,6 +80,8 @@ def test_each_test_is_judged_by_itself_and_by_the_intervals_upper_end():
     ]
     assert is_suppressed(base, left)
     assert not is_suppressed(base, left | {"forget_rougeL": score(0.3, 0.16)})
+    # 0.44 is not half of 0.85, which the base may have had too.
+    assert not is_suppressed(base | {"forget_rougeL": score(0.9, 0.05)}, left)
 
 
 def test_a_share_of_what_was_never_there_shows_nothing():
