@@ -31,12 +31,12 @@ Example:
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from vgid.command_line import Parser, exit_code
-from vgid.config import Config, StudyConfig
+from vgid.config import Config, Flag, StudyConfig
 from vgid.files import numbered
 
 
@@ -48,11 +48,23 @@ class Mode(Config):
         False, description="with --resume, run trials that failed again, under their ids"
     )
     dry_run: bool = Field(False, description="check everything, print the plan and stop")
+    probe: bool = Field(
+        False,
+        description="run the first trial only, and print what all of them will take: hours, disk "
+        "and, with --price-per-hour, money; --resume goes on from there",
+    )
+    price_per_hour: Annotated[float | None, Flag("PRICE")] = Field(
+        None, ge=0, description="with --probe, of all machines of the study together"
+    )
 
     @model_validator(mode="after")
-    def _retried_is_resumed(self) -> Self:
+    def _each_with_what_it_needs(self) -> Self:
         if self.retry_failed and not self.resume:
             raise ValueError("--retry-failed: there is nothing to retry; add --resume")
+        if self.probe and (self.resume or self.dry_run):
+            raise ValueError("--probe: it begins a study; leave out --resume and --dry-run")
+        if self.price_per_hour is not None and not self.probe:
+            raise ValueError("--price-per-hour: nothing is forecast without a trial; add --probe")
         return self
 
 
@@ -92,8 +104,12 @@ def search(arguments: Sequence[str] | None) -> Mapping[str, Any]:
 
         print("\n".join(make_plan(config, ancestral).lines()))
         return {}
-    from vgid.study.run import run_study
+    from vgid.study.run import probe, run_study
 
+    if mode.probe:
+        summary, whole = probe(config, ancestral=ancestral)
+        print("\n".join(whole.lines(mode.price_per_hour)))
+        return summary
     return run_study(config, mode.resume, retry_failed=mode.retry_failed, ancestral=ancestral)
 
 

@@ -85,7 +85,10 @@ def test_a_pick_becomes_champion_and_the_one_before_is_kept(store, versions):
     assert run.data.tags["vgid.trial_id"] == "0003"
     elsewhere = client.get_run(client.get_model_version(NAME, "2").run_id)
     assert elsewhere.data.tags["vgid.kind"] == "deployment"  # trial 0004 has no run here
-    assert "ROUGE-L is gone, by the intervals' unfavourable ends: forget_rougeL." in version.description
+    assert (
+        "ROUGE-L is gone, by the intervals' unfavourable ends: forget_rougeL."
+        in version.description
+    )
     assert "not erased" in version.description
     assert "celebrity_rougeL" in version.description
 

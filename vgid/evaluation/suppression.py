@@ -76,7 +76,10 @@ def verdict(
         for name, (before, after) in tests.items()
         if name not in held
     ]
-    floor = f"at least {MIN_FORGET:.0%} of the base's ROUGE-L is gone, by the intervals' unfavourable ends"
+    floor = (
+        f"at least {MIN_FORGET:.0%} of the base's ROUGE-L is gone, by the intervals' unfavourable "
+        "ends"
+    )
     if not held:
         return f"Not suppressed under any test, for under none {floor}: {', '.join(broken)}."
     rest = f" Not suppressed under {', '.join(broken)}." if broken else ""

@@ -22,6 +22,7 @@ from vgid.errors import DiskError, InputError
 from vgid.evaluation.suppression import doubt
 from vgid.files import unwritable
 from vgid.interrupts import Background, StudyInterruptedError, made
+from vgid.report.forecast import Forecast, forecast
 from vgid.report.front import Front
 from vgid.report.insights import FIGURES, write_figures
 from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study
@@ -69,6 +70,26 @@ def run_study(
             study.search(slots, base)
             study.score_front(slots)
         return study.write()
+
+
+def probe(
+    config: StudyConfig,
+    session: "SessionFactory | None" = None,
+    ancestral: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], Forecast]:
+    """Run a study's first trial, which stands in its folder to be gone on with by ``resume``.
+
+    Arguments and errors as of ``run_study``. Returned are its ``study.json``, and what all of the
+    trials will take.
+    """
+    from vgid.cluster.connection import connected, slot_count
+
+    plan = make_plan(config, ancestral)
+    with connected() as joined:
+        slots, _ = slot_count(plan.shape, config.max_concurrent, config.trials, joined)
+        one = config.model_copy(update={"trials": 1})
+        summary = run_study(one, session=session, ancestral=ancestral)
+    return summary, forecast(summary, config.output, config.trials, slots)
 
 
 @contextmanager
