@@ -26,7 +26,7 @@ from vgid.cluster.resources import SlotShape
 from vgid.cluster.slots import Slots, start_mailbox
 from vgid.config import RequestConfig, StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.study.run import run_study
+from vgid.study.run import probe, run_study
 
 RETAIN_PEOPLE = 4
 TIMEOUT_S = 300
@@ -301,6 +301,18 @@ def test_failing_trials_cost_their_own_place_and_an_ignorant_base_is_told_of(
     assert note.startswith("**Warning.** The base may never have known the forget people")
     assert leaks({SOMEONE}, output, logs_of(two_nodes)) == []
     assert SOMEONE not in shown
+
+
+def test_a_probe_is_a_studys_first_trial_and_tells_of_all(two_nodes, data, tmp_path):
+    whole = study(data, light.space(tmp_path), tmp_path / "study", trials=4)
+    summary, told = probe(whole, session=light.LightSession)
+    assert summary["counts"]["completed"] == 1
+    assert (told.trials, told.slots) == (4, 2)
+    once = summary["wall_s"] - summary["phases"]["re-score"]["total_s"] - 0.11
+    assert told.seconds[0] == pytest.approx(summary["wall_s"] + 0.11)
+    assert told.seconds[1] - once == pytest.approx(2 * (summary["wall_s"] - once))
+    run_study(whole, resume=True, session=light.LightSession)
+    light.assert_consistent(whole.output, 4)
 
 
 def test_one_trial_at_a_time_is_the_same_study_twice_whether_workers_are_kept_or_fresh(

@@ -220,6 +220,23 @@ def test_help_explains_every_flag_with_its_default(capsys):
     assert f"default: {trials}" in text
 
 
+@pytest.mark.parametrize(
+    ("flags", "remedy"),
+    [
+        (["--retry-failed"], "add --resume"),
+        (["--probe", "--resume"], "leave out --resume"),
+        (["--probe", "--dry-run"], "leave out --resume and --dry-run"),
+        (["--price-per-hour", "2"], "add --probe"),
+        (["--probe", "--price-per-hour", "-1"], "price_per_hour: input should be greater than"),
+    ],
+)
+def test_flags_that_need_another_or_bar_it_are_refused(flags, remedy, tmp_path, capsys):
+    assert main([*flags, "--output", str(tmp_path / "out")]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert remedy in sentence
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_and_bad_input_of_every_study_import_nothing_heavy():
     code = (
         "import sys\n"
