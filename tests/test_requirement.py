@@ -1,4 +1,4 @@
-"""Bounds on scores: what is read as one, and by how much a score misses it."""
+"""What is asked of scores: which way is better, and by how much one misses a bound."""
 
 import pytest
 from hypothesis import given
@@ -6,9 +6,39 @@ from hypothesis import strategies as st
 
 from vgid.config import RequestConfig, parse
 from vgid.errors import InputError
-from vgid.requirement import Requirement, unknown
+from vgid.requirement import OBJECTIVES, Requirement, minimised, turned, unknown
 
 NUMBERS = st.floats(0, 1).map(lambda number: round(number, 3))
+
+
+@pytest.mark.parametrize(
+    ("less_is_better", "scores"),
+    [
+        (True, "forget_rougeL forget_cloze_text test_rougeL earlier_rougeL forget_memorisation"),
+        (True, "retain_rougeL_drop forget_rougeL_rise"),
+        (False, f"{' '.join(OBJECTIVES)} retain_seen_cloze celebrity_rougeL retain_rougeL_raw"),
+    ],
+)
+def test_what_people_to_forget_still_score_is_to_be_small_and_all_else_large(
+    less_is_better, scores
+):
+    for name in scores.split():
+        assert minimised(name) == less_is_better
+        assert turned(name, 0.25) == (-0.25 if less_is_better else 0.25)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["retain_rougeL"], "at least 2"),
+        (["retain_rougeL", "retain_rougeL"], "name each score once"),
+        (["a", "b", "c", "d", "e"], "at most 4"),
+    ],
+)
+def test_objectives_are_two_to_four_and_no_two_the_same(tmp_path, names, told):
+    values = {"data": tmp_path, "store": tmp_path, "objectives": names}
+    with pytest.raises(InputError, match=rf"objectives: .*{told}"):
+        parse(RequestConfig, values, "command line")
 
 
 @given(st.sampled_from([">=", "<="]), NUMBERS, NUMBERS, NUMBERS, st.booleans())

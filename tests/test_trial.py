@@ -113,13 +113,31 @@ def test_a_trial_tells_by_how_much_it_misses_what_is_required(session, result, t
     assert result.missed == {}
 
 
+def test_an_objective_that_is_never_scored_is_named_with_those_that_there_are(session, tmp_path):
+    request = session.request
+    session.request = replaced(request, objectives=("retain_rougeL", "celebrity_rouge"))
+    try:
+        with pytest.raises(
+            InputError, match=r"--objectives: .* celebrity_rouge; there are .*forget"
+        ):
+            session.run(TRIAL, "0001", tmp_path / "0001")
+    finally:
+        session.request = request
+    assert not (tmp_path / "0001").exists()
+
+
 def test_what_is_harvested_of_a_trial_is_what_that_scale_gives_alone(
     session, result, adapters, request_config, tmp_path
 ):
     bounds = ("forget_cloze<=1",)
     request, session.request = (
         session.request,
-        replaced(session.request, harvest=(0.5, 1.5), require=bounds),
+        replaced(
+            session.request,
+            harvest=(0.5, 1.5),
+            require=bounds,
+            objectives=("forget_rougeL_reduction", "retain_rougeL_text"),
+        ),
     )
     try:
         harvested = session.run(TRIAL, "0000", tmp_path / "0000")
@@ -132,12 +150,12 @@ def test_what_is_harvested_of_a_trial_is_what_that_scale_gives_alone(
     for each in harvested.harvest:
         alone = TRIAL.model_copy(update={"adapter_scale": each.scale})
         fresh = run_trial(alone, request_config, tmp_path / "alone", "0000")
-        for name in ("forget_rougeL", "retain_rougeL", "forget_cloze"):
+        for name in ("forget_rougeL", "retain_rougeL", "forget_cloze", "retain_rougeL_text"):
             assert each.scores[name] == fresh.scores[name]
         gone = each.metrics["forget_rougeL_reduction"]
         assert gone == fresh.metrics["forget_rougeL_reduction"]
         assert each.missed == {"forget_cloze<=1": each.metrics["forget_cloze"] - 1}
-        assert len(each.scores) < len(fresh.scores) / 3
+        assert len(each.scores) < len(fresh.scores) / 2
         rescaled(adapters / "0000", tmp_path / "made", each.scale)
         assert same_adapter(tmp_path / "made", tmp_path / "alone")
         saved = [(tmp_path / n / "adapter_config.json").read_text() for n in ("made", "alone")]

@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -25,7 +26,7 @@ from vgid.credentials import without_credentials
 from vgid.errors import InputError
 from vgid.files import ReadFolder, StudyFolder, UsablePath, WrittenFolder
 from vgid.prompts import PromptStyle, Task
-from vgid.requirement import Requirement
+from vgid.requirement import OBJECTIVES, Requirement
 
 NoiseType = Literal["random", "gaussian", "white"]
 # Beyond two pixel ranges, clipped Gaussian noise is black-and-white noise and changes no more.
@@ -242,6 +243,20 @@ class Asked(Config):
         "'retain_rougeL>=0.97*base' and 'forget_cloze<=0.3'",
     )
     harvest: Harvest = ()
+    objectives: Annotated[tuple[str, ...], Flag("SCORE")] = Field(
+        OBJECTIVES,
+        min_length=2,
+        max_length=4,
+        description="scores that the front is made of, on the search questions: of people to "
+        "forget less is better, of all others more",
+    )
+
+    @field_validator("objectives")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len({*names}) < len(names):
+            raise ValueError("name each score once")
+        return names
 
 
 class RequestConfig(Asked):
@@ -265,7 +280,7 @@ class RequestConfig(Asked):
         # Not where data and weights lie: what they hold is named by hashes.
         places = {"data", "store", "store_limit_gb", "model_path", "deployed_adapter"}
         return self.model_dump(
-            mode="json", exclude=places | {"log_responses", "require", "harvest"}
+            mode="json", exclude=places | {"log_responses", "require", "harvest", "objectives"}
         )
 
 

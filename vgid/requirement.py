@@ -1,10 +1,28 @@
-"""Bounds that a trial keeps to stand on a front, such as ``retain_rougeL>=0.97*base``."""
+"""What a study asks of a trial's scores: objectives, and bounds to keep.
+
+A bound is written as ``retain_rougeL>=0.97*base``. Which way an objective is better follows from
+whose score it is.
+"""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Self
 
+OBJECTIVES = ("forget_rougeL_reduction", "retain_rougeL")
+"""What a study looks for unless it is told otherwise: the two axes of the paper's figure 4."""
+
 FORM = re.compile(r"(?P<metric>\w+)(?P<sign>[<>]=)(?P<bound>\d+\.?\d*|\.\d+)(?P<base>\*base)?")
+
+
+def minimised(score: str) -> bool:
+    """Whether less of a score is better: of people to forget, or where it is a loss or a rise."""
+    forgotten = score.startswith(("forget_", "test_", "earlier_"))
+    return score.endswith(("_drop", "_rise")) or (forgotten and not score.endswith("_reduction"))
+
+
+def turned(score: str, value: float) -> float:
+    """A score's value with its sign turned where less is better, so that more always is."""
+    return -value if minimised(score) else value
 
 
 class Requirement(NamedTuple):

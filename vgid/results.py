@@ -9,9 +9,6 @@ from pydantic import Field
 
 from vgid.config import Config
 
-OBJECTIVES = ("forget_rougeL_reduction", "retain_rougeL")
-"""What a study maximises: the two axes of the paper's figure 4."""
-
 TrialStatus = Literal["completed", "pruned", "failed", "lost"]
 """``pruned``: stopped early on request. ``failed``: by the trial's own fault. ``lost``: by the
 environment's (``vgid.cluster.losses``); in a study's tables only, as a lost trial has not ended."""

@@ -139,9 +139,14 @@ class TrialSession:
         return trained if scored is None else _with_scores(trained, base, scored, required, harvest)
 
     def _required(self, base: Mapping[str, Score]) -> list[Requirement]:
-        """The request's bounds; ``InputError`` for one on what is never scored."""
+        """The request's bounds; ``InputError`` for a bound or objective that is never scored."""
+        scored = {*base, GONE}
+        for name in self.request.objectives:
+            if name not in scored:
+                known = ", ".join(sorted(scored))
+                raise InputError(f"--objectives: no score is called {name}; there are {known}.")
         required = [Requirement.read(text) for text in self.request.require]
-        if (problem := unknown(required, {*base, GONE}, base)) is not None:
+        if (problem := unknown(required, scored, base)) is not None:
             raise InputError(f"--require: {problem}")
         return required
 
@@ -166,8 +171,8 @@ class TrialSession:
         """The trained adapter at the request's scales, scored by what decides over a front."""
         # An adapter is a point, its scales are a curve, and one of its points costs a fifteenth of
         # a trial: two trials' curves reach as far as eight trials (tests/benchmarks/README.md).
-        bounds = (each.metric for each in required)
-        only = frozenset(["forget_rougeL", "retain_rougeL", "test_rougeL", *bounds])
+        asked = (*self.request.objectives, *(each.metric for each in required))
+        only = frozenset(["forget_rougeL", "retain_rougeL", "test_rougeL", *asked])
         found = []
         for scale in self.request.harvest:
             with adapter.scaled(model, trial.adapter_scale * scale):

@@ -11,7 +11,7 @@ from tests.deployment.made_up_deployment import deploy
 from vgid.deployment.registry import register, rollback
 from vgid.report.note import COLUMNS, Place, run_page
 from vgid.report.records import run_name
-from vgid.results import OBJECTIVES
+from vgid.requirement import OBJECTIVES
 
 POINT = """(trial) => {
   const plot = document.getElementById("front");

@@ -5,7 +5,8 @@ from ray.tune.experiment import Trial
 from vgid.cluster.mailbox import Job, Outcome
 from vgid.cluster.tune import JOB, Recorder, told
 from vgid.config import TrialConfig
-from vgid.results import OBJECTIVES, EpochReport, TrialResult
+from vgid.requirement import OBJECTIVES
+from vgid.results import EpochReport, TrialResult
 
 
 def tune_trial():

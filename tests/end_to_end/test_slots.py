@@ -304,7 +304,9 @@ def test_failing_trials_cost_their_own_place_and_an_ignorant_base_is_told_of(
 
 
 def test_a_probe_is_a_studys_first_trial_and_tells_of_all(two_nodes, data, tmp_path):
-    whole = study(data, light.space(tmp_path), tmp_path / "study", trials=4)
+    asked = ("forget_rougeL_reduction", "retain_rougeL", "test_rougeL")
+    space = light.space(tmp_path)
+    whole = study(data, space, tmp_path / "study", trials=4, objectives=asked)
     summary, told = probe(whole, session=light.LightSession)
     assert summary["counts"]["completed"] == 1
     assert (told.trials, told.slots) == (4, 2)
@@ -313,6 +315,12 @@ def test_a_probe_is_a_studys_first_trial_and_tells_of_all(two_nodes, data, tmp_p
     assert told.seconds[1] - once == pytest.approx(2 * (summary["wall_s"] - once))
     run_study(whole, resume=True, session=light.LightSession)
     light.assert_consistent(whole.output, 4)
+    table = pd.read_csv(whole.output / "trials.csv")
+    points = table[list(asked)] * [1, 1, -1]
+    assert list(table.on_front) == [
+        not ((points >= point).all(axis=1) & (points > point).any(axis=1)).any()
+        for _, point in points.iterrows()
+    ]
 
 
 def test_one_trial_at_a_time_is_the_same_study_twice_whether_workers_are_kept_or_fresh(

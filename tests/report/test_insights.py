@@ -20,7 +20,8 @@ from vgid.report.insights import (
 )
 from vgid.report.page import write_page
 from vgid.report.records import TrialRecord, run_name
-from vgid.results import OBJECTIVES, Score, TrialResult
+from vgid.requirement import OBJECTIVES
+from vgid.results import Score, TrialResult
 
 BASE = {"retain_rougeL": Score(value=0.97, n=300, low=0.95, high=0.98)}
 STYLES = ("strict", "polite", "declarative")

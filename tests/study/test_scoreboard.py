@@ -7,7 +7,8 @@ import pytest
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.pareto import front_mask, hypervolume
-from vgid.results import OBJECTIVES, Harvested, Score, TrialResult
+from vgid.requirement import OBJECTIVES
+from vgid.results import Harvested, Score, TrialResult
 from vgid.study.console import Standing
 from vgid.study.ledger import Header, Ledger, trial_id
 from vgid.study.outcome import Scoreboard, said_of_growth, shortfall
@@ -17,9 +18,11 @@ NOWHERE = (float("nan"), float("nan"))
 
 
 @pytest.fixture
-def ledger(tmp_path):
+def ledger(tmp_path, request):
     with Ledger(tmp_path / "s") as made:
-        config = StudyConfig(output=tmp_path / "s")
+        config = StudyConfig(
+            output=tmp_path / "s", objectives=getattr(request, "param", OBJECTIVES)
+        )
         made.begin(Header(study_id="s", config=config, search_space_sha256="", started=""))
         yield made
 
@@ -29,13 +32,14 @@ def end(ledger, number, rng, scales=()):
     name = trial_id(number)
     ledger.start(name, TrialConfig())
     failed = rng.random() < 0.2
-    scores = {objective: rng.randint(0, 9) / 10 for objective in OBJECTIVES}
+    objectives = ledger.header.config.objectives
+    scores = {objective: rng.randint(0, 9) / 10 for objective in objectives}
     scores_of = {n: Score(value=v, n=9, low=v, high=v) for n, v in scores.items()}
     status = rng.choice(("failed", "pruned")) if failed else "completed"
     harvest = [
         Harvested(
             scale=scale,
-            metrics={name: rng.randint(0, 9) / 10 for name in OBJECTIVES},
+            metrics={name: rng.randint(0, 9) / 10 for name in objectives},
             scores=scores_of,
         )
         for scale in scales
@@ -79,6 +83,37 @@ def test_board_agrees_at_any_moment_with_what_all_trials_say_and_with_a_resumed_
     assert resumed.trials() == board.trials()
     assert resumed.hypervolume == board.hypervolume
     assert sorted(resumed.growth) == resumed.growth  # the clock does not part all trials' ends
+
+
+@pytest.mark.parametrize(
+    "ledger", [("forget_rougeL_reduction", "retain_rougeL", "test_rougeL")], indirect=True
+)
+def test_three_objectives_of_which_one_is_to_be_small(ledger):
+    rng = random.Random(3)
+    board = Scoreboard(ledger)
+    base = {"retain_rougeL": 0.9, "forget_rougeL": 0.8, "test_rougeL": 0.7}
+    board.base["search"] = {n: Score(value=v, n=1, low=v, high=v) for n, v in base.items()}
+    for number in range(40):
+        board.add(end(ledger, number, rng, scales=(0.5,)))
+    every = [each for each in board.candidates(board.trials()) if each.result.metrics]
+    scores = {t.result.trial_id: tuple(t.result.metrics.values()) for t in every}
+
+    def beats(one, other):
+        better = one[0] >= other[0], one[1] >= other[1], one[2] <= other[2]
+        return all(better) and one != other
+
+    front = {n for n, s in scores.items() if not any(beats(o, s) for o in scores.values())}
+    assert {each.result.trial_id for each in board.front()} == front
+    # Scores are tenths: the volume is that of the small boxes that some trial beats.
+    tiny = 1e-9
+    boxes = sum(
+        any(x <= a + tiny and y <= b + tiny and z <= 0.7 - c + tiny for a, b, c in scores.values())
+        for x in (i / 10 for i in range(1, 11))
+        for y in ((45 + 5 * i) / 100 for i in range(1, 11))
+        for z in (i / 10 for i in range(1, 8))
+    )
+    assert board.reference_point == (0.0, 0.45, -0.7)
+    assert board.hypervolume == pytest.approx(boxes * 0.1 * 0.05 * 0.1, abs=1e-9)
 
 
 def test_held_out_scores_stand_with_their_trial(ledger):

@@ -14,7 +14,8 @@ from vgid.cluster.mailbox import Job
 from vgid.cluster.tune import JOB, SlotTrial
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
-from vgid.results import OBJECTIVES, TrialResult
+from vgid.requirement import OBJECTIVES
+from vgid.results import TrialResult
 from vgid.study.ledger import Header, Ledger, now
 from vgid.study.search import ParetoSearch, make_sampler, open_journal
 from vgid.study.search_space import SearchSpace
@@ -50,7 +51,8 @@ def ledger(tmp_path):
 
 
 def search(ledger, space, trials=6, sampler="random", seed=0, concurrent=1, **options):
-    config = StudyConfig(output=ledger.output, trials=trials, sampler=sampler, seed=seed)
+    asked = {"trials": trials, "sampler": sampler, "seed": seed}
+    config = ledger.header.config.model_copy(update=asked)
     return ParetoSearch(ledger, space, config, lambda: concurrent, Losses(), **options)
 
 
@@ -368,6 +370,28 @@ def test_optuna_knows_by_how_much_a_trial_misses_a_bound_and_a_resumed_one_too(l
     assert stored(ledger)[0].constraints == missed
     search(ledger, space, trials=2).close()
     assert stored(ledger)[0].constraints == missed
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+def test_optuna_is_told_of_each_objective_and_which_way_it_is_better(tmp_path, space, sampler):
+    names = ("retain_rougeL", "forget_cloze", "forget_rougeL_reduction")
+    config = StudyConfig(output=tmp_path / "s", objectives=names)
+    with Ledger(tmp_path / "s") as ledger:
+        ledger.begin(Header(study_id="s", config=config, search_space_sha256="", started=now()))
+        searcher = search(ledger, space, trials=12, sampler=sampler)
+        for number in range(12):
+            job = Job.model_validate_json(searcher.suggest(f"t{number}")[JOB])
+            scores = dict(zip(names, (0.9, job.trial.alpha / 9, 0.5), strict=True))
+            end(ledger, searcher, f"t{number}", job.id, **scores)
+        searcher.close()
+        study = optuna.load_study(study_name="s", storage=open_journal(ledger.output))
+        assert [way.name for way in study.directions] == ["MAXIMIZE", "MINIMIZE", "MAXIMIZE"]
+        assert study.metric_names == list(names)
+        told = [trial.values for trial in study.trials]
+        assert told == [[0.9, trial.params["alpha"] / 9, 0.5] for trial in study.trials]
+        # Only alpha matters, and only little of it is good.
+        alphas = [trial.params["alpha"] for trial in study.trials]
+        assert min(alphas[2:]) < min(alphas[:2]) / 1.5
 
 
 def test_every_trial_has_the_studys_seed(ledger, space):

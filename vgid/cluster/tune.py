@@ -14,7 +14,8 @@ import ray
 from ray import tune
 
 from vgid.cluster.mailbox import Job, Outcome
-from vgid.results import OBJECTIVES, EpochReport
+from vgid.requirement import OBJECTIVES
+from vgid.results import EpochReport
 
 # Key of a Tune config: the job as JSON, which is all that a trial goes by. The searched fields
 # stand beside it for Ray's tables and dashboard, which show a parameter a column.

@@ -19,7 +19,8 @@ from vgid.files import write_atomically
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
 from vgid.report.page import rendered, write_page
 from vgid.report.records import NOISE_LABELS, TrialRecord, describe, misses_of, run_name
-from vgid.results import OBJECTIVES, Score, origin
+from vgid.requirement import OBJECTIVES
+from vgid.results import Score, origin
 
 X_LABEL = "Reduction of forget-set ROUGE-L  (higher: more is forgotten)"
 Y_LABEL = "Retain-set ROUGE-L  (higher: more is kept)"
@@ -50,12 +51,12 @@ class Front:
     @property
     def drawn(self) -> list[TrialRecord]:
         """The trials that have a place in the picture."""
-        return [record for record in self.records if record.point is not None]
+        return [record for record in self.records if record.place is not None]
 
     @property
     def front(self) -> list[TrialRecord]:
         """The front, from least to most forgotten."""
-        return sorted((r for r in self.drawn if r.on_front), key=lambda r: r.point or (0.0, 0.0))
+        return sorted((r for r in self.drawn if r.on_front), key=lambda r: r.place or (0.0, 0.0))
 
     @property
     def default(self) -> list[TrialRecord]:
@@ -162,11 +163,13 @@ def _curves(front: Front) -> list[Series]:
 
 
 def _front(front: Front, ids: bool = False) -> list[Series]:
-    """The front as steps, the border of what it dominates."""
+    """The front; of the picture's own two objectives as steps, the border of what it dominates."""
     line = front.front
     marks = [MARKS[_noise(record)] for record in line]
     labels = [record.result.trial_id for record in line] if ids else []
-    style = {"mark": marks, "size": 12, "line": 1.5, "steps": True, "labels": labels}
+    style: dict[str, Any] = {"mark": marks, "size": 12, "labels": labels}
+    if all(record.objectives == OBJECTIVES for record in line):
+        style |= {"line": 1.5, "steps": True}
     return [_of("front", line, FRONT, **style)] if line else []
 
 
@@ -244,6 +247,7 @@ def _score_lines(record: TrialRecord) -> list[str]:
         "test_rougeL": "test ROUGE-L",
         "forget_cloze": "forget cloze",
     }
+    labels |= {name: name for name in record.objectives if name not in labels}
     lines = [f"{label} {metrics[key]:.3f}" for key, label in labels.items() if key in metrics]
     misses = misses_of(record.result)
     return [*lines, f"misses {misses}"] if misses else lines

@@ -15,7 +15,7 @@ from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Sc
 from vgid.report.front import Front, write_html, write_png
 from vgid.report.page import write_picture
 from vgid.report.records import HYPERPARAMETERS, TrialRecord, run_name
-from vgid.results import OBJECTIVES
+from vgid.requirement import OBJECTIVES
 
 FIGURES = ("front.html", "front.png", "insights.html", "insights.png")
 

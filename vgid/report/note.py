@@ -20,7 +20,8 @@ from vgid.report.front import Front
 from vgid.report.page import rendered
 from vgid.report.records import HYPERPARAMETERS, TrialRecord, describe
 from vgid.report.tables import Grid
-from vgid.results import OBJECTIVES, LeftOut, Score, Verbatim, describe_left_out
+from vgid.requirement import OBJECTIVES
+from vgid.results import LeftOut, Score, Verbatim, describe_left_out
 
 UI = "workflowType=machine_learning"
 """Opens the UI on its pages for training runs; it would start in those for chat applications."""
@@ -166,7 +167,7 @@ def recommended(front: Front) -> TrialRecord | None:
     so that its held-out scores are not the best of many.
     """
     known, kept = (front.base[f"{split}_rougeL"].value for split in ("forget", "retain"))
-    points = [(record, *record.point) for record in front.front if record.point is not None]
+    points = [(record, *record.place) for record in front.front if record.place is not None]
     able = [(r, y) for r, x, y in points if share_gone(known, known - x) >= MIN_FORGET]
     # The front is in order of what is forgotten, so of those that are gentle the last forgets most.
     for record, y in reversed(able):

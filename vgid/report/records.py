@@ -10,14 +10,15 @@ import errno
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vgid.config import Method, TrialConfig
 from vgid.files import unwritable, write_atomically
 from vgid.report.tables import FOUR_PARTS, Grid, four_cells
-from vgid.results import OBJECTIVES, Score, TrialResult, candidate_id, trial_order
+from vgid.requirement import OBJECTIVES, turned
+from vgid.results import Score, TrialResult, candidate_id, trial_order
 
 HYPERPARAMETERS = ("alpha", "beta", "noise_type", "sigma", "prompt_style", "learning_rate")
 MAIN_METRICS = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_rougeL_reduction")
@@ -88,6 +89,7 @@ class TrialRecord:
     result: TrialResult
     on_front: bool = False
     held_out: Mapping[str, Score] | None = None
+    objectives: tuple[str, ...] = OBJECTIVES
 
     @property
     def feasible(self) -> bool:
@@ -95,12 +97,25 @@ class TrialRecord:
         return all(by <= 0 for by in self.result.missed.values())
 
     @property
-    def point(self) -> tuple[float, float] | None:
-        """The two objectives, None where the trial has none."""
+    def values(self) -> tuple[float, ...] | None:
+        """The study's objectives as they were scored, None where the trial lacks one."""
         metrics = self.result.metrics
-        if self.result.status != "completed" or not all(name in metrics for name in OBJECTIVES):
+        if self.result.status != "completed" or not all(n in metrics for n in self.objectives):
             return None
-        return metrics[OBJECTIVES[0]], metrics[OBJECTIVES[1]]
+        return tuple(metrics[name] for name in self.objectives)
+
+    @property
+    def point(self) -> tuple[float, ...] | None:
+        """The same, each turned so that more is better."""
+        if (values := self.values) is None:
+            return None
+        return tuple(map(turned, self.objectives, values))
+
+    @property
+    def place(self) -> tuple[float, float] | None:
+        """Where the trial stands in pictures, whose axes are always those of ``OBJECTIVES``."""
+        plane = replace(self, objectives=OBJECTIVES).values
+        return None if plane is None else (plane[0], plane[1])
 
     @property
     def harvested(self) -> list["TrialRecord"]:
@@ -118,7 +133,8 @@ class TrialRecord:
                 # Made for those on the front, when they are scored again.
                 adapter=self.result.adapter and self.result.adapter.with_name(name),
             )
-            found.append(TrialRecord(self.config.model_copy(update=own), result))
+            config = self.config.model_copy(update=own)
+            found.append(TrialRecord(config, result, objectives=self.objectives))
         return found
 
     @property

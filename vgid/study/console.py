@@ -26,7 +26,8 @@ from vgid.command_line import duration
 from vgid.evaluation.suppression import doubt
 from vgid.report.records import TrialRecord, describe, misses_of
 from vgid.report.tables import Grid
-from vgid.results import OBJECTIVES, EpochReport, QuestionPart, Score, TrialResult, trial_order
+from vgid.requirement import OBJECTIVES
+from vgid.results import EpochReport, QuestionPart, Score, TrialResult, trial_order
 
 
 @contextmanager
@@ -228,11 +229,12 @@ def _front_table(
     search, held_out_base = base.get("search", {}), base.get("held_out", {})
     reduction, retain = OBJECTIVES
     scored = {reduction: "forget red.", retain: "retain", "test_rougeL": "test"}
+    scored |= {name: name for record in front for name in record.objectives if name not in scored}
     again = {reduction: "held-out red.", retain: "held-out retain"}
     if "celebrity_rougeL" in held_out_base:
         again["celebrity_rougeL"] = "held-out celebrities"
     rows: list[list[Any]] = []
-    for record in sorted(front, key=lambda record: record.point or (0.0, 0.0)):
+    for record in sorted(front, key=lambda record: record.place or (0.0, 0.0)):
         metrics, held_out = record.result.metrics, record.held_out or {}
         cells = [*map(metrics.get, scored), *map(held_out.get, again)]
         rows.append([record.result.trial_id, describe(record.config), *cells])

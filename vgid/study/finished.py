@@ -23,7 +23,8 @@ from vgid.files import refuse_links
 from vgid.models.adapter_files import FILES
 from vgid.pareto import hypervolume
 from vgid.report.records import TRIAL_FIELDS
-from vgid.results import CANDIDATE, OBJECTIVES, QuestionPart, Score, trial_order
+from vgid.requirement import OBJECTIVES
+from vgid.results import CANDIDATE, QuestionPart, Score, trial_order
 from vgid.study.mlflow_client import one_sentence, open_client, search_runs
 from vgid.study.plan import OWN_DATA
 

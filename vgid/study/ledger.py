@@ -39,6 +39,7 @@ MUST_AGREE = (
     "skip_defects",
     "require",
     "harvest",
+    "objectives",
     "workers_per_trial",
     "tracking_uri",
 )

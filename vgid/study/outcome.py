@@ -13,6 +13,7 @@ from vgid.models.store import info
 from vgid.pareto import FLAT, flat_since, front_mask, hypervolume
 from vgid.provenance import provenance
 from vgid.report.records import TrialRecord, misses_of
+from vgid.requirement import minimised
 from vgid.results import (
     QuestionPart,
     Score,
@@ -44,12 +45,13 @@ class Scoreboard:
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._front: dict[str, tuple[float, float]] = {}
+        self._objectives = ledger.header.config.objectives
+        self._front: dict[str, tuple[float, ...]] = {}
         self._counts: dict[str, int] = {"completed": 0, "pruned": 0, "failed": 0}
         # What each ended trial put on the front, in the order of their ends.
-        self._points: list[list[tuple[float, float]]] = []
+        self._points: list[list[tuple[float, ...]]] = []
         self._growth: list[float] = []  # as far as it was asked for, with the front that it is of
-        self._grown: list[tuple[float, float]] = []
+        self._grown: list[tuple[float, ...]] = []
         self.base: dict[QuestionPart, dict[str, Score]] = {}  # as far as they are known
         self.held_out: dict[str, dict[str, Score]] = {}  # of trials on the front
         # Why trials are lost that have not ended, known when the study stops; and why the base or
@@ -124,10 +126,16 @@ class Scoreboard:
         standing.hypervolume = self.hypervolume
 
     @property
-    def reference_point(self) -> tuple[float, float] | None:
-        """Nothing forgotten, half the base's retain score; None until the base is scored."""
+    def reference_point(self) -> tuple[float, ...] | None:
+        """Nothing forgotten, and half the base's score of what is kept; each as a point has it.
+
+        None until the base is scored.
+        """
         base = self.base.get("search")
-        return None if base is None else (0.0, 0.5 * base["retain_rougeL"].value)
+        if base is None:
+            return None
+        known = {name: score.value for name, score in base.items()}
+        return tuple(_reference(name, known) for name in self._objectives)
 
     @property
     def growth(self) -> Sequence[float]:
@@ -162,11 +170,18 @@ class Scoreboard:
 
     def _trial(self, record: Record) -> TrialRecord:
         assert record.result is not None
-        return self._placed(TrialRecord(record.config, record.result))
+        objectives = self._objectives
+        return self._placed(TrialRecord(record.config, record.result, objectives=objectives))
 
     def _placed(self, candidate: TrialRecord) -> TrialRecord:
         name = candidate.result.trial_id
         return replace(candidate, on_front=name in self._front, held_out=self.held_out.get(name))
+
+
+def _reference(objective: str, base: Mapping[str, float]) -> float:
+    if objective not in base:  # a reduction
+        return 0.0
+    return -base[objective] if minimised(objective) else 0.5 * base[objective]
 
 
 def phases(ended: Sequence[Record], study_s: Mapping[str, float]) -> Phases:

@@ -1,4 +1,4 @@
-"""The search: Optuna proposes trials to Ray Tune, two maximised objectives at once.
+"""The search: Optuna proposes trials to Ray Tune, two to four objectives at once.
 
 Ray's own Optuna adapter loses track of failed and stopped trials when there are several
 objectives, so this is a thin ``Searcher`` of our own over Optuna's ask and tell. The ledger is the
@@ -22,7 +22,7 @@ from vgid.cluster.tune import JOB, Live
 from vgid.config import Sampler, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.report.records import TrialRecord
-from vgid.results import OBJECTIVES
+from vgid.requirement import minimised
 from vgid.study.ledger import Ledger, Record, trial_id
 from vgid.study.search_space import SearchSpace
 
@@ -92,15 +92,16 @@ def reconcile(
     for path in ledger.output.glob(f"{JOURNAL}*"):  # with the lock that a killed process left
         path.unlink()
     storage = open_journal(ledger.output)
-    directions = ["maximize"] * len(OBJECTIVES)
+    objectives = ledger.header.config.objectives
+    directions = ["minimize" if minimised(name) else "maximize" for name in objectives]
     name = ledger.header.study_id
     study = optuna.create_study(storage=storage, study_name=name, directions=directions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.set_metric_names(list(OBJECTIVES))
+        study.set_metric_names(list(objectives))
     for record in ledger.records.values():
         distributions = space.distributions(record.config.model_dump())
-        state, values, attributes = _standing(record)
+        state, values, attributes = _standing(record, objectives)
         trial = optuna.trial.create_trial(
             state=state,
             values=values,
@@ -137,7 +138,9 @@ class ParetoSearch(Live, Searcher):
     on_start: Callable[[Record], None] = lambda record: None  # told of each that is handed out
 
     def __post_init__(self) -> None:
-        super().__init__(metric=list(OBJECTIVES), mode=["max", "max"])
+        objectives = self.config.objectives
+        modes = ["min" if minimised(name) else "max" for name in objectives]
+        super().__init__(metric=list(objectives), mode=modes)
         self._lost: list[str] = []
         self._new_first = False
         self._storage, self._study = reconcile(self.ledger, self.space, self.config.trials)
@@ -215,7 +218,7 @@ class ParetoSearch(Live, Searcher):
         storage = self._storage
         study = storage.get_study_id_from_name(self._study.study_name)
         trial = storage.get_trial_id_from_study_id_trial_number(study, number)
-        state, values, attributes = _standing(record)
+        state, values, attributes = _standing(record, self.config.objectives)
         for name, value in attributes.items():
             storage.set_trial_user_attr(trial, name, value)
         for bound, by in missed_by(record).items():
@@ -263,14 +266,15 @@ class ParetoSearch(Live, Searcher):
 
 
 def _standing(
-    record: Record,
-) -> "tuple[optuna.trial.TrialState, tuple[float, float] | None, dict[str, Any]]":
+    record: Record, objectives: tuple[str, ...]
+) -> "tuple[optuna.trial.TrialState, tuple[float, ...] | None, dict[str, Any]]":
     """A trial's state and values for Optuna, and what it is to keep beside; see ``reconcile``."""
     from optuna.trial import TrialState
 
     if (result := record.result) is None:
         return TrialState.RUNNING, None, {}
-    values = TrialRecord(record.config, result).point  # without it, a completed trial has failed
+    scored = TrialRecord(record.config, result, objectives=objectives)
+    values = scored.values  # without them, a completed trial has failed
     state = TrialState.PRUNED if result.status == "pruned" else TrialState.FAIL
     attributes: dict[str, Any] = {"metrics": result.metrics, "seconds": result.seconds}
     if result.error is not None:
