@@ -20,7 +20,7 @@ in nothing but the setting, and its front: the trials that no other beats on bot
         │
     score_front   the front once more, on held-out questions and with other seeds
         │
-    write         study.json, trials.csv, front.csv, front.html, front.png, MLflow
+    write         study.json, trials.csv, front.csv, study.html, front.png, MLflow
 
 ``run_study`` in ``vgid/study/run.py`` is these steps, one line each, for notebooks too.
 
@@ -38,6 +38,7 @@ from pydantic import Field, model_validator
 from vgid.command_line import Parser, exit_code
 from vgid.config import Config, Flag, StudyConfig
 from vgid.files import numbered
+from vgid.study.ending import INTERRUPTED
 
 
 class Mode(Config):
@@ -120,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 when the study is done, 1 when it stopped for no trial's fault or no trial completed, 2
         after bad input (each one sentence on stderr), 130 when a signal ended it.
     """
-    return exit_code(lambda: search(arguments), "The study was interrupted; go on with --resume.")
+    return exit_code(lambda: search(arguments), INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,18 @@
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import numpy as np
-
 from vgid.config import StudyConfig, TrialConfig
-from vgid.pareto import front_mask
+from vgid.pareto import front_mask, hypervolume
 from vgid.report.front import Front
-from vgid.report.insights import write_figures
 from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study
-from vgid.results import EpochReport, Score, TrialResult
+from vgid.report.study_page import FIGURES, write_figures
+from vgid.requirement import OBJECTIVES
+from vgid.results import EpochReport, Harvested, Score, TrialResult
 from vgid.study.ledger import Heard, Record
 from vgid.study.mlflow_client import connect
 from vgid.study.tracking import Tracker
@@ -50,11 +49,17 @@ def around(value: float, width: float, n: int) -> Score:
     return Score(value=value, n=n, low=value - width, high=value + width)
 
 
-def draw_trials(folder: Path) -> list[TrialRecord]:
-    """Trials whose scores depend on their settings, one of them failed, the front marked."""
+def draw_trials(
+    folder: Path, trials: int = TRIALS, scales: Sequence[float] = ()
+) -> list[TrialRecord]:
+    """Trials whose scores depend on their settings, what is harvested of each at some scales.
+
+    One of them failed; of 30 or more some were stopped early and some miss a bound. The front is
+    marked.
+    """
     rng = random.Random(0)
-    drawn: list[tuple[TrialConfig, TrialResult]] = []
-    for number in range(TRIALS):
+    records: list[TrialRecord] = []
+    for number in range(trials):
         noise = rng.choice(("random", "gaussian", "white"))
         config = TrialConfig(
             alpha=round(2 ** rng.uniform(-1, 2), 3),
@@ -64,51 +69,75 @@ def draw_trials(folder: Path) -> list[TrialRecord]:
             prompt_style=rng.choice(("strict", "polite", "declarative")),
             learning_rate=10 ** rng.uniform(-3.5, -2.3),
         )
-        strength = config.alpha * config.learning_rate / 2e-3
-        reduction = min(0.95, max(0.05, 0.9 - 0.35 * abs(math.log(strength))))
-        retain = 0.984 - 0.12 * reduction**2 * (0.5 + rng.random()) * min(3, 2 / config.beta)
-        trial_id = f"{number:04d}"
+        trial_id, cost = f"{number:04d}", (0.5 + rng.random()) * min(3, 2 / config.beta)
         if number == FAILED:
             result = TrialResult(trial_id=trial_id, status="failed", error="the loss is infinite")
         else:
             adapter = folder / "adapters" / trial_id
             adapter.mkdir(parents=True)
             (adapter / "adapter_config.json").write_text("{}")
-            metrics = {
-                "forget_rougeL": 0.954 - reduction,
-                "forget_rougeL_reduction": reduction,
-                "retain_rougeL": retain,
-                "test_rougeL": 0.93 - 0.75 * reduction,
-                "forget_cloze": round(1 - 0.7 * reduction, 1),
-                "forget_memorisation": 0.99 - 0.3 * reduction,
-            }
-            seconds = {"train": 4.0, "evaluate": 2.0}
+            stopped = trials >= 30 and number % 10 == 9
             result = TrialResult(
                 trial_id=trial_id,
-                status="completed",
-                metrics=metrics,
-                seconds=seconds,
+                status="pruned" if stopped else "completed",
+                metrics=scores_of(config, cost),
+                missed={"forget_cloze<=0.9": 0.05} if trials >= 30 and number % 10 == 4 else {},
+                harvest=[] if stopped else [harvest_of(config, cost, scale) for scale in scales],
+                seconds={"train": 4.0, "evaluate": 2.0},
                 adapter=adapter,
             )
-        drawn.append((config, result))
-    completed = [result.metrics for _, result in drawn if result.metrics]
-    points = np.array([[m["forget_rougeL_reduction"], m["retain_rougeL"]] for m in completed])
-    marks = iter(front_mask(points))
-    records = []
-    for config, result in drawn:
-        on_front = bool(result.metrics) and bool(next(marks))
-        held_out = None
-        if on_front:
-            held_out = {
-                "forget_rougeL": around(result.metrics["forget_rougeL"] + 0.02, 0.015, 30),
-                "retain_rougeL": around(result.metrics["retain_rougeL"] - 0.008, 0.006, 300),
-                "forget_rougeL_reduction": around(
-                    result.metrics["forget_rougeL_reduction"] - 0.02, 0.02, 30
-                ),
-                "forget_cloze": around(0.4, 0.3, 10),
-            }
-        records.append(TrialRecord(config, result, on_front, held_out))
-    return records
+        trial = TrialRecord(config, result)
+        records += [trial, *trial.harvested]
+    able = [record for record in records if record.point is not None and record.feasible]
+    front = {id(r) for r, on in zip(able, front_mask([r.point for r in able]), strict=True) if on}
+    return [
+        replace(record, on_front=True, held_out=scored_again(record.result.metrics))
+        if id(record) in front
+        else record
+        for record in records
+    ]
+
+
+def scores_of(config: TrialConfig, cost: float) -> dict[str, float]:
+    strength = config.alpha * config.adapter_scale * config.learning_rate / 2e-3
+    reduction = min(0.95, max(0.05, 0.9 - 0.35 * abs(math.log(strength))))
+    return {
+        "forget_rougeL": 0.954 - reduction,
+        "forget_rougeL_reduction": reduction,
+        "retain_rougeL": 0.984 - 0.12 * reduction**2 * cost,
+        "test_rougeL": 0.93 - 0.75 * reduction,
+        "forget_cloze": round(1 - 0.7 * reduction, 1),
+        "forget_memorisation": 0.99 - 0.3 * reduction,
+    }
+
+
+def harvest_of(config: TrialConfig, cost: float, scale: float) -> Harvested:
+    scaled = config.model_copy(update={"adapter_scale": scale})
+    scores = scores_of(scaled, cost * scale)
+    return Harvested(scale=scale, metrics={name: scores[name] for name in OBJECTIVES})
+
+
+def scored_again(metrics: Mapping[str, float]) -> dict[str, Score]:
+    """Held-out scores a little below those on the search questions."""
+    return {
+        "forget_rougeL": around(metrics["forget_rougeL_reduction"] * -1 + 0.974, 0.015, 30),
+        "retain_rougeL": around(metrics["retain_rougeL"] - 0.008, 0.006, 300),
+        "forget_rougeL_reduction": around(metrics["forget_rougeL_reduction"] - 0.02, 0.02, 30),
+        "forget_cloze": around(0.4, 0.3, 10),
+    }
+
+
+def growth_of(records: Sequence[TrialRecord], seconds: float = 10.0) -> list[tuple[float, float]]:
+    """The hypervolume after each trial, had they ended one after the other."""
+    points: list[tuple[float, ...]] = []
+    grown: list[tuple[float, float]] = []
+    for record in records:
+        points += [record.point] if record.point is not None and record.feasible else []
+        if not record.is_harvested:
+            grown.append((seconds * (len(grown) + 1), 0.0))
+        volume = hypervolume(points, (0.0, 0.492)) if points else 0.0
+        grown[-1] = (grown[-1][0], volume)
+    return grown
 
 
 def as_ended(trial: TrialRecord, reports: Sequence[EpochReport] = ()) -> Record:
@@ -135,22 +164,22 @@ def record_study(server: str, folder: Path) -> Recorded:
     for record in records:
         assert tracker.log_trial(as_ended(record))
     title = f"tiny-llava, {TRIALS} trials"
-    front = Front(title, records, BASE, BASE, tracker.pages, tracker.server)
+    told = (tracker.pages, tracker.server, growth_of(records))
+    front = Front(title, records, BASE, BASE, *told)
     TrialsTable(folder / "trials.csv").write(records)
     write_front(folder / "front.csv", records)
     write_study(folder / "study.json", {"seed": 0})
     phases = {"start-up": 12.0, "train": 80.0, "evaluate": 40.0}
-    figures = [file.name for file in write_figures(folder, front)]
+    write_figures(folder, front)
     summary = {
         "output": folder,
-        "files": [*figures, "trials.csv", "front.csv", "study.json"],
+        "files": [*FIGURES, "trials.csv", "front.csv", "study.json"],
         "hypervolume": 0.87,
         "wall_s": 140.0,
         "phases": {name: {"total_s": seconds} for name, seconds in phases.items()},
         "counts": {},
         "store": {},
         "trained_verbatim": {},
-        "outlook": None,
         "left_out": {},
     }
     tracker.finish_study(front, summary)

@@ -200,7 +200,7 @@ def test_people_are_told_what_was_chosen_and_how_far_to_trust_it(picked, record,
 def test_the_page_shows_every_candidates_setting_under_the_mouse(picked, summary):
     page = (picked[0] / "deployments" / "tiny-llava" / "pick.html").read_text()
     payload = re.search(r'<script id="payload" type="application/json">(.*?)</script>', page, re.S)
-    traces = json.loads(payload[1])["data"]
+    traces = json.loads(payload[1])["pictures"]["pick"]["data"]
     hovers = " ".join(text for trace in traces for text in trace["hovertext"])
     for trial_id in summary["front"]:
         assert f"<b>trial {trial_id}</b>" in hovers

@@ -85,7 +85,7 @@ def test_page_picture_and_table_show_every_backbone(reports, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(COMPARISON)
     page = (tmp_path / "comparison.html").read_text()
     payload = re.search(r'<script id="payload" type="application/json">(.*?)</script>', page, re.S)
-    data = json.loads(payload[1])["data"]
+    data = json.loads(payload[1])["pictures"]["comparison"]["data"]
     for number, found in enumerate(reports):
         others, deployed = data[2 * number : 2 * number + 2]
         assert deployed["name"] == others["name"] == f"{found.backbone}, trial 0000"

@@ -10,7 +10,7 @@ from tests.browser.servers import mlflow_server
 from tests.data.buckets import s3_server, upload
 from tests.end_to_end.light import SESSION, LightSession, LightStudy
 from vgid.data.benchmark import Benchmark
-from vgid.report.insights import FIGURES
+from vgid.report.study_page import FIGURES
 from vgid.study.finished import open_source
 
 TRIALS = 3

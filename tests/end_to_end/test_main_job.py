@@ -121,7 +121,7 @@ def study(data, space, ray_files, tmp_path_factory):
 
 def test_the_output_folder_holds_what_the_contract_names(study):
     output, _, _ = study
-    for name in ("study.json", "trials.csv", "front.csv", "front.html", "front.png", "mlflow.db"):
+    for name in ("study.json", "trials.csv", "front.csv", "study.html", "front.png", "mlflow.db"):
         assert (output / name).stat().st_size > 0, name
     table = read_trials(output)
     assert list(table.index) == [f"{n:04d}" for n in range(TRIALS)]
@@ -245,7 +245,7 @@ def test_mlflow_holds_the_same_study(study):
     assert parent.data.tags["vgid.dataset_hash"] == summary["data_sha256"]
     assert "mlflow.note.content" in parent.data.tags
     artifacts = {file.path for file in client.list_artifacts(parent.info.run_id)}
-    assert {"front.html", "front.png", "front.csv", "trials.csv", "study.json"} <= artifacts
+    assert {"study.html", "front.png", "front.csv", "trials.csv", "study.json"} <= artifacts
     for name, run in children.items():
         row = table.loc[name]
         assert run.info.status == "FINISHED"
@@ -268,7 +268,7 @@ def test_the_last_line_says_how_to_open_mlflow_and_libraries_are_quiet(study):
     assert "raylet" not in stdout
     assert "Warning" not in stdout
     text = "\n".join(lines)
-    for part in ("Pareto front", "Phases", "overhead", "front.html", f"{TRIALS}/{TRIALS} ended"):
+    for part in ("Pareto front", "Phases", "overhead", "study.html", f"{TRIALS}/{TRIALS} ended"):
         assert part in text
 
 

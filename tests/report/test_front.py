@@ -1,12 +1,6 @@
-"""The picture of a study: what is drawn, and that the page stands on its own."""
+"""The picture of a study: what is drawn, and where."""
 
-import base64
-import gzip
 import io
-import json
-import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vgid.config import TrialConfig
-from vgid.report.front import Front, page_picture, write_html, write_png
+from vgid.report.front import Front, corner, page_picture, write_png
 from vgid.report.records import TrialRecord, describe
 from vgid.results import Harvested, Score, TrialResult
 
@@ -114,9 +108,6 @@ def test_a_base_that_may_never_have_known_is_said_in_every_picture(front):
     ignorant = replace(front, base=BASE | {"forget_rougeL": Score(value=0.2, n=9, low=0, high=1)})
     assert "ROUGE-L of 0.200" in ignorant.doubt
     assert ignorant.caption.endswith("; the base may never have known these people")
-    assert (
-        page_picture(ignorant).plotly()["layout"]["title"]["subtitle"]["text"] == ignorant.caption
-    )
 
 
 def test_trials_out_of_bounds_are_told_apart_and_say_what_they_miss(front, tmp_path):
@@ -137,23 +128,6 @@ def test_hovering_shows_the_configuration(front):
         assert part in text
 
 
-def test_the_page_needs_no_network_and_carries_its_data(tmp_path, front):
-    write_html(tmp_path / "front.html", front)
-    page = (tmp_path / "front.html").read_text()
-    assert len(page) < 2_500_000
-    assert not re.search(r"(src|href)\s*=", page)
-    assert "tiny &lt;llava&gt;" in page
-
-    def element(name):
-        return re.search(rf'<script id="{name}"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
-
-    payload = json.loads(element("payload"))
-    figure = {name: payload[name] for name in ("data", "layout")}
-    assert figure == json.loads(json.dumps(page_picture(front).plotly()))
-    assert payload["trials"]["0004"]["name"].startswith("0004 · Gaussian-noise σ0.5 · polite · α1")
-    assert "Plotly" in gzip.decompress(base64.b64decode(element("library"))).decode()
-
-
 def test_the_png_shows_every_kind_of_mark(tmp_path, front):
     write_png(tmp_path / "front.png", front)
     image = Image.open(tmp_path / "front.png").convert("RGB")
@@ -164,30 +138,40 @@ def test_the_png_shows_every_kind_of_mark(tmp_path, front):
 
 
 def test_the_same_study_gives_the_same_bytes(tmp_path, front):
-    for write, name in ((write_png, "front.png"), (write_html, "front.html")):
-        write(tmp_path / name, front)
-        first = (tmp_path / name).read_bytes()
-        write(tmp_path / name, front)
-        assert (tmp_path / name).read_bytes() == first
+    write_png(tmp_path / "front.png", front)
+    first = (tmp_path / "front.png").read_bytes()
+    write_png(tmp_path / "front.png", front)
+    assert (tmp_path / "front.png").read_bytes() == first
 
 
 @pytest.mark.parametrize("records", [[], [record("0000", None, None)]])
 def test_a_study_without_a_completed_trial_still_has_its_picture(tmp_path, records):
     front = Front("tiny-llava", records, BASE)
     assert set(traces(front)) == {"base model", "chosen trial"}
-    write_html(tmp_path / "front.html", front)
     write_png(tmp_path / "front.png", front)
     Image.open(io.BytesIO((tmp_path / "front.png").read_bytes())).verify()
 
 
-def test_importing_is_light():
-    code = (
-        "import sys, vgid.report.insights\n"
-        "heavy = ('matplotlib', 'plotly', 'torch', 'pandas', 'optuna', 'mlflow')\n"
-        "print([name for name in heavy if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_trials_stopped_early_are_drawn_as_such_once_they_were_scored(front):
+    def stopped(trial_id, metrics):
+        result = TrialResult(trial_id=trial_id, status="pruned", metrics=metrics)
+        return TrialRecord(TrialConfig(), result)
+
+    scored = stopped("0005", {"forget_rougeL_reduction": 0.2, "retain_rougeL": 0.9, "loss": 0.1})
+    both = replace(front, records=[*front.records, scored, stopped("0006", {"loss": 0.2})])
+    drawn = traces(both)["trial stopped early"]
+    assert (drawn["x"], drawn["y"], drawn["customdata"]) == ([0.2], [0.9], ["0005"])
+    assert both.caption == "2 on the front, 2 stopped early, 1 not completed"
+    assert both.front == front.front and both.drawn == front.drawn
+
+
+def test_the_corner_is_where_the_front_forgets_enough(front):
+    mild = record("0007", 0.1, 0.99, on_front=True)
+    with_mild = corner(replace(front, records=[*front.records, mild]))
+    assert [with_mild.ends(axis) for axis in "xy"] == [corner(front).ends(axis) for axis in "xy"]
+    assert with_mild.ends("x")[0] > 0.5 and with_mild.ends("x")[1] > 0.9
+    low, high = corner(replace(front, records=[mild])).ends("x")
+    assert low < 0.1 < high < 0.2  # for want of a better one
 
 
 def test_methods_without_noise_have_plain_marks():

@@ -158,7 +158,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
             "bytes": 12_300_000,
         },
         "output": "runs/x",
-        "files": ["study.json", "front.html"],
+        "files": ["study.json", "study.html"],
     }
     stream = io.StringIO()
     print_summary(stream, summary, [record], "mlflow ui --backend-store-uri sqlite:///x.db")
@@ -173,7 +173,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
     assert "96.2% of 1,600 targets" in text
     assert "12.3 MB" in text
     assert "runs/x" in text
-    assert "front.html" in text
+    assert "study.html" in text
     assert text.splitlines()[-1] == "mlflow ui --backend-store-uri sqlite:///x.db"
 
 

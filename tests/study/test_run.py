@@ -21,8 +21,8 @@ from vgid.config import StudyConfig, TrialConfig
 from vgid.data.benchmark import Benchmark
 from vgid.errors import InputError
 from vgid.interrupts import StudyInterruptedError
-from vgid.report.insights import FIGURES
 from vgid.report.records import TrialRecord
+from vgid.report.study_page import FIGURES
 from vgid.results import Harvested, Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
 from vgid.study.ending import Ending
@@ -346,7 +346,6 @@ def scored(run, monkeypatch):
 
     def draw(folder, front):
         time.sleep(0.3)
-        return [folder / name for name in FIGURES]
 
     monkeypatch.setattr("vgid.study.run.write_figures", draw)
     monkeypatch.setattr("vgid.interrupts.GRACE_S", 1.0)

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -10,7 +11,7 @@ from vgid.pareto import front_mask, hypervolume
 from vgid.requirement import OBJECTIVES
 from vgid.results import Harvested, Score, TrialResult
 from vgid.study.console import Standing
-from vgid.study.ledger import Header, Ledger, trial_id
+from vgid.study.ledger import Header, Ledger, now, trial_id
 from vgid.study.outcome import Scoreboard, said_of_growth, shortfall
 
 STATUSES = ("completed", "pruned", "failed", "lost")
@@ -23,7 +24,7 @@ def ledger(tmp_path, request):
         config = StudyConfig(
             output=tmp_path / "s", objectives=getattr(request, "param", OBJECTIVES)
         )
-        made.begin(Header(study_id="s", config=config, search_space_sha256="", started=""))
+        made.begin(Header(study_id="s", config=config, search_space_sha256="", started=now()))
         yield made
 
 
@@ -58,6 +59,7 @@ def test_board_agrees_at_any_moment_with_what_all_trials_say_and_with_a_resumed_
     rng = random.Random(0)
     board = Scoreboard(ledger)
     assert (board.trials(), board.front(), board.hypervolume) == ([], [], None)
+    assert board.history == []
     volumes = []
     board.base["search"] = {"retain_rougeL": Score(value=0.9, n=1, low=0.9, high=0.9)}
     order = rng.sample(range(9_990, 10_020), 30)  # trials end in any order
@@ -78,6 +80,14 @@ def test_board_agrees_at_any_moment_with_what_all_trials_say_and_with_a_resumed_
         assert board.hypervolume == hypervolume(points, (0.0, 0.45))
         volumes.append(board.hypervolume)
     assert board.growth == volumes
+    start, *ends = (
+        datetime.fromisoformat(time)
+        for time in (ledger.header.started, *sorted(r.ended for r in ledger.ended))
+    )
+    assert board.history == [
+        ((end - start) / timedelta(seconds=1), volume)
+        for end, volume in zip(ends, volumes, strict=True)
+    ]
     resumed = Scoreboard(ledger)
     resumed.base = board.base
     assert resumed.trials() == board.trials()

@@ -18,9 +18,10 @@ from tests.end_to_end.conftest import free_port
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.report.front import Front
-from vgid.report.insights import FIGURES, write_figures
-from vgid.report.note import NOTE_PICTURE, UI, Place, recommended, study_note
+from vgid.report.note import NOTE_PICTURE, UI, Place, study_note
 from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study
+from vgid.report.result import recommended
+from vgid.report.study_page import FIGURES, write_figures
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.ledger import Ledger, Record, now
 from vgid.study.mlflow_client import connect
@@ -41,7 +42,6 @@ SUMMARY = {  # of study.json, what MLflow is told
     "output": Path(),
     "files": (),
     "trained_verbatim": {},
-    "outlook": None,
     "left_out": {},
 }
 PLACE = Place("1", "s", "r")

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TRIAL, FRONT, HELD_OUT, BASE, INK = "#8a97a6", "#d1495b", "#1f6f8b", "#222222", "#333333"
+STOPPED, OUTSIDE = "#e9a23b", "#7b5ea7"
 GRID = "#e6e9ed"
 
 MARKERS = {
@@ -185,7 +186,7 @@ class Picture:
             legend={"orientation": "h", "y": 0, "yref": "container", "yanchor": "bottom"},
             hoverlabel={"bgcolor": "white", "align": "left", "font": {"color": INK}},
             hovermode="closest",
-            margin={"l": 70, "r": 30, "t": 115, "b": 60},
+            margin={"l": 70, "r": 30, "t": 115 if self.title else 45, "b": 60},
         )
         names: set[str] = set()
         for number, panel in enumerate(self.panels):

@@ -1,11 +1,9 @@
-"""The front of a study: what its picture shows, ``front.png`` and ``front.html``.
+"""A study as people are shown it, and the picture of its front, ``front.png``.
 
 Axes as in the paper's figure 4: how much of the forget people's ROUGE-L is gone against what is
-left of the retain people's. The picture shows every completed trial, the front, the base model and
-the paper's default setting, and, where given, the front's held-out scores with their intervals. In
-the page hovering shows a trial's setting and scores. A click keeps them below the picture and links
-to the trial's run on the tracking server; MLflow's artifact viewer lets no page open another, so
-there the click copies the run's address instead.
+left of the retain people's. The picture shows every trial that has both scores, the front, the base
+model and the paper's default setting, and, where given, the front's held-out scores with their
+intervals.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from vgid.config import TrialConfig, is_paper_default
-from vgid.evaluation.suppression import doubt
+from vgid.evaluation.suppression import MIN_FORGET, doubt, share_gone
 from vgid.files import write_atomically
-from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
-from vgid.report.page import rendered, write_page
-from vgid.report.records import NOISE_LABELS, TrialRecord, describe, misses_of, run_name
+from vgid.report.drawing import (
+    BASE,
+    FRONT,
+    HELD_OUT,
+    OUTSIDE,
+    STOPPED,
+    TRIAL,
+    Panel,
+    Picture,
+    Scale,
+    Series,
+)
+from vgid.report.records import NOISE_LABELS, TrialRecord, describe, misses_of
 from vgid.requirement import OBJECTIVES
 from vgid.results import Score, origin
 
@@ -27,18 +35,29 @@ Y_LABEL = "Retain-set ROUGE-L  (higher: more is kept)"
 MARKS = {"random": "circle", "gaussian": "square", "white": "triangle-up", None: "circle"}
 """Marks of trials by the noise of their teacher, None for methods without."""
 
-_STYLE = Path(__file__).with_name("front.css").read_text(encoding="utf-8").rstrip()
-
-_BODY = '<div id="chosen" aria-live="polite">Click a point to keep its trial here.</div>'
+LABELS = {
+    OBJECTIVES[0]: "forget reduction",
+    OBJECTIVES[1]: "retain ROUGE-L",
+    "test_rougeL": "test ROUGE-L",
+    "forget_cloze": "forget cloze",
+}
+"""The scores that are told of a trial, and what they are called."""
 
 
 @dataclass(frozen=True)
 class Front:
-    """What a picture shows: trials, of which those without both objectives are only counted.
+    """A study as it is shown: its candidates, of which those without a score are only counted.
 
-    ``base`` are the base model's scores on the search questions by name, ``base_held_out`` those on
-    the held-out ones if the front was scored again; ``pages`` is each run's page by trial id,
-    relative to the tracking ``server``, whose address ends in ``/`` (``Tracker.pages``).
+    Attributes:
+        records: its trials, and what was harvested of each.
+        base: the base model's scores on the search questions, by name.
+        base_held_out: those on the held-out questions, if the front was scored again.
+        pages: each run's page by trial id, relative to the tracking ``server``, whose address ends
+            in ``/`` (``Tracker.pages``).
+        growth: seconds from the study's start to each trial's end, and the hypervolume then.
+        outlook: whether more trials are worth it, in a sentence.
+        warnings: why the study has not all that it should have, in sentences.
+        space: the parameters of the search space, as ``study.json`` has them.
     """
 
     title: str
@@ -47,11 +66,28 @@ class Front:
     base_held_out: Mapping[str, Score] | None = None
     pages: Mapping[str, str] = field(default_factory=dict)
     server: str = ""
+    growth: Sequence[tuple[float, float]] = ()
+    outlook: str | None = None
+    warnings: Sequence[str] = ()
+    space: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def drawn(self) -> list[TrialRecord]:
-        """The trials that have a place in the picture."""
+        """The candidates that completed with both objectives."""
         return [record for record in self.records if record.place is not None]
+
+    @property
+    def trials(self) -> list[TrialRecord]:
+        """Of these the trials themselves, each with its harvest's place on the front as its own."""
+        found = {origin(record.result.trial_id)[0] for record in self.front}
+        trials = [record for record in self.drawn if not record.is_harvested]
+        return [replace(trial, on_front=trial.result.trial_id in found) for trial in trials]
+
+    @property
+    def stopped(self) -> list[TrialRecord]:
+        """The trials that were stopped early, after they had been scored."""
+        pruned = [record for record in self.records if record.result.status == "pruned"]
+        return [record for record in pruned if record.result.metrics.keys() >= set(OBJECTIVES)]
 
     @property
     def front(self) -> list[TrialRecord]:
@@ -72,8 +108,10 @@ class Front:
     @property
     def caption(self) -> str:
         """How many trials are on the front, and how many have no place in the picture."""
-        missing = len(self.records) - len(self.drawn)
-        rest = f", {missing} not completed" if missing else ""
+        stopped = sum(record.result.status == "pruned" for record in self.records)
+        missing = len(self.records) - len(self.drawn) - stopped
+        rest = f", {stopped} stopped early" if stopped else ""
+        rest += f", {missing} not completed" if missing else ""
         infeasible = sum(not r.feasible for r in self.drawn if not r.is_harvested)
         rest += f", {infeasible} out of bounds" if infeasible else ""
         unsure = "" if self.doubt is None else "; the base may never have known these people"
@@ -94,44 +132,41 @@ def write_png(path: Path, front: Front, *, whole_only: bool = False) -> None:
     whole = Panel(Scale(X_LABEL), Scale(Y_LABEL), [*trials, *_front(front), *marks])
     picture = Picture(front.title, [whole], front.caption, (7.2, 5.4), dpi=100)
     if front.front and not whole_only:
-        shown = [*_held_out(front), *_front(front, ids=True)]
-        near = Panel(Scale(X_LABEL), Scale(), shown, "The front, from close by")
-        # Its ends are those of the front; trials that lie beyond are cut off.
-        x, y = Scale(X_LABEL, near.ends("x")), Scale("", near.ends("y"))
-        near = replace(near, x=x, y=y, drawn=[*trials, *shown, *marks])
+        ends, drawn = corner(front), [*trials, *_held_out(front), *_front(front, ids=True), *marks]
+        x, y = Scale(X_LABEL, ends.ends("x")), Scale("", ends.ends("y"))
+        near = Panel(x, y, drawn, "The front, from close by")
         panels = [replace(whole, title="All trials"), near]
         picture = replace(picture, panels=panels, size=(11.5, 5.6), dpi=140)
     write_atomically(path, picture.png())
 
 
-def write_html(path: Path, front: Front) -> None:
-    """Write ``front.html``."""
-    trials = {
-        record.result.trial_id: {
-            "name": run_name(record.config, record.result.trial_id),
-            "scores": " · ".join(_score_lines(record)),
-            "page": front.pages.get(record.result.trial_id, ""),
-        }
-        for record in front.drawn
-    }
-    payload = {"trials": trials, "server": front.server}
-    picture, script = page_picture(front), rendered("vgid.report", "front.js")
-    write_page(path, picture, payload, style=_STYLE, body=_BODY, script=script)
-
-
 def page_picture(front: Front) -> Picture:
-    """The picture of ``front.html``; its last series is the ring around a clicked trial."""
-    # Without a point at first: front.js moves it to the trial that is clicked.
+    """The same for the study's page; its last series is the ring around a clicked trial."""
+    # Without a point at first: study.js moves it to the trial that is clicked.
     ring = Series("chosen trial", [], [], FRONT, "circle-open", 26, listed=False)
     drawn = [*_trials(front), *_held_out(front), *_front(front), *_marks(front), ring]
-    return Picture(front.title, [Panel(Scale(X_LABEL), Scale(Y_LABEL), drawn)], front.caption)
+    return Picture("", [Panel(Scale(X_LABEL), Scale(Y_LABEL), drawn)])
+
+
+def corner(front: Front) -> Panel:
+    """What of the front is worth a closer look: where enough is forgotten, if it is anywhere.
+
+    Nothing that it dominates is drawn, so that its ends are those of the panel.
+    """
+    known = front.base["forget_rougeL"].value
+    gone = {id(r): share_gone(known, known - r.result.metrics[OBJECTIVES[0]]) for r in front.front}
+    able = [record for record in front.front if gone[id(record)] >= MIN_FORGET]
+    near = replace(front, records=able or front.front)
+    return Panel(Scale(), Scale(), [*_held_out(near), *_front(near)])
 
 
 def _trials(front: Front) -> list[Series]:
     others = [record for record in front.drawn if not record.on_front and record.feasible]
     found = _curves(front)
+    if front.stopped:
+        found.append(_of("trial stopped early", front.stopped, STOPPED, mark="triangle-down"))
     if outside := [record for record in front.drawn if not record.feasible]:
-        found.append(_of("trial out of bounds", outside, TRIAL, mark="x", opacity=0.85))
+        found.append(_of("trial out of bounds", outside, OUTSIDE, mark="x"))
     for noise, mark in MARKS.items():
         if shown := [r for r in others if _noise(r) == noise and not r.is_harvested]:
             label = "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"
@@ -241,13 +276,7 @@ def setting_lines(config: TrialConfig) -> list[str]:
 
 def _score_lines(record: TrialRecord) -> list[str]:
     metrics = record.result.metrics
-    labels = {
-        OBJECTIVES[0]: "forget reduction",
-        OBJECTIVES[1]: "retain ROUGE-L",
-        "test_rougeL": "test ROUGE-L",
-        "forget_cloze": "forget cloze",
-    }
-    labels |= {name: name for name in record.objectives if name not in labels}
+    labels = LABELS | {name: name for name in record.objectives if name not in LABELS}
     lines = [f"{label} {metrics[key]:.3f}" for key, label in labels.items() if key in metrics]
     misses = misses_of(record.result)
     return [*lines, f"misses {misses}"] if misses else lines

@@ -1,4 +1,4 @@
-"""What made the difference in a study: ``insights.html`` and ``insights.png``.
+"""What made the difference in a study.
 
 Above, how much of each objective's variance over the trials each hyperparameter explains (fANOVA,
 Hutter et al. 2014, as Optuna computes it). Below, every trial as a line from its hyperparameters
@@ -8,19 +8,18 @@ search space and say nothing of values that were not tried.
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
-from vgid.report.front import Front, write_html, write_png
-from vgid.report.page import write_picture
+from vgid.report.front import LABELS, Front
 from vgid.report.records import HYPERPARAMETERS, TrialRecord, run_name
 from vgid.requirement import OBJECTIVES
 
-FIGURES = ("front.html", "front.png", "insights.html", "insights.png")
-
 MIN_TRIALS = 8
 """Completed trials below which shares of variance are noise and are not shown."""
+
+MIN_EXPLAINED = 24
+"""Completed trials below which a forest predicts too little to say that there is nothing."""
 
 MAX_TRIALS = 256
 """Of more, so many are taken, evenly by id: fANOVA's time grows with the square of its trials, and
@@ -30,7 +29,6 @@ T = TypeVar("T")
 Shares = dict[str, dict[str, float]]
 """Share of variance by hyperparameter, by objective."""
 
-OBJECTIVE_LABELS = {OBJECTIVES[0]: "forget reduction", OBJECTIVES[1]: "retain ROUGE-L"}
 OBJECTIVE_COLOURS = {OBJECTIVES[0]: FRONT, OBJECTIVES[1]: HELD_OUT}
 LOGARITHMIC = ("alpha", "beta", "learning_rate")
 
@@ -45,15 +43,6 @@ class Axis(NamedTuple):
     label: str
     heights: tuple[float | None, ...]
     ticks: tuple[tuple[float, str], ...]
-
-
-def write_figures(folder: Path, front: Front) -> list[Path]:
-    """Write all figures of a study; the files, in the order of ``FIGURES``."""
-    write_html(folder / "front.html", front)
-    write_png(folder / "front.png", front)
-    picture = insights(front, importances(front.drawn))
-    write_picture(folder, "insights", picture, style=".picture { min-height: 760px; }")
-    return [folder / name for name in FIGURES]
 
 
 def varied(records: Sequence[TrialRecord]) -> list[str]:
@@ -96,17 +85,41 @@ def importances(records: Sequence[TrialRecord]) -> Shares:
     return found
 
 
+def explained(records: Sequence[TrialRecord]) -> dict[str, float]:
+    """How well a setting foretells each objective that differs: R² out of the bag.
+
+    That is of a random forest (Breiman, 2001), each trial predicted by the trees that did not see
+    it: 1 is all, and at 0 or below the mean does as well. Of fewer than ``MIN_EXPLAINED`` trials,
+    or without a hyperparameter that varied, none.
+    """
+    records = _some(records)
+    names = varied(records)
+    if len(records) < MIN_EXPLAINED or not names:
+        return {}
+    from sklearn.ensemble import RandomForestRegressor
+    from sklearn.feature_extraction import DictVectorizer
+
+    used = [{name: r.config.used[name] for name in names if name in r.config.used} for r in records]
+    settings = DictVectorizer(sparse=False).fit_transform(used)
+    found = {}
+    for objective in OBJECTIVES:
+        reached = [record.result.metrics[objective] for record in records]
+        if max(reached) - min(reached) >= 1e-12:
+            forest = RandomForestRegressor(oob_score=True, random_state=0)
+            found[objective] = float(forest.fit(settings, reached).oob_score_)
+    return found
+
+
 def axes(records: Sequence[TrialRecord]) -> list[Axis]:
     """The axes of the parallel coordinates: what varied, then the objectives."""
     return [_axis(name, [r.config.used.get(name) for r in records]) for name in varied(records)] + [
-        _axis(OBJECTIVE_LABELS[name], [r.result.metrics[name] for r in records])
-        for name in OBJECTIVES
+        _axis(LABELS[name], [r.result.metrics[name] for r in records]) for name in OBJECTIVES
     ]
 
 
 def insights(front: Front, shares: Shares) -> Picture:
     """The picture of what made the difference; ``shares`` are the trials' ``importances``."""
-    records = [record for record in front.drawn if not record.is_harvested]
+    records = front.trials
     columns = axes(records) if records else []
     others = sum(not record.on_front for record in records)
     who = "Every trial" if others <= MAX_TRIALS else f"The front and {MAX_TRIALS} of the trials"
@@ -120,13 +133,7 @@ def insights(front: Front, shares: Shares) -> Picture:
         [*(_lines(records, columns, on_front) for on_front in (False, True)), values],
         f"{who} from setting to scores, the front in colour",
     )
-    return Picture(
-        f"{front.title}: what made the difference",
-        [_importances(records, shares), lines] if shares else [lines],
-        size=(7.2, 7.0 if shares else 4.0),
-        dpi=100,
-        stacked=True,
-    )
+    return Picture("", [_importances(records, shares), lines] if shares else [lines], stacked=True)
 
 
 def _importances(records: Sequence[TrialRecord], shares: Shares) -> Panel:
@@ -134,7 +141,7 @@ def _importances(records: Sequence[TrialRecord], shares: Shares) -> Panel:
     some = f"{MAX_TRIALS} of " if len(records) > MAX_TRIALS else ""
     bars = [
         Series(
-            OBJECTIVE_LABELS[objective],
+            LABELS[objective],
             list(by_name.values()),
             range(len(names)),
             OBJECTIVE_COLOURS[objective],
@@ -166,7 +173,8 @@ def _lines(records: Sequence[TrialRecord], columns: Sequence[Axis], on_front: bo
         hover += [*[text] * len(found), ""]
     name = "trials on the front" if on_front else "other trials"
     colour, line, opacity = (FRONT, 2, 1.0) if on_front else (TRIAL, 1, 0.4)
-    return Series(name, x, y, colour, "circle", 5, opacity, line, hover=hover, listed=bool(drawn))
+    # Without marks, of which a browser would have to draw thousands.
+    return Series(name, x, y, colour, "", 0, opacity, line, hover=hover, listed=bool(drawn))
 
 
 def _some(all_of_them: Sequence[T]) -> list[T]:

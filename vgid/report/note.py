@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
-from vgid.evaluation.suppression import MIN_FORGET, share_gone, verdict
 from vgid.report.front import Front
+from vgid.report.health import warnings
 from vgid.report.page import rendered
-from vgid.report.records import HYPERPARAMETERS, TrialRecord, describe
+from vgid.report.records import HYPERPARAMETERS, describe
+from vgid.report.result import result
 from vgid.report.tables import Grid
 from vgid.requirement import OBJECTIVES
-from vgid.results import LeftOut, Score, Verbatim, describe_left_out
+from vgid.results import LeftOut, Verbatim, describe_left_out
 
 UI = "workflowType=machine_learning"
 """Opens the UI on its pages for training runs; it would start in those for chat applications."""
@@ -43,9 +44,6 @@ MAX_COMPARED = 8
 
 MAX_ROWS = 16
 """Rows of the table, so that the note stays within MLflow's limit."""
-
-PAPER_RETAIN_DROP = 0.055
-"""What the paper's own setting costs in retain ROUGE-L (table 1); more is no good bargain."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,12 @@ class Place:
         ids = found[-MAX_COMPARED:], [self.experiment_id]
         runs, experiments = (quote(json.dumps(each)) for each in ids)
         return f"#/compare-runs?runs={runs}&experiments={experiments}&{UI}" if found else None
+
+    @property
+    def page(self) -> str:
+        """The study's own page, in MLflow's viewer of artifacts."""
+        run = run_page(self.experiment_id, self.run_id)
+        return run.replace("?", "/artifacts/study.html?")
 
     def trial(self, trial_id: str) -> str:
         """A trial's id, linked to its run where that is known."""
@@ -114,66 +118,28 @@ def study_note(
     place: Place,
     verbatim: Verbatim | None = None,
     left_out: LeftOut | None = None,
-    outlook: str | None = None,
 ) -> str:
     """The note in Markdown: the result in three sentences, the picture, the front as a table.
 
     ``phases`` are seconds by phase in the order to show them, ``verbatim`` says which scored
-    questions training sees, ``left_out`` what of the data was left out as defective, ``outlook``
-    whether more trials are worth it.
+    questions training sees, ``left_out`` what of the data was left out as defective.
     """
-    pick, again = recommended(front), front.base_held_out
-    values: dict[str, Any] = {}
-    if pick is not None:
-        base, where = front.base, "on the search questions"
-        scores: Mapping[str, Score] = pick.result.scores
-        known: Mapping[str, float] = pick.result.metrics
-        if again is not None and (pick.held_out or {}).keys() >= set(OBJECTIVES):
-            base, where, scores = again, "on held-out questions", pick.held_out or {}
-            known = {name: score.value for name, score in scores.items()}
-        values = {
-            "setting": describe(pick.config),
-            "base": base,
-            "where": where,
-            "scores": known,
-            "verdict": verdict(base, scores),
-            "questions": "held-out questions" if front.held_out() else "the search questions",
-            # MLflow's tables have no space between columns.
-            "table": _table(front, place).markdown(gap="&emsp;"),
-            "more": len(front.front) - MAX_ROWS,
-        }
     return rendered(
         "vgid.report",
         "note.md.jinja",
-        front=front,
+        warnings=warnings(front),
+        result=result(front, place.trial),
         place=place,
         compared=place.side_by_side(front),
         picture=NOTE_PICTURE,
-        pick=pick,
-        missing=len(front.records) - len(front.drawn),
+        questions="held-out questions" if front.held_out() else "the search questions",
+        # MLflow's tables have no space between columns.
+        table=_table(front, place).markdown(gap="&emsp;") if front.front else None,
+        more=len(front.front) - MAX_ROWS,
         phases=phases,
         left_out=describe_left_out(left_out or {}),
         verbatim=verbatim or {},
-        outlook=outlook,
-        **values,
     )
-
-
-def recommended(front: Front) -> TrialRecord | None:
-    """The front's trial that forgets most while retain ROUGE-L drops no more than in the paper.
-
-    Where none is that gentle, the one with the smallest drop of those that forget enough to be
-    called so (``MIN_FORGET``); where none does, the one that forgets most. Chosen by search scores,
-    so that its held-out scores are not the best of many.
-    """
-    known, kept = (front.base[f"{split}_rougeL"].value for split in ("forget", "retain"))
-    points = [(record, *record.place) for record in front.front if record.place is not None]
-    able = [(r, y) for r, x, y in points if share_gone(known, known - x) >= MIN_FORGET]
-    # The front is in order of what is forgotten, so of those that are gentle the last forgets most.
-    for record, y in reversed(able):
-        if y >= kept - PAPER_RETAIN_DROP:
-            return record
-    return able[0][0] if able else next(reversed(front.front), None)
 
 
 def _table(front: Front, place: Place) -> Grid:

@@ -1,4 +1,4 @@
-"""A web page around a picture, drawn with plotly, that needs no network.
+"""A web page around pictures, drawn with plotly, that needs no network.
 
 plotly's JavaScript is kept compressed inside the page (a third of its size) and unpacked by the
 browser, or lies once beside many pages. The pages also have to work in MLflow's artifact viewer,
@@ -33,39 +33,43 @@ def rendered(room: str, file: str, /, **values: Any) -> str:
     return environment.get_template(file).render(values)
 
 
-def write_picture(folder: Path, stem: str, picture: Picture, **page: Any) -> list[str]:
-    """Write ``<stem>.png`` and, by ``write_page``, ``<stem>.html``; the names of both."""
+def write_picture(
+    folder: Path, stem: str, picture: Picture, body: str = "", **page: Any
+) -> list[str]:
+    """Write ``<stem>.png`` and, with the picture above a body, ``<stem>.html``; both names."""
     write_atomically(folder / f"{stem}.png", picture.png())
-    write_page(folder / f"{stem}.html", picture, **page)
+    body = f'<div id="{stem}" class="picture"></div>\n{body}'
+    write_page(folder / f"{stem}.html", picture.title, {stem: picture}, body=body, **page)
     return [f"{stem}.png", f"{stem}.html"]
 
 
 def write_page(
     path: Path,
-    picture: Picture,
+    title: str,
+    pictures: Mapping[str, Picture],
     payload: Mapping[str, Any] | None = None,
     *,
+    body: str,
     style: str = "",
-    body: str = "",
     script: str = "",
     beside: bool = False,
 ) -> None:
-    """Write one page that needs nothing from elsewhere; its stem is the id of the picture.
+    """Write one page that needs nothing from elsewhere.
 
-    ``style`` is CSS, ``body`` HTML below the picture (what comes from a user is escaped in it), and
-    ``script`` JavaScript that runs once it is drawn, with the element ``plot`` and ``payload``
-    (plotly's ``data`` and ``layout`` among it) at hand. ``beside``: plotly's code lies beside the
+    ``body`` is HTML (what comes from a user is escaped in it) with an element of the class
+    ``picture`` for each of the ``pictures``, by id; ``style`` is CSS, ``script`` JavaScript that
+    runs once they are drawn, with ``payload`` at hand. ``beside``: plotly's code lies beside the
     page as ``plotly.min.js``, put there if it is not, instead of inside it.
     """
     if beside and not (path.parent / "plotly.min.js").exists():
         write_atomically(path.parent / "plotly.min.js", _plotly().encode())
+    drawn = {"pictures": {name: picture.plotly() for name, picture in pictures.items()}}
     # "<" cannot stand in a script element's JSON as it is: "</script>" would end it.
-    data = json.dumps({**picture.plotly(), **(payload or {})}, ensure_ascii=False)
+    data = json.dumps({**drawn, **(payload or {})}, ensure_ascii=False, separators=(",", ":"))
     page = rendered(
         "vgid.report",
         "page.html.jinja",
-        title=escape(picture.title),
-        name=path.stem,
+        title=escape(title),
         style=style,
         body=body,
         payload=data.replace("<", "\\u003c"),

@@ -10,6 +10,8 @@ from typing import Any
 from vgid.errors import DiskError, InputError
 from vgid.interrupts import Interrupt
 
+INTERRUPTED = "The study was interrupted; go on with --resume."
+
 
 @dataclass
 class Ending:

@@ -4,6 +4,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,14 @@ class Scoreboard:
                 volume = hypervolume(self._grown, reference)
             self._growth.append(volume)
         return self._growth
+
+    @property
+    def history(self) -> list[tuple[float, float]]:
+        """Seconds from the study's start, pauses included, to each trial's end, and the growth."""
+        start = datetime.fromisoformat(self._ledger.header.started)
+        ends = sorted(datetime.fromisoformat(each.ended or "") for each in self._ledger.ended)
+        growth = zip(ends, self.growth, strict=False)  # none without the base
+        return [((end - start).total_seconds(), volume) for end, volume in growth]
 
     @property
     def hypervolume(self) -> float | None:

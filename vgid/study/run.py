@@ -24,12 +24,12 @@ from vgid.files import unwritable
 from vgid.interrupts import Background, StudyInterruptedError, made
 from vgid.report.forecast import Forecast, forecast
 from vgid.report.front import Front
-from vgid.report.insights import FIGURES, write_figures
 from vgid.report.records import TrialRecord, TrialsTable, write_front, write_study
+from vgid.report.study_page import FIGURES, write_figures
 from vgid.results import QuestionPart, origin, shots_left_out
 from vgid.seeds import held_out_seed
 from vgid.study.console import Standing, StudyConsole, last_words, libraries_silenced, print_summary
-from vgid.study.ending import Ending
+from vgid.study.ending import INTERRUPTED, Ending
 from vgid.study.ledger import Ledger, changes, now
 from vgid.study.outcome import CANDIDATES, Material, Scoreboard, said_of_a_stop, study_summary
 from vgid.study.plan import Plan, make_plan
@@ -398,6 +398,7 @@ class Study:
     def _show(self, records: Sequence[TrialRecord]) -> None:
         tracker, side, output = made(self._tracker), Background("outcome"), self.plan.config.output
         pages, server = ({}, "") if tracker is None else (tracker.pages, tracker.server)
+        cut_short = INTERRUPTED if self.summary["interrupted"] else None
         front = Front(
             f"{self.plan.config.backbone}, {sum(self.board.counts().values())} trials",
             self.board.with_scores(records),
@@ -405,6 +406,10 @@ class Study:
             self.board.base.get("held_out"),
             pages,
             server,
+            growth=self.board.history,
+            outlook=self.summary["outlook"],
+            warnings=[each for each in (self.summary["error"], cut_short) if each],
+            space=self.summary["search_space"]["parameters"],
         )
         if not self.ending.finishes(side.submit(write_figures, output, front)):
             return

@@ -334,8 +334,7 @@ class Tracker:
         numbers |= {f"seconds/{phase}": seconds for phase, seconds in phases.items()}
         numbers |= {f"base_{name}": score.value for name, score in front.base.items()}
         place = Place(self.experiment_id, self._study_id, self.study_run_id, self._trials.ids)
-        told = (summary[name] for name in ("trained_verbatim", "left_out", "outlook"))
-        note = study_note(front, phases, place, *told)
+        note = study_note(front, phases, place, summary["trained_verbatim"], summary["left_out"])
         for record in front.records:
             self._trials.mark(record, now)
         for file in files:
