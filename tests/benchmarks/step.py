@@ -90,13 +90,14 @@ class Workload:
         return replace(self, backbone=replace(self.backbone, model=model))
 
 
-def tiny_workload() -> Workload:
-    """The first batch of a default trial of ``tiny-llava`` on its own benchmark."""
-    backbone, trial = load("tiny-llava", device="cpu"), TrialConfig()
+def tiny_workload(name: str = "tiny-llava", batch_size: int = 12) -> Workload:
+    """The first batch of a trial of an embedded backbone on its own benchmark."""
+    backbone = load(name, device="cpu")
+    trial = TrialConfig(batch_size=batch_size, retain_batch_size=batch_size)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_benchmark(root / "data")
-        request = RequestConfig(data=root / "data", store=root / "store")
+        request = RequestConfig(backbone=name, data=root / "data", store=root / "store")
         benchmark = Benchmark.open(request.data)
         people = choose_people(benchmark, request)
         forget, retain = (
@@ -108,16 +109,20 @@ def tiny_workload() -> Workload:
     return Workload(backbone, [forget[i] for i in first], [retain[i] for i in beside])
 
 
-def large_workload(questions_each: int = QUESTIONS_EACH, size: int = 336, **sizes: int) -> Workload:
-    """Two portraits on a LLaVA of random weights.
+def large_workload(
+    questions_each: int = QUESTIONS_EACH, size: int = 336, portraits_each: int = 1, **sizes: int
+) -> Workload:
+    """Portraits to forget and as many to retain, on a LLaVA of random weights.
 
     Args:
         questions_each: of a portrait.
         size: pixels a side.
+        portraits_each: of either set.
         sizes: of ``random_llava``.
     """
-    samples = portrait_questions(portraits=2, questions_each=questions_each, size=size)
-    return Workload(random_llava(**sizes), samples[:questions_each], samples[questions_each:])
+    samples = portrait_questions(2 * portraits_each, questions_each, size)
+    half = len(samples) // 2
+    return Workload(random_llava(**sizes), samples[:half], samples[half:])
 
 
 def workload(name: str) -> Workload:
