@@ -58,6 +58,27 @@ def test_a_share_goes_to_what_caused_the_difference():
     assert importances(made(24)) == shares
 
 
+def test_each_objective_of_a_study_has_its_bars_and_its_axis():
+    names = (*OBJECTIVES, "celebrity_rougeL")
+    records = [
+        replace(
+            record,
+            objectives=names,
+            result=record.result.model_copy(
+                update={"metrics": record.result.metrics | {names[2]: float(n % 3)}}
+            ),
+        )
+        for n, record in enumerate(made(24))
+    ]
+    shares = importances(records)
+    assert list(shares) == list(names) == list(explained(records))
+    assert shares[names[2]]["prompt_style"] > 0.8
+    assert axes(records)[-1].label == names[2]
+    bars, _ = insights(Front("s", records, BASE), shares).panels
+    assert [series.name for series in bars.drawn][2] == names[2]
+    assert len({series.colour for series in bars.drawn}) == 3
+
+
 def test_few_trials_explain_nothing():
     assert importances(made(MIN_TRIALS - 1)) == {}
     assert importances([]) == {}

@@ -44,6 +44,11 @@ LABELS = {
 """The scores that are told of a trial, and what they are called."""
 
 
+def label(score: str) -> str:
+    """What a score is called on pages and pictures."""
+    return LABELS.get(score, score)
+
+
 @dataclass(frozen=True)
 class Front:
     """A study as it is shown: its candidates, of which those without a score are only counted.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vgid.evaluation.suppression import doubt
-from vgid.report.front import LABELS, Front
+from vgid.report.front import Front, label
 from vgid.report.insights import MIN_EXPLAINED, MIN_TRIALS, Shares, explained
 from vgid.report.records import TrialRecord
 from vgid.results import Score
@@ -100,7 +100,7 @@ def at_an_end(trials: Sequence[TrialRecord], space: Mapping[str, Any]) -> list[s
 def unexplained(fit: Mapping[str, float]) -> list[str]:
     """Whether an objective differs for no reason that the parameters give; R² by ``explained``."""
     return [
-        f"What was searched does not foretell the {LABELS[objective]} (R² {score:.2f} for trials "
+        f"What was searched does not foretell the {label(objective)} (R² {score:.2f} for trials "
         "left out): noise decides it, or something that is not searched."
         for objective, score in fit.items()
         if score <= 0

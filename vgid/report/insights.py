@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from vgid.report.drawing import BASE, FRONT, HELD_OUT, TRIAL, Panel, Picture, Scale, Series
-from vgid.report.front import LABELS, Front
+from vgid.report.front import Front, label
 from vgid.report.records import HYPERPARAMETERS, TrialRecord, run_name
-from vgid.requirement import OBJECTIVES
 
 MIN_TRIALS = 8
 """Completed trials below which shares of variance are noise and are not shown."""
@@ -29,7 +28,7 @@ T = TypeVar("T")
 Shares = dict[str, dict[str, float]]
 """Share of variance by hyperparameter, by objective."""
 
-OBJECTIVE_COLOURS = {OBJECTIVES[0]: FRONT, OBJECTIVES[1]: HELD_OUT}
+OBJECTIVE_COLOURS = (FRONT, HELD_OUT, TRIAL, BASE)
 LOGARITHMIC = ("alpha", "beta", "learning_rate")
 
 
@@ -70,7 +69,7 @@ def importances(records: Sequence[TrialRecord]) -> Shares:
     distributions = {name: _distribution(name, [u[name] for u in used]) for name in names}
     found = {}
     # A study an objective: fANOVA explains the variance of a single number.
-    for objective in OBJECTIVES:
+    for objective in records[0].objectives:
         reached = [record.result.metrics[objective] for record in records]
         if max(reached) - min(reached) < 1e-12:  # nothing to explain
             found[objective] = dict.fromkeys(names, 0.0)
@@ -102,7 +101,7 @@ def explained(records: Sequence[TrialRecord]) -> dict[str, float]:
     used = [{name: r.config.used[name] for name in names if name in r.config.used} for r in records]
     settings = DictVectorizer(sparse=False).fit_transform(used)
     found = {}
-    for objective in OBJECTIVES:
+    for objective in records[0].objectives:
         reached = [record.result.metrics[objective] for record in records]
         if max(reached) - min(reached) >= 1e-12:
             forest = RandomForestRegressor(oob_score=True, random_state=0)
@@ -113,7 +112,8 @@ def explained(records: Sequence[TrialRecord]) -> dict[str, float]:
 def axes(records: Sequence[TrialRecord]) -> list[Axis]:
     """The axes of the parallel coordinates: what varied, then the objectives."""
     return [_axis(name, [r.config.used.get(name) for r in records]) for name in varied(records)] + [
-        _axis(LABELS[name], [r.result.metrics[name] for r in records]) for name in OBJECTIVES
+        _axis(label(name), [r.result.metrics[name] for r in records])
+        for name in records[0].objectives
     ]
 
 
@@ -137,18 +137,18 @@ def insights(front: Front, shares: Shares) -> Picture:
 
 
 def _importances(records: Sequence[TrialRecord], shares: Shares) -> Panel:
-    names = list(shares[OBJECTIVES[0]])
+    names = list(next(iter(shares.values())))
     some = f"{MAX_TRIALS} of " if len(records) > MAX_TRIALS else ""
     bars = [
         Series(
-            LABELS[objective],
+            label(objective),
             list(by_name.values()),
             range(len(names)),
-            OBJECTIVE_COLOURS[objective],
+            colour,
             "bar-right",
             hover=[f"{name} explains {share:.0%}" for name, share in by_name.items()],
         )
-        for objective, by_name in shares.items()
+        for (objective, by_name), colour in zip(shares.items(), OBJECTIVE_COLOURS, strict=False)
     ]
     return Panel(
         Scale(percent=True),
