@@ -30,7 +30,8 @@ def column(page, number):
 
 def test_every_picture_is_drawn_and_fits_at_any_width(page, picture):
     assert page.locator("#insights .barlayer .point").count() == 10
-    assert page.locator("#insights .scatterlayer path.js-line").count() == 2
+    # Of each trial that completed a mark on 7 axes at least: not all have a sigma.
+    assert page.locator("#insights .scatterlayer .point").count() > 7 * 0.8 * TRIALS
     assert page.locator("#growth .scatterlayer path.js-line").count() == 2
     for width in (1400, 800):
         page.set_viewport_size({"width": width, "height": 1000})

@@ -173,8 +173,7 @@ def _lines(records: Sequence[TrialRecord], columns: Sequence[Axis], on_front: bo
         hover += [*[text] * len(found), ""]
     name = "trials on the front" if on_front else "other trials"
     colour, line, opacity = (FRONT, 2, 1.0) if on_front else (TRIAL, 1, 0.4)
-    # Without marks, of which a browser would have to draw thousands.
-    return Series(name, x, y, colour, "", 0, opacity, line, hover=hover, listed=bool(drawn))
+    return Series(name, x, y, colour, "circle", 5, opacity, line, hover=hover, listed=bool(drawn))
 
 
 def _some(all_of_them: Sequence[T]) -> list[T]:
