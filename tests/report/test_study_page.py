@@ -129,7 +129,8 @@ def test_a_study_with_next_to_nothing_has_its_page(front, kept, tmp_path):
     }[kept]
     small = Front("t", records, BASE, growth=[(1.0, 0.0)] if records else [])
     page = written(small, tmp_path)
-    json.loads(element(page, "payload"))
+    drawn = ["front", "insights"] if kept == "out of bounds" else ["front"]
+    assert list(json.loads(element(page, "payload"))["pictures"]) == drawn
     said = "1 trial, and no front yet" if kept == "failed" else "no front yet"
     assert (said in page) == (kept != "one")
     assert ('<button id="near"' in page) == (kept == "one")

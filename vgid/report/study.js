@@ -38,7 +38,7 @@ for (const [id, row] of framed ? [] : rows)
 const collator = new Intl.Collator("en", { numeric: true });
 heads.forEach((head, column) => {
   const number = head.classList.contains("number");
-  const button = element("button", titles[column]);
+  const button = element("button", titles[column].replace("-L", "\u2011L")); // no break there
   button.addEventListener("click", () => {
     // Numbers from the highest, at first.
     const sorted = head.getAttribute("aria-sort");

@@ -34,9 +34,10 @@ def write_study_page(path: Path, front: Front) -> None:
     """Write ``study.html``."""
     shares = importances(front.trials)
     pictures = {"front": page_picture(front)}
-    if front.growth:
+    # One trial has not grown, and differs from none.
+    if len(front.growth) > 1 and front.growth[-1][1]:
         pictures["growth"] = growth_picture(front)
-    if front.trials:
+    if len(front.trials) > 1:
         pictures["insights"] = insights(front, shares)
     near = corner(front)
     body = rendered(
