@@ -103,7 +103,7 @@ def search(arguments: Sequence[str] | None) -> Mapping[str, Any]:
     if mode.dry_run:
         from vgid.study.plan import make_plan
 
-        print("\n".join(make_plan(config, ancestral).lines()))
+        print("\n".join(make_plan(config, ancestral, mode.resume).lines()))
         return {}
     from vgid.study.run import probe, run_study
 

@@ -24,7 +24,7 @@ from pydantic import (
 
 from vgid.credentials import without_credentials
 from vgid.errors import InputError
-from vgid.files import ReadFolder, StudyFolder, UsablePath, WrittenFolder
+from vgid.files import ReadFolder, StudyFolder, StudyName, UsablePath, WrittenFolder
 from vgid.prompts import PromptStyle, Task
 from vgid.requirement import OBJECTIVES, Requirement
 
@@ -406,6 +406,11 @@ class StudyConfig(Asked):
         "are scored as split `earlier`; without it, the base alone",
     )
     from_deployment_sha256: str | None = Field(None, description="of that file, as the plan saw it")
+    warm_start: Annotated[StudyName | None, Flag("DIR|mlflow:RUN")] = Field(
+        None,
+        description="earlier study, of any backbone or forget ratio, whose front's best settings "
+        "are tried first; without it, none",
+    )
     search_space: SearchSpaceFile = None
     method: Method = Field("vgid", description="unlearning method")
     trials: int = Field(60, ge=1, description="trials of the whole study, over all resumes")

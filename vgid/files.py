@@ -106,6 +106,11 @@ def _named_plainly(path: Path) -> Path:
 
 
 UsablePath = Annotated[Path, AfterValidator(_usable)]
+# A study's folder, or ``mlflow:`` and the id of its run.
+StudyName = Annotated[
+    str,
+    AfterValidator(lambda name: name if name.startswith("mlflow:") else str(_usable(Path(name)))),
+]
 # A folder, or an address that ``vgid.data.address`` copies.
 ReadFolder = Annotated[
     Path,

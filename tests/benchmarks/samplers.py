@@ -18,9 +18,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import optuna
@@ -93,27 +93,47 @@ class Found:
     seconds: float
 
 
-def study(space: SearchSpace, sampler: Sampler, seed: int, after: Sequence[int] = AFTER) -> Found:
-    """Run a study on the formulas, first points included."""
+def tried(
+    space: SearchSpace,
+    sampler: Sampler,
+    seed: int,
+    count: int,
+    score: Callable[[TrialConfig], Point],
+) -> tuple[list[TrialConfig], list[float]]:
+    """The trials of a study, first points included, and processor seconds of each proposal."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    target = TARGETS[seed % len(TARGETS)]
     search = optuna.create_study(directions=["maximize"] * 2)
     for point in space.first_points:
         search.enqueue_trial({k: value for k, value in point.items() if k in space.searched})
     trials, seconds = [], []
-    for number in range(max(after)):
+    for number in range(count):
         search.sampler = make_sampler(sampler, seed, number)
         started = time.process_time()
         asked = search.ask()
         trials.append(space.trial_config(space.suggest(asked), seed))
         seconds.append(time.process_time() - started)
-        search.tell(asked, with_error(trials[-1], target))
-    sigmas = [trial.sigma for trial in trials[START_UP:] if trial.sigma is not None]
+        search.tell(asked, score(trials[-1]))
+    return trials, seconds
+
+
+def missing(
+    space: SearchSpace, trials: Sequence[TrialConfig], target: float, after: Sequence[int]
+) -> tuple[float, ...]:
+    """Hypervolume, without errors, that the first so many trials lack to the best front."""
     reference, best = (0.0, BASE[1] / 2), best_hypervolume(space, target)
     points = [objectives(trial, target) for trial in trials]
+    return tuple(best - hypervolume(points[:count], reference) for count in after)
+
+
+def study(space: SearchSpace, sampler: Sampler, seed: int, after: Sequence[int] = AFTER) -> Found:
+    """Run a study on the formulas, first points included."""
+    target = TARGETS[seed % len(TARGETS)]
+    score = partial(with_error, target=target)
+    trials, seconds = tried(space, sampler, seed, max(after), score)
+    sigmas = [trial.sigma for trial in trials[START_UP:] if trial.sigma is not None]
     return Found(
         statistics.fmean(abs(sigma - target) for sigma in sigmas) if sigmas else None,
-        tuple(best - hypervolume(points[:count], reference) for count in after),
+        missing(space, trials, target, after),
         statistics.fmean(seconds[START_UP:]),
     )
 

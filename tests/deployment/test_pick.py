@@ -16,9 +16,11 @@ from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
 from tests.deployment.conftest import ROOT, contents, pick, run, run_script
-from vgid.config import RequestConfig
+from vgid.config import RequestConfig, StudyConfig
 from vgid.data.benchmark import Benchmark
 from vgid.deployment.record import NOT_RUN, SCHEMA, hash_files, read_deployment
+from vgid.errors import InputError
+from vgid.study.plan import make_plan
 from vgid.trial import TrialSession
 
 WIDE = ("--max-retain-drop", "1", "--max-reverse-rise", "1")
@@ -268,6 +270,26 @@ def test_mlflow_alone_is_enough_when_the_folder_is_gone(
     assert found.adapter == record.adapter
     assert found.hyperparameters == record.hyperparameters
     assert found.scores == record.scores
+
+
+def test_a_next_study_starts_from_the_folder_or_from_mlflow_alike(
+    study_folder, tracking_uri, runs, tmp_path
+):
+    space = yaml.safe_load((study_folder.parent / "space.yaml").read_text())
+    space["methods"]["vgid"]["first_points"] = []
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(space))
+
+    def prior(name):
+        asked = {"output": tmp_path / "next", "search_space": tmp_path / "space.yaml"}
+        config = StudyConfig(warm_start=name, tracking_uri=tracking_uri, forget_ratio=10, **asked)
+        return make_plan(config).prior
+
+    found = prior(str(study_folder))
+    assert found == prior(f"mlflow:{runs[0]}")
+    assert found.study_id == json.loads((study_folder / "study.json").read_text())["study_id"]
+    assert found.points and found.rate_factor == 1
+    with pytest.raises(InputError, match=f"--warm-start mlflow:.*name its study, mlflow:{runs[0]}"):
+        prior(f"mlflow:{runs[1]}")
 
 
 def test_the_pick_is_the_champion_of_its_backbone_afterwards(study_folder, tmp_path):

@@ -323,6 +323,18 @@ def test_a_trial_cut_short_has_its_whole_curve(store, output, monkeypatch, flush
     assert mlflow.get_run(second.study_run_id).info.status == "RUNNING"
 
 
+def test_a_study_is_found_by_the_one_that_it_started_from(store, output):
+    with ledger_of(output) as ledger:
+        config, name = ledger.header.config, "warm"
+        tracker = Tracker(opened(store, name), name, config, HASHES, prior="an-earlier-study")
+        tracker.log_trial(ledger.start("0000", make_records(output)[0].config))
+        mlflow = client(store)
+        query = "tags.`vgid.warm_start` = 'an-earlier-study'"
+        (found,) = mlflow.search_runs([tracker.experiment_id], query)  # no run of a trial
+        assert found.info.run_id == tracker.study_run_id
+        tracker.close("KILLED")
+
+
 def test_what_is_sent_twice_is_there_once(store, output):
     """The server did what it was asked to, and its answer was lost."""
     record = make_records(output)[0]

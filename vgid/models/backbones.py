@@ -258,6 +258,11 @@ def _config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder, **_LOCAL)
 
 
+def width(name: str, model_path: str | None = None) -> int:
+    """Hidden width of a backbone's language model, by its configuration alone; as ``locate``."""
+    return int(_config(locate(spec(name), model_path, weights=False)).get_text_config().hidden_size)
+
+
 def processor_of(folder: Path) -> Any:
     """The image processor and tokenizer of a base's folder."""
     from vgid.models.qwen_processor import processor_class

@@ -52,6 +52,7 @@ class CompareConfig(StudyConfig):
 NOT_ASKED = (
     "method", "seed", "from_deployment", "from_deployment_sha256", "time_budget_s", "tracking_uri",
     "fresh_workers", "log_responses", "require", "stop_when_flat",
+    "warm_start",
 )  # fmt: skip
 """Fields of a study that a comparison sets itself, or leaves as they are."""
 

@@ -1,4 +1,4 @@
-"""A finished study, read: to pick a trial of its front, or to compare methods.
+"""A finished study, read: to pick a trial of its front, to compare methods, or to start from.
 
 ``DIR`` is a study's output folder. ``mlflow:RUN`` is the parent run of a study on a tracking
 server: ``study.json`` and ``front.csv`` are its artifacts, the adapters those of its child runs,
@@ -26,9 +26,10 @@ from vgid.report.records import TRIAL_FIELDS
 from vgid.requirement import OBJECTIVES
 from vgid.results import CANDIDATE, QuestionPart, Score, trial_order
 from vgid.study.mlflow_client import one_sentence, open_client, search_runs
-from vgid.study.plan import OWN_DATA
 
 MLFLOW = "mlflow:"
+# In the output folder: the embedded backbone's benchmark, or a copy of what an address names.
+OWN_DATA = "data"
 
 PICK_SCORES = ("forget_rougeL", "retain_rougeL", "test_rougeL", "forget_cloze", "celebrity_rougeL")
 
@@ -120,19 +121,26 @@ class Source(Config):
         return max(allowed, key=lambda trial: trial.point) if allowed else None
 
 
-def open_source(name: str, tracking_uri: str | None, scratch: Path) -> Source:
+def open_source(
+    name: str,
+    tracking_uri: str | None,
+    scratch: Path,
+    flag: str = "--study",
+    adapters: bool = True,
+) -> Source:
     """Open a study by its folder, or by ``mlflow:`` and the id of its parent run.
 
     ``tracking_uri`` is where the run is, and stands in place of the folder's own; ``scratch`` is an
-    empty folder for what MLflow sends.
+    empty folder for what MLflow sends; ``flag`` named the study, for messages. Without ``adapters``
+    those of its front may be missing.
 
     Raises:
         InputError: no study there, one that has not ended, or a file of it is missing or damaged.
     """
     if name.startswith(MLFLOW):
-        return _from_mlflow(name, tracking_uri, scratch)
+        return _from_mlflow(name, tracking_uri, scratch, flag, adapters)
     source = _from_folder(name, tracking_uri)
-    for trial in source.trials:
+    for trial in source.trials if adapters else ():
         if not trial.adapter.is_dir():
             raise InputError(
                 f"{trial.adapter}: the adapter of a trial on the front is missing; restore it."
@@ -165,21 +173,23 @@ def _from_folder(name: str, tracking_uri: str | None) -> Source:
     return _read_folder(folder, name, name, tracking_uri)
 
 
-def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
+def _from_mlflow(
+    name: str, tracking_uri: str | None, scratch: Path, flag: str, adapters: bool
+) -> Source:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # a bar for each file
     run_id = name.removeprefix(MLFLOW)
     if re.fullmatch(r"[0-9a-f]{32}", run_id) is None:
         raise InputError(
-            f"--study {name}: a run id has 32 hexadecimal digits; the study's page in the MLflow "
+            f"{flag} {name}: a run id has 32 hexadecimal digits; the study's page in the MLflow "
             "UI shows it."
         )
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
-        raise InputError(f"--study {name}: name its MLflow server with --tracking-uri.")
+        raise InputError(f"{flag} {name}: name its MLflow server with --tracking-uri.")
     client, shown = open_client(uri)
     from mlflow.exceptions import MlflowException
 
-    where = f"--study {name} at {shown}"
+    where = f"{flag} {name} at {shown}"
     try:
         run = client.get_run(run_id)
     except MlflowException:
@@ -195,7 +205,7 @@ def _from_mlflow(name: str, tracking_uri: str | None, scratch: Path) -> Source:
     query = f"tags.`mlflow.parentRunId` = '{run_id}'"
     children = search_runs(client, run.info.experiment_id, query)
     runs = {child.data.tags.get("vgid.trial_id", ""): child.info.run_id for child in children}
-    for trial in source.trials:
+    for trial in source.trials if adapters else ():
         trial.adapter.mkdir(parents=True)
         of_trial = runs.get(trial.trial_id, f"of trial {trial.trial_id}, which is gone,")
         for file in FILES:

@@ -24,6 +24,7 @@ from vgid.config import Config, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.files import lock, refuse_links, write_atomically
 from vgid.results import CANDIDATE, EpochReport, TrialResult, trial_order
+from vgid.study.warm_start import Prior
 
 # Fields of a study that a resume must repeat: otherwise its trials were made in two ways.
 MUST_AGREE = (
@@ -40,6 +41,7 @@ MUST_AGREE = (
     "require",
     "harvest",
     "objectives",
+    "warm_start",
     "workers_per_trial",
     "tracking_uri",
 )
@@ -66,6 +68,7 @@ class Header(Config):
     config: StudyConfig  # as it was started
     search_space_sha256: str
     started: str
+    warm_start: Prior | None = None
     # None where it is not known yet, or was not recorded when the study was started; then constant.
     vgid_version: str | None = None
     data_sha256: str | None = None
@@ -173,7 +176,13 @@ class Ledger:
                     self.output.rmdir()
         self._lock.release()
 
-    def open(self, config: StudyConfig, search_space_sha256: str, resume: bool) -> Header:
+    def open(
+        self,
+        config: StudyConfig,
+        search_space_sha256: str,
+        resume: bool,
+        prior: Prior | None = None,
+    ) -> Header:
         """Begin a study under a new id, or go on with the one there; ``InputError`` if neither."""
         refuse_links(self.output)
         if resume:
@@ -186,6 +195,7 @@ class Ledger:
             config=config,
             search_space_sha256=search_space_sha256,
             started=stamp,
+            warm_start=prior,
             vgid_version=version("vgid"),
         )
         self.begin(header)
@@ -235,9 +245,7 @@ class Ledger:
 
         ``InputError`` if there is none, or it is damaged or another study's.
         """
-        if not self._file.exists():
-            raise _refusal(self.output, "the folder holds no study to resume", "leave out --resume")
-        header = self._read(self._file, Header)
+        header = recorded(self.output)
         kept, wanted = header.config.model_dump(), config.model_dump()  # without credentials
         for field in MUST_AGREE:
             if kept[field] != wanted[field]:
@@ -328,7 +336,7 @@ class Ledger:
 
     def _record(self, path: Path) -> Record:
         """A trial's record, its adapter in this folder: no path in a file decides what is read."""
-        record = self._read(path, Record)
+        record = _read(path, Record)
         if record.result is None or record.result.adapter is None:
             return record
         adapter = {"adapter": self.adapter(record.trial_id)}
@@ -337,7 +345,7 @@ class Ledger:
     def _has_worked(self, path: Path) -> bool:
         if self.checkpoints(path.stem).exists():
             return True
-        record = self._read(path, Record)
+        record = _read(path, Record)
         return record.result is not None or bool(record.epochs or record.failures)
 
     def _sweep(self) -> None:
@@ -347,11 +355,20 @@ class Ledger:
     def _write(self, path: Path, model: Config) -> None:
         write_atomically(path, model.model_dump_json(indent=1).encode())
 
-    def _read(self, path: Path, model: type[C]) -> C:
-        try:
-            return model.model_validate_json(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValidationError):
-            raise _refusal(path, "the record is damaged", "restore it") from None
+
+def recorded(output: Path) -> Header:
+    """What the study in a folder is; ``InputError`` if there is none, or its record is damaged."""
+    file = output / "trials" / "study.json"
+    if not file.exists():
+        raise _refusal(output, "the folder holds no study to resume", "leave out --resume")
+    return _read(file, Header)
+
+
+def _read(path: Path, model: type[C]) -> C:
+    try:
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValidationError):
+        raise _refusal(path, "the record is damaged", "restore it") from None
 
 
 def _refusal(place: Path, what: str, remedy: str) -> InputError:

@@ -258,6 +258,7 @@ def study_summary(
     return {
         "study_id": header.study_id,
         "config": plan.config,
+        "warm_start": plan.prior,
         "seed": plan.config.seed,
         "output": plan.config.output,
         "interrupted": ending.cut_short,

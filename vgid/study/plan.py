@@ -14,13 +14,14 @@ from vgid.errors import InputError
 from vgid.files import address, as_given
 from vgid.report.page import rendered
 from vgid.results import LeftOut, describe_left_out
+from vgid.study.finished import OWN_DATA
+from vgid.study.ledger import recorded
 from vgid.study.search_space import FOLDER, Choices, SearchSpace
+from vgid.study.warm_start import Prior, read_prior
 
 if TYPE_CHECKING:
     from vgid.data.benchmark import Benchmark
 
-# In the output folder: the embedded backbone's benchmark, or a copy of what an address names.
-OWN_DATA = "data"
 # A study of the embedded backbone writes some 100 MB; with nearly no space left it cannot end.
 MIN_FREE_BYTES = 500 * 2**20
 
@@ -35,6 +36,7 @@ class Plan:
     shape: SlotShape
     # Without what is left out; None where it is the embedded backbone's own, to be written.
     benchmark: "Benchmark | None"
+    prior: Prior | None = None  # whose points are among the space's first, of a warm start
 
     @property
     def left_out(self) -> LeftOut:
@@ -48,11 +50,13 @@ class Plan:
         return rendered("vgid.study", "plan.txt.jinja", **told).splitlines()
 
 
-def make_plan(config: StudyConfig, ancestral: Mapping[str, Any] | None = None) -> Plan:
+def make_plan(
+    config: StudyConfig, ancestral: Mapping[str, Any] | None = None, resume: bool = False
+) -> Plan:
     """Check all of a study before anything starts; ``InputError`` for what is wrong.
 
     ``ancestral`` is what the deployment that it starts from sets of every request
-    (``vgid.deployment.record.Shipped.followed_by``).
+    (``vgid.deployment.record.Shipped.followed_by``). A study to ``resume`` has its prior recorded.
     """
     from vgid.models import backbones
 
@@ -60,6 +64,11 @@ def make_plan(config: StudyConfig, ancestral: Mapping[str, Any] | None = None) -
     folder = backbones.locate(row, config.model_path)
     path = config.search_space or FOLDER / f"{config.backbone}.yaml"
     space = SearchSpace.load(path, config.backbone, config.method)
+    prior = None
+    if config.warm_start is not None:
+        prior = recorded(config.output).warm_start if resume else read_prior(config, space)
+    if prior is not None:
+        space = space.started_from(prior.points)
     if config.method == "rmu":
         _check_layer(space, folder)
     # Not every trial is one that runs in one worker only; what is refused later is one trial.
@@ -90,7 +99,7 @@ def make_plan(config: StudyConfig, ancestral: Mapping[str, Any] | None = None) -
     on_gpu = config.gpus_per_worker > 0
     memory = worker_bytes(config.backbone, config.model_path, folder, trial, on_gpu)
     shape = SlotShape(config.workers_per_trial, config.gpus_per_worker, memory)
-    return Plan(config, space, request, shape, benchmark)
+    return Plan(config, space, request, shape, benchmark, prior)
 
 
 def refuse_without_data(backbone: str) -> None:

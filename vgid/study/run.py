@@ -63,7 +63,7 @@ def run_study(
     from vgid.cluster.connection import connected
 
     ending = Ending(config.time_budget_s)
-    plan = make_plan(config, ancestral)
+    plan = make_plan(config, ancestral, resume)
     with begin(plan, ending, resume, retry_failed) as study, connected() as joined:
         with study.slots(joined, session) as slots:
             base = study.score_base(slots)
@@ -104,7 +104,7 @@ def begin(
     output = plan.config.output
     sudden = f"{output}: the study's process was killed, or Ray's on its node; go on with --resume."
     with Ledger(output) as ledger, last_words(sudden):
-        header = ledger.open(plan.config, plan.space.sha256, resume)
+        header = ledger.open(plan.config, plan.space.sha256, resume, plan.prior)
         if retry_failed:
             ledger.retry_failed()
         with libraries_silenced(output / "study.log") as terminal:
@@ -346,8 +346,9 @@ class Study:
         from vgid.study.tracking import Tracker
 
         config, hashes = self.plan.config, self._material.result().hashes
+        prior = None if self.plan.prior is None else self.plan.prior.study_id
         connection = connect(config.tracking_uri, config.output, config.backbone)
-        return Tracker(connection, self.ledger.header.study_id, config, hashes)
+        return Tracker(connection, self.ledger.header.study_id, config, hashes, prior)
 
     def _enough(self) -> bool:
         """Whether no new trial is to start: time is over, or the front grows no more."""

@@ -6,7 +6,7 @@ constraints of its field of ``TrialConfig``, so that they are stated in one plac
 
 import hashlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -236,32 +236,43 @@ class SearchSpace:
             default = paper_default(self.method)
             inside = all(value in self.domain(name) for name, value in default.items())
             points = [default] if inside else []
-        complete = []
-        for number, point in enumerate(points, start=1):
-            where = f"{self.source}.first_points, number {number}"
-            for name in point:
-                _check_name(name, where, self.method)
-            valid = {name: _valid(name, value, where) for name, value in point.items()}
-            if valid.get("sigma", 0.0) is None:
-                del valid["sigma"]
-            for name, value in valid.items():
-                domain = self.domain(name)
-                if value not in domain:
-                    raise InputError(
-                        f"{where}: {name}: {value} lies outside the search space ({domain}); "
-                        "change the point or the parameter."
-                    )
-            filled = dict(valid)
-            # What a point leaves out is the default, moved into the range if need be.
-            for name in self._asked(filled):
-                if name not in filled:
-                    default = TrialConfig.model_fields[name].default
-                    value = self.searched[name].nearest(1.0 if default is None else default)
-                    filled[name] = int(value) if _is_integer(name) else value
-            filled = self._with_fixed(filled)
-            parse(TrialConfig, {**filled, **valid, "method": self.method}, where)
-            complete.append(filled)
+        where = f"{self.source}.first_points, number"
+        complete = (self.completed(p, f"{where} {n}") for n, p in enumerate(points, start=1))
         return replace(self, first_points=tuple(complete))
+
+    def started_from(self, points: Iterable[Mapping[str, Any]]) -> Self:
+        """The space whose first point is followed by these, and then by its others, each once."""
+        own = self.first_points
+        merged = [*own[:1], *map(self._with_fixed, points), *own[1:]]
+        once = tuple(point for n, point in enumerate(merged) if point not in merged[:n])
+        return replace(self, first_points=once)
+
+    def completed(self, point: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """A point with all searched and fixed fields; ``InputError`` if it lies not in the space.
+
+        What it leaves out is the default, moved into the range if need be.
+        """
+        for name in point:
+            _check_name(name, where, self.method)
+        valid = {name: _valid(name, value, where) for name, value in point.items()}
+        if valid.get("sigma", 0.0) is None:
+            del valid["sigma"]
+        for name, value in valid.items():
+            domain = self.domain(name)
+            if value not in domain:
+                raise InputError(
+                    f"{where}: {name}: {value} lies outside the search space ({domain}); "
+                    "change the point or the parameter."
+                )
+        filled = dict(valid)
+        for name in self._asked(filled):
+            if name not in filled:
+                default = TrialConfig.model_fields[name].default
+                value = self.searched[name].nearest(1.0 if default is None else default)
+                filled[name] = int(value) if _is_integer(name) else value
+        filled = self._with_fixed(filled)
+        parse(TrialConfig, {**filled, **valid, "method": self.method}, where)
+        return filled
 
 
 def _check_name(name: str, where: str, method: Method) -> None:

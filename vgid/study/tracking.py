@@ -188,12 +188,18 @@ class _TrialRuns:
 class Tracker:
     """Writes one study to an MLflow server or SQLite file, in a parent run found or made.
 
-    The hashes are those of ``dataset`` and ``base``; ``uri`` is without credentials. ``InputError``
-    if the server refuses, or artifacts cannot be kept.
+    The hashes are those of ``dataset`` and ``base``, ``prior`` the id of the study that it starts
+    from; ``uri`` is without credentials. ``InputError`` if the server refuses, or artifacts cannot
+    be kept.
     """
 
     def __init__(
-        self, connection: Connection, study_id: str, config: StudyConfig, hashes: Mapping[str, str]
+        self,
+        connection: Connection,
+        study_id: str,
+        config: StudyConfig,
+        hashes: Mapping[str, str],
+        prior: str | None = None,
     ) -> None:
         self._connection = connection
         self._client = connection.client
@@ -210,7 +216,8 @@ class Tracker:
         what, remedy = "the study cannot be recorded", "check the server or leave the option out"
         try:
             with one_sentence(f"--tracking-uri {self.uri}", what, remedy):
-                run = self._study_run(tags)
+                started_from = {} if prior is None else {"vgid.warm_start": prior}
+                run = self._study_run(tags | started_from)
                 self.study_run_id = run.info.run_id
                 self._trials = _TrialRuns(connection, self.study_run_id, tags)
                 self._trials.adopt()
