@@ -2,7 +2,9 @@
 
 The best few settings of its front are tried right after the search space's own first point, and
 told to Optuna as any other trial. So nothing of the earlier scores is believed: what this study's
-trials confirm draws the search there, and what they refute has cost these few trials.
+trials confirm draws the search there, and what they refute has cost these few trials. Telling
+Optuna of the earlier trials themselves, ever fewer, gained no more
+(``python -m tests.benchmarks.warm_start``; numbers in ``tests/benchmarks/README.md``).
 """
 
 import tempfile
