@@ -5,12 +5,14 @@ drawn at random from the backbone's search space, behind its first points, and s
 every epoch and, trained, at each of ``SCALES``: the objectives and test ROUGE-L, on search
 questions and on held-out ones. A row is one adapter that a study might choose; its seconds are of
 one thread's processor. Killed and started again it goes on behind the last trial of the file.
+``--schedule`` trains the same settings at learning rates that do not fall from the first epoch on,
+``--scales 1`` leaves the other scales out.
 """
 
 import argparse
 import csv
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +23,7 @@ from rich.progress import track
 
 from vgid.config import RequestConfig, TrialConfig
 from vgid.data.synthetic import write_benchmark
+from vgid.method import distillation
 from vgid.method.sharding import parted
 from vgid.models import adapters
 from vgid.results import QuestionPart
@@ -36,6 +39,31 @@ BASE = -1
 COLUMNS = ("trial", "epoch", "scale", "teacher_s", "train_s", "evaluate_s")
 
 Row = dict[str, Any]
+
+
+def constant(config: TrialConfig, steps: int) -> list[float]:
+    """The trial's own warm-up, and no decay; as ``distillation.learning_rates``."""
+    warmup = max(1, round(config.warmup_fraction * steps))
+    return [config.learning_rate * min(1.0, (step + 1) / warmup) for step in range(steps + 1)]
+
+
+def short_decay(config: TrialConfig, steps: int) -> list[float]:
+    """The same until the last fifth of the steps, over which it falls to a tenth.
+
+    Warm-up, stable, decay: Hu et al. 2024 (MiniCPM), section 4; a fifth: Haegele et al. 2024.
+    """
+    decay = steps / 5
+    return [
+        rate * (1 - 0.9 * max(0.0, step - (steps - decay)) / decay)
+        for step, rate in enumerate(constant(config, steps))
+    ]
+
+
+SCHEDULES: dict[str, Callable[[TrialConfig, int], list[float]]] = {
+    "linear": distillation.learning_rates,
+    "short-decay": short_decay,
+    "constant": constant,
+}
 
 
 def settings(space: SearchSpace, trials: int) -> list[TrialConfig]:
@@ -81,7 +109,9 @@ def scored(session: TrialSession) -> Row:
     return row
 
 
-def recorded(session: TrialSession, number: int, trial: TrialConfig) -> Iterator[Row]:
+def recorded(
+    session: TrialSession, number: int, trial: TrialConfig, scales: Sequence[float] = SCALES
+) -> Iterator[Row]:
     """A trial's rows: after each epoch, then at each scale."""
     started = time.process_time()
     epochs, _ = session.preparation.training(trial, str(number), None)
@@ -97,7 +127,7 @@ def recorded(session: TrialSession, number: int, trial: TrialConfig) -> Iterator
                     model.eval()
                     yield {**place, "scale": 1.0, **scored(session)}
                 started = time.process_time()
-        for scale in SCALES:
+        for scale in scales:
             with adapters.scaled(model, scale):
                 yield {**place, "scale": scale, **scored(session)}
 
@@ -105,7 +135,8 @@ def recorded(session: TrialSession, number: int, trial: TrialConfig) -> Iterator
 _SESSION: list[TrialSession] = []  # a process's own
 
 
-def _open(backbone: str, forget_ratio: int, folder: Path) -> None:
+def _open(backbone: str, forget_ratio: int, folder: Path, schedule: str) -> None:
+    distillation.learning_rates = SCHEDULES[schedule]  # in this process, which is the recorder's
     _SESSION.append(session_of(backbone, forget_ratio, folder))
 
 
@@ -113,11 +144,19 @@ def _base() -> list[Row]:
     return [{"trial": BASE, "epoch": 0, **scored(_SESSION[0])}]
 
 
-def _trial(number: int, trial: TrialConfig) -> list[Row]:
-    return list(recorded(_SESSION[0], number, trial))
+def _trial(number: int, trial: TrialConfig, scales: Sequence[float]) -> list[Row]:
+    return list(recorded(_SESSION[0], number, trial, scales))
 
 
-def record(backbone: str, forget_ratio: int, trials: int, processes: int, output: Path) -> None:
+def record(
+    backbone: str,
+    forget_ratio: int,
+    trials: int,
+    processes: int,
+    output: Path,
+    schedule: str = "linear",
+    scales: Sequence[float] = SCALES,
+) -> None:
     """Add to a file the trials that it lacks, each whole."""
     space = SearchSpace.load(FOLDER / f"{backbone}.yaml", backbone)
     planned = dict(enumerate(settings(space, trials)))
@@ -127,10 +166,10 @@ def record(backbone: str, forget_ratio: int, trials: int, processes: int, output
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "data").exists():  # once, before the processes would
         write_benchmark(folder / "data")
-    given = (backbone, forget_ratio, folder)
+    given = (backbone, forget_ratio, folder, schedule)
     with ProcessPoolExecutor(processes, get_context("spawn"), _open, given) as pool:
         jobs = {pool.submit(_base): BASE} if BASE not in there else {}
-        jobs |= {pool.submit(_trial, n, t): n for n, t in planned.items() if n not in there}
+        jobs |= {pool.submit(_trial, n, t, scales): n for n, t in planned.items() if n not in there}
         done = as_completed(jobs)
         for job in track(done, "trials", total=len(jobs), console=Console(stderr=True)):
             number = jobs[job]
@@ -159,9 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--forget-ratio", type=int, default=10, choices=(5, 10, 15))
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--schedule", default="linear", choices=SCHEDULES)
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES)
     parser.add_argument("--output", type=Path, required=True, help="CSV, new or to be gone on with")
     asked = parser.parse_args(arguments)
-    record(asked.backbone, asked.forget_ratio, asked.trials, asked.processes, asked.output)
+    given = asked.backbone, asked.forget_ratio, asked.trials, asked.processes, asked.output
+    record(*given, asked.schedule, asked.scales)
 
 
 if __name__ == "__main__":
