@@ -205,6 +205,34 @@ def test_on_epoch_sees_each_epoch_and_can_stop_the_trial(session, tmp_path):
     assert result.metrics == seen[0].metrics
 
 
+def test_at_a_rung_a_trial_tells_its_objectives_and_stays_what_it_is(
+    session, result, adapters, tmp_path
+):
+    seen: list[EpochReport] = []
+    whole: list[float] = []
+
+    def look(report: EpochReport) -> bool:
+        seen.append(report)
+        if report.epoch == 1:
+            whole.append(session.scorer.evaluate("search", 0).scores["retain_rougeL"].value)
+        return True
+
+    request, session.request = session.request, replaced(session.request, halving=2)
+    try:
+        compared = session.run(TRIAL, "0000", tmp_path / "0000", look)
+        session.run(TRIAL, "0000", tmp_path / "x", lambda r: r.epoch < 1, tmp_path / "checkpoint")
+        session.run(TRIAL, "0000", tmp_path / "y", look, tmp_path / "checkpoint")
+    finally:
+        session.request = request
+    assert [report.epoch for report in seen] == [1, 2, 1, 2]
+    assert seen[0] == seen[2]  # told again from the checkpoint
+    assert seen[0].metrics["retain_rougeL"] == whole[0] != result.metrics["retain_rougeL"]
+    assert "forget_rougeL_reduction" in seen[0].metrics
+    assert "retain_rougeL" not in seen[1].metrics
+    assert compared.metrics == result.metrics and compared.scores == result.scores
+    assert same_adapter(tmp_path / "0000", adapters / "0000")
+
+
 def test_a_loss_that_is_not_finite_fails_the_trial_and_not_the_session(session, result, tmp_path):
     wild = TRIAL.model_copy(update={"learning_rate": 1e20, "epochs": 30})
     failed = session.run(wild, "0003", tmp_path / "0003")

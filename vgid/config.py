@@ -250,6 +250,12 @@ class Asked(Config):
         description="scores that the front is made of, on the search questions: of people to "
         "forget less is better, of all others more",
     )
+    halving: Annotated[int, Flag("ETA")] = Field(
+        1,
+        ge=1,
+        description="behind epochs 1, ETA, ETA squared and so on a trial is stopped if it is not "
+        "among the best 1/ETA that came so far (successive halving); 1 stops none",
+    )
 
     @field_validator("objectives")
     @classmethod
@@ -279,9 +285,8 @@ class RequestConfig(Asked):
         """The fields that results depend on: part of the name of kept scores."""
         # Not where data and weights lie: what they hold is named by hashes.
         places = {"data", "store", "store_limit_gb", "model_path", "deployed_adapter"}
-        return self.model_dump(
-            mode="json", exclude=places | {"log_responses", "require", "harvest", "objectives"}
-        )
+        of_trials = {"log_responses", "require", "harvest", "objectives", "halving"}
+        return self.model_dump(mode="json", exclude=places | of_trials)
 
 
 class TrialConfig(Config):

@@ -95,6 +95,16 @@ class EpochReport(Config):
     metrics: dict[str, float]
 
 
+def rungs(eta: int, epochs: int) -> list[int]:
+    """The epochs behind which a study compares its trials, to stop all but the best ``1 / eta``.
+
+    1, eta, eta squared and so on before the last; none for 1.
+    """
+    # So each rung costs the same: 1 / eta of the trials train eta times as long (Li et al. 2020).
+    powers = [eta**k for k in range(epochs.bit_length())] if eta > 1 else []
+    return [epoch for epoch in powers if epoch < epochs]
+
+
 class Harvested(Config):
     """A candidate of a trial beside itself: its adapter at another scale, unrounded and untrained.
 
@@ -118,7 +128,7 @@ class TrialResult(Config):
     # By how much each bound of ``--require`` is missed; 0 or less where it is kept.
     missed: dict[str, float] = Field(default_factory=dict)
     harvest: tuple[Harvested, ...] = ()
-    # Wall time by phase: load, teacher, train, evaluate, save.
+    # Wall time by phase: load, teacher, train, evaluate, save. Rungs are of training.
     seconds: dict[str, float] = Field(default_factory=dict)
     # What was spared and what was computed: ``teacher_hits`` and ``teacher_misses`` by training
     # sample, ``vision_hits`` and ``vision_misses`` by use of an image's features.

@@ -22,14 +22,14 @@ from vgid.evaluation.evaluate import Evaluation, Scorer
 from vgid.evaluation.rehearsal import missing_objectives, without_unfit
 from vgid.files import write_atomically
 from vgid.method.preparation import Preparation
-from vgid.method.sharding import parted
+from vgid.method.sharding import part_again, parted
 from vgid.method.teacher import PLAIN, Intervention, TeacherStore
 from vgid.method.workers import Workers
 from vgid.models import adapters as adapter
 from vgid.models.backbones import load
 from vgid.models.store import ContentStore
 from vgid.requirement import Requirement, unknown
-from vgid.results import EpochReport, Harvested, QuestionPart, Score, TrialResult
+from vgid.results import EpochReport, Harvested, QuestionPart, Score, TrialResult, rungs
 
 # By how much an adapter is below the base, and in which score.
 GONE = "forget_rougeL_reduction"
@@ -113,7 +113,8 @@ class TrialSession:
         with adapter.attached(self.backbone, trial) as model:
             try:
                 with _timed(seconds, "train"), parted(self.backbone, trial, self.workers):
-                    metrics, whole = self._trained(epochs(model), on_epoch)
+                    reports = self._at_rungs(epochs(model), model, trial, base)
+                    metrics, whole = self._trained(reports, on_epoch)
             except LossNotFiniteError as error:
                 return ended(status="failed", error=str(error))
             if not whole:
@@ -160,6 +161,28 @@ class TrialSession:
             if not self._goes_on(on_epoch, report):
                 return metrics, False
         return metrics, True
+
+    def _at_rungs(
+        self,
+        reports: Iterable[EpochReport],
+        model: Any,
+        trial: TrialConfig,
+        base: Mapping[str, Score],
+    ) -> Iterator[EpochReport]:
+        """The same reports, with the objectives where the study compares its trials by them."""
+        # Told again from a checkpoint, an epoch before its last has a later one's scores here. But
+        # that one was compared before the training went on, and what was told first counts.
+        for report in reports:
+            if not base or report.epoch not in rungs(self.request.halving, report.epochs):
+                yield report
+                continue
+            only = frozenset(["forget_rougeL", *self.request.objectives])
+            with adapter.scaled(model, trial.adapter_scale):
+                scored = self.scorer.evaluate("search", self.request.seed, only=only)
+            part_again(self.backbone)
+            found, _ = _measured(base, scored, ())
+            objectives = {name: found[name] for name in self.request.objectives}
+            yield report.model_copy(update={"metrics": report.metrics | objectives})
 
     def _harvest(
         self,

@@ -24,7 +24,7 @@ from ray.tune.experiment import Trial
 from tests.benchmarks.machine import emit, machine, machine_line
 from vgid.cluster.losses import Losses
 from vgid.cluster.mailbox import Job, Outcome
-from vgid.cluster.tune import JOB, Recorder, told
+from vgid.cluster.tune import JOB, Recorder, Verdicts, told
 from vgid.config import StudyConfig, TrialConfig
 from vgid.results import EpochReport, Score, TrialResult
 from vgid.study.console import Standing, StudyConsole
@@ -126,7 +126,8 @@ class Driver:
         self.listener = Listener(
             self.ledger, self.search, losses, self.bulletin, ending, None, study._seconds
         )
-        self.recorder = Recorder(self.listener.on_epoch, self.listener.on_end)
+        self.verdicts = Verdicts(self.listener.on_epoch)
+        self.recorder = Recorder(self.listener.on_end)
         self.bulletin.catch_up(self.ledger.records.values(), study._tracker.result())
         self.proposal_s = 0.0
         propose = self.search._propose
@@ -154,7 +155,7 @@ class Driver:
             trial = Trial("made up", config=proposal, stub=True)
             self._kept.append(trial)
             for step, message in enumerate((report, made_up(job, rng, self._scores)), start=1):
-                self.recorder.on_trial_result(step, self._kept, trial, told(message))
+                self.verdicts.on_trial_result(None, trial, told(message))
                 trial.update_last_result({**told(message), "training_iteration": step})
             self.search.on_trial_complete("tune")
             self.recorder.on_trial_complete(step, self._kept, trial)

@@ -102,7 +102,7 @@ def with_tune(driver: Driver, mailbox: Any, folder: Path) -> None:
     """Let Ray Tune run the search's trials."""
     from vgid.cluster.tune import run_trials
 
-    run_trials(driver.search, mailbox, driver.recorder, lambda: False, folder)
+    run_trials(driver.search, mailbox, driver.verdicts, driver.recorder, lambda: False, folder)
 
 
 def measure_slots(trials: int, slots: int, tune: bool, folder: Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What Ray Tune hears and keeps of a trial, without a cluster."""
 
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import TrialScheduler
 
 from vgid.cluster.mailbox import Job, Outcome
-from vgid.cluster.tune import JOB, Recorder, told
+from vgid.cluster.tune import JOB, Recorder, Verdicts, told
 from vgid.config import TrialConfig
 from vgid.requirement import OBJECTIVES
 from vgid.results import EpochReport, TrialResult
@@ -21,7 +22,7 @@ def test_the_outcome_arrives_whole_and_tune_keeps_next_to_nothing_of_it():
     heard = []
     trial = tune_trial()
     trial.update_last_result({**told(outcome), "training_iteration": 3})
-    recorder = Recorder(lambda *_: None, lambda *arguments: heard.append(arguments))
+    recorder = Recorder(lambda *arguments: heard.append(arguments))
     recorder.on_trial_complete(0, [trial], trial)
     assert heard == [("0007", outcome, None)]
     assert not trial.metric_analysis
@@ -34,11 +35,12 @@ def test_a_trial_that_the_scheduler_stopped_has_its_last_report():
     report = EpochReport(epoch=2, epochs=3, step=8, metrics={"loss": 0.1})
     heard, epochs = [], []
     trial = tune_trial()
-    recorder = Recorder(
-        lambda *arguments: epochs.append(arguments), lambda *arguments: heard.append(arguments)
-    )
-    recorder.on_trial_result(1, [trial], trial, told(report))
+    verdicts = Verdicts(lambda name, told: bool(epochs.append((name, told))) or told.epoch < 2)
+    recorder = Recorder(lambda *arguments: heard.append(arguments))
+    first = report.model_copy(update={"epoch": 1})
+    assert verdicts.on_trial_result(None, trial, told(first)) == TrialScheduler.CONTINUE
+    assert verdicts.on_trial_result(None, trial, told(report)) == TrialScheduler.STOP
     trial.update_last_result({**told(report), "training_iteration": 2})
     recorder.on_trial_complete(0, [trial], trial)
-    assert epochs == [("0007", report)]
+    assert epochs == [("0007", first), ("0007", report)]
     assert heard == [("0007", None, report)]

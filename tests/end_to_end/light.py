@@ -26,7 +26,8 @@ import psutil
 from safetensors.numpy import load_file, save_file
 
 from vgid.config import RequestConfig, TrialConfig
-from vgid.results import EpochReport, QuestionPart, Score, TrialResult
+from vgid.requirement import OBJECTIVES
+from vgid.results import EpochReport, QuestionPart, Score, TrialResult, rungs
 
 ROOT = Path(__file__).parent.parent.parent
 TIMEOUT_S = 300
@@ -82,9 +83,10 @@ class LightSession:
                 self.epoch(trial_id, number)
                 if self.rank == 0:
                     _write(done, str(number).encode())
-            report = EpochReport(
-                epoch=number, epochs=trial.epochs, step=number, metrics={"loss": 1.0 / number}
-            )
+            metrics = {"loss": 1.0 / number}
+            if number in rungs(self.request.halving, trial.epochs):
+                metrics |= {name: _scores(trial)[name].value for name in OBJECTIVES}
+            report = EpochReport(epoch=number, epochs=trial.epochs, step=number, metrics=metrics)
             goes_on = self.rank != 0 or on_epoch(report)
             if self.world_size > 1:
                 from ray.train.collective import broadcast_from_rank_zero

@@ -148,6 +148,7 @@ def test_the_summary_ends_with_how_to_open_the_ui():
         "counts": {"completed": 3, "pruned": 0, "failed": 1},
         "hypervolume": 0.5,
         "outlook": "The front still grew at trial 4 of 4.",
+        "agreement": None,
         "phases": {
             "start-up": {"total_s": 20.0},
             "overhead": {"total_s": 1.0, "median_s": 0.25},

@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from vgid.config import StudyConfig, TrialConfig
 from vgid.errors import InputError
+from vgid.requirement import OBJECTIVES
 from vgid.results import EpochReport, TrialResult
 from vgid.study.ledger import (
     CONTENT,
@@ -75,6 +78,28 @@ def test_epochs_are_kept_as_they_are_heard(tmp_path):
         last.resume(StudyConfig(output=tmp_path / "s"), SHA)
         assert [heard.report for heard in last.records["0000"].epochs] == reports
         assert last.records["0000"].result == completed("0000")
+
+
+def test_a_rung_is_those_who_came_before_and_the_same_after_a_resume(tmp_path):
+    draw = random.Random(0)
+    arrivals = [(f"{n:04d}", epoch) for epoch in (1, 2) for n in draw.sample(range(8), 8)]
+    before: dict[tuple[str, int], list[tuple[float, ...]]] = {}
+    with begun(tmp_path / "s") as ledger:
+        for number in range(8):
+            ledger.start(f"{number:04d}", TrialConfig())
+        for name, epoch in arrivals:
+            scores = {metric: draw.random() for metric in OBJECTIVES}
+            report = EpochReport(epoch=epoch, epochs=4, step=epoch, metrics=scores)
+            ledger.epoch(name, report)
+            before[name, epoch] = ledger.rung(name, epoch)
+            assert before[name, epoch][0] == tuple(scores.values())
+            time.sleep(0.002)  # by the clock's milliseconds
+    for place, (_, epoch) in enumerate(arrivals):
+        earlier = {before[key][0] for key in arrivals[:place] if key[1] == epoch}
+        assert set(before[arrivals[place]][1:]) == earlier
+    with Ledger(tmp_path / "s") as again:
+        again.resume(StudyConfig(output=tmp_path / "s"), SHA)
+        assert {key: again.rung(*key) for key in arrivals} == before
 
 
 def test_a_record_of_before_epochs_were_kept_is_read(tmp_path):
@@ -216,6 +241,7 @@ def test_an_unwritable_output_is_one_sentence(tmp_path):
         ({"retain_people": 4}, "retain-people"),
         ({"train_pairs": "all"}, "train-pairs unheld"),
         ({"require": ("forget_cloze<=0.3",)}, "require"),
+        ({"halving": 2}, "halving 1"),
     ],
 )
 def test_resume_refuses_another_study(tmp_path, change, word):

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.schedulers import FIFOScheduler
 
 from vgid.cluster.mailbox import Job, Outcome
 from vgid.requirement import OBJECTIVES
@@ -84,15 +85,7 @@ class Recorder(Live, tune.Callback):
     it is given instead, or whose process died.
     """
 
-    on_epoch: Callable[[str, EpochReport], None]
     on_end: Callable[[str, Outcome | None, EpochReport | None], None]
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Pass an epoch report on."""
-        if REPORT in result:
-            self.on_epoch(_job(trial).id, EpochReport.model_validate_json(result[REPORT]))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Pass the outcome of a trial on; Tune, which keeps every trial, need not keep it."""
@@ -107,6 +100,24 @@ class Recorder(Live, tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The trainable's own process died; the slot's worker may be well."""
         self.on_end(_job(trial).id, None, None)
+
+
+@dataclass(eq=False)
+class Verdicts(Live, FIFOScheduler):
+    """Passes epoch reports on, and stops the trials that are not to go on after theirs."""
+
+    on_epoch: Callable[[str, EpochReport], bool]
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Whether the trial trains on, as Tune calls it."""
+        if REPORT in result:
+            report = EpochReport.model_validate_json(result[REPORT])
+            if not self.on_epoch(_job(trial).id, report):
+                return str(self.STOP)
+        return str(self.CONTINUE)
 
 
 @dataclass(eq=False)
@@ -128,7 +139,12 @@ class _StopWhenOver(Live, tune.Stopper):
 
 
 def run_trials(
-    search: Any, mailbox: Any, recorder: Recorder, is_over: Callable[[], bool], storage: Path
+    search: Any,
+    mailbox: Any,
+    verdicts: Verdicts,
+    recorder: Recorder,
+    is_over: Callable[[], bool],
+    storage: Path,
 ) -> None:
     """Have Ray Tune run what the search proposes; ``OSError`` if it cannot write its own files."""
     # No CPU: the slots need them all. On the head, where the driver and mailbox are.
@@ -140,6 +156,7 @@ def run_trials(
         tune_config=tune.TuneConfig(
             # The search says when it is over; a lost trial is one more to Tune.
             search_alg=search,
+            scheduler=verdicts,
             num_samples=-1,
             reuse_actors=True,
         ),

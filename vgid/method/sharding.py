@@ -41,15 +41,20 @@ def parted(backbone: Backbone, trial: TrialConfig, workers: Workers) -> Iterator
         # an adapter, which is whole on each worker and gone after its trial.
         adapter = {p for p in core.parameters() if p.requires_grad}
         _deal(core, backbone, workers, ignored={*core.embed_tokens.parameters(), *adapter})
-    for module in _dealt(core):
-        module.set_reshard_after_forward(True, recurse=False)
-        module.reshard()
+    part_again(backbone)
     try:
         yield
     except LossNotFiniteError:  # all workers meet it; another's error must not wait for them
         make_whole(backbone)
         raise
     make_whole(backbone)
+
+
+def part_again(backbone: Backbone) -> None:
+    """Deal a base out again that ``make_whole`` put together; nothing if it never was."""
+    for module in _dealt(backbone.model.model.language_model):
+        module.set_reshard_after_forward(True, recurse=False)
+        module.reshard()
 
 
 def make_whole(backbone: Backbone) -> None:

@@ -203,8 +203,9 @@ def print_summary(
     console.print(f"\nTrials: {counts or 'none ended'}{volume}")
     if front:
         console.print(_front_table(front, summary["base"]).rich())
-    if summary["outlook"] is not None:
-        console.print(summary["outlook"])
+    for said in ("outlook", "agreement"):
+        if summary[said] is not None:
+            console.print(summary[said])
     unsure = doubt(summary["base"].get("search", {}))
     if unsure is not None:
         console.print(f"Warning: {unsure}")

@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError, model_validator
 from vgid.config import Config, StudyConfig, TrialConfig
 from vgid.errors import InputError
 from vgid.files import lock, refuse_links, write_atomically
+from vgid.requirement import turned
 from vgid.results import CANDIDATE, EpochReport, TrialResult, trial_order
 from vgid.study.warm_start import Prior
 
@@ -42,6 +43,7 @@ MUST_AGREE = (
     "harvest",
     "objectives",
     "warm_start",
+    "halving",
     "workers_per_trial",
     "tracking_uri",
 )
@@ -298,6 +300,25 @@ class Ledger:
         if record.result is None and report.step > reached:
             self._keep(record, epochs=(*record.epochs, Heard(report=report, at=now())))
         return self.records[name]
+
+    def rung(self, name: str, epoch: int) -> list[tuple[float, ...]]:
+        """Objectives after an epoch at which they are compared, each turned so that more is better.
+
+        A trial's own, then those of the trials that came there before it. ``KeyError`` if its own
+        are not known.
+        """
+        objectives = self.header.config.objectives
+        came = {
+            record.trial_id: (heard.at, tuple(turned(each, metrics[each]) for each in objectives))
+            for record in list(self.records.values())
+            for heard in record.epochs
+            if heard.report.epoch == epoch
+            and (metrics := heard.report.metrics).keys() >= set(objectives)
+        }
+        at, own = came.pop(name)
+        # By when they were heard, for a trial that tells its epoch again after a resume is to meet
+        # whom it met before; who came in the same millisecond never counts.
+        return [own, *(point for when, point in came.values() if when < at)]
 
     def end(self, name: str, result: TrialResult, **details: Any) -> Record:
         """Record how a trial ended, with further fields of ``Record``, and drop its checkpoints.

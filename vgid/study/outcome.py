@@ -280,6 +280,7 @@ def study_summary(
         "hypervolume": board.hypervolume,
         "flat_since": flat_since(board.growth),
         "outlook": said_of_growth(board.growth),
+        "agreement": said_of_rungs(ledger.ended, plan.config.objectives),
         "front": [trial.result.trial_id for trial in board.front()],
         "counts": board.counts(),
         "started": header.started,
@@ -344,6 +345,35 @@ def said_of_growth(volumes: Sequence[float]) -> str | None:
             "the hypervolume."
         )
     return f"The front still grew at trial {since} of {ended}; more trials may be worth it."
+
+
+def said_of_rungs(ended: Sequence[Record], objectives: Sequence[str]) -> str | None:
+    """Whether trials stood at the rungs as at their end, in a sentence; None without three trials.
+
+    By Kendall's tau-b of each objective over the trials that were trained to the end: 1 where a
+    rung ranks them as the end does, 0 where it knows nothing of that.
+    """
+    rungs: dict[int, list[tuple[Mapping[str, float], Mapping[str, float]]]] = {}
+    for record in ended:
+        for heard in record.epochs:
+            then, result = heard.report.metrics, record.result
+            if objectives[0] in then and result is not None and result.status == "completed":
+                rungs.setdefault(heard.report.epoch, []).append((then, result.metrics))
+    known = sorted((at, pairs) for at, pairs in rungs.items() if len(pairs) > 2)
+    if not known:
+        return None
+    # Only now: it takes a second, which a signal may not leave to a study without rungs.
+    from scipy.stats import kendalltau
+
+    told = []
+    for epoch, pairs in known:
+        taus = []
+        for name in objectives:
+            tau = kendalltau([then[name] for then, _ in pairs], [end[name] for _, end in pairs])
+            taus.append(f"{tau.statistic:.2f} in {name}")
+        told.append(f"behind epoch {epoch} {', '.join(taus)} ({len(pairs)} trials)")
+    rest = "of rung and end, over the trials that were not stopped"
+    return f"Kendall's tau {rest}: {'; '.join(told)}."
 
 
 def said_of_a_stop(cause: str) -> str:

@@ -202,7 +202,7 @@ class Study:
 
         ``InputError`` for what no trial can get past.
         """
-        from vgid.cluster.tune import Recorder, run_trials
+        from vgid.cluster.tune import Recorder, Verdicts, run_trials
         from vgid.study.search import ParetoSearch
 
         config, ending = self.plan.config, self.ending
@@ -213,13 +213,14 @@ class Study:
         at_a_time = partial(getattr, slots, "count")
         make = partial(ParetoSearch, self.ledger, self.plan.space, config, at_a_time, losses)
         search = ending.interrupt.result(side.submit(make, self._enough, bulletin.running))
-        listener = Listener(self.ledger, search, losses, bulletin, ending, mailbox, self._seconds)
+        told = (losses, bulletin, ending, mailbox, self._seconds, config.halving)
+        listener = Listener(self.ledger, search, *told)
         if len(self.ledger.ended) < config.trials:
-            recorder = Recorder(listener.on_epoch, listener.on_end)
+            verdicts, recorder = Verdicts(listener.on_epoch), Recorder(listener.on_end)
             storage = config.output / RAY_FILES
             try:
                 with ending.heeded():
-                    run_trials(search, mailbox, recorder, ending.is_over, storage)
+                    run_trials(search, mailbox, verdicts, recorder, ending.is_over, storage)
             except OSError as error:
                 ending.stop(disk_sentence(error, [config.output]))
         ending.finishes(side.submit(search.close))

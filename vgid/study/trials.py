@@ -17,6 +17,7 @@ from vgid.report.records import TrialsTable, describe
 from vgid.results import EpochReport, TrialResult
 from vgid.study.console import StudyConsole
 from vgid.study.ending import Ending
+from vgid.study.halving import goes_on
 from vgid.study.ledger import Ledger, Record, now
 from vgid.study.outcome import Scoreboard
 
@@ -111,12 +112,19 @@ class Listener:
     ending: Ending
     mailbox: Any  # its actor's handle
     seconds: dict[str, float]  # by phase of the study; ``load`` grows with each outcome
+    eta: int = 1  # ``StudyConfig.halving``
     _slots_used: set[int] = field(default_factory=set, init=False)
 
-    def on_epoch(self, trial_id: str, report: EpochReport) -> None:
-        """Record an epoch."""
+    def on_epoch(self, trial_id: str, report: EpochReport) -> bool:
+        """Record an epoch; whether the trial is to train on."""
         with kept_from_tune(self.ending):
-            self.bulletin.running(self.ledger.epoch(trial_id, report), report)
+            record = self.ledger.epoch(trial_id, report)
+            with kept_from_tune(self.ending):
+                self.bulletin.running(record, report)
+            if report.metrics.keys() >= set(self.ledger.header.config.objectives):
+                own, *others = self.ledger.rung(trial_id, report.epoch)
+                return goes_on(own, others, self.eta)
+        return True
 
     def on_end(self, trial_id: str, outcome: Outcome | None, report: EpochReport | None) -> None:
         """Record how a trial ended, if it did (see ``vgid.cluster.tune.Recorder``)."""
