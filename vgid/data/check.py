@@ -117,14 +117,7 @@ def check_benchmark(
     # A person is missing elsewhere only where that config could be read whole.
     places: dict[str, dict[str, int]] = {}
     asked: dict[str, list[tuple[str, str]]] = {}
-    known_images: dict[bytes, str | None] = {}
-
-    def problem_of(image: bytes) -> str | None:
-        digest = hashlib.sha256(image).digest()
-        if digest not in known_images:  # no image is decoded twice
-            known_images[digest] = image_problem(image)
-        return known_images[digest]
-
+    problem_of = _decoding_once()
     stderr = Console(stderr=True)
     for config in track(
         layout.CONFIGS, "Checking", console=stderr, disable=not progress, transient=True
@@ -151,6 +144,19 @@ def check_benchmark(
     for found in (defects, left_out):  # whole files first, then by row
         found.sort(key=lambda d: (layout.CONFIGS.index(d.config), -1 if d.row is None else d.row))
     return Report(configs=counts, defects=defects, left_out=left_out)
+
+
+def _decoding_once() -> Callable[[bytes], str | None]:
+    """``image_problem``, which decodes no image twice."""
+    known: dict[bytes, str | None] = {}
+
+    def problem_of(image: bytes) -> str | None:
+        digest = hashlib.sha256(image).digest()
+        if digest not in known:
+            known[digest] = image_problem(image)
+        return known[digest]
+
+    return problem_of
 
 
 def _read(
