@@ -60,4 +60,7 @@ def test_a_study_that_stops_trials_stops_the_same_ones_when_it_is_resumed(tmp_pa
             others = [scores for at, scores in came[heard["report"]["epoch"]] if at < heard["at"]]
             stopped = record["result"]["status"] == "pruned" and heard is last
             assert goes_on(own, others, 2) != stopped
-    assert "Kendall's tau of rung and end" in study.shown().replace("\n", " ")
+    # Which trials are stopped depends on who comes first, and tau wants three that were not.
+    whole = sum(record["result"]["status"] == "completed" for record in records)
+    told = "Kendall's tau of rung and end" in study.shown().replace("\n", " ")
+    assert told == (whole > 2)

@@ -182,7 +182,8 @@ def test_the_report_and_its_files(tmp_path):
     assert "VGID has the largest" in text and "0 of 3" in text and "3 of 3" in text
     assert Image.open(tmp_path / "attainment.png").width > 1000
     page = (tmp_path / "attainment.html").read_text()
-    assert page.count('"legendgroup": "VGID"') == 3  # the median, the best and the worst surface
+    # The median, the best and the worst surface.
+    assert page.count('"legendgroup":"VGID"') == 3
     rows = list(csv.DictReader((tmp_path / "comparison.csv").open()))
     (lead,) = [row for row in rows if row["measure"] == "vgid_lead_held_out"]
     assert lead["method"] == "ga" and float(lead["low"]) > 0
