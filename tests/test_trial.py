@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,18 +90,24 @@ def test_a_completed_trial_has_scores_times_and_a_peft_adapter(session, result, 
     assert sorted(p.name for p in adapters.iterdir()) == ["0000"]
 
 
+@contextmanager
+def asking(session, **fields):
+    """The session with other fields of its request in the block."""
+    before = session.request
+    session.request = replaced(before, **fields)
+    try:
+        yield
+    finally:
+        session.request = before
+
+
 def test_a_trial_tells_by_how_much_it_misses_what_is_required(session, result, tmp_path):
     bounds = ("retain_rougeL>=2*base", "forget_rougeL<=1", "forget_rougeL_reduction>=0.9")
-    request, session.request = session.request, replaced(session.request, require=bounds)
-    try:
+    with asking(session, require=bounds):
         asked = session.run(TRIAL, "0000", tmp_path / "0000")
-        session.request = replaced(request, require=("forget_rouge<=1",))
-        with pytest.raises(
-            InputError, match=r"--require: .* no score is called forget_rouge; there"
-        ):
-            session.run(TRIAL, "0001", tmp_path / "0001")
-    finally:
-        session.request = request
+    never = r"--require: .* no score is called forget_rouge; there"
+    with asking(session, require=("forget_rouge<=1",)), pytest.raises(InputError, match=never):
+        session.run(TRIAL, "0001", tmp_path / "0001")
     assert not (tmp_path / "0001").exists()
     base = session.base_scores("search")["retain_rougeL"].value
     own = asked.metrics
@@ -114,15 +121,10 @@ def test_a_trial_tells_by_how_much_it_misses_what_is_required(session, result, t
 
 
 def test_an_objective_that_is_never_scored_is_named_with_those_that_there_are(session, tmp_path):
-    request = session.request
-    session.request = replaced(request, objectives=("retain_rougeL", "celebrity_rouge"))
-    try:
-        with pytest.raises(
-            InputError, match=r"--objectives: .* celebrity_rouge; there are .*forget"
-        ):
-            session.run(TRIAL, "0001", tmp_path / "0001")
-    finally:
-        session.request = request
+    objectives = ("retain_rougeL", "celebrity_rouge")
+    never = r"--objectives: .* celebrity_rouge; there are .*forget"
+    with asking(session, objectives=objectives), pytest.raises(InputError, match=never):
+        session.run(TRIAL, "0001", tmp_path / "0001")
     assert not (tmp_path / "0001").exists()
 
 
@@ -130,19 +132,9 @@ def test_what_is_harvested_of_a_trial_is_what_that_scale_gives_alone(
     session, result, adapters, request_config, tmp_path
 ):
     bounds = ("forget_cloze<=1",)
-    request, session.request = (
-        session.request,
-        replaced(
-            session.request,
-            harvest=(0.5, 1.5),
-            require=bounds,
-            objectives=("forget_rougeL_reduction", "retain_rougeL_text"),
-        ),
-    )
-    try:
+    objectives = ("forget_rougeL_reduction", "retain_rougeL_text")
+    with asking(session, harvest=(0.5, 1.5), require=bounds, objectives=objectives):
         harvested = session.run(TRIAL, "0000", tmp_path / "0000")
-    finally:
-        session.request = request
     # The trial itself is what it is without a harvest, its adapter too.
     assert harvested.scores == result.scores
     assert same_adapter(tmp_path / "0000", adapters / "0000")
@@ -217,13 +209,10 @@ def test_at_a_rung_a_trial_tells_its_objectives_and_stays_what_it_is(
             whole.append(session.scorer.evaluate("search", 0).scores["retain_rougeL"].value)
         return True
 
-    request, session.request = session.request, replaced(session.request, halving=2)
-    try:
+    with asking(session, halving=2):
         compared = session.run(TRIAL, "0000", tmp_path / "0000", look)
         session.run(TRIAL, "0000", tmp_path / "x", lambda r: r.epoch < 1, tmp_path / "checkpoint")
         session.run(TRIAL, "0000", tmp_path / "y", look, tmp_path / "checkpoint")
-    finally:
-        session.request = request
     assert [report.epoch for report in seen] == [1, 2, 1, 2]
     assert seen[0] == seen[2]  # told again from the checkpoint
     assert seen[0].metrics["retain_rougeL"] == whole[0] != result.metrics["retain_rougeL"]

@@ -174,8 +174,8 @@ def _trials(front: Front) -> list[Series]:
         found.append(_of("trial out of bounds", outside, OUTSIDE, mark="x"))
     for noise, mark in MARKS.items():
         if shown := [r for r in others if _noise(r) == noise and not r.is_harvested]:
-            label = "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"
-            found.append(_of(label, shown, TRIAL, mark=mark, opacity=0.85))
+            name = "trial" if noise is None else f"trial, {NOISE_LABELS[noise]}"
+            found.append(_of(name, shown, TRIAL, mark=mark, opacity=0.85))
     return found
 
 
@@ -281,7 +281,7 @@ def setting_lines(config: TrialConfig) -> list[str]:
 
 def _score_lines(record: TrialRecord) -> list[str]:
     metrics = record.result.metrics
-    labels = LABELS | {name: name for name in record.objectives if name not in LABELS}
-    lines = [f"{label} {metrics[key]:.3f}" for key, label in labels.items() if key in metrics]
+    names = dict.fromkeys([*LABELS, *record.objectives])
+    lines = [f"{label(name)} {metrics[name]:.3f}" for name in names if name in metrics]
     misses = misses_of(record.result)
     return [*lines, f"misses {misses}"] if misses else lines

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vgid.report.drawing import FRONT, Panel, Picture, Scale, Series
-from vgid.report.front import LABELS, Front, corner, page_picture, write_png
+from vgid.report.front import LABELS, Front, corner, label, page_picture, write_png
 from vgid.report.health import CHECKED, health, warnings
 from vgid.report.insights import importances, insights
 from vgid.report.page import rendered, write_page
@@ -68,7 +68,7 @@ def growth_picture(front: Front) -> Picture:
         "Seconds since the study's start": seconds,
     }
     panels = []
-    for number, (label, ends) in enumerate(scales.items()):
+    for number, (axis, ends) in enumerate(scales.items()):
         x: list[float] = []
         y: list[float] = []
         hover: list[str] = []
@@ -81,20 +81,21 @@ def growth_picture(front: Front) -> Picture:
             ]
         line = Series("hypervolume", x, y, FRONT, "", line=2, hover=hover, listed=False)
         title = "" if number else "Hypervolume above the reference point"
-        panels.append(Panel(Scale(label), Scale(), [line], title))
+        panels.append(Panel(Scale(axis), Scale(), [line], title))
     return Picture("", panels)
 
 
 def candidates(front: Front) -> Grid:
     """Every candidate, the front first and from most to least forgotten, which stands out."""
     records = [*reversed(front.front), *(r for r in front.records if not r.on_front)]
-    labels = {name: name for record in records for name in record.objectives} | LABELS
+    names = dict.fromkeys([*(name for record in records for name in record.objectives), *LABELS])
     columns: dict[str, list[Any]] = {}
-    for name, label in labels.items():
-        columns[label] = [record.result.metrics.get(name) for record in records]
-    for name, label in labels.items():
-        columns[f"held-out {label}"] = [(record.held_out or {}).get(name) for record in records]
-    shown = {label: cells for label, cells in columns.items() if any(c is not None for c in cells)}
+    for name in names:
+        columns[label(name)] = [record.result.metrics.get(name) for record in records]
+    for name in names:
+        scores = [(record.held_out or {}).get(name) for record in records]
+        columns[f"held-out {label(name)}"] = scores
+    shown = {head: cells for head, cells in columns.items() if any(c is not None for c in cells)}
     rows = [
         [record.result.trial_id, _state(record), describe(record.config), *cells]
         for record, *cells in zip(records, *shown.values(), strict=True)
